@@ -1,0 +1,156 @@
+"""What attaching creates: one module tree for each adapter, and the container of all of them on the model's root."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn as nn
+
+from visionpeft.addressing import nearest
+from visionpeft.backbones.tower import Backbone, Tower
+from visionpeft.errors import ConfigurationError
+from visionpeft.methods.base import Method, select_towers
+from visionpeft.sites import Placement
+
+
+class AttachedAdapter(nn.Module):
+    """The trained modules and parameters of one adapter.
+
+    Parameter paths: `<method>.<tower>.<block>.<site>.<parameter>`, `<method>.<tower>.<layer>.<parameter>` outside the
+    blocks, `trained.<name in the model>` for trained copies of the backbone's own parameters, and the path of each
+    head. A path is the same in `state_dict`, in the saved file and in error messages.
+
+    Args:
+        methods: the methods of the adapter, in order.
+        backbone: the described model.
+        head: whether the adapter has its own copies of the model's heads, to be trained.
+        train: names of further parameters of the model to train: a parameter, a module, or a pattern such as "*.norm1".
+    """
+
+    def __init__(self, methods: tuple[Method, ...], backbone: Backbone, head: bool, train: tuple[str, ...] = ()):
+        super().__init__()
+        self.methods = methods
+        self.train_names = tuple(train)
+        self.placements: list[tuple[int, Placement]] = []  # (index of the method, placement)
+        self.method_keys: list[str] = []
+        trained: dict[str, None] = dict.fromkeys(_named_to_train(train, backbone))
+        for index, method in enumerate(methods):
+            key = method.name if method.name not in self.method_keys else f"{method.name}_{index}"
+            self.method_keys.append(key)
+            for tower in select_towers(method, backbone):
+                self._place(index, key, method, tower)
+                trained |= dict.fromkeys(join(tower.path, name) for name in method.trains(tower))
+        self.trained_names = tuple(trained)
+        for name in self.trained_names:
+            nest(self, f"trained.{name}", nn.Parameter(backbone.model.get_parameter(name).detach().clone()))
+        self.heads = backbone.heads if head else ()
+        for path in self.heads:
+            nest(self, path, copy.deepcopy(backbone.model.get_submodule(path)).requires_grad_(True))
+
+    def _place(self, index: int, key: str, method: Method, tower: Tower) -> None:
+        reference = next(tower.module.parameters())
+        dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
+        for item in method.place(tower):
+            item.module.to(reference.device, dtype)
+            if isinstance(item, Placement):
+                where = [item.site] if item.block is None else [str(item.block), item.site]
+                self.placements.append((index, item))
+            else:
+                where = [item.name]
+            nest(self, ".".join([key, tower.name, *where]), item.module)
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names in the model and trained copies of parameters of the backbone."""
+        for name in self.trained_names:
+            yield name, self.get_parameter(f"trained.{name}")
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the adapter's heads."""
+        return [parameter for path in self.heads for parameter in self.get_submodule(path).parameters()]
+
+    def num_parameters(self) -> int:
+        """Number of trained values without the heads."""
+        return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.head_parameters())
+
+
+class Adapters(nn.ModuleDict):
+    """All adapters of a model, which of them act, and what was replaced in the model to make them act.
+
+    While adapters act, the originals live here and nowhere else, so they move between devices with this module.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.route: tuple[str | None, ...] | None = None
+        self.was_trainable: tuple[str, ...] = ()
+        self.swapped: list[tuple[nn.Module, type]] = []
+        self.replaced: list[tuple[nn.Module, str, nn.Parameter | nn.Module | None]] = []
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for _, _, original in self.replaced:
+            if isinstance(original, nn.Parameter):
+                original.data = fn(original.data)
+            elif isinstance(original, nn.Module):
+                original._apply(fn)
+        return self
+
+    def replace(self, owner: nn.Module, name: str, new: nn.Parameter | nn.Module | None) -> None:
+        """Put a parameter or module in the place of another and keep the original."""
+        slots = owner._modules if name in owner._modules else owner._parameters
+        self.replaced.append((owner, name, slots.get(name)))
+        slots[name] = new
+
+    def restore(self) -> None:
+        """Give the model back its own classes, parameters and heads."""
+        self.restore_classes()
+        while self.replaced:
+            owner, name, original = self.replaced.pop()
+            slots = owner._modules if name in owner._modules else owner._parameters
+            slots[name] = original
+
+    def restore_classes(self) -> None:
+        """Give the modules of the model back their own classes."""
+        while self.swapped:
+            module, original = self.swapped.pop()
+            module.__class__ = original
+            for attribute in ("sites", "acting", "forward_intermediates"):
+                module.__dict__.pop(attribute, None)
+
+
+def nest(root: nn.Module, path: str, item: nn.Module | nn.Parameter) -> None:
+    """Register a module or parameter under a dotted path, making the modules on the way.
+
+    Raises:
+        ConfigurationError: if the path is taken.
+    """
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.ModuleDict())
+        root = root._modules[parent]
+    if name in root._modules or name in root._parameters:
+        raise ConfigurationError(f"two parts of one adapter would both be called {path!r}")
+    if isinstance(item, nn.Parameter):
+        root.register_parameter(name, item)
+    else:
+        root.add_module(name, item)
+
+
+def join(path: str, name: str) -> str:
+    """A dotted path of two parts, the first of which may be empty."""
+    return f"{path}.{name}" if path else name
+
+
+def _named_to_train(names: Iterable[str], backbone: Backbone) -> Iterator[str]:
+    heads = tuple(f"{path}." for path in (*backbone.heads, "peft"))
+    parameters = [name for name, _ in backbone.model.named_parameters() if not name.startswith(heads)]
+    for name in names:
+        matches = [p for p in parameters if p == name or p.startswith(f"{name}.") or fnmatchcase(p, name)]
+        matches += [p for p in parameters if p not in matches and fnmatchcase(p.rpartition(".")[0], name)]
+        if not matches:
+            near = nearest(name, {*parameters, *(p.rpartition(".")[0] for p in parameters)} - {""})
+            raise ConfigurationError(f"train={name!r} matches no parameter of the backbone; near names are {near}")
+        yield from matches

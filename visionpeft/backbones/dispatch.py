@@ -1,0 +1,74 @@
+"""Where a block family is plugged in: one `singledispatch` function for each kind of module.
+
+A family registers the classes it knows; code outside the package can register more. `describe` is the way in.
+"""
+
+from collections.abc import Callable
+from functools import singledispatch
+
+import torch.nn as nn
+
+from visionpeft.backbones.tower import Backbone, BlockSites, Layer
+from visionpeft.errors import UnsupportedError
+
+
+def describe(model: nn.Module) -> Backbone:
+    """Towers, blocks, layers and heads of a model.
+
+    Raises:
+        UnsupportedError: if the model, or a block, attention or MLP in it, is of a class no family knows.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedError(
+            f"{type(model._orig_mod).__name__} is already compiled; attach before torch.compile (compile the result)"
+        )
+    return describe_model(model)
+
+
+@singledispatch
+def describe_model(model: nn.Module) -> Backbone:
+    """Describe a whole model; registered by model class."""
+    raise UnsupportedError(
+        f"{type(model).__name__} is not supported; supported are timm VisionTransformer, Eva (EVA, EVA-02, DINOv3, "
+        "RoPE ViTs) and Beit, and OpenCLIP models with such or native transformer towers"
+    )
+
+
+@singledispatch
+def describe_block(block: nn.Module) -> BlockSites:
+    """Describe one transformer block; registered by block class."""
+    raise UnsupportedError(f"blocks of class {type(block).__name__} have no sited form")
+
+
+@singledispatch
+def describe_attention(attention: nn.Module) -> tuple[type[nn.Module], dict[str, Layer]]:
+    """Sited class and layer sites of an attention module; registered by attention class."""
+    raise UnsupportedError(f"attention of class {type(attention).__name__} has no sited form")
+
+
+@singledispatch
+def describe_mlp(mlp: nn.Module) -> dict[str, Layer]:
+    """Layer sites of an MLP; registered by MLP class."""
+    raise UnsupportedError(f"an MLP of class {type(mlp).__name__} has no described layers")
+
+
+def norm_layers(**norms: nn.Module | None) -> dict[str, Layer]:
+    """Layer sites for those normalisations that have a weight."""
+    return {
+        site: Layer(site, "norm", norm) for site, norm in norms.items() if getattr(norm, "weight", None) is not None
+    }
+
+
+def pre_norm_block(
+    block: nn.Module, sited_class: type[nn.Module], probe: Callable[[int], dict] = lambda num_tokens: {}
+) -> BlockSites:
+    """Describe a block with timm's attribute names: norm1, attn, norm2, mlp."""
+    sited_attention_class, layers = describe_attention(block.attn)
+    for original, sited in ((block, sited_class), (block.attn, sited_attention_class)):
+        if not issubclass(sited, type(original)):
+            raise UnsupportedError(
+                f"{type(original).__name__} is a subclass of {sited.__mro__[1].__name__} with its own code; "
+                "register a sited form of it with visionpeft.backbones.dispatch"
+            )
+    layers = norm_layers(norm1=block.norm1) | layers | norm_layers(norm2=block.norm2) | describe_mlp(block.mlp)
+    return BlockSites(block, sited_class, block.attn, sited_attention_class, layers, probe)

@@ -1,0 +1,215 @@
+"""OpenCLIP models: native visual and text towers on both attention classes, and towers with a timm trunk."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import (
+    Attention,
+    CustomResidualAttentionBlock,
+    ResidualAttentionBlock,
+    TextTransformer,
+    VisionTransformer,
+)
+
+from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fused_qkv_layers, thirds
+from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, norm_layers
+from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
+from visionpeft.errors import UnsupportedError
+from visionpeft.sites import Sites
+
+
+class SitedMultiheadAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` as OpenCLIP's blocks call it (self-attention, batch first), with sites q, k, v and kv.
+
+    Unlike torch's, it calls `out_proj` as a module, so that what acts at `proj` is reached.
+    """
+
+    sites: Sites
+
+    def forward(self, query, key, value, need_weights=False, attn_mask=None, **others):
+        """Attend over tokens (batch, tokens, width); returns (output, None)."""
+        if need_weights or others or query is not key or key is not value:
+            raise UnsupportedError("attention with an adapter attached computes self-attention without weights only")
+        batch, tokens, _ = query.shape
+        qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        parts = apply_fused(self.sites, query, qkv, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (part.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for part in parts)
+        k, v = self.sites.kv(k, v)
+        mask = by_head(attn_mask, batch, self.num_heads)
+        x = attend(q, k, v, attn_mask=mask, dropout=self.dropout if self.training else 0.0)
+        return self.out_proj(x.transpose(1, 2).reshape(batch, tokens, -1)), None
+
+
+class SitedCustomAttention(Attention):
+    """OpenCLIP's own `Attention` (packed in_proj, optional q/k norm, head scale, inner norm) with sites."""
+
+    sites: Sites
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width)."""
+        batch, tokens, _ = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        parts = apply_fused(self.sites, x, qkv, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (part.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for part in parts)
+        q, k = self.ln_q(q), self.ln_k(k)
+        k, v = self.sites.kv(k, v)
+        mask = by_head(attn_mask, batch, self.num_heads)
+        x = attend(q, k, v, attn_mask=mask, dropout=dropout_of(self), fused=self.use_fsdpa)
+        if self.head_scale is not None:
+            x = x * self.head_scale
+        x = self.ln_inner(x.transpose(1, 2).reshape(batch, tokens, -1))
+        return self.out_drop(self.out_proj(x))
+
+
+def by_head(mask: torch.Tensor | None, batch: int, heads: int) -> torch.Tensor | None:
+    """A mask (N, N), or (batch * heads, N, N) as (batch, heads, N, N)."""
+    return mask.reshape(batch, heads, *mask.shape[1:]) if mask is not None and mask.ndim == 3 else mask
+
+
+def additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """OpenCLIP's masks as additive ones of the tokens' dtype; a boolean one there is True where masked."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
+    return None if mask is None else mask.to(like.dtype)
+
+
+class SitedResidualAttentionBlock(ResidualAttentionBlock):
+    """OpenCLIP `ResidualAttentionBlock` with sites: x + ls_1(attn(ln_1 x)), then x + ls_2(mlp(ln_2 x))."""
+
+    sites: Sites
+
+    def forward(self, q_x, k_x=None, v_x=None, attn_mask=None):
+        """Map tokens (batch, tokens, width) to the same shape."""
+        if k_x is not None or v_x is not None:
+            raise UnsupportedError("cross-attention blocks have no sited form")
+        at = self.sites.enter()
+        x = at("stream_in", q_x)
+        h = self.attention(at("attn_in", self.ln_1(x)), attn_mask=self.sites.widen(additive(attn_mask, x)))
+        x = at("stream_mid", x + self.ls_1(at("attn_out", h)))
+        h = at("mlp_out", self.mlp(at("mlp_in", self.ln_2(x))))
+        return at("stream_out", x + self.ls_2(h))
+
+
+class SitedCustomResidualAttentionBlock(CustomResidualAttentionBlock):
+    """OpenCLIP `CustomResidualAttentionBlock` with sites; `attn_out` is behind the norm of the attention branch."""
+
+    sites: Sites
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to the same shape."""
+        at = self.sites.enter()
+        x = at("stream_in", x)
+        h = self.attn(at("attn_in", self.ln_1(x)), attn_mask=self.sites.widen(additive(attn_mask, x)))
+        x = at("stream_mid", x + self.ls_1(at("attn_out", self.ln_attn(h))))
+        h = at("mlp_out", self.mlp(at("mlp_in", self.ln_2(x))))
+        return at("stream_out", x + self.ls_2(h))
+
+
+@describe_attention.register(nn.MultiheadAttention)
+@describe_attention.register(Attention)
+def _(attention: nn.MultiheadAttention | Attention) -> tuple[type[nn.Module], dict[str, Layer]]:
+    if getattr(attention, "scaled_cosine", False):
+        raise UnsupportedError("OpenCLIP's scaled cosine attention is refused: open_clip's own forward of it fails")
+    if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
+        raise UnsupportedError("OpenCLIP towers with batch_first=False have no sited form")
+    bias = {}
+    if attention.in_proj_bias is not None:
+        rows = thirds(attention.in_proj_weight.shape[1])
+        bias = {site: (attention, "in_proj_bias", rows[site]) for site in rows}
+    layers = fused_qkv_layers(attention, "in_proj_weight", bias)
+    layers |= norm_layers(
+        q_norm=getattr(attention, "ln_q", None),
+        k_norm=getattr(attention, "ln_k", None),
+        attn_norm=getattr(attention, "ln_inner", None),
+    )
+    layers["proj"] = Layer("proj", "linear", attention.out_proj)
+    return (SitedCustomAttention if isinstance(attention, Attention) else SitedMultiheadAttention), layers
+
+
+@describe_block.register(ResidualAttentionBlock)
+@describe_block.register(CustomResidualAttentionBlock)
+def _(block: ResidualAttentionBlock | CustomResidualAttentionBlock) -> BlockSites:
+    custom = isinstance(block, CustomResidualAttentionBlock)
+    sited_class = SitedCustomResidualAttentionBlock if custom else SitedResidualAttentionBlock
+    sited_attention_class, layers = describe_attention(block.attn)
+    layers = norm_layers(norm1=block.ln_1) | layers | norm_layers(attn_branch_norm=getattr(block, "ln_attn", None))
+    layers |= norm_layers(norm2=block.ln_2) | {"fc1": Layer("fc1", "linear", block.mlp.c_fc)}
+    layers |= norm_layers(mlp_norm=getattr(block.mlp, "ln", None)) | {"fc2": Layer("fc2", "linear", block.mlp.c_proj)}
+
+    def probe(num_tokens: int) -> dict:
+        return {"attn_mask": torch.full((num_tokens, num_tokens), float("-inf")).double().triu_(1)}
+
+    return BlockSites(block, sited_class, block.attn, sited_attention_class, layers, probe)
+
+
+def visual_tower(tower: VisionTransformer, path: str) -> Tower:
+    """Describe OpenCLIP's own image tower. Prompts sit behind the class token, after `ln_pre`."""
+    sink = (tower, "positional_embedding", (slice(1, None),))
+    layers = {"patch_embed": Layer("patch_embed", "conv", tower.conv1, shift_sink=sink)}
+    return Tower(
+        name="visual",
+        path=path,
+        module=tower,
+        blocks=[describe_block(block) for block in tower.transformer.resblocks],
+        width=tower.conv1.out_channels,
+        num_prefix_tokens=1,
+        layers=layers | norm_layers(norm_pre=tower.ln_pre, norm=tower.ln_post),
+        patch_size=tuple(tower.patch_size),
+        spanning=(tower, tower.transformer),
+    )
+
+
+def text_tower(tower: nn.Module, path: str) -> Tower:
+    """Describe OpenCLIP's own text tower, which a plain `CLIP` keeps unpacked on itself."""
+    causal = tower.attn_mask is not None
+    return Tower(
+        name="text",
+        path=path,
+        module=tower,
+        blocks=[describe_block(block) for block in tower.transformer.resblocks],
+        width=tower.token_embedding.embedding_dim,
+        num_prefix_tokens=1,  # the start token
+        layers=norm_layers(norm=tower.ln_final),
+        causal=causal,
+        spanning=(tower.transformer,),
+        excluded=("visual.", "text_decoder.", "logit_"),
+    )
+
+
+@describe_model.register
+def _(model: VisionTransformer) -> Backbone:
+    return Backbone("open_clip", "VisionTransformer", model, {"visual": visual_tower(model, "")})
+
+
+@describe_model.register
+def _(model: TextTransformer) -> Backbone:
+    return Backbone("open_clip", "TextTransformer", model, {"text": text_tower(model, "")})
+
+
+@describe_model.register
+def _(model: TimmModel) -> Backbone:
+    trunk = describe_model(model.trunk)
+    tower = trunk.towers["visual"]
+    tower.path = "trunk"
+    return Backbone("open_clip", trunk.name, model, {"visual": tower})
+
+
+@describe_model.register(CLIP)
+@describe_model.register(CustomTextCLIP)
+@describe_model.register(CoCa)
+def _(model: CLIP | CustomTextCLIP | CoCa) -> Backbone:
+    towers, refused = {}, {}
+    try:
+        tower = describe_model(model.visual).towers["visual"]
+        tower.path = f"visual.{tower.path}".rstrip(".")
+        towers["visual"] = tower
+    except UnsupportedError as error:
+        refused["visual"] = str(error)
+    text = model.text if hasattr(model, "text") else model
+    if isinstance(text, TextTransformer | CLIP):
+        towers["text"] = text_tower(text, "text" if text is not model else "")
+    else:
+        refused["text"] = f"a text tower of class {type(text).__name__} has no sited blocks"
+    return Backbone("open_clip", type(model).__name__, model, towers, refused=refused)

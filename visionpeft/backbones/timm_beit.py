@@ -1,0 +1,80 @@
+"""timm `Beit`: BEiT and BEiTv2, with relative position bias and query and value biases outside the fused projection."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.models.beit import Attention, Beit, Block
+
+from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fused_qkv_layers
+from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, pre_norm_block
+from visionpeft.backbones.timm_vit import timm_backbone
+from visionpeft.backbones.tower import Backbone, BlockSites, Layer
+from visionpeft.sites import Sites
+
+
+class SitedBeitAttention(Attention):
+    """timm BEiT attention with sites q, k, v and kv. Prompts and prefixes get a relative position bias of zero."""
+
+    sites: Sites
+
+    def forward(self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width)."""
+        batch, tokens, _ = x.shape
+        bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        if bias is None or self.qkv_bias_separate:
+            qkv = self.qkv(x) if bias is None else self.qkv(x) + bias
+        else:
+            qkv = F.linear(x, self.qkv.weight, bias)
+        parts = apply_fused(self.sites, x, qkv, self.qkv.weight, bias)
+        q, k, v = (part.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for part in parts)
+        k, v = self.sites.kv(k, v)
+        bias = self.sites.widen(self.position_bias(shared_rel_pos_bias))
+        x = attend(q, k, v, attn_mask=bias, dropout=dropout_of(self), fused=self.fused_attn)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, -1)))
+
+    def position_bias(self, shared: torch.Tensor | None) -> torch.Tensor | None:
+        """Relative position bias (1, heads, N, N), own and shared added, or None."""
+        if self.relative_position_bias_table is None:
+            return shared
+        own = self._get_rel_pos_bias()
+        return own if shared is None else own + shared
+
+
+class SitedBeitBlock(Block):
+    """timm BEiT `Block` with sites: like the ViT block, with the layer scales gamma_1 and gamma_2."""
+
+    sites: Sites
+
+    def forward(self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to the same shape."""
+        at = self.sites.enter()
+        x = at("stream_in", x)
+        h = at("attn_in", self.norm1(x))
+        h = at("attn_out", self.attn(h, shared_rel_pos_bias=shared_rel_pos_bias))
+        x = at("stream_mid", x + self.drop_path1(h if self.gamma_1 is None else self.gamma_1 * h))
+        h = at("mlp_out", self.mlp(at("mlp_in", self.norm2(x))))
+        return at("stream_out", x + self.drop_path2(h if self.gamma_2 is None else self.gamma_2 * h))
+
+
+@describe_attention.register
+def _(attention: Attention) -> tuple[type[nn.Module], dict[str, Layer]]:
+    bias = {} if attention.q_bias is None else {s: (attention, f"{s}_bias", None) for s in ("q", "v")}
+    layers = fused_qkv_layers(attention.qkv, "weight", bias)
+    return SitedBeitAttention, layers | {"proj": Layer("proj", "linear", attention.proj)}
+
+
+@describe_block.register
+def _(block: Block) -> BlockSites:
+    attention = block.attn
+
+    def probe(num_tokens: int) -> dict:
+        if attention.window_size is not None:
+            return {"num_tokens": attention.window_size[0] * attention.window_size[1] + 1}
+        return {"shared_rel_pos_bias": torch.randn(1, attention.num_heads, num_tokens, num_tokens).double()}
+
+    return pre_norm_block(block, SitedBeitBlock, probe)
+
+
+@describe_model.register
+def _(model: Beit) -> Backbone:
+    return timm_backbone(model)

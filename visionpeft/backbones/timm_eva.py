@@ -1,0 +1,170 @@
+"""timm `Eva`: EVA, EVA-02, DINOv3, Perception Encoder and ViT-RoPE, with rotary positions and fused or split qkv."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
+from timm.layers.attention import AttentionRope
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+
+from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fused_qkv_layers, thirds
+from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, pre_norm_block
+from visionpeft.backbones.timm_layers import attention_output_layers
+from visionpeft.backbones.timm_vit import timm_backbone
+from visionpeft.backbones.tower import Backbone, BlockSites, Layer
+from visionpeft.sites import Sites
+
+
+class SitedEvaAttention(EvaAttention):
+    """timm `EvaAttention` (no key bias, bias outside the fused projection) with sites q, k, v and kv."""
+
+    sites: Sites
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width); `rope` rotates the patches, never prefix or prompt tokens."""
+        if self.qkv is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
+            if bias is None or self.qkv_bias_separate:
+                qkv = self.qkv(x) if bias is None else self.qkv(x) + bias
+            else:
+                qkv = F.linear(x, self.qkv.weight, bias)
+            q, k, v = apply_fused(self.sites, x, qkv, self.qkv.weight, bias)
+        return rotary_attention(self, x, (q, k, v), rope, attn_mask, is_causal)
+
+
+class SitedAttentionRope(AttentionRope):
+    """timm `AttentionRope` (optionally fewer key and value heads) with sites q, k, v and kv."""
+
+    sites: Sites
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width); `rope` rotates the patches, never prefix or prompt tokens."""
+        if self.qkv is None:
+            qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            qkv = apply_fused(self.sites, x, self.qkv(x), self.qkv.weight, self.qkv.bias)
+        return rotary_attention(self, x, qkv, rope, attn_mask, is_causal)
+
+
+def rotary_attention(attention, x, qkv, rope, attn_mask, is_causal) -> torch.Tensor:
+    """What EvaAttention and AttentionRope do with projected q, k, v (batch, tokens, heads * head width)."""
+    batch, tokens, _ = x.shape
+    gate = attention.gate(x).sigmoid() if attention.gate is not None else None
+    heads = (attention.num_heads, *(getattr(attention, "num_kv_heads", attention.num_heads),) * 2)
+    q, k, v = (part.reshape(batch, tokens, h, -1).transpose(1, 2) for part, h in zip(qkv, heads, strict=True))
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    if rope is not None:
+        fixed = attention.num_prefix_tokens + attention.sites.extra_tokens
+        half = getattr(attention, "rotate_half", False)
+        q, k = (
+            torch.cat((t[:, :, :fixed], apply_rot_embed_cat(t[:, :, fixed:], rope, half=half)), dim=2).type_as(v)
+            for t in (q, k)
+        )
+    k, v = attention.sites.kv(k, v)
+    groups = heads[0] // heads[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    x = attend(
+        q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout_of(attention), fused=attention.fused_attn
+    )
+    x = attention.norm(x.transpose(1, 2).reshape(batch, tokens, -1))
+    if gate is not None:
+        x = x * gate
+    return attention.proj_drop(attention.proj(x))
+
+
+class SitedEvaBlock(EvaBlock):
+    """timm `EvaBlock` with sites: like the ViT block, with the layer scales gamma_1 and gamma_2."""
+
+    sites: Sites
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to the same shape."""
+        at = self.sites.enter()
+        x = at("stream_in", x)
+        h = self.attn(
+            at("attn_in", self.norm1(x)), rope=rope, attn_mask=self.sites.widen(attn_mask), is_causal=is_causal
+        )
+        h = at("attn_out", h)
+        x = at("stream_mid", x + self.drop_path1(h if self.gamma_1 is None else self.gamma_1 * h))
+        h = at("mlp_out", self.mlp(at("mlp_in", self.norm2(x))))
+        return at("stream_out", x + self.drop_path2(h if self.gamma_2 is None else self.gamma_2 * h))
+
+
+class SitedEvaBlockPostNorm(EvaBlockPostNorm):
+    """timm `EvaBlockPostNorm` with sites: the norms follow attention and MLP."""
+
+    sites: Sites
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to the same shape."""
+        at = self.sites.enter()
+        x = at("stream_in", x)
+        h = self.attn(at("attn_in", x), rope=rope, attn_mask=self.sites.widen(attn_mask), is_causal=is_causal)
+        x = at("stream_mid", x + self.drop_path1(self.norm1(at("attn_out", h))))
+        h = at("mlp_out", self.mlp(at("mlp_in", x)))
+        return at("stream_out", x + self.drop_path2(self.norm2(h)))
+
+
+@describe_attention.register
+def _(attention: EvaAttention) -> tuple[type[nn.Module], dict[str, Layer]]:
+    if attention.qkv is None:
+        return SitedEvaAttention, split_qkv_layers(attention) | attention_output_layers(attention)
+    bias = {} if attention.q_bias is None else {s: (attention, f"{s}_bias", None) for s in ("q", "v")}
+    return SitedEvaAttention, fused_qkv_layers(attention.qkv, "weight", bias) | attention_output_layers(attention)
+
+
+@describe_attention.register
+def _(attention: AttentionRope) -> tuple[type[nn.Module], dict[str, Layer]]:
+    if attention.qkv is None:
+        return SitedAttentionRope, split_qkv_layers(attention) | attention_output_layers(attention)
+    bias = {}
+    if attention.qkv.bias is not None:
+        bias = {site: (attention.qkv, "bias", rows) for site, rows in thirds(attention.attn_dim).items()}
+    return SitedAttentionRope, fused_qkv_layers(attention.qkv, "weight", bias) | attention_output_layers(attention)
+
+
+def split_qkv_layers(attention: nn.Module) -> dict[str, Layer]:
+    """Layer sites of q_proj, k_proj and v_proj."""
+    return {site: Layer(site, "linear", getattr(attention, f"{site}_proj")) for site in "qkv"}
+
+
+@describe_block.register(EvaBlock)
+@describe_block.register(EvaBlockPostNorm)
+def _(block: EvaBlock | EvaBlockPostNorm) -> BlockSites:
+    def probe(num_tokens: int) -> dict:
+        patches = num_tokens - block.attn.num_prefix_tokens
+        return {"rope": torch.randn(patches, 2 * block.attn.head_dim, dtype=torch.float64)}
+
+    return pre_norm_block(block, SitedEvaBlock if isinstance(block, EvaBlock) else SitedEvaBlockPostNorm, probe)
+
+
+@describe_model.register
+def _(model: Eva) -> Backbone:
+    return timm_backbone(model, norm_pre=model.norm_pre)

@@ -1,0 +1,62 @@
+"""Layers that several timm families share: the plain attention, and the layer sites of timm's MLPs."""
+
+import torch
+import torch.nn as nn
+from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+
+from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fused_qkv_layers, thirds
+from visionpeft.backbones.dispatch import describe_attention, describe_mlp, norm_layers
+from visionpeft.backbones.tower import Layer
+from visionpeft.errors import UnsupportedError
+from visionpeft.sites import Sites
+
+
+class SitedAttention(Attention):
+    """timm `Attention` (fused qkv, optional query and key normalisation and output gate) with sites q, k, v and kv."""
+
+    sites: Sites
+
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width)."""
+        batch, tokens, _ = x.shape
+        gate = self.gate(x).sigmoid() if self.gate is not None else None
+        qkv = apply_fused(self.sites, x, self.qkv(x), self.qkv.weight, self.qkv.bias)
+        q, k, v = (part.reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2) for part in qkv)
+        q, k = self.q_norm(q), self.k_norm(k)
+        k, v = self.sites.kv(k, v)
+        x = attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout_of(self), fused=self.fused_attn)
+        x = self.norm(x.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x))
+
+
+@describe_attention.register
+def _(attention: Attention) -> tuple[type[nn.Module], dict[str, Layer]]:
+    bias = {}
+    if attention.qkv.bias is not None:
+        bias = {site: (attention.qkv, "bias", rows) for site, rows in thirds(attention.attn_dim).items()}
+    return SitedAttention, fused_qkv_layers(attention.qkv, "weight", bias) | attention_output_layers(attention)
+
+
+def attention_output_layers(attention: nn.Module) -> dict[str, Layer]:
+    """Layer sites around timm's attention proper: norms of q, k and the output, gate and output projection."""
+    layers = norm_layers(q_norm=attention.q_norm, k_norm=attention.k_norm, attn_norm=attention.norm)
+    if getattr(attention, "gate", None) is not None:
+        layers["gate"] = Layer("gate", "linear", attention.gate)
+    return layers | {"proj": Layer("proj", "linear", attention.proj)}
+
+
+@describe_mlp.register(Mlp)
+@describe_mlp.register(GluMlp)
+def _(mlp: Mlp | GluMlp) -> dict[str, Layer]:
+    if not isinstance(mlp.fc1, nn.Linear):
+        raise UnsupportedError(f"{type(mlp).__name__} with {type(mlp.fc1).__name__} layers is not a token MLP")
+    fc1, fc2 = Layer("fc1", "linear", mlp.fc1), Layer("fc2", "linear", mlp.fc2)
+    return {"fc1": fc1} | norm_layers(mlp_norm=mlp.norm) | {"fc2": fc2}
+
+
+@describe_mlp.register
+def _(mlp: SwiGLU) -> dict[str, Layer]:
+    layers = {site: Layer(site, "linear", getattr(mlp, site), target="fc1") for site in ("fc1_g", "fc1_x")}
+    return layers | norm_layers(mlp_norm=mlp.norm) | {"fc2": Layer("fc2", "linear", mlp.fc2)}

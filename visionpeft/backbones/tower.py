@@ -1,0 +1,170 @@
+"""What a backbone looks like to a method: towers of blocks, and the layers whose weights it may act on."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+
+
+@dataclass
+class Layer:
+    """The rows of a weight and bias that make the output of one layer site.
+
+    Args:
+        site: name of the site: "q", "fc1_g", "norm1", "patch_embed".
+        kind: "linear", "conv" or "norm".
+        owner: module that holds the weight.
+        weight: name of the weight parameter in `owner`.
+        bias_owner: module that holds the bias parameter, or None if this layer has none.
+        bias: name of the bias parameter in `bias_owner`.
+        rows: rows of a fused weight, or None for all.
+        bias_rows: rows of a fused bias, or None for all.
+        called: whether `owner` is called, so that its class can be swapped; otherwise the attention reads its weight.
+        target: the name users address it by, where it differs from the site.
+        shift_sink: (module, parameter name, index) where a constant shift of the output can be folded into when the
+            layer has no bias, such as the position embedding behind a patch convolution.
+    """
+
+    site: str
+    kind: str
+    owner: nn.Module
+    weight: str = "weight"
+    bias_owner: nn.Module | None = None
+    bias: str = "bias"
+    rows: slice | None = None
+    bias_rows: slice | None = None
+    called: bool = True
+    target: str = ""
+    shift_sink: tuple[nn.Module, str, tuple] | None = None
+
+    def __post_init__(self):
+        self.target = self.target or self.site
+        if self.bias_owner is None and self.called and getattr(self.owner, self.bias, None) is not None:
+            self.bias_owner = self.owner
+
+    @property
+    def weight_tensor(self) -> torch.Tensor:
+        """The weight rows: (out, in) for linear, (out, in, kernel, kernel) for conv, (width,) for norm."""
+        weight = getattr(self.owner, self.weight)
+        return weight if self.rows is None else weight[self.rows]
+
+    @property
+    def bias_tensor(self) -> torch.Tensor | None:
+        """The bias rows (out,), or None."""
+        if self.bias_owner is None:
+            return None
+        bias = getattr(self.bias_owner, self.bias)
+        return bias if self.bias_rows is None else bias[self.bias_rows]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the layer's output."""
+        return self.weight_tensor.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the layer's input; for a convolution the number of its input channels."""
+        return self.weight_tensor.shape[1]
+
+
+@dataclass
+class BlockSites:
+    """One block of a tower.
+
+    Args:
+        module: the library's block.
+        sited_class: the subclass of the block's class whose forward offers the sites.
+        attention: the attention module inside it.
+        sited_attention_class: likewise for the attention.
+        layers: the layer sites by name.
+        probe: makes one more call argument set for the self-check: `probe(num_tokens) -> kwargs` of the forward.
+    """
+
+    module: nn.Module
+    sited_class: type[nn.Module]
+    attention: nn.Module
+    sited_attention_class: type[nn.Module]
+    layers: dict[str, Layer]
+    probe: Callable[[int], dict] = field(default=lambda num_tokens: {})
+
+
+@dataclass
+class Tower:
+    """A stack of blocks.
+
+    Args:
+        name: "visual" or "text".
+        path: where it sits in the model, "" for the model itself.
+        module: the module at that path.
+        blocks: its blocks in order.
+        width: width of the token stream.
+        num_prefix_tokens: tokens in front of the patches (class, registers); for text the start token.
+        layers: layer sites outside the blocks: "patch_embed", "norm_pre", "norm", "fc_norm".
+        patch_size: height and width of a patch in pixels, None for text.
+        causal: whether attention is masked to the past.
+        spanning: modules whose `forward_intermediates` cannot be used while prompts stay for several blocks.
+        final_norms: names of the layers that normalise behind the last block.
+        excluded: prefixes of parameter names in `module` that belong to a head or to another tower.
+    """
+
+    name: str
+    path: str
+    module: nn.Module
+    blocks: list[BlockSites]
+    width: int
+    num_prefix_tokens: int
+    layers: dict[str, Layer]
+    patch_size: tuple[int, int] | None = None
+    causal: bool = False
+    spanning: tuple[nn.Module, ...] = ()
+    final_norms: tuple[str, ...] = ("norm", "fc_norm")
+    excluded: tuple[str, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def attention_width(self) -> int:
+        """Width of keys and values, all heads together."""
+        return self.blocks[0].layers["v"].out_features
+
+    def parameter_names(self) -> list[str]:
+        """Names in `module` of the tower's own parameters."""
+        excluded = ("peft.", *self.excluded)
+        return [name for name, _ in self.module.named_parameters() if not name.startswith(excluded)]
+
+    def all_layers(self) -> Iterator[tuple[int | None, Layer]]:
+        """Every layer site with the index of its block, or None outside the blocks."""
+        for layer in self.layers.values():
+            yield None, layer
+        for index, block in enumerate(self.blocks):
+            for layer in block.layers.values():
+                yield index, layer
+
+    def layer(self, block: int | None, site: str) -> Layer:
+        """The layer site of a block, or of the tower itself if `block` is None."""
+        return self.layers[site] if block is None else self.blocks[block].layers[site]
+
+
+@dataclass
+class Backbone:
+    """A model as methods and the mechanism see it.
+
+    Args:
+        library: "timm" or "open_clip".
+        name: architecture name, as far as the model records it.
+        model: the model itself.
+        towers: its towers by name.
+        heads: paths of the classification heads, empty if the model has none.
+        refused: why a tower of the model is missing from `towers`, by its name.
+    """
+
+    library: str
+    name: str
+    model: nn.Module
+    towers: dict[str, Tower]
+    heads: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)

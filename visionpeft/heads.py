@@ -1,0 +1,50 @@
+"""Classification heads as plain data, so that a saved one can be rebuilt without pickle."""
+
+import torch.nn as nn
+
+from visionpeft.errors import StorageError
+
+# layer class -> attributes that its constructor takes
+LAYERS = {
+    nn.Identity: (),
+    nn.Dropout: ("p",),
+    nn.Linear: ("in_features", "out_features"),
+    nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
+    nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
+}
+
+
+def head_layout(head: nn.Module) -> dict:
+    """Class and constructor arguments of a head: one of `LAYERS`, or an `nn.Sequential` of them.
+
+    Raises:
+        StorageError: for any other class.
+    """
+    if type(head) is nn.Sequential:
+        return {"class": "Sequential", "layers": {name: head_layout(layer) for name, layer in head.named_children()}}
+    for cls, names in LAYERS.items():
+        if type(head) is cls or (isinstance(head, cls) and type(head).forward is cls.forward):
+            arguments = {name: getattr(head, name) for name in names}
+            if cls is nn.Linear:
+                arguments["bias"] = head.bias is not None
+            return {"class": cls.__name__, "arguments": arguments}
+    allowed = ", ".join(cls.__name__ for cls in LAYERS)
+    raise StorageError(f"a head of class {type(head).__name__} cannot be saved; use Sequential, {allowed}")
+
+
+def head_from_layout(layout: dict) -> nn.Module:
+    """Build the head that `head_layout` described.
+
+    Raises:
+        StorageError: if the layout is not one that `head_layout` writes.
+    """
+    try:
+        if layout["class"] == "Sequential":
+            head = nn.Sequential()
+            for name, layer in layout["layers"].items():
+                head.add_module(name, head_from_layout(layer))
+            return head
+        (cls,) = [cls for cls in LAYERS if cls.__name__ == layout["class"]]
+        return cls(**layout["arguments"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise StorageError(f"the saved head {layout!r} is not one this version can build") from None

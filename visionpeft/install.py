@@ -1,0 +1,168 @@
+"""Puts the modules of the active adapters where they act: swaps classes, fills sites, swaps parameters and heads.
+
+A model without active adapters has its original classes, parameters and heads.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch.nn as nn
+
+from visionpeft.adapters import Adapters, AttachedAdapter
+from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.tower import Tower
+from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.routing import Routed, RoutedHead, check_routable
+from visionpeft.sites import Order, Sites, sited_layer_class
+
+# (tower, block, site, where the result is added) -> modules in the order in which they act
+Plan = dict[tuple[str, int | None, str, str | None], list[nn.Module]]
+
+
+def install(model: nn.Module) -> None:
+    """Make the model compute with the adapters that `model.peft` says are active, or route its batch."""
+    peft: Adapters = model.peft
+    peft.restore()
+    groups = [(name,) for name in dict.fromkeys(peft.route) if name] if peft.route else [peft.active]
+    if not any(groups):
+        return
+    backbone = describe(model)
+    plans = [plan_of(peft, names) for names in groups]
+    routed = None
+    if peft.route is not None:
+        check_routable(peft, plans, groups)
+        rows = [[row for row, name in enumerate(peft.route) if (name,) == group] for group in groups]
+        routed = rows, len(peft.route)
+    for tower in backbone.towers.values():
+        _install_tower(peft, tower, plans, routed)
+    _install_parameters(peft, model)
+    _install_heads(peft, model, backbone.heads, groups)
+
+
+def plan_of(peft: Adapters, names: tuple[str, ...]) -> Plan:
+    """What acts where when these adapters are active together, in the law of order."""
+    entries = defaultdict(list)
+    for name in names:
+        adapter: AttachedAdapter = peft[name]
+        for sequence, (index, placement) in enumerate(adapter.placements):
+            order = getattr(placement.module, "order", Order.TOKENS)
+            rank = (order, type(adapter.methods[index]).__name__, name, sequence)
+            entries[placement.tower, placement.block, placement.site, placement.add].append((rank, placement.module))
+    return {key: [module for _, module in sorted(acting, key=lambda e: e[0])] for key, acting in entries.items()}
+
+
+def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> None:
+    here: dict[int | None, dict] = defaultdict(lambda: defaultdict(lambda: [[] for _ in plans]))
+    for number, plan in enumerate(plans):
+        for (tower_name, block, site, add), modules in plan.items():
+            if tower_name == tower.name:
+                here[block][site, add][number] = modules
+    prompts = _travelling(tower, plans[0])
+    for index, block in enumerate(tower.blocks):
+        if index not in here and not prompts[index]:
+            continue
+        sites = Sites(tower.num_prefix_tokens, tower.causal)
+        sites.extra_tokens = prompts[index]
+        swap(peft, block.module, block.sited_class).sites = sites
+        swap(peft, block.attention, block.sited_attention_class).sites = sites
+        _fill(peft, sites, block.layers, here.get(index, {}), routed)
+    _fill(peft, None, tower.layers, here.get(None, {}), routed)
+    if any(order_of(module) == Order.ENTER_SPAN for plan in plans for modules in plan.values() for module in modules):
+        for module in tower.spanning:
+            module.__dict__["forward_intermediates"] = NoIntermediates()
+            peft.swapped.append((module, type(module)))
+
+
+def _fill(peft: Adapters, sites: Sites | None, layers: dict, here: dict, routed) -> None:
+    for (site, add), groups in here.items():
+        acting = tuple(groups[0]) if routed is None else (Routed(*routed, groups, add is not None),)
+        if site in layers and layers[site].called:
+            layer = layers[site].owner
+            swap(peft, layer, sited_layer_class(type(layer))).acting = acting
+        elif add is not None:
+            sites.branches[site] = sites.branches.get(site, ()) + tuple((module, add) for module in acting)
+        else:
+            sites.acting[site] = acting
+
+
+def swap(peft: Adapters, module: nn.Module, sited_class: type) -> nn.Module:
+    """Give a module its sited class and remember the original one."""
+    peft.swapped.append((module, type(module)))
+    module.__class__ = sited_class
+    return module
+
+
+def order_of(module: nn.Module) -> Order:
+    """The place of a module in the law of order."""
+    return getattr(module, "order", Order.TOKENS)
+
+
+def _travelling(tower: Tower, plan: Plan) -> list[int]:
+    """How many prompts travel through each block; refuses spans that overlap without one containing the other."""
+    open_spans: list[int] = []
+    counts = []
+    for index in range(tower.depth):
+        enter = plan.get((tower.name, index, "stream_in", None), [])
+        leave = plan.get((tower.name, index, "stream_out", None), [])
+        within = sum(module.num_tokens for module in enter if order_of(module) == Order.ENTER)
+        open_spans += [module.num_tokens for module in enter if order_of(module) == Order.ENTER_SPAN]
+        counts.append(within + sum(open_spans))
+        for module in leave:
+            if order_of(module) == Order.LEAVE_SPAN:
+                if not open_spans or open_spans[-1] != module.num_tokens:
+                    raise UnsupportedError(
+                        "shallow prompts of two adapters overlap in part; their block ranges must be nested or apart"
+                    )
+                open_spans.pop()
+    return counts
+
+
+class NoIntermediates:
+    """Stands in for `forward_intermediates` while prompts are among the tokens between blocks."""
+
+    def __call__(self, *args, **kwargs):
+        """Refuse."""
+        raise UnsupportedError(
+            "forward_intermediates cannot be used while shallow prompts travel between the blocks; use VPT(deep=True)"
+        )
+
+
+def _install_parameters(peft: Adapters, model: nn.Module) -> None:
+    by_parameter: dict[str, str] = {}
+    for name in peft.active if peft.route is None else ():
+        for parameter_name, trained in peft[name].trained_parameters():
+            if parameter_name in by_parameter:
+                raise ConfigurationError(
+                    f"adapters {by_parameter[parameter_name]!r} and {name!r} both train {parameter_name!r}; "
+                    "activate only one of them"
+                )
+            by_parameter[parameter_name] = name
+            replace_everywhere(peft, model, model.get_parameter(parameter_name), trained)
+
+
+def replace_everywhere(peft: Adapters, model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Replace a parameter in every module that holds it, so that tied parameters stay tied."""
+    for path, module in model.named_modules():
+        if path == "peft" or path.startswith("peft."):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is old:
+                peft.replace(module, name, new)
+
+
+def _install_heads(peft: Adapters, model: nn.Module, heads: tuple[str, ...], groups: list[tuple[str, ...]]) -> None:
+    acting = [name for names in groups for name in names]
+    for path in dict.fromkeys((*heads, *(path for name in acting for path in peft[name].heads))):
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        if peft.route is not None:
+            peft.replace(owner, name, RoutedHead(_head_of(peft, model, path), peft.route))
+            continue
+        with_head = [adapter for adapter in peft.active if path in peft[adapter].heads]
+        if with_head:
+            peft.replace(owner, name, peft[with_head[-1]].get_submodule(path))
+
+
+def _head_of(peft: Adapters, model: nn.Module, path: str) -> Callable[[str | None], nn.Module]:
+    original = model.get_submodule(path)
+    return lambda name: peft[name].get_submodule(path) if name and path in peft[name].heads else original

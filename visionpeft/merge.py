@@ -1,0 +1,107 @@
+"""Merge adapters into the weights, exactly where the algebra allows it, and take them out again."""
+
+import torch
+import torch.nn as nn
+
+from visionpeft.adapters import Adapters
+from visionpeft.attach import attached
+from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.install import install, plan_of, replace_everywhere
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Merge the active adapters: the model becomes a plain timm or OpenCLIP model that computes the same.
+
+    Its classes and `state_dict` keys are the library's own, so that the library saves and loads it without us. The
+    original weights are kept aside for `unmerge` and `detach`.
+
+    Raises:
+        UnsupportedError: if an active method adds something no weight of the backbone can hold; nothing is changed.
+    """
+    peft = attached(model)
+    if not peft.active or peft.route is not None:
+        raise ConfigurationError("merge merges the active adapters, but none is active; call activate first")
+    _check_mergeable(peft)
+    peft.restore()
+    try:
+        changes = _merged_parameters(model, peft)
+    finally:
+        install(model)
+    peft.restore_classes()
+    for owner, name, value in changes:
+        current = getattr(owner, name)
+        replace_everywhere(peft, model, current, nn.Parameter(value, requires_grad=False))
+    del model.peft
+    # Not registered, so that the model's state_dict is the library's own.
+    model.__dict__["merged_peft"] = peft
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge`: the original weights come back byte for byte and the adapters act again."""
+    peft: Adapters | None = model.__dict__.pop("merged_peft", None)
+    if peft is None:
+        raise ConfigurationError("the model has no merged adapters")
+    device = next(model.parameters()).device
+    peft.to(device)
+    model.add_module("peft", peft)
+    install(model)
+    return model
+
+
+def _check_mergeable(peft: Adapters) -> None:
+    for name in peft.active:
+        for index, placement in peft[name].placements:
+            if not hasattr(placement.module, "merge"):
+                method = type(peft[name].methods[index]).__name__
+                raise UnsupportedError(
+                    f"{method} (adapter {name!r}) cannot be merged: what it adds at {placement.site} is no change of a "
+                    "weight of the backbone; keep it attached"
+                )
+
+
+def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """New values of the parameters that the active adapters change, as (owner, name, value)."""
+    trained = {id(model.get_parameter(n)): p for a in peft.active for n, p in peft[a].trained_parameters()}
+    values: dict[tuple[int, str], tuple[nn.Module, str, torch.Tensor]] = {}
+
+    def value(owner: nn.Module, name: str) -> torch.Tensor:
+        parameter = getattr(owner, name)
+        start = trained.get(id(parameter), parameter).detach().double().clone()
+        return values.setdefault((id(owner), name), (owner, name, start))[2]
+
+    towers = describe(model).towers
+    for (tower_name, block, site, _), modules in plan_of(peft, peft.active).items():
+        tower = towers[tower_name]
+        layer = tower.layer(block, site)
+        _merge_layer(layer, modules, value, _place(tower, block, site))
+    return [(owner, name, v.to(getattr(owner, name).dtype)) for owner, name, v in values.values()]
+
+
+def _merge_layer(layer: Layer, modules: list[nn.Module], value, place: str) -> None:
+    weight = value(layer.owner, layer.weight)
+    weight_rows = weight if layer.rows is None else weight[layer.rows]
+    bias_rows = None
+    if layer.bias_owner is not None:
+        bias = value(layer.bias_owner, layer.bias)
+        bias_rows = bias if layer.bias_rows is None else bias[layer.bias_rows]
+    new_weight, new_bias = weight_rows, bias_rows
+    for module in modules:
+        new_weight, new_bias = module.merge(new_weight, new_bias)
+    weight_rows.copy_(new_weight)
+    if bias_rows is not None:
+        bias_rows.copy_(new_bias)
+    elif new_bias is not None:
+        if layer.shift_sink is None:
+            raise UnsupportedError(f"{place} has no bias that could hold the shift of {type(modules[-1]).__name__}")
+        owner, name, index = layer.shift_sink
+        value(owner, name)[index] += new_bias
+
+
+def _place(tower: Tower, block: int | None, site: str) -> str:
+    return (
+        f"{site} of the {tower.name} tower" if block is None else f"{site} in block {block} of the {tower.name} tower"
+    )

@@ -1,0 +1,61 @@
+"""AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition (Chen et al., 2022).
+
+https://arxiv.org/abs/2205.13535
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from visionpeft.addressing import Blocks, Overrides
+from visionpeft.backbones.tower import Tower
+from visionpeft.methods.base import Method, blocks_of, require
+from visionpeft.methods.bottleneck import Bottleneck
+from visionpeft.sites import Placement
+
+
+@dataclass(frozen=True)
+class AdaptFormer(Method):
+    """A bottleneck beside the MLP: y + mlp(norm2 y) + scale * up(dropout(relu(down y))), y the stream after attention.
+
+    The branch reads y itself, not its normalisation: the authors' code and their answer to readers, against the figure
+    of the first version. down is Kaiming-uniform with a = sqrt(5), everything else zero: no change at the start.
+    Not mergeable: it is not linear. Trainable: L (2 D h + h + D); 1,189,632 on ViT-B/16 for h = 64.
+    Source: Chen et al., AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, 2022.
+
+    Args:
+        bottleneck: width h.
+        scale: a fixed number, or "learned" for one trained number per block that starts at 1.
+        dropout: dropout in the bottleneck; the paper's image runs use 0.1.
+        overrides: other bottlenecks for some blocks, such as {"last:4": 32}.
+        blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
+        towers: which towers, "visual" or "text" or both; by default the image tower.
+    """
+
+    bottleneck: int = 64
+    scale: float | str = 0.1
+    dropout: float = 0.1
+    overrides: dict[str, int] = field(default_factory=dict)
+    blocks: Blocks = "all"
+    towers: str | list[str] | None = None
+
+    def __post_init__(self):
+        widths = [self.bottleneck, *self.overrides.values()]
+        require(all(isinstance(h, int) and h > 0 for h in widths), self, "bottleneck must be a positive integer")
+        require(not isinstance(self.scale, str) or self.scale == "learned", self, "scale must be a number or 'learned'")
+        require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
+
+    def place(self, tower: Tower) -> Iterator[Placement]:
+        """One parallel `Bottleneck` in every chosen block."""
+        widths = Overrides(self.bottleneck, self.overrides, tower.depth, (), "AdaptFormer overrides")
+        for index in blocks_of(self, tower):
+            module = Bottleneck(
+                width=tower.width,
+                bottleneck=widths.at(index),
+                activation="relu",
+                scale=self.scale,
+                dropout=self.dropout,
+                drop_path=0.0,
+                init="lora",
+                serial=False,
+            )
+            yield Placement(tower.name, index, "stream_mid", module, add="stream_out")

@@ -1,0 +1,66 @@
+"""BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (Ben Zaken et al., 2022).
+
+https://arxiv.org/abs/2106.10199
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.methods.base import Method
+from visionpeft.sites import Order, Placement
+
+
+class Shift(nn.Module):
+    """y + shift on the channels of a layer's output: its bias is b + shift; (out,), zero at the start."""
+
+    order = Order.WEIGHT
+
+    def __init__(self, layer: Layer):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(layer.out_features))
+        self.trailing = (1, 1) if layer.kind == "conv" else ()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
+        """Map the layer's output y, channels last or (batch, out, h, w), to the same shape."""
+        return (y + self.shift.view(-1, *self.trailing)).to(y.dtype)
+
+    def merge(self, weight: torch.Tensor, bias: torch.Tensor):
+        """Weight and bias that compute the same: W and b + shift."""
+        return weight, bias + self.shift.to(bias)
+
+
+@dataclass(frozen=True)
+class BitFit(Method):
+    """Trains every bias of the backbone, those of the norms and of the patch embedding included.
+
+    A bias of a layer is b + shift with the frozen b and a trained shift that starts at zero; biases of pooling layers
+    are trained themselves. Learned position biases are not biases in this sense. Mergeable.
+    Trainable on ViT-B/16 and on the ViT-B/16 tower of CLIP: 11 D L + 2 D = 102,912. The key bias is among them in the
+    paper, although it adds the same to all scores of a query and so has a zero gradient (unless keys are rotated or
+    normalised); without it: 93,696.
+    Source: Ben Zaken et al., BitFit, 2022.
+
+    Args:
+        key_bias: whether to count and train the key bias.
+        towers: which towers, "visual" or "text" or both; by default the image tower.
+    """
+
+    key_bias: bool = True
+    towers: str | list[str] | None = None
+
+    def place(self, tower: Tower) -> Iterator[Placement]:
+        """One `Shift` behind every layer that has a bias."""
+        for index, layer in tower.all_layers():
+            if layer.bias_tensor is not None and (self.key_bias or layer.site != "k"):
+                yield Placement(tower.name, index, layer.site, Shift(layer))
+
+    def trains(self, tower: Tower) -> Iterator[str]:
+        """Biases outside the described layers, such as those of attention pooling."""
+        described = {id(getattr(b.bias_owner, b.bias)) for _, b in tower.all_layers() if b.bias_owner is not None}
+        for name in tower.parameter_names():
+            if name.endswith("bias") and id(tower.module.get_parameter(name)) not in described:
+                yield name

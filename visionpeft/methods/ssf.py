@@ -1,0 +1,71 @@
+"""Scaling & Shifting Your Features (Lian et al., 2022), https://arxiv.org/abs/2210.08823."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from visionpeft.addressing import Blocks
+from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.methods.base import Method, blocks_of, require
+from visionpeft.sites import Order, Placement
+
+TARGETS = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")
+
+
+class ScaleShift(nn.Module):
+    """scale * y + shift on the channels of a layer's output; both (out,)."""
+
+    order = Order.OUTPUT
+
+    def __init__(self, layer: Layer, std: float):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(layer.out_features).normal_(1.0, std))
+        self.shift = nn.Parameter(torch.empty(layer.out_features).normal_(0.0, std))
+        self.trailing = (1, 1) if layer.kind == "conv" else ()
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
+        """Map the layer's output y, channels last or (batch, out, h, w), to the same shape."""
+        scale, shift = (p.view(-1, *self.trailing) for p in (self.scale, self.shift))
+        return (y * scale + shift).to(y.dtype)
+
+    def merge(self, weight: torch.Tensor, bias: torch.Tensor | None):
+        """Weight and bias that compute the same: diag(scale) W and scale * b + shift."""
+        scale, shift = self.scale.to(weight), self.shift.to(weight)
+        return weight * scale.view(-1, *(1,) * (weight.ndim - 1)), shift if bias is None else scale * bias + shift
+
+
+@dataclass(frozen=True)
+class SSF(Method):
+    """Scale and shift of features: gamma * y + beta on every channel of the output y of a layer.
+
+    Acts behind both norms, q, k, v, proj, fc1 (before the activation) and fc2 of every block, behind the patch
+    embedding (with the first block) and behind the final norm (with the last block). gamma ~ N(1, std),
+    beta ~ N(0, std), so the start is near the backbone, not equal to it. Mergeable.
+    Trainable on ViT-B/16: 22 D L + 4 D = 205,824.
+    Source: Lian et al., Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, 2022.
+
+    Args:
+        std: standard deviation of both initialisations.
+        blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
+        towers: which towers, "visual" or "text" or both; by default the image tower.
+    """
+
+    std: float = 0.02
+    blocks: Blocks = "all"
+    towers: str | list[str] | None = None
+
+    def __post_init__(self):
+        require(self.std >= 0, self, f"std must not be negative, but is {self.std}")
+
+    def place(self, tower: Tower) -> Iterator[Placement]:
+        """One `ScaleShift` behind every layer named above."""
+        blocks = blocks_of(self, tower)
+        outside = (["patch_embed"] if 0 in blocks else []) + (
+            list(tower.final_norms) if tower.depth - 1 in blocks else []
+        )
+        for index, layer in tower.all_layers():
+            wanted = layer.site in outside if index is None else index in blocks and layer.target in TARGETS
+            if wanted:
+                yield Placement(tower.name, index, layer.site, ScaleShift(layer, self.std))

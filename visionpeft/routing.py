@@ -1,0 +1,140 @@
+"""One adapter per sample: rows of a batch go through the modules of the adapter that serves them."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+
+from visionpeft.errors import ConfigurationError, UnsupportedError
+
+
+class Routed:
+    """Acts at one site on each group of rows with the modules of the group's adapter; other rows stay as they are.
+
+    Args:
+        rows: for each group, the rows of the batch it serves.
+        batch: size of the batch.
+        groups: for each group, the modules that act here, in order.
+        branch: whether the site is a branch, whose result is zero for rows without a module.
+    """
+
+    def __init__(self, rows: list[list[int]], batch: int, groups: list[list[nn.Module]], branch: bool):
+        self.rows = [torch.tensor(group) for group in rows]
+        self.batch = batch
+        self.groups = groups
+        self.branch = branch
+
+    def __call__(self, *inputs):
+        """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v)."""
+        batched = [value for value in inputs if isinstance(value, torch.Tensor)]
+        if len(batched[0]) != self.batch:
+            raise ConfigurationError(
+                f"route names an adapter for each of {self.batch} samples, but the batch has {len(batched[0])}"
+            )
+        kv = len(inputs) == 2
+        if kv:
+            k, v = inputs
+            parts = [self._chain(modules, (k[r], v[r])) for r, modules in self._parts(k)]
+            return tuple(self._gather(x, [p[i] for p in parts]) for i, x in enumerate(inputs))
+        if len(inputs) == 4:
+            x, y, weight, bias = inputs
+            return self._gather(y, [self._layer(m, x[r], y[r], weight, bias) for r, m in self._parts(y)])
+        (x,) = inputs
+        return self._gather(x, [self._tokens(m, x[r]) for r, m in self._parts(x)])
+
+    def _parts(self, x: torch.Tensor):
+        return [(rows.to(x.device), modules) for rows, modules in zip(self.rows, self.groups, strict=True)]
+
+    @staticmethod
+    def _chain(modules: list[nn.Module], kv: tuple) -> tuple:
+        for module in modules:
+            kv = module(*kv)
+        return kv
+
+    @staticmethod
+    def _layer(modules: list[nn.Module], x, y, weight, bias) -> torch.Tensor:
+        for module in modules:
+            y = module(x, y, weight, bias)
+        return y
+
+    def _tokens(self, modules: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+        if self.branch:
+            return sum((module(x) for module in modules), torch.zeros_like(x))
+        for module in modules:
+            x = module(x)
+        return x
+
+    def _gather(self, x: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Put the groups' results back in the order of the batch."""
+        shapes = {part.shape[1:] for part in parts}
+        (shape,) = shapes
+        if shape == x.shape[1:]:
+            result = torch.zeros_like(x) if self.branch else x
+        else:
+            result = x.new_zeros(len(x), *shape)
+        for rows, part in zip(self.rows, parts, strict=True):
+            result = result.index_copy(0, rows.to(x.device), part.to(result.dtype))
+        return result
+
+
+class RoutedHead(nn.Module):
+    """The head of each sample's adapter.
+
+    Args:
+        head_of: gives the head for the name of an adapter, or for None.
+        route: name of an adapter, or None, for each sample.
+    """
+
+    def __init__(self, head_of: Callable[[str | None], nn.Module], route: tuple[str | None, ...]):
+        super().__init__()
+        names = list(dict.fromkeys(route))
+        self._heads = tuple((head_of(name), [r for r, n in enumerate(route) if n == name]) for name in names)
+        self._names = tuple(names)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map pooled features (batch, width) to logits (batch, classes)."""
+        parts = [head(x[rows]) for head, rows in self._heads]
+        classes = {part.shape[-1] for part in parts}
+        if len(classes) > 1:
+            raise UnsupportedError(
+                f"the heads of {', '.join(map(str, self._names))} have {sorted(classes)} classes, which is no one "
+                "tensor; route adapters with equally many classes, or attach them with head=False"
+            )
+        result = x.new_zeros(len(x), classes.pop(), dtype=parts[0].dtype)
+        for (_, rows), part in zip(self._heads, parts, strict=True):
+            result = result.index_copy(0, torch.tensor(rows, device=x.device), part)
+        return result
+
+
+def check_routable(peft, plans: list[dict], groups: list[tuple[str, ...]]) -> None:
+    """Refuse adapters that cannot act on single rows exactly.
+
+    Raises:
+        UnsupportedError: if one trains parameters of the backbone itself, acts on the text tower, or inserts tokens
+            that other rows do not have.
+    """
+    for (name,) in groups:
+        adapter = peft[name]
+        methods = ", ".join(type(method).__name__ for method in adapter.methods)
+        if adapter.trained_names:
+            raise UnsupportedError(
+                f"adapter {name!r} ({methods}) trains {adapter.trained_names[0]!r} and others of the backbone, which "
+                "all samples of a batch share; use it for a whole batch"
+            )
+        if any(placement.tower == "text" for _, placement in adapter.placements):
+            raise UnsupportedError(f"adapter {name!r} ({methods}) acts on the text tower, whose batch is not images")
+    tokens = [_inserted(plan) for plan in plans]
+    if None in peft.route:
+        tokens.append({})
+    if any(inserted != tokens[0] for inserted in tokens):
+        names = ", ".join(name for (name,), inserted in zip(groups, tokens, strict=False) if inserted)
+        raise UnsupportedError(
+            f"{names} inserts tokens or keys, so that the samples of this batch would differ in length; "
+            "use it for a whole batch, or with adapters that insert equally many"
+        )
+
+
+def _inserted(plan: dict) -> dict:
+    """How many tokens are inserted or removed at each site."""
+    counts = {key: sum(getattr(module, "num_tokens", 0) for module in modules) for key, modules in plan.items()}
+    return {key: count for key, count in counts.items() if count}

@@ -1,0 +1,259 @@
+"""Save an adapter in a folder and load it again, never with pickle.
+
+`adapter.safetensors` holds the tensors and, in its header, everything else; replacing this one file is what commits a
+save. `adapter.json` repeats the header for people and other tools.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+
+import jsonargparse
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+
+from visionpeft import methods as method_classes
+from visionpeft.adapters import AttachedAdapter, nest
+from visionpeft.addressing import nearest
+from visionpeft.attach import activate, attached, has_adapters, known, register, use
+from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.heads import head_from_layout, head_layout
+from visionpeft.methods.base import Method
+
+FORMAT = 1
+TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    class_names: list[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    metadata: Mapping | None = None,
+) -> None:
+    """Write one adapter with its heads, the parameters it trained and the buffers of its heads.
+
+    The old files stay valid until the new tensors are completely on disk.
+
+    Args:
+        model: a model with adapters.
+        folder: where to write `adapter.safetensors` and `adapter.json`.
+        name: which adapter; may be left out if there is only one.
+        class_names: names of the classes, in the order of the logits.
+        preprocessing: how images were prepared.
+        metadata: anything else that JSON can hold, such as data set and result.
+    """
+    peft = attached(model)
+    if name is None and len(peft) != 1:
+        raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to save with name=")
+    adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
+    methods, tensors = _folded(adapter)
+    description = {
+        "format": FORMAT,
+        "methods": [{"class": type(m).__name__, "fields": dataclasses.asdict(m)} for m in methods],
+        "train": list(adapter.train_names),
+        "heads": {path: head_layout(adapter.get_submodule(path)) for path in adapter.heads},
+        "backbone": _backbone_record(model),
+        "class_names": class_names,
+        "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
+        "metadata": dict(metadata or {}),
+        "versions": {p: version(p) for p in ("visionpeft", "torch", "timm", "open_clip_torch")},
+    }
+    text = json.dumps(description, indent=2)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / TENSORS, serialise(tensors, metadata={"visionpeft": text}))
+    _replace(folder / DESCRIPTION, (text + "\n").encode())
+
+
+def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check_fingerprint: bool = True) -> str:
+    """Attach the adapter of a folder to the backbone it was trained on, and activate it alone.
+
+    Args:
+        model: the backbone; its head may have any number of classes, or be missing.
+        folder: what `save` wrote.
+        name: name of the attached adapter, by default "default".
+        check_fingerprint: refuse a backbone whose weights differ from those the adapter was trained on.
+
+    Returns:
+        The name of the adapter.
+
+    Raises:
+        StorageError: if the folder is damaged or edited, or belongs to another backbone; nothing is changed.
+    """
+    description, tensors = _read(Path(folder))
+    methods = tuple(_method(entry) for entry in description["methods"])
+    name = name or "default"
+    backbone = describe(model)
+    _check_backbone(description["backbone"], _backbone_record(model, check_fingerprint), folder)
+    adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
+    adapter.heads = tuple(description["heads"])
+    for path, layout in description["heads"].items():
+        nest(adapter, path, head_from_layout(layout))
+    reference = next(model.parameters())
+    adapter.to(reference.device)
+    _fill(adapter, tensors, folder)
+    register(model, name, adapter, backbone)
+    activate(model, name)
+    return name
+
+
+def read_metadata(folder: str | Path) -> dict:
+    """What `save` wrote about an adapter, checked.
+
+    Raises:
+        StorageError: if the folder holds no intact adapter.
+    """
+    return _read(Path(folder))[0]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the frozen parameters without heads and adapters: names, shapes and values rounded to bfloat16.
+
+    The rounding makes it the same for a backbone kept in float32 and in bfloat16.
+    """
+    heads = tuple(f"{path}." for path in describe(model).heads)
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        if name.startswith(("peft.", *heads)):
+            continue
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tensor]]:
+    tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
+    methods = []
+    for key, method in zip(adapter.method_keys, adapter.methods, strict=True):
+        part = adapter._modules.get(key, nn.ModuleDict())
+        folded, new_part = method.fold(part)
+        methods.append(folded)
+        if new_part is not part:
+            tensors = {k: v for k, v in tensors.items() if not k.startswith(f"{key}.")}
+            tensors |= {f"{key}.{k}": v.detach().cpu().contiguous() for k, v in new_part.state_dict().items()}
+    return methods, tensors
+
+
+def _backbone_record(model: nn.Module, with_fingerprint: bool = True) -> dict:
+    backbone = describe(model)
+    source = getattr(model, "backbone_source", None) or {"library": backbone.library, "name": backbone.name}
+    record = {"source": source, "class": type(model).__name__, "architecture": backbone.name}
+    if not with_fingerprint:
+        return record | {"fingerprint": None}
+    with use(model, None) if has_adapters(model) else nullcontext():
+        return record | {"fingerprint": fingerprint(model)}
+
+
+def _check_backbone(saved: dict, actual: dict, folder: Path) -> None:
+    for key in ("class", "architecture"):
+        if saved[key] != actual[key]:
+            raise StorageError(
+                f"the adapter in {folder} belongs to {saved['architecture']} ({saved['class']}), "
+                f"not to {actual['architecture']} ({actual['class']})"
+            )
+    if actual["fingerprint"] is not None and saved["fingerprint"] != actual["fingerprint"]:
+        raise StorageError(
+            f"the adapter in {folder} was trained on other weights of {saved['architecture']} than this model has "
+            f"(fingerprint {saved['fingerprint']}, here {actual['fingerprint']}); load the weights named in "
+            f"{DESCRIPTION}, or pass check_fingerprint=False if you know better"
+        )
+
+
+def _method(entry: dict) -> Method:
+    names = [name for name in method_classes.__all__ if name != "Method"]
+    if entry["class"] not in names:
+        raise StorageError(
+            f"the adapter was made by a method {entry['class']!r} this version does not have; "
+            f"near names are {nearest(entry['class'], names)}"
+        )
+    cls = getattr(method_classes, entry["class"])
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "method")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"method": entry["fields"]})).method
+    except (jsonargparse.ArgumentError, ConfigurationError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise StorageError(f"the saved fields of {entry['class']} do not fit this version: {reason}") from None
+
+
+def _fill(adapter: AttachedAdapter, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    expected = adapter.state_dict()
+    wrong = [
+        f"{key} is {tuple(tensors[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected.keys() & tensors.keys()
+        if tensors[key].shape != expected[key].shape
+    ]
+    wrong += [f"{key} is missing" for key in expected.keys() - tensors.keys()]
+    wrong += [f"{key} is not expected" for key in tensors.keys() - expected.keys()]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise StorageError(f"the tensors in {folder} do not fit its method and this backbone: {min(wrong)}{more}")
+    adapter.load_state_dict(tensors)
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    path = folder / TENSORS
+    if not path.is_file():
+        raise StorageError(f"{folder} holds no {TENSORS}; give the folder that save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("visionpeft")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        if text is None:
+            raise StorageError(f"{path} was not written by visionpeft: its header describes no adapter")
+        description = json.loads(text)
+        _check_description(description, path)
+        if (folder / DESCRIPTION).is_file() and json.loads((folder / DESCRIPTION).read_text()) != description:
+            raise StorageError(
+                f"{folder / DESCRIPTION} does not describe {TENSORS}: it was edited, or a save was interrupted between "
+                f"the two files; delete {DESCRIPTION} to rely on what the tensors' own header says"
+            )
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise StorageError(f"the adapter in {folder} is damaged: {error}") from None
+    return description, tensors
+
+
+def _check_description(description: object, path: Path) -> None:
+    types = {"format": int, "methods": list, "train": list, "heads": dict, "backbone": dict}
+    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
+        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
+    if description["format"] != FORMAT:
+        raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
+    entries = all(
+        isinstance(e, dict) and isinstance(e.get("class"), str) and isinstance(e.get("fields"), dict)
+        for e in description["methods"]
+    )
+    names = all(isinstance(name, str) for name in description["train"])
+    backbone = all(isinstance(description["backbone"].get(k), str) for k in ("class", "architecture", "fingerprint"))
+    if not (entries and names and backbone):
+        raise StorageError(f"the description in {path} is not what save writes")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a crash or a full disk leaves the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be written ({error.strerror}); what was there before is unchanged"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)

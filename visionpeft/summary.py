@@ -1,0 +1,91 @@
+"""A table of what is attached to a model and how much of it is trained."""
+
+from dataclasses import dataclass
+
+import torch.nn as nn
+from rich.console import Console
+from rich.table import Table
+
+from visionpeft.adapters import AttachedAdapter
+from visionpeft.attach import attached, trainable_parameters
+from visionpeft.backbones.dispatch import describe
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of a model with adapters; `print` shows them as a table.
+
+    Args:
+        backbone: name of the architecture.
+        total: number of values in the model as it computes now, adapters included.
+        trainable: number of trained values, the head included.
+        adapter: number of trained values without the head.
+        rows: for each adapter and site, (adapter, methods, site, number of places, trained values).
+    """
+
+    backbone: str
+    total: int
+    trainable: int
+    adapter: int
+    rows: tuple[tuple[str, str, str, int, int], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the trained values in float32."""
+        return 4 * self.trainable
+
+    def __rich__(self) -> Table:
+        share = 100 * self.trainable / self.total
+        table = Table(
+            title=self.backbone,
+            caption=f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %), {self.bytes / 2**20:.2f} MiB",
+        )
+        for column in ("adapter", "method", "site", "places", "trainable"):
+            table.add_column(column, justify="right" if column in ("places", "trainable") else "left")
+        for adapter, methods, site, places, values in self.rows:
+            table.add_row(adapter, methods, site, str(places), f"{values:,}")
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count what is trained, site by site."""
+    peft = attached(model)
+    trainable = trainable_parameters(model)
+    acting = {id(p) for p in trainable}
+    frozen = [p for name, p in model.named_parameters() if not name.startswith("peft.") and id(p) not in acting]
+    heads = {id(p) for name in peft.active for p in peft[name].head_parameters()}
+    count = sum(p.numel() for p in trainable)
+    return Summary(
+        backbone=describe(model).name,
+        total=sum(p.numel() for p in frozen) + count,
+        trainable=count,
+        adapter=sum(p.numel() for p in trainable if id(p) not in heads),
+        rows=tuple(row for name in peft for row in _rows(name, peft[name], name in peft.active)),
+    )
+
+
+def _rows(name: str, adapter: AttachedAdapter, active: bool):
+    methods = " + ".join(type(method).__name__ for method in adapter.methods)
+    label = name if active else f"{name} (off)"
+    sites: dict[str, tuple[int, int]] = {}
+    for path, parameter in adapter.named_parameters():
+        places, values = sites.get(site := _site(path, adapter), (0, 0))
+        sites[site] = places + 1, values + parameter.numel()
+    for site, (places, values) in sites.items():
+        yield label, methods, site, places, values
+
+
+def _site(path: str, adapter: AttachedAdapter) -> str:
+    parts = path.split(".")
+    if parts[0] == "trained":
+        return "backbone parameters"
+    if parts[0] not in adapter.method_keys:
+        return "head"
+    _, tower, *rest = parts
+    return f"{tower} {rest[1] if rest[0].isdigit() else rest[0]}"
