@@ -1,0 +1,101 @@
+"""Annotation files: CSV and JSON lists of people's own images, VTAB-1k text lists, FGVC JSON files."""
+
+import csv
+import json
+from io import StringIO
+from pathlib import Path
+
+from visionpeft.data.records import Row
+from visionpeft.errors import DataError
+
+
+def read_list(file: Path) -> list[Row]:
+    """Rows of a `.csv` or `.json` list.
+
+    CSV: a header naming the columns `path` and `label` (others are ignored), one image a line. JSON: an object
+    `{path: label}`, or a list of `[path, label]` pairs or of objects with `path` and `label`.
+
+    Raises:
+        DataError: the file is missing, is of another kind, or has an entry without path or label.
+    """
+    if file.suffix.lower() == ".csv":
+        rows = _read_csv(file)
+    elif file.suffix.lower() == ".json":
+        rows = _read_json(file)
+    else:
+        raise DataError(f"image list {file} must be a .csv file with the header path,label or a .json file")
+    if not rows:
+        raise DataError(f"image list {file} holds no images")
+    return rows
+
+
+def read_json(file: Path) -> object:
+    """Content of a JSON file; raises DataError when it is missing or is not JSON."""
+    try:
+        return json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file} is not valid JSON: {error}") from error
+
+
+def read_text(file: Path) -> str:
+    """Content of a UTF-8 file; raises DataError when it is missing or cannot be decoded."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read the list {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"the list {file} is not UTF-8 text") from error
+
+
+def read_split_lines(file: Path, classes: int) -> list[Row]:
+    """Rows of a VTAB-1k list: each line a path and an integer label below `classes`; blank lines are ignored.
+
+    Raises:
+        DataError: the file is missing, or a line has no label, or a label out of range.
+    """
+    rows = []
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{file} line {number}"
+        path, _, label = line.strip().replace("\t", " ").rpartition(" ")
+        if not path or not label.isdecimal():
+            raise DataError(f"{where}: expected an image path and an integer label, found '{line.strip()}'")
+        if int(label) >= classes:
+            raise DataError(f"{where}: label {label} is out of range; the {classes} classes are 0 to {classes - 1}")
+        rows.append(Row(path.strip(), int(label), where))
+    return rows
+
+
+def _read_csv(file: Path) -> list[Row]:
+    reader = csv.DictReader(StringIO(read_text(file), newline=""), skipinitialspace=True)
+    if not {"path", "label"} <= set(reader.fieldnames or ()):
+        found = ",".join(reader.fieldnames or ()) or "nothing"
+        raise DataError(f"image list {file} must start with a header naming path and label, found '{found}'")
+    return [_row(entry["path"], entry["label"], f"{file} line {reader.line_num}") for entry in reader]
+
+
+def _read_json(file: Path) -> list[Row]:
+    content = read_json(file)
+    if isinstance(content, dict):
+        content = list(content.items())
+    if not isinstance(content, list):
+        raise DataError(f"image list {file} must be an object or a list, found {type(content).__name__}")
+    rows = []
+    for number, entry in enumerate(content, start=1):
+        where = f"{file} entry {number}"
+        if isinstance(entry, dict):
+            entry = (entry.get("path"), entry.get("label"))
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise DataError(f"{where}: expected a path and a label, found {json.dumps(entry)}")
+        rows.append(_row(*entry, where))
+    return rows
+
+
+def _row(path: object, label: object, where: str) -> Row:
+    if not isinstance(path, str) or not path.strip():
+        raise DataError(f"{where} has no image path")
+    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+        raise DataError(f"{where}: image '{path}' needs a class name or an integer as label, found {label!r}")
+    label = str(label).strip()
+    return Row(path.strip(), int(label) if label.lstrip("-").isdecimal() else label, where)

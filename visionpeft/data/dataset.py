@@ -1,0 +1,95 @@
+"""Labelled images as tensors: prepared once, kept in memory while they fit, augmented and normalised batch by batch."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from visionpeft.data.records import Source
+from visionpeft.data.transforms import ImageTransform
+from visionpeft.errors import DataError
+
+
+class ImageDataset(Dataset):
+    """Images (3, H, W) float32 and labels; an index may be a pair `(index, epoch)`, which seeds the augmentation.
+
+    Args:
+        source: Labelled images.
+        transform: What is done to them.
+        seed: Seed of the augmentation, together with the epoch and the index.
+        cache_bytes: Prepared images are kept until they fill this much memory (in each process that loads).
+    """
+
+    def __init__(self, source: Source, transform: ImageTransform, *, seed: int = 0, cache_bytes: int = 0):
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.free_bytes = cache_bytes
+        self.prepared: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
+        images, labels = self._batch([key])
+        return images[0], int(labels[0])
+
+    def __getitems__(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor] | DataError:
+        """A batch: images (B, 3, H, W) float32, labels (B,) int64. In a worker, an error is returned as the batch."""
+        try:
+            return self._batch(keys)
+        except DataError as error:
+            # PyTorch would wrap an error raised in a worker in the text of its traceback.
+            if get_worker_info() is None:
+                raise
+            return error
+
+    def _batch(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
+        images = [self.transform.augment(self._prepare(index), self.seed, epoch, index) for index, epoch in pairs]
+        labels = torch.tensor([self.source.labels[index] for index, _ in pairs])
+        return self.transform.normalise(torch.stack(images)), labels
+
+    def _prepare(self, index: int) -> torch.Tensor:
+        image = self.prepared.get(index)
+        if image is None:
+            image = self.transform.prepare(self.source.image(index))
+            if image.nbytes <= self.free_bytes:
+                self.free_bytes -= image.nbytes
+                self.prepared[index] = image
+        return image
+
+
+class ImageLoader(DataLoader):
+    """DataLoader over an ImageDataset; errors met in workers are raised as themselves."""
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in super().__iter__():
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+class TrainLoader(ImageLoader):
+    """ImageLoader over an EpochSampler, whose state lets Lightning resume in the middle of an epoch."""
+
+    delivered = 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.delivered = self.sampler.start
+        for images, labels in super().__iter__():
+            self.delivered += len(labels)
+            yield images, labels
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, and how many of its samples (in this process) were delivered."""
+        return {"epoch": self.sampler.epoch, "samples": self.delivered}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.sampler.resume = (state["epoch"], state["samples"])
+
+
+def as_batch(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `collate_fn` of an ImageLoader: an ImageDataset has already stacked its batch."""
+    return batch

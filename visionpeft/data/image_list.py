@@ -1,0 +1,110 @@
+"""People's own images in lists, and the embedded clip-art set."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from visionpeft.data.annotations import read_list
+from visionpeft.data.module import ImageDataModule
+from visionpeft.data.records import ImageFiles, ImageSet, Row, check_disjoint, path_inside, without_duplicates
+from visionpeft.data.transforms import Augmentation, Resize
+from visionpeft.errors import DataError
+from visionpeft.resources import shipped
+
+
+class ImageList(ImageDataModule):
+    """Images listed with their labels in one file for each split: CSV or JSON.
+
+    CSV files start with the header `path,label`; JSON files hold `{path: label}`, `[[path, label], ...]` or
+    `[{"path": ..., "label": ...}, ...]`. Labels are class names or integers, throughout.
+
+    Args:
+        train: List of training images.
+        val: List of images for selection.
+        test: List of images for the test.
+        root: Folder that the paths are relative to and may not leave; "auto" is the folder of the training list. With
+            null, paths may lie anywhere, absolute or relative to the working directory.
+        class_names: Names in the order of the labels; the sorted labels found in the lists when absent.
+        resize: "squash" to the input size, or "crop": resize to cover, then cut.
+        augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
+
+    Raises:
+        DataError: a list that is missing or malformed, a path outside the root, a label out of range or with two
+            meanings, an image in two splits, one class only, or a class without training images.
+    """
+
+    def __init__(
+        self,
+        train: str | Path,
+        val: str | Path | None = None,
+        test: str | Path | None = None,
+        root: str | Path | None = "auto",
+        class_names: Sequence[str] | None = None,
+        resize: Resize = "crop",
+        augmentation: Augmentation = "crop_flip",
+        **kwargs,
+    ):
+        files = {split: Path(file) for split, file in (("train", train), ("val", val), ("test", test)) if file}
+        splits = {split: without_duplicates(read_list(file)) for split, file in files.items()}
+        check_disjoint(splits)
+        names, index = _class_index([row for rows in splits.values() for row in rows], class_names)
+        folder = files["train"].parent if root == "auto" else root
+        sources = {
+            split: ImageFiles(
+                [Path(row.path) if folder is None else path_inside(Path(folder), row.path, row.where) for row in rows],
+                [index[row.label] for row in rows],
+            )
+            for split, rows in splits.items()
+        }
+        about = {
+            "dataset": type(self).__name__,
+            "task": files["train"].resolve().parent.name,
+            "trained_on": "train",
+            "selected_on": "val" if "val" in sources else None,
+        }
+        super().__init__(ImageSet(sources, names, about), resize=resize, augmentation=augmentation, **kwargs)
+
+
+class ClipArt(ImageList):
+    """The embedded set: public-domain drawings from Open Clip Art, with fixed splits (datasets/clipart).
+
+    Args:
+        resize: "squash" to the input size (the drawings are square), or "crop": resize to cover, then cut.
+        augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
+    """
+
+    def __init__(self, resize: Resize = "squash", augmentation: Augmentation = "crop_flip", **kwargs):
+        folder = shipped("datasets") / "clipart"
+        super().__init__(
+            folder / "train.csv",
+            folder / "val.csv",
+            folder / "test.csv",
+            root=folder,
+            class_names=None,
+            resize=resize,
+            augmentation=augmentation,
+            **kwargs,
+        )
+
+
+def _class_index(rows: list[Row], class_names: Sequence[str] | None) -> tuple[list[str], dict[int | str, int]]:
+    """Class names, and the class index of each label as written: a name, or an integer.
+
+    Raises:
+        DataError: names and integers are mixed, or a label is not among `class_names`.
+    """
+    labels = {row.label for row in rows}
+    numbered = {label for label in labels if isinstance(label, int)}
+    if class_names is None:
+        if numbered and numbered != labels:
+            row = next(row for row in rows if isinstance(row.label, int))
+            raise DataError(f"{row.where}: label {row.label} is an integer while other labels are names; use one kind")
+        ordered = sorted(labels)
+        return [str(label) for label in ordered], {label: position for position, label in enumerate(ordered)}
+    names = list(class_names)
+    index: dict[int | str, int] = {position: position for position in range(len(names))}
+    index.update({name: position for position, name in enumerate(names)})
+    for row in rows:
+        if row.label not in index:
+            known = f"0 to {len(names) - 1}" if isinstance(row.label, int) else ", ".join(names[:10])
+            raise DataError(f"{row.where}: label '{row.label}' is out of range; class_names allows {known}")
+    return names, index

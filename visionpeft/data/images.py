@@ -1,0 +1,70 @@
+"""Opening image files that people have: any mode, rotation flags, transparency, and files that are broken."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from visionpeft.errors import DataError
+
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"})
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read an image as 8-bit RGB: upright by its EXIF flag, transparency over white, 16 bits scaled to 8.
+
+    Raises:
+        DataError: the file is missing, damaged, larger than Pillow's limit on pixels, or of an unknown pixel format.
+    """
+    if not path.is_file():
+        raise DataError(f"image file {path} does not exist")
+    try:
+        with warnings.catch_warnings():
+            # Between one and two times its limit Pillow would only warn.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _rgb(ImageOps.exif_transpose(image))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(
+            f"image file {path} is refused as a possible decompression bomb: more than {Image.MAX_IMAGE_PIXELS} pixels"
+        ) from error
+    except MemoryError:
+        raise
+    # Pillow's decoders raise a dozen types on damaged files (OSError, SyntaxError, ValueError, struct.error, ...).
+    except Exception as error:
+        reason = "not an image Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        raise DataError(
+            f"image file {path} cannot be read ({reason}); repair or remove it, or set skip_corrupt to leave it out"
+        ) from error
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files under `folder`, at any depth, sorted; other and hidden files are ignored."""
+    return sorted(path for path in folder.rglob("*") if _is_listed(path, folder))
+
+
+def _is_listed(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in EXTENSIONS and not hidden and path.is_file()
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit gray levels to 8 bits; Pillow's own conversion would clip everything above 255 to white."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("integer pixels outside 0..65535 have no defined range")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))

@@ -1,0 +1,220 @@
+"""What all image classification data sets share: loaders, test subset, skipping damaged images, the written record."""
+
+import os
+from dataclasses import replace
+from typing import Literal
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+
+from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_batch
+from visionpeft.data.ordering import EpochSampler, subset
+from visionpeft.data.records import ImageFiles, ImageSet, Source
+from visionpeft.data.transforms import Augmentation, ImageTransform, Resize
+from visionpeft.errors import ConfigurationError, DataError
+
+CACHE_BYTES = 512 * 2**20
+TEST_SUBSET_SEED = 0
+NORMALISATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+class ImageDataModule(lightning.LightningDataModule):
+    """Labelled images in a train split and, where there are any, a val split (for selection) and a test split.
+
+    `preprocessing` is set from the backbone before the loaders are built. The order of training images and their
+    augmentation depend on (seed, epoch) only, so a resumed run sees what the uninterrupted one would have seen.
+
+    Args:
+        images: Splits, class names and what is to be recorded about them.
+        batch_size: Images in a batch.
+        num_workers: Processes that load images; 0 loads in the main process.
+        resize: "squash" to the input size, or "crop": resize to cover, then cut.
+        augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
+        normalisation: "pretrained" (the backbone's), "imagenet", "half" (mean and std 0.5) or "none".
+        drop_last: Leave out the last incomplete training batch of each epoch.
+        cache_in_memory: Keep resized train and val images, up to 512 MiB a split, so that epochs cost no decoding.
+        test_samples: Score a fixed random subset of the test split, this large; all of it when absent.
+        skip_corrupt: Leave damaged images out (each is opened once before training, counted and reported) instead of
+            stopping at the first one.
+        seed: Of shuffling and augmentation; the seed given to Lightning when absent.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        resize: Resize = "squash",
+        augmentation: Augmentation = "none",
+        normalisation: Literal["pretrained", "imagenet", "half", "none"] = "pretrained",
+        drop_last: bool = False,
+        cache_in_memory: bool = True,
+        test_samples: int | None = None,
+        skip_corrupt: bool = False,
+        seed: int | None = None,
+    ):
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ConfigurationError(
+                f"batch_size {batch_size} must be 1 or more and num_workers {num_workers} 0 or more"
+            )
+        if test_samples is not None and test_samples < 1:
+            raise ConfigurationError(
+                f"test_samples {test_samples} must be 1 or more, or absent for the full test split"
+            )
+        if normalisation not in ("pretrained", *NORMALISATIONS):
+            raise ConfigurationError(
+                f"unknown normalisation '{normalisation}': choose pretrained, {', '.join(NORMALISATIONS)}"
+            )
+        self.images = images
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.resize = resize
+        self.augmentation = augmentation
+        self.normalisation = normalisation
+        self.drop_last = drop_last
+        self.cache_in_memory = cache_in_memory
+        self.skip_corrupt = skip_corrupt
+        self.seed = seed
+        self.skipped = dict.fromkeys(images.sources, 0)
+        self.test_subset: dict[str, int] | None = None
+        self._preprocessing: Preprocessing | None = None
+        self._checked = False
+        images.check()
+        trained = len(images.sources["train"])
+        if drop_last and trained < batch_size:
+            raise ConfigurationError(f"drop_last leaves no batch: batch_size {batch_size}, {trained} training images")
+        if test_samples is not None and test_samples < len(images.sources.get("test", ())):
+            test = images.sources["test"]
+            images.sources["test"] = test.subset(subset(len(test), test_samples, TEST_SUBSET_SEED))
+            self.test_subset = {"samples": test_samples, "of": len(test), "seed": TEST_SUBSET_SEED}
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in the order of the labels."""
+        return self.images.class_names
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """Labelled images by split: "train", and where there are any "val" and "test"."""
+        return self.images.sources
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """Input size, interpolation and normalisation in effect; set it to the backbone's."""
+        if self._preprocessing is None or self.normalisation == "pretrained":
+            return self._preprocessing
+        mean, std = NORMALISATIONS[self.normalisation]
+        return replace(self._preprocessing, mean=mean, std=std)
+
+    @preprocessing.setter
+    def preprocessing(self, preprocessing: Preprocessing | None) -> None:
+        self._preprocessing = preprocessing
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check that all files exist, and with `skip_corrupt` that they can be read. Done once.
+
+        Raises:
+            DataError: a file is missing, or skipping leaves a split or a class without images.
+        """
+        if self._checked:
+            return
+        for split, source in self.sources.items():
+            if isinstance(source, ImageFiles):
+                source.check_exist()
+                if self.skip_corrupt:
+                    readable = source.readable()
+                    self.skipped[split] = len(source) - len(readable)
+                    self.sources[split] = source.subset(readable)
+        self.images.check()
+        self._checked = True
+
+    def dataset(self, split: str) -> ImageDataset:
+        """The images of "train" (augmented), "val" or "test" as the backbone wants them.
+
+        Raises:
+            DataError: there is no such split.
+            ConfigurationError: `preprocessing` was not set.
+        """
+        if split not in self.sources:
+            raise DataError(
+                f"{self.images.about['dataset']} has no {split} split here; it has {', '.join(self.sources)}"
+            )
+        if self.preprocessing is None:
+            raise ConfigurationError("set the data module's `preprocessing` to the backbone's before asking for images")
+        augmentation = self.augmentation if split == "train" else "none"
+        return ImageDataset(
+            self.sources[split],
+            ImageTransform(self.preprocessing, self.resize, augmentation),
+            seed=self._seed(),
+            # The test split is read once.
+            cache_bytes=CACHE_BYTES if self.cache_in_memory and split != "test" else 0,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches (images float32 (B, 3, H, W), labels int64 (B,))."""
+        dataset = self.dataset("train")
+        trainer = self.trainer
+        sampler = EpochSampler(
+            dataset,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            # Consecutive seeds must not share orders, and EpochSampler adds the epoch to its seed.
+            seed=self._seed() * 100_003,
+            drop_last=self.drop_last,
+        )
+        return self._loader(TrainLoader, dataset, sampler=sampler, drop_last=self.drop_last)
+
+    def val_dataloader(self) -> DataLoader | list:
+        """Batches in order; an empty list when nothing is held out for selection."""
+        return self._loader(ImageLoader, self.dataset("val")) if "val" in self.sources else []
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches in the order of `sources["test"]`."""
+        return self._loader(ImageLoader, self.dataset("test"))
+
+    def description(self) -> dict[str, object]:
+        """What was trained, selected and scored on and how images were treated, for the record of a run."""
+        used = self.preprocessing
+        return {
+            **self.images.about,
+            "classes": len(self.class_names),
+            "sizes": {split: len(source) for split, source in self.sources.items()},
+            "test_subset": self.test_subset,
+            "skipped_images": dict(self.skipped),
+            "input_size": list(used.input_size) if used else None,
+            "resize": self.resize,
+            "crop_pct": used.crop_pct if used and self.resize == "crop" else None,
+            "interpolation": used.interpolation if used else None,
+            "augmentation": self.augmentation,
+            "normalisation": {
+                "source": self.normalisation,
+                "mean": list(used.mean) if used else None,
+                "std": list(used.std) if used else None,
+            },
+            "notes": list(self.images.notes),
+        }
+
+    def _seed(self) -> int:
+        # lightning.seed_everything leaves its seed in this variable.
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+    def _loader(self, loader: type[ImageLoader], dataset: ImageDataset, **options) -> ImageLoader:
+        return loader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=as_batch,
+            # Its own, so that starting an epoch does not advance the generator that dropout draws from.
+            generator=torch.Generator(),
+            **options,
+        )

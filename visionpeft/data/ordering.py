@@ -1,0 +1,50 @@
+"""Orders that depend on a seed alone: fixed splits and subsets, and shuffling that an interrupted run can resume."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+from torch.utils.data import DistributedSampler
+
+
+def mix(*values: int | np.ndarray) -> np.ndarray:
+    """Hash integers, broadcast against each other, to uint64 (splitmix64 chained over the values).
+
+    Written out because NumPy and PyTorch promise no stable random streams across versions, and a split must stay fixed.
+    """
+    state = np.zeros(1, np.uint64)
+    for value in values:
+        state = (state ^ np.asarray(value).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def permutation(length: int, seed: int) -> np.ndarray:
+    """Fixed random order of `range(length)`: the same on every machine and library version."""
+    return np.argsort(mix(seed, np.arange(length)), kind="stable")
+
+
+def subset(length: int, count: int, seed: int) -> np.ndarray:
+    """`count` indices out of `range(length)`, drawn without replacement by `seed`, in ascending order."""
+    return np.sort(permutation(length, seed)[:count])
+
+
+class EpochSampler(DistributedSampler):
+    """Shuffle by (seed, epoch) and yield `(index, epoch)`, so that a data set can seed its augmentation the same way.
+
+    Lightning calls `set_epoch` before each epoch, also after resuming, and leaves a `DistributedSampler` in place when
+    it trains on several devices. `resume = (epoch, samples)` leaves out the first samples of that epoch.
+    """
+
+    resume: tuple[int, int] = (-1, 0)
+
+    @property
+    def start(self) -> int:
+        """Samples left out of the current epoch."""
+        epoch, samples = self.resume
+        return samples if epoch == self.epoch else 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((index, self.epoch) for index in islice(super().__iter__(), self.start, None))

@@ -1,0 +1,164 @@
+"""Labelled image files: what a list or a folder of images becomes, and the checks every data set passes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from visionpeft.data.images import open_image
+from visionpeft.errors import DataError
+
+
+class Source(Protocol):
+    """Labelled images of one split."""
+
+    labels: Sequence[int]
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image:
+        """RGB image."""
+
+    def name(self, index: int) -> str:
+        """Where the image comes from, for reports."""
+
+    def subset(self, indices: np.ndarray) -> "Source":
+        """The images at `indices`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of an annotation file: image path as written, label as written, and where it stands."""
+
+    path: str
+    label: int | str
+    where: str
+
+
+class ImageFiles:
+    """Image files with labels.
+
+    Args:
+        paths: Image files, (n,).
+        labels: Class indices, (n,).
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int]):
+        self.paths = list(paths)
+        self.labels = list(labels)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> Image.Image:
+        """RGB image; raises DataError when the file is missing or damaged."""
+        return open_image(self.paths[index])
+
+    def name(self, index: int) -> str:
+        """Path of the image."""
+        return str(self.paths[index])
+
+    def subset(self, indices: np.ndarray) -> "ImageFiles":
+        """The images at `indices`."""
+        return ImageFiles([self.paths[i] for i in indices], [self.labels[i] for i in indices])
+
+    def readable(self) -> list[int]:
+        """Indices of the images that can be opened; reads every one."""
+        return [index for index in range(len(self)) if self._can_open(index)]
+
+    def _can_open(self, index: int) -> bool:
+        try:
+            self.image(index)
+        except DataError:
+            return False
+        return True
+
+    def check_exist(self) -> None:
+        """Raise DataError naming the first file that does not exist."""
+        for path in self.paths:
+            if not path.is_file():
+                raise DataError(f"image file {path} does not exist")
+
+
+def path_inside(root: Path, path: str, where: str) -> Path:
+    """`root / path`, refused when the path as written leaves the root.
+
+    Raises:
+        DataError: the path is absolute or contains `..`.
+    """
+    written = PurePath(path)
+    if written.is_absolute() or ".." in written.parts:
+        raise DataError(f"{where}: the path '{path}' leaves the image folder {root}; use paths inside it")
+    return root / written
+
+
+def without_duplicates(rows: Iterable[Row]) -> list[Row]:
+    """Rows with repeated lines kept once, in order.
+
+    Raises:
+        DataError: one image has two labels.
+    """
+    first: dict[str, Row] = {}
+    for row in rows:
+        earlier = first.setdefault(row.path, row)
+        if earlier.label != row.label:
+            raise DataError(
+                f"{row.where}: image '{row.path}' has label '{row.label}' here and '{earlier.label}' in {earlier.where}"
+            )
+    return list(first.values())
+
+
+def check_disjoint(splits: dict[str, list[Row]]) -> None:
+    """Raise DataError when an image is listed in two of the splits."""
+    seen: dict[str, str] = {}
+    for split, rows in splits.items():
+        for row in rows:
+            if seen.setdefault(row.path, split) != split:
+                raise DataError(f"{row.where}: image '{row.path}' is also in the {seen[row.path]} split")
+
+
+@dataclass
+class ImageSet:
+    """Labelled images, before anything is done to them.
+
+    Args:
+        sources: Splits by name: "train", and optionally "val" (for selection) and "test".
+        class_names: Names in the order of the labels.
+        about: First entries of a run's record: data set, task, what is trained on and selected on.
+        notes: Remarks for that record, such as sizes that differ from the published ones.
+        untrained_classes: Allow classes that have no training image.
+    """
+
+    sources: dict[str, Source]
+    class_names: list[str]
+    about: dict[str, object]
+    notes: list[str] = field(default_factory=list)
+    untrained_classes: bool = False
+
+    def check(self) -> None:
+        """Check that there is something to learn, and that what is scored can be learnt.
+
+        Raises:
+            DataError: an empty split, fewer than two classes, or a class without a training image.
+        """
+        names = self.class_names
+        for split, source in self.sources.items():
+            if len(source) == 0:
+                raise DataError(f"the {split} split holds no images")
+        if len(names) < 2:
+            raise DataError(f"a data set needs at least two classes, found {len(names)}: {', '.join(names)}")
+        if self.untrained_classes:
+            return
+        trained = set(self.sources["train"].labels)
+        for split, source in self.sources.items():
+            unseen = sorted(set(source.labels) - trained)
+            if unseen:
+                raise DataError(
+                    f"class '{names[unseen[0]]}' is in the {split} split and has no image in the train split"
+                )
+        missing = sorted(set(range(len(names))) - trained)
+        if missing:
+            raise DataError(f"class '{names[missing[0]]}' has no image in the train split")

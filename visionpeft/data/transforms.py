@@ -1,0 +1,95 @@
+"""From a decoded image to the backbone's input: a deterministic part (cacheable), a random part, normalisation."""
+
+import math
+from typing import Literal
+
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.data.ordering import mix
+from visionpeft.errors import ConfigurationError
+
+Resize = Literal["squash", "crop"]
+Augmentation = Literal["none", "crop_flip", "random_resized_crop"]
+
+
+class ImageTransform:
+    """`normalise(stack of augment(prepare(image)))`.
+
+    Args:
+        preprocessing: Input size, normalisation, interpolation and crop share of the backbone's pretraining.
+        resize: "squash" resizes to the input size whatever the aspect; "crop" resizes until the image covers
+            `input size / crop_pct` and cuts out the centre.
+        augmentation: "none"; "crop_flip": resize to `input size / min(crop_pct, 0.875)` (256 for 224; squashed or
+            covering, as `resize` says), cut at random, flip half of the images; "random_resized_crop": cut 8 to 100 %
+            of the area with aspect 3/4 to 4/3, resize that to the input size, flip half of the images.
+
+    Raises:
+        ConfigurationError: an unknown option or interpolation.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, resize: Resize = "squash", augmentation: Augmentation = "none"):
+        if resize not in ("squash", "crop"):
+            raise ConfigurationError(f"unknown resize '{resize}': choose squash or crop")
+        if augmentation not in ("none", "crop_flip", "random_resized_crop"):
+            raise ConfigurationError(
+                f"unknown augmentation '{augmentation}': choose none, crop_flip or random_resized_crop"
+            )
+        try:
+            self.interpolation = InterpolationMode(preprocessing.interpolation)
+        except ValueError as error:
+            names = ", ".join(mode.value for mode in InterpolationMode)
+            raise ConfigurationError(
+                f"unknown interpolation '{preprocessing.interpolation}': choose one of {names}"
+            ) from error
+        self.resize = resize
+        self.augmentation = augmentation
+        self.size = list(preprocessing.input_size)
+        self.crop_pct = preprocessing.crop_pct
+        self.mean = torch.tensor(preprocessing.mean).view(3, 1, 1) * 255
+        self.std = torch.tensor(preprocessing.std).view(3, 1, 1) * 255
+        cut = (
+            v2.RandomResizedCrop(self.size, interpolation=self.interpolation)
+            if augmentation == "random_resized_crop"
+            else v2.RandomCrop(self.size)
+        )
+        self._random = v2.Compose([cut, v2.RandomHorizontalFlip()])
+
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        """Deterministic part: RGB image -> uint8 (3, h, w), of the input size unless a random cut follows."""
+        if self.augmentation == "none":
+            if self.resize == "squash":
+                image = self._resized(image, self.size)
+            else:
+                image = F.center_crop(self._resized(image, self._scaled(image, self.crop_pct)), self.size)
+        elif self.augmentation == "crop_flip":
+            image = self._resized(image, self._scaled(image, min(self.crop_pct, 0.875)))
+        return F.pil_to_tensor(image)
+
+    def augment(self, image: torch.Tensor, *seeds: int) -> torch.Tensor:
+        """Random part, drawn by `seeds` alone: uint8 (3, h, w) -> uint8 (3, H, W)."""
+        if self.augmentation == "none":
+            return image
+        with torch.random.fork_rng(devices=[]):
+            # The CPU generator only: torch.manual_seed would also reset the accelerator's.
+            torch.default_generator.manual_seed(int(mix(*seeds)[0] >> 1))
+            # As a Pillow image, because Pillow has all interpolations and is what the backbones were trained with.
+            return F.pil_to_tensor(self._random(F.to_pil_image(image)))
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (..., 3, H, W) -> float32 (..., 3, H, W), `(image / 255 - mean) / std`."""
+        return images.float().sub_(self.mean).div_(self.std)
+
+    def _resized(self, image: Image.Image, size: list[int]) -> Image.Image:
+        return F.resize(image, size, interpolation=self.interpolation, antialias=True)
+
+    def _scaled(self, image: Image.Image, share: float) -> list[int]:
+        """Size (h, w) at which `input size` is `share` of it: squashed to that, or just covering it."""
+        height, width = (math.floor(side / share) for side in self.size)
+        if self.resize == "squash":
+            return [height, width]
+        ratio = max(height / image.height, width / image.width)
+        return [max(height, int(image.height * ratio)), max(width, int(image.width * ratio))]

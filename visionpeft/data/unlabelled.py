@@ -1,0 +1,70 @@
+"""Images to predict: files and folders that people name, as batches in that order."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.data.dataset import ImageDataset, ImageLoader, as_batch
+from visionpeft.data.images import list_images
+from visionpeft.data.records import ImageFiles
+from visionpeft.data.transforms import ImageTransform, Resize
+from visionpeft.errors import DataError
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """The files named, and the images in the folders named, at any depth, sorted within each folder.
+
+    Raises:
+        DataError: nothing is named, a path does not exist, or a folder holds no images.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            images = list_images(path)
+            if not images:
+                raise DataError(f"folder {path} holds no images")
+            found += images
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"image file or folder {path} does not exist")
+    if not found:
+        raise DataError("no images to predict: name image files or folders")
+    return list(dict.fromkeys(found))
+
+
+def files_dataloader(
+    files: Sequence[Path],
+    preprocessing: Preprocessing,
+    *,
+    resize: Resize = "squash",
+    batch_size: int = 64,
+    num_workers: int = 0,
+    skip_corrupt: bool = False,
+) -> tuple[ImageLoader, list[Path]]:
+    """Batches (images float32 (B, 3, H, W), zeros (B,)) of image files in order, and the files that are in them.
+
+    Args:
+        files: Image files.
+        preprocessing: Of the backbone.
+        resize: As in training.
+        batch_size: Images in a batch.
+        num_workers: Processes that load images; 0 loads in the main process.
+        skip_corrupt: Leave damaged images out, opening each once before.
+
+    Raises:
+        DataError: a file is missing, or no file can be read; while iterating, a file is damaged.
+    """
+    source = ImageFiles(files, [0] * len(files))
+    source.check_exist()
+    if skip_corrupt:
+        source = source.subset(source.readable())
+    if not source.paths:
+        raise DataError(f"none of the {len(files)} image files can be read")
+    loader = ImageLoader(
+        ImageDataset(source, ImageTransform(preprocessing, resize)),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=as_batch,
+    )
+    return loader, source.paths
