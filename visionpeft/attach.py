@@ -48,8 +48,9 @@ def attach(
     for each in methods:
         if not isinstance(each, Method):
             raise ConfigurationError(f"attach needs a method such as LoRA(rank=8), not {each!r}")
-    backbone = describe(model)
-    adapter = AttachedAdapter(methods, backbone, head, tuple([train] if isinstance(train, str) else train))
+    with plain(model):
+        backbone = describe(model)
+        adapter = AttachedAdapter(methods, backbone, head, tuple([train] if isinstance(train, str) else train))
     if not any(True for _ in adapter.parameters()):
         words = " and ".join(type(each).__name__ for each in methods)
         raise ConfigurationError(f"{words} trains nothing here: the model has no head, or head=False was asked for")
@@ -60,7 +61,8 @@ def attach(
 def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
     """Add a made adapter to the model and let it act beside the active ones. Nothing is changed if it is refused."""
     _check_name(model, name)
-    _check_sites(adapter, backbone)
+    with plain(model):
+        _check_sites(adapter, backbone)
     if not has_adapters(model):
         model.add_module("peft", Adapters())
         model.peft.was_trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
@@ -190,6 +192,16 @@ def _choose(model: nn.Module, names: str | Sequence[str], route: tuple[str | Non
         peft.active, peft.route = before
         install(model)
         raise
+
+
+@contextmanager
+def plain(model: nn.Module):
+    """Within the context the model computes without adapters, whether it has any or not."""
+    if not has_adapters(model):
+        yield model
+        return
+    with use(model, None):
+        yield model
 
 
 @contextmanager

@@ -145,8 +145,9 @@ class SitedLayer:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the layer and what acts on its output."""
         y = super().forward(x)
+        bias = getattr(self, "bias", None)
         for module in self.acting:
-            y = module(x, y, self.weight, self.bias)
+            y = module(x, y, self.weight, bias)
         return y
 
     def __reduce_ex__(self, protocol):

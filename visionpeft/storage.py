@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from safetensors.torch import save as serialise
 from visionpeft import methods as method_classes
 from visionpeft.adapters import AttachedAdapter, nest
 from visionpeft.addressing import nearest
-from visionpeft.attach import activate, attached, has_adapters, known, register, use
+from visionpeft.attach import activate, attached, known, plain, register
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.errors import ConfigurationError, StorageError
@@ -95,9 +94,10 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
     description, tensors = _read(Path(folder))
     methods = tuple(_method(entry) for entry in description["methods"])
     name = name or "default"
-    backbone = describe(model)
     _check_backbone(description["backbone"], _backbone_record(model, check_fingerprint), folder)
-    adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
+    with plain(model):
+        backbone = describe(model)
+        adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
     adapter.heads = tuple(description["heads"])
     for path, layout in description["heads"].items():
         nest(adapter, path, head_from_layout(layout))
@@ -153,7 +153,7 @@ def _backbone_record(model: nn.Module, with_fingerprint: bool = True) -> dict:
     record = {"source": source, "class": type(model).__name__, "architecture": backbone.name}
     if not with_fingerprint:
         return record | {"fingerprint": None}
-    with use(model, None) if has_adapters(model) else nullcontext():
+    with plain(model):
         return record | {"fingerprint": fingerprint(model)}
 
 

@@ -20,7 +20,7 @@ class Summary:
         total: number of values in the model as it computes now, adapters included.
         trainable: number of trained values, the head included.
         adapter: number of trained values without the head.
-        rows: for each adapter and site, (adapter, methods, site, number of places, trained values).
+        rows: for each adapter and site, (adapter, method, site, number of tensors, trained values).
     """
 
     backbone: str
@@ -40,10 +40,10 @@ class Summary:
             title=self.backbone,
             caption=f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %), {self.bytes / 2**20:.2f} MiB",
         )
-        for column in ("adapter", "method", "site", "places", "trainable"):
-            table.add_column(column, justify="right" if column in ("places", "trainable") else "left")
-        for adapter, methods, site, places, values in self.rows:
-            table.add_row(adapter, methods, site, str(places), f"{values:,}")
+        for column in ("adapter", "method", "site", "tensors", "trainable"):
+            table.add_column(column, justify="right" if column in ("tensors", "trainable") else "left")
+        for adapter, method, site, tensors, values in self.rows:
+            table.add_row(adapter, method, site, str(tensors), f"{values:,}")
         return table
 
     def __str__(self) -> str:
@@ -71,21 +71,21 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _rows(name: str, adapter: AttachedAdapter, active: bool):
-    methods = " + ".join(type(method).__name__ for method in adapter.methods)
     label = name if active else f"{name} (off)"
-    sites: dict[str, tuple[int, int]] = {}
+    names = {key: type(method).__name__ for key, method in zip(adapter.method_keys, adapter.methods, strict=True)}
+    sites: dict[tuple[str, str], tuple[int, int]] = {}
     for path, parameter in adapter.named_parameters():
-        places, values = sites.get(site := _site(path, adapter), (0, 0))
-        sites[site] = places + 1, values + parameter.numel()
-    for site, (places, values) in sites.items():
-        yield label, methods, site, places, values
+        tensors, values = sites.get(row := _site(path, names), (0, 0))
+        sites[row] = tensors + 1, values + parameter.numel()
+    for (method, site), (tensors, values) in sites.items():
+        yield label, method, site, tensors, values
 
 
-def _site(path: str, adapter: AttachedAdapter) -> str:
-    parts = path.split(".")
-    if parts[0] == "trained":
-        return "backbone parameters"
-    if parts[0] not in adapter.method_keys:
-        return "head"
-    _, tower, *rest = parts
-    return f"{tower} {rest[1] if rest[0].isdigit() else rest[0]}"
+def _site(path: str, methods: dict[str, str]) -> tuple[str, str]:
+    key, *rest = path.split(".")
+    if key == "trained":
+        return " + ".join(methods.values()), "backbone parameters"
+    if key not in methods:
+        return "", "head"
+    tower, *place = rest
+    return methods[key], f"{tower} {place[1] if place[0].isdigit() else place[0]}"

@@ -1,0 +1,110 @@
+"""Regenerates the README's table: every method on the clip-art images with nano_vit, mean and std over seeds.
+
+    python examples/compare_methods.py --output results/clipart.csv
+
+The learning rate of each method is chosen on the validation split with one seed; the last epoch is tested once for each
+seed. Finished runs are kept in the output file, so an interrupted comparison continues where it stopped.
+"""
+
+import argparse
+import csv
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import lightning
+import pandas as pd
+
+import visionpeft as vp
+from visionpeft.data import ClipArt
+from visionpeft.tasks import ImageClassification
+from visionpeft.tasks.optimisation import Optimisation
+
+METHODS = {
+    "linear probe, random weights": (vp.LinearProbe(), {"pretrained": False}),
+    "linear probe": (vp.LinearProbe(), {}),
+    "full fine-tuning": (vp.FullFineTuning(), {}),
+    "last block": (vp.LastBlocks(1), {}),
+    "BitFit": (vp.BitFit(), {}),
+    "VPT-shallow, 10 tokens": (vp.VPT(num_tokens=10, deep=False), {}),
+    "VPT-deep, 10 tokens": (vp.VPT(num_tokens=10), {}),
+    "Adapter (Houlsby), 8": (vp.Adapter(bottleneck=8, placement="houlsby"), {}),
+    "Adapter (Pfeiffer), 8": (vp.Adapter(bottleneck=8, placement="pfeiffer"), {}),
+    "Adapter+, 8": (vp.Adapter(bottleneck=8, placement="adapter_plus"), {}),
+    "AdaptFormer, 8": (vp.AdaptFormer(bottleneck=8), {}),
+    "LoRA, rank 8, q v": (vp.LoRA(rank=8), {}),
+    "SSF": (vp.SSF(), {}),
+    "prefix tuning, 10 tokens": (vp.PrefixTuning(num_tokens=10), {}),
+}
+LEARNING_RATES = (1e-3, 5e-3)
+FIELDS = ("method", "lr", "seed", "split", "top1", "trainable", "seconds")
+
+
+def main(output: Path, seeds: int, epochs: int, methods: list[str]) -> pd.DataFrame:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for name in methods:
+        for lr in LEARNING_RATES:
+            once(output, name, lr, seed=0, epochs=epochs, split="val")
+        rows = pd.read_csv(output)
+        rows = rows[(rows.method == name) & (rows.split == "val")]
+        best = float(rows.loc[rows.top1.idxmax(), "lr"])
+        for seed in range(seeds):
+            once(output, name, best, seed, epochs, split="test")
+    print(markdown(output))
+    return pd.read_csv(output)
+
+
+def once(output: Path, name: str, lr: float, seed: int, epochs: int, split: str) -> None:
+    """Train once and append the score on a split, unless the output has it already."""
+    if output.is_file():
+        done = pd.read_csv(output)
+        if ((done.method == name) & (done.lr == lr) & (done.seed == seed) & (done.split == split)).any():
+            return
+    lightning.seed_everything(seed, verbose=False)
+    method, options = METHODS[name]
+    data = ClipArt(batch_size=64, seed=seed)
+    optimisation = Optimisation(lr=lr, warmup_epochs=epochs / 10)
+    task = ImageClassification(method, data.class_names, seed=seed, optimisation=optimisation, **options)
+    trainer = lightning.Trainer(
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    start = time.perf_counter()
+    trainer.fit(task, data)
+    seconds = time.perf_counter() - start
+    loader = data.val_dataloader() if split == "val" else data.test_dataloader()
+    (scores,) = trainer.test(task, loader, verbose=False)
+    row = (name, lr, seed, split, scores["test/top1"], vp.summary(task.model).adapter, round(seconds, 1))
+    new = not output.is_file()
+    with open(output, "a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(FIELDS)
+        writer.writerow(row)
+
+
+def markdown(output: Path) -> str:
+    """The table of a finished comparison."""
+    rows = pd.read_csv(output)
+    rows = rows[rows.split == "test"]
+    lines = ["| method | trained, without head | lr | test top-1, mean ± std |", "| --- | ---: | ---: | ---: |"]
+    for name, group in rows.groupby("method", sort=False):
+        score = f"{100 * group.top1.mean():.1f} ± {100 * group.top1.std():.1f}"
+        lines.append(f"| {name} | {group.trainable.iloc[0]:,} | {group.lr.iloc[0]:g} | {score} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("results/clipart.csv"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    main(**vars(parser.parse_args()))

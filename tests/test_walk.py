@@ -1,0 +1,185 @@
+"""Every ViT-like architecture of timm and every OpenCLIP configuration: supported, exact and live, or refused.
+
+Architectures keep their kind of block, attention, MLP, pooling and position code, and are built small.
+"""
+
+import copy
+import dataclasses
+
+import open_clip
+import pytest
+import timm
+import torch
+
+import visionpeft as vp
+
+MODULES = ("vision_transformer", "vision_transformer_hybrid", "eva", "beit", "deit", "vitamin")
+SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "mlp_ratio": 4.0}
+REFUSED_BLOCKS = ("ParallelScalingBlock", "ParallelThingsBlock", "DiffParallelScalingBlock", "DiffAttention")
+OTHERS = ("swin_tiny_patch4_window7_224", "convnext_atto", "resnet18", "naflexvit_base_patch16_gap", "cait_xxs24_224")
+
+IDENTITY = [
+    vp.LoRA(rank=2, targets=("q", "k", "v", "proj", "fc1", "fc2")),
+    vp.AdaptFormer(bottleneck=2, dropout=0.0),
+    vp.BitFit(),
+]
+OTHER_METHODS = [
+    vp.VPT(num_tokens=2),
+    vp.SSF(),
+    vp.PrefixTuning(num_tokens=2),
+    vp.Adapter(bottleneck=2, placement="houlsby"),
+]
+
+
+def vit_like() -> list[str]:
+    return sorted(name for module in MODULES for name in timm.list_models(module=module))
+
+
+def small(name: str) -> torch.nn.Module:
+    """The architecture with its own options but few and narrow blocks."""
+    return create_small(timm.create_model, name, {"num_classes": 3})
+
+
+def lively(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo near-zero layer scales and heads, which would hide every effect."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim <= 1 or "in_proj" in name or "head" in name:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+        if "gamma" in name or ".ls" in name:
+            parameter.data.fill_(1.0)
+    return model.eval()
+
+
+def assert_exact_and_live(model: torch.nn.Module, run, towers: list[str]) -> None:
+    """Methods that start as the identity change nothing; afterwards every tensor has an effect on the output."""
+    with torch.no_grad():
+        base = run(model)
+    for methods, identity in ((IDENTITY, True), (OTHER_METHODS, False)):
+        methods = [replace_towers(method, towers) for method in methods]
+        vp.attach(model, methods)
+        if identity:
+            with torch.no_grad():
+                assert (run(model) - base).norm() <= 1e-5 * base.norm()
+        parameters = dict(model.peft["default"].named_parameters())
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        output = run(model)
+        assert (output - base).norm() > 1e-4 * base.norm()
+        output.square().sum().backward()
+        # A shift of all keys is the same for every score of a query unless keys are rotated or normalised.
+        dead = [
+            n for n, p in parameters.items() if not n.endswith("k.shift") and not (p.grad is not None and p.grad.any())
+        ]
+        assert not dead, f"no gradient reaches {dead}"
+        vp.detach(model)
+        with torch.no_grad():
+            assert torch.equal(run(model), base)
+
+
+def replace_towers(method: vp.Method, towers: list[str]) -> vp.Method:
+    options = {"init": "normal"} if isinstance(method, vp.VPT) else {}
+    return dataclasses.replace(method, towers=towers, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", vit_like())
+def test_timm(name):
+    torch.manual_seed(0)
+    model = lively(small(name))
+    kinds = {type(module).__name__ for module in model.modules()}
+    images = torch.randn(2, 3, *image_size(model))
+    if kinds & set(REFUSED_BLOCKS):
+        with pytest.raises(vp.UnsupportedError):
+            vp.attach(model, vp.LoRA())
+        return
+    assert_exact_and_live(model, lambda m: m(images), ["visual"])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_refused(name):
+    model = timm.create_model(name)
+    keys = list(model.state_dict())
+    with pytest.raises(vp.UnsupportedError, match="supported"):
+        vp.attach(model, vp.LoRA())
+    assert list(model.state_dict()) == keys
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", open_clip.list_models())
+def test_open_clip(name, monkeypatch):
+    torch.manual_seed(0)
+    config = open_clip.get_model_config(name)
+    trunk = config["vision_cfg"].get("timm_model_name")
+    if not is_supported(config["vision_cfg"], trunk):
+        with torch.device("meta"):
+            model = small_clip(config, monkeypatch)
+        with pytest.raises(vp.UnsupportedError, match="visual"):
+            vp.attach(model, vp.LoRA())
+        return
+    model = lively(small_clip(config, monkeypatch))
+    images = torch.randn(2, 3, *image_size(getattr(model.visual, "trunk", model.visual)))
+    text = torch.randint(3, 90, (2, 8))
+    text[:, -1] = END_OF_TEXT
+
+    def run(clip):
+        return torch.cat((clip.encode_image(images), clip.encode_text(text)))
+
+    assert_exact_and_live(model, run, ["visual", "text"])
+
+
+END_OF_TEXT = 99
+
+
+def image_size(model: torch.nn.Module) -> tuple[int, int]:
+    """The input size of a timm model or of OpenCLIP's own image tower."""
+    embed = getattr(model, "patch_embed", None)
+    return model.image_size if embed is None else embed.img_size or (32, 32)
+
+
+def is_supported(vision: dict, trunk: str | None) -> bool:
+    if trunk is None:
+        return isinstance(vision["layers"], int)
+    return timm.model_entrypoint(trunk.partition(".")[0]).__module__.rpartition(".")[2] in MODULES
+
+
+def small_clip(config: dict, monkeypatch) -> torch.nn.Module:
+    """An OpenCLIP configuration with its own options but few and narrow blocks.
+
+    Text towers of Hugging Face would have to be downloaded; OpenCLIP's own stands in for them.
+    """
+    config = copy.deepcopy(config)
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    trunk = vision.get("timm_model_name")
+    create = timm.create_model
+    if trunk is not None and is_supported(vision, trunk):
+        monkeypatch.setattr(timm, "create_model", lambda name, **options: create_small(create, name, options))
+        vision["image_size"] = 32
+    elif trunk is None and isinstance(vision["layers"], int):
+        vision |= {"layers": 2, "width": 64, "head_width": 32, "image_size": 32, "patch_size": 8}
+    if "hf_model_name" in text:
+        text = {"output_tokens": "multimodal_cfg" in config}
+    few = {"layers": 2, "width": 32, "heads": 2, "vocab_size": 100, "context_length": 8, "eos_id": END_OF_TEXT}
+    config["text_cfg"] = text | few
+    if "multimodal_cfg" in config:
+        config["multimodal_cfg"] |= {"layers": 1, "width": 32, "heads": 2, "vocab_size": 100, "context_length": 8}
+    custom = config.pop("custom_text", False)
+    cls = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    return cls(**config)
+
+
+def create_small(create, name: str, options: dict) -> torch.nn.Module:
+    """`timm.create_model` with the small sizes that this architecture accepts."""
+    for small_options in small_choices():
+        try:
+            return create(name, **options, **small_options)
+        except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+            reason = error
+    raise AssertionError(f"{name} cannot be built small: {reason}")
+
+
+def small_choices() -> list[dict]:
+    """Small sizes, then without those that hybrids and multi-stage stems fix themselves."""
+    fixed = ((), ("patch_size",), ("patch_size", "img_size"), ("embed_dim", "num_heads", "patch_size", "img_size"))
+    return [{key: value for key, value in SMALL.items() if key not in drop} for drop in fixed]
