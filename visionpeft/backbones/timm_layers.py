@@ -3,6 +3,7 @@
 import torch
 import torch.nn as nn
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.models.vitamin import GeGluMlp
 
 from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fused_qkv_layers, thirds
 from visionpeft.backbones.dispatch import describe_attention, describe_mlp, norm_layers
@@ -60,3 +61,12 @@ def _(mlp: Mlp | GluMlp) -> dict[str, Layer]:
 def _(mlp: SwiGLU) -> dict[str, Layer]:
     layers = {site: Layer(site, "linear", getattr(mlp, site), target="fc1") for site in ("fc1_g", "fc1_x")}
     return layers | norm_layers(mlp_norm=mlp.norm) | {"fc2": Layer("fc2", "linear", mlp.fc2)}
+
+
+@describe_mlp.register
+def _(mlp: GeGluMlp) -> dict[str, Layer]:
+    halves = {
+        "fc1_g": Layer("fc1_g", "linear", mlp.w0, target="fc1"),
+        "fc1_x": Layer("fc1_x", "linear", mlp.w1, target="fc1"),
+    }
+    return norm_layers(mlp_norm=mlp.norm) | halves | {"fc2": Layer("fc2", "linear", mlp.w2)}
