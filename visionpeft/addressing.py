@@ -71,12 +71,16 @@ class Overrides:
             blocks, _, target = key.rpartition("/")
             if not blocks and target not in targets:
                 blocks, target = target, ""
-            if target and target not in targets:
+            try:
+                selected = select_blocks(blocks or "all", depth)
+            except ConfigurationError:
+                selected = []
+            if not selected or (target and target not in targets):
                 raise ConfigurationError(
-                    f"{field} key {key!r} matches nothing; keys are block ranges, targets "
-                    f"({', '.join(sorted(targets)) or 'none here'}) or both joined by '/'"
+                    f"{field} key {key!r} matches nothing; keys are block ranges below {depth}, targets "
+                    f"({', '.join(sorted(targets)) or 'none here'}), or both joined by '/'"
                 )
-            self.rules.append((select_blocks(blocks or "all", depth), target, value))
+            self.rules.append((selected, target, value))
 
     def at(self, block: int | None, target: str = ""):
         """The value for a block (None outside the blocks) and target."""

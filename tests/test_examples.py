@@ -1,0 +1,93 @@
+"""The examples run, and the README's lines are true."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import visionpeft as vp
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name, *arguments, folder):
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / name), *map(str, arguments)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_plain_training_loop(tmp_path):
+    output = run("plain_training_loop.py", "--epochs", 3, "--output", "merged.pth", folder=tmp_path)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
+    assert losses[-1] < losses[0]
+    merged = torch.load(tmp_path / "merged.pth", weights_only=True)
+    plain = vp.create_backbone("nano_vit", num_classes=len(merged["head.bias"]))
+    assert merged.keys() == plain.state_dict().keys()
+
+
+def test_serve_many_adapters(tmp_path):
+    assert run("serve_many_adapters.py", folder=tmp_path).count("differs from") == 6
+
+
+@pytest.mark.slow
+def test_own_dataset(tmp_path):
+    for number, colour in enumerate(("red", "blue")):
+        (tmp_path / "photos" / colour).mkdir(parents=True)
+        for index in range(12):
+            Image.new("RGB", (40, 40 + index + number), colour).save(tmp_path / "photos" / colour / f"{index}.png")
+    run("own_dataset.py", "photos", "--epochs", 2, folder=tmp_path)
+    assert vp.read_metadata(tmp_path / "adapter")["class_names"] == ["blue", "red"]
+
+
+@pytest.mark.slow
+def test_compare_methods(tmp_path):
+    arguments = ("--output", "r/table.csv", "--seeds", 2, "--epochs", 1, "--methods", "linear probe")
+    output = run("compare_methods.py", *arguments, folder=tmp_path)
+    assert output.splitlines()[-1].startswith("| linear probe | 0 |")
+    rows = (tmp_path / "r" / "table.csv").read_text()
+    run("compare_methods.py", *arguments, folder=tmp_path)
+    assert (tmp_path / "r" / "table.csv").read_text() == rows  # finished runs are not repeated
+
+
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_readme_lines(tmp_path, monkeypatch):
+    """The README's Python, pasted, with random weights in place of a download."""
+    create = timm.create_model
+
+    def small(name, pretrained, **options):
+        return create(name, depth=2, embed_dim=48, num_heads=2, **options)
+
+    monkeypatch.setattr(timm, "create_model", small)
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks((ROOT / "README.md").read_text())
+    script = tmp_path / "readme.py"
+    script.write_text(block)
+    names = runpy.run_path(str(script))
+    plain = small("vit_base_patch16_224.augreg_in21k", False, num_classes=100).eval()
+    plain.load_state_dict(torch.load("merged.pth", weights_only=True))
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(plain(images), names["model"].eval()(images))
+
+
+def test_readme_counts():
+    """The README's column of trained parameters is what attaching to ViT-B/16 gives."""
+    rows = re.findall(r"^\| `(\w+\(.*?\))` \|.*?\| ([\d,]+) \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) >= 13
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224", num_classes=10)
+    for call, count in rows:
+        vp.attach(model, eval(call, {name: getattr(vp, name) for name in vp.__all__}))
+        assert vp.summary(model).adapter == int(count.replace(",", "")), call
+        vp.detach(model)

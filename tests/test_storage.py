@@ -1,0 +1,206 @@
+"""What is written is complete and atomic, and what is damaged, edited or foreign is refused in one sentence."""
+
+import errno
+import json
+import os
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import visionpeft as vp
+from visionpeft.backbones.preprocessing import Preprocessing
+
+
+def build(seed=0, **options):
+    torch.manual_seed(seed)
+    options = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 3} | options
+    return timm.create_model("vit_tiny_patch16_224", **options).eval()
+
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with an adapter, and the model it came from."""
+    model = vp.attach(build(), [vp.LoRA(rank=2), vp.VPT(num_tokens=2)], train=("cls_token",))
+    with torch.no_grad():
+        for parameter in vp.trainable_parameters(model):
+            parameter.add_(torch.randn_like(parameter))
+    preprocessing = Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3)
+    names = ["cat", "dog", "owl"]
+    vp.save(model, tmp_path / "adapter", class_names=names, preprocessing=preprocessing, metadata={"note": "x"})
+    return tmp_path / "adapter", model
+
+
+def test_description(saved):
+    folder, _ = saved
+    described = vp.read_metadata(folder)
+    assert json.loads((folder / "adapter.json").read_text()) == described
+    assert [m["class"] for m in described["methods"]] == ["LoRA", "VPT"]
+    assert described["methods"][0]["fields"]["rank"] == 2
+    assert described["class_names"] == ["cat", "dog", "owl"]
+    assert described["preprocessing"]["mean"] == [0.5, 0.5, 0.5]
+    assert described["backbone"]["architecture"].startswith("vit_tiny_patch16_224")
+    assert described["metadata"] == {"note": "x"}
+    assert set(described["versions"]) == {"visionpeft", "torch", "timm", "open_clip_torch"}
+
+
+@pytest.mark.parametrize("num_classes", [3, 0, 1000])
+@torch.no_grad()
+def test_load_brings_the_head(saved, num_classes):
+    folder, model = saved
+    other = build(num_classes=3)
+    other.reset_classifier(num_classes)
+    vp.load(other, folder, name="mine")
+    assert torch.equal(other(IMAGES), model(IMAGES))
+    vp.detach(other)
+    assert other(IMAGES).shape[-1] == (num_classes or 32)
+
+
+def test_size_is_that_of_the_tensors(saved):
+    folder, model = saved
+    values = sum(p.numel() for p in model.peft["default"].parameters())
+    assert (folder / "adapter.safetensors").stat().st_size < 4 * values + 8192
+
+
+def refuse(folder, sentence, model=None):
+    model = model or build()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(vp.StorageError, match=sentence):
+        vp.load(model, folder)
+    assert not hasattr(model, "peft")
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def rewrite(folder, change):
+    """Write the adapter again with a changed description."""
+    file = folder / "adapter.safetensors"
+    described, tensors = vp.read_metadata(folder), load_file(file)
+    change(described, tensors)
+    save_file(tensors, file, metadata={"visionpeft": json.dumps(described)})
+    (folder / "adapter.json").write_text(json.dumps(described))
+
+
+def test_truncated(saved):
+    folder, _ = saved
+    file = folder / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refuse(folder, "is damaged")
+
+
+def test_not_ours(saved):
+    folder, _ = saved
+    save_file({"x": torch.zeros(1)}, folder / "adapter.safetensors")
+    refuse(folder, "not written by visionpeft")
+
+
+def test_empty_folder(tmp_path):
+    refuse(tmp_path, "holds no adapter.safetensors")
+
+
+def test_edited_json(saved):
+    folder, _ = saved
+    described = json.loads((folder / "adapter.json").read_text())
+    described["methods"][0]["fields"]["rank"] = 3
+    (folder / "adapter.json").write_text(json.dumps(described))
+    refuse(folder, "does not describe")
+    (folder / "adapter.json").unlink()
+    vp.load(build(), folder)
+
+
+def change_shape(described, tensors):
+    tensors["lora.visual.0.q.A"] = torch.zeros(3, 32)
+
+
+def drop_tensor(described, tensors):
+    del tensors["lora.visual.1.v.B"]
+
+
+def add_tensor(described, tensors):
+    tensors["lora.visual.9.q.A"] = torch.zeros(2, 32)
+
+
+def unknown_method(described, tensors):
+    described["methods"][0]["class"] = "LoRAA"
+
+
+def unknown_field(described, tensors):
+    described["methods"][0]["fields"]["speed"] = 3
+
+
+def wrong_type(described, tensors):
+    described["methods"][0]["fields"]["rank"] = "os.system"
+
+
+def other_format(described, tensors):
+    described["format"] = 99
+
+
+def foreign_head(described, tensors):
+    described["heads"]["head"] = {"class": "Upsample", "arguments": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (change_shape, r"lora.visual.0.q.A is \(3, 32\) instead of \(2, 32\)"),
+        (drop_tensor, "lora.visual.1.v.B is missing"),
+        (add_tensor, "lora.visual.9.q.A is not expected"),
+        (unknown_method, "near names are LoRA"),
+        (unknown_field, "do not fit this version"),
+        (wrong_type, "do not fit this version"),
+        (other_format, "format 99"),
+        (foreign_head, "head"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_tampered(saved, change, sentence):
+    folder, _ = saved
+    rewrite(folder, change)
+    refuse(folder, sentence)
+
+
+def test_other_weights(saved):
+    folder, _ = saved
+    refuse(folder, "other weights", build(seed=1))
+    vp.load(build(seed=1), folder, check_fingerprint=False)
+
+
+def test_other_shape_of_the_same_architecture(saved):
+    folder, _ = saved
+    with pytest.raises(vp.StorageError, match="do not fit"):
+        vp.load(build(depth=3), folder, check_fingerprint=False)
+
+
+def test_other_architecture(saved):
+    folder, _ = saved
+    other = timm.create_model("deit3_small_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=32)
+    refuse(folder, "belongs to vit_tiny_patch16_224", other)
+
+
+def test_bfloat16_backbone_is_the_same_backbone(saved):
+    folder, _ = saved
+    vp.load(build().bfloat16(), folder)
+
+
+@pytest.mark.parametrize("failing", ["write", "replace"])
+def test_full_disk_keeps_the_old_adapter(saved, monkeypatch, failing):
+    folder, model = saved
+    old = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with torch.no_grad():
+        for parameter in vp.trainable_parameters(model):
+            parameter.add_(1.0)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync" if failing == "write" else "replace", full)
+    with pytest.raises(vp.StorageError, match="No space left on device"):
+        vp.save(model, folder)
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == old
+    vp.load(build(), folder)
