@@ -25,7 +25,7 @@ from visionpeft.attach import activate, attached, known, plain, register
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.errors import ConfigurationError, StorageError
-from visionpeft.heads import head_from_layout, head_layout
+from visionpeft.head_layout import head_from_layout, head_layout
 from visionpeft.methods.base import Method
 
 FORMAT = 1

@@ -32,8 +32,8 @@ def create_backbone(
 
     Args:
         name: `nano_vit` (weights in the package), a timm name with or without tag such as
-            `vit_base_patch16_224.orig_in21k`, or `open_clip/<model>/<tag>` such as `open_clip/ViT-B-16/laion2b_s34b_b88k`
-            for the image tower of an OpenCLIP model.
+            `vit_base_patch16_224.orig_in21k`, or `open_clip/<model>/<tag>` for the image tower of an OpenCLIP model,
+            such as `open_clip/ViT-B-16/laion2b_s34b_b88k`.
         pretrained: load the published weights, downloading them when they are not cached.
         checkpoint: a local file to load instead: `.safetensors`, `.pth`/`.pt`/`.bin` (tensors only) or `.npz`
             (the format of Google's ViT releases; timm models only). Nothing is downloaded.

@@ -1,4 +1,4 @@
-"""How a backbone wants its images: size, normalisation and interpolation, read from its own pretrained configuration."""
+"""How a backbone wants its images: size, normalisation and interpolation, read from its pretrained configuration."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,186 @@
+"""The two lists of the matrix, hosts and cases, and what its tests share."""
+
+import dataclasses
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from reference import edits_of, forward, shapes_of, trained_weights
+from reference.hosts import HOSTS
+from safetensors.torch import load_file
+
+import visionpeft as vp
+from visionpeft.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny models run faster on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method with small sizes, and what the paper promises of it.
+
+    Attributes:
+        name: shown in the name of a test.
+        method: the method.
+        identity: attaching it changes nothing.
+        mergeable: it can be merged into the weights.
+        image_only: of two towers it acts on that of the images.
+    """
+
+    name: str
+    method: vp.Method
+    identity: bool = False
+    mergeable: bool = False
+    image_only: bool = False
+
+    def __repr__(self):
+        return self.name
+
+    def on(self, host):
+        """The method for a host: on both towers where it has both; prompts in text have no patch size to start from."""
+        changes = {}
+        chooses = "towers" in {field.name for field in dataclasses.fields(self.method)}
+        if host.takes == "both" and chooses and not self.image_only:
+            changes["towers"] = ["visual", "text"]
+        if "text" in host.towers and isinstance(self.method, vp.VPT):
+            changes["init"] = "normal"
+        return dataclasses.replace(self.method, **changes)
+
+
+EVERY_MATRIX = ("q", "k", "v", "proj", "fc1", "fc2")
+
+CASES = [
+    Case("linear_probe", vp.LinearProbe(), identity=True, mergeable=True),
+    Case("full", vp.FullFineTuning(), identity=True, mergeable=True),
+    Case("last_block", vp.LastBlocks(1), identity=True, mergeable=True),
+    Case("bit_fit_no_key", vp.BitFit(key_bias=False), identity=True, mergeable=True),
+    Case("bit_fit", vp.BitFit(), identity=True, mergeable=True),
+    Case("vpt_shallow", vp.VPT(num_tokens=3, deep=False)),
+    Case("vpt_deep", vp.VPT(num_tokens=3, deep=True)),
+    Case("vpt_projected", vp.VPT(num_tokens=2, deep=True, projection=6)),
+    Case("vpt_last", vp.VPT(num_tokens=2, deep=True, blocks="last:2")),
+    Case("houlsby", vp.Adapter(bottleneck=4, placement="houlsby")),
+    Case("houlsby_learned", vp.Adapter(bottleneck=3, placement="houlsby", scale="learned", activation="silu")),
+    Case("pfeiffer", vp.Adapter(bottleneck=4, placement="pfeiffer")),
+    Case("parallel", vp.Adapter(bottleneck=4, placement="parallel")),
+    Case("pre", vp.Adapter(bottleneck=4, placement="pre")),
+    Case("adapter_plus", vp.Adapter(bottleneck=4, placement="adapter_plus")),
+    Case("adapter_zero", vp.Adapter(bottleneck=4, placement="pfeiffer", init="lora"), identity=True),
+    Case("adapt_former", vp.AdaptFormer(bottleneck=8), identity=True),
+    Case("adapt_former_learned", vp.AdaptFormer(bottleneck=8, scale="learned"), identity=True),
+    Case("lora", vp.LoRA(rank=2), identity=True, mergeable=True),
+    Case("lora_all", vp.LoRA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True),
+    Case("ssf", vp.SSF(), mergeable=True),
+    Case("prefix", vp.PrefixTuning(num_tokens=3)),
+    Case("prefix_mlp", vp.PrefixTuning(num_tokens=2, mlp=5)),
+]
+
+# one host of each block and attention class, and one case of each method: for the dearer invariants
+FEW_HOSTS = [h for h in HOSTS if h.name in ("vit_cls", "vit_res_post", "beit", "eva_split", "dinov3", "clip_whole")]
+FEW_NAMES = ("bit_fit", "vpt_deep", "houlsby", "adapt_former", "lora_all", "ssf", "prefix")
+FEW_CASES = [c for c in CASES if c.name in FEW_NAMES]
+# these add no module: they train the head or parameters of the backbone themselves
+TRAINED_ALONE = ("linear_probe", "full", "last_block")
+
+# the only cells attach may refuse, and why
+REFUSALS: dict[tuple[str, str], str] = {
+    (host.name, "linear_probe"): "CLIP has no classification head to train" for host in HOSTS if not host.head_paths()
+}
+
+NO_KEY_BIAS = "keys are rotated, so their shift matters, and the architecture has no bias for them"
+MERGE_REFUSALS = {
+    ("eva_fused", "ssf"): NO_KEY_BIAS,
+    ("eva_split", "ssf"): NO_KEY_BIAS,
+    ("eva_post_norm", "ssf"): NO_KEY_BIAS,
+    ("dinov3", "ssf"): "neither queries, keys nor values have a bias",
+    ("eva_rope_mixed", "ssf"): "patches have neither a bias nor a position embedding",
+}
+
+
+def cells(hosts=HOSTS, cases=CASES):
+    """Parametrise a test over hosts and cases."""
+
+    def decorate(test):
+        test = pytest.mark.parametrize("case", cases, ids=repr)(test)
+        return pytest.mark.parametrize("host", hosts, ids=repr)(test)
+
+    return decorate
+
+
+def spread(cases=CASES):
+    """Parametrise a test over a part of the matrix: a case of each method on every host, every case on two hosts."""
+    two = ("vit_cls", "clip_whole")
+    found = [(h, c) for h in HOSTS for c in cases if c in FEW_CASES or h.name in two]
+    return pytest.mark.parametrize(("host", "case"), found, ids=repr)
+
+
+def attach(model, host, case, name="default", **options):
+    """`vp.attach` of a case; where the table says that it is refused, sees that it is and skips the test."""
+    if (host.name, case.name) in REFUSALS:
+        with pytest.raises(UserError):
+            vp.attach(model, case.on(host), name, **options)
+        pytest.skip(REFUSALS[host.name, case.name])
+    return vp.attach(model, case.on(host), name, **options)
+
+
+def adapted(host, case, dtype=torch.float32, seed=1, name="default"):
+    """A host with a case attached, all of its tensors moved off their initial values, in eval mode."""
+    torch.manual_seed(seed)
+    model = attach(host.build(dtype), host, case, name)
+    randomise(model.peft[name], seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomise(adapter, seed=1):
+    """Move every tensor of an adapter by noise, not by a constant, which LayerNorm would remove."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in adapter.named_parameters():
+        size = 0.05 if name.startswith("trained.") else 0.3
+        parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+
+
+def base_state(model):
+    """Copies of the state of the model without what attaching adds."""
+    return {k: v.detach().clone() for k, v in model.state_dict().items() if not k.startswith("peft.")}
+
+
+def same_bytes(left, right):
+    """Whether two state dicts are equal in keys, types and bytes."""
+    return left.keys() == right.keys() and all(
+        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
+    )
+
+
+def distance(left, right):
+    """Relative distance of two tensors, by norm."""
+    return ((left - right).norm() / right.norm()).item()
+
+
+def adapter_tensors(model, name="default"):
+    """The tensors of an adapter by name, with their gradients."""
+    return dict(model.peft[name].state_dict(keep_vars=True))
+
+
+def saved_tensors(model, folder):
+    """The tensors of an adapter as they are written to a file, where parts used only for training are folded away."""
+    vp.save(model, folder / "adapter")
+    return load_file(folder / "adapter" / "adapter.safetensors")
+
+
+def expected_output(host, case, tensors, inputs):
+    """What the reference computes for a case with these tensors on a fresh host, in float64."""
+    plain = host.build(torch.float64)
+    method = case.on(host)
+    edits = edits_of(tensors, {method.name: dataclasses.asdict(method)}, shapes_of(plain))
+    output = forward(plain, inputs, edits, trained_weights(plain.state_dict(), tensors))
+    return torch.cat(output[:2], dim=-1) if host.takes == "both" else output

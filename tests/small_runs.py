@@ -1,0 +1,53 @@
+"""Training runs that take a second: a tiny untrained backbone on a few coloured squares."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from visionpeft import fit
+
+COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
+BACKBONE = ["--model.backbone", "test_vit", "--model.pretrained", "false", "--model.backbone_kwargs", "{img_size: 32}"]
+
+
+def draw_images(folder: Path, per_class: int = 10) -> Path:
+    """Noisy squares of three colours in a folder for each class."""
+    generator = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for index in range(per_class):
+            noise = generator.integers(-60, 60, (32, 32, 3))
+            pixels = np.clip(np.array(colour) * 0.7 + 40 + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+    return folder
+
+
+def arguments(images: Path, *more: str, epochs: int = 3) -> list[str]:
+    """Command line of a run of LoRA on such images."""
+    return [
+        *("--config", "images_lora.yaml", *BACKBONE, "--data.root", str(images), "--data.batch_size", "8"),
+        *(
+            "--model.optimisation.warmup_epochs",
+            "1",
+            "--trainer.max_epochs",
+            str(epochs),
+            "--trainer.accelerator",
+            "cpu",
+        ),
+        *more,
+    ]
+
+
+def run(folder: Path, images: Path, *more: str, epochs: int = 3) -> Path:
+    """Train in this process and return the new run directory."""
+    before = set(folder.glob("*"))
+    assert fit.main([*arguments(images, *more, epochs=epochs), "--output", str(folder)]) == 0
+    (made,) = set(folder.glob("*")) - before
+    return made
+
+
+def results(run_directory: Path) -> dict:
+    """Its results.json."""
+    return json.loads((run_directory / "results.json").read_text())

@@ -1,0 +1,58 @@
+"""The commands as a newcomer types them, each in a process of its own in an empty directory."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from visionpeft.data import dsprites
+
+
+def command(folder, module, *arguments):
+    """Run `python -m visionpeft.<module>` in a folder; returns its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"visionpeft.{module}", *arguments],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "2", "COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no warnings, no remarks of libraries
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_main_job_evaluate_and_predict(tmp_path):
+    short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--data.test_samples", "100"]
+    printed = command(tmp_path, "fit", "--config", "vtab_vpt.yaml", *short)
+    run = tmp_path / "runs" / "dsprites_ori-VPT-1"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    for words in (
+        "VPT(num_tokens=",
+        "100 test images",
+        "epoch 1/1  train loss",
+        "test top-1 accuracy",
+        "a fixed random subset of 73,728",
+        "trainable parameters",
+        "training time",
+        "peak memory",
+        "runs/dsprites_ori-VPT-1",
+    ):
+        assert words in printed
+    results = json.loads((run / "results.json").read_text())
+    assert results["data"]["test_subset"] == {"samples": 100, "of": 73_728, "seed": 0}
+
+    command(tmp_path, "evaluate", str(run))
+    again = json.loads((run / "evaluation.json").read_text())["test"]
+    assert again == pytest.approx(results["test"])
+
+    Image.fromarray(dsprites.render(torch.tensor([5]).numpy())[0]).save(tmp_path / "sprite.png")
+    printed = command(tmp_path, "predict", str(run), "sprite.png", "--output", "out.csv")
+    assert "sprite.png" in printed
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 2

@@ -1,0 +1,111 @@
+"""Every shipped configuration parses and builds what it names, without a download."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from small_runs import draw_images
+
+import visionpeft as vp
+from visionpeft import methods
+from visionpeft.cli import CLI, silence
+from visionpeft.resources import shipped
+
+CONFIGS = shipped("configs")
+WHOLE = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name != "clipart.yaml")
+OVERLAYS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("backbones/*.yaml"))
+NAMES = (
+    *("vpt", "vpt_shallow", "lora", "adaptformer", "adapter", "adapter_plus", "ssf", "bitfit", "prefix_tuning"),
+    *("linear_probe", "full", "last_blocks"),
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Arguments that give each configuration data of its kind."""
+    images = draw_images(tmp_path_factory.mktemp("data") / "photos", per_class=6)
+    cub = tmp_path_factory.mktemp("fgvc") / "cub"
+    cub.mkdir()
+    for split in ("train", "val", "test"):
+        rows = {f"{split}/{label}.png": label for label in range(200)}
+        (cub / f"{split}.json").write_text(json.dumps(rows))
+    return {
+        "vtab": [],
+        "images": ["--data.root", str(images)],
+        "fgvc": ["--data.root", str(cub.parent)],
+    }
+
+
+def build(*arguments: str) -> CLI:
+    silence()
+    return CLI(list(arguments))
+
+
+def test_every_method_has_a_configuration_for_each_benchmark():
+    assert {f"{benchmark}_{name}.yaml" for benchmark in ("vtab", "fgvc") for name in NAMES} <= set(WHOLE)
+    named = {
+        yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["method"]["class_path"] for name in WHOLE
+    }
+    assert named == set(methods.__all__) - {"Method"}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_configuration_builds(name, data):
+    cli = build("--config", name, *data[name.split("_")[0]], "--trainer.accelerator", "cpu")
+    assert cli.model.backbone_name == "nano_vit"
+    given = yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["method"]
+    (method,) = cli.model.methods
+    assert type(method).__name__ == given["class_path"]
+    assert cli.model(torch.zeros(2, 3, 64, 64)).shape == (2, len(cli.datamodule.class_names))
+    assert vp.trainable_parameters(cli.model.model)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_header_says_what_a_reader_needs(name):
+    header = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
+    text = " ".join(header)
+    assert "python -m visionpeft.fit --config" in text
+    if name.startswith(("vtab_", "fgvc_")):
+        assert "https://arxiv.org/abs/" in text
+        assert "Published (" in text
+        assert f"--config {name}" in text
+        assert "easured" in text
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_backbone_overlay(overlay):
+    cli = build(
+        "--config", "vtab_vpt.yaml", "--config", overlay, "--model.pretrained", "false", "--data.num_workers", "0"
+    )
+    assert cli.model.backbone_name == yaml.safe_load((CONFIGS / overlay).read_text())["model"]["init_args"]["backbone"]
+    assert type(cli.model.methods[0]).__name__ == "VPT"
+    if "nano" not in overlay:
+        assert cli.config.trainer.max_epochs == 100
+        assert cli.config.trainer.precision == "bf16-mixed"
+        assert cli.datamodule.description()["sizes"]["test"] == 73_728
+        assert cli.model.preprocessing.input_size == (224, 224)
+
+
+def test_clip_art_overlay():
+    cli = build("--config", "vtab_lora.yaml", "--config", "clipart.yaml")
+    assert type(cli.datamodule).__name__ == "ClipArt"
+    assert len(cli.model.class_names) == len(cli.datamodule.class_names) >= 20
+
+
+def test_overrides_and_stacked_methods():
+    cli = build("--config", "vtab_vpt.yaml", "--model.method", "LoRA", "--model.method.rank", "4")
+    # A field that both methods have keeps the value the configuration gave it.
+    assert cli.model.methods == [vp.LoRA(rank=4, dropout=cli.config.model.init_args.method.init_args.dropout)]
+    stacked = "[{class_path: VPT, init_args: {num_tokens: 2}}, {class_path: BitFit}]"
+    cli = build("--config", "vtab_vpt.yaml", "--model.method", stacked)
+    assert cli.model.methods == [vp.VPT(num_tokens=2), vp.BitFit()]
+
+
+def test_print_config(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        build("--config", "vtab_vpt.yaml", "--data.task", "dsprites_loc", "--print_config")
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["init_args"]["task"] == "dsprites_loc"
+    assert printed["model"]["init_args"]["method"]["class_path"].endswith("VPT")

@@ -1,0 +1,724 @@
+"""The matrix: what holds for every method on every host. One function per invariant, so that a failure names it."""
+
+import copy
+import dataclasses
+import io
+import itertools
+
+import open_clip
+import pytest
+import timm
+import torch
+from conftest import (
+    CASES,
+    FEW_CASES,
+    FEW_HOSTS,
+    MERGE_REFUSALS,
+    TRAINED_ALONE,
+    adapted,
+    adapter_tensors,
+    attach,
+    base_state,
+    cells,
+    distance,
+    randomise,
+    same_bytes,
+    spread,
+)
+from reference.hosts import HOSTS, lively
+
+import visionpeft as vp
+from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError, UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ADDING = [c for c in CASES if c.name not in TRAINED_ALONE]
+MERGEABLE = [c for c in CASES if c.mergeable]
+BY_NAME = {c.name: c for c in CASES}
+BY_HOST = {h.name: h for h in HOSTS}
+
+
+def output_of(host, model, batch=2, dtype=torch.float32):
+    """The model's output without gradients."""
+    with torch.no_grad():
+        return host.run(model, host.inputs(batch, dtype))
+
+
+def frozen(host):
+    """The plain model, frozen: `nn.MultiheadAttention` rounds differently when its parameters require gradients."""
+    return host.build().requires_grad_(False)
+
+
+def loss_of(host, model, dtype=torch.float32):
+    """A scalar that depends on all of the output."""
+    output = host.run(model, host.inputs(dtype=dtype))
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return (output * weights.to(output.dtype)).sum()
+
+
+def anatomy(model):
+    """Everything about a module tree that detaching has to put back, except the values."""
+    found = {}
+    for name, module in model.named_modules():
+        hooks = [len(value) for key, value in vars(module).items() if key.endswith("hooks")]
+        names = {k: tuple(vars(module)[k]) for k in ("_parameters", "_buffers", "_modules")}
+        found[name] = type(module), sorted(vars(module)), names, hooks, module.training
+    return found, {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+# attaching
+
+
+@spread([c for c in CASES if c.identity])
+def test_identity_at_start(host, case):
+    """A method whose change is zero at the start leaves the output as it was."""
+    model = attach(host.build(), host, case).eval()
+    assert distance(output_of(host, model), output_of(host, host.build())) <= 1e-6
+
+
+@spread()
+def test_noise_has_an_effect(host, case):
+    """Moving the adapter's tensors moves the output."""
+    model = adapted(host, case)
+    assert distance(output_of(host, model), output_of(host, host.build())) > 1e-3
+
+
+def without_gradient(host, case, name):
+    """Tensors that cannot have a gradient, by the algebra of softmax or because the output does not contain them."""
+    if name == "trained.logit_scale":
+        return True
+    # a vector added to every key adds the same to all scores of a query, unless keys are rotated or normalised later
+    rotated = host.name.startswith(("eva", "dinov3"))
+    normalised = host.name in ("vit_qk_norm", "clip_custom")
+    if name.endswith(("k_norm.shift", "k_norm.bias", "ln_k.bias")):
+        return not rotated
+    return name.endswith(".k.shift") and not rotated and not normalised
+
+
+@cells()
+def test_every_tensor_is_live(host, case):
+    """Each trainable tensor gets a gradient that is not zero."""
+    model = adapted(host, case, torch.float64)
+    loss_of(host, model, torch.float64).backward()
+    sizes = {n: p.grad.abs().max().item() for n, p in adapter_tensors(model).items() if p.requires_grad}
+    dead = {n for n, size in sizes.items() if size < 1e-9 * max(sizes.values())}
+    assert dead == {n for n in dead if without_gradient(host, case, n)}
+
+
+@spread()
+def test_only_the_adapter_gets_gradients(host, case):
+    """No parameter of the backbone is trainable or gets a gradient."""
+    model = adapted(host, case)
+    trainable = {id(p) for p in vp.trainable_parameters(model)}
+    assert trainable <= {id(p) for p in model.peft["default"].parameters()}
+    if trainable:
+        loss_of(host, model).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (id(parameter) in trainable), name
+        assert parameter.grad is None or id(parameter) in trainable, name
+
+
+@spread()
+def test_base_keys_stay(host, case):
+    """Every key of the plain model is still there, with its shape; everything else is under `peft.`."""
+    model, plain = attach(host.build(), host, case), host.build()
+    found = {k: v.shape for k, v in model.state_dict().items() if not k.startswith("peft.")}
+    assert found == {k: v.shape for k, v in plain.state_dict().items()}
+
+
+@spread()
+def test_base_is_never_written(host, case):
+    """The backbone's bytes after training, disabling and detaching are those before attaching."""
+    model = host.build()
+    before = base_state(model)
+    attach(model, host, case)
+    randomise(model.peft["default"])
+    trainable = vp.trainable_parameters(model)
+    if trainable:
+        optimiser = torch.optim.SGD(trainable, lr=0.01)
+        for _ in range(3):
+            optimiser.zero_grad()
+            loss_of(host, model).backward()
+            optimiser.step()
+    vp.disable(model)
+    assert same_bytes(base_state(model), before)
+    vp.activate(model, "default")
+    vp.detach(model)
+    assert same_bytes(dict(model.state_dict()), before)
+
+
+# switching
+
+
+@spread()
+def test_disable_and_activate(host, case):
+    """Disabled, the model is the backbone to the bit; active again, it is what it was before."""
+    model = adapted(host, case)
+    active = output_of(host, model)
+    plain = output_of(host, frozen(host))
+    vp.disable(model)
+    assert torch.equal(output_of(host, model), plain)
+    vp.activate(model, "default")
+    assert torch.equal(output_of(host, model), active)
+    with vp.use(model, None):
+        assert torch.equal(output_of(host, model), plain)
+    assert torch.equal(output_of(host, model), active)
+
+
+@cells(FEW_HOSTS, FEW_CASES)
+def test_use_survives_an_exception(host, case):
+    """Leaving `use` by an exception restores what was active."""
+    model = adapted(host, case)
+    active = output_of(host, model)
+    with pytest.raises(ZeroDivisionError), vp.use(model, None):
+        _ = 1 / 0
+    assert torch.equal(output_of(host, model), active)
+
+
+@cells()
+def test_detach_leaves_the_original(host, case):
+    """After detaching, classes, attributes, hooks, flags and output are those of a model never touched."""
+    model, twin = host.build(), host.build()
+    attach(model, host, case)
+    randomise(model.peft["default"])
+    output_of(host, model)
+    vp.detach(model)
+    assert anatomy(model) == anatomy(twin)
+    assert torch.equal(output_of(host, model), output_of(host, twin))
+    assert same_bytes(dict(model.state_dict()), dict(twin.state_dict()))
+
+
+# copies
+
+
+@spread()
+def test_deepcopy_follows_its_own_parameters(host, case):
+    """A copy has its own adapter; changing and detaching it leaves the original as it was."""
+    model = adapted(host, case)
+    before = output_of(host, model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(output_of(host, twin), before)
+    randomise(twin.peft["default"], seed=9)
+    assert torch.equal(output_of(host, model), before)
+    if adapter_tensors(model):
+        assert distance(output_of(host, twin), before) > 1e-4
+    vp.detach(twin)
+    assert torch.equal(output_of(host, twin), output_of(host, host.build()))
+    assert torch.equal(output_of(host, model), before)
+
+
+@spread()
+def test_pickle(host, case):
+    """The whole adapted model goes through `torch.save` and comes back the same, and detaches."""
+    model = adapted(host, case)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    twin = torch.load(file, weights_only=False)
+    assert torch.equal(output_of(host, twin), output_of(host, model))
+    vp.detach(twin)
+    assert torch.equal(output_of(host, twin), output_of(host, host.build()))
+
+
+# storage
+
+
+@spread()
+def test_save_and_load(host, case, tmp_path):
+    """A saved adapter on a fresh backbone gives the same output to the bit."""
+    model = adapted(host, case)
+    if not adapter_tensors(model):
+        pytest.skip("nothing to save")
+    vp.save(model, tmp_path / "adapter")
+    fresh = host.build()
+    name = vp.load(fresh, tmp_path / "adapter")
+    assert name == "default"
+    assert torch.equal(output_of(host, fresh.eval()), output_of(host, model))
+
+
+@cells(cases=ADDING[:1] + [c for c in FEW_CASES if c.name in ("lora_all", "vpt_deep")])
+def test_load_refuses_another_backbone(host, case, tmp_path):
+    """The same architecture with other weights is not the backbone the adapter was trained on."""
+    model = adapted(host, case)
+    vp.save(model, tmp_path / "adapter")
+    torch.manual_seed(77)
+    other = lively(host.build())
+    before, state = anatomy(other), base_state(other)
+    with pytest.raises(StorageError):
+        vp.load(other, tmp_path / "adapter")
+    assert anatomy(other) == before
+    assert same_bytes(dict(other.state_dict()), state)
+
+
+# several adapters
+
+STACK = ("vpt_deep", "lora_all", "houlsby", "ssf")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(STACK))[1::6], ids="-".join)
+@pytest.mark.parametrize("host", FEW_HOSTS, ids=repr)
+def test_stacking_in_any_order(host, order):
+    """Four methods give one output in whatever order they are stacked, and detach in any order."""
+    tensors = {}
+    for name in STACK:
+        model = adapted(host, BY_NAME[name], torch.float64)
+        tensors[name] = {n: t.detach() for n, t in adapter_tensors(model).items() if not n.startswith("head.")}
+
+    def put(adapter, names):
+        own = {n: t for name in names for n, t in tensors[name].items()}
+        missing, unexpected = adapter.load_state_dict(own, strict=False)
+        assert not unexpected
+        assert all(n.startswith("head.") for n in missing)
+
+    def stacked(names):
+        model = vp.attach(host.build(torch.float64), [BY_NAME[n].on(host) for n in names])
+        put(model.peft["default"], names)
+        return output_of(host, model.eval(), dtype=torch.float64)
+
+    def separate(names):
+        model = host.build(torch.float64)
+        for name in names:
+            vp.attach(model, BY_NAME[name].on(host), name=name)
+            put(model.peft[name], [name])
+        vp.activate(model, list(names))
+        return model.eval()
+
+    expected = stacked(STACK)
+    assert distance(stacked(order), expected) < 1e-12
+    model = separate(order)
+    assert distance(output_of(host, model, dtype=torch.float64), expected) < 1e-12
+    left = list(order)
+    for name in sorted(order, key=STACK[::-1].index):
+        vp.detach(model, name)
+        left.remove(name)
+        if left:
+            assert distance(output_of(host, model, dtype=torch.float64), stacked(left)) < 1e-12
+    assert anatomy(model) == anatomy(host.build(torch.float64))
+    plain = output_of(host, host.build(torch.float64), dtype=torch.float64)
+    assert torch.equal(output_of(host, model, dtype=torch.float64), plain)
+
+
+@spread()
+def test_routed_rows_are_those_of_each_adapter(host, case):
+    """Row i of a mixed batch is the row which adapter i, or the plain backbone, gives alone."""
+    model = host.build(torch.float64)
+    if host.takes == "both":
+        # the rows of a batch are images, so only what acts on the image tower can be routed
+        case = dataclasses.replace(case, image_only=True)
+    for seed, name in enumerate(("a", "b")):
+        attach(model, host, case, name)
+        randomise(model.peft[name], seed)
+        vp.disable(model)
+    model.eval()
+    names = ["a", None, "b", "a"]
+    # nor can two values of one parameter of the backbone act in one batch
+    refused = host.takes == "text" or any(name.startswith("trained.") for name in adapter_tensors(model, "a"))
+    longer = case.name.startswith(("vpt", "prefix"))
+    if refused or longer:
+        with pytest.raises(UserError), vp.route(model, names):
+            output_of(host, model, 4, torch.float64)
+    if refused:
+        return
+    if longer:
+        # rows with and without more tokens differ in length; rows of two adapters of one length do not
+        names = ["a", "b", "b", "a"]
+    expected = []
+    for row, name in enumerate(names):
+        with vp.use(model, name):
+            expected.append(output_of(host, model, 4, torch.float64)[row])
+    with vp.route(model, names):
+        mixed = output_of(host, model, 4, torch.float64)
+    assert distance(mixed, torch.stack(expected)) < 1e-12
+
+
+@cells(FEW_HOSTS, FEW_CASES)
+def test_switching_equals_one_alone(host, case):
+    """With two adapters attached, each gives when active what it gives on a backbone of its own."""
+    model = host.build()
+    for seed, name in enumerate(("a", "b")):
+        attach(model, host, case, name)
+        randomise(model.peft[name], seed)
+    model.eval()
+    for name in ("a", "b", "a"):
+        alone = attach(host.build(), host, case).eval()
+        alone.peft["default"].load_state_dict(model.peft[name].state_dict())
+        vp.activate(model, name)
+        assert torch.equal(output_of(host, model), output_of(host, alone))
+
+
+# training
+
+
+UPSTREAM_FAULTS = {"clip_custom": "OpenCLIP passes five positional arguments to its custom blocks when checkpointing"}
+
+
+@spread()
+def test_activation_checkpointing(host, case):
+    """The library's own activation checkpointing gives the same gradients."""
+    if host.name in UPSTREAM_FAULTS:
+        pytest.skip(UPSTREAM_FAULTS[host.name])
+    model = adapted(host, case, torch.float64)
+    if not vp.trainable_parameters(model):
+        pytest.skip("nothing to train")
+    gradients = []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        model.zero_grad()
+        loss_of(host, model, torch.float64).backward()
+        gradients.append({n: p.grad.clone() for n, p in adapter_tensors(model).items() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() <= 1e-10 * gradient.norm() + 1e-12, name
+
+
+@spread()
+def test_no_grad_gives_the_same(host, case):
+    """Without gradients, and without gradients in the adapter, no faster path changes the output."""
+    model = adapted(host, case)
+    with torch.enable_grad():
+        graded = host.run(model, host.inputs()).detach()
+    assert distance(output_of(host, model), graded) < 1e-6
+    model.requires_grad_(False)
+    assert distance(output_of(host, model), graded) < 1e-6
+
+
+@spread()
+def test_autocast(host, case):
+    """Under bfloat16 autocast the output is finite and close, and gradients keep the adapter's precision."""
+    model = adapted(host, case)
+    full = output_of(host, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = host.run(model, host.inputs())
+        loss = output.float().square().sum()
+    assert output.isfinite().all()
+    assert distance(output.detach().float(), full) < 0.25
+    if vp.trainable_parameters(model):
+        loss.backward()
+    for name, parameter in adapter_tensors(model).items():
+        if parameter.grad is not None:
+            assert parameter.grad.dtype == torch.float32, name
+            assert parameter.grad.isfinite().all(), name
+
+
+@spread()
+def test_low_precision_backbone(host, case):
+    """On a backbone stored in bfloat16 the adapter is kept in float32, runs and trains."""
+    torch.manual_seed(1)
+    model = attach(host.build(torch.bfloat16), host, case)
+    randomise(model.peft["default"])
+    model.eval()
+    before = base_state(host.build(torch.bfloat16))
+    output = host.run(model, host.inputs(dtype=torch.bfloat16))
+    assert output.dtype == torch.bfloat16
+    assert output.isfinite().all()
+    trainable = vp.trainable_parameters(model)
+    output.float().square().sum().backward()
+    torch.optim.SGD(trainable, lr=0.01).step()
+    for name, tensor in adapter_tensors(model).items():
+        own = not name.startswith(("head.", "trained."))
+        assert tensor.dtype == (torch.float32 if own else torch.bfloat16), name
+        assert tensor.grad is None or tensor.grad.dtype == tensor.dtype, name
+    vp.disable(model)
+    assert same_bytes(base_state(model), before)
+
+
+@cells([BY_HOST["vit_cls"], BY_HOST["clip_visual"]], CASES)
+def test_training_lowers_the_loss(host, case):
+    """Every method learns: 16 random images, random targets, some steps of Adam."""
+    torch.manual_seed(4)
+    model = attach(host.build(), host, case).eval()
+    inputs = host.inputs(16)
+    with torch.no_grad():
+        targets = host.run(model, inputs) + torch.randn(16, 1)
+    optimiser = torch.optim.Adam(vp.trainable_parameters(model), lr=0.02)
+    losses = []
+    for _ in range(20):
+        optimiser.zero_grad()
+        loss = (host.run(model, inputs) - targets).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert min(losses[-3:]) < 0.97 * losses[0]
+
+
+@cells(FEW_HOSTS, FEW_CASES)
+def test_one_seed_gives_one_start(host, case):
+    """The initial values follow from the seed."""
+    starts = []
+    for _ in range(2):
+        torch.manual_seed(11)
+        starts.append(attach(host.build(), host, case).peft["default"].state_dict())
+    assert same_bytes(*starts)
+
+
+# the head, and what is trained beside the adapter
+
+
+def test_extra_parameters_travel_with_the_adapter(tmp_path):
+    """Raw parameters named in `train` are trained, saved and put back; the backbone's own stay as they are."""
+    host = BY_HOST["vit_registers"]
+    model, plain = host.build(), host.build()
+    names = ("cls_token", "pos_embed", "norm.weight")
+    vp.attach(model, vp.LoRA(rank=2), train=names)
+    assert {f"trained.{n}" for n in names} <= set(adapter_tensors(model))
+    randomise(model.peft["default"])
+    model.eval()
+    loss_of(host, model).backward()
+    for name in names:
+        assert adapter_tensors(model)[f"trained.{name}"].grad.abs().max() > 0
+    active = output_of(host, model)
+    vp.save(model, tmp_path / "adapter")
+    fresh = host.build()
+    vp.load(fresh, tmp_path / "adapter")
+    assert torch.equal(output_of(host, fresh.eval()), active)
+    vp.disable(model)
+    assert torch.equal(output_of(host, model), output_of(host, plain))
+    vp.detach(model)
+    assert anatomy(model) == anatomy(plain)
+    assert same_bytes(dict(model.state_dict()), dict(plain.state_dict()))
+
+
+def test_head_with_buffers_travels_with_the_adapter(tmp_path):
+    """The running statistics of a head are the adapter's: saved with it, absent from the backbone's own head."""
+    host = BY_HOST["vit_cls"]
+
+    def build():
+        model = host.build()
+        torch.manual_seed(0)
+        model.head = torch.nn.Sequential(torch.nn.BatchNorm1d(32, affine=False), torch.nn.Linear(32, 4))
+        return model
+
+    model = build()
+    vp.attach(model, vp.AdaptFormer(bottleneck=4))
+    randomise(model.peft["default"])
+    model.train()
+    loss_of(host, model)
+    model.eval()
+    active = output_of(host, model)
+    vp.save(model, tmp_path / "adapter")
+    fresh = build()
+    vp.load(fresh, tmp_path / "adapter")
+    assert torch.equal(output_of(host, fresh.eval()), active)
+    vp.detach(model)
+    assert same_bytes(dict(model.state_dict()), dict(build().state_dict()))
+
+
+def test_head_can_stay_frozen():
+    """`head=False` trains the adapter alone."""
+    model = BY_HOST["vit_cls"].build()
+    vp.attach(model, vp.LoRA(rank=2), head=False)
+    assert not any(n.startswith("head.") for n in adapter_tensors(model))
+    assert not any(p.requires_grad for p in model.head.parameters())
+
+
+# where a method acts
+
+
+@pytest.mark.parametrize("tower", ["visual", "text"])
+@pytest.mark.parametrize("case", FEW_CASES, ids=repr)
+def test_the_other_tower_is_untouched(case, tower):
+    """A method on one tower of CLIP leaves the features of the other as they were, to the bit."""
+    host = BY_HOST["clip_whole"]
+    model = host.build()
+    vp.attach(model, dataclasses.replace(case.on(host), towers=[tower]))
+    randomise(model.peft["default"])
+    model.eval()
+    with torch.no_grad():
+        features, plain = model(*host.inputs()), frozen(host)(*host.inputs())
+    own = ["visual", "text"].index(tower)
+    assert torch.equal(features[1 - own], plain[1 - own])
+    assert distance(features[own], plain[own]) > 1e-3
+
+
+@cells(FEW_HOSTS, [c for c in FEW_CASES if c.name not in ("bit_fit", "ssf")])
+def test_only_the_chosen_blocks_change(host, case):
+    """With `blocks="last:1"` what enters the last block is what enters it in the backbone."""
+    method = dataclasses.replace(case.on(host), blocks="last:1")
+    seen = []
+    for model in (vp.attach(host.build(), method), frozen(host)):
+        if model.__dict__.get("peft") or "peft" in model._modules:
+            randomise(model.peft["default"])
+        tower = getattr(model, "visual", model)
+        blocks = tower.blocks if hasattr(tower, "blocks") else tower.transformer.resblocks
+        handle = blocks[1].register_forward_hook(lambda module, inputs, output: seen.append(output))
+        output = output_of(host, model.eval())
+        handle.remove()
+        seen.append(output)
+    assert torch.equal(seen[0], seen[2])
+    assert distance(seen[1], seen[3]) > 1e-3
+
+
+@cells(FEW_HOSTS, FEW_CASES)
+def test_hooks_of_others_keep_firing(host, case):
+    """A forward hook put on a block's attention or MLP is still called, once for each forward."""
+    model = adapted(host, case)
+    tower = getattr(model, "visual", model)
+    block = (tower.blocks if hasattr(tower, "blocks") else tower.transformer.resblocks)[0]
+    calls = []
+    for module in (block.attn, block.mlp):
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    output_of(host, model)
+    assert calls == [block.attn, block.mlp]
+
+
+@cells([h for h in HOSTS if h.name.startswith(("vit", "eva", "beit", "dinov3"))], [c for c in CASES if "vpt" in c.name])
+def test_prompts_do_not_leak_into_intermediates(host, case):
+    """Feature maps taken between the blocks have the shape they have without prompts, or are refused."""
+    model, plain = adapted(host, case), host.build()
+    with torch.no_grad():
+        expected = [x.shape for x in plain.forward_intermediates(host.inputs(), intermediates_only=True)]
+        try:
+            found = model.forward_intermediates(host.inputs(), intermediates_only=True)
+        except UnsupportedError:
+            return
+    assert [x.shape for x in found] == expected
+
+
+# merging
+
+
+@spread(MERGEABLE)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["f32", "f64"])
+def test_merge(host, case, dtype, tolerance):
+    """Merged equals adapted; a plain model loads the merged weights; unmerging restores every byte."""
+    model = adapted(host, case, dtype)
+    active = output_of(host, model, dtype=dtype)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    if (host.name, case.name) in MERGE_REFUSALS:
+        with pytest.raises(UserError):
+            vp.merge(model)
+        assert same_bytes(dict(model.state_dict()), before)
+        return
+    vp.merge(model)
+    assert distance(output_of(host, model, dtype=dtype), active) < tolerance
+    plain = host.build(dtype)
+    plain.load_state_dict(base_state(model))
+    assert distance(output_of(host, plain, dtype=dtype), active) < tolerance
+    vp.unmerge(model)
+    assert same_bytes(dict(model.state_dict()), before)
+    assert torch.equal(output_of(host, model, dtype=dtype), active)
+    vp.detach(model)
+    assert anatomy(model) == anatomy(host.build(dtype))
+    assert same_bytes(dict(model.state_dict()), dict(host.build(dtype).state_dict()))
+
+
+@spread([c for c in CASES if not c.mergeable])
+def test_merge_refuses_by_name(host, case):
+    """A method that is not linear in the weights says so, and nothing changes."""
+    model = adapted(host, case)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    active = output_of(host, model)
+    with pytest.raises(UserError, match=type(case.method).__name__):
+        vp.merge(model)
+    assert same_bytes(dict(model.state_dict()), before)
+    assert torch.equal(output_of(host, model), active)
+
+
+# refusing
+
+
+def swin():
+    """A backbone with windows."""
+    return timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2, embed_dim=16, depths=(1, 1))
+
+
+def convnext():
+    """A backbone without attention."""
+    return timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+
+
+def resnet_clip():
+    """A CLIP with a ResNet tower."""
+    vision = open_clip.model.CLIPVisionCfg(layers=(1, 1, 1, 1), width=8, image_size=32)
+    return open_clip.model.CLIP(8, vision, open_clip.model.CLIPTextCfg(9, 40, width=16, heads=2, layers=1))
+
+
+def plain_mlp():
+    """No backbone at all."""
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+
+
+REFUSED = {
+    "swin": (swin, vp.LoRA(rank=2), UnsupportedError),
+    "convnext": (convnext, vp.VPT(num_tokens=2), UnsupportedError),
+    "resnet_clip": (resnet_clip, vp.LoRA(rank=2), UnsupportedError),
+    "no_backbone": (plain_mlp, vp.LoRA(rank=2), UnsupportedError),
+    "no_such_target": (BY_HOST["vit_cls"].build, vp.LoRA(rank=2, targets=("qkv",)), UserError),
+    "no_such_block": (BY_HOST["vit_cls"].build, vp.VPT(num_tokens=2, blocks=[7]), UserError),
+    "no_such_tower": (BY_HOST["vit_cls"].build, vp.SSF(towers=["text"]), UserError),
+    "second_of_two": (BY_HOST["vit_cls"].build, [vp.SSF(), vp.LoRA(rank=2, targets=("nothing",))], UserError),
+    "no_such_parameter": (BY_HOST["vit_cls"].build, vp.LoRA(rank=2), ConfigurationError),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusal_changes_nothing(reason):
+    """A refused attach leaves state, classes, flags and hooks as they were, and says why in words."""
+    make, method, error = REFUSED[reason]
+    model = make()
+    before, state = anatomy(model), {k: v.clone() for k, v in model.state_dict().items()}
+    options = {"train": ("no.such.parameter",)} if reason == "no_such_parameter" else {}
+    with pytest.raises(error) as raised:
+        vp.attach(model, method, **options)
+    assert len(str(raised.value)) > 20
+    assert anatomy(model) == before
+    assert same_bytes(dict(model.state_dict()), state)
+
+
+@pytest.mark.parametrize("host", FEW_HOSTS, ids=repr)
+def test_refusal_keeps_what_is_attached(host):
+    """A second attach that fails leaves the first adapter working."""
+    model = adapted(host, BY_NAME["lora"])
+    before = output_of(host, model)
+    tree = anatomy(model)
+    with pytest.raises(UserError):
+        vp.attach(model, vp.LoRA(rank=2, targets=("nothing",)), name="second")
+    with pytest.raises(UserError):
+        vp.attach(model, vp.LoRA(rank=2), name="default")
+    assert anatomy(model) == tree
+    assert torch.equal(output_of(host, model), before)
+
+
+# compiling
+
+
+def compiled_loss(host, model, function):
+    """Output and gradients of the adapter through `function`."""
+    model.zero_grad()
+    inputs = host.inputs()
+    output = function(*inputs) if host.takes == "both" else function(inputs)
+    output = torch.cat(output[:2], dim=-1) if host.takes == "both" else output
+    output.square().sum().backward()
+    return output.detach(), {n: p.grad.clone() for n, p in adapter_tensors(model).items() if p.grad is not None}
+
+
+def same_when_compiled(host, case, backend):
+    """Compile without graph breaks; forward and backward equal those of the model as it is."""
+    torch._dynamo.reset()
+    model = adapted(host, case)
+    plain, gradients = compiled_loss(host, model, model)
+    output, others = compiled_loss(host, model, torch.compile(model, backend=backend, fullgraph=True))
+    assert distance(output, plain) < 1e-5
+    assert gradients.keys() == others.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - others[name]).norm() <= 1e-4 * gradient.norm() + 1e-5, name
+
+
+@pytest.mark.slow
+@cells(FEW_HOSTS, FEW_CASES)
+def test_compile(host, case):
+    """`torch.compile(fullgraph=True)` traces the adapted model and its backward pass."""
+    same_when_compiled(host, case, "aot_eager")
+
+
+@pytest.mark.slow
+def test_compile_with_inductor():
+    """The default compiler, once."""
+    same_when_compiled(BY_HOST["vit_cls"], BY_NAME["lora_all"], "inductor")
+
+
+def test_compiled_model_is_refused():
+    """Attaching after compiling would be ignored by what is compiled, so it is refused."""
+    model = torch.compile(BY_HOST["vit_cls"].build(), backend="eager")
+    with pytest.raises(UserError):
+        vp.attach(model, vp.LoRA(rank=2))

@@ -1,0 +1,118 @@
+"""Every method on every host against its paper in float64 (`tests/reference`): outputs, gradients, merged weights."""
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from conftest import (
+    CASES,
+    MERGE_REFUSALS,
+    TRAINED_ALONE,
+    adapted,
+    adapter_tensors,
+    cells,
+    distance,
+    expected_output,
+    saved_tensors,
+    spread,
+)
+from reference import METHODS, edits_of, forward, merged_weights, shapes_of
+from reference.hosts import HOSTS
+
+import visionpeft as vp
+from visionpeft.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MERGEABLE = [c for c in CASES if c.mergeable]
+
+
+def test_cases_cover_every_public_method():
+    """A new method cannot be left out of the matrix."""
+    public = {m for _, m in inspect.getmembers(vp, inspect.isclass) if issubclass(m, vp.Method) and m is not vp.Method}
+    assert {type(c.method) for c in CASES} == public
+
+
+def test_reference_covers_every_method_with_modules():
+    """Each method that adds tensors has its transcription."""
+    alone = {"linear_probe", "full_fine_tuning", "last_blocks"}
+    assert {c.method.name for c in CASES} - alone == set(METHODS)
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=repr)
+def test_reference_is_the_library(host):
+    """With no method the transcription of a backbone is the backbone, to rounding."""
+    model, inputs = host.build(torch.float64), host.inputs(dtype=torch.float64)
+    with torch.no_grad():
+        left, right = forward(model, inputs), model(*inputs) if host.takes == "both" else model(inputs)
+    for ours, theirs in zip(*((left, right) if host.takes == "both" else ((left,), (right,))), strict=True):
+        assert distance(ours, theirs) < 1e-12
+
+
+@cells()
+def test_output(host, case, tmp_path):
+    """The adapted model computes what the paper says."""
+    model = adapted(host, case, torch.float64)
+    inputs = host.inputs(dtype=torch.float64)
+    folded = case.name == "prefix_mlp"
+    with torch.no_grad():
+        output = host.run(model, inputs)
+        tensors = saved_tensors(model, tmp_path) if folded else adapter_tensors(model)
+        expected = expected_output(host, case, tensors, inputs)
+    assert distance(output, expected) < 1e-11
+
+
+@spread([c for c in CASES if c.name not in (*TRAINED_ALONE, "prefix_mlp")])
+def test_gradients(host, case):
+    """Every tensor of the adapter gets the gradient the formula has."""
+    model = adapted(host, case, torch.float64)
+    inputs = host.inputs(dtype=torch.float64)
+    direction = torch.randn(2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[:, None]
+    tensors = {n: t for n, t in adapter_tensors(model).items() if t.requires_grad}
+    (host.run(model, inputs) * direction).sum().backward()
+    found = {n: t.grad for n, t in tensors.items()}
+    copies = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
+    (expected_output(host, case, copies, inputs) * direction).sum().backward()
+    largest = max(t.grad.norm() for t in copies.values())
+    for name, copy in copies.items():
+        assert (found[name] - copy.grad).norm() < 1e-11 * largest, name
+
+
+@cells(cases=MERGEABLE)
+def test_merged_weights(host, case):
+    """Merging leaves W0 + dW, the formula of the paper, in the model's own parameters."""
+    model = adapted(host, case, torch.float64)
+    tensors = {n: t.detach() for n, t in adapter_tensors(model).items()}
+    method = case.on(host)
+    if (host.name, case.name) in MERGE_REFUSALS:
+        with pytest.raises(UserError):
+            vp.merge(model)
+        return
+    vp.merge(model)
+    plain = host.build(torch.float64)
+    expected = merged_weights(plain, tensors, {method.name: dataclasses.asdict(method)})
+    expected |= {n.removeprefix("trained."): t for n, t in tensors.items() if n.startswith(("head.", "trained."))}
+    merged = model.state_dict()
+    for name, weight in expected.items():
+        if name.startswith("missing.") and name.endswith(".k"):
+            continue  # adds the same to all scores of a query where keys are neither rotated nor normalised
+        assert (merged[name] - weight).norm() <= 1e-12 * weight.norm(), name
+
+
+@cells(cases=[c for c in CASES if c.name in ("bit_fit_no_key", "bit_fit", "lora", "lora_all", "ssf")])
+def test_reference_merges_to_itself(host, case):
+    """The two transcriptions, edits and merged weights, agree where the merged model has a place for every bias."""
+    model = adapted(host, case, torch.float64)
+    tensors = {n: t.detach() for n, t in adapter_tensors(model).items() if not n.startswith("head.")}
+    method = case.on(host)
+    inputs = host.inputs(dtype=torch.float64)
+    plain = host.build(torch.float64)
+    fields = {method.name: dataclasses.asdict(method)}
+    weights = merged_weights(plain, tensors, fields)
+    if any(name.startswith("missing.") for name in weights):
+        pytest.skip("the plain model has no such bias")
+    merged = forward(plain, inputs, weights=weights)
+    edited = forward(plain, inputs, edits_of(tensors, fields, shapes_of(plain)))
+    for left, right in zip(*((merged, edited) if host.takes == "both" else ((merged,), (edited,))), strict=True):
+        assert distance(left, right) < 1e-12

@@ -1,0 +1,103 @@
+"""Heads, parameter groups and the learning-rate schedule."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import visionpeft as vp
+from visionpeft.tasks.heads import build_head, replace_head
+from visionpeft.tasks.optimisation import Optimisation, build_optimizer, parameter_groups, warmup_cosine
+
+
+def test_linear_heads():
+    features = torch.randn(6, 8)
+    assert build_head("linear", 8, 5)(features).shape == (6, 5)
+    batchnorm = build_head("batchnorm_linear", 8, 5)
+    assert sum(parameter.numel() for parameter in batchnorm.parameters()) == 8 * 5 + 5
+    assert torch.equal(batchnorm[0](features).mean(0).abs() < 1e-6, torch.ones(8, dtype=torch.bool))
+    layernorm = build_head("layernorm_linear", 8, 5)
+    assert sum(parameter.numel() for parameter in layernorm.parameters()) == 2 * 8 + 8 * 5 + 5
+    with pytest.raises(vp.ConfigurationError, match="liner"):
+        build_head("liner", 8, 5)
+
+
+def test_head_initialisations():
+    torch.manual_seed(0)
+    size = 400
+    weights = {}
+    for init in ("truncated_normal", "zeros", "kaiming", "uniform"):
+        linear = build_head("linear", size, size, init)
+        weights[init] = linear.weight.std().item()
+        if init in ("truncated_normal", "zeros"):
+            assert linear.bias.abs().max() == 0
+    assert weights["truncated_normal"] == pytest.approx(0.02, rel=0.05)
+    assert weights["zeros"] == 0
+    assert weights["kaiming"] == pytest.approx(math.sqrt(2 / size), rel=0.05)
+    assert weights["uniform"] == pytest.approx(1 / math.sqrt(3 * size), rel=0.05)
+    assert build_head("linear", 8, 5, "kaiming").bias[0].sigmoid().item() == pytest.approx(0.01, rel=1e-3)
+    with pytest.raises(vp.ConfigurationError, match="initialisation"):
+        build_head("linear", 8, 5, "ones")
+
+
+def test_replaced_head_is_the_one_attached():
+    model = vp.create_backbone("test_vit", pretrained=False, num_classes=4, img_size=32)
+    replace_head(model, "batchnorm_linear", 4, "zeros")
+    vp.attach(model, vp.BitFit())
+    model(torch.randn(5, 3, 32, 32))  # in training mode
+    assert model.peft["default"].head[0].num_batches_tracked == 1
+    assert len(model.peft["default"].head_parameters()) == 2
+
+
+def groups_of(optimisation, batch_size=64):
+    adapter = [nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(3))]
+    head = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))]
+    groups = parameter_groups([*adapter, *head], head, optimisation, batch_size)
+    return {group["name"]: group for group in groups}, adapter, head
+
+
+def test_parameter_groups():
+    groups, adapter, head = groups_of(Optimisation(lr=0.1, head_lr=0.01, weight_decay=0.5))
+    found = {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()}
+    assert found == {
+        "adapter, decayed": (0.1, 0.5),
+        "adapter, not decayed": (0.1, 0.0),
+        "head, decayed": (0.01, 0.5),
+        "head, not decayed": (0.01, 0.0),
+    }
+    assert groups["adapter, decayed"]["params"][0] is adapter[0]
+    assert groups["head, not decayed"]["params"][0] is head[1]
+
+
+def test_lr_is_scaled_by_the_batch():
+    groups, *_ = groups_of(Optimisation(lr=0.1, scale_lr_by_batch=256), batch_size=64)
+    assert {group["lr"] for group in groups.values()} == {0.025}
+
+
+def test_optimizers():
+    groups, *_ = groups_of(Optimisation())
+    assert isinstance(build_optimizer(list(groups.values()), Optimisation()), torch.optim.AdamW)
+    sgd = build_optimizer(list(groups.values()), Optimisation(optimizer="sgd"))
+    assert sgd.param_groups[0]["momentum"] == 0.9
+    with pytest.raises(vp.ConfigurationError, match="nothing is trained"):
+        build_optimizer([], Optimisation())
+
+
+def test_warmup_and_cosine():
+    factor = warmup_cosine(warmup_steps=4, total_steps=24, min_ratio=0.1)
+    assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert factor(4) == 1.0
+    assert factor(14) == pytest.approx(0.1 + 0.9 / 2)
+    assert factor(24) == pytest.approx(0.1)
+    assert factor(30) == pytest.approx(0.1)
+    values = [factor(step) for step in range(4, 25)]
+    assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lr": -1}, {"weight_decay": -1}, {"warmup_epochs": -1}, {"min_lr_ratio": 2}, {"scale_lr_by_batch": 0}]
+)
+def test_impossible_values_are_refused(fields):
+    with pytest.raises(vp.ConfigurationError, match="optimisation"):
+        Optimisation(**fields)

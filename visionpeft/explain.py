@@ -1,0 +1,149 @@
+"""One clear sentence out of jsonargparse's nested messages, with the nearest valid names."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+
+from jsonargparse import ArgumentParser
+
+from visionpeft.errors import UserError
+
+_NOT_ACCEPTED = re.compile(r"(?:Problem with given class_path '([\w.]+)':\s*)?Option '([\w.]+)' is not accepted")
+_GROUP = re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'")
+_UNRECOGNIZED = re.compile(
+    r"(?:Problem with given class_path '([\w.]+)':\s*)?unrecognized arguments: -*([\w.]+)", re.DOTALL
+)
+_NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_VALUE = re.compile(r"Parser key \"([\w.]+)\":\s*Expected an? (.*?)(?:\. Got value: (.*))?$", re.MULTILINE)
+_UNION = re.compile(
+    r"Parser key \"([\w.]+)\":\s*Does not validate against any of the Union subtypes\s*"
+    r"Subtypes: \[(.*?)\]\n.*?Given value: ([^\n]*)",
+    re.DOTALL,
+)
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+
+
+def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> str:
+    """Say in one sentence what was wrong.
+
+    Args:
+        message: what jsonargparse reports, nested over many lines.
+        parser: the parser that refused.
+        classes: the classes a configuration can name: tasks, data modules and methods.
+    """
+    by_name = {cls.__name__: cls for cls in classes}
+    if match := _innermost(_NOT_ACCEPTED, message):
+        return _unknown_option(match[1], match[2], parser, by_name)
+    if match := _innermost(_GROUP, message):
+        return f"{match[1]} has no option {match[2]!r}{nearest(match[2].split('.')[0], _options(parser, match[1]))}"
+    if match := _innermost(_UNRECOGNIZED, message):
+        return _unknown_option(match[1], match[2], parser, by_name)
+    if match := _innermost(_NO_CLASS, message):
+        return f"there is no class {match[1]!r}{nearest(match[1], _candidates(message, by_name))}"
+    if match := _innermost(_VALUE, message):
+        return f"option {match[1]} takes {_type_in_words(match[2])}" + (f", not {match[3]!r}" if match[3] else "")
+    if match := _UNION.search(message):
+        return f"option {match[1]} takes {_type_in_words(match[2])}, not {match[3]!r}"
+    if "arguments are required" in message:
+        return "name a configuration, such as --config vtab_vpt.yaml; model and data come from it"
+    return " ".join(message.split())
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """The error meant for the user that others were raised from, if there is one."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _innermost(pattern: re.Pattern, message: str) -> re.Match | None:
+    """The match that is nested deepest: the one with the largest indentation."""
+
+    def depth(match: re.Match) -> int:
+        line = message[: match.start()].rpartition("\n")[2] + match[0]
+        return len(line) - len(line.lstrip(" -"))
+
+    matches = list(pattern.finditer(message))
+    return max(matches, key=depth) if matches else None
+
+
+def _type_in_words(expected: str) -> str:
+    """Python's notation of types and literals as words."""
+    if literals := re.findall(r"Literal\[(.*?)\]", expected):
+        return f"one of {', '.join(literals).replace(chr(39), '')}"
+    names = re.findall(r"<class '(?:[\w.]+\.)?(\w+)'>", expected)
+    return " or ".join(_WORDS.get(name, name) for name in names) or expected.rstrip(": ")
+
+
+def _unknown_option(class_path: str | None, option: str, parser: ArgumentParser, by_name: dict[str, type]) -> str:
+    if class_path is None:
+        first = option.split(".")[0]
+        known = {dest.split(".")[0] for dest in _dests(parser)}
+        if first in known and "." in option:
+            last = option.rpartition(".")[2]
+            return f"{first} has no option {option.partition('.')[2]!r}{nearest(last, _options(parser, first))}"
+        return f"there is no option {option!r}{nearest(first, known)}"
+    cls = by_name.get(class_path.rpartition(".")[2])
+    name = class_path.rpartition(".")[2]
+    if cls is None:
+        return f"{name} has no option {option!r}"
+    head, _, rest = option.partition(".")
+    parameters = _parameters(cls)
+    if rest and head in parameters:  # a field of a nested dataclass
+        nested = parameters[head].annotation
+        near = nearest(rest, _parameters(nested) if isinstance(nested, type) else ())
+        return f"{name}.{head} has no option {rest!r}{near}"
+    fields = {
+        field: f"{outer}.{field}"
+        for outer, parameter in parameters.items()
+        if is_dataclass(parameter.annotation)
+        for field in _parameters(parameter.annotation)
+    }
+    if option in fields:
+        return f"{name} has no option {option!r}; did you mean {fields[option]}?"
+    return f"{name} has no option {option!r}{nearest(option, parameters)}"
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Constructor arguments by name, following **kwargs to the base classes."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+        found |= {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} | found
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def _candidates(message: str, by_name: dict[str, type]) -> list[str]:
+    """Names of the classes that were allowed where the message's unknown class stands."""
+    before = message[: message.rindex("Expected a dot import path string")]
+    for base in reversed(re.findall(r"<class '[\w.]+\.(\w+)'>", before)):
+        if base in by_name:
+            allowed = [name for name, cls in by_name.items() if issubclass(cls, by_name[base]) and cls.__module__]
+            return [name for name in allowed if name != base] or [base]
+    return list(by_name)
+
+
+def _dests(parser: ArgumentParser) -> list[str]:
+    return [action.dest for action in parser._actions]
+
+
+def _options(parser: ArgumentParser, group: str) -> list[str]:
+    return [dest.removeprefix(f"{group}.") for dest in _dests(parser) if dest.startswith(f"{group}.")]
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """The end of a sentence about a wrong name: "; did you mean X?", or all allowed names if none is near."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
+    lowered = [other for other in allowed if other.lower() == name.lower()]
+    if near or lowered:
+        return f"; did you mean {' or '.join(dict.fromkeys(lowered + near))}?"
+    return f"; it can be {', '.join(allowed)}" if allowed else ""

@@ -1,0 +1,114 @@
+"""`python -m visionpeft.fit --config vtab_vpt.yaml`: train, test once, and leave everything in a run directory."""
+
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from visionpeft.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
+from visionpeft.cli import CLI, Interrupted, command
+from visionpeft.errors import ConfigurationError
+from visionpeft.reports.cost import Cost
+from visionpeft.reports.figures import draw_confusion, draw_curves, draw_mistakes
+from visionpeft.reports.history import EpochHistory, read_history
+from visionpeft.reports.progress import TrainingProgress
+from visionpeft.reports.tables import print_results, print_setting
+from visionpeft.reports.test_record import TestRecord
+from visionpeft.results import setting, test_numbers
+from visionpeft.run_directory import RunDirectory, environment, write_json
+from visionpeft.storage import save
+from visionpeft.tasks import ImageClassification
+
+
+def fit(arguments: list[str]) -> None:
+    """Train, test and report, as the command line says."""
+    cli = CLI(arguments)
+    task, datamodule = cli.model, cli.datamodule
+    has_validation = "val" in datamodule.description()["sizes"]
+    if cli.config.report == "best" and not has_validation:
+        raise ConfigurationError(
+            "--report best needs a validation split; VTAB-1k has one with --data.train_on train800"
+        )
+    run = _run_directory(cli)
+    print_setting(setting(task, datamodule), run.path)
+
+    cost, record = Cost(), TestRecord(len(task.class_names))
+    trainer = cli.build_trainer(
+        [cost, EpochHistory(run.metrics), record, TrainingProgress(), *checkpoint_callbacks(run, has_validation)],
+        logger=TensorBoardLogger(run.path, name="", version="tensorboard"),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=run.path,
+        enable_progress_bar=False,
+    )
+    _train(trainer, task, datamodule, run)
+    reported = f"last of {trainer.current_epoch} epochs"
+    if cli.config.report == "best":
+        reported = f"epoch {_load_best(task, run) + 1} of {trainer.current_epoch}, best on the validation split"
+    save(
+        task.model,
+        run.adapter,
+        class_names=task.class_names,
+        preprocessing=datamodule.preprocessing,
+        metadata={"data": datamodule.description()},
+    )
+    trainer.test(task, datamodule, verbose=False)
+
+    results = setting(task, datamodule) | {
+        "test": test_numbers(trainer, record),
+        "reported": reported,
+        "training_seconds": round(cost.seconds, 2),
+        "peak_memory_bytes": cost.peak_memory,
+        "memory_kind": cost.memory_kind,
+        "precision": str(trainer.precision),
+        "run_directory": str(run.path),
+    }
+    write_json(run.results, results)
+    draw_curves(read_history(run.metrics), run.path / "curves.png")
+    draw_confusion(record.confusion, task.class_names, run.path / "confusion_matrix.png")
+    draw_mistakes(record.mistakes, task.class_names, run.path / "wrong_predictions.png")
+    print_results(results)
+
+
+def _run_directory(cli: CLI) -> RunDirectory:
+    """The directory of the resumed run, or a new one with the configuration in it."""
+    if cli.config.resume is not None:
+        return RunDirectory.existing(cli.config.resume)
+    methods = "+".join(type(method).__name__ for method in cli.model.methods)
+    run = RunDirectory.create(Path(cli.config.output), f"{cli.datamodule.description()['task']}-{methods}")
+    cli.save_config(run.config)
+    write_json(run.path / "environment.json", environment())
+    return run
+
+
+def _train(trainer: pl.Trainer, task: ImageClassification, datamodule: pl.LightningDataModule, run: RunDirectory):
+    """Train from the last checkpoint of the run directory, or from the beginning if there is none."""
+    checkpoint = run.last_checkpoint if run.last_checkpoint.is_file() else None
+    try:
+        trainer.fit(task, datamodule, ckpt_path=checkpoint)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        if not trainer.interrupted:
+            raise
+        raise Interrupted(
+            f"interrupted in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}; finished epochs are kept. "
+            f"Continue with: python -m visionpeft.fit --resume {run.path}"
+        ) from None
+
+
+def _load_best(task: ImageClassification, run: RunDirectory) -> int:
+    """Load the best checkpoint into the task and return its epoch."""
+    if not run.best_checkpoint.is_file():
+        raise ConfigurationError("--report best found no validated epoch; train longer, or use --report last")
+    checkpoint = AtomicCheckpointIO().load_checkpoint(run.best_checkpoint)
+    task.on_load_checkpoint(checkpoint)
+    task.load_state_dict(checkpoint["state_dict"], strict=False)
+    return checkpoint["epoch"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command `python -m visionpeft.fit`; returns the exit code."""
+    return command(fit, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

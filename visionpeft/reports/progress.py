@@ -1,0 +1,95 @@
+"""The progress of training: a bar in a terminal, a line now and then in a log."""
+
+import time
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class TrainingProgress(pl.Callback):
+    """One bar over all training steps, and one over the test batches.
+
+    Where the output is no terminal, a line is printed for about every tenth of the epochs instead.
+    """
+
+    def __init__(self):
+        self.console = Console()
+        self.bar: Progress | None = None
+        self.task = None
+        self.started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar."""
+        self.started = time.monotonic()
+        self._open("training", total=int(trainer.estimated_stepping_batches), completed=trainer.global_step)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args) -> None:
+        """Advance by a step."""
+        self._advance(trainer.global_step, self._epoch(trainer))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the epoch's numbers."""
+        text = f"{self._epoch(trainer)}  {_numbers(trainer.callback_metrics)}"
+        self._advance(trainer.global_step, text)
+        every = max(1, trainer.max_epochs // 10)
+        last = trainer.current_epoch + 1 == trainer.max_epochs
+        if not self.console.is_terminal and (trainer.current_epoch % every == every - 1 or last):
+            self.console.print(f"{text}  {time.monotonic() - self.started:.0f} s", highlight=False, soft_wrap=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the bar of the test."""
+        self._open("testing", total=sum(trainer.num_test_batches), completed=0)
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        """Advance by a batch."""
+        self._advance(batch_idx + 1, "")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Close the bar before an error is shown."""
+        self._close()
+
+    @staticmethod
+    def _epoch(trainer: pl.Trainer) -> str:
+        return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+
+    def _open(self, title: str, total: int, completed: int) -> None:
+        if not self.console.is_terminal:
+            return
+        self.bar = Progress(
+            TextColumn(title),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.task = self.bar.add_task("", total=total, completed=completed)
+        self.bar.start()
+
+    def _advance(self, completed: int, description: str) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=completed, description=description)
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def _numbers(metrics: dict) -> str:
+    return "  ".join(
+        f"{split} loss {metrics[f'{split}/loss']:.3f} top-1 {100 * metrics[f'{split}/top1']:.1f} %"
+        for split in ("train", "val")
+        if f"{split}/loss" in metrics
+    )

@@ -1,0 +1,67 @@
+"""Tables of results for the terminal."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_results(results: dict, title: str = "") -> None:
+    """Print the numbers of a results.json."""
+    test, parameters, data = results["test"], results["parameters"], results["data"]
+    table = Table(title=title or None, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
+    table.add_row("test top-1 accuracy", f"[bold]{percent(test['top1'])}[/bold]")
+    if "top5" in test:
+        table.add_row("test top-5 accuracy", percent(test["top5"]))
+    table.add_row("mean over classes", percent(test["mean_per_class"]))
+    table.add_row("test images", test_size(data))
+    table.add_row("reported", results["reported"])
+    table.add_row("trainable parameters", f"{parameters['trainable']:,} ({percent(parameters['share'])} of all)")
+    table.add_row("of them outside the head", f"{parameters['adapter']:,}")
+    table.add_row("training time", duration(results["training_seconds"]))
+    table.add_row("peak memory", f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB ({results['memory_kind']})")
+    table.add_row("run directory", results["run_directory"])
+    Console().print(table, highlight=False)
+
+
+def print_setting(setting: dict, run_directory: Path) -> None:
+    """Print what is about to be trained, on what, and where the results will be."""
+    parameters, data = setting["parameters"], setting["data"]
+    methods = " + ".join(_in_code(method) for method in setting["method"])
+    sizes = ", ".join(f"{size:,} {split}" for split, size in data["sizes"].items())
+    console = Console()
+    for line in (
+        f"[bold]{methods}[/bold] on {setting['backbone']['name']}: {parameters['trainable']:,} of "
+        f"{parameters['total']:,} parameters are trained ({percent(parameters['share'])}), {parameters['adapter']:,} "
+        "of them outside the head",
+        f"{data['dataset']} {data['task']}: {sizes} images, {data['classes']} classes",
+        f"run directory {run_directory}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _in_code(method: dict) -> str:
+    given = {key: value for key, value in method["fields"].items() if value not in (None, {}, "all")}
+    return f"{method['class']}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
+
+
+def test_size(data: dict) -> str:
+    """How many images were scored, and whether they are all of the test split."""
+    size, subset = data["sizes"]["test"], data.get("test_subset")
+    if subset:
+        return f"{size:,} (a fixed random subset of {subset['of']:,}; all with --data.test_samples null)"
+    return f"{size:,}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage."""
+    return f"{100 * share:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -1,0 +1,127 @@
+"""One folder for each run: configuration, environment, checkpoints, adapter, results and figures."""
+
+import json
+import os
+import platform
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from visionpeft.errors import ConfigurationError, StorageError
+
+_RECORDED = ("visionpeft", "torch", "torchvision", "timm", "open_clip_torch", "lightning", "torchmetrics", "numpy")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where the files of a run are.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, parent: Path, label: str) -> "RunDirectory":
+        """Make `<parent>/<label>-<counter>` with the first free counter; two runs never get the same folder."""
+        label = re.sub(r"[^\w.+-]+", "_", label)
+        parent.mkdir(parents=True, exist_ok=True)
+        counter = 1
+        while True:
+            path = parent / f"{label}-{counter}"
+            try:
+                path.mkdir()  # fails if it exists: whoever makes it owns it
+            except FileExistsError:
+                counter += 1
+            else:
+                return cls(path)
+
+    @classmethod
+    def existing(cls, path: str | Path) -> "RunDirectory":
+        """The folder of an earlier run.
+
+        Raises:
+            ConfigurationError: it is not the folder of a run.
+        """
+        run = cls(Path(path))
+        if not run.config.is_file():
+            raise ConfigurationError(f"{path} is not a run directory: it has no config.yaml")
+        return run
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One row for each epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Lightning checkpoints of what is trained."""
+        return self.path / "checkpoints"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The state after the last finished epoch, from which a run resumes."""
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The state after the epoch with the best validation accuracy, if there is a validation split."""
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, as `visionpeft.load` reads it."""
+        return self.path / "adapter"
+
+    @property
+    def results(self) -> Path:
+        """The numbers of the run."""
+        return self.path / "results.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """The numbers of the latest `visionpeft.evaluate`."""
+        return self.path / "evaluation.json"
+
+    def read_results(self) -> dict:
+        """The contents of results.json.
+
+        Raises:
+            StorageError: the run has not finished.
+        """
+        if not self.results.is_file() or not self.adapter.is_dir():
+            raise StorageError(
+                f"{self.path} has no results: the run has not finished. Continue it with "
+                f"python -m visionpeft.fit --resume {self.path}"
+            )
+        return json.loads(self.results.read_text())
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file so that a crash leaves the old one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def environment() -> dict:
+    """Versions and hardware of this process."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in _RECORDED},
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda if cuda else None,
+    }

@@ -1,0 +1,106 @@
+"""Optimiser and learning-rate schedule of what is trained: adapters, head and extra parameters."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from visionpeft.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How the trained parameters are updated.
+
+    Args:
+        optimizer: "adamw", or "sgd" with momentum 0.9.
+        lr: learning rate of the adapter.
+        head_lr: learning rate of the head; None uses `lr`.
+        weight_decay: decay of tensors with two or more dimensions; biases, scales and norms are not decayed.
+        warmup_epochs: epochs over which the rate rises linearly to its peak; may be a fraction.
+        min_lr_ratio: the rate at the end of the cosine, as a share of the peak.
+        scale_lr_by_batch: multiply the rates by batch size / this number, 256 in many papers; None leaves them.
+    """
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    head_lr: float | None = None
+    weight_decay: float = 1e-4
+    warmup_epochs: float = 10
+    min_lr_ratio: float = 0.0
+    scale_lr_by_batch: int | None = None
+
+    def __post_init__(self):
+        """Refuse values no optimiser takes."""
+        if self.lr < 0 or (self.head_lr or 0) < 0 or self.weight_decay < 0:
+            raise ConfigurationError("optimisation: lr, head_lr and weight_decay must not be negative")
+        if self.warmup_epochs < 0 or not 0 <= self.min_lr_ratio <= 1:
+            raise ConfigurationError("optimisation: warmup_epochs must not be negative, min_lr_ratio lies in [0, 1]")
+        if self.scale_lr_by_batch is not None and self.scale_lr_by_batch <= 0:
+            raise ConfigurationError("optimisation: scale_lr_by_batch must be positive")
+
+
+def parameter_groups(
+    trainable: Iterable[nn.Parameter], head: Iterable[nn.Parameter], optimisation: Optimisation, batch_size: int
+) -> list[dict]:
+    """Split parameters into adapter and head, each with and without decay; empty groups are left out.
+
+    Args:
+        trainable: everything that is trained.
+        head: those of them that belong to the head.
+        optimisation: rates and decay.
+        batch_size: samples per optimiser step, for `scale_lr_by_batch`.
+    """
+    scale = batch_size / optimisation.scale_lr_by_batch if optimisation.scale_lr_by_batch else 1.0
+    head_lr = optimisation.lr if optimisation.head_lr is None else optimisation.head_lr
+    in_head = {id(parameter) for parameter in head}
+    groups = {}
+    for parameter in trainable:
+        part = "head" if id(parameter) in in_head else "adapter"
+        decays = parameter.ndim > 1
+        group = groups.setdefault(
+            (part, decays),
+            {
+                "name": f"{part}, {'decayed' if decays else 'not decayed'}",
+                "params": [],
+                "lr": scale * (head_lr if part == "head" else optimisation.lr),
+                "weight_decay": optimisation.weight_decay if decays else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[dict], optimisation: Optimisation) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum 0.9, over parameter groups."""
+    if not groups:
+        raise ConfigurationError("nothing is trained: neither the method nor the head has trainable parameters")
+    if optimisation.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=optimisation.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=optimisation.lr)
+
+
+def build_schedule(optimizer, optimisation: Optimisation, total_steps: int, steps_per_epoch: float) -> LambdaLR:
+    """Linear warm-up and cosine, both per optimiser step."""
+    warmup_steps = round(optimisation.warmup_epochs * steps_per_epoch)
+    return LambdaLR(optimizer, warmup_cosine(warmup_steps, total_steps, optimisation.min_lr_ratio))
+
+
+def warmup_cosine(warmup_steps: int, total_steps: int, min_ratio: float = 0.0) -> Callable[[int], float]:
+    """The factor on the learning rate at a step.
+
+    (step + 1) / warmup_steps during the warm-up, then from 1 to `min_ratio` along half a cosine that would reach its
+    end at `total_steps`.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
