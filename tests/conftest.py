@@ -4,6 +4,7 @@ import dataclasses
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the machine, and tiny models gain nothing
 
 import pytest
 import torch
@@ -13,15 +14,6 @@ from safetensors.torch import load_file
 
 import visionpeft as vp
 from visionpeft.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Tiny models run faster on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ def test_main_job_evaluate_and_predict(tmp_path):
     for words in (
         "VPT(num_tokens=",
         "100 test images",
-        "epoch 1/1  train loss",
+        "epoch 1/1  loss and top-1: train",
         "test top-1 accuracy",
         "a fixed random subset of 73,728",
         "trainable parameters",

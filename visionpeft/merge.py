@@ -74,10 +74,11 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
         return values.setdefault((id(owner), name), (owner, name, start))[2]
 
     towers = describe(model).towers
+    methods = dict.fromkeys(type(method).__name__ for name in peft.active for method in peft[name].methods)
     for (tower_name, block, site, _), modules in plan_of(peft, peft.active).items():
         tower = towers[tower_name]
         layer = tower.layer(block, site)
-        _merge_layer(layer, modules, value, _place(tower, block, site))
+        _merge_layer(layer, modules, value, f"{' and '.join(methods)} at {_place(tower, block, site)}")
     return [(owner, name, v.to(getattr(owner, name).dtype)) for owner, name, v in values.values()]
 
 
@@ -94,9 +95,9 @@ def _merge_layer(layer: Layer, modules: list[nn.Module], value, place: str) -> N
     weight_rows.copy_(new_weight)
     if bias_rows is not None:
         bias_rows.copy_(new_bias)
-    elif new_bias is not None:
+    elif new_bias is not None and not layer.shift_is_void:
         if layer.shift_sink is None:
-            raise UnsupportedError(f"{place} has no bias that could hold the shift of {type(modules[-1]).__name__}")
+            raise UnsupportedError(f"{place} cannot be merged: the layer has no bias that could hold a shift")
         owner, name, index = layer.shift_sink
         value(owner, name)[index] += new_bias
 

@@ -60,6 +60,7 @@ class SitedBeitBlock(Block):
 def _(attention: Attention) -> tuple[type[nn.Module], dict[str, Layer]]:
     bias = {} if attention.q_bias is None else {s: (attention, f"{s}_bias", None) for s in ("q", "v")}
     layers = fused_qkv_layers(attention.qkv, "weight", bias)
+    layers["k"].shift_is_void = True
     return SitedBeitAttention, layers | {"proj": Layer("proj", "linear", attention.proj)}
 
 

@@ -24,6 +24,8 @@ class Layer:
         target: the name users address it by, where it differs from the site.
         shift_sink: (module, parameter name, index) where a constant shift of the output can be folded into when the
             layer has no bias, such as the position embedding behind a patch convolution.
+        shift_is_void: whether a constant shift of the output changes nothing. So it is for keys that are neither
+            rotated nor normalised: it adds the same to all scores of a query.
     """
 
     site: str
@@ -37,6 +39,7 @@ class Layer:
     called: bool = True
     target: str = ""
     shift_sink: tuple[nn.Module, str, tuple] | None = None
+    shift_is_void: bool = False
 
     def __post_init__(self):
         self.target = self.target or self.site

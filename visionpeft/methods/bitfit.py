@@ -45,7 +45,8 @@ class BitFit(Method):
     Source: Ben Zaken et al., BitFit, 2022.
 
     Args:
-        key_bias: whether to count and train the key bias.
+        key_bias: whether to count and train the key bias. The bias of a key normalisation is trained in any case,
+            although without rotation its gradient is zero, too.
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 

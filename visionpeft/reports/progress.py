@@ -17,6 +17,7 @@ class TrainingProgress(pl.Callback):
         self.console = Console()
         self.bar: Progress | None = None
         self.task = None
+        self.numbers = ""  # of the last finished epoch
         self.started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -26,11 +27,12 @@ class TrainingProgress(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args) -> None:
         """Advance by a step."""
-        self._advance(trainer.global_step, self._epoch(trainer))
+        self._advance(trainer.global_step, f"{self._epoch(trainer)}  {self.numbers}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the epoch's numbers."""
-        text = f"{self._epoch(trainer)}  {_numbers(trainer.callback_metrics)}"
+        self.numbers = _numbers(trainer.callback_metrics)
+        text = f"{self._epoch(trainer)}  {self.numbers}"
         self._advance(trainer.global_step, text)
         every = max(1, trainer.max_epochs // 10)
         last = trainer.current_epoch + 1 == trainer.max_epochs
@@ -66,7 +68,7 @@ class TrainingProgress(pl.Callback):
             return
         self.bar = Progress(
             TextColumn(title),
-            BarColumn(),
+            BarColumn(bar_width=24),
             TaskProgressColumn(),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
@@ -88,8 +90,8 @@ class TrainingProgress(pl.Callback):
 
 
 def _numbers(metrics: dict) -> str:
-    return "  ".join(
-        f"{split} loss {metrics[f'{split}/loss']:.3f} top-1 {100 * metrics[f'{split}/top1']:.1f} %"
+    return "loss and top-1: " + "; ".join(
+        f"{split} {metrics[f'{split}/loss']:.3f}, {100 * metrics[f'{split}/top1']:.1f} %"
         for split in ("train", "val")
         if f"{split}/loss" in metrics
     )
