@@ -31,7 +31,6 @@ from reference.hosts import HOSTS, lively
 import visionpeft as vp
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError, UserError
 
-
 ADDING = [c for c in CASES if c.name not in TRAINED_ALONE]
 MERGEABLE = [c for c in CASES if c.mergeable]
 BY_NAME = {c.name: c for c in CASES}

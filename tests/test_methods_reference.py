@@ -23,7 +23,6 @@ from reference.hosts import HOSTS
 import visionpeft as vp
 from visionpeft.errors import UserError
 
-
 MERGEABLE = [c for c in CASES if c.mergeable]
 
 
