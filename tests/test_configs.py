@@ -97,7 +97,7 @@ def test_overrides_and_stacked_methods():
     cli = build("--config", "vtab_vpt.yaml", "--model.method", "LoRA", "--model.method.rank", "4")
     # A field that both methods have keeps the value the configuration gave it.
     assert cli.model.methods == [vp.LoRA(rank=4, dropout=cli.config.model.init_args.method.init_args.dropout)]
-    stacked = "[{class_path: VPT, init_args: {num_tokens: 2}}, {class_path: BitFit}]"
+    stacked = "[{class_path: VPT, init_args: {num_tokens: 2, dropout: 0}}, {class_path: BitFit}]"
     cli = build("--config", "vtab_vpt.yaml", "--model.method", stacked)
     assert cli.model.methods == [vp.VPT(num_tokens=2), vp.BitFit()]
 
