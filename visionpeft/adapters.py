@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 import torch
 import torch.nn as nn
 
-from visionpeft.addressing import nearest
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.base import Method, select_towers
+from visionpeft.naming import nearest
 from visionpeft.sites import Placement
 
 

@@ -1,6 +1,5 @@
 """How a method says where it acts: ranges of blocks, and values that differ by block or target."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 
 from visionpeft.errors import ConfigurationError
@@ -89,9 +88,3 @@ class Overrides:
             if (block is None or block in blocks) and (not rule_target or rule_target == target):
                 value = rule_value
         return value
-
-
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """The allowed names for an error message: the nearest ones if there are near ones, otherwise all."""
-    allowed = sorted(allowed)
-    return ", ".join(difflib.get_close_matches(name, allowed, n=5, cutoff=0.5) or allowed)

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import torch.nn as nn
 
 from visionpeft.adapters import Adapters, AttachedAdapter
-from visionpeft.addressing import nearest
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.install import install
 from visionpeft.methods.base import Method
+from visionpeft.naming import nearest
 from visionpeft.selfcheck import check_tower
 
 

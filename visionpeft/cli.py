@@ -19,7 +19,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from visionpeft import data, methods
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError, UserError
-from visionpeft.explain import explain, nearest, user_error
+from visionpeft.explain import explain, user_error
+from visionpeft.naming import did_you_mean
 from visionpeft.resources import shipped
 from visionpeft.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification
@@ -58,7 +59,7 @@ def find_config(name: str) -> Path:
         if path.is_file():
             return path
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.yaml"))]
-    raise ConfigurationError(f"there is no configuration {name!r}{nearest(name, names)}")
+    raise ConfigurationError(f"there is no configuration {name!r}{did_you_mean(name, names)}")
 
 
 class Parser(LightningArgumentParser):

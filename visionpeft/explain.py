@@ -1,6 +1,5 @@
 """One clear sentence out of jsonargparse's nested messages, with the nearest valid names."""
 
-import difflib
 import inspect
 import re
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from dataclasses import is_dataclass
 from jsonargparse import ArgumentParser
 
 from visionpeft.errors import UserError
+from visionpeft.naming import did_you_mean
 
 _NOT_ACCEPTED = re.compile(r"(?:Problem with given class_path '([\w.]+)':\s*)?Option '([\w.]+)' is not accepted")
 _GROUP = re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'")
@@ -37,11 +37,13 @@ def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> st
     if match := _innermost(_NOT_ACCEPTED, message):
         return _unknown_option(match[1], match[2], parser, by_name)
     if match := _innermost(_GROUP, message):
-        return f"{match[1]} has no option {match[2]!r}{nearest(match[2].split('.')[0], _options(parser, match[1]))}"
+        return (
+            f"{match[1]} has no option {match[2]!r}{did_you_mean(match[2].split('.')[0], _options(parser, match[1]))}"
+        )
     if match := _innermost(_UNRECOGNIZED, message):
         return _unknown_option(match[1], match[2], parser, by_name)
     if match := _innermost(_NO_CLASS, message):
-        return f"there is no class {match[1]!r}{nearest(match[1], _candidates(message, by_name))}"
+        return f"there is no class {match[1]!r}{did_you_mean(match[1], _candidates(message, by_name))}"
     if match := _innermost(_VALUE, message):
         return f"option {match[1]} takes {_type_in_words(match[2])}" + (f", not {match[3]!r}" if match[3] else "")
     if match := _UNION.search(message):
@@ -85,8 +87,8 @@ def _unknown_option(class_path: str | None, option: str, parser: ArgumentParser,
         known = {dest.split(".")[0] for dest in _dests(parser)}
         if first in known and "." in option:
             last = option.rpartition(".")[2]
-            return f"{first} has no option {option.partition('.')[2]!r}{nearest(last, _options(parser, first))}"
-        return f"there is no option {option!r}{nearest(first, known)}"
+            return f"{first} has no option {option.partition('.')[2]!r}{did_you_mean(last, _options(parser, first))}"
+        return f"there is no option {option!r}{did_you_mean(first, known)}"
     cls = by_name.get(class_path.rpartition(".")[2])
     name = class_path.rpartition(".")[2]
     if cls is None:
@@ -95,7 +97,7 @@ def _unknown_option(class_path: str | None, option: str, parser: ArgumentParser,
     parameters = _parameters(cls)
     if rest and head in parameters:  # a field of a nested dataclass
         nested = parameters[head].annotation
-        near = nearest(rest, _parameters(nested) if isinstance(nested, type) else ())
+        near = did_you_mean(rest, _parameters(nested) if isinstance(nested, type) else ())
         return f"{name}.{head} has no option {rest!r}{near}"
     fields = {
         field: f"{outer}.{field}"
@@ -105,7 +107,7 @@ def _unknown_option(class_path: str | None, option: str, parser: ArgumentParser,
     }
     if option in fields:
         return f"{name} has no option {option!r}; did you mean {fields[option]}?"
-    return f"{name} has no option {option!r}{nearest(option, parameters)}"
+    return f"{name} has no option {option!r}{did_you_mean(option, parameters)}"
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:
@@ -137,13 +139,3 @@ def _dests(parser: ArgumentParser) -> list[str]:
 
 def _options(parser: ArgumentParser, group: str) -> list[str]:
     return [dest.removeprefix(f"{group}.") for dest in _dests(parser) if dest.startswith(f"{group}.")]
-
-
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """The end of a sentence about a wrong name: "; did you mean X?", or all allowed names if none is near."""
-    allowed = sorted(allowed)
-    near = difflib.get_close_matches(name, allowed, n=3, cutoff=0.5)
-    lowered = [other for other in allowed if other.lower() == name.lower()]
-    if near or lowered:
-        return f"; did you mean {' or '.join(dict.fromkeys(lowered + near))}?"
-    return f"; it can be {', '.join(allowed)}" if allowed else ""

@@ -20,13 +20,13 @@ from safetensors.torch import save as serialise
 
 from visionpeft import methods as method_classes
 from visionpeft.adapters import AttachedAdapter, nest
-from visionpeft.addressing import nearest
 from visionpeft.attach import activate, attached, known, plain, register
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.head_layout import head_from_layout, head_layout
 from visionpeft.methods.base import Method
+from visionpeft.naming import nearest
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"

@@ -1,6 +1,5 @@
 """Create a backbone by name: the embedded `nano_vit`, any timm model, or the image tower of any OpenCLIP model."""
 
-import difflib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from visionpeft.backbones.checkpoints import load_timm_checkpoint
 from visionpeft.backbones.image_classifier import ImageClassifier
 from visionpeft.backbones.network import offline_if_unreachable
 from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.naming import near
 
 NANO_VIT = Path(__file__).parent.parent / "weights" / "nano_vit"
 
@@ -85,9 +85,8 @@ def _check_timm_name(name: str) -> None:
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, ["nano_vit", *timm.list_models()], n=3)
         raise ConfigurationError(
-            f"there is no backbone {name!r}; {_did_you_mean(near)}"
+            f"there is no backbone {name!r}; {_did_you_mean(architecture, ['nano_vit', *timm.list_models()])}"
             "use nano_vit, a name of timm.list_models(), or open_clip/<model>/<tag>"
         )
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
@@ -99,9 +98,9 @@ def _create_open_clip(name: str, pretrained: bool, checkpoint, num_classes: int,
     _, model_name, *rest = name.split("/")
     tag = rest[0] if rest else None
     if model_name not in open_clip.list_models():
-        near = difflib.get_close_matches(model_name, open_clip.list_models(), n=3)
+        advice = _did_you_mean(model_name, open_clip.list_models())
         raise ConfigurationError(
-            f"OpenCLIP has no model {model_name!r}; {_did_you_mean(near)}see open_clip.list_models() for all names"
+            f"OpenCLIP has no model {model_name!r}; {advice}see open_clip.list_models() for all names"
         )
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     if tag is not None:
@@ -160,8 +159,9 @@ def _download(name: str, create: Callable[[], nn.Module]) -> nn.Module:
             ) from error
 
 
-def _did_you_mean(near: list[str]) -> str:
-    return f"did you mean {' or '.join(near)}? " if near else ""
+def _did_you_mean(name: str, allowed: list[str]) -> str:
+    found = near(name, allowed)  # all names would be too many to list
+    return f"did you mean {' or '.join(found)}? " if found else ""
 
 
 def _one_line(error: Exception) -> str:

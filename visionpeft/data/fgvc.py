@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from visionpeft.data.aliases import choose
 from visionpeft.data.annotations import read_json
 from visionpeft.data.module import ImageDataModule
-from visionpeft.data.naming import choose
 from visionpeft.data.records import ImageFiles, ImageSet, Row, check_disjoint, path_inside
 from visionpeft.data.transforms import Augmentation, Resize
 from visionpeft.errors import ConfigurationError, DataError

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 
 from visionpeft.data import dsprites
+from visionpeft.data.aliases import choose
 from visionpeft.data.annotations import read_split_lines
 from visionpeft.data.module import ImageDataModule
-from visionpeft.data.naming import choose
 from visionpeft.data.ordering import permutation
 from visionpeft.data.records import ImageFiles, ImageSet, Row, Source, path_inside, without_duplicates
 from visionpeft.errors import ConfigurationError, DataError

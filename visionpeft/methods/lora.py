@@ -8,11 +8,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.addressing import Blocks, Overrides, nearest
+from visionpeft.addressing import Blocks, Overrides
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.base import Method, blocks_of, require
 from visionpeft.methods.precision import to_parameter_dtype
+from visionpeft.naming import nearest
 from visionpeft.sites import Order, Placement
 
 

@@ -1,9 +1,9 @@
-"""Names that people type: published aliases, and the nearest valid name in an error."""
+"""Published names of data sets and tasks with their aliases."""
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 
 from visionpeft.errors import ConfigurationError
+from visionpeft.naming import near
 
 
 def choose(name: str, aliases: Mapping[str, Sequence[str]], kind: str) -> str:
@@ -15,6 +15,6 @@ def choose(name: str, aliases: Mapping[str, Sequence[str]], kind: str) -> str:
     valid = {spelling.lower(): canonical for canonical, others in aliases.items() for spelling in (canonical, *others)}
     if name.lower() in valid:
         return valid[name.lower()]
-    near = dict.fromkeys(valid[match] for match in get_close_matches(name.lower(), valid, n=3))
-    advice = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(aliases)}"
+    found = dict.fromkeys(valid[match] for match in near(name.lower(), valid))
+    advice = f"did you mean {' or '.join(found)}?" if found else f"choose one of {', '.join(aliases)}"
     raise ConfigurationError(f"unknown {kind} '{name}': {advice}")
