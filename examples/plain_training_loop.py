@@ -9,7 +9,6 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import visionpeft as vp
 from visionpeft.backbones.preprocessing import preprocessing_of
@@ -28,8 +27,9 @@ def main(epochs: int, output: str | None) -> float:
     optimizer = torch.optim.AdamW(vp.trainable_parameters(model), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
 
-    batches = DataLoader(data.dataset("train"), batch_size=64, shuffle=True)
+    batches = data.train_dataloader()  # or any loader of (images, labels)
     for epoch in range(epochs):
+        batches.sampler.set_epoch(epoch)
         model.train()
         for images, labels in batches:
             loss = F.cross_entropy(model(images), labels)
@@ -50,8 +50,7 @@ def main(epochs: int, output: str | None) -> float:
 @torch.no_grad()
 def test(model: torch.nn.Module, data: ClipArt) -> float:
     model.eval()
-    batches = DataLoader(data.dataset("test"), batch_size=256)
-    correct = [model(images).argmax(dim=1) == labels for images, labels in batches]
+    correct = [model(images).argmax(dim=1) == labels for images, labels in data.test_dataloader()]
     return torch.cat(correct).float().mean().item()
 
 
