@@ -37,16 +37,15 @@ METHODS = {
     "SSF": (vp.SSF(), {}),
     "prefix tuning, 10 tokens": (vp.PrefixTuning(num_tokens=10), {}),
 }
-LEARNING_RATES = (1e-3, 5e-3)
 FIELDS = ("method", "lr", "seed", "val", "test", "trainable", "seconds")
 
 
-def main(output: Path, seeds: int, epochs: int, methods: list[str]) -> pd.DataFrame:
+def main(output: Path, seeds: int, epochs: int, methods: list[str], learning_rates: list[float]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in methods:
-        for lr in LEARNING_RATES:
+        for lr in learning_rates:
             once(output, name, lr, seed=0, epochs=epochs)
         for seed in range(1, seeds):
             once(output, name, chosen(pd.read_csv(output), name), seed, epochs)
@@ -109,5 +108,6 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, default=Path("results/clipart.csv"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 5e-3])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     main(**vars(parser.parse_args()))

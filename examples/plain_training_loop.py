@@ -31,13 +31,15 @@ def main(epochs: int, output: str | None) -> float:
     for epoch in range(epochs):
         batches.sampler.set_epoch(epoch)
         model.train()
+        losses = []
         for images, labels in batches:
             loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            losses.append(loss.item())
         schedule.step()
-        print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
+        print(f"epoch {epoch + 1}: loss {sum(losses) / len(losses):.3f}")
 
     vp.merge(model)  # now a plain timm model, at no extra cost
     accuracy = test(model, data)
