@@ -3,6 +3,7 @@
 import open_clip
 import pytest
 import timm
+import torch
 
 import visionpeft as vp
 from visionpeft.addressing import select_blocks
@@ -115,3 +116,19 @@ def test_parameters_to_train(vit):
     assert set(vit.peft["default"].trained_names) == expected
     with pytest.raises(vp.ConfigurationError, match=r"near names are .*cls_token"):
         vp.attach(vit, vp.LoRA(), name="other", train=("cls_tokens",))
+
+
+def test_one_of_two_merged_adapters_can_be_detached(vit):
+    vp.attach(vit, vp.LoRA(rank=2), name="a")
+    vp.attach(vit, vp.SSF(), name="b")
+    images = torch.randn(1, 3, 224, 224)
+    vit.eval()
+    with torch.no_grad(), vp.use(vit, "b"):
+        alone = vit(images)
+    vp.merge(vit)
+    with pytest.raises(vp.ConfigurationError, match="no adapter 'c'"):
+        vp.detach(vit, "c")
+    assert not hasattr(vit, "peft")  # still merged
+    vp.detach(vit, "a")
+    with torch.no_grad():
+        assert torch.equal(vit(images), alone)

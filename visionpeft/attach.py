@@ -74,7 +74,7 @@ def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
     peft.active, peft.route = (*peft.active, name), None
     try:
         install(model)
-    except Exception:
+    except Exception:  # whatever failed: leave the model as it was, then raise
         detach(model, name)
         peft.active, peft.route = before
         if has_adapters(model):
@@ -84,17 +84,19 @@ def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
 
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take off one adapter, or all of them; without any the model is what it was before the first, byte for byte."""
-    peft = _merged_or_attached(model)
-    for each in list(peft) if name is None else [known(peft, name)]:
+    peft = model.__dict__.get("merged_peft") or attached(model)
+    if name is not None:
+        known(peft, name)
+    if "merged_peft" in model.__dict__:
+        reattach(model)
+    for each in list(peft) if name is None else [name]:
         del peft[each]
     peft.active, peft.route = tuple(each for each in peft.active if each in peft), None
     if len(peft) > 0:
         install(model)
         return model
     peft.restore()
-    if "peft" in model._modules:
-        del model.peft
-    model.__dict__.pop("merged_peft", None)
+    del model.peft
     trainable = set(peft.was_trainable)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter_name in trainable)
@@ -174,9 +176,18 @@ def known(peft: Adapters, name: str) -> str:
     return name
 
 
-def _merged_or_attached(model: nn.Module) -> Adapters:
-    merged = model.__dict__.get("merged_peft")
-    return attached(model) if merged is None else merged
+def reattach(model: nn.Module) -> None:
+    """Make merged adapters part of the model again; the next `install` gives it back its own weights.
+
+    Raises:
+        ConfigurationError: if no adapters are merged.
+    """
+    peft: Adapters | None = model.__dict__.pop("merged_peft", None)
+    if peft is None:
+        raise ConfigurationError("the model has no merged adapters")
+    # Merged adapters are not registered, so they did not follow the model to another device.
+    peft.to(next(model.parameters()).device)
+    model.add_module("peft", peft)
 
 
 def _choose(model: nn.Module, names: str | Sequence[str], route: tuple[str | None, ...] | None) -> None:
@@ -188,7 +199,7 @@ def _choose(model: nn.Module, names: str | Sequence[str], route: tuple[str | Non
     peft.active, peft.route = tuple(dict.fromkeys(names)), route
     try:
         install(model)
-    except Exception:
+    except Exception:  # whatever failed: leave the model as it was, then raise
         peft.active, peft.route = before
         install(model)
         raise

@@ -45,8 +45,7 @@ def plan_of(peft: Adapters, names: tuple[str, ...]) -> Plan:
     for name in names:
         adapter: AttachedAdapter = peft[name]
         for sequence, (index, placement) in enumerate(adapter.placements):
-            order = getattr(placement.module, "order", Order.TOKENS)
-            rank = (order, type(adapter.methods[index]).__name__, name, sequence)
+            rank = (order_of(placement.module), type(adapter.methods[index]).__name__, name, sequence)
             entries[placement.tower, placement.block, placement.site, placement.add].append((rank, placement.module))
     return {key: [module for _, module in sorted(acting, key=lambda e: e[0])] for key, acting in entries.items()}
 
@@ -67,7 +66,8 @@ def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> N
         swap(peft, block.attention, block.sited_attention_class).sites = sites
         _fill(peft, sites, block.layers, here.get(index, {}), routed)
     _fill(peft, None, tower.layers, here.get(None, {}), routed)
-    if any(order_of(module) == Order.ENTER_SPAN for plan in plans for modules in plan.values() for module in modules):
+    acting = [module for sites in here.values() for groups in sites.values() for group in groups for module in group]
+    if any(order_of(module) == Order.ENTER_SPAN for module in acting):
         for module in tower.spanning:
             module.__dict__["forward_intermediates"] = NoIntermediates()
             peft.swapped.append((module, type(module)))

@@ -4,7 +4,7 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters import Adapters
-from visionpeft.attach import attached
+from visionpeft.attach import attached, reattach
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
@@ -42,12 +42,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: the original weights come back byte for byte and the adapters act again."""
-    peft: Adapters | None = model.__dict__.pop("merged_peft", None)
-    if peft is None:
-        raise ConfigurationError("the model has no merged adapters")
-    device = next(model.parameters()).device
-    peft.to(device)
-    model.add_module("peft", peft)
+    reattach(model)
     install(model)
     return model
 
