@@ -15,6 +15,7 @@ Three kinds of modules act:
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -82,6 +83,13 @@ class Sites:
     def enter(self) -> "Flow":
         """Start one pass through the block."""
         return Flow(self)
+
+    def without(self, left_out: Callable[[nn.Module], bool]) -> "Sites":
+        """The same sites without some of the modules that act on tokens."""
+        sites = Sites(self.num_prefix_tokens, self.causal)
+        sites.branches = self.branches
+        sites.acting = {site: tuple(m for m in modules if not left_out(m)) for site, modules in self.acting.items()}
+        return sites
 
     def layer(self, site: str, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Apply what acts on the output y of the layer rows (weight, bias) that read x."""

@@ -1,13 +1,7 @@
-"""Save an adapter in a folder and load it again, never with pickle.
-
-`adapter.safetensors` holds the tensors and, in its header, everything else; replacing this one file is what commits a
-save. `adapter.json` repeats the header for people and other tools.
-"""
+"""Save an adapter in a folder and load it again: `adapter.safetensors` and `adapter.json`."""
 
 import dataclasses
 import hashlib
-import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,21 +9,20 @@ from pathlib import Path
 import jsonargparse
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 
 from visionpeft import methods as method_classes
 from visionpeft.adapters import AttachedAdapter, nest
 from visionpeft.attach import activate, attached, known, plain, register
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.described_tensors import check_tensors, read_described, write_described
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.head_layout import head_from_layout, head_layout
 from visionpeft.methods.base import Method
 from visionpeft.naming import nearest
 
 FORMAT = 1
-TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
+STEM = "adapter"
 
 
 def save(
@@ -63,17 +56,13 @@ def save(
         "methods": [{"class": type(m).__name__, "fields": dataclasses.asdict(m)} for m in methods],
         "train": list(adapter.train_names),
         "heads": {path: head_layout(adapter.get_submodule(path)) for path in adapter.heads},
-        "backbone": _backbone_record(model),
+        "backbone": backbone_record(model),
         "class_names": class_names,
         "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
         "metadata": dict(metadata or {}),
-        "versions": {p: version(p) for p in ("visionpeft", "torch", "timm", "open_clip_torch")},
+        "versions": package_versions(),
     }
-    text = json.dumps(description, indent=2)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / TENSORS, serialise(tensors, metadata={"visionpeft": text}))
-    _replace(folder / DESCRIPTION, (text + "\n").encode())
+    write_described(folder, STEM, tensors, description)
 
 
 def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check_fingerprint: bool = True) -> str:
@@ -91,10 +80,10 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
     Raises:
         StorageError: if the folder is damaged or edited, or belongs to another backbone; nothing is changed.
     """
-    description, tensors = _read(Path(folder))
+    description, tensors = read_described(folder, STEM, _check_description)
     methods = tuple(_method(entry) for entry in description["methods"])
     name = name or "default"
-    _check_backbone(description["backbone"], _backbone_record(model, check_fingerprint), folder)
+    check_backbone(description["backbone"], backbone_record(model, check_fingerprint), f"the adapter in {folder}")
     with plain(model):
         backbone = describe(model)
         adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
@@ -103,7 +92,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
         nest(adapter, path, head_from_layout(layout))
     reference = next(model.parameters())
     adapter.to(reference.device)
-    _fill(adapter, tensors, folder)
+    check_tensors(tensors, adapter.state_dict(), f"the adapter in {folder}")
+    adapter.load_state_dict(tensors)
     register(model, name, adapter, backbone)
     activate(model, name)
     return name
@@ -115,7 +105,7 @@ def read_metadata(folder: str | Path) -> dict:
     Raises:
         StorageError: if the folder holds no intact adapter.
     """
-    return _read(Path(folder))[0]
+    return read_described(folder, STEM, _check_description)[0]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -147,7 +137,13 @@ def _folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Ten
     return methods, tensors
 
 
-def _backbone_record(model: nn.Module, with_fingerprint: bool = True) -> dict:
+def package_versions() -> dict[str, str]:
+    """Versions of what a saved file depends on."""
+    return {package: version(package) for package in ("visionpeft", "torch", "timm", "open_clip_torch")}
+
+
+def backbone_record(model: nn.Module, with_fingerprint: bool = True) -> dict:
+    """Where a backbone comes from, what it is and, unless left out, the fingerprint of its weights."""
     backbone = describe(model)
     source = getattr(model, "backbone_source", None) or {"library": backbone.library, "name": backbone.name}
     record = {"source": source, "class": type(model).__name__, "architecture": backbone.name}
@@ -157,18 +153,23 @@ def _backbone_record(model: nn.Module, with_fingerprint: bool = True) -> dict:
         return record | {"fingerprint": fingerprint(model)}
 
 
-def _check_backbone(saved: dict, actual: dict, folder: Path) -> None:
+def check_backbone(saved: dict, actual: dict, what: str) -> None:
+    """Refuse a backbone that is not the one something was trained on.
+
+    Raises:
+        StorageError: another class, architecture or fingerprint.
+    """
     for key in ("class", "architecture"):
         if saved[key] != actual[key]:
             raise StorageError(
-                f"the adapter in {folder} belongs to {saved['architecture']} ({saved['class']}), "
+                f"{what} belongs to {saved['architecture']} ({saved['class']}), "
                 f"not to {actual['architecture']} ({actual['class']})"
             )
     if actual["fingerprint"] is not None and saved["fingerprint"] != actual["fingerprint"]:
         raise StorageError(
-            f"the adapter in {folder} was trained on other weights of {saved['architecture']} than this model has "
-            f"(fingerprint {saved['fingerprint']}, here {actual['fingerprint']}); load the weights named in "
-            f"{DESCRIPTION}, or pass check_fingerprint=False if you know better"
+            f"{what} was trained on other weights of {saved['architecture']} than this model has (fingerprint "
+            f"{saved['fingerprint']}, here {actual['fingerprint']}); load the weights named in its .json file, or pass "
+            "check_fingerprint=False if you know better"
         )
 
 
@@ -189,43 +190,6 @@ def _method(entry: dict) -> Method:
         raise StorageError(f"the saved fields of {entry['class']} do not fit this version: {reason}") from None
 
 
-def _fill(adapter: AttachedAdapter, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    expected = adapter.state_dict()
-    wrong = [
-        f"{key} is {tuple(tensors[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected.keys() & tensors.keys()
-        if tensors[key].shape != expected[key].shape
-    ]
-    wrong += [f"{key} is missing" for key in expected.keys() - tensors.keys()]
-    wrong += [f"{key} is not expected" for key in tensors.keys() - expected.keys()]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise StorageError(f"the tensors in {folder} do not fit its method and this backbone: {min(wrong)}{more}")
-    adapter.load_state_dict(tensors)
-
-
-def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    path = folder / TENSORS
-    if not path.is_file():
-        raise StorageError(f"{folder} holds no {TENSORS}; give the folder that save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("visionpeft")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        if text is None:
-            raise StorageError(f"{path} was not written by visionpeft: its header describes no adapter")
-        description = json.loads(text)
-        _check_description(description, path)
-        if (folder / DESCRIPTION).is_file() and json.loads((folder / DESCRIPTION).read_text()) != description:
-            raise StorageError(
-                f"{folder / DESCRIPTION} does not describe {TENSORS}: it was edited, or a save was interrupted between "
-                f"the two files; delete {DESCRIPTION} to rely on what the tensors' own header says"
-            )
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise StorageError(f"the adapter in {folder} is damaged: {error}") from None
-    return description, tensors
-
-
 def _check_description(description: object, path: Path) -> None:
     types = {"format": int, "methods": list, "train": list, "heads": dict, "backbone": dict}
     if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
@@ -240,20 +204,3 @@ def _check_description(description: object, path: Path) -> None:
     backbone = all(isinstance(description["backbone"].get(k), str) for k in ("class", "architecture", "fingerprint"))
     if not (entries and names and backbone):
         raise StorageError(f"the description in {path} is not what save writes")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that a crash or a full disk leaves the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(
-            f"{path} could not be written ({error.strerror}); what was there before is unchanged"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)

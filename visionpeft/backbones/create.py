@@ -95,6 +95,18 @@ def _check_timm_name(name: str) -> None:
 
 
 def _create_open_clip(name: str, pretrained: bool, checkpoint, num_classes: int, *, projected=False, **kwargs):
+    clip = create_open_clip(name, pretrained, checkpoint, **kwargs)
+    return ImageClassifier(clip.visual, num_classes, projected)
+
+
+def create_open_clip(name: str, pretrained: bool, checkpoint: str | Path | None, **kwargs) -> nn.Module:
+    """Build an OpenCLIP model, `open_clip/<model>/<tag>`, and load its weights.
+
+    Raises:
+        ConfigurationError: the name or tag does not exist, the tag was trained with another activation function, the
+            weights cannot be downloaded, or OpenCLIP refuses an argument.
+        StorageError: the checkpoint cannot be read or does not fit.
+    """
     _, model_name, *rest = name.split("/")
     tag = rest[0] if rest else None
     if model_name not in open_clip.list_models():
@@ -119,14 +131,13 @@ def _create_open_clip(name: str, pretrained: bool, checkpoint, num_classes: int,
         return open_clip.create_model(model_name, pretrained=weights, pretrained_text=False, **kwargs)
 
     try:
-        clip = _download(name, create) if weights == tag and weights is not None else create()
+        return _download(name, create) if weights == tag and weights is not None else create()
     except TypeError as error:
         raise ConfigurationError(f"backbone {name} does not take these arguments: {error}") from error
     except (RuntimeError, pickle.UnpicklingError, OSError) as error:
         if checkpoint is None:
             raise
         raise StorageError(f"{checkpoint} does not fit OpenCLIP {model_name}: {_one_line(error)}") from error
-    return ImageClassifier(clip.visual, num_classes, projected)
 
 
 def _check_open_clip_tag(model_name: str, tag: str, tags: list[str]) -> None:

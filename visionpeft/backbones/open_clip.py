@@ -1,5 +1,7 @@
 """OpenCLIP models: native visual and text towers on both attention classes, and towers with a timm trunk."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -20,6 +22,27 @@ from visionpeft.errors import UnsupportedError
 from visionpeft.sites import Sites
 
 
+def project(attention: nn.MultiheadAttention | Attention, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k, v (batch, heads, tokens, head width) of tokens x (batch, tokens, width), with what acts at their sites."""
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    qkv = F.linear(x, weight, bias)
+    sites = attention.__dict__.get("sites")
+    parts = qkv.chunk(3, dim=-1) if sites is None else apply_fused(sites, x, qkv, weight, bias)
+    q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts)
+    if isinstance(attention, Attention):
+        q, k = attention.ln_q(q), attention.ln_k(k)
+    return q, k, v
+
+
+def join_heads(attention: nn.MultiheadAttention | Attention, x: torch.Tensor) -> torch.Tensor:
+    """Output (batch, tokens, width) of an attention from its attended values x (batch, heads, tokens, head width)."""
+    if not isinstance(attention, Attention):
+        return attention.out_proj(x.transpose(1, 2).flatten(2))
+    if attention.head_scale is not None:
+        x = x * attention.head_scale
+    return attention.out_drop(attention.out_proj(attention.ln_inner(x.transpose(1, 2).flatten(2))))
+
+
 class SitedMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` as OpenCLIP's blocks call it (self-attention, batch first), with sites q, k, v and kv.
 
@@ -32,14 +55,11 @@ class SitedMultiheadAttention(nn.MultiheadAttention):
         """Attend over tokens (batch, tokens, width); returns (output, None)."""
         if need_weights or others or query is not key or key is not value:
             raise UnsupportedError("attention with an adapter attached computes self-attention without weights only")
-        batch, tokens, _ = query.shape
-        qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        parts = apply_fused(self.sites, query, qkv, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = (part.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for part in parts)
+        q, k, v = project(self, query)
         k, v = self.sites.kv(k, v)
-        mask = by_head(attn_mask, batch, self.num_heads)
+        mask = by_head(attn_mask, len(query), self.num_heads)
         x = attend(q, k, v, attn_mask=mask, dropout=self.dropout if self.training else 0.0)
-        return self.out_proj(x.transpose(1, 2).reshape(batch, tokens, -1)), None
+        return join_heads(self, x), None
 
 
 class SitedCustomAttention(Attention):
@@ -49,18 +69,10 @@ class SitedCustomAttention(Attention):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attend over tokens (batch, tokens, width)."""
-        batch, tokens, _ = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        parts = apply_fused(self.sites, x, qkv, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = (part.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for part in parts)
-        q, k = self.ln_q(q), self.ln_k(k)
+        q, k, v = project(self, x)
         k, v = self.sites.kv(k, v)
-        mask = by_head(attn_mask, batch, self.num_heads)
-        x = attend(q, k, v, attn_mask=mask, dropout=dropout_of(self), fused=self.use_fsdpa)
-        if self.head_scale is not None:
-            x = x * self.head_scale
-        x = self.ln_inner(x.transpose(1, 2).reshape(batch, tokens, -1))
-        return self.out_drop(self.out_proj(x))
+        mask = by_head(attn_mask, len(x), self.num_heads)
+        return join_heads(self, attend(q, k, v, attn_mask=mask, dropout=dropout_of(self), fused=self.use_fsdpa))
 
 
 def by_head(mask: torch.Tensor | None, batch: int, heads: int) -> torch.Tensor | None:
@@ -75,8 +87,34 @@ def additive(mask: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | No
     return None if mask is None else mask.to(like.dtype)
 
 
+def residual_block(
+    block: ResidualAttentionBlock | CustomResidualAttentionBlock,
+    x: torch.Tensor,
+    at: Callable[[str, torch.Tensor], torch.Tensor],
+    attention: Callable[[torch.Tensor], torch.Tensor],
+    kept: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x + ls_1(attention(ln_1 x)), then x + ls_2(mlp(ln_2 x)), with sites.
+
+    Args:
+        block: the block, whose attention is not called.
+        x: tokens (batch, tokens, width).
+        at: what acts at a token site.
+        attention: the attention branch; in OpenCLIP's custom block `attn_out` is behind the norm of this branch.
+        kept: the tokens that go on behind the attention, if not all; `attention` returns only those.
+    """
+    x = at("stream_in", x)
+    h = attention(at("attn_in", block.ln_1(x)))
+    if isinstance(block, CustomResidualAttentionBlock):
+        h = block.ln_attn(h)
+    x = x if kept is None else x[:, kept]
+    x = at("stream_mid", x + block.ls_1(at("attn_out", h)))
+    h = at("mlp_out", block.mlp(at("mlp_in", block.ln_2(x))))
+    return at("stream_out", x + block.ls_2(h))
+
+
 class SitedResidualAttentionBlock(ResidualAttentionBlock):
-    """OpenCLIP `ResidualAttentionBlock` with sites: x + ls_1(attn(ln_1 x)), then x + ls_2(mlp(ln_2 x))."""
+    """OpenCLIP `ResidualAttentionBlock` with sites."""
 
     sites: Sites
 
@@ -84,27 +122,19 @@ class SitedResidualAttentionBlock(ResidualAttentionBlock):
         """Map tokens (batch, tokens, width) to the same shape."""
         if k_x is not None or v_x is not None:
             raise UnsupportedError("cross-attention blocks have no sited form")
-        at = self.sites.enter()
-        x = at("stream_in", q_x)
-        h = self.attention(at("attn_in", self.ln_1(x)), attn_mask=self.sites.widen(additive(attn_mask, x)))
-        x = at("stream_mid", x + self.ls_1(at("attn_out", h)))
-        h = at("mlp_out", self.mlp(at("mlp_in", self.ln_2(x))))
-        return at("stream_out", x + self.ls_2(h))
+        mask = self.sites.widen(additive(attn_mask, q_x))
+        return residual_block(self, q_x, self.sites.enter(), lambda h: self.attention(h, attn_mask=mask))
 
 
 class SitedCustomResidualAttentionBlock(CustomResidualAttentionBlock):
-    """OpenCLIP `CustomResidualAttentionBlock` with sites; `attn_out` is behind the norm of the attention branch."""
+    """OpenCLIP `CustomResidualAttentionBlock` with sites."""
 
     sites: Sites
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Map tokens (batch, tokens, width) to the same shape."""
-        at = self.sites.enter()
-        x = at("stream_in", x)
-        h = self.attn(at("attn_in", self.ln_1(x)), attn_mask=self.sites.widen(additive(attn_mask, x)))
-        x = at("stream_mid", x + self.ls_1(at("attn_out", self.ln_attn(h))))
-        h = at("mlp_out", self.mlp(at("mlp_in", self.ln_2(x))))
-        return at("stream_out", x + self.ls_2(h))
+        mask = self.sites.widen(additive(attn_mask, x))
+        return residual_block(self, x, self.sites.enter(), lambda h: self.attn(h, attn_mask=mask))
 
 
 @describe_attention.register(nn.MultiheadAttention)

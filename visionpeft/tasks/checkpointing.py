@@ -1,44 +1,48 @@
-"""Lightning checkpoints of what is trained only: adapters, heads and extra parameters, never the frozen backbone."""
+"""Lightning checkpoints of what is trained only: adapters, heads, learners and extra parameters, no frozen backbone."""
+
+from collections.abc import Set
 
 import torch
 
 from visionpeft.errors import StorageError, UserError
-
-TRAINED = "model.peft."
 
 
 class DivergedError(UserError, ArithmeticError):
     """Training produced a loss or a parameter that is not a finite number."""
 
 
-def keep_trained(checkpoint: dict) -> None:
-    """Drop the backbone from a checkpoint that is being saved.
+def keep_trained(checkpoint: dict, keys: Set[str]) -> None:
+    """Drop all but the trained tensors from a checkpoint that is being saved.
 
     Raises:
         DivergedError: a trained tensor is not finite; the checkpoint on disk is left as it was.
     """
-    trained = {key: value for key, value in checkpoint["state_dict"].items() if key.startswith(TRAINED)}
+    trained = {key: value for key, value in checkpoint["state_dict"].items() if key in keys}
     for key, value in trained.items():
         if not torch.isfinite(value).all():
             raise DivergedError(
-                f"{key.removeprefix(TRAINED)} is not finite after epoch {checkpoint['epoch']}; the last good "
-                "checkpoint is kept. Lower the learning rate (--model.optimisation.lr)"
+                f"{_short(key)} is not finite after epoch {checkpoint['epoch']}; the last good checkpoint is kept. "
+                "Lower the learning rate (--model.optimisation.lr)"
             )
     checkpoint["state_dict"] = trained
 
 
-def check_trained(checkpoint: dict, module: torch.nn.Module) -> None:
+def check_trained(checkpoint: dict, module: torch.nn.Module, keys: Set[str]) -> None:
     """Check that a checkpoint has exactly the trained tensors of a module, with their shapes.
 
     Raises:
-        StorageError: the checkpoint belongs to another method, head or backbone.
+        StorageError: the checkpoint belongs to another method, learner, head or backbone.
     """
-    own = {key: value.shape for key, value in module.state_dict().items() if key.startswith(TRAINED)}
+    own = {key: value.shape for key, value in module.state_dict().items() if key in keys}
     saved = {key: value.shape for key, value in checkpoint["state_dict"].items()}
     differing = sorted(key for key in own.keys() | saved.keys() if own.get(key) != saved.get(key))
     if differing:
-        shown = ", ".join(key.removeprefix(TRAINED) for key in differing[:4])
+        shown = ", ".join(_short(key) for key in differing[:4])
         raise StorageError(
             f"the checkpoint does not belong to this method, head and backbone: {len(differing)} tensors differ in "
             f"name or shape, among them {shown}"
         )
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("model.peft.").removeprefix("learner.")

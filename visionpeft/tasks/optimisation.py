@@ -18,11 +18,17 @@ class Optimisation:
 
     Args:
         optimizer: "adamw", or "sgd" with momentum 0.9.
-        lr: learning rate of the adapter.
+        lr: learning rate of the adapter or learner.
         head_lr: learning rate of the head; None uses `lr`.
         weight_decay: decay of tensors with two or more dimensions; biases, scales and norms are not decayed.
+        decay_all: decay biases, scales and norms as well.
+        schedule: "cosine", which warms up linearly and changes with every step; or "epoch_cosine" of prompt learning,
+            `warmup_lr` while warming up, then 0.5 lr (1 + cos(pi (epoch - warmup_epochs) / epochs)), which changes
+            with every epoch.
         warmup_epochs: epochs over which the rate rises linearly to its peak; may be a fraction.
-        min_lr_ratio: the rate at the end of the cosine, as a share of the peak.
+        warmup_lr: the constant rate while "epoch_cosine" warms up.
+        min_lr_ratio: the rate at the end of "cosine", as a share of the peak.
+        eps: the term of AdamW that keeps it from dividing by zero.
         scale_lr_by_batch: multiply the rates by batch size / this number, 256 in many papers; None leaves them.
     """
 
@@ -30,14 +36,20 @@ class Optimisation:
     lr: float = 1e-3
     head_lr: float | None = None
     weight_decay: float = 1e-4
+    decay_all: bool = False
+    schedule: Literal["cosine", "epoch_cosine"] = "cosine"
     warmup_epochs: float = 10
+    warmup_lr: float = 1e-5
     min_lr_ratio: float = 0.0
+    eps: float = 1e-8
     scale_lr_by_batch: int | None = None
 
     def __post_init__(self):
         """Refuse values no optimiser takes."""
-        if self.lr < 0 or (self.head_lr or 0) < 0 or self.weight_decay < 0:
-            raise ConfigurationError("optimisation: lr, head_lr and weight_decay must not be negative")
+        if min(self.lr, self.head_lr or 0, self.weight_decay, self.warmup_lr) < 0:
+            raise ConfigurationError("optimisation: lr, head_lr, warmup_lr and weight_decay must not be negative")
+        if self.eps <= 0:
+            raise ConfigurationError("optimisation: eps must be positive")
         if self.warmup_epochs < 0 or not 0 <= self.min_lr_ratio <= 1:
             raise ConfigurationError("optimisation: warmup_epochs must not be negative, min_lr_ratio lies in [0, 1]")
         if self.scale_lr_by_batch is not None and self.scale_lr_by_batch <= 0:
@@ -61,7 +73,7 @@ def parameter_groups(
     groups = {}
     for parameter in trainable:
         part = "head" if id(parameter) in in_head else "adapter"
-        decays = parameter.ndim > 1
+        decays = parameter.ndim > 1 or optimisation.decay_all
         group = groups.setdefault(
             (part, decays),
             {
@@ -81,13 +93,29 @@ def build_optimizer(groups: list[dict], optimisation: Optimisation) -> torch.opt
         raise ConfigurationError("nothing is trained: neither the method nor the head has trainable parameters")
     if optimisation.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=optimisation.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=optimisation.lr)
+    return torch.optim.AdamW(groups, lr=optimisation.lr, eps=optimisation.eps)
 
 
-def build_schedule(optimizer, optimisation: Optimisation, total_steps: int, steps_per_epoch: float) -> LambdaLR:
-    """Linear warm-up and cosine, both per optimiser step."""
-    warmup_steps = round(optimisation.warmup_epochs * steps_per_epoch)
-    return LambdaLR(optimizer, warmup_cosine(warmup_steps, total_steps, optimisation.min_lr_ratio))
+def build_schedule(
+    optimizer: torch.optim.Optimizer, optimisation: Optimisation, steps_per_epoch: int, epochs: int, total_steps: int
+) -> LambdaLR:
+    """The schedule, advanced with every optimiser step.
+
+    Args:
+        optimizer: its groups have their peak rates.
+        optimisation: which schedule.
+        steps_per_epoch: optimiser steps in an epoch.
+        epochs: epochs of the training.
+        total_steps: all optimiser steps, fewer than those of the epochs where the training stops early.
+    """
+    if optimisation.schedule == "cosine":
+        warmup_steps = round(optimisation.warmup_epochs * steps_per_epoch)
+        return LambdaLR(optimizer, warmup_cosine(warmup_steps, total_steps, optimisation.min_lr_ratio))
+    by_group = [
+        epoch_cosine(group["lr"], optimisation.warmup_lr, optimisation.warmup_epochs, epochs)
+        for group in optimizer.param_groups
+    ]
+    return LambdaLR(optimizer, [lambda step, factor=factor: factor(step // steps_per_epoch) for factor in by_group])
 
 
 def warmup_cosine(warmup_steps: int, total_steps: int, min_ratio: float = 0.0) -> Callable[[int], float]:
@@ -102,5 +130,20 @@ def warmup_cosine(warmup_steps: int, total_steps: int, min_ratio: float = 0.0) -
             return (step + 1) / warmup_steps
         progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def epoch_cosine(lr: float, warmup_lr: float, warmup_epochs: float, epochs: int) -> Callable[[int], float]:
+    """The factor on the learning rate in an epoch, as prompt learners are trained (Zhou et al., 2021).
+
+    `warmup_lr / lr` in the first epochs, then 0.5 (1 + cos(pi (epoch - warmup_epochs) / epochs)), which starts at the
+    full rate and, as it is stretched over all epochs, does not come down to 0.
+    """
+
+    def factor(epoch: int) -> float:
+        if epoch < warmup_epochs:
+            return warmup_lr / lr if lr else 0.0
+        return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / max(1, epochs)))
 
     return factor

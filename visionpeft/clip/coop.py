@@ -1,0 +1,106 @@
+"""CoOp: Learning to Prompt for Vision-Language Models (Zhou et al., 2021), https://arxiv.org/abs/2109.01134."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn as nn
+
+from visionpeft.clip.layout import Tokens, slots
+from visionpeft.clip.learner import Learner
+from visionpeft.errors import ConfigurationError
+
+Position = Literal["end", "middle", "front"]
+
+
+def initial_context(learner: Learner, context_length: int | None, init: str | None, default: int) -> torch.Tensor:
+    """First context vectors (vectors, width): the token embeddings of a phrase, or N(0, 0.02^2).
+
+    Args:
+        learner: whose CLIP embeds the phrase.
+        context_length: number of vectors; with a phrase, at most its number of tokens, None for all of them.
+        init: the phrase, or None for random vectors.
+        default: number of random vectors if `context_length` is None.
+
+    Raises:
+        ConfigurationError: no vectors, or more than the phrase has tokens.
+    """
+    if context_length is not None and context_length < 1:
+        raise ConfigurationError(f"context_length must be at least 1, not {context_length}")
+    dtype = torch.float64 if learner.text.dtype == torch.float64 else torch.float32
+    if init is None:
+        return torch.randn(context_length or default, learner.text.width, dtype=dtype).to(learner.text.device) * 0.02
+    (phrase,) = learner.tokenizer.contents([init.replace("_", " ")])
+    if not phrase:
+        raise ConfigurationError(f"init={init!r} has no words; give a phrase such as 'a photo of a', or None")
+    length = context_length or len(phrase)
+    if length > len(phrase):
+        raise ConfigurationError(
+            f"context_length={length}, but init={init!r} has {len(phrase)} tokens; leave context_length out to learn "
+            "them all, or init out to start from random vectors"
+        )
+    return learner.text.embed(phrase[:length]).to(dtype)
+
+
+class CoOp(Learner):
+    """Learns context vectors v in front of (or around) the class name: [SOS] v_1 .. v_M name . [EOS].
+
+    The prompt ends with a full stop. `middle` puts the name behind the first floor(M / 2) vectors, `front` in front of
+    all. The vectors are shared by all classes or, class-specific, each class has its own. N(0, 0.02^2), or the token
+    embeddings of a phrase. Trainable: M d, or classes * M d, with text width d.
+    Source: Zhou et al., Learning to Prompt for Vision-Language Models, 2021.
+
+    Args:
+        clip: an OpenCLIP model.
+        tokenizer: its tokenizer.
+        class_names: names of the classes.
+        context_length: number M of context vectors; by default 16, or the number of tokens of `init`.
+        init: a phrase to start from, such as "a photo of a"; None starts at random.
+        position: where the class name stands: "end", "middle" or "front".
+        class_specific: a context for each class; it can then not be used with other classes.
+        allow_duplicates: accept two classes of one name.
+
+    Raises:
+        ConfigurationError: an unknown position, a context longer than `init`, or a prompt longer than the text tower.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Callable,
+        class_names: Sequence[str],
+        context_length: int | None = None,
+        init: str | None = None,
+        position: Position = "end",
+        class_specific: bool = False,
+        allow_duplicates: bool = False,
+    ):
+        options = {"context_length": context_length, "init": init, "position": position}
+        options |= {"class_specific": class_specific}
+        super().__init__(clip, tokenizer, class_names, options=options, allow_duplicates=allow_duplicates)
+        if position not in ("end", "middle", "front"):
+            raise ConfigurationError(f"position {position!r} must be end, middle or front")
+        self.position = position
+        self.class_bound = class_specific
+        vectors = initial_context(self, context_length, init, default=16)
+        self.context_length = len(vectors)
+        self.set_class_names(class_names)
+        if class_specific and init is None:
+            vectors = torch.randn(len(self.class_names), *vectors.shape).to(vectors) * 0.02
+        elif class_specific:
+            vectors = vectors.expand(len(self.class_names), -1, -1)
+        self.vectors = nn.Parameter(vectors.clone())
+
+    def prompts(self, names: Sequence[str]) -> list[Tokens]:
+        """[v_1 .. v_M, name, "."], with the name moved as `position` says."""
+        (stop,) = self.tokenizer.contents(["."])
+        prompts = []
+        for index, name in enumerate(self.tokenizer.contents(names)):
+            context = slots(self.context_length, self.context_length * index if self.class_bound else 0)
+            split = {"end": len(context), "middle": len(context) // 2, "front": 0}[self.position]
+            prompts.append((*context[:split], *name, *context[split:], *stop))
+        return prompts
+
+    def context(self) -> torch.Tensor:
+        """Context vectors (1, vectors, width); class-specific ones follow each other class by class."""
+        return self.vectors.flatten(0, -2)[None]

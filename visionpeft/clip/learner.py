@@ -1,0 +1,244 @@
+"""What every learner is: CLIP with class names, from images to logits."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from open_clip import CLIP, CoCa, CustomTextCLIP
+
+from visionpeft.attach import has_adapters
+from visionpeft.backbones.dispatch import describe
+from visionpeft.clip.layout import Layout, Tokenizer, Tokens, clean_class_names
+from visionpeft.clip.text import TextEncoder
+from visionpeft.described_tensors import check_tensors
+from visionpeft.errors import ConfigurationError, UnsupportedError
+
+
+class Learner(nn.Module):
+    """Base of all learners: logits = exp(logit_scale) * f t^T + logit_bias, with unit image and text features f and t.
+
+    The CLIP model is frozen and stays in evaluation mode. What is trained is float32, whatever the CLIP's precision.
+    A learner implements `layouts` and, as it needs, `context`, `text_features`, `classify` or `loss`.
+
+    Args:
+        clip: an OpenCLIP model.
+        tokenizer: its tokenizer, `open_clip.get_tokenizer(<name of the model>)`.
+        class_names: names of the classes, in the order of the labels.
+        options: the further arguments with which this learner can be built again.
+        allow_duplicates: accept two classes of one name.
+
+    Attributes:
+        frozen_images: image features do not depend on what is trained, so that they can be kept.
+        class_bound: what is trained belongs to these very classes.
+        chunk_size: most classes whose text is encoded at a time, None for all; less memory, the same gradient.
+        fast_text: leave out the work in the text tower that cannot matter.
+
+    Raises:
+        UnsupportedError: the model is no CLIP, or its text tower takes no prompts.
+        ConfigurationError: no tokenizer, or class names that cannot be used.
+    """
+
+    frozen_images = True
+    class_bound = False
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Callable,
+        class_names: Sequence[str],
+        *,
+        options: dict,
+        allow_duplicates: bool = False,
+    ):
+        super().__init__()
+        check_clip(clip)
+        self.options = options
+        self.allow_duplicates = allow_duplicates
+        self.chunk_size: int | None = None
+        self.fast_text = True
+        self.text = TextEncoder(clip)
+        self.tokenizer = Tokenizer(tokenizer, self.text.length)
+        self.class_names: list[str] = []
+        self._cache: tuple | None = None
+        self.clip = clip.requires_grad_(False).eval()
+
+    # What a learner is made of
+
+    def prompts(self, names: Sequence[str]) -> list[Tokens]:
+        """Tokens and slots of the prompt of each class."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its prompts are")
+
+    def context(self) -> torch.Tensor | None:
+        """Context vectors (groups, vectors, width) for the slots of the prompts, None without slots."""
+        return None
+
+    def set_class_names(self, class_names: Sequence[str]) -> None:
+        """Classify into other classes with what has been learnt; nothing is changed if the names are refused.
+
+        Raises:
+            ConfigurationError: names that cannot be used, or what was learnt belongs to the old classes.
+        """
+        names = clean_class_names(class_names, self.allow_duplicates)
+        if self.class_bound and self.class_names and names != self.class_names:
+            raise ConfigurationError(
+                f"{type(self).__name__} has learnt something for each of its {len(self.class_names)} classes and takes "
+                "no other class names; use a learner whose context is shared by all classes"
+            )
+        layout = self.tokenizer.layout(self.prompts(names), names)
+        self.class_names, self.layout = names, layout
+        self._cache = None
+
+    layout: Layout
+
+    def set_template(self, template: str | Sequence[str]) -> None:
+        """Use the template of a data set where the learner was given none; learners without templates ignore it."""
+
+    # Images to logits
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit image features (batch, features) of images (batch, 3, height, width)."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ConfigurationError(
+                f"images must be (batch, 3, height, width), not {tuple(images.shape)}; convert gray images to RGB"
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
+            dtype = next(self.clip.visual.parameters()).dtype
+            return unit(self.clip.encode_image(images.to(dtype)))
+
+    def text_features(self) -> torch.Tensor:
+        """Unit text features (classes, features); without gradients they are kept until what they depend on changes."""
+        if torch.is_grad_enabled():
+            return self.encode_text()
+        return self._kept(self.encode_text)
+
+    def encode_text(self) -> torch.Tensor:
+        """Unit text features (classes, features), worked out anew."""
+        return unit(self.encode(self.layout, self.context()))[0]
+
+    def encode(self, layout: Layout, context: torch.Tensor | None = None) -> torch.Tensor:
+        """Text features (groups, texts, features), not normalised."""
+        return self.text.encode(layout, context, chunk_size=self.chunk_size, fast=self.fast_text)
+
+    def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+        """Scaled cosines (batch, classes) of unit features (batch, features) and (classes, features)."""
+        logits = self.scale * image_features @ text_features.mT
+        bias = getattr(self.clip, "logit_bias", None)
+        return logits if bias is None else logits + bias.to(logits.dtype)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """exp(logit_scale) of the CLIP."""
+        return self.clip.logit_scale.detach().exp()
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes) of unit image features (batch, features)."""
+        return self.logits(features, self.text_features())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes) of images (batch, 3, height, width)."""
+        return self.classify(self.image_features(images))
+
+    # Training
+
+    def loss(
+        self, images: torch.Tensor | None, labels: torch.Tensor, features: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Training loss and logits (batch, classes).
+
+        Args:
+            images: (batch, 3, height, width); may be None if `features` are given and the images are not needed.
+            labels: (batch,).
+            features: unit image features (batch, features), if they have been kept.
+        """
+        logits = self.classify(self.image_features(images) if features is None else features)
+        return F.cross_entropy(logits, labels), logits
+
+    def fit_features(
+        self,
+        train: tuple[torch.Tensor, torch.Tensor],
+        validation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> dict:
+        """Learn what is worked out from (features (images, features), labels) and not by gradient steps.
+
+        Returns:
+            What was chosen on the validation split, for the record of a run.
+        """
+        return {}
+
+    def end_epoch(self, epoch: int, num_epochs: int) -> None:
+        """Called behind training epoch `epoch` of 0 .. num_epochs - 1."""
+
+    def end_training(self) -> None:
+        """Called behind the last epoch."""
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What an optimiser has to train."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """The tensors that are saved, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trained_state(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
+        """Take over saved tensors.
+
+        Args:
+            tensors: what `trained_state` gave.
+            what: where they come from, for an error.
+
+        Raises:
+            StorageError: they differ in name or shape; nothing is changed.
+        """
+        own = self.trained_state()
+        check_tensors(tensors, own, what)
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+    def train(self, mode: bool = True):
+        """Training mode for what is trained; the CLIP stays in evaluation mode."""
+        super().train(mode)
+        self.clip.eval()
+        if has_adapters(self.clip):
+            self.clip.peft.train(mode)
+        return self
+
+    def _kept(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        trained = [tensor.detach() for tensor in self.trained_state().values()]
+        frozen = [(id(p), p._version) for p in self.text.module.parameters() if not p.requires_grad]
+        active = getattr(getattr(self.clip, "peft", None), "active", None)
+        precision = (torch.is_autocast_enabled(self.text.device.type), self.text.device, self.training, self.fast_text)
+        if self._cache is not None:
+            features, others, values = self._cache
+            same = others == (frozen, active, precision, id(self.layout))
+            if same and all(torch.equal(old, new) for old, new in zip(values, trained, strict=True)):
+                return features
+        features = compute()
+        self._cache = (features, (frozen, active, precision, id(self.layout)), [value.clone() for value in trained])
+        return features
+
+    def __deepcopy__(self, memo):
+        raise UnsupportedError(
+            "a learner cannot be deep-copied; build another one on a copy of the CLIP and load into it"
+        )
+
+
+def check_clip(clip: nn.Module) -> None:
+    """Refuse what is not an OpenCLIP model with two towers.
+
+    Raises:
+        UnsupportedError: anything else, or a compiled model.
+    """
+    if hasattr(clip, "_orig_mod"):
+        describe(clip)
+    if not isinstance(clip, CLIP | CustomTextCLIP | CoCa):
+        raise UnsupportedError(
+            f"a learner needs an OpenCLIP model with an image and a text tower, as open_clip.create_model makes it, "
+            f"not {type(clip).__name__}"
+        )
+
+
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Features of length 1, at least in float32."""
+    return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)

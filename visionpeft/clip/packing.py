@@ -1,0 +1,102 @@
+"""How the texts of all classes are laid out in memory: what they share once, the rest one behind the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from visionpeft.clip.layout import Layout, Tokens
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Texts whose remaining tokens are equally many: rows `start` to `start + count * length`.
+
+    Args:
+        length: tokens of each text behind the shared ones.
+        count: number of texts.
+        start: row of the first token.
+    """
+
+    length: int
+    count: int
+    start: int
+
+
+class Rows:
+    """Tokens one behind the other, as index tensors.
+
+    Args:
+        tokens: token ids and slots, (rows,).
+        positions: position of each token in its text, (rows,).
+        device: where the index tensors live.
+    """
+
+    def __init__(self, tokens: Sequence[int], positions: Sequence[int], device: torch.device):
+        learned = [(row, -1 - token) for row, token in enumerate(tokens) if token < 0]
+        self.ids = torch.tensor([max(token, 0) for token in tokens], dtype=torch.long, device=device)
+        self.positions = torch.tensor(list(positions), dtype=torch.long, device=device)
+        self.learned_rows = torch.tensor([row for row, _ in learned], dtype=torch.long, device=device)
+        self.learned_vectors = torch.tensor([vector for _, vector in learned], dtype=torch.long, device=device)
+
+
+class Chunk(Rows):
+    """The remaining tokens of some texts, sorted by their number.
+
+    Args:
+        texts: tokens of each text, sorted by length.
+        shared: number of tokens that all texts share and that are left out here.
+        device: where the index tensors live.
+    """
+
+    def __init__(self, texts: Sequence[Tokens], shared: int, device: torch.device):
+        tokens = [token for text in texts for token in text[shared:]]
+        positions = [position for text in texts for position in range(shared, len(text))]
+        super().__init__(tokens, positions, device)
+        self.buckets: list[Bucket] = []
+        start = 0
+        for length, group in groupby(len(text) - shared for text in texts):
+            count = sum(1 for _ in group)
+            self.buckets.append(Bucket(length, count, start))
+            start += count * length
+        ends = [b.start + (index + 1) * b.length - 1 for b in self.buckets for index in range(b.count)]
+        self.ends = torch.tensor(ends, dtype=torch.long, device=device)
+
+
+class Packing:
+    """The tokens of a layout: those that all texts begin with, then the rest of each text in chunks.
+
+    Args:
+        layout: the texts.
+        share: keep the common beginning apart; otherwise every text stands whole in its chunk.
+        chunk_size: most texts in a chunk, None for all in one.
+        device: where the index tensors live.
+    """
+
+    def __init__(self, layout: Layout, share: bool, chunk_size: int | None, device: torch.device):
+        shared = common_length(layout.texts) if share else 0
+        self.shared = Rows(layout.texts[0][:shared], range(shared), device)
+        self.num_shared = shared
+        order = sorted(range(len(layout)), key=lambda index: len(layout.texts[index]))
+        size = chunk_size or len(layout)
+        parts = [order[first : first + size] for first in range(0, len(order), size)]
+        self.chunks = [Chunk([layout.texts[index] for index in part], shared, device) for part in parts]
+        self.restore = torch.tensor(order, dtype=torch.long, device=device).argsort()
+
+    @classmethod
+    def of(cls, layout: Layout, share: bool, chunk_size: int | None, device: torch.device) -> "Packing":
+        """The packing of a layout, worked out once and kept with it."""
+        key = (share, chunk_size, str(device))
+        if key not in layout.packings:
+            layout.packings[key] = cls(layout, share, chunk_size, device)
+        return layout.packings[key]
+
+
+def common_length(texts: Sequence[Tokens]) -> int:
+    """How many tokens all texts begin with; each keeps at least its last."""
+    shortest, first = min(map(len, texts)), texts[0]
+    for length in range(shortest - 1):
+        if any(text[length] != first[length] for text in texts):
+            return length
+    return shortest - 1

@@ -1,0 +1,118 @@
+"""Save what a learner has learnt, a few kilobytes, and load it on its CLIP: `learner.safetensors`, `learner.json`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch.nn as nn
+
+from visionpeft import clip as learner_classes
+from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.clip.learner import Learner, check_clip
+from visionpeft.described_tensors import read_described, write_described
+from visionpeft.errors import StorageError
+from visionpeft.naming import nearest
+from visionpeft.storage import backbone_record, check_backbone, package_versions
+
+FORMAT = 1
+STEM = "learner"
+
+
+def save_learner(
+    learner: Learner,
+    folder: str | Path,
+    *,
+    preprocessing: Preprocessing | None = None,
+    metadata: Mapping | None = None,
+) -> None:
+    """Write what was learnt, with everything needed to build the learner again except the CLIP.
+
+    Args:
+        learner: the learner.
+        folder: where to write `learner.safetensors` and `learner.json`.
+        preprocessing: how images were prepared.
+        metadata: anything else that JSON can hold, such as data set and result.
+    """
+    description = {
+        "format": FORMAT,
+        "learner": {"class": type(learner).__name__, "options": learner.options},
+        "class_names": learner.class_names,
+        "allow_duplicates": learner.allow_duplicates,
+        "backbone": backbone_record(learner.clip),
+        "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
+        "metadata": dict(metadata or {}),
+        "versions": package_versions(),
+    }
+    write_described(folder, STEM, learner.trained_state(), description)
+
+
+def load_learner(
+    folder: str | Path,
+    clip: nn.Module,
+    tokenizer: Callable,
+    class_names: Sequence[str] | None = None,
+    *,
+    check_fingerprint: bool = True,
+) -> Learner:
+    """Build the learner of a folder on the CLIP it was trained on.
+
+    Args:
+        folder: what `save_learner` wrote.
+        clip: the CLIP model.
+        tokenizer: its tokenizer.
+        class_names: other classes than those it was trained for.
+        check_fingerprint: refuse a CLIP whose weights differ from those the learner was trained on.
+
+    Raises:
+        StorageError: the folder is damaged or edited, or belongs to another CLIP.
+        ConfigurationError: what was learnt belongs to its own classes, or the new names cannot be used.
+    """
+    description, tensors = read_described(folder, STEM, _check_description)
+    check_clip(clip)
+    what = f"the learner in {folder}"
+    check_backbone(description["backbone"], backbone_record(clip, check_fingerprint), what)
+    entry = description["learner"]
+    names = [name for name in learner_classes.__all__ if _is_learner(getattr(learner_classes, name))]
+    if entry["class"] not in names:
+        raise StorageError(
+            f"{what} is of a class {entry['class']!r} this version does not have; near names are "
+            f"{nearest(entry['class'], names)}"
+        )
+    cls = getattr(learner_classes, entry["class"])
+    saved_names, options = description["class_names"], entry["options"]
+    duplicates = description["allow_duplicates"]
+    try:
+        learner = cls(clip, tokenizer, saved_names, **options, allow_duplicates=duplicates)
+    except TypeError as error:
+        raise StorageError(f"the saved options of {entry['class']} do not fit this version: {error}") from None
+    learner.load_trained_state(tensors, what)
+    if class_names is not None:
+        learner.set_class_names(class_names)
+    return learner.eval()
+
+
+def read_learner(folder: str | Path) -> dict:
+    """What `save_learner` wrote about a learner, checked.
+
+    Raises:
+        StorageError: the folder holds no intact learner.
+    """
+    return read_described(folder, STEM, _check_description)[0]
+
+
+def _is_learner(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Learner) and value is not Learner
+
+
+def _check_description(description: object, path: Path) -> None:
+    types = {"format": int, "learner": dict, "class_names": list, "allow_duplicates": bool, "backbone": dict}
+    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
+        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
+    if description["format"] != FORMAT:
+        raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
+    learner, backbone = description["learner"], description["backbone"]
+    sound = isinstance(learner.get("class"), str) and isinstance(learner.get("options"), dict)
+    sound &= all(isinstance(name, str) for name in description["class_names"])
+    sound &= all(isinstance(backbone.get(k), str) for k in ("class", "architecture", "fingerprint"))
+    if not sound:
+        raise StorageError(f"the description in {path} is not what save_learner writes")

@@ -1,0 +1,274 @@
+"""The frozen text tower as a function of prompts: exact, and without the work that cannot matter.
+
+CLIP's text tower is causal and is read at the end token. So positions behind the end token cannot matter, and tokens
+in front of the class name that are the same for all classes give the same keys and values for all of them. `encode`
+runs those shared tokens once, lets the remaining tokens of every class attend to their keys and values, packs classes
+of different lengths one behind the other instead of padding them, and in the last block follows the end tokens alone.
+Features and gradients are those of running every class in full. Towers for which this does not hold (not causal, pooled
+elsewhere, adapters that insert tokens) are run in full, as the library does it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from open_clip import CLIP
+from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, TextTransformer
+from torch.utils.checkpoint import checkpoint
+
+from visionpeft.backbones.attention import attend
+from visionpeft.backbones.open_clip import join_heads, project, residual_block
+from visionpeft.clip.layout import Layout
+from visionpeft.clip.packing import Bucket, Chunk, Packing, Rows
+from visionpeft.errors import UnsupportedError
+from visionpeft.sites import TOKEN_SITES, Sites
+
+
+class TextEncoder:
+    """Text features of prompts from the text tower of an OpenCLIP model.
+
+    Args:
+        clip: the model. Adapters attached to its text tower act here, too.
+
+    Raises:
+        UnsupportedError: the text tower is not one of OpenCLIP's own.
+    """
+
+    def __init__(self, clip: nn.Module):
+        module = getattr(clip, "text", clip)
+        if not isinstance(module, CLIP | TextTransformer):
+            raise UnsupportedError(
+                f"prompts need an OpenCLIP model with a text tower of OpenCLIP's own, not {type(module).__name__}"
+            )
+        self.clip = clip
+        self.module = module
+        self.pool = module.text_pool_type if isinstance(module, CLIP) else module.pool_type
+        self.blocks = list(module.transformer.resblocks)
+        self.width = module.token_embedding.embedding_dim
+        self.length = module.context_length
+        self._not_causal = _why_not_causal(module, self.pool)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the token stream."""
+        return self.module.transformer.get_cast_dtype()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower lives."""
+        return self.module.positional_embedding.device
+
+    @torch.no_grad()
+    def embed(self, ids: Sequence[int]) -> torch.Tensor:
+        """Token embeddings (tokens, width) of token ids."""
+        return self.module.token_embedding(torch.tensor(ids, dtype=torch.long, device=self.device)).detach()
+
+    def encode(
+        self,
+        layout: Layout,
+        context: torch.Tensor | None = None,
+        *,
+        chunk_size: int | None = None,
+        fast: bool = True,
+    ) -> torch.Tensor:
+        """Text features (groups, texts, features), not normalised.
+
+        Args:
+            layout: the texts.
+            context: context vectors (groups, vectors, width) for the slots of the texts. Each group, for instance one
+                image, has its own vectors and gives its own features of all texts. None if there are no slots.
+            chunk_size: run this many texts at a time, and run them again for the gradient: less memory, same gradient.
+            fast: skip what cannot matter where that is exact; False runs every text in full.
+        """
+        fast = fast and self.why_in_full() is None
+        if not fast:
+            return self._encode_in_full(layout, context, chunk_size)
+        packing = Packing.of(layout, self._may_share(), chunk_size, self.device)
+        keys_and_values = self._run_shared(packing, context)
+        chunked = len(packing.chunks) > 1 and torch.is_grad_enabled()
+        features = []
+        for chunk in packing.chunks:
+            arguments = (chunk, context, *(tensor for pair in keys_and_values for tensor in pair))
+            run = self._run_chunk
+            features.append(checkpoint(run, *arguments, use_reentrant=False) if chunked else run(*arguments))
+        return torch.cat(features, dim=1)[:, packing.restore]
+
+    def why_in_full(self) -> str | None:
+        """Why every text has to be run in full, or None if it need not."""
+        if self._not_causal is not None:
+            return self._not_causal
+        for block in self.blocks:
+            for site, module in _token_modules(block.__dict__.get("sites")):
+                replaces = site == "stream_in" and hasattr(module, "replaced_tokens") and self._may_share()
+                if not replaces and not getattr(module, "tokenwise", False):
+                    return f"{type(module).__name__} acts on whole texts"
+        return None
+
+    def _may_share(self) -> bool:
+        """Whether no dropout is drawn, which every text would draw for itself."""
+        adapters = getattr(self.clip, "peft", ())
+        modules = [module for name in adapters for module in adapters[name].modules()]
+        rates = (getattr(m, "p", 0.0) or getattr(m, "drop_prob", 0.0) or 0.0 for m in modules if m.training)
+        return not any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+    def _embedded(self, rows: Rows, context: torch.Tensor | None) -> torch.Tensor:
+        """Embedded tokens (groups, rows, width) with their positions."""
+        with torch.no_grad():
+            x = self.module.token_embedding(rows.ids).to(self.dtype)
+            x[rows.learned_rows] = 0
+            x = (x + self.module.positional_embedding[rows.positions].to(self.dtype))[None]
+        if context is None:
+            return x
+        x = x.expand(len(context), -1, -1)
+        if len(rows.learned_rows) == 0:
+            return x
+        return x.index_add(1, rows.learned_rows, context[:, rows.learned_vectors].to(x.dtype))
+
+    def _run_shared(self, packing: Packing, context: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values (groups, heads, shared tokens, head width) of the shared tokens in every block."""
+        x = self._embedded(packing.shared, context)
+        keys_and_values = []
+
+        def attention(block: nn.Module, h: torch.Tensor) -> torch.Tensor:
+            q, k, v = project(block.attn, h)
+            sites = block.__dict__.get("sites")
+            k, v = (k, v) if sites is None else sites.kv(k, v)
+            keys_and_values.append((k, v))
+            return join_heads(block.attn, attend(q, k, v, is_causal=True))
+
+        for block in self.blocks[:-1]:
+            x = residual_block(block, x, _acting(block), lambda h, block=block: attention(block, h))
+        last = self.blocks[-1]
+        at = _acting(last)
+        # Behind the keys and values of the last block nothing of the shared tokens is read.
+        attention(last, at("attn_in", last.ln_1(at("stream_in", x))))
+        return keys_and_values
+
+    def _run_chunk(self, chunk: Chunk, context: torch.Tensor | None, *keys_and_values: torch.Tensor) -> torch.Tensor:
+        """Features (groups, texts of the chunk, features)."""
+        x = self._embedded(chunk, context)
+        shared = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
+        for block, (keys, values) in zip(self.blocks, shared, strict=True):
+            sites: Sites | None = block.__dict__.get("sites")
+            # A branch that starts before the attention and ends behind it needs all tokens on the way.
+            ends_only = block is self.blocks[-1] and not (sites is not None and sites.branches)
+
+            def attention(h: torch.Tensor, block=block, keys=keys, values=values, ends_only=ends_only):
+                q, k, v = project(block.attn, h)
+                attended = [_attend_bucket(q, k, v, keys, values, bucket, ends_only) for bucket in chunk.buckets]
+                return join_heads(block.attn, torch.cat(attended, dim=2))
+
+            at = _acting(block, replacing=False)
+            x = residual_block(block, x, at, attention, chunk.ends if ends_only else None)
+        return self._project(self.module.ln_final(x if ends_only else x[:, chunk.ends]))
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        projection = self.module.text_projection
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+    def _encode_in_full(self, layout: Layout, context: torch.Tensor | None, chunk_size: int | None) -> torch.Tensor:
+        """The library's own `encode_text`, with the context vectors in the place of the embeddings of their slots."""
+        groups = 1 if context is None else len(context)
+        size = chunk_size or len(layout)
+        features = []
+        for group in range(groups):
+            own = None if context is None else context[group]
+            for first in range(0, len(layout), size):
+                texts = layout.texts[first : first + size]
+                rows = [(*text, *[layout.pad] * (layout.length - len(text))) for text in texts]
+                tokens = torch.tensor(rows, dtype=torch.long, device=self.device)
+                chunked = size < len(layout) and torch.is_grad_enabled()
+                run = self._library_features
+                features.append(checkpoint(run, tokens, own, use_reentrant=False) if chunked else run(tokens, own))
+        return torch.cat(features).unflatten(0, (groups, len(layout)))
+
+    def _library_features(self, tokens: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+        with _embedded_slots(self.module.token_embedding, tokens, context):
+            # The end token keeps the largest id whatever stands in the slots.
+            return self.clip.encode_text(tokens.clamp(min=0))
+
+
+def _why_not_causal(module: nn.Module, pool: str) -> str | None:
+    """Why the end token's feature of a text tower depends on more than the tokens up to it, or None."""
+    if pool not in ("argmax", "eos"):
+        return f"it is read at the {pool} token"
+    if getattr(module, "cls_emb", None) is not None:
+        return "a class token is behind the text"
+    mask = module.attn_mask
+    if mask is None or not torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1)):
+        return "it is not causal"
+    for block in module.transformer.resblocks:
+        if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock):
+            return f"its blocks are of class {type(block).__name__}"
+    return None
+
+
+@contextmanager
+def _embedded_slots(embedding: nn.Embedding, tokens: torch.Tensor, context: torch.Tensor | None) -> Iterator[None]:
+    """Within the context, the embedding gives context vectors (vectors, width) where `tokens` has slots."""
+
+    def insert(module: nn.Module, inputs: tuple, embedded: torch.Tensor) -> torch.Tensor:
+        vectors = context.to(embedded.dtype)[(-1 - tokens).clamp(min=0)]
+        return torch.where((tokens < 0)[..., None], vectors, embedded)
+
+    if context is None:
+        yield
+        return
+    handle = embedding.register_forward_hook(insert)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _token_modules(sites: Sites | None) -> Iterator[tuple[str, nn.Module]]:
+    """What acts on tokens in a block, with its site."""
+    if sites is None:
+        return
+    for site in TOKEN_SITES:
+        yield from ((site, module) for module in sites.acting.get(site, ()))
+        yield from ((site, module) for module, _ in sites.branches.get(site, ()))
+
+
+def _acting(block: nn.Module, replacing: bool = True):
+    """What acts at the token sites of a block; without what replaces tokens if they are not among the tokens."""
+    sites: Sites | None = block.__dict__.get("sites")
+    if sites is None:
+        return lambda site, x: x
+    if replacing or not any(hasattr(module, "replaced_tokens") for _, module in _token_modules(sites)):
+        return sites.enter()
+    return sites.without(lambda module: hasattr(module, "replaced_tokens")).enter()
+
+
+def _attend_bucket(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shared_keys: torch.Tensor,
+    shared_values: torch.Tensor,
+    bucket: Bucket,
+    ends_only: bool,
+) -> torch.Tensor:
+    """softmax(q [K; k]^T / sqrt(d) + causal) [V; v] for the texts of a bucket, which share K and V.
+
+    q, k and v (groups, heads, rows of the chunk, d) -> (groups, heads, rows of the bucket, d); of each text only the
+    end token if `ends_only`.
+    """
+    count, length, num_shared = bucket.count, bucket.length, shared_keys.shape[2]
+    rows = slice(bucket.start, bucket.start + count * length)
+    q, k, v = (x[:, :, rows].unflatten(2, (count, length)) for x in (q, k, v))
+    if ends_only:
+        q = q[:, :, :, -1:]
+    queries = q.shape[3]
+    to_shared = (q.flatten(2, 3) @ shared_keys.mT).unflatten(2, (count, queries))
+    scores = torch.cat((to_shared, q @ k.mT), dim=-1) * q.shape[-1] ** -0.5
+    if queries > 1:
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
+        scores = scores.masked_fill(F.pad(future, (num_shared, 0)), float("-inf"))
+    weights = scores.softmax(dim=-1).to(v.dtype)
+    from_shared = weights[..., :num_shared].flatten(2, 3) @ shared_values
+    return from_shared + (weights[..., num_shared:] @ v).flatten(2, 3)

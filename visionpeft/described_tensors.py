@@ -1,0 +1,100 @@
+"""A folder with tensors and a description of them, never pickled.
+
+`<stem>.safetensors` holds the tensors and, in its header, the description; replacing this one file is what commits a
+save. `<stem>.json` repeats the description for people and other tools.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+
+from visionpeft.errors import StorageError
+
+
+def write_described(folder: str | Path, stem: str, tensors: Mapping[str, torch.Tensor], description: dict) -> None:
+    """Write tensors and description; the old files stay valid until the new tensors are completely on disk.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; what was there is unchanged.
+    """
+    text = json.dumps(description, indent=2)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    _replace(folder / f"{stem}.safetensors", serialise(content, metadata={"visionpeft": text}))
+    _replace(folder / f"{stem}.json", (text + "\n").encode())
+
+
+def read_described(
+    folder: str | Path, stem: str, check: Callable[[object, Path], None]
+) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Description and tensors that `write_described` wrote.
+
+    Args:
+        folder: the folder.
+        stem: "adapter" or "learner".
+        check: raises a StorageError if the description, of the given path, is not what was written.
+
+    Raises:
+        StorageError: the files are missing, damaged, edited or of another kind.
+    """
+    folder = Path(folder)
+    path, copy = folder / f"{stem}.safetensors", folder / f"{stem}.json"
+    if not path.is_file():
+        raise StorageError(f"{folder} holds no {path.name}; give the folder that save wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("visionpeft")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+        if text is None:
+            raise StorageError(f"{path} was not written by visionpeft: its header describes no {stem}")
+        description = json.loads(text)
+        check(description, path)
+        if copy.is_file() and json.loads(copy.read_text()) != description:
+            raise StorageError(
+                f"{copy} does not describe {path.name}: it was edited, or a save was interrupted between the two "
+                f"files; delete {copy.name} to rely on what the tensors' own header says"
+            )
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise StorageError(f"the {stem} in {folder} is damaged: {error}") from None
+    return description, tensors
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str) -> None:
+    """Refuse tensors that differ in name or shape from those expected.
+
+    Raises:
+        StorageError: naming the first that differs.
+    """
+    wrong = [
+        f"{key} is {tuple(tensors[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected.keys() & tensors.keys()
+        if tensors[key].shape != expected[key].shape
+    ]
+    wrong += [f"{key} is missing" for key in expected.keys() - tensors.keys()]
+    wrong += [f"{key} is not expected" for key in tensors.keys() - expected.keys()]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise StorageError(f"the tensors of {what} do not fit its description and this backbone: {min(wrong)}{more}")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that a crash or a full disk leaves the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(
+            f"{path} could not be written ({error.strerror}); what was there before is unchanged"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)

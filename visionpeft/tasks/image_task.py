@@ -1,0 +1,175 @@
+"""What all tasks share: metrics, the randomness of an epoch, optimiser, and checkpoints of what is trained."""
+
+import math
+import random
+from abc import abstractmethod
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.errors import ConfigurationError
+from visionpeft.tasks.checkpointing import DivergedError, check_trained, keep_trained
+from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, parameter_groups
+
+
+class ImageTask(pl.LightningModule):
+    """Base of the tasks that classify images: (images (batch, 3, height, width), labels (batch,)) -> logits.
+
+    A task implements `forward`, `training_loss` and the abstract methods below.
+
+    Args:
+        class_names: one name for each class.
+        optimisation: optimiser, learning rates and schedule.
+        seed: the randomness of an epoch (dropout, mixup) is a function of the seed and the epoch.
+
+    Attributes:
+        preprocessing: how the backbone wants its images.
+        folder: name of the folder in a run directory that `save` writes.
+    """
+
+    preprocessing: Preprocessing
+    folder: str
+
+    def __init__(self, class_names: list[str], optimisation: Optimisation, seed: int):
+        super().__init__()
+        if len(class_names) < 2:
+            raise ConfigurationError(f"classification needs at least two classes, the data has {len(class_names)}")
+        self.strict_loading = False  # checkpoints hold no backbone; `on_load_checkpoint` checks what they hold
+        self.class_names = list(class_names)
+        self.optimisation = optimisation
+        self.seed = seed
+        num_classes = len(class_names)
+        metrics = {"loss": MeanMetric(), "top1": MulticlassAccuracy(num_classes, average="micro")}
+        if num_classes > 5:
+            metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+        metrics = MetricCollection(metrics, compute_groups=False)
+        self.train_metrics, self.val_metrics, self.test_metrics = (
+            metrics.clone(prefix=f"{split}/") for split in ("train", "val", "test")
+        )
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What is trained, in the name of a run directory."""
+
+    @abstractmethod
+    def describe(self) -> dict:
+        """What is trained on which backbone, for the record of a run."""
+
+    @abstractmethod
+    def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss of a batch, and its logits (batch, classes)."""
+
+    @abstractmethod
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the optimiser trains."""
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Those of them that belong to a head with a learning rate of its own."""
+        return []
+
+    @abstractmethod
+    def trained_keys(self) -> set[str]:
+        """Keys of `state_dict` that a checkpoint keeps: what is trained, without the frozen backbone."""
+
+    @abstractmethod
+    def save(self, folder: Path, datamodule: pl.LightningDataModule) -> None:
+        """Write what was trained."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, in the place of what the task has."""
+
+    def connect(self, datamodule: pl.LightningDataModule) -> None:
+        """Tell the data how this backbone wants its images."""
+        datamodule.preprocessing = self.preprocessing
+
+    def setup(self, stage: str) -> None:
+        """Connect task and data."""
+        if self.trainer.datamodule is not None:
+            self.connect(self.trainer.datamodule)
+
+    def on_train_epoch_start(self) -> None:
+        """Seed the epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
+        seed = _epoch_seed(self.seed, self.current_epoch)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  (timm's mixup draws from NumPy's global generator)
+        torch.manual_seed(seed)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss of a batch.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        images, labels = batch
+        loss, logits = self.training_loss(images, labels)
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"the training loss became {loss.item()} in epoch {self.current_epoch}, step {self.global_step}; the "
+                "last good checkpoint is kept. Lower the learning rate (--model.optimisation.lr)"
+            )
+        self._measure(self.train_metrics, loss.detach(), logits.detach(), labels)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Measure a batch of the validation split."""
+        self._evaluate(self.val_metrics, batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Measure a batch of the test split and return its logits."""
+        return self._evaluate(self.test_metrics, batch)
+
+    def predict_step(self, batch, batch_idx: int) -> Tensor:
+        """Class probabilities (batch, classes)."""
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        return self(images).float().softmax(dim=-1)
+
+    def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        logits = self(images).float()
+        self._measure(metrics, F.cross_entropy(logits, labels), logits, labels)
+        return logits
+
+    def _measure(self, metrics: MetricCollection, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        for name, metric in metrics.items():
+            if name.endswith("loss"):
+                metric.update(loss, weight=len(labels))
+            else:
+                metric.update(logits, labels)
+            self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))
+
+    def configure_optimizers(self) -> dict:
+        """AdamW or SGD over what is trained, with a schedule that advances every step."""
+        trainer = self.trainer
+        if trainer.estimated_stepping_batches == float("inf"):
+            raise ConfigurationError("the learning rate follows a cosine to its end: set trainer.max_epochs")
+        total_steps = int(trainer.estimated_stepping_batches)
+        accumulated = trainer.accumulate_grad_batches
+        steps_per_epoch = max(1, math.ceil(min(trainer.num_training_batches, total_steps * accumulated) / accumulated))
+        epochs = trainer.max_epochs if trainer.max_epochs > 0 else math.ceil(total_steps / steps_per_epoch)
+        batch_size = getattr(trainer.datamodule, "batch_size", 1) * accumulated * trainer.world_size
+        groups = parameter_groups(self.trained_parameters(), self.head_parameters(), self.optimisation, batch_size)
+        optimizer = build_optimizer(groups, self.optimisation)
+        schedule = build_schedule(optimizer, self.optimisation, steps_per_epoch, epochs, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Keep only what is trained."""
+        keep_trained(checkpoint, self.trained_keys())
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Check that every trained tensor is there."""
+        check_trained(checkpoint, self, self.trained_keys())
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    """A 32-bit seed for an epoch."""
+    return int(torch.randint(2**32 - 1, (), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)))
