@@ -23,9 +23,9 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from visionpeft.data.class_names import class_names
 
 import visionpeft as vp
-from visionpeft.data.class_names import class_names
 
 PHRASE = "a photo of a"
 
@@ -218,18 +218,21 @@ def tpt(clip, tokenizer, names, views: Tensor, rounds: int) -> Case:
 def coop_epoch(clip, tokenizer, names, images: Tensor, labels: Tensor, rounds: int) -> Case:
     """A whole CoOp step on a batch of images, against one with kept image features."""
     case = coop(clip, tokenizer, names, encode(clip, images), labels)
-    learner = vp.CoOp(clip, tokenizer, names, context_length=16)
-    cache = vp.FeatureCache(learner)
-    cache.features(images)
-    step = case.straightforward
+    learner, cache, step, fast_step = (
+        vp.ZeroShot(clip, tokenizer, names),
+        FeatureCache(),
+        case.straightforward,
+        case.ours,
+    )
+    cache.image_features(learner, images)
 
     def straightforward() -> Tensor:
         encode(clip, images)
         return step()
 
     def ours() -> Tensor:
-        cache.features(images)
-        return case.ours()
+        cache.image_features(learner, images)
+        return fast_step()
 
     name = f"CoOp step with images, batch {len(images)}, features kept, {len(names)} classes"
     return Case(name, straightforward, ours, rounds)
@@ -333,6 +336,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def main() -> None:
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="an OpenCLIP model; its weights are random")
     parser.add_argument("--cases", nargs="+", default=None, help="some of: coop cocoop cocoop4 maple tpt tpt1000 epoch")

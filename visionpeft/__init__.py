@@ -3,6 +3,24 @@
 from visionpeft.attach import activate, attach, detach, disable, route, trainable_parameters, use
 from visionpeft.backbones import describe
 from visionpeft.backbones.create import create_backbone
+from visionpeft.clip import (
+    IVLP,
+    TPT,
+    CLIPAdapter,
+    CLIPLinearProbe,
+    CLIPLoRA,
+    CoCoOp,
+    CoOp,
+    KgCoOp,
+    Learner,
+    MaPLe,
+    ProGrad,
+    PromptSRC,
+    TipAdapter,
+    ZeroShot,
+)
+from visionpeft.clip.create import create_clip
+from visionpeft.clip.storage import load_learner, read_learner, save_learner
 from visionpeft.errors import ConfigurationError, DataError, StorageError, UnsupportedError, UserError
 from visionpeft.merge import merge, unmerge
 from visionpeft.methods import (
@@ -22,33 +40,51 @@ from visionpeft.storage import load, read_metadata, save
 from visionpeft.summary import summary
 
 __all__ = [
+    "IVLP",
     "SSF",
+    "TPT",
     "VPT",
     "AdaptFormer",
     "Adapter",
     "BitFit",
+    "CLIPAdapter",
+    "CLIPLinearProbe",
+    "CLIPLoRA",
+    "CoCoOp",
+    "CoOp",
     "ConfigurationError",
     "DataError",
     "FullFineTuning",
+    "KgCoOp",
     "LastBlocks",
+    "Learner",
     "LinearProbe",
     "LoRA",
+    "MaPLe",
     "Method",
     "PrefixTuning",
+    "ProGrad",
+    "PromptSRC",
     "StorageError",
+    "TipAdapter",
     "UnsupportedError",
     "UserError",
+    "ZeroShot",
     "activate",
     "attach",
     "create_backbone",
+    "create_clip",
     "describe",
     "detach",
     "disable",
     "load",
+    "load_learner",
     "merge",
+    "read_learner",
     "read_metadata",
     "route",
     "save",
+    "save_learner",
     "summary",
     "trainable_parameters",
     "unmerge",

@@ -38,8 +38,9 @@ class AttachedAdapter(nn.Module):
         for index, method in enumerate(methods):
             key = method.name if method.name not in self.method_keys else f"{method.name}_{index}"
             self.method_keys.append(key)
-            for tower in select_towers(method, backbone):
-                self._place(index, key, method, tower)
+            towers = select_towers(method, backbone)
+            self._place(index, key, method, towers)
+            for tower in towers:
                 trained |= dict.fromkeys(join(tower.path, name) for name in method.trains(tower))
         self.trained_names = tuple(trained)
         for name in self.trained_names:
@@ -48,17 +49,17 @@ class AttachedAdapter(nn.Module):
         for path in self.heads:
             nest(self, path, copy.deepcopy(backbone.model.get_submodule(path)).requires_grad_(True))
 
-    def _place(self, index: int, key: str, method: Method, tower: Tower) -> None:
-        reference = next(tower.module.parameters())
-        dtype = torch.float64 if reference.dtype == torch.float64 else torch.float32
-        for item in method.place(tower):
-            item.module.to(reference.device, dtype)
+    def _place(self, index: int, key: str, method: Method, towers: list[Tower]) -> None:
+        references = {tower.name: next(tower.module.parameters()) for tower in towers}
+        for item in method.place_all(towers):
+            reference = references[item.tower]
+            item.module.to(reference.device, torch.float64 if reference.dtype == torch.float64 else torch.float32)
             if isinstance(item, Placement):
                 where = [item.site] if item.block is None else [str(item.block), item.site]
                 self.placements.append((index, item))
             else:
                 where = [item.name]
-            nest(self, ".".join([key, tower.name, *where]), item.module)
+            nest(self, ".".join([key, item.tower, *where]), item.module)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names in the model and trained copies of parameters of the backbone."""

@@ -16,18 +16,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from visionpeft import data, methods
+from visionpeft import clip, data, methods
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError, UserError
 from visionpeft.explain import explain, user_error
 from visionpeft.naming import did_you_mean
 from visionpeft.resources import shipped
 from visionpeft.run_directory import RunDirectory
-from visionpeft.tasks import ImageClassification
+from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning
 
 CLASSES = [
     ImageClassification,
-    *(value for module in (data, methods) for value in vars(module).values() if isinstance(value, type)),
+    PromptLearning,
+    *(value for module in (clip, data, methods) for value in vars(module).values() if isinstance(value, type)),
 ]
 
 
@@ -82,7 +83,7 @@ class CLI(LightningCLI):
     def __init__(self, arguments: list[str]):
         self.arguments = arguments
         super().__init__(
-            ImageClassification,
+            ImageTask,
             ImageDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -142,13 +143,14 @@ class CLI(LightningCLI):
         """Build data and task; the trainer is built by `build_trainer`."""
         try:
             self.config_init = self.parser.instantiate_classes(self.config)
+            self.config_init.model.connect(self.config_init.data)
         except Exception as error:
             meant = user_error(error)
             if meant is None:
                 raise
             raise meant from None
         self.datamodule: ImageDataModule = self.config_init.data
-        self.model: ImageClassification = self.config_init.model
+        self.model: ImageTask = self.config_init.model
         self.build_trainer([], logger=False, enable_checkpointing=False)  # refuse wrong options before a run exists
 
     def build_trainer(self, callbacks: list[pl.Callback], **own) -> pl.Trainer:
@@ -222,5 +224,7 @@ def silence() -> None:
         r".*Experiment logs directory .* exists.*",
         r".*Total length of `list` across ranks is zero.*",  # no validation split
         r".*You defined a `validation_step` but have no `val_dataloader`.*",
+        r".*configure_optimizers` returned `None`.*",  # nothing is trained
+        r".*in eval mode at the start of training.*",  # they are frozen
     ):
         warnings.filterwarnings("ignore", message=message)

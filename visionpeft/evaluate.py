@@ -1,44 +1,53 @@
-"""`python -m visionpeft.evaluate RUN`: test the adapter of a finished run again."""
+"""`python -m visionpeft.evaluate RUN`: test what a finished run has trained again."""
 
+import argparse
 import sys
 
-from visionpeft.attach import detach
-from visionpeft.cli import CLI, command
+from visionpeft.cli import command
 from visionpeft.errors import ConfigurationError
-from visionpeft.reports.progress import TrainingProgress
+from visionpeft.protocols import evaluate_run
+from visionpeft.protocols.evaluation import evaluate_again
+from visionpeft.protocols.report import report
 from visionpeft.reports.tables import print_results
-from visionpeft.reports.test_record import TestRecord
-from visionpeft.results import setting, test_numbers
 from visionpeft.run_directory import RunDirectory, write_json
-from visionpeft.storage import load
 
-USAGE = "usage: python -m visionpeft.evaluate RUN [--data.OPTION VALUE ...] [--trainer.OPTION VALUE ...]"
+USAGE = """\
+usage: python -m visionpeft.evaluate RUN [--data.OPTION VALUE ...] [--trainer.OPTION VALUE ...]
+       python -m visionpeft.evaluate RUN --protocol base_to_new
+       python -m visionpeft.evaluate RUN --protocol cross_dataset|domain_shift --datasets NAME ... [--data.root DIR]"""
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Build backbone and data from RUN/config.yaml, load RUN/adapter, test, and write RUN/evaluation.json."""
+    """Test the run on its own data, as options change it, or on the data of a protocol; write the results into RUN."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return
     if arguments[0].startswith("-"):
         raise ConfigurationError(f"name the run directory first; {USAGE}")
     run = RunDirectory.existing(arguments[0])
-    trained = run.read_results()
-    cli = CLI(["--config", str(run.config), *arguments[1:]])
-    task, datamodule = cli.model, cli.datamodule
-    detach(task.model)
-    task.adapter_name = load(task.model, run.adapter)
-
-    record = TestRecord(len(task.class_names))
-    trainer = cli.build_trainer(
-        [record, TrainingProgress()], logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
-    trainer.test(task, datamodule, verbose=False)
-    results = (
-        trained | setting(task, datamodule) | {"test": test_numbers(trainer, record), "run_directory": str(run.path)}
-    )
+    options, further = _parse(arguments[1:])
+    if options.protocol is not None:
+        rows = evaluate_run(run, options.protocol, options.datasets, further)
+        report(options.protocol, rows, run.path / options.protocol)
+        return
+    if options.datasets:
+        raise ConfigurationError("--datasets belongs to --protocol; another data set alone is --data.dataset NAME")
+    results = evaluate_again(run, further)
     write_json(run.evaluation, results)
     print_results(results)
+
+
+def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a protocol, and the others, which change the configuration of the run."""
+    parser = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False, add_help=False)
+    parser.add_argument("--protocol")
+    parser.add_argument("--datasets", nargs="+", default=[])
+
+    def refuse(message: str):
+        raise ConfigurationError(f"{message}; {USAGE}")
+
+    parser.error = refuse
+    return parser.parse_known_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,8 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
+from typing import get_args
 
 from jsonargparse import ArgumentParser
 
@@ -22,6 +23,11 @@ _UNION = re.compile(
     r"Subtypes: \[(.*?)\]\n.*?Given value: ([^\n]*)",
     re.DOTALL,
 )
+_FACTORY = re.compile(
+    r"^( *)Type collections\.abc\.Callable\[.*?\] expects a function or a callable class: "
+    r"(.*?)\. Got value: Namespace\(class_path='([\w.]+)'.*?\)$",
+    re.DOTALL | re.MULTILINE,
+)
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 
 
@@ -34,6 +40,8 @@ def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> st
         classes: the classes a configuration can name: tasks, data modules and methods.
     """
     by_name = {cls.__name__: cls for cls in classes}
+    # The arguments of a class that is built later are reported in another form than those of one built at once.
+    message = _FACTORY.sub(r"\1Problem with given class_path '\3':\n\1  \2", message)
     if match := _innermost(_NOT_ACCEPTED, message):
         return _unknown_option(match[1], match[2], parser, by_name)
     if match := _innermost(_GROUP, message):
@@ -46,7 +54,8 @@ def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> st
         return f"there is no class {match[1]!r}{did_you_mean(match[1], _candidates(message, by_name))}"
     if match := _innermost(_VALUE, message):
         return f"option {match[1]} takes {_type_in_words(match[2])}" + (f", not {match[3]!r}" if match[3] else "")
-    if match := _UNION.search(message):
+    starts = [match.start() for match in re.finditer("Parser key", message)]
+    if match := next(filter(None, (_UNION.match(message, start) for start in reversed(starts))), None):
         return f"option {match[1]} takes {_type_in_words(match[2])}, not {match[3]!r}"
     if "arguments are required" in message:
         return "name a configuration, such as --config vtab_vpt.yaml; model and data come from it"
@@ -126,11 +135,30 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
 def _candidates(message: str, by_name: dict[str, type]) -> list[str]:
     """Names of the classes that were allowed where the message's unknown class stands."""
     before = message[: message.rindex("Expected a dot import path string")]
-    for base in reversed(re.findall(r"<class '[\w.]+\.(\w+)'>", before)):
+    named = re.findall(r"<class '[\w.]+\.(\w+)'>", before) + _annotated(before, by_name)
+    for base in reversed(named):
         if base in by_name:
             allowed = [name for name, cls in by_name.items() if issubclass(cls, by_name[base]) and cls.__module__]
             return [name for name in allowed if name != base] or [base]
     return list(by_name)
+
+
+def _annotated(before: str, by_name: dict[str, type]) -> list[str]:
+    """Names of the classes in the annotation of the argument that was reached last, which for a factory no type shows."""
+    owners = re.findall(r"Problem with given class_path '(?:[\w.]+\.)?(\w+)'", before)
+    arguments = re.findall(r'Parser key "([\w.]+)"', before)
+    if not owners or owners[-1] not in by_name or not arguments:
+        return []
+    parameter = _parameters(by_name[owners[-1]]).get(arguments[-1])
+    return [] if parameter is None else [part.__name__ for part in _classes(parameter.annotation)]
+
+
+def _classes(annotation: object) -> Iterator[type]:
+    """The classes in an annotation, those of a factory's result last."""
+    if isinstance(annotation, type):
+        yield annotation
+    for part in annotation if isinstance(annotation, list) else get_args(annotation):
+        yield from _classes(part)
 
 
 def _dests(parser: ArgumentParser) -> list[str]:

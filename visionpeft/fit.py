@@ -17,8 +17,7 @@ from visionpeft.reports.tables import print_results, print_setting
 from visionpeft.reports.test_record import TestRecord
 from visionpeft.results import setting, test_numbers
 from visionpeft.run_directory import RunDirectory, environment, write_json
-from visionpeft.storage import save
-from visionpeft.tasks import ImageClassification
+from visionpeft.tasks import ImageTask
 
 
 def fit(arguments: list[str]) -> None:
@@ -42,16 +41,10 @@ def fit(arguments: list[str]) -> None:
         enable_progress_bar=False,
     )
     _train(trainer, task, datamodule, run)
-    reported = f"last of {trainer.current_epoch} epochs"
+    reported = f"last of {trainer.current_epoch} epochs" if trainer.current_epoch else "without gradient steps"
     if cli.config.report == "best":
         reported = f"epoch {_load_best(task, run) + 1} of {trainer.current_epoch}, best on the validation split"
-    save(
-        task.model,
-        run.adapter,
-        class_names=task.class_names,
-        preprocessing=datamodule.preprocessing,
-        metadata={"data": datamodule.description()},
-    )
+    task.save(run.path / task.folder, datamodule)
     trainer.test(task, datamodule, verbose=False)
 
     results = setting(task, datamodule) | {
@@ -64,7 +57,8 @@ def fit(arguments: list[str]) -> None:
         "run_directory": str(run.path),
     }
     write_json(run.results, results)
-    draw_curves(read_history(run.metrics), run.path / "curves.png")
+    if history := read_history(run.metrics):
+        draw_curves(history, run.path / "curves.png")
     draw_confusion(record.confusion, task.class_names, run.path / "confusion_matrix.png")
     draw_mistakes(record.mistakes, task.class_names, run.path / "wrong_predictions.png")
     print_results(results)
@@ -74,14 +68,13 @@ def _run_directory(cli: CLI) -> RunDirectory:
     """The directory of the resumed run, or a new one with the configuration in it."""
     if cli.config.resume is not None:
         return RunDirectory.existing(cli.config.resume)
-    methods = "+".join(type(method).__name__ for method in cli.model.methods)
-    run = RunDirectory.create(Path(cli.config.output), f"{cli.datamodule.description()['task']}-{methods}")
+    run = RunDirectory.create(Path(cli.config.output), f"{cli.datamodule.description()['task']}-{cli.model.label}")
     cli.save_config(run.config)
     write_json(run.path / "environment.json", environment())
     return run
 
 
-def _train(trainer: pl.Trainer, task: ImageClassification, datamodule: pl.LightningDataModule, run: RunDirectory):
+def _train(trainer: pl.Trainer, task: ImageTask, datamodule: pl.LightningDataModule, run: RunDirectory):
     """Train from the last checkpoint of the run directory, or from the beginning if there is none."""
     checkpoint = run.last_checkpoint if run.last_checkpoint.is_file() else None
     try:
@@ -95,7 +88,7 @@ def _train(trainer: pl.Trainer, task: ImageClassification, datamodule: pl.Lightn
         ) from None
 
 
-def _load_best(task: ImageClassification, run: RunDirectory) -> int:
+def _load_best(task: ImageTask, run: RunDirectory) -> int:
     """Load the best checkpoint into the task and return its epoch."""
     if not run.best_checkpoint.is_file():
         raise ConfigurationError("--report best found no validated epoch; train longer, or use --report last")

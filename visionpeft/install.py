@@ -98,12 +98,20 @@ def order_of(module: nn.Module) -> Order:
 
 
 def _travelling(tower: Tower, plan: Plan) -> list[int]:
-    """How many prompts travel through each block; refuses spans that overlap without one containing the other."""
+    """How many prompts travel through each block.
+
+    Refuses spans that overlap without one containing the other, or that shift tokens to be replaced by position.
+    """
     open_spans: list[int] = []
     counts = []
     for index in range(tower.depth):
         enter = plan.get((tower.name, index, "stream_in", None), [])
         leave = plan.get((tower.name, index, "stream_out", None), [])
+        if open_spans and any(order_of(module) == Order.REPLACE for module in enter):
+            raise UnsupportedError(
+                f"tokens of the {tower.name} tower cannot be replaced while shallow prompts travel through it; use "
+                "VPT(deep=True)"
+            )
         within = sum(module.num_tokens for module in enter if order_of(module) == Order.ENTER)
         open_spans += [module.num_tokens for module in enter if order_of(module) == Order.ENTER_SPAN]
         counts.append(within + sum(open_spans))

@@ -9,15 +9,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from visionpeft.backbones.create import create_backbone
-from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.cli import command
 from visionpeft.data import files_dataloader, find_images
 from visionpeft.errors import ConfigurationError
 from visionpeft.run_directory import RunDirectory
-from visionpeft.storage import load, read_metadata
+from visionpeft.trained_model import open_run
 
 SHOWN = 30
 
@@ -26,38 +23,19 @@ def predict(arguments: list[str]) -> None:
     """Predict, print a table and write the file that was asked for."""
     options = _parse(arguments)
     run = RunDirectory.existing(options.run)
-    run.read_results()
-    metadata = read_metadata(run.adapter)
     files = find_images(options.images)
+    trained = open_run(run, options.class_names)
     loader, files = files_dataloader(
-        files,
-        Preprocessing(**_tuples(metadata["preprocessing"])),
-        resize=metadata["metadata"]["data"]["resize"],
-        skip_corrupt=options.skip_corrupt,
+        files, trained.preprocessing, resize=trained.resize, skip_corrupt=options.skip_corrupt
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(run, metadata).to(device)
+    model = trained.model.to(device)
     with torch.inference_mode():
         probabilities = torch.cat([model(images.to(device)).float().softmax(dim=-1).cpu() for images, _ in loader])
-    rows = _rows(files, probabilities, metadata["class_names"], options.top_k)
+    rows = _rows(files, probabilities, trained.class_names, options.top_k)
     _print(rows)
     if options.output is not None:
         _write(rows, options.output)
-
-
-def load_model(run: RunDirectory, metadata: dict) -> nn.Module:
-    """The backbone of a finished run with its adapter."""
-    source = metadata["backbone"]["source"]
-    torch.manual_seed(run.read_results()["seed"])  # a backbone without pretrained weights is drawn again
-    model = create_backbone(
-        source["name"],
-        pretrained=source["pretrained"],
-        checkpoint=source["checkpoint"],
-        num_classes=len(metadata["class_names"]),
-        **source["kwargs"],
-    )
-    load(model, run.adapter)
-    return model.eval()
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -65,6 +43,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("run", help="directory of a finished run")
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--top-k", type=int, default=5, help="classes for each image (5)")
+    parser.add_argument(
+        "--class-names",
+        help="classes to tell apart in place of the trained ones, separated by commas, or a text file with one a line; "
+        "for runs of a learner on a CLIP",
+    )
     parser.add_argument("--output", type=Path, help="a .csv or .json file to write")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged images out instead of stopping")
 
@@ -77,11 +60,24 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise ConfigurationError(f"--top-k must be at least 1, not {options.top_k}")
     if options.output is not None and options.output.suffix not in (".csv", ".json"):
         raise ConfigurationError(f"--output must end in .csv or .json, not {options.output.name!r}")
+    if options.class_names is not None:
+        options.class_names = _class_names(options.class_names)
     return options
 
 
-def _tuples(preprocessing: dict) -> dict:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()}
+def _class_names(text: str) -> list[str]:
+    """Class names out of a file, if there is one of that name, or a list with commas."""
+    path = Path(text)
+    if path.suffix == ".txt" and not path.is_file():
+        raise ConfigurationError(f"--class-names: file {text} does not exist")
+    try:
+        parts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"--class-names: {text} is no text file in UTF-8") from None
+    names = [part.strip() for part in parts if part.strip()]
+    if len(names) < 2:
+        raise ConfigurationError(f"--class-names {text!r} names {len(names)} classes; give at least two")
+    return names
 
 
 def _rows(files: list[Path], probabilities: torch.Tensor, class_names: list[str], top_k: int) -> list[dict]:

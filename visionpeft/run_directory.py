@@ -79,8 +79,13 @@ class RunDirectory:
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter, as `visionpeft.load` reads it."""
+        """The trained adapter of a run of image classification, as `visionpeft.load` reads it."""
         return self.path / "adapter"
+
+    @property
+    def learner(self) -> Path:
+        """The learner of a run of prompt learning, as `visionpeft.load_learner` reads it."""
+        return self.path / "learner"
 
     @property
     def results(self) -> Path:
@@ -98,7 +103,7 @@ class RunDirectory:
         Raises:
             StorageError: the run has not finished.
         """
-        if not self.results.is_file() or not self.adapter.is_dir():
+        if not self.results.is_file() or not (self.adapter.is_dir() or self.learner.is_dir()):
             raise StorageError(
                 f"{self.path} has no results: the run has not finished. Continue it with "
                 f"python -m visionpeft.fit --resume {self.path}"

@@ -12,6 +12,9 @@ Three kinds of modules act:
 * as a branch, `module(x) -> delta`: reads one token site, and delta is added at a later one of the same block;
 * at a layer site, `module(x, y, weight, bias) -> y`, where y = layer(x) was made by the given rows of weight and bias;
 * at `kv`, `module(k, v) -> k, v` on (batch, heads, tokens, head width), after rotary position and key normalisation.
+
+What acts on tokens may declare, for those who run fewer tokens than the library does: `tokenwise = True`, it treats
+every token by itself; `replaced_tokens = (first, stop)`, it overwrites these tokens and leaves the others alone.
 """
 
 import functools
@@ -28,13 +31,14 @@ TOKEN_SITES = ("stream_in", "attn_in", "attn_out", "stream_mid", "mlp_in", "mlp_
 class Order(IntEnum):
     """Law of order among the modules of one site: it, and not the order of attaching, decides who acts first."""
 
-    ENTER_SPAN = 0  # prompts that stay for several blocks
-    ENTER = 1  # prompts of this block alone
-    WEIGHT = 2  # what changes the weight or bias of a layer
-    OUTPUT = 3  # what rescales or shifts the output of a layer
-    TOKENS = 4  # everything else
-    LEAVE = 5
-    LEAVE_SPAN = 6
+    REPLACE = 0  # what overwrites tokens of the backbone by their position
+    ENTER_SPAN = 1  # prompts that stay for several blocks
+    ENTER = 2  # prompts of this block alone
+    WEIGHT = 3  # what changes the weight or bias of a layer
+    OUTPUT = 4  # what rescales or shifts the output of a layer
+    TOKENS = 5  # everything else
+    LEAVE = 6
+    LEAVE_SPAN = 7
 
 
 @dataclass(frozen=True)

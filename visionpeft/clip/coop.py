@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from visionpeft.clip.layout import Tokens, slots
+from visionpeft.clip.layout import Tokenizer, Tokens, slots
 from visionpeft.clip.learner import Learner
 from visionpeft.errors import ConfigurationError
 
@@ -40,6 +40,36 @@ def initial_context(learner: Learner, context_length: int | None, init: str | No
             "them all, or init out to start from random vectors"
         )
     return learner.text.embed(phrase[:length]).to(dtype)
+
+
+def context_prompts(
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    length: int,
+    position: Position = "end",
+    class_specific: bool = False,
+) -> list[Tokens]:
+    """[v_1 .. v_M, name, "."] for each name, with the name moved as `position` says.
+
+    Args:
+        tokenizer: the tokenizer.
+        names: class names.
+        length: number M of context vectors.
+        position: where the name stands.
+        class_specific: the second class uses the vectors M + 1 .. 2 M, and so on.
+
+    Raises:
+        ConfigurationError: an unknown position.
+    """
+    if position not in ("end", "middle", "front"):
+        raise ConfigurationError(f"position {position!r} must be end, middle or front")
+    (stop,) = tokenizer.contents(["."])
+    prompts = []
+    for index, name in enumerate(tokenizer.contents(names)):
+        context = slots(length, length * index if class_specific else 0)
+        split = {"end": length, "middle": length // 2, "front": 0}[position]
+        prompts.append((*context[:split], *name, *context[split:], *stop))
+    return prompts
 
 
 class CoOp(Learner):
@@ -78,8 +108,6 @@ class CoOp(Learner):
         options = {"context_length": context_length, "init": init, "position": position}
         options |= {"class_specific": class_specific}
         super().__init__(clip, tokenizer, class_names, options=options, allow_duplicates=allow_duplicates)
-        if position not in ("end", "middle", "front"):
-            raise ConfigurationError(f"position {position!r} must be end, middle or front")
         self.position = position
         self.class_bound = class_specific
         vectors = initial_context(self, context_length, init, default=16)
@@ -93,13 +121,7 @@ class CoOp(Learner):
 
     def prompts(self, names: Sequence[str]) -> list[Tokens]:
         """[v_1 .. v_M, name, "."], with the name moved as `position` says."""
-        (stop,) = self.tokenizer.contents(["."])
-        prompts = []
-        for index, name in enumerate(self.tokenizer.contents(names)):
-            context = slots(self.context_length, self.context_length * index if self.class_bound else 0)
-            split = {"end": len(context), "middle": len(context) // 2, "front": 0}[self.position]
-            prompts.append((*context[:split], *name, *context[split:], *stop))
-        return prompts
+        return context_prompts(self.tokenizer, names, self.context_length, self.position, self.class_bound)
 
     def context(self) -> torch.Tensor:
         """Context vectors (1, vectors, width); class-specific ones follow each other class by class."""

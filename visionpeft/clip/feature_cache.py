@@ -11,76 +11,74 @@ DEFAULT_BYTES = 512 * 2**20
 
 
 class FeatureCache:
-    """Unit image features, found again by the bytes of the image, the weights of the image tower and the precision.
+    """Image features, found again by the bytes of the image, the weights of the image tower and the precision.
 
     A changed image, weight or precision is another key, so that a stale feature is never given out. What is kept is
     bounded: when it is full, features of other towers make room, and then further ones are worked out each time.
 
     Args:
         max_bytes: most bytes of features that are kept.
+
+    Attributes:
+        full: a feature could not be kept.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES):
         self.max_bytes = max_bytes
         self.bytes = 0
-        self.features: dict[tuple[str, bytes], Tensor] = {}
+        self.full = False
+        self.kept: dict[tuple[str, bytes], Tensor] = {}
         self._tower: tuple[list, str] | None = None
 
     def image_features(self, learner: Learner, images: Tensor) -> Tensor:
-        """Unit image features (batch, features) of images (batch, 3, height, width), without a graph.
+        """Image features (batch, features) of images (batch, 3, height, width), without a graph.
 
         Args:
             learner: one whose image features do not depend on what is trained.
             images: the images as the tower takes them.
         """
-        place = self._place(learner.clip.visual, images.device)
-        keys = [(place, content) for content in contents(images)]
-        missing = [index for index, key in enumerate(keys) if key not in self.features]
-        found = {key: self.features[key] for key in keys if key in self.features}
+        source = self._source(learner, images.device)
+        keys = [(source, content) for content in contents(images)]
+        missing = [index for index, key in enumerate(keys) if key not in self.kept]
+        found = {key: self.kept[key] for key in keys if key in self.kept}
         if missing:
             # Outside of inference mode, whose tensors could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
-                new = learner.image_features(images[missing].clone())
-            for index, feature in zip(missing, new, strict=True):
-                found[keys[index]] = feature
-                self._keep(keys[index], feature, place)
+                for index, feature in zip(missing, learner.image_features(images[missing]), strict=True):
+                    found[keys[index]] = feature
+                    self._keep(keys[index], feature.clone())
         return torch.stack([found[key] for key in keys])
 
-    def _keep(self, key: tuple[str, bytes], feature: Tensor, place: str) -> None:
-        if key in self.features:  # the same image twice in a batch
+    def hash_again(self) -> None:
+        """Hash the tower at the next use even if its tensors do not say that they were written to."""
+        self._tower = None
+
+    def _keep(self, key: tuple[str, bytes], feature: Tensor) -> None:
+        if key in self.kept:  # the same image twice in a batch
             return
         if self.bytes + feature.nbytes > self.max_bytes:
-            self.features = {other: kept for other, kept in self.features.items() if other[0] == place}
-            self.bytes = sum(kept.nbytes for kept in self.features.values())
-        if self.bytes + feature.nbytes <= self.max_bytes:
-            self.features[key] = feature.clone()
+            self.kept = {other: value for other, value in self.kept.items() if other[0] == key[0]}
+            self.bytes = sum(value.nbytes for value in self.kept.values())
+        self.full = self.bytes + feature.nbytes > self.max_bytes
+        if not self.full:
+            self.kept[key] = feature
             self.bytes += feature.nbytes
 
-    def _place(self, tower: nn.Module, device: torch.device) -> str:
+    def _source(self, learner: Learner, device: torch.device) -> str:
         """What a feature depends on besides the image."""
-        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        return f"{self._fingerprint(tower)} {device} {autocast}"
-
-    def _fingerprint(self, tower: nn.Module) -> str:
-        """Hash of the tower's content, worked out again when a tensor was replaced or written to."""
-        state = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors_of(tower).values()]
+        tensors = tensors_of(learner.clip.visual)
+        state = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors.values()]
         if self._tower is None or self._tower[0] != state:
-            self._tower = state, fingerprint(tower)
-        return self._tower[1]
-
-    def forget_tower(self) -> None:
-        """Hash the tower again at the next use, whatever its tensors say of themselves."""
-        self._tower = None
+            self._tower = state, fingerprint(learner.clip.visual)
+        autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return f"{type(learner).image_features.__qualname__} {self._tower[1]} {device} {autocast}"
 
 
 def contents(images: Tensor) -> list[bytes]:
-    """A hash of the shape, type and bytes of each image."""
-    kind = f"{tuple(images.shape[1:])} {images.dtype}".encode()
+    """A hash of the shape, type and bytes of each of (batch, ...) images."""
+    kind = hashlib.blake2b(f"{tuple(images.shape[1:])} {images.dtype}".encode(), digest_size=16).digest()
     rows = images.detach().cpu().contiguous().flatten(1).view(torch.uint8).numpy()
-    return [
-        hashlib.blake2b(row, digest_size=16, key=hashlib.blake2b(kind, digest_size=16).digest()).digest()
-        for row in rows
-    ]
+    return [hashlib.blake2b(row, digest_size=16, key=kind).digest() for row in rows]
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from visionpeft.errors import ConfigurationError
 
 # A token id, or for the slot of context vector c the number -1 - c.
@@ -62,9 +64,9 @@ class Tokenizer:
 
     def _rows(self, texts: list[str]) -> list[list[int]]:
         try:
-            rows = self.tokenize(texts, context_length=FULL_LENGTH)
+            rows = torch.as_tensor(self.tokenize(texts, context_length=FULL_LENGTH)).tolist()
             return [[int(token) for token in row] for row in rows]
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ConfigurationError(
                 f"{type(self.tokenize).__name__} is not a tokenizer of OpenCLIP ({error}); pass what "
                 "open_clip.get_tokenizer returns"

@@ -1,37 +1,46 @@
 """What every learner is: CLIP with class names, from images to logits."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from open_clip import CLIP, CoCa, CustomTextCLIP
+from torch.utils.checkpoint import checkpoint
 
 from visionpeft.attach import has_adapters
 from visionpeft.backbones.dispatch import describe
 from visionpeft.clip.layout import Layout, Tokenizer, Tokens, clean_class_names
-from visionpeft.clip.text import TextEncoder
+from visionpeft.clip.templates import check_templates, ensemble, template_layouts
+from visionpeft.clip.text import TextEncoder, unit
 from visionpeft.described_tensors import check_tensors
 from visionpeft.errors import ConfigurationError, UnsupportedError
+
+Kept = TypeVar("Kept")
 
 
 class Learner(nn.Module):
     """Base of all learners: logits = exp(logit_scale) * f t^T + logit_bias, with unit image and text features f and t.
 
     The CLIP model is frozen and stays in evaluation mode. What is trained is float32, whatever the CLIP's precision.
-    A learner implements `layouts` and, as it needs, `context`, `text_features`, `classify` or `loss`.
+    A learner implements `prompts` and, as it needs, `context`, `text_features`, `classify` or `loss`. One that also
+    needs the frozen text features of hand-written templates, as a teacher or as its classifier, passes `templates` and
+    has an option `template`, which is None where a run is to use the data set's own.
 
     Args:
         clip: an OpenCLIP model.
         tokenizer: its tokenizer, `open_clip.get_tokenizer(<name of the model>)`.
         class_names: names of the classes, in the order of the labels.
         options: the further arguments with which this learner can be built again.
+        templates: the templates of `template_features`, none for a learner without them.
         allow_duplicates: accept two classes of one name.
 
     Attributes:
         frozen_images: image features do not depend on what is trained, so that they can be kept.
         class_bound: what is trained belongs to these very classes.
-        chunk_size: most classes whose text is encoded at a time, None for all; less memory, the same gradient.
+        by_gradient: an optimiser has something to train; otherwise `fit_features` or nothing at all does the learning.
+        chunk_size: most texts that are encoded at a time, None for all; less memory, the same gradient.
         fast_text: leave out the work in the text tower that cannot matter.
 
     Raises:
@@ -41,6 +50,7 @@ class Learner(nn.Module):
 
     frozen_images = True
     class_bound = False
+    by_gradient = True
 
     def __init__(
         self,
@@ -49,6 +59,7 @@ class Learner(nn.Module):
         class_names: Sequence[str],
         *,
         options: dict,
+        templates: str | Sequence[str] | None = None,
         allow_duplicates: bool = False,
     ):
         super().__init__()
@@ -59,8 +70,9 @@ class Learner(nn.Module):
         self.fast_text = True
         self.text = TextEncoder(clip)
         self.tokenizer = Tokenizer(tokenizer, self.text.length)
+        self.templates = () if templates is None else check_templates(templates)
         self.class_names: list[str] = []
-        self._cache: tuple | None = None
+        self._kept: dict[str, tuple] = {}
         self.clip = clip.requires_grad_(False).eval()
 
     # What a learner is made of
@@ -86,13 +98,24 @@ class Learner(nn.Module):
                 "no other class names; use a learner whose context is shared by all classes"
             )
         layout = self.tokenizer.layout(self.prompts(names), names)
-        self.class_names, self.layout = names, layout
-        self._cache = None
+        frozen_layouts = template_layouts(self.tokenizer, self.templates, names)
+        self.class_names, self.layout, self.frozen_layouts = names, layout, frozen_layouts
+        self._kept.clear()
 
     layout: Layout
+    frozen_layouts: list[Layout]
 
     def set_template(self, template: str | Sequence[str]) -> None:
-        """Use the template of a data set where the learner was given none; learners without templates ignore it."""
+        """Use the template of a data set where the learner was given none; learners without templates ignore it.
+
+        Raises:
+            ConfigurationError: a template without {}, or one that makes a text too long; nothing is changed.
+        """
+        if self.templates and self.options["template"] is None:
+            templates = check_templates(template)
+            self.frozen_layouts = template_layouts(self.tokenizer, templates, self.class_names)
+            self.templates = templates
+            self._kept.clear()
 
     # Images to logits
 
@@ -103,26 +126,40 @@ class Learner(nn.Module):
                 f"images must be (batch, 3, height, width), not {tuple(images.shape)}; convert gray images to RGB"
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
-            dtype = next(self.clip.visual.parameters()).dtype
-            return unit(self.clip.encode_image(images.to(dtype)))
+            return unit(self.clip.encode_image(images.to(image_dtype(self.clip))))
 
     def text_features(self) -> torch.Tensor:
         """Unit text features (classes, features); without gradients they are kept until what they depend on changes."""
         if torch.is_grad_enabled():
             return self.encode_text()
-        return self._kept(self.encode_text)
+        return self.kept("text", self.encode_text, self.trained_state().values())
+
+    def template_features(self) -> torch.Tensor:
+        """Frozen unit text features (classes, features): the mean over the templates, normalised again."""
+        return self.kept("templates", lambda: ensemble(self.text, self.frozen_layouts, self.chunk_size, self.fast_text))
 
     def encode_text(self) -> torch.Tensor:
         """Unit text features (classes, features), worked out anew."""
         return unit(self.encode(self.layout, self.context()))[0]
 
     def encode(self, layout: Layout, context: torch.Tensor | None = None) -> torch.Tensor:
-        """Text features (groups, texts, features), not normalised."""
-        return self.text.encode(layout, context, chunk_size=self.chunk_size, fast=self.fast_text)
+        """Text features (groups, texts, features), not normalised, `chunk_size` texts at a time."""
+
+        def run(groups: torch.Tensor | None) -> torch.Tensor:
+            return self.text.encode(layout, groups, chunk_size=self.chunk_size, fast=self.fast_text)
+
+        if context is None or self.chunk_size is None or len(context) * len(layout) <= self.chunk_size:
+            return run(context)
+        parts = context.split(max(1, self.chunk_size // len(layout)))
+        if len(parts) == 1 or len(layout) > self.chunk_size or not torch.is_grad_enabled():
+            return torch.cat([run(part) for part in parts])
+        return torch.cat([checkpoint(run, part, use_reentrant=False) for part in parts])
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """Scaled cosines (batch, classes) of unit features (batch, features) and (classes, features)."""
-        logits = self.scale * image_features @ text_features.mT
+        # Autocast would round a hundred times a cosine to the eight bits of bfloat16.
+        with torch.autocast(image_features.device.type, enabled=False):
+            logits = self.scale.to(image_features.dtype) * image_features @ text_features.mT
         bias = getattr(self.clip, "logit_bias", None)
         return logits if bias is None else logits + bias.to(logits.dtype)
 
@@ -161,20 +198,48 @@ class Learner(nn.Module):
     ) -> dict:
         """Learn what is worked out from (features (images, features), labels) and not by gradient steps.
 
+        Args:
+            train: unit image features (images, features), or (images, views, features) of several augmented views;
+                labels (images,).
+            validation: unit image features (images, features) and labels (images,).
+
         Returns:
             What was chosen on the validation split, for the record of a run.
         """
         return {}
 
+    def gradient(
+        self,
+        output: torch.Tensor,
+        tensor: torch.Tensor,
+        upstream: torch.Tensor | None = None,
+        keep_graph: bool = False,
+    ) -> torch.Tensor:
+        """Gradient of `output`, with `upstream` as the gradient of what follows it, with respect to `tensor`.
+
+        It is scaled on its way through a text tower in float16, where small gradients would become zero.
+        """
+        device = self.text.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        scale = 1024.0 if torch.float16 in (autocast, self.text.dtype) else 1.0
+        upstream = torch.ones_like(output) if upstream is None else upstream
+        (gradient,) = torch.autograd.grad(output, tensor, upstream * scale, retain_graph=keep_graph)
+        return gradient / scale
+
     def end_epoch(self, epoch: int, num_epochs: int) -> None:
         """Called behind training epoch `epoch` of 0 .. num_epochs - 1."""
 
-    def end_training(self) -> None:
-        """Called behind the last epoch."""
+    def end_training(self) -> dict:
+        """Called behind the last epoch.
+
+        Returns:
+            What was chosen on the validation split, for the record of a run.
+        """
+        return {}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser has to train."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and self.by_gradient]
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The tensors that are saved, by name."""
@@ -204,18 +269,35 @@ class Learner(nn.Module):
             self.clip.peft.train(mode)
         return self
 
-    def _kept(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        trained = [tensor.detach() for tensor in self.trained_state().values()]
+    def kept(
+        self,
+        key: str,
+        compute: Callable[[], Kept],
+        depends_on: Iterable[torch.Tensor] = (),
+        with_graph: bool = False,
+    ) -> Kept:
+        """Features worked out by `compute`, again only when something they depend on has changed.
+
+        Args:
+            key: what the features are.
+            compute: works them out.
+            depends_on: tensors of the learner on whose values they depend, beside the CLIP and the class names.
+            with_graph: compute them with gradients.
+        """
+        current = [tensor.detach() for tensor in depends_on]
         frozen = [(id(p), p._version) for p in self.text.module.parameters() if not p.requires_grad]
         active = getattr(getattr(self.clip, "peft", None), "active", None)
-        precision = (torch.is_autocast_enabled(self.text.device.type), self.text.device, self.training, self.fast_text)
-        if self._cache is not None:
-            features, others, values = self._cache
-            same = others == (frozen, active, precision, id(self.layout))
-            if same and all(torch.equal(old, new) for old, new in zip(values, trained, strict=True)):
+        device = self.text.device
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        others = (frozen, active, autocast, self.text.dtype, device, self.training, self.fast_text)
+        if key in self._kept:
+            features, old_others, old = self._kept[key]
+            if old_others == others and len(old) == len(current) and all(map(torch.equal, old, current)):
                 return features
-        features = compute()
-        self._cache = (features, (frozen, active, precision, id(self.layout)), [value.clone() for value in trained])
+        # What was worked out in inference mode could not take part in a training step later.
+        with torch.inference_mode(False), torch.set_grad_enabled(with_graph):
+            features = compute()
+            self._kept[key] = (features, others, [tensor.clone() for tensor in current])
         return features
 
     def __deepcopy__(self, memo):
@@ -239,6 +321,7 @@ def check_clip(clip: nn.Module) -> None:
         )
 
 
-def unit(features: torch.Tensor) -> torch.Tensor:
-    """Features of length 1, at least in float32."""
-    return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
+def image_dtype(clip: nn.Module) -> torch.dtype:
+    """Precision of the images that the image tower takes: that of its first convolution."""
+    parameters = list(clip.visual.parameters())
+    return next((p for p in parameters if p.ndim == 4), parameters[0]).dtype

@@ -89,7 +89,9 @@ class Packing:
         """The packing of a layout, worked out once and kept with it."""
         key = (share, chunk_size, str(device))
         if key not in layout.packings:
-            layout.packings[key] = cls(layout, share, chunk_size, device)
+            # Lightning validates in inference mode before it trains, and inference tensors allow no gradient later.
+            with torch.inference_mode(False):
+                layout.packings[key] = cls(layout, share, chunk_size, device)
         return layout.packings[key]
 
 

@@ -36,6 +36,7 @@ def save_learner(
     description = {
         "format": FORMAT,
         "learner": {"class": type(learner).__name__, "options": learner.options},
+        "templates": list(learner.templates),
         "class_names": learner.class_names,
         "allow_duplicates": learner.allow_duplicates,
         "backbone": backbone_record(learner.clip),
@@ -85,6 +86,8 @@ def load_learner(
         learner = cls(clip, tokenizer, saved_names, **options, allow_duplicates=duplicates)
     except TypeError as error:
         raise StorageError(f"the saved options of {entry['class']} do not fit this version: {error}") from None
+    if description["templates"]:  # perhaps those of the data set it was trained on
+        learner.set_template(description["templates"])
     learner.load_trained_state(tensors, what)
     if class_names is not None:
         learner.set_class_names(class_names)
@@ -105,14 +108,15 @@ def _is_learner(value: object) -> bool:
 
 
 def _check_description(description: object, path: Path) -> None:
-    types = {"format": int, "learner": dict, "class_names": list, "allow_duplicates": bool, "backbone": dict}
+    types = {"format": int, "learner": dict, "templates": list, "class_names": list, "allow_duplicates": bool}
+    types |= {"backbone": dict}
     if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
         raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
     if description["format"] != FORMAT:
         raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
     learner, backbone = description["learner"], description["backbone"]
     sound = isinstance(learner.get("class"), str) and isinstance(learner.get("options"), dict)
-    sound &= all(isinstance(name, str) for name in description["class_names"])
+    sound &= all(isinstance(text, str) for text in [*description["class_names"], *description["templates"]])
     sound &= all(isinstance(backbone.get(k), str) for k in ("class", "architecture", "fingerprint"))
     if not sound:
         raise StorageError(f"the description in {path} is not what save_learner writes")

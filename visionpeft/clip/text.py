@@ -16,12 +16,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from open_clip import CLIP
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, TextTransformer
+from timm.layers import DropPath
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from visionpeft.backbones.attention import attend
 from visionpeft.backbones.open_clip import join_heads, project, residual_block
 from visionpeft.clip.layout import Layout
-from visionpeft.clip.packing import Bucket, Chunk, Packing, Rows
+from visionpeft.clip.packing import Bucket, Chunk, Packing, Rows, common_length
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import TOKEN_SITES, Sites
 
@@ -49,6 +51,14 @@ class TextEncoder:
         self.width = module.token_embedding.embedding_dim
         self.length = module.context_length
         self._not_causal = _why_not_causal(module, self.pool)
+
+    @property
+    def num_features(self) -> int:
+        """Number of features of a text, and of an image."""
+        projection = self.module.text_projection
+        if projection is None:
+            return self.width
+        return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,8 +92,7 @@ class TextEncoder:
             chunk_size: run this many texts at a time, and run them again for the gradient: less memory, same gradient.
             fast: skip what cannot matter where that is exact; False runs every text in full.
         """
-        fast = fast and self.why_in_full() is None
-        if not fast:
+        if not fast or self.why_in_full(layout) is not None:
             return self._encode_in_full(layout, context, chunk_size)
         packing = Packing.of(layout, self._may_share(), chunk_size, self.device)
         keys_and_values = self._run_shared(packing, context)
@@ -95,23 +104,39 @@ class TextEncoder:
             features.append(checkpoint(run, *arguments, use_reentrant=False) if chunked else run(*arguments))
         return torch.cat(features, dim=1)[:, packing.restore]
 
-    def why_in_full(self) -> str | None:
-        """Why every text has to be run in full, or None if it need not."""
+    def why_in_full(self, layout: Layout) -> str | None:
+        """Why every text of the layout has to be run in full, or None if it need not."""
         if self._not_causal is not None:
             return self._not_causal
+        for module in self._acting_parts():
+            if _is_drawn(module) and not isinstance(module, nn.Dropout):
+                return f"{type(module).__name__} is drawn for whole texts"
+        replaced = 0
         for block in self.blocks:
             for site, module in _token_modules(block.__dict__.get("sites")):
-                replaces = site == "stream_in" and hasattr(module, "replaced_tokens") and self._may_share()
-                if not replaces and not getattr(module, "tokenwise", False):
+                if site == "stream_in" and hasattr(module, "replaced_tokens"):
+                    replaced = max(replaced, module.replaced_tokens[1])
+                elif not getattr(module, "tokenwise", False):
                     return f"{type(module).__name__} acts on whole texts"
+        if replaced and (not self._may_share() or common_length(layout.texts) < replaced):
+            return "tokens are replaced that the texts do not share"
         return None
 
     def _may_share(self) -> bool:
         """Whether no dropout is drawn, which every text would draw for itself."""
-        adapters = getattr(self.clip, "peft", ())
-        modules = [module for name in adapters for module in adapters[name].modules()]
-        rates = (getattr(m, "p", 0.0) or getattr(m, "drop_prob", 0.0) or 0.0 for m in modules if m.training)
-        return not any(isinstance(rate, float) and rate > 0 for rate in rates)
+        return not any(_is_drawn(module) for module in self._acting_parts())
+
+    def _acting_parts(self) -> Iterator[nn.Module]:
+        """Everything inside the modules that act somewhere in the tower."""
+        for part in (*self.blocks, self.module.ln_final):
+            for module in part.modules():
+                sites = module.__dict__.get("sites")
+                acting = [*module.__dict__.get("acting", ())]
+                if sites is not None:
+                    acting += [each for modules in sites.acting.values() for each in modules]
+                    acting += [each for branches in sites.branches.values() for each, _ in branches]
+                for each in acting:
+                    yield from each.modules()
 
     def _embedded(self, rows: Rows, context: torch.Tensor | None) -> torch.Tensor:
         """Embedded tokens (groups, rows, width) with their positions."""
@@ -207,6 +232,11 @@ def _why_not_causal(module: nn.Module, pool: str) -> str | None:
     return None
 
 
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Features of length 1, at least in float32."""
+    return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
+
+
 @contextmanager
 def _embedded_slots(embedding: nn.Embedding, tokens: torch.Tensor, context: torch.Tensor | None) -> Iterator[None]:
     """Within the context, the embedding gives context vectors (vectors, width) where `tokens` has slots."""
@@ -223,6 +253,12 @@ def _embedded_slots(embedding: nn.Embedding, tokens: torch.Tensor, context: torc
         yield
     finally:
         handle.remove()
+
+
+def _is_drawn(module: nn.Module) -> bool:
+    """Whether a module is a dropout at work: `nn.Dropout` for each value, any other for whole channels or texts."""
+    rate = getattr(module, "drop_prob", 0.0) if isinstance(module, DropPath) else getattr(module, "p", 0.0)
+    return module.training and isinstance(module, DropPath | _DropoutNd) and rate > 0
 
 
 def _token_modules(sites: Sites | None) -> Iterator[tuple[str, nn.Module]]:

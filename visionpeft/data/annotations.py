@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from io import StringIO
 from pathlib import Path
 
@@ -45,6 +46,22 @@ def read_text(file: Path) -> str:
         raise DataError(f"cannot read the list {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"the list {file} is not UTF-8 text") from error
+
+
+def write_json(file: Path, content: object) -> None:
+    """Write a JSON file at once: whenever the process is killed, the file is whole or as it was.
+
+    Raises:
+        DataError: the folder is missing or not writable.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be written: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_split_lines(file: Path, classes: int) -> list[Row]:

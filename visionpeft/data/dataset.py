@@ -1,30 +1,51 @@
 """Labelled images as tensors: prepared once, kept in memory while they fit, augmented and normalised batch by batch."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from visionpeft.data.records import Source
-from visionpeft.data.transforms import ImageTransform
 from visionpeft.errors import DataError
 
 
+class Transform(Protocol):
+    """`normalise(stack of augment(prepare(image)))`, as `ImageTransform` and `ImageViews` do it."""
+
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        """Deterministic part."""
+
+    def augment(self, image: torch.Tensor, *seeds: int) -> torch.Tensor:
+        """Random part, drawn by the seeds alone."""
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels to the backbone's input."""
+
+
 class ImageDataset(Dataset):
-    """Images (3, H, W) float32 and labels; an index may be a pair `(index, epoch)`, which seeds the augmentation.
+    """Images float32 (3, H, W), or (V, 3, H, W) of a transform that makes views, and labels.
+
+    An index may be a pair `(index, epoch)`, which seeds the augmentation.
 
     Args:
         source: Labelled images.
         transform: What is done to them.
         seed: Seed of the augmentation, together with the epoch and the index.
         cache_bytes: Prepared images are kept until they fill this much memory (in each process that loads).
+        views: Number of different augmentations of each image, which come round again with the epochs; as many as
+            epochs when absent.
     """
 
-    def __init__(self, source: Source, transform: ImageTransform, *, seed: int = 0, cache_bytes: int = 0):
+    def __init__(
+        self, source: Source, transform: Transform, *, seed: int = 0, cache_bytes: int = 0, views: int | None = None
+    ):
         self.source = source
         self.transform = transform
         self.seed = seed
         self.free_bytes = cache_bytes
+        self.views = views
         self.prepared: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -35,7 +56,7 @@ class ImageDataset(Dataset):
         return images[0], int(labels[0])
 
     def __getitems__(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor] | DataError:
-        """A batch: images (B, 3, H, W) float32, labels (B,) int64. In a worker, an error is returned as the batch."""
+        """A batch: images float32 (B, ..., 3, H, W), labels int64 (B,). In a worker, an error is returned instead."""
         try:
             return self._batch(keys)
         except DataError as error:
@@ -46,6 +67,8 @@ class ImageDataset(Dataset):
 
     def _batch(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
+        if self.views is not None:
+            pairs = [(index, epoch % self.views) for index, epoch in pairs]
         images = [self.transform.augment(self._prepare(index), self.seed, epoch, index) for index, epoch in pairs]
         labels = torch.tensor([self.source.labels[index] for index, _ in pairs])
         return self.transform.normalise(torch.stack(images)), labels

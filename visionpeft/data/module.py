@@ -13,6 +13,7 @@ from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_b
 from visionpeft.data.ordering import EpochSampler, subset
 from visionpeft.data.records import ImageFiles, ImageSet, Source
 from visionpeft.data.transforms import Augmentation, ImageTransform, Resize
+from visionpeft.data.views import ImageViews
 from visionpeft.errors import ConfigurationError, DataError
 
 CACHE_BYTES = 512 * 2**20
@@ -26,6 +27,8 @@ NORMALISATIONS = {
 
 class ImageDataModule(lightning.LightningDataModule):
     """Labelled images in a train split and, where there are any, a val split (for selection) and a test split.
+
+    Data sets that only exist to be scored have a test split alone.
 
     `preprocessing` is set from the backbone before the loaders are built. The order of training images and their
     augmentation depend on (seed, epoch) only, so a resumed run sees what the uninterrupted one would have seen.
@@ -43,6 +46,11 @@ class ImageDataModule(lightning.LightningDataModule):
         skip_corrupt: Leave damaged images out (each is opened once before training, counted and reported) instead of
             stopping at the first one.
         seed: Of shuffling and augmentation; the seed given to Lightning when absent.
+        test_batch_size: Images in a batch of the val and test splits; as `batch_size` when absent.
+        views: Augment each training image in this many fixed ways, which come round again with the epochs, so that the
+            features of a frozen backbone can be kept; anew in each epoch when absent.
+        test_views: Test batches hold this many views of each image, (B, V, 3, H, W): the usual one and random crops.
+        augmix: Mix the random ones of the test views by AugMix.
     """
 
     def __init__(
@@ -59,6 +67,10 @@ class ImageDataModule(lightning.LightningDataModule):
         test_samples: int | None = None,
         skip_corrupt: bool = False,
         seed: int | None = None,
+        test_batch_size: int | None = None,
+        views: int | None = None,
+        test_views: int | None = None,
+        augmix: bool = False,
     ):
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -69,6 +81,11 @@ class ImageDataModule(lightning.LightningDataModule):
             raise ConfigurationError(
                 f"test_samples {test_samples} must be 1 or more, or absent for the full test split"
             )
+        for name, count in (("test_batch_size", test_batch_size), ("views", views), ("test_views", test_views)):
+            if count is not None and count < 1:
+                raise ConfigurationError(f"{name} {count} must be 1 or more, or absent")
+        if augmix and test_views is None:
+            raise ConfigurationError("augmix mixes the random views of test images; set test_views, too")
         if normalisation not in ("pretrained", *NORMALISATIONS):
             raise ConfigurationError(
                 f"unknown normalisation '{normalisation}': choose pretrained, {', '.join(NORMALISATIONS)}"
@@ -83,12 +100,16 @@ class ImageDataModule(lightning.LightningDataModule):
         self.cache_in_memory = cache_in_memory
         self.skip_corrupt = skip_corrupt
         self.seed = seed
+        self.test_batch_size = test_batch_size
+        self.views = views
+        self.test_views = test_views
+        self.augmix = augmix
         self.skipped = dict.fromkeys(images.sources, 0)
         self.test_subset: dict[str, int] | None = None
         self._preprocessing: Preprocessing | None = None
         self._checked = False
         images.check()
-        trained = len(images.sources["train"])
+        trained = len(images.sources.get("train", ()))
         if drop_last and trained < batch_size:
             raise ConfigurationError(f"drop_last leaves no batch: batch_size {batch_size}, {trained} training images")
         if test_samples is not None and test_samples < len(images.sources.get("test", ())):
@@ -103,8 +124,16 @@ class ImageDataModule(lightning.LightningDataModule):
 
     @property
     def sources(self) -> dict[str, Source]:
-        """Labelled images by split: "train", and where there are any "val" and "test"."""
+        """Labelled images by split: "train", and where there are any "val" and "test"; or "test" alone."""
         return self.images.sources
+
+    @property
+    def deterministic_views(self) -> int | None:
+        """In how many ways each training image is seen, or None when it is augmented anew in each epoch.
+
+        In epoch e an image is seen as in epoch `e % deterministic_views`.
+        """
+        return 1 if self.augmentation == "none" else self.views
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -149,13 +178,18 @@ class ImageDataModule(lightning.LightningDataModule):
             )
         if self.preprocessing is None:
             raise ConfigurationError("set the data module's `preprocessing` to the backbone's before asking for images")
-        augmentation = self.augmentation if split == "train" else "none"
+        if split == "test" and self.test_views is not None:
+            transform = ImageViews(self.preprocessing, self.resize, self.test_views, self.augmix)
+        else:
+            augmentation = self.augmentation if split == "train" else "none"
+            transform = ImageTransform(self.preprocessing, self.resize, augmentation)
         return ImageDataset(
             self.sources[split],
-            ImageTransform(self.preprocessing, self.resize, augmentation),
+            transform,
             seed=self._seed(),
             # The test split is read once.
             cache_bytes=CACHE_BYTES if self.cache_in_memory and split != "test" else 0,
+            views=self.views,
         )
 
     def train_dataloader(self) -> DataLoader:
@@ -177,7 +211,7 @@ class ImageDataModule(lightning.LightningDataModule):
         return self._loader(ImageLoader, self.dataset("val")) if "val" in self.sources else []
 
     def test_dataloader(self) -> DataLoader:
-        """Batches in the order of `sources["test"]`."""
+        """Batches in the order of `sources["test"]`: images (B, 3, H, W), with `test_views` (B, V, 3, H, W)."""
         return self._loader(ImageLoader, self.dataset("test"))
 
     def description(self) -> dict[str, object]:
@@ -199,6 +233,8 @@ class ImageDataModule(lightning.LightningDataModule):
                 "mean": list(used.mean) if used else None,
                 "std": list(used.std) if used else None,
             },
+            **({"views": self.views} if self.views else {}),
+            **({"test_views": self.test_views, "augmix": self.augmix} if self.test_views else {}),
             "notes": list(self.images.notes),
         }
 
@@ -207,9 +243,10 @@ class ImageDataModule(lightning.LightningDataModule):
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     def _loader(self, loader: type[ImageLoader], dataset: ImageDataset, **options) -> ImageLoader:
+        trains = loader is TrainLoader
         return loader(
             dataset,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size if trains else self.test_batch_size or self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

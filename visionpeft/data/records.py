@@ -125,7 +125,7 @@ class ImageSet:
     """Labelled images, before anything is done to them.
 
     Args:
-        sources: Splits by name: "train", and optionally "val" (for selection) and "test".
+        sources: Splits by name: "train", and optionally "val" (for selection) and "test"; or "test" alone.
         class_names: Names in the order of the labels.
         about: First entries of a run's record: data set, task, what is trained on and selected on.
         notes: Remarks for that record, such as sizes that differ from the published ones.
@@ -142,7 +142,8 @@ class ImageSet:
         """Check that there is something to learn, and that what is scored can be learnt.
 
         Raises:
-            DataError: an empty split, fewer than two classes, or a class without a training image.
+            DataError: an empty split, fewer than two classes, or, where there is a train split, a class without a
+                training image.
         """
         names = self.class_names
         for split, source in self.sources.items():
@@ -150,7 +151,7 @@ class ImageSet:
                 raise DataError(f"the {split} split holds no images")
         if len(names) < 2:
             raise DataError(f"a data set needs at least two classes, found {len(names)}: {', '.join(names)}")
-        if self.untrained_classes:
+        if self.untrained_classes or "train" not in self.sources:
             return
         trained = set(self.sources["train"].labels)
         for split, source in self.sources.items():

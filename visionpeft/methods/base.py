@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch.nn as nn
 
@@ -15,8 +16,9 @@ from visionpeft.sites import Placement, Shared
 class Method:
     """Base of all methods, which are frozen dataclasses of hyper-parameters.
 
-    A method implements `place` (modules at sites), `trains` (parameters of the backbone to train) or both. Every method
-    has the fields `towers` and, unless it has no blocks to choose, `blocks`.
+    A method implements `place` (modules at sites), `trains` (parameters of the backbone to train) or both; one whose
+    modules couple two towers implements `place_all`. Every method has the fields `towers` and, unless it has no blocks
+    to choose, `blocks`.
     """
 
     towers: str | list[str] | None = None
@@ -24,6 +26,10 @@ class Method:
     def place(self, tower: Tower) -> Iterable[Placement | Shared]:
         """Make the modules that act in one tower, initialised as the paper does."""
         return ()
+
+    def place_all(self, towers: Sequence[Tower]) -> Iterable[Placement | Shared]:
+        """Make the modules that act in all towers of the method: by default, in each tower for itself."""
+        return chain.from_iterable(self.place(tower) for tower in towers)
 
     def trains(self, tower: Tower) -> Iterable[str]:
         """Names, as the tower knows them, of the parameters that are trained themselves."""

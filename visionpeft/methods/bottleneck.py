@@ -30,6 +30,8 @@ class Bottleneck(nn.Module):
         serial: whether the input is added to the result.
     """
 
+    tokenwise = True
+
     def __init__(
         self,
         width: int,

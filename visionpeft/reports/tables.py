@@ -19,7 +19,12 @@ def print_results(results: dict, title: str = "") -> None:
     table.add_row("test images", test_size(data))
     table.add_row("reported", results["reported"])
     table.add_row("trainable parameters", f"{parameters['trainable']:,} ({percent(parameters['share'])} of all)")
-    table.add_row("of them outside the head", f"{parameters['adapter']:,}")
+    if "adapter" in parameters:
+        table.add_row("of them outside the head", f"{parameters['adapter']:,}")
+    if results.get("template"):
+        table.add_row("template", _shortened(results["template"]))
+    if results.get("chosen"):
+        table.add_row("chosen on validation", ", ".join(f"{key} {value:.4g}" for key, value in results["chosen"].items()))
     table.add_row("training time", duration(results["training_seconds"]))
     table.add_row("peak memory", f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB ({results['memory_kind']})")
     table.add_row("run directory", results["run_directory"])
@@ -29,22 +34,35 @@ def print_results(results: dict, title: str = "") -> None:
 def print_setting(setting: dict, run_directory: Path) -> None:
     """Print what is about to be trained, on what, and where the results will be."""
     parameters, data = setting["parameters"], setting["data"]
-    methods = " + ".join(_in_code(method) for method in setting["method"])
+    trained = " + ".join(_in_code(part) for part in _parts(setting))
+    outside = f", {parameters['adapter']:,} of them outside the head" if "adapter" in parameters else ""
     sizes = ", ".join(f"{size:,} {split}" for split, size in data["sizes"].items())
     console = Console()
     for line in (
-        f"[bold]{methods}[/bold] on {setting['backbone']['name']}: {parameters['trainable']:,} of "
-        f"{parameters['total']:,} parameters are trained ({percent(parameters['share'])}), {parameters['adapter']:,} "
-        "of them outside the head",
+        f"[bold]{trained}[/bold] on {setting['backbone']['name']}: {parameters['trainable']:,} of "
+        f"{parameters['total']:,} parameters are trained ({percent(parameters['share'])}){outside}",
         f"{data['dataset']} {data['task']}: {sizes} images, {data['classes']} classes",
         f"run directory {run_directory}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _in_code(method: dict) -> str:
-    given = {key: value for key, value in method["fields"].items() if value not in (None, {}, "all")}
-    return f"{method['class']}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
+def _parts(setting: dict) -> list[dict]:
+    """The methods, or the learner, as class and fields."""
+    if "method" in setting:
+        return setting["method"]
+    learner = setting["learner"]
+    return [{"class": learner["class"], "fields": learner["options"]}]
+
+
+def _in_code(part: dict) -> str:
+    given = {key: value for key, value in part["fields"].items() if value not in (None, {}, "all")}
+    return f"{part['class']}({', '.join(f'{key}={value!r}' for key, value in given.items())})"
+
+
+def _shortened(templates: list[str]) -> str:
+    more = f" and {len(templates) - 1} more" if len(templates) > 1 else ""
+    return f"{templates[0]}{more}"
 
 
 def test_size(data: dict) -> str:

@@ -2,5 +2,6 @@
 
 from visionpeft.tasks.classification import ImageClassification
 from visionpeft.tasks.image_task import ImageTask
+from visionpeft.tasks.prompt_learning import PromptLearning
 
-__all__ = ["ImageClassification", "ImageTask"]
+__all__ = ["ImageClassification", "ImageTask", "PromptLearning"]

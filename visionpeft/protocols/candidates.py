@@ -1,0 +1,106 @@
+"""The learners of a table, checked before anything is trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from visionpeft.cli import CLI, find_config
+from visionpeft.clip.learner import Learner
+from visionpeft.clip.zero_shot import ZeroShot
+from visionpeft.errors import ConfigurationError
+from visionpeft.tasks import PromptLearning
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A learner that is compared.
+
+    Args:
+        name: in tables.
+        config: its configuration.
+        class_bound: it can be tested on no other classes.
+        uses_images: it learns from training images; one that does not has 0 shots.
+        uses_chance: its result depends on the seed.
+    """
+
+    name: str
+    config: str
+    class_bound: bool = False
+    uses_images: bool = True
+    uses_chance: bool = True
+
+
+def on(dataset: str, classes: str) -> list[str]:
+    """Arguments for some classes ("all", "base" or "new") of a data set."""
+    return ["--data.dataset", dataset, "--data.classes", classes]
+
+
+def only_test(dataset: str, classes: str) -> list[str]:
+    """Arguments for the test split alone."""
+    return [*on(dataset, classes), "--data.shots", "0"]
+
+
+def candidates(
+    configs: Sequence[str], trained: Sequence[str], classes: str, elsewhere: Sequence[list[str]], given: Sequence[str]
+) -> list[Candidate]:
+    """Build every learner and every data set once, so that a mistake shows before hours of training.
+
+    Args:
+        configs: a configuration for each learner.
+        trained: data sets on which they are trained,
+        classes: and on which of their classes.
+        elsewhere: arguments of each further test.
+        given: further arguments of the command line.
+
+    Raises:
+        ConfigurationError: no configuration, one given twice, one that trains no learner, or a learner that knows only
+            the classes it was trained on where others are tested.
+        DataError: a data set that cannot be read.
+    """
+    if not configs:
+        raise ConfigurationError("name at least one configuration of a learner, such as fewshot_coop.yaml")
+    stems = [find_config(config).stem for config in configs]
+    if len(set(stems)) < len(stems):
+        raise ConfigurationError(f"each configuration needs a name of its own, but got {', '.join(configs)}")
+    found = []
+    for config in configs:
+        cli = _build([*("--config", config, *given, *on(trained[0], classes))])
+        found.append(_describe(config, cli.model.learner))
+    known = cli.datamodule.class_names
+    for dataset in trained[1:]:
+        _build(["--config", configs[0], *given, *on(dataset, classes)])
+    for place in elsewhere:
+        if _build(["--config", configs[0], *given, *place]).datamodule.class_names != known:
+            _refuse_class_bound(found)
+    names = [candidate.name for candidate in found]
+    return [
+        candidate if names.count(candidate.name) == 1 else replace(candidate, name=stem)
+        for candidate, stem in zip(found, stems, strict=True)
+    ]
+
+
+def _build(arguments: list[str]) -> CLI:
+    cli = CLI(arguments)
+    if not isinstance(cli.model, PromptLearning):
+        raise ConfigurationError(f"{arguments[1]} trains no learner on CLIP, and this protocol compares learners")
+    cli.datamodule.setup()
+    return cli
+
+
+def _describe(config: str, learner: Learner) -> Candidate:
+    fits_features = type(learner).fit_features is not Learner.fit_features
+    return Candidate(
+        type(learner).__name__,
+        config,
+        class_bound=learner.class_bound,
+        uses_images=fits_features or bool(learner.trainable_parameters()),
+        uses_chance=not isinstance(learner, ZeroShot),
+    )
+
+
+def _refuse_class_bound(found: Sequence[Candidate]) -> None:
+    for candidate in found:
+        if candidate.class_bound:
+            raise ConfigurationError(
+                f"{candidate.name} of {candidate.config} knows only the classes it was trained on and cannot be tested "
+                "on others; leave it out of this protocol"
+            )

@@ -1,0 +1,195 @@
+"""Tables of a protocol: unrounded means and deviations, printed with two decimals.
+
+A row is one measured accuracy: a dictionary with, at least, `learner`, `dataset` (trained on), `shots`, `seed`,
+`tested_on`, `classes` ("all", "base" or "new"), `template` and `top1`, a share.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table as RichTable
+
+AVERAGE = "average"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers in percent, with what has to be said about them.
+
+    Args:
+        title: what the numbers are.
+        frame: one line for each data set and learner. Columns "<what> mean" and "<what> std" belong together.
+    """
+
+    title: str
+    frame: pd.DataFrame
+
+
+def harmonic_mean(base: float, new: float) -> float:
+    """H = 2 base new / (base + new), 0 where both are 0."""
+    return 2 * base * new / (base + new) if base + new else 0.0
+
+
+def few_shot_table(rows: list[dict]) -> Table:
+    """Accuracy for each data set, learner and number of shots; 0 shots are learners that use no training images.
+
+    The average over data sets is taken for each seed, then its mean and deviation over the seeds.
+    """
+    scores = _percent(rows)
+    shots = sorted(scores["shots"].unique())
+    lines = []
+    for dataset, learner, own in _groups(_with_average(scores, ["learner", "shots", "seed"])):
+        line = {"dataset": dataset, "learner": learner, "template": _templates(own)}
+        for number in shots:
+            line |= _mean_and_std(str(number), own[own["shots"] == number])
+        lines.append(line)
+    return Table(f"{_what(rows)} for each number of shots", pd.DataFrame(lines))
+
+
+def base_to_new_table(rows: list[dict]) -> Table:
+    """Accuracy on the base classes, on the new classes, and the harmonic mean of the two seed averages.
+
+    H of the average line is that of the two averages over data sets, not the average of the data sets' H.
+    """
+    scores = _percent(rows)
+    lines = []
+    for dataset, learner, own in _groups(_with_average(scores, ["learner", "classes", "seed"])):
+        line = {"dataset": dataset, "learner": learner, "template": _templates(own)}
+        for classes in ("base", "new"):
+            line |= _mean_and_std(classes, own[own["classes"] == classes])
+        lines.append(line | {"H": harmonic_mean(line["base mean"], line["new mean"])})
+    return Table(
+        f"{_what(rows)}; trained on the base classes{_shots(scores)}, base and new classes scored among themselves; "
+        "H: harmonic mean",
+        pd.DataFrame(lines),
+    )
+
+
+def transfer_table(rows: list[dict]) -> Table:
+    """Accuracy on the source and on each target, and the average over the targets."""
+    scores = _percent(rows)
+    (source,) = scores["dataset"].unique()
+    targets = [name for name in scores["tested_on"].unique() if name != source]
+    on_targets = scores[scores["tested_on"] != source]
+    averages = on_targets.groupby(["learner", "seed"], sort=False, as_index=False)["score"].mean()
+    lines = []
+    for learner in scores["learner"].unique():
+        own = scores[scores["learner"] == learner]
+        line = {"learner": learner, "template": _templates(own)} | _mean_and_std(
+            source, own[own["tested_on"] == source]
+        )
+        for target in targets:
+            line |= _mean_and_std(target, own[own["tested_on"] == target])
+        lines.append(line | _mean_and_std(f"{AVERAGE} of targets", averages[averages["learner"] == learner]))
+    return Table(f"{_what(rows)}; trained on {source}{_shots(scores)}", pd.DataFrame(lines))
+
+
+def as_text(table: Table) -> pd.DataFrame:
+    """The cells as they are printed: "mean ±std" with two decimals, empty where nothing was measured."""
+    text = {}
+    for name, column in table.frame.items():
+        what, _, kind = str(name).rpartition(" ")
+        if kind == "mean":
+            deviations = table.frame[f"{what} std"]
+            text[what] = [_number(mean, std) for mean, std in zip(column, deviations, strict=True)]
+        elif kind != "std":
+            text[name] = [value if isinstance(value, str) else _number(value) for value in column]
+    return pd.DataFrame(text)
+
+
+def write_table(table: Table, folder: Path) -> None:
+    """Write `table.csv`, unrounded, and `table.md`."""
+    text = as_text(table)
+    lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
+    cells = [" | ".join(str(cell).replace("|", r"\|") for cell in line) for line in lines]
+    markdown = "\n".join([f"{table.title}.", "", *(f"| {line} |" for line in cells)])
+    _write(folder / "table.md", f"{markdown}\n")
+    _write(folder / "table.csv", table.frame.to_csv(index=False))
+
+
+def write_rows(rows: list[dict], path: Path) -> None:
+    """Write the rows as CSV, unrounded."""
+    _write(path, pd.DataFrame(rows).to_csv(index=False))
+
+
+def print_table(table: Table) -> None:
+    """Print it in the terminal, the templates below it."""
+    text = as_text(table)
+    templates = text.pop("template")
+    shown = RichTable()
+    for name in text.columns:
+        names = name in ("dataset", "learner")
+        shown.add_column(name, no_wrap=names, justify="left" if names else "right")
+    group = text.iloc[:, 0]
+    for line, ends in zip(text.to_numpy().tolist(), group != group.shift(-1), strict=True):
+        shown.add_row(*line, end_section="dataset" in text and ends)
+    console = Console()
+    console.print(f"{table.title}.", highlight=False)
+    console.print(shown, highlight=False)
+    for line, template in zip(text.to_dict("records"), templates, strict=True):
+        if template:
+            where = f" on {line['dataset']}" if "dataset" in line else ""
+            console.print(f"template of {line['learner']}{where}: {template}", highlight=False, markup=False)
+
+
+def _percent(rows: list[dict]) -> pd.DataFrame:
+    scores = pd.DataFrame(rows)
+    return scores.assign(score=100 * scores["top1"])
+
+
+def _with_average(scores: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """The scores, followed by their averages over data sets where there are several."""
+    if scores["dataset"].nunique() < 2:
+        return scores
+    averages = scores.groupby(keys, sort=False, as_index=False)["score"].mean().assign(dataset=AVERAGE)
+    return pd.concat([scores, averages], ignore_index=True)
+
+
+def _groups(scores: pd.DataFrame):
+    for (dataset, learner), own in scores.groupby(["dataset", "learner"], sort=False):
+        yield dataset, learner, own
+
+
+def _mean_and_std(name: str, scores: pd.DataFrame) -> dict[str, float]:
+    values = scores["score"]
+    # One value has no deviation; 0 would look like a measured one.
+    return {f"{name} mean": values.mean(), f"{name} std": values.std(ddof=0) if len(values) > 1 else float("nan")}
+
+
+def _number(mean: float, std: float = float("nan")) -> str:
+    if pd.isna(mean):
+        return ""
+    return f"{mean:.2f}" if pd.isna(std) else f"{mean:.2f} ±{std:.2f}"
+
+
+def _templates(scores: pd.DataFrame) -> str:
+    """The template, or where there are several, each with the data sets it was used on."""
+    used: dict[str, list[str]] = {}
+    for template, dataset in zip(scores["template"], scores["tested_on"], strict=True):
+        if isinstance(template, str) and template and dataset not in used.setdefault(template, []):
+            used[template].append(dataset)
+    if len(used) < 2:
+        return "".join(used)
+    return "; ".join(f"{template} ({', '.join(datasets)})" for template, datasets in used.items())
+
+
+def _what(rows: list[dict]) -> str:
+    seeds = sorted({row["seed"] for row in rows})
+    if len(seeds) == 1:
+        return f"Top-1 accuracy (%) after the last epoch, seed {seeds[0]}"
+    over = ", ".join(map(str, seeds))
+    return f"Top-1 accuracy (%) after the last epoch, mean and population standard deviation over seeds {over}"
+
+
+def _shots(scores: pd.DataFrame) -> str:
+    numbers = [number for number in scores["shots"].unique() if number]
+    return f" with {numbers[0]} shots" if len(numbers) == 1 else ""
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,232 @@
+"""Few-shot learning and open-vocabulary classification with a CLIP and a learner on it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from visionpeft.attach import detach, has_adapters
+from visionpeft.backbones.preprocessing import preprocessing_of
+from visionpeft.clip.create import create_clip
+from visionpeft.clip.feature_cache import FeatureCache
+from visionpeft.clip.learner import Learner
+from visionpeft.clip.storage import load_learner, save_learner
+from visionpeft.data.dataset import ImageLoader, as_batch
+from visionpeft.errors import ConfigurationError
+from visionpeft.tasks.image_task import ImageTask
+from visionpeft.tasks.optimisation import Optimisation
+
+PROMPT_RECIPE = Optimisation(
+    optimizer="sgd", lr=0.002, weight_decay=5e-4, decay_all=True, schedule="epoch_cosine", warmup_epochs=1
+)
+
+
+class PromptLearning(ImageTask):
+    """The loss of a learner on a frozen CLIP; a learner without trained parameters is only fitted and tested.
+
+    Features of images whose tower is not trained are kept, for training if the data shows a fixed number of views of
+    each image. Batches are (images (batch, 3, height, width), labels (batch,)); for the test the images may come in
+    several views, (batch, views, 3, height, width).
+
+    Args:
+        learner: the learner; CLIP, tokenizer and class names are given to it by the task.
+        class_names: one name for each class; taken from the data.
+        backbone: `nano_clip`, or `open_clip/<model>/<tag>` such as `open_clip/ViT-B-16-quickgelu/openai`.
+        pretrained: load the CLIP's published weights.
+        checkpoint: a local file with the CLIP's weights.
+        backbone_kwargs: further arguments of `open_clip.create_model`.
+        cache_features: keep image features that cannot change.
+        chunk_size: most classes whose text is encoded at a time; less memory, the same gradient. None takes all.
+        optimisation: optimiser, learning rates and schedule; by default those of CoOp.
+        seed: of the initial values, and with the epoch of all randomness in it.
+    """
+
+    folder = "learner"
+
+    def __init__(
+        self,
+        learner: Callable[[nn.Module, Callable, list[str]], Learner],
+        class_names: list[str],
+        backbone: str = "nano_clip",
+        pretrained: bool = True,
+        checkpoint: str | None = None,
+        backbone_kwargs: dict | None = None,
+        cache_features: bool = True,
+        chunk_size: int | None = None,
+        optimisation: Optimisation = PROMPT_RECIPE,
+        seed: int = 0,
+    ):
+        super().__init__(class_names, optimisation, seed)
+        if chunk_size is not None and chunk_size < 1:
+            raise ConfigurationError(f"chunk_size must be at least 1, or null for all classes at once, not {chunk_size}")
+        self.backbone_name = backbone
+        self.chunk_size = chunk_size
+        torch.manual_seed(seed)  # a CLIP without pretrained weights is drawn
+        clip, self.tokenizer = create_clip(
+            backbone, pretrained=pretrained, checkpoint=checkpoint, **(backbone_kwargs or {})
+        )
+        self.preprocessing = preprocessing_of(clip)
+        torch.manual_seed(seed)
+        self.learner = learner(clip, self.tokenizer, self.class_names)
+        self.learner.chunk_size = chunk_size
+        self.chosen: dict = {}
+        self.cache = FeatureCache() if cache_features else None
+
+    @property
+    def label(self) -> str:
+        """Name of the learner."""
+        return type(self.learner).__name__
+
+    def describe(self) -> dict:
+        """Learner, its templates if it has any, CLIP and parameter counts."""
+        learner = self.learner
+        trainable = sum(parameter.numel() for parameter in learner.trainable_parameters())
+        total = sum(parameter.numel() for parameter in learner.parameters())
+        return {
+            "learner": {"class": type(learner).__name__, "options": learner.options},
+            "template": list(learner.templates) or None,
+            "backbone": learner.clip.backbone_source,
+            "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
+            **({"chosen": self.chosen} if self.chosen else {}),
+        }
+
+    def connect(self, datamodule: pl.LightningDataModule) -> None:
+        """Tell the data how the CLIP wants its images, and the learner the data set's template."""
+        super().connect(datamodule)
+        template = getattr(datamodule, "template", None)
+        if template is not None:
+            self.learner.set_template(template)
+
+    def setup(self, stage: str) -> None:
+        """Connect task and data; before training, fit what is not learnt by gradient steps."""
+        super().setup(stage)
+        if self.cache is not None:
+            self.cache.hash_again()
+        if stage == "fit":
+            self._fit_features()
+            if not self.trained_parameters():
+                self.trainer.fit_loop.max_epochs = self.trainer.limit_train_batches = 0
+            elif self._keeps_features and (views := self._fixed_views()) is not None:
+                self._fill_cache(min(views, max(0, self.trainer.max_epochs)))
+
+    def configure_optimizers(self) -> dict | None:
+        """SGD or AdamW over what is trained; nothing if nothing is."""
+        return super().configure_optimizers() if self.trained_parameters() else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes)."""
+        if self._keeps_features and not self.training and images.ndim == 4:
+            return self.learner.classify(self.cache.image_features(self.learner, images))
+        with_gradients = torch.is_grad_enabled()
+        # Learners that tune at test time need gradients, which inference mode cannot give.
+        with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
+            return self.learner(images.clone() if images.is_inference() else images)
+
+    def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of the learner and logits."""
+        features = None
+        if self._keeps_features and self._fixed_views() is not None:
+            features = self.cache.image_features(self.learner, images)
+        return self.learner.loss(images, labels, features)
+
+    def on_train_epoch_end(self) -> None:
+        """Tell the learner."""
+        self.learner.end_epoch(self.current_epoch, self.trainer.max_epochs)
+
+    def on_fit_end(self) -> None:
+        """Tell the learner; also when a run that had finished was resumed."""
+        if self.trained_parameters():
+            self.chosen = self.learner.end_training() or self.chosen
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """What the learner trains."""
+        return self.learner.trainable_parameters()
+
+    def trained_keys(self) -> set[str]:
+        """What the learner trains, and its own buffers."""
+        trained = {name for name, parameter in self.learner.named_parameters() if parameter.requires_grad}
+        buffers = {name for name, _ in self.learner.named_buffers()}
+        own = {name for name in buffers if not name.startswith("clip.") or name.startswith("clip.peft.")}
+        return {f"learner.{name}" for name in trained | own} & self.state_dict().keys()
+
+    def save(self, folder: Path, datamodule: pl.LightningDataModule) -> None:
+        """Write the learner, as `visionpeft.load_learner` reads it."""
+        save_learner(
+            self.learner,
+            folder,
+            preprocessing=datamodule.preprocessing,
+            metadata={"data": datamodule.description()},
+        )
+
+    def load(self, folder: Path) -> None:
+        """Read a learner in the place of the present one, for this task's classes."""
+        clip = self.learner.clip
+        if has_adapters(clip):
+            detach(clip)
+        self.learner = load_learner(folder, clip, self.tokenizer, self.class_names)
+        self.learner.chunk_size = self.chunk_size
+
+    @property
+    def _keeps_features(self) -> bool:
+        """Whether features are kept: the image tower is not trained, and they are all that the learner needs."""
+        return self.cache is not None and self.learner.frozen_images and type(self.learner).forward is Learner.forward
+
+    def _fixed_views(self) -> int | None:
+        """How many different views the data shows of each training image, None if their number is not bounded."""
+        return getattr(self.trainer.datamodule, "deterministic_views", None)
+
+    def _fit_features(self) -> None:
+        """Let the learner fit what it works out from the features of all images."""
+        if type(self.learner).fit_features is Learner.fit_features:
+            return
+        datamodule = self.trainer.datamodule
+        if datamodule is None:
+            raise ConfigurationError(f"{self.label} is fitted on the features of all images; give a data module to fit")
+        train = self._features("train", views=self._fixed_views() or 1)
+        validation = self._features("val", views=1) if "val" in datamodule.sources else None
+        self.chosen = self.learner.fit_features(train, validation)
+
+    def _features(self, split: str, views: int) -> tuple[Tensor, Tensor]:
+        """Features (images, features), or of several views (images, views, features), and labels of a split."""
+        by_view = []
+        for view in range(views):
+            features, labels = zip(*self._in_order(split, view), strict=True)
+            by_view.append(torch.cat(features))
+        return by_view[0] if views == 1 else torch.stack(by_view, dim=1), torch.cat(labels)
+
+    def _fill_cache(self, views: int) -> None:
+        """Work out the features of all training images.
+
+        Always in the same order, so that a resumed run, which has no cache yet, gets the very same features.
+        """
+        for view in range(views):
+            for _ in self._in_order("train", view):
+                if self.cache.full:
+                    return
+
+    @torch.no_grad()
+    def _in_order(self, split: str, view: int):
+        """Features and labels of the batches of a split in order."""
+        device = self.trainer.strategy.root_device
+        datamodule = self.trainer.datamodule
+        self.to(device).eval()
+        dataset = datamodule.dataset(split)
+        loader = ImageLoader(
+            dataset,
+            batch_size=64,
+            sampler=[(index, view) for index in range(len(dataset))],
+            num_workers=datamodule.num_workers,
+            collate_fn=as_batch,
+        )
+        for images, labels in loader:
+            with self.trainer.precision_plugin.forward_context():
+                images = images.to(device)
+                cache = self.cache if self._keeps_features else None
+                features = (
+                    self.learner.image_features(images)
+                    if cache is None
+                    else cache.image_features(self.learner, images)
+                )
+            yield features, labels.to(device)
