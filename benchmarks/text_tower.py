@@ -12,9 +12,7 @@ bytes are those kept for backward, without parameters. The variants take turns, 
 """
 
 import argparse
-import csv
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +20,12 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from measuring import clock, saved_bytes, storages, table, write
 from torch import Tensor, nn
-from visionpeft.data.class_names import class_names
 
 import visionpeft as vp
+from visionpeft.clip.feature_cache import FeatureCache
+from visionpeft.data.few_shot_definitions import few_shot_class_names
 
 PHRASE = "a photo of a"
 
@@ -87,24 +87,9 @@ class Case:
     difference: float = 0.0
 
 
-def saved_bytes(step: Callable[[], Tensor], frozen: set[int]) -> tuple[int, Tensor]:
-    """Most bytes of distinct storages kept for backward during a step, without parameters."""
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = step()
-    return sum(seen.values()), result
-
-
 def measure(case: Case, clip: nn.Module, rounds: int, device: str) -> None:
     """Let the two sides take turns."""
-    frozen = {tensor.untyped_storage().data_ptr() for tensor in [*clip.parameters(), *clip.buffers()]}
+    frozen = storages(clip)
     results = {}
     for turn in range(min(rounds, case.rounds) + 1):
         for side in ("straightforward", "ours"):
@@ -117,14 +102,6 @@ def measure(case: Case, clip: nn.Module, rounds: int, device: str) -> None:
             case.times[side].append(clock(device) - seconds)
     expected = results["straightforward"]
     case.difference = ((results["ours"] - expected).norm() / expected.norm()).item()
-
-
-def clock(device: str) -> float:
-    """Seconds: of this process's CPU time, which other processes do not disturb, or of the clock on a GPU."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def gradient(loss: Tensor, *parameters: Tensor) -> Tensor:
@@ -175,23 +152,25 @@ def maple(clip, tokenizer, names, features, labels) -> Case:
     """MaPLe's text side: 2 vectors in the prompt, fresh ones in front of blocks 1 to 8."""
     learner = vp.MaPLe(clip, tokenizer, names)
     prompts = Prompts(clip, tokenizer, names, 2, "of a")
-    context, *deep = [vector for vector in learner.text_prompts()]
-    frozen = [vector.detach().clone().requires_grad_() for vector in (context, *deep)]
+    text_part = clip.peft["maple"].coupled_prompts.text
+    prompts_of_blocks = [text_part.context.prompts, *(text_part[str(i)].stream_in.prompts for i in range(1, 9))]
 
     def straightforward() -> Tensor:
-        with vp.use(clip, None):  # plain blocks
-            text = transformer_features(clip, prompts.with_context(frozen[0]), prompts.ids, frozen[1:])
-            return gradient(F.cross_entropy(clip.logit_scale.exp() * features @ text.T, labels), *frozen)
+        with vp.use(clip, None):  # the library's own blocks
+            text = transformer_features(
+                clip, prompts.with_context(prompts_of_blocks[0]), prompts.ids, prompts_of_blocks[1:]
+            )
+            return gradient(F.cross_entropy(clip.logit_scale.exp() * features @ text.T, labels), *prompts_of_blocks)
 
     def ours() -> Tensor:
-        return gradient(F.cross_entropy(learner.classify(features), labels), *learner.text_prompts())
+        return gradient(F.cross_entropy(learner.classify(features), labels), *prompts_of_blocks)
 
     return Case(f"MaPLe text step, n=2, J=9, {len(names)} classes", straightforward, ours)
 
 
 def tpt(clip, tokenizer, names, views: Tensor, rounds: int) -> Case:
     """TPT's text part: features, entropy of the kept views, one step, features again."""
-    learner = vp.TPT(clip, tokenizer, names)
+    learner = vp.TPT(clip, tokenizer, names, allow_duplicates=True)
     prompts = Prompts(clip, tokenizer, names, 4)
     start = learner.text.embed(learner.tokenizer.contents([PHRASE])[0])
 
@@ -218,12 +197,8 @@ def tpt(clip, tokenizer, names, views: Tensor, rounds: int) -> Case:
 def coop_epoch(clip, tokenizer, names, images: Tensor, labels: Tensor, rounds: int) -> Case:
     """A whole CoOp step on a batch of images, against one with kept image features."""
     case = coop(clip, tokenizer, names, encode(clip, images), labels)
-    learner, cache, step, fast_step = (
-        vp.ZeroShot(clip, tokenizer, names),
-        FeatureCache(),
-        case.straightforward,
-        case.ours,
-    )
+    learner, cache = vp.ZeroShot(clip, tokenizer, names), FeatureCache()
+    step, fast_step = case.straightforward, case.ours
     cache.image_features(learner, images)
 
     def straightforward() -> Tensor:
@@ -250,7 +225,7 @@ def encode(clip: nn.Module, images: Tensor) -> Tensor:
 def make_cases(args, clip, tokenizer) -> dict[str, Callable[[], Case]]:
     """Builders of the cases by name, in the order of the table."""
     generator = torch.Generator().manual_seed(0)
-    hundred, thousand = class_names("caltech101"), class_names("imagenet")
+    hundred, thousand = few_shot_class_names("caltech101"), list(few_shot_class_names("imagenet").values())
     features = F.normalize(torch.randn(64, clip.text_projection.shape[1], generator=generator), dim=-1).to(args.device)
     labels = torch.arange(64, device=args.device) % 100
     images = torch.randn(32, 3, *clip.visual.image_size, generator=generator).to(args.device)
@@ -264,13 +239,6 @@ def make_cases(args, clip, tokenizer) -> dict[str, Callable[[], Case]]:
         "tpt1000": lambda: tpt(clip, tokenizer, thousand, features, rounds=1),
         "epoch": lambda: coop_epoch(clip, tokenizer, hundred, images, labels[:32], rounds=2),
     }
-
-
-def table(rows: list[dict]) -> str:
-    """Rows as Markdown."""
-    head = list(rows[0])
-    lines = [f"| {' | '.join(head)} |", f"| --- |{' ---: |' * (len(head) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(str(value) for value in row.values())} |" for row in rows)])
 
 
 def row_of(case: Case) -> dict:
@@ -292,9 +260,9 @@ def plot(args, clip, tokenizer) -> None:
     """Time and saved bytes of our CoOp step against the number of classes, whole and in chunks of 100."""
     from matplotlib.figure import Figure
 
-    names, generator = class_names("imagenet"), torch.Generator().manual_seed(0)
+    names, generator = list(few_shot_class_names("imagenet").values()), torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(32, clip.text_projection.shape[1], generator=generator), dim=-1).to(args.device)
-    frozen = {tensor.untyped_storage().data_ptr() for tensor in [*clip.parameters(), *clip.buffers()]}
+    frozen = storages(clip)
     rows = []
     for count in (10, 20, 50, 100, 200, 500, 1000):
         learner = vp.CoOp(clip, tokenizer, names[:count], context_length=16, allow_duplicates=True)
@@ -325,14 +293,6 @@ def plot(args, clip, tokenizer) -> None:
         axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(args.output / "classes.png", dpi=110)
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    """Rows as CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main() -> None:

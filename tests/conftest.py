@@ -76,6 +76,15 @@ CASES = [
     Case("prefix_mlp", vp.PrefixTuning(num_tokens=2, mlp=5)),
 ]
 
+# methods for clips, which models of single images refuse
+VIDEO_CASES = [
+    Case("st_adapter", vp.STAdapter(bottleneck=6), identity=True),
+    Case("st_adapter_both", vp.STAdapter(5, positions=("before_attention", "before_mlp")), identity=True),
+    Case("st_adapter_spatial", vp.STAdapter(4, kernel=(3, 3, 3), positions=("before_mlp",)), identity=True),
+    Case("aim", vp.AIM(num_frames=3), identity=True),
+    Case("aim_two", vp.AIM(num_frames=3, num_temporal=2, scale=1.0, ratio=0.5), identity=True),
+]
+
 # one host of each block and attention class, and one case of each method: for the dearer invariants
 FEW_HOSTS = [h for h in HOSTS if h.name in ("vit_cls", "vit_res_post", "beit", "eva_split", "dinov3", "clip_whole")]
 FEW_NAMES = ("bit_fit", "vpt_deep", "houlsby", "adapt_former", "lora_all", "ssf", "prefix")

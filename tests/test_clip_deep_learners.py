@@ -569,7 +569,7 @@ def test_text_prompts_alone_work_on_a_resnet():
         ("IVLP", {"num_text": 0, "init": None}, "must have words"),
         ("IVLP", {"num_text": 30}, "reads 20"),
         ("PromptSRC", {"average_std": 0.0}, "must be positive"),
-        ("PromptSRC", {"template": "no place"}, "must have one"),
+        ("PromptSRC", {"template": "no place"}, "no place"),
         ("CLIPLoRA", {"towers": ["audio"]}, "'visual' or 'text'"),
         ("CLIPLoRA", {"rank": 0}, "positive integer"),
         ("CLIPLoRA", {"targets": ["keys"]}, "matches no layer"),

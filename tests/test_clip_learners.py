@@ -73,9 +73,7 @@ def build(name, clip=None, **options):
     torch.manual_seed(3)
     learner = make(clip, tokenizer(), NAMES, **options)
     if name.startswith(("tip", "linear")):
-        features = learner.image_features(images(8, seed=4)).to(
-            learner.text_features().dtype if "tip" in name else None
-        )
+        features = learner.image_features(images(8, seed=4))
         learner.fit_features((features, torch.arange(8) % 4))
     return lively_(learner)
 
@@ -207,7 +205,9 @@ def test_tip_adapter_chooses_on_validation_alone(train_keys):
         assert chosen == {}
         assert learner.alpha == learner.beta == 1
         learner.keys.data.mul_(1.1)
-        learner.end_training()
+        chosen = learner.end_training()
+    else:
+        assert learner.end_training() == {}
     zero_shot = scaled(learner.clip, validation, plain_features(learner.clip, [f"a photo of a {n}." for n in CLEAN]))
 
     def accuracy(alpha, beta):
@@ -219,8 +219,7 @@ def test_tip_adapter_chooses_on_validation_alone(train_keys):
     assert max(grid.values()) > min(grid.values())
     alpha, beta = learner.alpha.item(), learner.beta.item()
     assert accuracy(alpha, beta) == max(grid.values())
-    if not train_keys:
-        assert chosen == {"alpha": alpha, "beta": beta, "validation_accuracy": max(grid.values())}
+    assert chosen == {"alpha": alpha, "beta": beta, "validation_accuracy": max(grid.values())}
 
 
 def test_linear_probe_solves_logistic_regression():
@@ -232,8 +231,8 @@ def test_linear_probe_solves_logistic_regression():
     objective = 7.0 * 30 * cross_entropy(f @ weight.T + bias, labels) + weight.square().sum() / 2
     objective.backward()
     # the objective is convex: where its gradient vanishes is the solution
-    assert weight.grad.abs().max() < 1e-5
-    assert bias.grad.abs().max() < 1e-5
+    assert weight.grad.abs().max() < 1e-4
+    assert bias.grad.abs().max() < 1e-4
     assert weight.abs().max() > 0.1
     g = image_features(clip, images())
     torch.testing.assert_close(learner(images()), (g @ weight.T + bias).detach(), rtol=0, atol=1e-12)
@@ -241,7 +240,7 @@ def test_linear_probe_solves_logistic_regression():
         learner.text_features()
 
 
-def test_linear_probe_chooses_on_validation_and_prefers_a_strong_penalty():
+def test_linear_probe_chooses_on_validation_alone():
     clip = clip_model()
     f, labels = image_features(clip, images(24, seed=2)), torch.arange(24) % 4
     v, others = image_features(clip, images(60, seed=6)), torch.arange(60) % 4
@@ -252,10 +251,20 @@ def test_linear_probe_chooses_on_validation_and_prefers_a_strong_penalty():
     for strength in (1e-6, 1e-4, 1e-2, 1, 1e2, 1e4, 1e6):
         fixed = CLIPLinearProbe(clip, tokenizer(), NAMES, inverse_strength=strength)
         fixed.fit_features((f, labels))
-        reached = (fixed.classify(v).argmax(1) == others).double().mean().item()
+        logits, own = fixed.classify(v), learner.classify(v)
+        reached = (logits.argmax(1) == others).double().mean().item()
         assert reached <= chosen["validation_accuracy"]
         if reached == chosen["validation_accuracy"]:
-            assert chosen["inverse_strength"] <= strength
+            assert cross_entropy(own, others) <= cross_entropy(logits, others) + 1e-6
+
+
+def test_linear_probe_counts_every_view_as_an_image():
+    clip = clip_model()
+    f, labels = image_features(clip, images(24, seed=2)), torch.arange(12) % 4
+    by_view, flat = (CLIPLinearProbe(clip, tokenizer(), NAMES) for _ in range(2))
+    by_view.fit_features((f.unflatten(0, (12, 2)), labels))
+    flat.fit_features((f, labels.repeat_interleave(2)))
+    assert torch.equal(by_view.weight, flat.weight)
 
 
 def test_linear_probe_trained_by_an_optimiser_reaches_the_same_solution():
@@ -666,17 +675,18 @@ def test_text_features_are_kept_until_something_changes():
         "names": lambda: learner.set_class_names(["heron", "owl"]),
         "frozen": lambda: learner.clip.text_projection.neg_(),
         "autocast": lambda: None,
+        "cast": lambda: learner.clip.bfloat16(),
     }
     for what, change in changes.items():
         before = kept()
         change()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=what == "autocast"):
             after = kept()
-            torch.testing.assert_close(after, fresh(), rtol=0, atol=1e-6)
+            torch.testing.assert_close(after, fresh(), rtol=0, atol=1e-5)
         assert after.shape != before.shape or not torch.equal(after, before), what
         assert what == "autocast" or kept() is after, what
     learner.load_trained_state({"vectors": torch.zeros(5, 32)}, "zeros")
-    torch.testing.assert_close(kept(), fresh(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(kept(), fresh(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["kgcoop", "prograd", "clip_adapter", "tip_f", "zero_shot"])
@@ -803,7 +813,7 @@ REFUSED = {
     "alpha": (lambda: TipAdapter(clip_model(), tokenizer(), NAMES, alpha=-1), "must not be negative"),
     "solver": (lambda: CLIPLinearProbe(clip_model(), tokenizer(), NAMES, solver="sgd"), "lbfgs or gradient"),
     "strength": (lambda: CLIPLinearProbe(clip_model(), tokenizer(), NAMES, inverse_strength=0), "must be positive"),
-    "template": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, template="a photo"), "must have one {}"),
+    "template": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, template="a photo"), "has no {} for the class name"),
     "templates": (lambda: ZeroShot(clip_model(), tokenizer(), NAMES, template=[]), "at least one template"),
     "long phrase": (lambda: CoCoOp(clip_model(), tokenizer(), NAMES, context_length=9), "has 4 tokens"),
     "no vectors": (lambda: CoOp(clip_model(), tokenizer(), NAMES, context_length=0), "at least 1"),

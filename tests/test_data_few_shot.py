@@ -645,7 +645,7 @@ def test_wrong_options(tmp_path):
         FewShot(shots=-1)
     with pytest.raises(ConfigurationError, match="unknown split 'ours'"):
         FewShot(split="ours")
-    with pytest.raises(ConfigurationError, match=r"must hold \{\} exactly once"):
+    with pytest.raises(ConfigurationError, match=r"has no \{\} for the class name"):
         FewShot(template="a photo")
     with pytest.raises(
         DataError, match="data set 'dtd' needs root, the folder that holds dtd/; it comes from https://"

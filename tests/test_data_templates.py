@@ -5,8 +5,8 @@ import pytest
 
 from visionpeft.data import dataset_template
 from visionpeft.data.few_shot_definitions import few_shot_class_names, few_shot_datasets, find_few_shot
-from visionpeft.data.templates import check_template, template_sets, templates
 from visionpeft.errors import ConfigurationError
+from visionpeft.templates import check_templates, template_sets, templates
 
 # classes, train, val, test
 SIZES = {
@@ -86,7 +86,8 @@ def test_named_sets():
     ):
         assert [template.format("cat") for template in templates(name)] == [function("cat") for function in functions]
     assert templates("tip_7")[0] == "itap of a {}."
-    assert all(check_template(template) for members in template_sets().values() for template in members)
+    assert all(check_templates(members) == tuple(members) for members in template_sets().values())
+    assert check_templates("tip_7") == tuple(templates("tip_7"))
 
 
 def test_dataset_templates():
@@ -119,12 +120,16 @@ def test_aliases():
 
 
 def test_refusals():
-    with pytest.raises(ConfigurationError, match="no set of templates 'openai_80'; did you mean openai_imagenet_80"):
+    with pytest.raises(
+        ConfigurationError, match=r"'openai_80' has no .* did you mean openai_imagenet_80"
+    ):
         templates("openai_80")
     with pytest.raises(ConfigurationError, match="unknown few-shot data set 'eurosatt': did you mean eurosat"):
         dataset_template("eurosatt")
     with pytest.raises(ConfigurationError, match="unknown style 'coop' of template"):
         dataset_template("dtd", "coop")
-    for template in ("a photo", "{} and {}", "a {name}"):
+    for template in ("{} and {}", ["a {name}"], ["a photo of a {}.", "a photo"]):
         with pytest.raises(ConfigurationError, match=r"must hold \{\} exactly once"):
-            check_template(template)
+            check_templates(template)
+    with pytest.raises(ConfigurationError, match="at least one template"):
+        check_templates([])

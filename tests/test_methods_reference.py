@@ -9,6 +9,7 @@ from conftest import (
     CASES,
     MERGE_REFUSALS,
     TRAINED_ALONE,
+    VIDEO_CASES,
     adapted,
     adapter_tensors,
     cells,
@@ -19,6 +20,7 @@ from conftest import (
 )
 from reference import METHODS, edits_of, forward, merged_weights, shapes_of
 from reference.hosts import HOSTS
+from reference.video import VIDEO_METHODS
 
 import visionpeft as vp
 from visionpeft.errors import UserError
@@ -29,13 +31,13 @@ MERGEABLE = [c for c in CASES if c.mergeable]
 def test_cases_cover_every_public_method():
     """A new method cannot be left out of the matrix."""
     public = {m for _, m in inspect.getmembers(vp, inspect.isclass) if issubclass(m, vp.Method) and m is not vp.Method}
-    assert {type(c.method) for c in CASES} == public
+    assert {type(c.method) for c in [*CASES, *VIDEO_CASES]} == public
 
 
 def test_reference_covers_every_method_with_modules():
     """Each method that adds tensors has its transcription."""
     alone = {"linear_probe", "full_fine_tuning", "last_blocks"}
-    assert {c.method.name for c in CASES} - alone == set(METHODS)
+    assert {c.method.name for c in [*CASES, *VIDEO_CASES]} - alone == {*METHODS, *VIDEO_METHODS}
 
 
 @pytest.mark.parametrize("host", HOSTS, ids=repr)

@@ -24,6 +24,7 @@ from visionpeft.clip.storage import load_learner, read_learner, save_learner
 from visionpeft.errors import ConfigurationError, DataError, StorageError, UnsupportedError, UserError
 from visionpeft.merge import merge, unmerge
 from visionpeft.methods import (
+    AIM,
     SSF,
     VPT,
     Adapter,
@@ -35,11 +36,14 @@ from visionpeft.methods import (
     LoRA,
     Method,
     PrefixTuning,
+    STAdapter,
 )
 from visionpeft.storage import load, read_metadata, save
 from visionpeft.summary import summary
+from visionpeft.video import VideoClassifier
 
 __all__ = [
+    "AIM",
     "IVLP",
     "SSF",
     "TPT",
@@ -63,12 +67,14 @@ __all__ = [
     "MaPLe",
     "Method",
     "PrefixTuning",
+    "STAdapter",
     "ProGrad",
     "PromptSRC",
     "StorageError",
     "TipAdapter",
     "UnsupportedError",
     "UserError",
+    "VideoClassifier",
     "ZeroShot",
     "activate",
     "attach",

@@ -117,7 +117,7 @@ class Adapters(nn.ModuleDict):
         while self.swapped:
             module, original = self.swapped.pop()
             module.__class__ = original
-            for attribute in ("sites", "acting", "forward_intermediates"):
+            for attribute in ("sites", "acting", "entering", "forward_intermediates"):
                 module.__dict__.pop(attribute, None)
 
 

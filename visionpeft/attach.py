@@ -248,5 +248,7 @@ def _check_sites(adapter: AttachedAdapter, backbone: Backbone) -> None:
     for _, placement in adapter.placements:
         if placement.block is not None:
             used[placement.tower][placement.block].update(filter(None, (placement.site, placement.add)))
+        elif placement.site == "tokens" and "norm_pre" not in backbone.towers[placement.tower].layers:
+            used[placement.tower][0].add("stream_in")
     for tower, sites in used.items():
         check_tower(backbone.towers[tower], sites)

@@ -13,7 +13,7 @@ from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.routing import Routed, RoutedHead, check_routable
-from visionpeft.sites import Order, Sites, sited_layer_class
+from visionpeft.sites import OnPatches, Order, SitedLayer, Sites, sited_layer_class
 
 # (tower, block, site, where the result is added) -> modules in the order in which they act
 Plan = dict[tuple[str, int | None, str, str | None], list[nn.Module]]
@@ -56,6 +56,9 @@ def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> N
         for (tower_name, block, site, add), modules in plan.items():
             if tower_name == tower.name:
                 here[block][site, add][number] = modules
+    if tower.frames is not None and routed is not None:
+        routed = *routed, tower.frames
+    _enter_tokens(peft, tower, here, routed)
     prompts = _travelling(tower, plans[0])
     for index, block in enumerate(tower.blocks):
         if index not in here and not prompts[index]:
@@ -73,12 +76,30 @@ def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> N
             peft.swapped.append((module, type(module)))
 
 
+def _enter_tokens(peft: Adapters, tower: Tower, here: dict, routed) -> None:
+    """Let act at `tokens`: in front of the norm in front of the blocks, or first in the first block if there is none."""
+    groups = here[None].pop(("tokens", None), None)
+    if groups is None:
+        return
+    norm = tower.layers.get("norm_pre")
+    if norm is None:
+        first = here[0]["stream_in", None]
+        first[:] = [mine + others for mine, others in zip(groups, first, strict=True)]
+    else:
+        swap_layer(peft, norm.owner).entering = _acting(groups, routed, False)
+
+
+def _acting(groups: list[list[nn.Module]], routed, branch: bool) -> tuple:
+    return tuple(groups[0]) if routed is None else (Routed(groups, branch, *routed),)
+
+
 def _fill(peft: Adapters, sites: Sites | None, layers: dict, here: dict, routed) -> None:
     for (site, add), groups in here.items():
-        acting = tuple(groups[0]) if routed is None else (Routed(*routed, groups, add is not None),)
+        if sites is not None:
+            groups = [[_on_patches(module, sites) for module in group] for group in groups]
+        acting = _acting(groups, routed, add is not None)
         if site in layers and layers[site].called:
-            layer = layers[site].owner
-            swap(peft, layer, sited_layer_class(type(layer))).acting = acting
+            swap_layer(peft, layers[site].owner).acting = acting
         elif add is not None:
             sites.branches[site] = sites.branches.get(site, ()) + tuple((module, add) for module in acting)
         else:
@@ -90,6 +111,15 @@ def swap(peft: Adapters, module: nn.Module, sited_class: type) -> nn.Module:
     peft.swapped.append((module, type(module)))
     module.__class__ = sited_class
     return module
+
+
+def swap_layer(peft: Adapters, layer: nn.Module) -> nn.Module:
+    """Give a layer that is called its sited class, unless it has it."""
+    return layer if isinstance(layer, SitedLayer) else swap(peft, layer, sited_layer_class(type(layer)))
+
+
+def _on_patches(module: nn.Module, sites: Sites) -> nn.Module | OnPatches:
+    return OnPatches(module, sites.first_patch) if getattr(module, "patches_only", False) else module
 
 
 def order_of(module: nn.Module) -> Order:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
+from visionpeft.backbones.frames import Frames
 from visionpeft.errors import ConfigurationError, UnsupportedError
 
 
@@ -12,24 +13,37 @@ class Routed:
     """Acts at one site on each group of rows with the modules of the group's adapter; other rows stay as they are.
 
     Args:
-        rows: for each group, the rows of the batch it serves.
-        batch: size of the batch.
         groups: for each group, the modules that act here, in order.
         branch: whether the site is a branch, whose result is zero for rows without a module.
+        rows: for each group, the samples of the batch it serves.
+        batch: size of the batch.
+        frames: for clips, how many rows make one sample.
     """
 
-    def __init__(self, rows: list[list[int]], batch: int, groups: list[list[nn.Module]], branch: bool):
-        self.rows = [torch.tensor(group) for group in rows]
-        self.batch = batch
+    def __init__(
+        self, groups: list[list[nn.Module]], branch: bool, rows: list[list[int]], batch: int, frames: Frames | None = None
+    ):
         self.groups = groups
         self.branch = branch
+        self.samples = [torch.tensor(group) for group in rows]
+        self.batch = batch
+        self.frames = frames
+
+    @property
+    def rows(self) -> list[torch.Tensor]:
+        """For each group, the rows of the tokens it serves."""
+        if self.frames is None:
+            return self.samples
+        number = self.frames.number
+        return [(number * group[:, None] + torch.arange(number)).flatten() for group in self.samples]
 
     def __call__(self, *inputs):
         """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v)."""
         batched = [value for value in inputs if isinstance(value, torch.Tensor)]
-        if len(batched[0]) != self.batch:
+        samples = len(batched[0]) // (1 if self.frames is None else self.frames.number)
+        if samples != self.batch:
             raise ConfigurationError(
-                f"route names an adapter for each of {self.batch} samples, but the batch has {len(batched[0])}"
+                f"route names an adapter for each of {self.batch} samples, but the batch has {samples}"
             )
         kv = len(inputs) == 2
         if kv:

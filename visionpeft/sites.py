@@ -1,7 +1,8 @@
 """Sites: the named points of a transformer block at which the modules of an adapter act.
 
 A sited block computes what the library's block computes, written out with a site at every point where the literature
-puts something. This file knows neither methods nor block families. In the order in which tokens meet them:
+puts something. This file knows neither methods nor block families. In the order in which tokens meet them, behind the
+site `tokens` of the tower, where embedded tokens with their positions have not yet met the norm in front of the blocks:
 
     stream_in -> norm1 -> attn_in -> q k v -> kv -> attention -> proj -> attn_out -> (+) stream_mid
               -> norm2 -> mlp_in -> fc1 -> fc2 -> mlp_out -> (+) stream_out
@@ -15,6 +16,9 @@ Three kinds of modules act:
 
 What acts on tokens may declare, for those who run fewer tokens than the library does: `tokenwise = True`, it treats
 every token by itself; `replaced_tokens = (first, stop)`, it overwrites these tokens and leaves the others alone.
+
+What acts at a token site may also declare `patches_only = True`: it is called on the patches (batch, patches, width),
+and the class, register and prompt tokens in front of them stay as they are.
 """
 
 import functools
@@ -88,6 +92,15 @@ class Sites:
         """Start one pass through the block."""
         return Flow(self)
 
+    @property
+    def first_patch(self) -> int:
+        """Number of tokens in front of the patches while they are in the block."""
+        return self.num_prefix_tokens + self.extra_tokens
+
+    def call(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Call a layer of the block, with what acts on its output."""
+        return layer(x)
+
     def without(self, left_out: Callable[[nn.Module], bool]) -> "Sites":
         """The same sites without some of the modules that act on tokens."""
         sites = Sites(self.num_prefix_tokens, self.causal)
@@ -129,6 +142,34 @@ class Sites:
         return torch.cat((mask[..., :at, :], rows, mask[..., at:, :]), dim=-2)
 
 
+class Untouched(Sites):
+    """Sites at which nothing acts, also not on the outputs of layers whose class is swapped."""
+
+    def call(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Compute a layer as the library does."""
+        return super(SitedLayer, layer).forward(x) if isinstance(layer, SitedLayer) else layer(x)
+
+
+UNTOUCHED = Untouched(num_prefix_tokens=0, causal=False)
+
+
+class OnPatches:
+    """Lets a module act on the patches alone.
+
+    Args:
+        module: maps patches (batch, patches, width) to the same shape.
+        first: number of tokens in front of the patches.
+    """
+
+    def __init__(self, module: nn.Module, first: int):
+        self.module = module
+        self.first = first
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to the same shape."""
+        return torch.cat((x[:, : self.first], self.module(x[:, self.first :])), dim=1)
+
+
 class Flow:
     """One pass of tokens through one block. Carries each branch from where it reads to where it is added."""
 
@@ -148,14 +189,17 @@ class Flow:
 
 
 class SitedLayer:
-    """Mixed into the class of a layer that is called (linear, convolution, normalisation): y = layer(x), then each
-    module of `acting` maps (x, y, weight, bias) to the next y.
+    """Mixed into the class of a layer that is called (linear, convolution, normalisation): each module of `entering`
+    maps its input, y = layer(x), then each module of `acting` maps (x, y, weight, bias) to the next y.
     """
 
     acting: tuple[nn.Module, ...] = ()
+    entering: tuple[nn.Module, ...] = ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the layer and what acts on its output."""
+        """Compute the layer and what acts on its input and output."""
+        for module in self.entering:
+            x = module(x)
         y = super().forward(x)
         bias = getattr(self, "bias", None)
         for module in self.acting:

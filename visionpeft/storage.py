@@ -113,7 +113,8 @@ def fingerprint(model: nn.Module) -> str:
 
     The rounding makes it the same for a backbone kept in float32 and in bfloat16.
     """
-    heads = tuple(f"{path}." for path in describe(model).heads)
+    backbone = describe(model)
+    heads = tuple(f"{path}." for path in (*backbone.heads, *backbone.unused_heads))
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(model.named_parameters()):
         if name.startswith(("peft.", *heads)):

@@ -68,6 +68,7 @@ def timm_tower(model, images, edits, weights, prefix):
     x = torch.cat([*(token.expand(len(x), -1, -1) for token in first), x], dim=1)
     if position is not None and not outside:
         x = x + position
+    x = amend(edits, "tokens", x)
     x = model_norm(getattr(model, "norm_pre", None), sites.get((None, "norm_pre")), weights, "norm_pre", x, edits)
     more = [{} for _ in model.blocks]
     for index, block in enumerate(model.blocks):
@@ -173,6 +174,7 @@ def open_clip_visual(model, images, edits, weights, prefix):
     x = embed_patches(sites[None, "patch_embed"], model.patch_size, images, weights, edits)
     x = torch.cat([weights[prefix + "class_embedding"].expand(len(x), 1, -1), x], dim=1)
     x = x + weights[prefix + "positional_embedding"]
+    x = amend(edits, "tokens", x)
     x = model_norm(model.ln_pre, sites[None, "norm_pre"], weights, "norm_pre", x, edits)
     path = prefix + "transformer.resblocks."
     blocks = [open_clip_block(b, f"{path}{i}.", prefix=1) for i, b in enumerate(model.transformer.resblocks)]
@@ -183,7 +185,7 @@ def open_clip_visual(model, images, edits, weights, prefix):
     else:
         x = model_norm(model.ln_post, sites[None, "norm"], weights, "norm", x, edits)
         x = open_clip_pool(model, x)
-    return x @ weights[prefix + "proj"]
+    return x @ weights[prefix + "proj"] if model.proj is not None else x
 
 
 def open_clip_pool(model, x):

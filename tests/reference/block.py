@@ -7,9 +7,11 @@ Stations (an edit is a dict from a station to a function of the value passing th
     kv       (k, v), index              keys and values (batch, heads, tokens, d), just before attention
     enter    (x, prompts), index        the stream at the block's entrance; `prompts` tokens sit after the prefix tokens
     leave    (x, prompts), index        the stream at the block's exit
+    time     x, index, block, weights   the stream behind `enter`, with the block as it is without any edit
     attn_out a, index                   attention branch before LayerScale
     mid      y, index                   the stream after the attention residual
     mlp_out  m, index                   MLP branch before LayerScale
+    joint    z, index, h                the stream at the exit, given what the MLP read
     beside   z, index, y                the stream at the exit, given the stream y after the attention residual
     exit     z, index                   the same point, after `beside`
 """
@@ -149,6 +151,7 @@ def feed_forward(block, weights, h, index, edits):
 def block_forward(block, weights, x, prompts, index, edits):
     """The block: attention and MLP, each added to the stream. Answers with the stream and its number of prompts."""
     x, prompts = amend(edits, "enter", (x, prompts), index)
+    x = amend(edits, "time", x, index, block, weights)
     scale1, scale2 = (1 if key is None else weights[key] for key in block.scales)
     if block.norm_after:
         a = attend(block, weights, x, index, edits, prompts)
@@ -158,11 +161,13 @@ def block_forward(block, weights, x, prompts, index, edits):
         y = x + scale1 * attend(block, weights, h, index, edits, prompts)
     y = amend(edits, "mid", y, index)
     if block.norm_after:
-        m = feed_forward(block, weights, y, index, edits)
+        h = y
+        m = feed_forward(block, weights, h, index, edits)
         z = y + scale2 * normalise(block, weights, "norm2", m, index, edits)
     else:
         h = normalise(block, weights, "norm2", y, index, edits)
         z = y + scale2 * feed_forward(block, weights, h, index, edits)
+    z = amend(edits, "joint", z, index, h)
     z = amend(edits, "beside", z, index, y)
     z = amend(edits, "exit", z, index)
     return amend(edits, "leave", (z, prompts), index)

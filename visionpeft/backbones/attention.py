@@ -5,6 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Layer
+from visionpeft.sites import UNTOUCHED
 
 
 def open_in_front(
@@ -47,6 +48,28 @@ def attend(
 def dropout_of(attention: nn.Module) -> float:
     """The attention dropout in force."""
     return attention.attn_drop.p if attention.training else 0.0
+
+
+class AttendsBehindNorm:
+    """Mixed into a sited block of timm's that reads norm1 of the stream: its attention as the backbone has it, with
+    neither positions nor masks, and without what adapters do at its sites.
+    """
+
+    def attention_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the stream x (batch, tokens, width)."""
+        return UNTOUCHED.call(self.norm1, x)
+
+    def attend(self, h: torch.Tensor) -> torch.Tensor:
+        """The attention branch of h (batch, tokens, width) up to `attn_out`."""
+        return self.attn.attend(h)
+
+
+class AttendsToStream(AttendsBehindNorm):
+    """Likewise for a block whose norms follow attention and MLP."""
+
+    def attention_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the stream x (batch, tokens, width): the stream itself."""
+        return x
 
 
 def fused_qkv_layers(

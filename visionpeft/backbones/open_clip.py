@@ -19,28 +19,42 @@ from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fuse
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, norm_layers
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.errors import UnsupportedError
-from visionpeft.sites import Sites
+from visionpeft.sites import UNTOUCHED, Sites
 
 
-def project(attention: nn.MultiheadAttention | Attention, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """q, k, v (batch, heads, tokens, head width) of tokens x (batch, tokens, width), with what acts at their sites."""
+def project(
+    attention: nn.MultiheadAttention | Attention, x: torch.Tensor, sites: Sites | None = None
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v (batch, heads, tokens, head width) of tokens x (batch, tokens, width), with what acts at their sites.
+
+    The sites are those of the attention, if it has any, or the given ones.
+    """
+    sites = sites_of(attention) if sites is None else sites
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     qkv = F.linear(x, weight, bias)
-    sites = attention.__dict__.get("sites")
-    parts = qkv.chunk(3, dim=-1) if sites is None else apply_fused(sites, x, qkv, weight, bias)
+    parts = apply_fused(sites, x, qkv, weight, bias)
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts)
     if isinstance(attention, Attention):
-        q, k = attention.ln_q(q), attention.ln_k(k)
+        q, k = sites.call(attention.ln_q, q), sites.call(attention.ln_k, k)
     return q, k, v
 
 
-def join_heads(attention: nn.MultiheadAttention | Attention, x: torch.Tensor) -> torch.Tensor:
+def join_heads(
+    attention: nn.MultiheadAttention | Attention, x: torch.Tensor, sites: Sites | None = None
+) -> torch.Tensor:
     """Output (batch, tokens, width) of an attention from its attended values x (batch, heads, tokens, head width)."""
+    sites = sites_of(attention) if sites is None else sites
     if not isinstance(attention, Attention):
-        return attention.out_proj(x.transpose(1, 2).flatten(2))
+        return sites.call(attention.out_proj, x.transpose(1, 2).flatten(2))
     if attention.head_scale is not None:
         x = x * attention.head_scale
-    return attention.out_drop(attention.out_proj(attention.ln_inner(x.transpose(1, 2).flatten(2))))
+    x = sites.call(attention.ln_inner, x.transpose(1, 2).flatten(2))
+    return attention.out_drop(sites.call(attention.out_proj, x))
+
+
+def sites_of(attention: nn.MultiheadAttention | Attention) -> Sites:
+    """The sites of an attention; none act in one that has no adapters."""
+    return attention.__dict__.get("sites", UNTOUCHED)
 
 
 class SitedMultiheadAttention(nn.MultiheadAttention):
@@ -61,6 +75,11 @@ class SitedMultiheadAttention(nn.MultiheadAttention):
         x = attend(q, k, v, attn_mask=mask, dropout=self.dropout if self.training else 0.0)
         return join_heads(self, x), None
 
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width) without a mask and without what acts at the sites."""
+        x = attend(*project(self, x, UNTOUCHED), dropout=self.dropout if self.training else 0.0)
+        return join_heads(self, x, UNTOUCHED)
+
 
 class SitedCustomAttention(Attention):
     """OpenCLIP's own `Attention` (packed in_proj, optional q/k norm, head scale, inner norm) with sites."""
@@ -73,6 +92,11 @@ class SitedCustomAttention(Attention):
         k, v = self.sites.kv(k, v)
         mask = by_head(attn_mask, len(x), self.num_heads)
         return join_heads(self, attend(q, k, v, attn_mask=mask, dropout=dropout_of(self), fused=self.use_fsdpa))
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width) without a mask and without what acts at the sites."""
+        x = attend(*project(self, x, UNTOUCHED), dropout=dropout_of(self), fused=self.use_fsdpa)
+        return join_heads(self, x, UNTOUCHED)
 
 
 def by_head(mask: torch.Tensor | None, batch: int, heads: int) -> torch.Tensor | None:
@@ -125,6 +149,14 @@ class SitedResidualAttentionBlock(ResidualAttentionBlock):
         mask = self.sites.widen(additive(attn_mask, q_x))
         return residual_block(self, q_x, self.sites.enter(), lambda h: self.attention(h, attn_mask=mask))
 
+    def attention_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the stream x (batch, tokens, width), without what acts there."""
+        return UNTOUCHED.call(self.ln_1, x)
+
+    def attend(self, h: torch.Tensor) -> torch.Tensor:
+        """The attention branch of h (batch, tokens, width) up to `attn_out`, without mask and what acts in it."""
+        return self.attn.attend(h)
+
 
 class SitedCustomResidualAttentionBlock(CustomResidualAttentionBlock):
     """OpenCLIP `CustomResidualAttentionBlock` with sites."""
@@ -135,6 +167,14 @@ class SitedCustomResidualAttentionBlock(CustomResidualAttentionBlock):
         """Map tokens (batch, tokens, width) to the same shape."""
         mask = self.sites.widen(additive(attn_mask, x))
         return residual_block(self, x, self.sites.enter(), lambda h: self.attn(h, attn_mask=mask))
+
+    def attention_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the stream x (batch, tokens, width), without what acts there."""
+        return UNTOUCHED.call(self.ln_1, x)
+
+    def attend(self, h: torch.Tensor) -> torch.Tensor:
+        """The attention branch of h (batch, tokens, width) up to `attn_out`, without mask and what acts in it."""
+        return UNTOUCHED.call(self.ln_attn, self.attn.attend(h))
 
 
 @describe_attention.register(nn.MultiheadAttention)
@@ -188,6 +228,7 @@ def visual_tower(tower: VisionTransformer, path: str) -> Tower:
         layers=layers | norm_layers(norm_pre=tower.ln_pre, norm=tower.ln_post),
         patch_size=tuple(tower.patch_size),
         spanning=(tower, tower.transformer),
+        grid_size=tuple(tower.grid_size),
     )
 
 

@@ -5,11 +5,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models.beit import Attention, Beit, Block
 
-from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fused_qkv_layers
+from visionpeft.backbones.attention import AttendsBehindNorm, apply_fused, attend, dropout_of, fused_qkv_layers
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, pre_norm_block
 from visionpeft.backbones.timm_vit import timm_backbone
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer
-from visionpeft.sites import Sites
+from visionpeft.sites import UNTOUCHED, Sites
 
 
 class SitedBeitAttention(Attention):
@@ -19,18 +19,24 @@ class SitedBeitAttention(Attention):
 
     def forward(self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
         """Attend over tokens (batch, tokens, width)."""
+        return self._attention(x, self.sites, self.sites.widen(self.position_bias(shared_rel_pos_bias)))
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width) without positions and without what acts at the sites."""
+        return self._attention(x, UNTOUCHED, None)
+
+    def _attention(self, x: torch.Tensor, sites: Sites, position_bias: torch.Tensor | None) -> torch.Tensor:
         batch, tokens, _ = x.shape
         bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
         if bias is None or self.qkv_bias_separate:
             qkv = self.qkv(x) if bias is None else self.qkv(x) + bias
         else:
             qkv = F.linear(x, self.qkv.weight, bias)
-        parts = apply_fused(self.sites, x, qkv, self.qkv.weight, bias)
+        parts = apply_fused(sites, x, qkv, self.qkv.weight, bias)
         q, k, v = (part.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for part in parts)
-        k, v = self.sites.kv(k, v)
-        bias = self.sites.widen(self.position_bias(shared_rel_pos_bias))
-        x = attend(q, k, v, attn_mask=bias, dropout=dropout_of(self), fused=self.fused_attn)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(batch, tokens, -1)))
+        k, v = sites.kv(k, v)
+        x = attend(q, k, v, attn_mask=position_bias, dropout=dropout_of(self), fused=self.fused_attn)
+        return self.proj_drop(sites.call(self.proj, x.transpose(1, 2).reshape(batch, tokens, -1)))
 
     def position_bias(self, shared: torch.Tensor | None) -> torch.Tensor | None:
         """Relative position bias (1, heads, N, N), own and shared added, or None."""
@@ -40,7 +46,7 @@ class SitedBeitAttention(Attention):
         return own if shared is None else own + shared
 
 
-class SitedBeitBlock(Block):
+class SitedBeitBlock(Block, AttendsBehindNorm):
     """timm BEiT `Block` with sites: like the ViT block, with the layer scales gamma_1 and gamma_2."""
 
     sites: Sites

@@ -7,12 +7,20 @@ from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 
-from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fused_qkv_layers, thirds
+from visionpeft.backbones.attention import (
+    AttendsBehindNorm,
+    AttendsToStream,
+    apply_fused,
+    attend,
+    dropout_of,
+    fused_qkv_layers,
+    thirds,
+)
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, pre_norm_block
 from visionpeft.backbones.timm_layers import attention_output_layers
 from visionpeft.backbones.timm_vit import timm_backbone
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer
-from visionpeft.sites import Sites
+from visionpeft.sites import UNTOUCHED, Sites
 
 
 class SitedEvaAttention(EvaAttention):
@@ -28,16 +36,22 @@ class SitedEvaAttention(EvaAttention):
         is_causal: bool = False,
     ) -> torch.Tensor:
         """Attend over tokens (batch, tokens, width); `rope` rotates the patches, never prefix or prompt tokens."""
+        return rotary_attention(self, x, self.sites, rope, attn_mask, is_causal)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width) without positions and without what acts at the sites."""
+        return rotary_attention(self, x, UNTOUCHED)
+
+    def project(self, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
+        """q, k, v (batch, tokens, heads * head width) with what acts at these sites."""
         if self.qkv is None:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            return split_qkv(self, x, sites)
+        bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        if bias is None or self.qkv_bias_separate:
+            qkv = self.qkv(x) if bias is None else self.qkv(x) + bias
         else:
-            bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
-            if bias is None or self.qkv_bias_separate:
-                qkv = self.qkv(x) if bias is None else self.qkv(x) + bias
-            else:
-                qkv = F.linear(x, self.qkv.weight, bias)
-            q, k, v = apply_fused(self.sites, x, qkv, self.qkv.weight, bias)
-        return rotary_attention(self, x, (q, k, v), rope, attn_mask, is_causal)
+            qkv = F.linear(x, self.qkv.weight, bias)
+        return apply_fused(sites, x, qkv, self.qkv.weight, bias)
 
 
 class SitedAttentionRope(AttentionRope):
@@ -53,41 +67,53 @@ class SitedAttentionRope(AttentionRope):
         is_causal: bool = False,
     ) -> torch.Tensor:
         """Attend over tokens (batch, tokens, width); `rope` rotates the patches, never prefix or prompt tokens."""
+        return rotary_attention(self, x, self.sites, rope, attn_mask, is_causal)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width) without positions and without what acts at the sites."""
+        return rotary_attention(self, x, UNTOUCHED)
+
+    def project(self, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
+        """q, k, v (batch, tokens, heads * head width) with what acts at these sites."""
         if self.qkv is None:
-            qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        else:
-            qkv = apply_fused(self.sites, x, self.qkv(x), self.qkv.weight, self.qkv.bias)
-        return rotary_attention(self, x, qkv, rope, attn_mask, is_causal)
+            return split_qkv(self, x, sites)
+        return apply_fused(sites, x, self.qkv(x), self.qkv.weight, self.qkv.bias)
 
 
-def rotary_attention(attention, x, qkv, rope, attn_mask, is_causal) -> torch.Tensor:
-    """What EvaAttention and AttentionRope do with projected q, k, v (batch, tokens, heads * head width)."""
+def split_qkv(attention, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
+    """q, k, v (batch, tokens, heads * head width) of three separate layers."""
+    return tuple(sites.call(layer, x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+
+
+def rotary_attention(attention, x, sites, rope=None, attn_mask=None, is_causal=False) -> torch.Tensor:
+    """What EvaAttention and AttentionRope do with tokens (batch, tokens, width), and what acts at these sites."""
     batch, tokens, _ = x.shape
-    gate = attention.gate(x).sigmoid() if attention.gate is not None else None
+    gate = sites.call(attention.gate, x).sigmoid() if attention.gate is not None else None
+    qkv = attention.project(x, sites)
     heads = (attention.num_heads, *(getattr(attention, "num_kv_heads", attention.num_heads),) * 2)
     q, k, v = (part.reshape(batch, tokens, h, -1).transpose(1, 2) for part, h in zip(qkv, heads, strict=True))
-    q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = sites.call(attention.q_norm, q), sites.call(attention.k_norm, k)
     if rope is not None:
-        fixed = attention.num_prefix_tokens + attention.sites.extra_tokens
+        fixed = attention.num_prefix_tokens + sites.extra_tokens
         half = getattr(attention, "rotate_half", False)
         q, k = (
             torch.cat((t[:, :, :fixed], apply_rot_embed_cat(t[:, :, fixed:], rope, half=half)), dim=2).type_as(v)
             for t in (q, k)
         )
-    k, v = attention.sites.kv(k, v)
+    k, v = sites.kv(k, v)
     groups = heads[0] // heads[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     x = attend(
         q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout_of(attention), fused=attention.fused_attn
     )
-    x = attention.norm(x.transpose(1, 2).reshape(batch, tokens, -1))
+    x = sites.call(attention.norm, x.transpose(1, 2).reshape(batch, tokens, -1))
     if gate is not None:
         x = x * gate
-    return attention.proj_drop(attention.proj(x))
+    return attention.proj_drop(sites.call(attention.proj, x))
 
 
-class SitedEvaBlock(EvaBlock):
+class SitedEvaBlock(EvaBlock, AttendsBehindNorm):
     """timm `EvaBlock` with sites: like the ViT block, with the layer scales gamma_1 and gamma_2."""
 
     sites: Sites
@@ -111,7 +137,7 @@ class SitedEvaBlock(EvaBlock):
         return at("stream_out", x + self.drop_path2(h if self.gamma_2 is None else self.gamma_2 * h))
 
 
-class SitedEvaBlockPostNorm(EvaBlockPostNorm):
+class SitedEvaBlockPostNorm(EvaBlockPostNorm, AttendsToStream):
     """timm `EvaBlockPostNorm` with sites: the norms follow attention and MLP."""
 
     sites: Sites

@@ -9,7 +9,7 @@ from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fuse
 from visionpeft.backbones.dispatch import describe_attention, describe_mlp, norm_layers
 from visionpeft.backbones.tower import Layer
 from visionpeft.errors import UnsupportedError
-from visionpeft.sites import Sites
+from visionpeft.sites import UNTOUCHED, Sites
 
 
 class SitedAttention(Attention):
@@ -19,17 +19,27 @@ class SitedAttention(Attention):
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
         """Attend over tokens (batch, tokens, width)."""
-        batch, tokens, _ = x.shape
-        gate = self.gate(x).sigmoid() if self.gate is not None else None
-        qkv = apply_fused(self.sites, x, self.qkv(x), self.qkv.weight, self.qkv.bias)
-        q, k, v = (part.reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2) for part in qkv)
-        q, k = self.q_norm(q), self.k_norm(k)
-        k, v = self.sites.kv(k, v)
-        x = attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout_of(self), fused=self.fused_attn)
-        x = self.norm(x.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
-        if gate is not None:
-            x = x * gate
-        return self.proj_drop(self.proj(x))
+        return plain_attention(self, x, self.sites, attn_mask, is_causal)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width) as the backbone does, without what acts at the sites."""
+        return plain_attention(self, x, UNTOUCHED)
+
+
+def plain_attention(attention, x, sites, attn_mask=None, is_causal=False) -> torch.Tensor:
+    """What timm's `Attention` does with tokens (batch, tokens, width), and what acts at these sites."""
+    batch, tokens, _ = x.shape
+    gate = sites.call(attention.gate, x).sigmoid() if attention.gate is not None else None
+    qkv = apply_fused(sites, x, attention.qkv(x), attention.qkv.weight, attention.qkv.bias)
+    q, k, v = (part.reshape(batch, tokens, attention.num_heads, attention.head_dim).transpose(1, 2) for part in qkv)
+    q, k = sites.call(attention.q_norm, q), sites.call(attention.k_norm, k)
+    k, v = sites.kv(k, v)
+    dropout, fused = dropout_of(attention), attention.fused_attn
+    x = attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout, fused=fused)
+    x = sites.call(attention.norm, x.transpose(1, 2).reshape(batch, tokens, attention.attn_dim))
+    if gate is not None:
+        x = x * gate
+    return attention.proj_drop(sites.call(attention.proj, x))
 
 
 @describe_attention.register

@@ -4,12 +4,13 @@ import torch
 import torch.nn as nn
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 
+from visionpeft.backbones.attention import AttendsBehindNorm, AttendsToStream
 from visionpeft.backbones.dispatch import describe_block, describe_model, norm_layers, pre_norm_block
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.sites import Sites
 
 
-class SitedBlock(Block):
+class SitedBlock(Block, AttendsBehindNorm):
     """timm `Block` with sites: x + drop_path(ls1(attn(norm1 x))), then x + drop_path(ls2(mlp(norm2 x)))."""
 
     sites: Sites
@@ -26,7 +27,7 @@ class SitedBlock(Block):
         return at("stream_out", x + self.drop_path2(self.ls2(h)))
 
 
-class SitedResPostBlock(ResPostBlock):
+class SitedResPostBlock(ResPostBlock, AttendsToStream):
     """timm `ResPostBlock` with sites: the norms follow attention and MLP, so attn_in and mlp_in see the stream."""
 
     sites: Sites
@@ -71,6 +72,7 @@ def timm_backbone(model: nn.Module, **norms: nn.Module) -> Backbone:
         patch_size=tuple(model.patch_embed.patch_size),
         spanning=(model,),
         excluded=("head.", "head_dist."),
+        grid_size=None if getattr(model, "dynamic_img_size", False) else model.patch_embed.grid_size,
     )
     heads = tuple(
         name for name in ("head", "head_dist") if not isinstance(getattr(model, name, nn.Identity()), nn.Identity)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
+from visionpeft.backbones.frames import Frames
+
 
 @dataclass
 class Layer:
@@ -109,6 +111,8 @@ class Tower:
         spanning: modules whose `forward_intermediates` cannot be used while prompts stay for several blocks.
         final_norms: names of the layers that normalise behind the last block.
         excluded: prefixes of parameter names in `module` that belong to a head or to another tower.
+        grid_size: rows and columns of patches in images of the tower's own size, None if it has none.
+        frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
     """
 
     name: str
@@ -123,6 +127,8 @@ class Tower:
     spanning: tuple[nn.Module, ...] = ()
     final_norms: tuple[str, ...] = ("norm", "fc_norm")
     excluded: tuple[str, ...] = ()
+    grid_size: tuple[int, int] | None = None
+    frames: Frames | None = None
 
     @property
     def depth(self) -> int:
@@ -163,6 +169,7 @@ class Backbone:
         towers: its towers by name.
         heads: paths of the classification heads, empty if the model has none.
         refused: why a tower of the model is missing from `towers`, by its name.
+        unused_heads: paths of classification heads that the model has, but does not call.
     """
 
     library: str
@@ -171,3 +178,4 @@ class Backbone:
     towers: dict[str, Tower]
     heads: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
+    unused_heads: tuple[str, ...] = ()

@@ -7,9 +7,9 @@ import torch.nn as nn
 
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, fill
 from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError
+from visionpeft.templates import PHOTO, fill
 
 
 class CLIPAdapter(Learner):

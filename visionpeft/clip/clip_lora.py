@@ -13,9 +13,9 @@ from visionpeft.addressing import Blocks
 from visionpeft.attach import attach
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, check_templates, fill
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.lora import LoRA
+from visionpeft.templates import PHOTO, check_templates, fill
 
 
 class CLIPLoRA(Learner):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from visionpeft.clip.coop import Position, context_prompts, initial_context
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO
 from visionpeft.errors import ConfigurationError
+from visionpeft.templates import PHOTO
 
 
 class KgCoOp(Learner):
@@ -36,6 +36,8 @@ class KgCoOp(Learner):
         ConfigurationError: an unknown position, a negative weight, a context longer than `init`, or a prompt longer
             than the text tower reads.
     """
+
+    template_style = "kgcoop"
 
     def __init__(
         self,

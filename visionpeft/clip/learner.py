@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from visionpeft.attach import has_adapters
 from visionpeft.backbones.dispatch import describe
 from visionpeft.clip.layout import Layout, Tokenizer, Tokens, clean_class_names
-from visionpeft.clip.templates import check_templates, ensemble, template_layouts
+from visionpeft.clip.templates import ensemble, template_layouts
 from visionpeft.clip.text import TextEncoder, unit
 from visionpeft.described_tensors import check_tensors
 from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.templates import check_templates
 
 Kept = TypeVar("Kept")
 
@@ -40,6 +41,7 @@ class Learner(nn.Module):
         frozen_images: image features do not depend on what is trained, so that they can be kept.
         class_bound: what is trained belongs to these very classes.
         by_gradient: an optimiser has something to train; otherwise `fit_features` or nothing at all does the learning.
+        template_style: which of a data set's own templates it takes; see `visionpeft.data.dataset_template`.
         chunk_size: most texts that are encoded at a time, None for all; less memory, the same gradient.
         fast_text: leave out the work in the text tower that cannot matter.
 
@@ -51,6 +53,7 @@ class Learner(nn.Module):
     frozen_images = True
     class_bound = False
     by_gradient = True
+    template_style = "zero_shot"
 
     def __init__(
         self,

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from visionpeft.clip.coop import Position, context_prompts
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, check_templates
 from visionpeft.errors import ConfigurationError
+from visionpeft.templates import PHOTO, check_templates
 
 
 def project(gradient: torch.Tensor, general: torch.Tensor, strength: float) -> torch.Tensor:
@@ -48,6 +48,8 @@ class ProGrad(Learner):
         ConfigurationError: an unknown position, a temperature that is not positive, a context shorter than the phrase,
             or a prompt longer than the text tower reads.
     """
+
+    template_style = "prograd"
 
     def __init__(
         self,

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from visionpeft.attach import use
 from visionpeft.clip.independent_prompts import IndependentPrompts
-from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError
+from visionpeft.templates import PHOTO
 
 
 class PromptSRC(IndependentPrompts):

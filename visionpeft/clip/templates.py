@@ -1,4 +1,4 @@
-"""Hand-written templates such as "a photo of a {}.", and the frozen text features they give."""
+"""The texts that hand-written templates make of class names, and the frozen text features they give."""
 
 from collections.abc import Sequence
 
@@ -6,29 +6,7 @@ import torch
 
 from visionpeft.clip.layout import Layout, Tokenizer
 from visionpeft.clip.text import TextEncoder, unit
-from visionpeft.errors import ConfigurationError
-
-PHOTO = "a photo of a {}."
-
-
-def fill(template: str, name: str) -> str:
-    """The template with the class name in the place of {}."""
-    return template.replace("{}", name)
-
-
-def check_templates(template: str | Sequence[str]) -> tuple[str, ...]:
-    """One or several templates as a tuple.
-
-    Raises:
-        ConfigurationError: there is none, or one does not have exactly one {}.
-    """
-    templates = (template,) if isinstance(template, str) else tuple(template)
-    if not templates:
-        raise ConfigurationError("at least one template is needed, such as 'a photo of a {}.'")
-    for each in templates:
-        if not isinstance(each, str) or each.count("{}") != 1:
-            raise ConfigurationError(f"template {each!r} must have one {{}} where the class name stands")
-    return templates
+from visionpeft.templates import fill
 
 
 def template_layouts(tokenizer: Tokenizer, templates: Sequence[str], class_names: Sequence[str]) -> list[Layout]:

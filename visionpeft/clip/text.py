@@ -135,7 +135,8 @@ class TextEncoder:
                 if sites is not None:
                     acting += [each for modules in sites.acting.values() for each in modules]
                     acting += [each for branches in sites.branches.values() for each, _ in branches]
-                for each in acting:
+                # Another object wraps a module for whole texts, which are run in full.
+                for each in filter(lambda each: isinstance(each, nn.Module), acting):
                     yield from each.modules()
 
     def _embedded(self, rows: Rows, context: torch.Tensor | None) -> torch.Tensor:

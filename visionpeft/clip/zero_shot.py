@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.templates import PHOTO, fill
 
 
 class ZeroShot(Learner):

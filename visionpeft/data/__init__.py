@@ -1,4 +1,4 @@
-"""Lightning data modules: benchmarks, people's own images and the embedded set."""
+"""Lightning data modules: benchmarks, people's own images and videos, and the embedded sets."""
 
 from visionpeft.data.few_shot import FewShot
 from visionpeft.data.fgvc import FGVC
@@ -7,17 +7,36 @@ from visionpeft.data.image_list import ClipArt, ImageList
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.templates import dataset_template
 from visionpeft.data.unlabelled import files_dataloader, find_images
+from visionpeft.data.video_benchmarks import HMDB51, UCF101, Kinetics, SomethingSomethingV2
+from visionpeft.data.video_folder import VideoFolder, VideoList
+from visionpeft.data.video_module import VideoDataModule
+from visionpeft.data.video_motion import Motion
+from visionpeft.data.video_sampling import FrameSampling
+from visionpeft.data.video_transforms import ClipAugmentation
+from visionpeft.data.video_unlabelled import find_videos, videos_dataloader
 from visionpeft.data.vtab import VTAB1k
 
 __all__ = [
     "FGVC",
+    "HMDB51",
+    "UCF101",
     "ClipArt",
+    "ClipAugmentation",
     "FewShot",
+    "FrameSampling",
     "ImageDataModule",
     "ImageFolder",
     "ImageList",
+    "Kinetics",
+    "Motion",
+    "SomethingSomethingV2",
     "VTAB1k",
+    "VideoDataModule",
+    "VideoFolder",
+    "VideoList",
     "dataset_template",
     "files_dataloader",
     "find_images",
+    "find_videos",
+    "videos_dataloader",
 ]

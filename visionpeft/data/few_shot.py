@@ -9,11 +9,11 @@ from visionpeft.data.few_shot_draw import Classes, Draw, class_subset, draw, rea
 from visionpeft.data.few_shot_splits import Place, Splits, read_image_folder, read_image_lists, read_splits
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import ImageFiles, ImageSet, Row, path_inside
-from visionpeft.data.templates import check_template
+from visionpeft.data.templates import dataset_template
 from visionpeft.data.transforms import Augmentation, Resize
 from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.templates import PHOTO, check_templates
 
-OWN_TEMPLATE = "a photo of a {}."
 OWN = {"folder": [], "list": ["csv"]}
 
 
@@ -39,7 +39,8 @@ class FewShot(ImageDataModule):
         image_folder: Folder of its images in that, in place of the usual ones.
         split_file: Split file, in place of the one in the data set's folder.
         store: JSON file that keeps the draw: read if it exists, and refused if it is of another split, else written.
-        template: Prompt template recorded with the data and used for zero-shot; the data set's own when absent.
+        template: Prompt template, or name of a set of them, recorded with the data and used for zero-shot; the data
+            set's own when absent.
         class_names: Names in the order of the labels, in place of those of the data set.
         val_fraction: Of dataset "folder" without splits: share of each class held out for selection.
         test_fraction: Of dataset "folder" without splits: share of each class held out for the test.
@@ -78,9 +79,9 @@ class FewShot(ImageDataModule):
         definitions = few_shot_datasets()
         key = find_few_shot(dataset, OWN)
         _check(shots, classes, split)
-        template = check_template(
-            template or definitions.get(key, {}).get("templates", {}).get("zero_shot", OWN_TEMPLATE)
-        )
+        self.own_template = template is not None
+        template = template or definitions.get(key, {}).get("templates", {}).get("zero_shot", PHOTO)
+        check_templates(template)
         if key in OWN:
             splits = _own(key, root, class_names, val_fraction, test_fraction)
         else:
@@ -124,8 +125,17 @@ class FewShot(ImageDataModule):
 
     @property
     def template(self) -> str:
-        """The prompt template of this data; `{}` stands for the class name."""
+        """The prompt template of this data, `{}` standing for the class name, or the name of a set of them."""
         return str(self.images.about["template"])
+
+    def template_for(self, style: str) -> str:
+        """The template that a learner of this style takes for this data set: the one given, if one was.
+
+        Args:
+            style: "zero_shot", "prograd" or "kgcoop"; see `dataset_template`.
+        """
+        key = str(self.images.about["task"])
+        return self.template if self.own_template or key in OWN else dataset_template(key, style)
 
 
 def _check(shots: int | None, classes: str, split: str) -> None:

@@ -1,5 +1,6 @@
 """People's own images in a folder for each class."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from visionpeft.data.images import list_images
@@ -52,10 +53,10 @@ class ImageFolder(ImageDataModule):
             for split, names in SPLIT_FOLDERS.items()
         }
         if given["train"]:
-            images = {split: _classes(folder) for split, folder in given.items() if folder}
+            images = {split: class_files(folder) for split, folder in given.items() if folder}
             division = "folders"
         else:
-            images = _divided(_classes(root), val_fraction, test_fraction, split_seed)
+            images = divided(class_files(root), val_fraction, test_fraction, split_seed)
             division = f"random, val {val_fraction:g}, test {test_fraction:g}, seed {split_seed}"
         class_names = sorted(set().union(*images.values()))
         sources = {split: _labelled(classes, class_names) for split, classes in images.items()}
@@ -69,29 +70,31 @@ class ImageFolder(ImageDataModule):
         super().__init__(ImageSet(sources, class_names, about), resize=resize, augmentation=augmentation, **kwargs)
 
 
-def _classes(folder: Path) -> dict[str, list[Path]]:
-    """Images of each class folder.
+def class_files(
+    folder: Path, find: Callable[[Path], list[Path]] = list_images, kind: str = "image"
+) -> dict[str, list[Path]]:
+    """Images of each class folder, or whatever `find` finds there and messages call `kind`.
 
     Raises:
         DataError: no class folders, or one without images.
     """
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
-        raise DataError(f"image folder {folder} holds no class folders; images must lie in {folder}/<class>/")
-    classes = {path.name: list_images(path) for path in folders}
+        raise DataError(f"{kind} folder {folder} holds no class folders; {kind}s must lie in {folder}/<class>/")
+    classes = {path.name: find(path) for path in folders}
     for name, images in classes.items():
         if not images:
-            raise DataError(f"class folder {folder / name} holds no images")
+            raise DataError(f"class folder {folder / name} holds no {kind}s")
     return classes
 
 
-def _divided(
-    classes: dict[str, list[Path]], val_fraction: float, test_fraction: float, seed: int
+def divided(
+    classes: dict[str, list[Path]], val_fraction: float, test_fraction: float, seed: int, kind: str = "image"
 ) -> dict[str, dict[str, list[Path]]]:
     """Split each class at random; splits of share 0 are left out.
 
     Raises:
-        DataError: a split with a share above 0 gets no image of any class.
+        DataError: a split with a share above 0 gets nothing of any class.
     """
     splits: dict[str, dict[str, list[Path]]] = {"train": {}, "val": {}, "test": {}}
     for number, (name, images) in enumerate(classes.items()):
@@ -106,8 +109,8 @@ def _divided(
             del splits[split]
         elif not any(splits[split].values()):
             raise DataError(
-                f"too few images for a {split} split of {share:g} of each class; "
-                f"add images, or change {split}_fraction (0 leaves the split out)"
+                f"too few {kind}s for a {split} split of {share:g} of each class; "
+                f"add {kind}s, or change {split}_fraction (0 leaves the split out)"
             )
     return splits
 

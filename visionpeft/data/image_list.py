@@ -46,7 +46,7 @@ class ImageList(ImageDataModule):
         files = {split: Path(file) for split, file in (("train", train), ("val", val), ("test", test)) if file}
         splits = {split: without_duplicates(read_list(file)) for split, file in files.items()}
         check_disjoint(splits)
-        names, index = _class_index([row for rows in splits.values() for row in rows], class_names)
+        names, index = class_index([row for rows in splits.values() for row in rows], class_names)
         folder = files["train"].parent if root == "auto" else root
         sources = {
             split: ImageFiles(
@@ -86,7 +86,7 @@ class ClipArt(ImageList):
         )
 
 
-def _class_index(rows: list[Row], class_names: Sequence[str] | None) -> tuple[list[str], dict[int | str, int]]:
+def class_index(rows: list[Row], class_names: Sequence[str] | None) -> tuple[list[str], dict[int | str, int]]:
     """Class names, and the class index of each label as written: a name, or an integer.
 
     Raises:

@@ -83,7 +83,7 @@ class ImageFiles:
                 raise DataError(f"image file {path} does not exist")
 
 
-def path_inside(root: Path, path: str, where: str) -> Path:
+def path_inside(root: Path, path: str, where: str, kind: str = "image") -> Path:
     """`root / path`, refused when the path as written leaves the root.
 
     Raises:
@@ -91,11 +91,11 @@ def path_inside(root: Path, path: str, where: str) -> Path:
     """
     written = PurePath(path)
     if written.is_absolute() or ".." in written.parts:
-        raise DataError(f"{where}: the path '{path}' leaves the image folder {root}; use paths inside it")
+        raise DataError(f"{where}: the path '{path}' leaves the {kind} folder {root}; use paths inside it")
     return root / written
 
 
-def without_duplicates(rows: Iterable[Row]) -> list[Row]:
+def without_duplicates(rows: Iterable[Row], kind: str = "image") -> list[Row]:
     """Rows with repeated lines kept once, in order.
 
     Raises:
@@ -106,23 +106,24 @@ def without_duplicates(rows: Iterable[Row]) -> list[Row]:
         earlier = first.setdefault(row.path, row)
         if earlier.label != row.label:
             raise DataError(
-                f"{row.where}: image '{row.path}' has label '{row.label}' here and '{earlier.label}' in {earlier.where}"
+                f"{row.where}: {kind} '{row.path}' has label '{row.label}' here and '{earlier.label}' in "
+                f"{earlier.where}"
             )
     return list(first.values())
 
 
-def check_disjoint(splits: dict[str, list[Row]]) -> None:
+def check_disjoint(splits: dict[str, list[Row]], kind: str = "image") -> None:
     """Raise DataError when an image is listed in two of the splits."""
     seen: dict[str, str] = {}
     for split, rows in splits.items():
         for row in rows:
             if seen.setdefault(row.path, split) != split:
-                raise DataError(f"{row.where}: image '{row.path}' is also in the {seen[row.path]} split")
+                raise DataError(f"{row.where}: {kind} '{row.path}' is also in the {seen[row.path]} split")
 
 
 @dataclass
 class ImageSet:
-    """Labelled images, before anything is done to them.
+    """Labelled images (or videos), before anything is done to them.
 
     Args:
         sources: Splits by name: "train", and optionally "val" (for selection) and "test"; or "test" alone.
@@ -130,6 +131,7 @@ class ImageSet:
         about: First entries of a run's record: data set, task, what is trained on and selected on.
         notes: Remarks for that record, such as sizes that differ from the published ones.
         untrained_classes: Allow classes that have no training image.
+        kind: What they are called in messages.
     """
 
     sources: dict[str, Source]
@@ -137,6 +139,7 @@ class ImageSet:
     about: dict[str, object]
     notes: list[str] = field(default_factory=list)
     untrained_classes: bool = False
+    kind: str = "image"
 
     def check(self) -> None:
         """Check that there is something to learn, and that what is scored can be learnt.
@@ -148,7 +151,7 @@ class ImageSet:
         names = self.class_names
         for split, source in self.sources.items():
             if len(source) == 0:
-                raise DataError(f"the {split} split holds no images")
+                raise DataError(f"the {split} split holds no {self.kind}s")
         if len(names) < 2:
             raise DataError(f"a data set needs at least two classes, found {len(names)}: {', '.join(names)}")
         if self.untrained_classes or "train" not in self.sources:
@@ -158,8 +161,9 @@ class ImageSet:
             unseen = sorted(set(source.labels) - trained)
             if unseen:
                 raise DataError(
-                    f"class '{names[unseen[0]]}' is in the {split} split and has no image in the train split"
+                    f"class '{names[unseen[0]]}' is in the {split} split and has no {self.kind} in the train "
+                    "split"
                 )
         missing = sorted(set(range(len(names))) - trained)
         if missing:
-            raise DataError(f"class '{names[missing[0]]}' has no image in the train split")
+            raise DataError(f"class '{names[missing[0]]}' has no {self.kind} in the train split")

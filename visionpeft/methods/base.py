@@ -8,6 +8,7 @@ from itertools import chain
 import torch.nn as nn
 
 from visionpeft.addressing import select_blocks
+from visionpeft.backbones.frames import Frames
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Placement, Shared
@@ -78,6 +79,20 @@ def require(condition: bool, method: Method, sentence: str) -> None:
     """Raise a ConfigurationError that names the method unless the condition holds."""
     if not condition:
         raise ConfigurationError(f"{type(method).__name__}: {sentence}")
+
+
+def frames_of(method: Method, tower: Tower) -> Frames:
+    """How clips lie in the batches of a tower, for methods that act across the frames of a clip.
+
+    Raises:
+        UnsupportedError: if the tower takes images that are samples of their own.
+    """
+    if tower.frames is None:
+        raise UnsupportedError(
+            f"{type(method).__name__} acts across the frames of clips, but this model takes single images; attach it to "
+            "a VideoClassifier of the model"
+        )
+    return tower.frames
 
 
 def describe_method(method: Method) -> dict:

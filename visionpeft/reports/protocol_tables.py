@@ -186,7 +186,7 @@ def _what(rows: list[dict]) -> str:
 
 def _shots(scores: pd.DataFrame) -> str:
     numbers = [number for number in scores["shots"].unique() if number]
-    return f" with {numbers[0]} shots" if len(numbers) == 1 else ""
+    return f" with {numbers[0]} shot{'' if numbers[0] == 1 else 's'}" if len(numbers) == 1 else ""
 
 
 def _write(path: Path, text: str) -> None:

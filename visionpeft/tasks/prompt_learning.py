@@ -95,9 +95,8 @@ class PromptLearning(ImageTask):
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how the CLIP wants its images, and the learner the data set's template."""
         super().connect(datamodule)
-        template = getattr(datamodule, "template", None)
-        if template is not None:
-            self.learner.set_template(template)
+        if hasattr(datamodule, "template_for"):
+            self.learner.set_template(datamodule.template_for(self.learner.template_style))
 
     def setup(self, stage: str) -> None:
         """Connect task and data; before training, fit what is not learnt by gradient steps."""

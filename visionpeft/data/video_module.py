@@ -1,0 +1,153 @@
+"""What all video data sets share: clips, test views, skipping damaged videos, the written record."""
+
+from visionpeft.data.module import ImageDataModule
+from visionpeft.data.records import ImageSet
+from visionpeft.data.video_dataset import VideoDataset
+from visionpeft.data.video_files import VideoFiles
+from visionpeft.data.video_sampling import FrameSampling
+from visionpeft.data.video_transforms import ClipAugmentation, ClipTransform
+from visionpeft.errors import ConfigurationError, DataError
+
+SAMPLING = FrameSampling()
+AUGMENTATION = ClipAugmentation()
+
+
+class VideoDataModule(ImageDataModule):
+    """Labelled videos in a train split and, where there are any, a val split (for selection) and a test split.
+
+    Loaders, order, resuming and normalisation are those of images. Training and val batches hold one clip of each
+    video, float32 (B, 3, T, H, W); test batches hold its views, (B, V, 3, T, H, W), for each temporal clip its crops.
+
+    Args:
+        videos: Splits of `VideoFiles`, class names and what is to be recorded about them.
+        mirrored: Whether a mirrored video keeps its label.
+        sampling: Which frames make a clip.
+        augmentation: Of training clips.
+        test_crops: Crops of each test clip: 1 (centre) or 3 along the longer side.
+        batch_size: Videos in a batch.
+        num_workers: Processes that decode videos; 0 decodes in the main process.
+        normalisation: "pretrained" (the backbone's), "imagenet", "half" (mean and std 0.5) or "none".
+        drop_last: Leave out the last incomplete training batch of each epoch.
+        test_samples: Score a fixed random subset of the test split, this large; all of it when absent.
+        skip_corrupt: Leave damaged videos out (each is decoded once before training, counted and reported) instead of
+            stopping at the first one.
+        seed: Of shuffling, frames and augmentation; the seed given to Lightning when absent.
+        test_batch_size: Videos in a batch of the val and test splits; as `batch_size` when absent.
+        shuffle_test_frames: Put the frames of test clips in a random order, to see whether their order is used.
+    """
+
+    def __init__(
+        self,
+        videos: ImageSet,
+        *,
+        mirrored: bool = True,
+        sampling: FrameSampling = SAMPLING,
+        augmentation: ClipAugmentation = AUGMENTATION,
+        test_crops: int = 1,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        normalisation: str = "pretrained",
+        drop_last: bool = False,
+        test_samples: int | None = None,
+        skip_corrupt: bool = False,
+        seed: int | None = None,
+        test_batch_size: int | None = None,
+        shuffle_test_frames: bool = False,
+    ):
+        if test_crops not in (1, 3):
+            raise ConfigurationError(f"test_crops {test_crops} must be 1 or 3")
+        if augmentation.flip and not mirrored:
+            raise ConfigurationError(f"flip changes labels of {videos.about['dataset']}; leave it off")
+        super().__init__(
+            videos,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            resize="crop",
+            normalisation=normalisation,
+            drop_last=drop_last,
+            cache_in_memory=False,
+            test_samples=test_samples,
+            skip_corrupt=skip_corrupt,
+            seed=seed,
+            test_batch_size=test_batch_size,
+        )
+        self.sampling = sampling
+        self.augmentation = augmentation
+        self.test_crops = test_crops
+        self.shuffle_test_frames = shuffle_test_frames
+
+    @property
+    def deterministic_views(self) -> None:
+        """Frames are chosen anew in each epoch."""
+        return None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check that all videos exist, and with `skip_corrupt` that they can be decoded. Done once.
+
+        Raises:
+            DataError: a video is missing, or skipping leaves a split or a class without videos.
+        """
+        if self._checked:
+            return
+        for split, source in self.sources.items():
+            source.check_exist()
+            if self.skip_corrupt:
+                readable = source.readable(self.num_workers)
+                self.skipped[split] = len(source) - len(readable)
+                self.sources[split] = source.subset(readable)
+        self.images.check()
+        self._checked = True
+
+    def dataset(self, split: str) -> VideoDataset:
+        """The clips of "train" (random and augmented), "val" (one view) or "test" (all views).
+
+        Raises:
+            DataError: there is no such split.
+            ConfigurationError: `preprocessing` was not set.
+        """
+        if split not in self.sources:
+            raise DataError(
+                f"{self.images.about['dataset']} has no {split} split here; it has {', '.join(self.sources)}"
+            )
+        if self.preprocessing is None:
+            raise ConfigurationError("set the data module's `preprocessing` to the backbone's before asking for videos")
+        tested = split == "test"
+        return VideoDataset(
+            self.sources[split],
+            self.sampling,
+            ClipTransform(self.preprocessing, self.augmentation if split == "train" else None),
+            seed=self._seed(),
+            crops=self.test_crops if tested else None,
+            shuffle_frames=self.shuffle_test_frames and tested,
+        )
+
+    def description(self) -> dict[str, object]:
+        """What was trained, selected and scored on and how videos were treated, for the record of a run."""
+        used = self.preprocessing
+        return {
+            **self.images.about,
+            "classes": len(self.class_names),
+            "sizes": {split: len(source) for split, source in self.sources.items()},
+            "test_subset": self.test_subset,
+            "skipped_videos": dict(self.skipped),
+            "input_size": list(used.input_size) if used else None,
+            "interpolation": used.interpolation if used else None,
+            "sampling": vars(self.sampling) | {},
+            "test_views": self.sampling.test_clips * self.test_crops,
+            "test_crops": self.test_crops,
+            "shuffle_test_frames": self.shuffle_test_frames,
+            "augmentation": vars(self.augmentation) | {"area": list(self.augmentation.area)},
+            "normalisation": {
+                "source": self.normalisation,
+                "mean": list(used.mean) if used else None,
+                "std": list(used.std) if used else None,
+            },
+            "notes": list(self.images.notes),
+        }
+
+
+def video_set(
+    sources: dict[str, VideoFiles], class_names: list[str], about: dict[str, object], notes: list[str] | None = None
+) -> ImageSet:
+    """Splits of videos with their record."""
+    return ImageSet(sources, class_names, about, notes or [], kind="video")

@@ -1,0 +1,301 @@
+"""Reading single frames of videos: encoded files by PyAV, decoding from the nearest keyframe on, and folders of frames.
+
+A frame is known by its place in order of presentation, whatever the frame rate does. Memory holds eight bytes for each
+frame of a video and what is made of the frames asked for, however long the video is.
+"""
+
+import re
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import av
+import numpy as np
+from av.stream import Disposition
+from PIL import Image
+
+from visionpeft.data.images import EXTENSIONS as IMAGE_EXTENSIONS
+from visionpeft.data.images import list_images, open_image
+from visionpeft.errors import DataError
+
+EXTENSIONS = frozenset(
+    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .3gp .ts .mts .m2ts .ogv .gif".split()  # noqa: SIM905
+)
+REMEDY = "repair or remove it, or set skip_corrupt to leave it out"
+# A decoder may return a frame or two fewer than there are packets (DivX); the last frame then stands for them.
+MISSING_AT_END = 2
+
+Prepared = TypeVar("Prepared")
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """Where the frames of an encoded video are.
+
+    Args:
+        frames: Number of frames.
+        times: Time stamp of each frame in order of presentation, int64 (frames,); empty where the file has none that
+            can be relied on, and frames can only be counted from the beginning.
+        keyframes: Time stamps of the keyframes, int64, ascending.
+    """
+
+    frames: int
+    times: np.ndarray
+    keyframes: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Memory taken."""
+        return self.times.nbytes + self.keyframes.nbytes
+
+
+def open_video(path: Path, index: FrameIndex | None = None) -> "EncodedVideo | FrameFolder":
+    """A video file or a folder of frames, with `len` and `read`.
+
+    Args:
+        path: File or folder.
+        index: Of a file that was opened before.
+
+    Raises:
+        DataError: the file is missing, damaged, cut off or holds no video; the folder holds no images.
+    """
+    return FrameFolder(path) if path.is_dir() else EncodedVideo(path, index)
+
+
+def list_videos(folder: Path) -> list[Path]:
+    """Videos under `folder`, at any depth, sorted: video files, and folders that directly hold images (frames)."""
+    found = set()
+    for path in folder.rglob("*"):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts) or not path.is_file():
+            continue
+        if path.suffix.lower() in EXTENSIONS:
+            found.add(path)
+        elif path.suffix.lower() in IMAGE_EXTENSIONS and path.parent != folder:
+            found.add(path.parent)
+    return sorted(found)
+
+
+class FrameFolder:
+    """A folder of images, which are the frames in the order of the numbers in their names.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        DataError: it holds no images.
+    """
+
+    index = None
+
+    def __init__(self, path: Path):
+        self.files = sorted((file for file in list_images(path) if file.parent == path), key=_numbered)
+        if not self.files:
+            raise DataError(f"video folder {path} holds no frames (images); {REMEDY}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, indices: Sequence[int], prepare: Callable[[Image.Image], Prepared]) -> dict[int, Prepared]:
+        """`prepare(frame)` for each of the indices; raises DataError when a frame is damaged."""
+        return {index: prepare(open_image(self.files[index])) for index in sorted(set(indices))}
+
+    def check(self) -> None:
+        """Read all frames; raises DataError naming one that is damaged."""
+        for file in self.files:
+            open_image(file)
+
+
+class EncodedVideo:
+    """A video file.
+
+    Args:
+        path: The file.
+        index: From an earlier look at the file; made now, without decoding, when absent.
+
+    Raises:
+        DataError: the file is missing, damaged, cut off, too large in pixels, or holds no video.
+    """
+
+    def __init__(self, path: Path, index: FrameIndex | None = None):
+        self.path = path
+        self.index = _index(path) if index is None else index
+
+    def __len__(self) -> int:
+        return self.index.frames
+
+    def read(self, indices: Sequence[int], prepare: Callable[[Image.Image], Prepared]) -> dict[int, Prepared]:
+        """`prepare(frame)` for each of the indices, in a single pass; frames are upright RGB images.
+
+        Raises:
+            DataError: a frame that is needed is damaged.
+        """
+        wanted = sorted(set(indices))
+        with _opened(self.path) as (container, stream):
+            frames = _by_time(container, stream, self.index, wanted) if len(self.index.times) else None
+            if frames is None:
+                frames = _by_counting(container, stream, self.index.frames, wanted)
+            found = {index: prepare(_upright(frame)) for index, frame in frames}
+        if len(found) < len(wanted):
+            missing = next(index for index in wanted if index not in found)
+            raise DataError(f"video file {self.path} cannot be read (no frame {missing} of {len(self)}); {REMEDY}")
+        return found
+
+    def check(self) -> None:
+        """Decode everything once; raises DataError when something is damaged."""
+        with _opened(self.path) as (container, stream):
+            decoded = sum(1 for _ in _decoded(container, stream))
+        if decoded < len(self) - MISSING_AT_END or decoded == 0:
+            raise DataError(f"video file {self.path} cannot be read ({decoded} of {len(self)} frames); {REMEDY}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Container and first video stream; PyAV's errors become DataError."""
+    if not path.is_file():
+        raise DataError(f"video file {path} does not exist")
+    if path.stat().st_size == 0:
+        raise DataError(f"video file {path} is empty; {REMEDY}")
+    try:
+        # As a file and nothing else: a list of streams under a video's name must not open other files or the network.
+        options = {"protocol_whitelist": "file"}
+        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
+            stream = next((stream for stream in container.streams.video if _moves(stream)), None)
+            if stream is None:
+                held = ", ".join(sorted({stream.type for stream in container.streams} - {"video"})) or "nothing"
+                raise DataError(f"video file {path} holds no video that can be decoded, only {held}; {REMEDY}")
+            # Workers run side by side already.
+            stream.codec_context.thread_count = 1
+            pixels = stream.codec_context.width * stream.codec_context.height
+            if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
+                raise DataError(f"video file {path} is refused: frames of {pixels} pixels, above Pillow's limit")
+            yield container, stream
+    except (av.FFmpegError, ValueError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = "its data are damaged" if isinstance(error, av.InvalidDataError) else str(error).splitlines()[0]
+        raise DataError(f"video file {path} cannot be read ({reason}); {REMEDY}") from error
+
+
+def _moves(stream: av.VideoStream) -> bool:
+    """Whether there is a decoder, and the stream is not the cover picture of a piece of music."""
+    return stream.codec_context is not None and not stream.disposition & Disposition.attached_pic
+
+
+def _index(path: Path) -> FrameIndex:
+    """Time stamps and keyframes from the packets, without decoding."""
+    times, keyframes = array("q"), array("q")
+    frames, same, end = 0, True, 0.0
+    with _opened(path) as (container, stream):
+        for packet in container.demux():
+            if packet.size == 0 or packet.is_discard:
+                continue
+            if packet.is_corrupt:
+                raise DataError(f"video file {path} is damaged or cut off; {REMEDY}")
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if stamp is not None:
+                end = max(end, float((stamp + (packet.duration or 0)) * packet.time_base))
+            if packet.stream_index != stream.index:
+                continue
+            frames += 1
+            same &= packet.pts == packet.dts
+            if packet.pts is not None:
+                times.append(packet.pts)
+                if packet.is_keyframe:
+                    keyframes.append(packet.pts)
+        declared = (container.duration or 0) / 1e6
+        begin = (container.start_time or 0) / 1e6
+        # AVI has no time stamps of presentation; those that are reported follow the order of decoding.
+        reliable = "avi" not in container.format.name or (same and not stream.codec_context.has_b_frames)
+        promised = stream.frames if "avi" in container.format.name else 0
+    if frames == 0:
+        raise DataError(f"video file {path} holds no frames; {REMEDY}")
+    if declared - (end - begin) > max(1.0, 0.1 * declared) or frames < 0.9 * promised:
+        raise DataError(
+            f"video file {path} is cut off: it ends after {end - begin:.1f} of {declared:.1f} seconds; {REMEDY}"
+        )
+    stamps = np.unique(np.frombuffer(times, np.int64)) if times else np.zeros(0, np.int64)
+    if len(stamps) < frames or len(keyframes) == 0 or not reliable:
+        stamps = np.zeros(0, np.int64)
+    return FrameIndex(frames, stamps, np.sort(np.array(keyframes, np.int64)))
+
+
+def _by_time(
+    container: av.container.InputContainer, stream: av.VideoStream, index: FrameIndex, wanted: Sequence[int]
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Frames with their indices, each sought from the last keyframe before it.
+
+    A frame that the decoder leaves out (one whose references were cut away) is replaced by the next one.
+    """
+    frames = iter(())
+    frame, position = None, -1  # the last decoded frame and its index
+    for target in wanted:
+        key = int(np.searchsorted(index.keyframes, index.times[target], side="right")) - 1
+        start = 0 if key < 0 else int(np.searchsorted(index.times, index.keyframes[key]))
+        # Some containers land behind the keyframe they were asked for; then from further ahead, at last from the start.
+        for attempt in (key, key - 2, -1) if start > position else ():
+            begin = index.keyframes[attempt] if attempt > 0 else index.times[0]
+            container.seek(int(begin), stream=stream, backward=True)
+            frames = _decoded(container, stream)
+            frame = next(frames, None)
+            position = -1 if frame is None else _position(index, frame)
+            if frame is not None and (position <= target or attempt <= 0):
+                break
+        while position < target:
+            following = next(frames, None)
+            if following is None:
+                break
+            frame, position = following, _position(index, following)
+        if frame is None or position < target - MISSING_AT_END or position < target < index.frames - MISSING_AT_END:
+            return
+        yield target, frame
+
+
+def _by_counting(
+    container: av.container.InputContainer, stream: av.VideoStream, count: int, wanted: Sequence[int]
+) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Frames with their indices, decoded from the beginning."""
+    frame, position = None, -1
+    frames = _decoded(container, stream)
+    for target in wanted:
+        while position < target:
+            following = next(frames, None)
+            if following is None:
+                break
+            frame, position = following, position + 1
+        if frame is None or position < target - MISSING_AT_END or position < target < count - MISSING_AT_END:
+            return
+        yield target, frame
+
+
+def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
+    """Frames in order of presentation; raises DataError at one that the decoder marks as damaged."""
+    for frame in container.decode(stream):
+        if frame.is_corrupt:
+            raise DataError(f"video file {container.name.removeprefix('file:')} has damaged frames; {REMEDY}")
+        yield frame
+
+
+def _position(index: FrameIndex, frame: av.VideoFrame) -> int:
+    """Index of a decoded frame."""
+    if frame.pts is None:
+        raise ValueError("a frame without a time stamp")
+    return int(np.searchsorted(index.times, frame.pts, side="right")) - 1
+
+
+def _upright(frame: av.VideoFrame) -> Image.Image:
+    """RGB image, turned as the file asks for in quarters of a turn."""
+    image = frame.to_image()
+    turn = round(frame.rotation / 90) % 4  # counter-clockwise, as Pillow's
+    if turn == 0:
+        return image
+    turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+    return image.transpose(turns[turn - 1])
+
+
+def _numbered(file: Path) -> list[tuple[int, int | str]]:
+    """Sort key under which frame 2 comes before frame 10."""
+    parts = re.split(r"(\d+)", file.name)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]

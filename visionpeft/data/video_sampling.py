@@ -1,0 +1,114 @@
+"""Which frames of a video make a clip.
+
+Uniform: Wang et al. 2016, "Temporal Segment Networks: Towards Good Practices for Deep Action Recognition"
+(arXiv 1608.00859). Dense views "ends" are placed as in ST-Adapter (Pan et al. 2022, arXiv 2206.13559), "centred" as in
+AIM (Yang et al. 2023, arXiv 2302.03024).
+
+The functions know only the number of frames n; random ones are given their draws, numbers in [0, 1).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from visionpeft.errors import ConfigurationError
+
+
+def segment_bounds(frames: int, count: int) -> np.ndarray:
+    """Bounds b_i = round(i (n - 1) / T) of T segments: int (T + 1,); halves are rounded to even."""
+    return np.rint(np.arange(count + 1) * (frames - 1) / count).astype(np.int64)
+
+
+def uniform_train(frames: int, count: int, draws: np.ndarray) -> np.ndarray:
+    """A random frame of each segment, bounds included: b_i + floor(draws_i (b_{i+1} - b_i + 1)), (T,)."""
+    bounds = segment_bounds(frames, count)
+    return bounds[:-1] + np.floor(np.asarray(draws) * (np.diff(bounds) + 1)).astype(np.int64)
+
+
+def uniform_test(frames: int, count: int) -> np.ndarray:
+    """The middle frame of each segment: (b_i + b_{i+1}) // 2, (T,)."""
+    bounds = segment_bounds(frames, count)
+    return (bounds[:-1] + bounds[1:]) // 2
+
+
+def dense_train(frames: int, count: int, stride: int, draw: float, too_short: str = "repeat") -> np.ndarray:
+    """T frames, s apart, from a random start among the n - ((T - 1) s + 1) + 1 that fit: (T,)."""
+    starts = max(frames - ((count - 1) * stride + 1), 0) + 1
+    return within(math.floor(draw * starts) + np.arange(count) * stride, frames, too_short)
+
+
+def dense_test(
+    frames: int, count: int, stride: int, clips: int, placement: str = "ends", too_short: str = "repeat"
+) -> np.ndarray:
+    """V clips of T frames, s apart: (V, T).
+
+    "ends": the first and last clip touch the ends, start_v = round(v slide / (V - 1)), slide = n - (T - 1) s - 1; one
+    clip starts at slide // 2. "centred": a clip in each of V equal parts, start_v = floor((v + 0.5) (n - T s + 1) / V).
+    All start at 0 where the video is shorter than a clip.
+    """
+    numbers = np.arange(clips)
+    if placement == "centred":
+        starts = np.floor((numbers + 0.5) * max(frames - count * stride + 1, 0) / clips)
+    else:
+        slide = max(frames - ((count - 1) * stride + 1), 0)
+        starts = np.rint(numbers * slide / (clips - 1)) if clips > 1 else np.array([slide // 2])
+    return within(starts.astype(np.int64)[:, None] + np.arange(count) * stride, frames, too_short)
+
+
+def within(indices: np.ndarray, frames: int, too_short: str) -> np.ndarray:
+    """Indices past the end become the last frame ("repeat") or start over ("loop", modulo n)."""
+    return indices % frames if too_short == "loop" else np.minimum(indices, frames - 1)
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames make a clip.
+
+    Args:
+        kind: "uniform" takes one frame of each of `num_frames` equal parts of the video, a random one in training and
+            the middle one in the test; "dense" takes frames `stride` apart, from a random start in training.
+        num_frames: T, frames in a clip.
+        stride: s, distance of the frames of a dense clip.
+        test_clips: Dense clips of a video whose predictions are averaged in the test.
+        placement: Of those clips: "ends", from one end of the video to the other, or "centred" in equal parts.
+        too_short: Where a video is shorter than a clip, "repeat" its last frame or "loop".
+
+    Raises:
+        ConfigurationError: an unknown choice, a number below 1, or several test clips with uniform sampling.
+    """
+
+    kind: Literal["uniform", "dense"] = "uniform"
+    num_frames: int = 8
+    stride: int = 1
+    test_clips: int = 1
+    placement: Literal["ends", "centred"] = "ends"
+    too_short: Literal["repeat", "loop"] = "repeat"
+
+    def __post_init__(self):
+        choices = {"kind": ("uniform", "dense"), "placement": ("ends", "centred"), "too_short": ("repeat", "loop")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigurationError(f"unknown {name} '{getattr(self, name)}' of frames: {' or '.join(allowed)}")
+        for name in ("num_frames", "stride", "test_clips"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} {getattr(self, name)} must be 1 or more")
+        if self.kind == "uniform" and self.test_clips > 1:
+            raise ConfigurationError(
+                f"test_clips {self.test_clips}: uniform sampling covers the whole video with one clip; "
+                "use dense sampling for several, or more crops"
+            )
+
+    def train(self, frames: int, draws: np.ndarray) -> np.ndarray:
+        """Frame indices of a training clip, (T,), from T draws in [0, 1) (dense sampling uses the first)."""
+        if self.kind == "uniform":
+            return uniform_train(frames, self.num_frames, draws)
+        return dense_train(frames, self.num_frames, self.stride, float(draws[0]), self.too_short)
+
+    def test(self, frames: int, clips: int | None = None) -> np.ndarray:
+        """Frame indices of the test clips, (V, T); V is `test_clips` unless `clips` says otherwise."""
+        if self.kind == "uniform":
+            return uniform_test(frames, self.num_frames)[None]
+        clips = self.test_clips if clips is None else clips
+        return dense_test(frames, self.num_frames, self.stride, clips, self.placement, self.too_short)

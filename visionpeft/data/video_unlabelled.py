@@ -1,0 +1,79 @@
+"""Videos to predict: files and folders that people name, as batches in that order."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.data.dataset import ImageLoader, as_batch
+from visionpeft.data.images import list_images
+from visionpeft.data.video_dataset import VideoDataset
+from visionpeft.data.video_files import VideoFiles
+from visionpeft.data.video_reading import list_videos
+from visionpeft.data.video_sampling import FrameSampling
+from visionpeft.data.video_transforms import ClipTransform
+from visionpeft.errors import DataError
+
+
+def find_videos(paths: Sequence[str | Path]) -> list[Path]:
+    """The video files named, and those in the folders named, at any depth, sorted within each folder.
+
+    A folder that directly holds images and no video is itself a video, of frames.
+
+    Raises:
+        DataError: nothing is named, a path does not exist, or a folder holds no videos.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            videos = list_videos(path)
+            if not videos and any(image.parent == path for image in list_images(path)):
+                videos = [path]
+            if not videos:
+                raise DataError(f"folder {path} holds no videos")
+            found += videos
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError(f"video file or folder {path} does not exist")
+    if not found:
+        raise DataError("no videos to predict: name video files or folders")
+    return list(dict.fromkeys(found))
+
+
+def videos_dataloader(
+    files: Sequence[Path],
+    preprocessing: Preprocessing,
+    sampling: FrameSampling,
+    *,
+    crops: int = 1,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    skip_corrupt: bool = False,
+) -> tuple[ImageLoader, list[Path]]:
+    """Batches (views float32 (B, V, 3, T, H, W), zeros (B,)) of videos in order, and the files that are in them.
+
+    Args:
+        files: Video files or folders of frames.
+        preprocessing: Of the backbone.
+        sampling: As in training.
+        crops: Of each clip, 1 or 3.
+        batch_size: Videos in a batch.
+        num_workers: Processes that decode videos; 0 decodes in the main process.
+        skip_corrupt: Leave damaged videos out, decoding each once before.
+
+    Raises:
+        DataError: a file is missing, or no file can be read; while iterating, a file is damaged.
+    """
+    source = VideoFiles(files, [0] * len(files))
+    source.check_exist()
+    if skip_corrupt:
+        source = source.subset(source.readable(num_workers))
+    if not source.paths:
+        raise DataError(f"none of the {len(files)} videos can be read")
+    loader = ImageLoader(
+        VideoDataset(source, sampling, ClipTransform(preprocessing), crops=crops),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=as_batch,
+    )
+    return loader, source.paths
