@@ -5,10 +5,12 @@ import json
 import open_clip
 import pytest
 import torch
+from conftest import randomise
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 
-from visionpeft.clip import CoOp, ZeroShot
+import visionpeft as vp
+from visionpeft.clip import CoOp, MaPLe, ZeroShot
 from visionpeft.clip.create import create_clip
 from visionpeft.clip.storage import load_learner, read_learner, save_learner
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
@@ -161,3 +163,65 @@ def test_wrong_names_of_clip_models(name, options, sentence):
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(StorageError, match="no checkpoint file"):
         create_clip("open_clip/ViT-B-32", checkpoint=tmp_path / "none.pt")
+
+
+def test_learners_that_attach_to_the_towers(tmp_path, images):
+    learner = MaPLe(small_clip(), TOKENIZER, NAMES, depth=2).eval()
+    randomise(learner.clip.peft["maple"])
+    save_learner(learner, tmp_path)
+    clip = small_clip()
+    loaded = load_learner(tmp_path, clip, TOKENIZER, class_names=["owl", "wren"])
+    learner.set_class_names(["owl", "wren"])
+    with torch.no_grad():
+        assert torch.equal(learner(images), loaded(images))
+
+
+def test_a_refused_load_leaves_the_clip_as_it_was(tmp_path):
+    save_learner(MaPLe(small_clip(), TOKENIZER, NAMES, depth=2), tmp_path)
+    clip = small_clip()
+    with pytest.raises(ConfigurationError, match="no class names"):
+        load_learner(tmp_path, clip, TOKENIZER, class_names=[])
+    assert not hasattr(clip, "peft")
+    edit(tmp_path, lambda d: d["learner"]["options"].update(depth=1))
+    with pytest.raises(StorageError, match="do not fit its description"):
+        load_learner(tmp_path, clip, TOKENIZER)
+    assert not hasattr(clip, "peft")
+
+
+def test_refused_class_names_leave_the_clip_as_it_was():
+    clip = small_clip()
+    for names in ([], ["owl", "owl"], "owl"):
+        with pytest.raises(ConfigurationError):
+            CoOp(clip, TOKENIZER, names)
+    assert all(parameter.requires_grad for parameter in clip.parameters())
+
+
+def test_two_learners_on_one_clip_do_not_disturb_each_other(images):
+    clip = small_clip()
+    coop = CoOp(clip, TOKENIZER, NAMES)
+    maple = MaPLe(clip, TOKENIZER, NAMES, depth=2)
+    with pytest.raises(ConfigurationError, match="now act the adapters maple, and it was built with no adapters"):
+        coop(images)
+    before = maple(images)
+    with vp.use(clip, None):
+        assert coop(images).shape == (2, 3)
+        with pytest.raises(ConfigurationError, match="now act no adapters"):
+            maple(images)
+    assert torch.equal(maple(images), before)
+
+
+def test_a_learner_on_an_adapted_clip(tmp_path, images):
+    def adapted(seed=3):
+        clip = small_clip()
+        torch.manual_seed(seed)
+        vp.attach(clip, vp.LoRA(rank=2, towers=["visual", "text"]), name="drawings")
+        randomise(clip.peft["drawings"])
+        return clip
+
+    learner = trained(adapted())
+    save_learner(learner, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(learner(images), load_learner(tmp_path, adapted(), TOKENIZER)(images))
+        assert not torch.equal(learner(images), trained(small_clip())(images))
+    with pytest.raises(StorageError, match="with drawings adapters acting, and this one has none"):
+        load_learner(tmp_path, small_clip(), TOKENIZER)

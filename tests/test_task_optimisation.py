@@ -8,7 +8,14 @@ from torch import nn
 
 import visionpeft as vp
 from visionpeft.tasks.heads import build_head, replace_head
-from visionpeft.tasks.optimisation import Optimisation, build_optimizer, parameter_groups, warmup_cosine
+from visionpeft.tasks.optimisation import (
+    Optimisation,
+    build_optimizer,
+    build_schedule,
+    epoch_cosine,
+    parameter_groups,
+    warmup_cosine,
+)
 
 
 def test_linear_heads():
@@ -96,8 +103,77 @@ def test_warmup_and_cosine():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"lr": -1}, {"weight_decay": -1}, {"warmup_epochs": -1}, {"min_lr_ratio": 2}, {"scale_lr_by_batch": 0}]
+    "fields",
+    [
+        {"lr": -1},
+        {"weight_decay": -1},
+        {"warmup_epochs": -1},
+        {"warmup_lr": -1},
+        {"min_lr_ratio": 2},
+        {"eps": 0},
+        {"scale_lr_by_batch": 0},
+    ],
 )
 def test_impossible_values_are_refused(fields):
     with pytest.raises(vp.ConfigurationError, match="optimisation"):
         Optimisation(**fields)
+
+
+# Of 50, 10, 5 and 2 epochs at 0.002, 0.002, 0.0035 and 0.0026; the first from a published log, its last six epochs.
+PUBLISHED_RATES = {
+    (50, 0.002): {
+        44: 9.517295e-05,
+        45: 7.022351e-05,
+        46: 4.894348e-05,
+        47: 3.141684e-05,
+        48: 1.771275e-05,
+        49: 7.885299e-06,
+    },
+    (10, 0.002): dict(
+        enumerate([1e-5, 0.002, 0.00195106, 0.00180902, 0.00158779, 0.00130902, 0.001, 0.00069098, 0.00041221, 0.00019098])
+    ),
+    (5, 0.0035): dict(enumerate([1e-5, 0.0035, 0.00316578, 0.00229078, 0.00120922])),
+    (2, 0.0026): dict(enumerate([1e-5, 0.0026])),
+}
+
+
+@pytest.mark.parametrize(("epochs", "lr"), PUBLISHED_RATES, ids=str)
+def test_epoch_cosine_gives_the_published_rates(epochs, lr):
+    factor = epoch_cosine(lr, 1e-5, 1, epochs)
+    expected = PUBLISHED_RATES[epochs, lr]
+    digits = 7 if epochs == 50 else 5
+    assert {epoch: f"{lr * factor(epoch):.{digits - 1}e}" for epoch in expected} == {
+        epoch: f"{rate:.{digits - 1}e}" for epoch, rate in expected.items()
+    }
+
+
+def test_epoch_cosine_changes_with_the_epochs_only():
+    optimisation = Optimisation(optimizer="sgd", lr=0.2, head_lr=0.1, schedule="epoch_cosine", warmup_epochs=1)
+    groups, *_ = groups_of(optimisation)
+    optimizer = build_optimizer(list(groups.values()), optimisation)
+    schedule = build_schedule(optimizer, optimisation, steps_per_epoch=3, epochs=4, total_steps=12)
+    rates = []
+    for _ in range(12):
+        rates.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+        optimizer.step()
+        schedule.step()
+    for name, peak in (("adapter, decayed", 0.2), ("head, decayed", 0.1)):
+        by_epoch = [1e-5, peak, peak / 2 * (1 + math.sqrt(0.5)), peak / 2]
+        assert [row[name] for row in rates] == pytest.approx([rate for rate in by_epoch for _ in range(3)])
+
+
+def test_nothing_is_divided_by_a_rate_of_zero():
+    assert [epoch_cosine(0.0, 1e-5, 1, 3)(epoch) for epoch in range(2)] == [0.0, 1.0]
+
+
+def test_everything_is_decayed_if_asked():
+    groups, *_ = groups_of(Optimisation(weight_decay=0.5, decay_all=True))
+    assert {name: (len(group["params"]), group["weight_decay"]) for name, group in groups.items()} == {
+        "adapter, decayed": (2, 0.5),
+        "head, decayed": (2, 0.5),
+    }
+
+
+def test_eps_is_that_of_adamw():
+    groups, *_ = groups_of(Optimisation())
+    assert build_optimizer(list(groups.values()), Optimisation(eps=1e-4)).defaults["eps"] == 1e-4

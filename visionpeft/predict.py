@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -67,11 +68,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 def _class_names(text: str) -> list[str]:
     """Class names out of a file, if there is one of that name, or a list with commas."""
-    path = Path(text)
-    if path.suffix == ".txt" and not path.is_file():
+    is_file = os.path.isfile(text)  # pathlib raises for a text too long to be a path
+    if text.endswith(".txt") and not is_file:
         raise ConfigurationError(f"--class-names: file {text} does not exist")
     try:
-        parts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+        parts = Path(text).read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
     except UnicodeDecodeError:
         raise ConfigurationError(f"--class-names: {text} is no text file in UTF-8") from None
     names = [part.strip() for part in parts if part.strip()]

@@ -21,7 +21,12 @@ class Routed:
     """
 
     def __init__(
-        self, groups: list[list[nn.Module]], branch: bool, rows: list[list[int]], batch: int, frames: Frames | None = None
+        self,
+        groups: list[list[nn.Module]],
+        branch: bool,
+        rows: list[list[int]],
+        batch: int,
+        frames: Frames | None = None,
     ):
         self.groups = groups
         self.branch = branch

@@ -99,6 +99,8 @@ def attention_in_time(block, weights, h, frames):
             y = norm(block, weights, f"{site}_norm", y)
         if site in "qk" and block.rope is not None:
             sin, cos, half = block.rope
+            length = torch.sqrt(sin.double() ** 2 + cos.double() ** 2)  # tables in float32 are no exact rotations
+            sin, cos = sin / length, cos / length
             y = torch.cat([y[:, :, : block.prefix], rotate(y[:, :, block.prefix :], sin, cos, half)], dim=2)
         y = y.repeat_interleave(block.heads // heads, dim=1)
         return y.reshape(-1, frames, *y.shape[1:])
@@ -133,13 +135,15 @@ def frame_features(backbone, clips, tensors=None, fields=None):
     tensors, fields = tensors or {}, fields or {}
     batch, _, frames, height, width = clips.shape
     images = torch.stack([clips[b, :, t] for b in range(batch) for t in range(frames)])
-    size = backbone.patch_size if hasattr(backbone, "conv1") else getattr(backbone, "trunk", backbone).patch_embed.patch_size
+    trunk = getattr(backbone, "trunk", backbone)
+    size = trunk.patch_size if hasattr(trunk, "conv1") else trunk.patch_embed.patch_size
     shape = shapes_of(backbone)["visual"] | {"frames": frames, "grid": (height // size[0], width // size[1])}
     edits = []
     for method, values in fields.items():
         for sites in sites_of(tensors, method).values():
-            edits.append((METHODS | VIDEO_METHODS)[method](sites, values, shape))
-    weights = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith("head.") or "proj" in name}
+            edits += [(METHODS | VIDEO_METHODS)[method](sites, values, shape)]
+    classifier = ("head.weight", "head.bias")
+    weights = {name: tensor for name, tensor in backbone.state_dict().items() if name not in classifier}
     for name, tensor in tensors.items():
         if name.startswith("trained.backbone."):
             assert name.removeprefix("trained.backbone.") in weights

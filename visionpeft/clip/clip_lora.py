@@ -10,7 +10,6 @@ import torch
 import torch.nn as nn
 
 from visionpeft.addressing import Blocks
-from visionpeft.attach import attach
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.errors import ConfigurationError
@@ -45,6 +44,8 @@ class CLIPLoRA(Learner):
             adapter of that name.
     """
 
+    adapter_name = "cliplora"
+
     def __init__(
         self,
         clip: nn.Module,
@@ -78,9 +79,8 @@ class CLIPLoRA(Learner):
             blocks=blocks,
             towers=list(self.towers),
         )
-        attach(self.clip, method, "cliplora", head=False)
         self.frozen_images = "visual" not in self.towers
-        self.train()
+        self.adapt(method)
 
     def prompts(self, names: Sequence[str]) -> list[Tokens]:
         """The template with each name."""

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.attach import attach
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.phrase import Phrase, depth_within
@@ -55,7 +54,7 @@ class IndependentPrompts(Learner):
         )
         self.adapter_name = snake_case(type(self).__name__)
         if num_visual or method.depth_text > 1:
-            attach(self.clip, method, self.adapter_name, head=False)
+            self.adapt(method)
         self.frozen_images = num_visual == 0
         self.vectors = nn.Parameter(self.phrase.vectors()) if num_text else None
         self.train()

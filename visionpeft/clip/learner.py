@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from open_clip import CLIP, CoCa, CustomTextCLIP
 from torch.utils.checkpoint import checkpoint
 
-from visionpeft.attach import has_adapters
+from visionpeft.attach import attach, has_adapters
 from visionpeft.backbones.dispatch import describe
 from visionpeft.clip.layout import Layout, Tokenizer, Tokens, clean_class_names
 from visionpeft.clip.templates import ensemble, template_layouts
 from visionpeft.clip.text import TextEncoder, unit
 from visionpeft.described_tensors import check_tensors
 from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.methods.base import Method
 from visionpeft.templates import check_templates
 
 Kept = TypeVar("Kept")
@@ -41,6 +42,8 @@ class Learner(nn.Module):
         frozen_images: image features do not depend on what is trained, so that they can be kept.
         class_bound: what is trained belongs to these very classes.
         by_gradient: an optimiser has something to train; otherwise `fit_features` or nothing at all does the learning.
+        adapter_name: name of the adapter that the learner attaches to its CLIP, None if it attaches none.
+        acting: the adapters of the CLIP with which this learner computes.
         template_style: which of a data set's own templates it takes; see `visionpeft.data.dataset_template`.
         chunk_size: most texts that are encoded at a time, None for all; less memory, the same gradient.
         fast_text: leave out the work in the text tower that cannot matter.
@@ -53,6 +56,7 @@ class Learner(nn.Module):
     frozen_images = True
     class_bound = False
     by_gradient = True
+    adapter_name: str | None = None
     template_style = "zero_shot"
 
     def __init__(
@@ -76,7 +80,8 @@ class Learner(nn.Module):
         self.templates = () if templates is None else check_templates(templates)
         self.class_names: list[str] = []
         self._kept: dict[str, tuple] = {}
-        self.clip = clip.requires_grad_(False).eval()
+        self.clip = clip
+        self.acting = acting_adapters(clip)
 
     # What a learner is made of
 
@@ -102,6 +107,8 @@ class Learner(nn.Module):
             )
         layout = self.tokenizer.layout(self.prompts(names), names)
         frozen_layouts = template_layouts(self.tokenizer, self.templates, names)
+        if not self.class_names:  # nothing of this learner is refused any more
+            self.clip.requires_grad_(False).eval()
         self.class_names, self.layout, self.frozen_layouts = names, layout, frozen_layouts
         self._kept.clear()
 
@@ -120,6 +127,31 @@ class Learner(nn.Module):
             self.templates = templates
             self._kept.clear()
 
+    def adapt(self, method: Method) -> None:
+        """Attach the method to the CLIP, as the adapter of this learner.
+
+        Raises:
+            UnsupportedError: a tower lacks what the method needs.
+            ConfigurationError: the CLIP has an adapter of that name.
+        """
+        attach(self.clip, method, self.adapter_name, head=False)
+        self.acting = acting_adapters(self.clip)
+        self.train()
+
+    def check_acting(self) -> None:
+        """Refuse to compute with other adapters than those with which this learner was built.
+
+        Raises:
+            ConfigurationError: others act on the CLIP now.
+        """
+        now = acting_adapters(self.clip)
+        if now != self.acting:
+            raise ConfigurationError(
+                f"on the CLIP of this {type(self).__name__} now act {_listed(now)}, and it was built with "
+                f"{_listed(self.acting)}; switch them with visionpeft.activate or visionpeft.disable, or give each "
+                "learner a CLIP of its own"
+            )
+
     # Images to logits
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
@@ -128,6 +160,7 @@ class Learner(nn.Module):
             raise ConfigurationError(
                 f"images must be (batch, 3, height, width), not {tuple(images.shape)}; convert gray images to RGB"
             )
+        self.check_acting()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
             return unit(self.clip.encode_image(images.to(image_dtype(self.clip))))
 
@@ -147,6 +180,7 @@ class Learner(nn.Module):
 
     def encode(self, layout: Layout, context: torch.Tensor | None = None) -> torch.Tensor:
         """Text features (groups, texts, features), not normalised, `chunk_size` texts at a time."""
+        self.check_acting()
 
         def run(groups: torch.Tensor | None) -> torch.Tensor:
             return self.text.encode(layout, groups, chunk_size=self.chunk_size, fast=self.fast_text)
@@ -322,6 +356,15 @@ def check_clip(clip: nn.Module) -> None:
             f"a learner needs an OpenCLIP model with an image and a text tower, as open_clip.create_model makes it, "
             f"not {type(clip).__name__}"
         )
+
+
+def acting_adapters(clip: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that act on a CLIP."""
+    return clip.peft.active if has_adapters(clip) else ()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"the adapters {', '.join(names)}" if names else "no adapters"
 
 
 def image_dtype(clip: nn.Module) -> torch.dtype:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.attach import attach
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.phrase import Phrase, depth_within
@@ -39,6 +38,7 @@ class MaPLe(Learner):
     """
 
     frozen_images = False
+    adapter_name = "maple"
 
     def __init__(
         self,
@@ -61,8 +61,7 @@ class MaPLe(Learner):
             depth=depth_within(self, depth, 9, "text", "visual"),
             text_start=len(self.tokenizer.start),
         )
-        attach(self.clip, method, "maple", head=False)
-        self.train()
+        self.adapt(method)
         if not self.phrase.random:
             with torch.no_grad():
                 self.context()[0].copy_(self.phrase.vectors())
@@ -73,4 +72,4 @@ class MaPLe(Learner):
 
     def context(self) -> torch.Tensor:
         """The text prompt of block 0, (1, num_tokens, width)."""
-        return self.clip.peft["maple"].get_parameter("coupled_prompts.text.context.prompts")[None]
+        return self.clip.peft[self.adapter_name].get_parameter("coupled_prompts.text.context.prompts")[None]

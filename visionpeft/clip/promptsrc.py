@@ -151,6 +151,10 @@ class PromptSRC(IndependentPrompts):
         if self.adapter_name not in getattr(self.clip, "peft", ()):
             yield
             return
-        others = [name for name in self.clip.peft.active if name != self.adapter_name]
-        with use(self.clip, others):
-            yield
+        acting = self.acting
+        self.acting = tuple(name for name in acting if name != self.adapter_name)
+        try:
+            with use(self.clip, self.acting):
+                yield
+        finally:
+            self.acting = acting

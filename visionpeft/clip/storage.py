@@ -7,10 +7,11 @@ from pathlib import Path
 import torch.nn as nn
 
 from visionpeft import clip as learner_classes
+from visionpeft.attach import detach
 from visionpeft.backbones.preprocessing import Preprocessing
-from visionpeft.clip.learner import Learner, check_clip
+from visionpeft.clip.learner import Learner, acting_adapters, check_clip
 from visionpeft.described_tensors import read_described, write_described
-from visionpeft.errors import StorageError
+from visionpeft.errors import StorageError, UserError
 from visionpeft.naming import nearest
 from visionpeft.storage import backbone_record, check_backbone, package_versions
 
@@ -38,6 +39,7 @@ def save_learner(
         "learner": {"class": type(learner).__name__, "options": learner.options},
         "templates": list(learner.templates),
         "class_names": learner.class_names,
+        "adapters": [name for name in learner.acting if name != learner.adapter_name],
         "allow_duplicates": learner.allow_duplicates,
         "backbone": backbone_record(learner.clip),
         "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
@@ -79,18 +81,24 @@ def load_learner(
             f"{what} is of a class {entry['class']!r} this version does not have; near names are "
             f"{nearest(entry['class'], names)}"
         )
+    before = acting_adapters(clip)
+    _check_adapters(description["adapters"], before, what)
     cls = getattr(learner_classes, entry["class"])
-    saved_names, options = description["class_names"], entry["options"]
     duplicates = description["allow_duplicates"]
     try:
-        learner = cls(clip, tokenizer, saved_names, **options, allow_duplicates=duplicates)
+        learner = cls(clip, tokenizer, description["class_names"], **entry["options"], allow_duplicates=duplicates)
     except TypeError as error:
         raise StorageError(f"the saved options of {entry['class']} do not fit this version: {error}") from None
-    if description["templates"]:  # perhaps those of the data set it was trained on
-        learner.set_template(description["templates"])
-    learner.load_trained_state(tensors, what)
-    if class_names is not None:
-        learner.set_class_names(class_names)
+    try:
+        if description["templates"]:  # perhaps those of the data set it was trained on
+            learner.set_template(description["templates"])
+        learner.load_trained_state(tensors, what)
+        if class_names is not None:
+            learner.set_class_names(class_names)
+    except UserError:
+        if acting_adapters(clip) != before:
+            detach(clip, learner.adapter_name)
+        raise
     return learner.eval()
 
 
@@ -107,16 +115,26 @@ def _is_learner(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Learner) and value is not Learner
 
 
+def _check_adapters(saved: Sequence[str], acting: Sequence[str], what: str) -> None:
+    if list(saved) != list(acting):
+        raise StorageError(
+            f"{what} was trained on a CLIP with {', '.join(saved) or 'no'} adapters acting, and this one has "
+            f"{', '.join(acting) or 'none'}; load and activate the same ones first (visionpeft.load, "
+            "visionpeft.activate)"
+        )
+
+
 def _check_description(description: object, path: Path) -> None:
     types = {"format": int, "learner": dict, "templates": list, "class_names": list, "allow_duplicates": bool}
-    types |= {"backbone": dict}
+    types |= {"backbone": dict, "adapters": list}
     if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
         raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
     if description["format"] != FORMAT:
         raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
     learner, backbone = description["learner"], description["backbone"]
     sound = isinstance(learner.get("class"), str) and isinstance(learner.get("options"), dict)
-    sound &= all(isinstance(text, str) for text in [*description["class_names"], *description["templates"]])
+    texts = [text for key in ("class_names", "templates", "adapters") for text in description[key]]
+    sound &= all(isinstance(text, str) for text in texts)
     sound &= all(isinstance(backbone.get(k), str) for k in ("class", "architecture", "fingerprint"))
     if not sound:
         raise StorageError(f"the description in {path} is not what save_learner writes")

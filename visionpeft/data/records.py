@@ -161,8 +161,7 @@ class ImageSet:
             unseen = sorted(set(source.labels) - trained)
             if unseen:
                 raise DataError(
-                    f"class '{names[unseen[0]]}' is in the {split} split and has no {self.kind} in the train "
-                    "split"
+                    f"class '{names[unseen[0]]}' is in the {split} split and has no {self.kind} in the train split"
                 )
         missing = sorted(set(range(len(names))) - trained)
         if missing:

@@ -133,15 +133,23 @@ class EncodedVideo:
             DataError: a frame that is needed is damaged.
         """
         wanted = sorted(set(indices))
-        with _opened(self.path) as (container, stream):
-            frames = _by_time(container, stream, self.index, wanted) if len(self.index.times) else None
-            if frames is None:
-                frames = _by_counting(container, stream, self.index.frames, wanted)
-            found = {index: prepare(_upright(frame)) for index, frame in frames}
+        try:
+            found = self._read(wanted, prepare, seeks=True)
+        except _Overshot:
+            found = self._read(wanted, prepare, seeks=False)
         if len(found) < len(wanted):
             missing = next(index for index in wanted if index not in found)
             raise DataError(f"video file {self.path} cannot be read (no frame {missing} of {len(self)}); {REMEDY}")
         return found
+
+    def _read(
+        self, wanted: Sequence[int], prepare: Callable[[Image.Image], Prepared], seeks: bool
+    ) -> dict[int, Prepared]:
+        with _opened(self.path) as (container, stream):
+            find = _by_time if len(self.index.times) else _by_counting
+            return {
+                index: prepare(_upright(frame)) for index, frame in find(container, stream, self.index, wanted, seeks)
+            }
 
     def check(self) -> None:
         """Decode everything once; raises DataError when something is damaged."""
@@ -222,52 +230,68 @@ def _index(path: Path) -> FrameIndex:
     return FrameIndex(frames, stamps, np.sort(np.array(keyframes, np.int64)))
 
 
+class _Overshot(Exception):
+    """Seeking led past the frame that was asked for."""
+
+
 def _by_time(
-    container: av.container.InputContainer, stream: av.VideoStream, index: FrameIndex, wanted: Sequence[int]
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    index: FrameIndex,
+    wanted: Sequence[int],
+    seeks: bool,
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Frames with their indices, each sought from the last keyframe before it.
+    """Frames with their indices, each sought from the last keyframe before it, or all decoded in one go.
 
     A frame that the decoder leaves out (one whose references were cut away) is replaced by the next one.
+
+    Raises:
+        _Overshot: the container cannot seek to where it is asked to.
     """
-    frames = iter(())
+    frames = _decoded(container, stream)
     frame, position = None, -1  # the last decoded frame and its index
     for target in wanted:
         key = int(np.searchsorted(index.keyframes, index.times[target], side="right")) - 1
-        start = 0 if key < 0 else int(np.searchsorted(index.times, index.keyframes[key]))
-        # Some containers land behind the keyframe they were asked for; then from further ahead, at last from the start.
-        for attempt in (key, key - 2, -1) if start > position else ():
-            begin = index.keyframes[attempt] if attempt > 0 else index.times[0]
-            container.seek(int(begin), stream=stream, backward=True)
-            frames = _decoded(container, stream)
-            frame = next(frames, None)
-            position = -1 if frame is None else _position(index, frame)
-            if frame is not None and (position <= target or attempt <= 0):
-                break
-        while position < target:
-            following = next(frames, None)
-            if following is None:
-                break
+        start = int(np.searchsorted(index.times, index.keyframes[key])) if key > 0 else 0
+        if seeks and start > max(position, 0):
+            # Some containers land behind the keyframe they were asked for; then from one further ahead.
+            for attempt in (key, key - 2):
+                container.seek(int(index.keyframes[max(attempt, 0)]), stream=stream, backward=True)
+                frames = _decoded(container, stream)
+                frame = next(frames, None)
+                position = index.frames if frame is None else _position(index, frame)
+                if position <= target:
+                    break
+            else:
+                raise _Overshot
+        while position < target and (following := next(frames, None)) is not None:
             frame, position = following, _position(index, following)
-        if frame is None or position < target - MISSING_AT_END or position < target < index.frames - MISSING_AT_END:
+        if frame is None or not _serves(position, target, index.frames):
             return
         yield target, frame
 
 
 def _by_counting(
-    container: av.container.InputContainer, stream: av.VideoStream, count: int, wanted: Sequence[int]
+    container: av.container.InputContainer,
+    stream: av.VideoStream,
+    index: FrameIndex,
+    wanted: Sequence[int],
+    seeks: bool,
 ) -> Iterator[tuple[int, av.VideoFrame]]:
     """Frames with their indices, decoded from the beginning."""
     frame, position = None, -1
     frames = _decoded(container, stream)
     for target in wanted:
-        while position < target:
-            following = next(frames, None)
-            if following is None:
-                break
+        while position < target and (following := next(frames, None)) is not None:
             frame, position = following, position + 1
-        if frame is None or position < target - MISSING_AT_END or position < target < count - MISSING_AT_END:
+        if frame is None or not _serves(position, target, index.frames):
             return
         yield target, frame
+
+
+def _serves(position: int, target: int, frames: int) -> bool:
+    """Whether the frame at which decoding stopped can be shown for the one asked for."""
+    return position >= target or (target >= frames - MISSING_AT_END and position >= target - MISSING_AT_END)
 
 
 def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:

@@ -86,6 +86,7 @@ class STAdapter(Method):
 
     Class, register and prompt tokens stay as they are. There is no activation, no dropout and no norm. conv is zero at
     the start: no change. Clips may have any number of frames. Not mergeable: it mixes tokens. For a `VideoClassifier`.
+    Before the MLP of the last block it reaches nothing that is read from the class token, as published.
     Trainable for width D, bottleneck w and k numbers in a kernel: 2 D w + w (k + 2) + D for each position in each
     block; 7,110,144 on ViT-B/16 for one position, 14,220,288 for both.
     Source: Pan et al., ST-Adapter: Parameter-Efficient Image-to-Video Transfer Learning, 2022.
@@ -98,6 +99,8 @@ class STAdapter(Method):
         blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
         towers: which towers; by default the image tower.
     """
+
+    name = "st_adapter"  # no word boundary in the capitals
 
     bottleneck: int = 384
     kernel: tuple[int, int, int] = (3, 1, 1)
@@ -117,7 +120,9 @@ class STAdapter(Method):
         frames, kernel = frames_of(self, tower), tuple(self.kernel)
         spatial = kernel[1:] != (1, 1)
         require(
-            not spatial or tower.grid_size, self, f"kernel={kernel} needs a model with a fixed grid of patches; use 1, 1"
+            not spatial or tower.grid_size,
+            self,
+            f"kernel={kernel} needs a model with a fixed grid of patches; use 1, 1",
         )
         for index in blocks_of(self, tower):
             for position in dict.fromkeys(self.positions):

@@ -103,6 +103,10 @@ class ImageTask(pl.LightningModule):
         np.random.seed(seed)  # noqa: NPY002  (timm's mixup draws from NumPy's global generator)
         torch.manual_seed(seed)
 
+    def on_test_epoch_start(self) -> None:
+        """Seed the test, for what is random in it."""
+        torch.manual_seed(_epoch_seed(self.seed, 0))
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of a batch.
 
