@@ -1,6 +1,7 @@
 """Learners on disk: small, exact, bound to their CLIP, never half-loaded."""
 
 import json
+import warnings
 
 import open_clip
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import visionpeft as vp
 from visionpeft.clip import CoOp, MaPLe, ZeroShot
 from visionpeft.clip.create import create_clip
-from visionpeft.clip.storage import load_learner, read_learner, save_learner
+from visionpeft.clip.description import read_learner
+from visionpeft.clip.storage import load_learner, save_learner
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 
 NAMES = ["red kite", "buzzard", "heron"]
@@ -225,3 +227,12 @@ def test_a_learner_on_an_adapted_clip(tmp_path, images):
         assert not torch.equal(learner(images), trained(small_clip())(images))
     with pytest.raises(StorageError, match="with drawings adapters acting, and this one has none"):
         load_learner(tmp_path, small_clip(), TOKENIZER)
+
+
+def test_words_the_clip_never_saw_are_named():
+    clip, tokenizer = create_clip("nano_clip")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner = CoOp(clip, tokenizer, ["bird", "fruit"])
+    with pytest.warns(UserWarning, match="never trained on words of 'antidisestablishmentarianism'"):
+        learner.set_class_names(["bird", "antidisestablishmentarianism"])

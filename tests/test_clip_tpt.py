@@ -19,7 +19,7 @@ from clip_reference import (
 from visionpeft.clip import TPT, CoOp, ZeroShot
 from visionpeft.clip.storage import load_learner, save_learner
 from visionpeft.clip.tpt import confident, draw_views, marginal_entropy
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, StorageError
 
 CLEAN = [name.replace("_", " ") for name in NAMES]
 
@@ -269,3 +269,17 @@ def test_refusals_are_one_clear_sentence(act, message):
     with pytest.raises(ConfigurationError) as caught:
         act(learner)
     assert message in str(caught.value)
+
+
+def test_starts_from_a_saved_coop(tmp_path):
+    """The context of a CoOp learner on disk, with its position, is where every image starts."""
+    clip = clip_model()
+    coop = CoOp(clip, tokenizer(), NAMES, context_length=3, position="middle")
+    save_learner(coop, tmp_path / "coop")
+    tpt = TPT(clip, tokenizer(), NAMES, context=str(tmp_path / "coop"))
+    assert torch.equal(tpt.vectors, coop.vectors)
+    assert tpt.position == "middle"
+    save_learner(tpt, tmp_path / "tpt")
+    assert torch.equal(load_learner(tmp_path / "tpt", clip, tokenizer()).vectors, coop.vectors)
+    with pytest.raises(StorageError, match="can start from a CoOp learner"):
+        TPT(clip, tokenizer(), NAMES, context=str(tmp_path / "tpt"))

@@ -20,7 +20,8 @@ from visionpeft.clip import (
     ZeroShot,
 )
 from visionpeft.clip.create import create_clip
-from visionpeft.clip.storage import load_learner, read_learner, save_learner
+from visionpeft.clip.description import read_learner
+from visionpeft.clip.storage import load_learner, save_learner
 from visionpeft.errors import ConfigurationError, DataError, StorageError, UnsupportedError, UserError
 from visionpeft.merge import merge, unmerge
 from visionpeft.methods import (

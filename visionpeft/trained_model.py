@@ -9,7 +9,8 @@ from torch import nn
 from visionpeft.backbones.create import create_backbone
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip.create import create_clip
-from visionpeft.clip.storage import load_learner, read_learner
+from visionpeft.clip.description import read_learner
+from visionpeft.clip.storage import load_learner
 from visionpeft.data.transforms import Resize
 from visionpeft.errors import ConfigurationError
 from visionpeft.run_directory import RunDirectory

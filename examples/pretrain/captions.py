@@ -101,10 +101,16 @@ SUBJECTS = {
     "cosmetics": "cosmetics, beauty product/beauty products",
     "vehicle": "vehicle/vehicles, transport",
 }
-SUBJECTS |= {f"face-{kind}": "face/faces, smiley/smileys, emotion/emotions" for kind in (
-    "smiling affection tongue hand neutral-skeptical sleepy unwell hat glasses concerned negative costume".split())}
-SUBJECTS |= {f"hand-{kind}": "hand/hands, gesture/gestures" for kind in (
-    "fingers-open fingers-partial single-finger fingers-closed".split())}
+SUBJECTS |= {
+    f"face-{kind}": "face/faces, smiley/smileys, emotion/emotions"
+    for kind in (
+        "smiling affection tongue hand neutral-skeptical sleepy unwell hat glasses concerned negative costume".split()
+    )
+}
+SUBJECTS |= {
+    f"hand-{kind}": "hand/hands, gesture/gestures"
+    for kind in ("fingers-open fingers-partial single-finger fingers-closed".split())
+}
 
 STYLES = ("silhouette/silhouettes", "pattern/patterns")  # in the order of augmentation.augment_with_styles
 ICON_STYLES = {"game-icons": "pictogram/pictograms", "maki": "pictogram/pictograms"}

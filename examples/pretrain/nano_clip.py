@@ -76,7 +76,9 @@ class DrawingData:
     def tokens(self, texts: list[str]) -> Tensor:
         """Token numbers (texts, length), with zeros behind the end."""
         first, last = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
-        rows = [[first, *self.tokenizer.encode(text)[: MODEL["text_cfg"]["context_length"] - 2], last] for text in texts]
+        rows = [
+            [first, *self.tokenizer.encode(text)[: MODEL["text_cfg"]["context_length"] - 2], last] for text in texts
+        ]
         tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for row, ids in zip(tokens, rows, strict=True):
             row[: len(ids)] = torch.tensor([self.token_number[token] for token in ids])
@@ -98,7 +100,9 @@ def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
     return torch.cat(features)[order.argsort()]
 
 
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, true: Tensor, unknown: Tensor) -> tuple[Tensor, Tensor]:
+def contrastive_loss(
+    image: Tensor, text: Tensor, scale: Tensor, true: Tensor, unknown: Tensor
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy in both directions, over all captions that are true for an image and the reverse.
 
     Args:
@@ -238,7 +242,9 @@ def main() -> None:
         features = list(pool.map(encode, inputs))
         image, text = (torch.cat([part[side].detach() for part in features]).requires_grad_() for side in (0, 1))
         scale = clip.logit_scale.exp()
-        loss, accuracy = contrastive_loss(F.normalize(image, dim=1), F.normalize(text, dim=1), scale, true, unknown & ~true)
+        loss, accuracy = contrastive_loss(
+            F.normalize(image, dim=1), F.normalize(text, dim=1), scale, true, unknown & ~true
+        )
         loss.backward()
         gradients = zip(image.grad.chunk(args.threads), text.grad.chunk(args.threads), strict=True)
         list(pool.map(torch.autograd.backward, features, gradients))

@@ -1,5 +1,6 @@
 """What every learner is: CLIP with class names, from images to logits."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -109,6 +110,12 @@ class Learner(nn.Module):
         frozen_layouts = template_layouts(self.tokenizer, self.templates, names)
         if not self.class_names:  # nothing of this learner is refused any more
             self.clip.requires_grad_(False).eval()
+        if unseen := [name for name, text in zip(names, layout.texts, strict=True) if self.text.unseen(text)]:
+            warnings.warn(
+                f"the text tower was never trained on words of {', '.join(map(repr, unseen[:5]))}"
+                f"{' and others' if len(unseen) > 5 else ''}; expect little of these classes",
+                stacklevel=2,
+            )
         self.class_names, self.layout, self.frozen_layouts = names, layout, frozen_layouts
         self._kept.clear()
 

@@ -9,14 +9,12 @@ import torch.nn as nn
 from visionpeft import clip as learner_classes
 from visionpeft.attach import detach
 from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.clip.description import FORMAT, STEM, read_saved
 from visionpeft.clip.learner import Learner, acting_adapters, check_clip
-from visionpeft.described_tensors import read_described, write_described
+from visionpeft.described_tensors import write_described
 from visionpeft.errors import StorageError, UserError
 from visionpeft.naming import nearest
 from visionpeft.storage import backbone_record, check_backbone, package_versions
-
-FORMAT = 1
-STEM = "learner"
 
 
 def save_learner(
@@ -70,7 +68,7 @@ def load_learner(
         StorageError: the folder is damaged or edited, or belongs to another CLIP.
         ConfigurationError: what was learnt belongs to its own classes, or the new names cannot be used.
     """
-    description, tensors = read_described(folder, STEM, _check_description)
+    description, tensors = read_saved(folder)
     check_clip(clip)
     what = f"the learner in {folder}"
     check_backbone(description["backbone"], backbone_record(clip, check_fingerprint), what)
@@ -102,15 +100,6 @@ def load_learner(
     return learner.eval()
 
 
-def read_learner(folder: str | Path) -> dict:
-    """What `save_learner` wrote about a learner, checked.
-
-    Raises:
-        StorageError: the folder holds no intact learner.
-    """
-    return read_described(folder, STEM, _check_description)[0]
-
-
 def _is_learner(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Learner) and value is not Learner
 
@@ -122,19 +111,3 @@ def _check_adapters(saved: Sequence[str], acting: Sequence[str], what: str) -> N
             f"{', '.join(acting) or 'none'}; load and activate the same ones first (visionpeft.load, "
             "visionpeft.activate)"
         )
-
-
-def _check_description(description: object, path: Path) -> None:
-    types = {"format": int, "learner": dict, "templates": list, "class_names": list, "allow_duplicates": bool}
-    types |= {"backbone": dict, "adapters": list}
-    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
-        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
-    if description["format"] != FORMAT:
-        raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
-    learner, backbone = description["learner"], description["backbone"]
-    sound = isinstance(learner.get("class"), str) and isinstance(learner.get("options"), dict)
-    texts = [text for key in ("class_names", "templates", "adapters") for text in description[key]]
-    sound &= all(isinstance(text, str) for text in texts)
-    sound &= all(isinstance(backbone.get(k), str) for k in ("class", "architecture", "fingerprint"))
-    if not sound:
-        raise StorageError(f"the description in {path} is not what save_learner writes")

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visionpeft.backbones.attention import attend
 from visionpeft.backbones.open_clip import join_heads, project, residual_block
-from visionpeft.clip.layout import Layout
+from visionpeft.clip.layout import Layout, Tokens
 from visionpeft.clip.packing import Bucket, Chunk, Packing, Rows, common_length
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import TOKEN_SITES, Sites
@@ -74,6 +74,11 @@ class TextEncoder:
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """Token embeddings (tokens, width) of token ids."""
         return self.module.token_embedding(torch.tensor(ids, dtype=torch.long, device=self.device)).detach()
+
+    def unseen(self, tokens: Tokens) -> bool:
+        """Whether one of the tokens has an embedding of zeros: it was not among the texts the tower was trained on."""
+        ids = [token for token in tokens if token >= 0]
+        return self.device.type != "meta" and bool((self.embed(ids) == 0).all(dim=-1).any())
 
     def encode(
         self,

@@ -9,10 +9,12 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 from visionpeft.clip.coop import CoOp, Position, context_prompts, initial_context
+from visionpeft.clip.description import read_saved
 from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
+from visionpeft.clip.learner import Learner, check_clip
 from visionpeft.clip.text import unit
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.storage import backbone_record, check_backbone
 
 
 class TPT(Learner):
@@ -33,7 +35,7 @@ class TPT(Learner):
         class_names: names of the classes.
         context_length: number M of context vectors; by default as many as `init` has tokens, 4 without `init`.
         init: a phrase to start from; None starts at N(0, 0.02^2).
-        context: vectors (vectors, width), or a CoOp learner, to start from instead of `init`.
+        context: vectors (vectors, width), a CoOp learner or the folder of a saved one, to start from instead of `init`.
         position: where the class name stands: "end", "middle" or "front"; by default as in `context`, or at the end.
         steps: optimiser steps on each image.
         num_views: views of an image if they are drawn here.
@@ -58,7 +60,7 @@ class TPT(Learner):
         class_names: Sequence[str],
         context_length: int | None = None,
         init: str | None = "a photo of a",
-        context: torch.Tensor | CoOp | None = None,
+        context: torch.Tensor | CoOp | str | None = None,
         position: Position | None = None,
         steps: int = 1,
         num_views: int = 64,
@@ -72,6 +74,9 @@ class TPT(Learner):
                 f"TPT needs at least one step and one view, and a selection between 0 and 1, not steps={steps}, "
                 f"num_views={num_views}, selection={selection}"
             )
+        if isinstance(context, str):
+            context, saved_position = read_context(context, clip)
+            position = position or saved_position
         position = position or getattr(context, "position", "end")
         options = {"context_length": context_length, "init": init if context is None else None, "position": position}
         options |= {"steps": steps, "num_views": num_views, "selection": selection}
@@ -177,6 +182,20 @@ class TPT(Learner):
             return start, unit(self.encode(self.layout, start[None]))[0]
 
         return self.kept("graph", compute, [self.vectors], with_graph=True)
+
+
+def read_context(folder: str, clip: nn.Module) -> tuple[torch.Tensor, Position]:
+    """Context vectors (vectors, width) and position of a CoOp learner saved in a folder.
+
+    Raises:
+        StorageError: the folder holds no CoOp learner, or one of another CLIP.
+    """
+    description, tensors = read_saved(folder)
+    if description["learner"]["class"] != "CoOp" or "vectors" not in tensors:
+        raise StorageError(f"TPT can start from a CoOp learner, and in {folder} is a {description['learner']['class']}")
+    check_clip(clip)
+    check_backbone(description["backbone"], backbone_record(clip), f"the learner in {folder}")
+    return tensors["vectors"], description["learner"]["options"].get("position", "end")
 
 
 def confident(features: torch.Tensor, logits: torch.Tensor, selection: float) -> torch.Tensor:

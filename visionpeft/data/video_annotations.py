@@ -29,7 +29,7 @@ def read_video_list(file: Path) -> list[Row]:
         return read_list(file)
     rows = []
     for number, line in lines:
-        match = re.fullmatch(r"(.*\S)(?:\s*,\s*|\s+)(\d+)", line)
+        match = re.fullmatch(r"(.*[^\s,])(?:\s*,\s*|\s+)(\d+)", line)
         if match is None:
             raise DataError(f"{file} line {number}: expected a video path and an integer label, found '{line}'")
         rows.append(Row(match[1], int(match[2]), f"{file} line {number}"))

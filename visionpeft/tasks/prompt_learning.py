@@ -71,6 +71,7 @@ class PromptLearning(ImageTask):
         torch.manual_seed(seed)
         self.learner = learner(clip, self.tokenizer, self.class_names)
         self.learner.chunk_size = chunk_size
+        self.fixed_views: int | None = None
         self.chosen: dict = {}
         self.cache = FeatureCache() if cache_features else None
 
@@ -95,6 +96,8 @@ class PromptLearning(ImageTask):
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how the CLIP wants its images, and the learner the data set's template."""
         super().connect(datamodule)
+        # In how many ways the data shows each training image, None if their number is not bounded.
+        self.fixed_views = getattr(datamodule, "deterministic_views", None)
         if hasattr(datamodule, "template_for"):
             self.learner.set_template(datamodule.template_for(self.learner.template_style))
 
@@ -107,8 +110,8 @@ class PromptLearning(ImageTask):
             self._fit_features()
             if not self.trained_parameters():
                 self.trainer.fit_loop.max_epochs = self.trainer.limit_train_batches = 0
-            elif self._keeps_features and (views := self._fixed_views()) is not None:
-                self._fill_cache(min(views, max(0, self.trainer.max_epochs)))
+            elif self._keeps_features and self.fixed_views is not None:
+                self._fill_cache(min(self.fixed_views, max(0, self.trainer.max_epochs)))
 
     def configure_optimizers(self) -> dict | None:
         """SGD or AdamW over what is trained; nothing if nothing is."""
@@ -126,7 +129,7 @@ class PromptLearning(ImageTask):
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of the learner and logits."""
         features = None
-        if self._keeps_features and self._fixed_views() is not None:
+        if self._keeps_features and self.fixed_views is not None:
             features = self.cache.image_features(self.learner, images)
         return self.learner.loss(images, labels, features)
 
@@ -172,10 +175,6 @@ class PromptLearning(ImageTask):
         """Whether features are kept: the image tower is not trained, and they are all that the learner needs."""
         return self.cache is not None and self.learner.frozen_images and type(self.learner).forward is Learner.forward
 
-    def _fixed_views(self) -> int | None:
-        """How many different views the data shows of each training image, None if their number is not bounded."""
-        return getattr(self.trainer.datamodule, "deterministic_views", None)
-
     def _fit_features(self) -> None:
         """Let the learner fit what it works out from the features of all images."""
         if type(self.learner).fit_features is Learner.fit_features:
@@ -183,7 +182,7 @@ class PromptLearning(ImageTask):
         datamodule = self.trainer.datamodule
         if datamodule is None:
             raise ConfigurationError(f"{self.label} is fitted on the features of all images; give a data module to fit")
-        train = self._features("train", views=self._fixed_views() or 1)
+        train = self._features("train", views=self.fixed_views or 1)
         validation = self._features("val", views=1) if "val" in datamodule.sources else None
         self.chosen = self.learner.fit_features(train, validation)
 

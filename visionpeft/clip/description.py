@@ -1,0 +1,45 @@
+"""What stands in a saved learner, checked."""
+
+from pathlib import Path
+
+import torch
+
+from visionpeft.described_tensors import read_described
+from visionpeft.errors import StorageError
+
+FORMAT = 1
+STEM = "learner"
+
+
+def read_learner(folder: str | Path) -> dict:
+    """What `save_learner` wrote about a learner.
+
+    Raises:
+        StorageError: the folder holds no intact learner.
+    """
+    return read_saved(folder)[0]
+
+
+def read_saved(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Description and tensors of a saved learner.
+
+    Raises:
+        StorageError: the folder holds no intact learner.
+    """
+    return read_described(folder, STEM, _check_description)
+
+
+def _check_description(description: object, path: Path) -> None:
+    types = {"format": int, "learner": dict, "templates": list, "class_names": list, "allow_duplicates": bool}
+    types |= {"backbone": dict, "adapters": list}
+    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
+        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
+    if description["format"] != FORMAT:
+        raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
+    learner, backbone = description["learner"], description["backbone"]
+    sound = isinstance(learner.get("class"), str) and isinstance(learner.get("options"), dict)
+    texts = [text for key in ("class_names", "templates", "adapters") for text in description[key]]
+    sound &= all(isinstance(text, str) for text in texts)
+    sound &= all(isinstance(backbone.get(k), str) for k in ("class", "architecture", "fingerprint"))
+    if not sound:
+        raise StorageError(f"the description in {path} is not what save_learner writes")
