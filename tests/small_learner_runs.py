@@ -1,4 +1,4 @@
-"""Runs of learners that take a second: a tiny CLIP with random weights, known to OpenCLIP by name, on coloured squares."""
+"""Runs of learners that take a second: a tiny CLIP with random weights, which OpenCLIP knows by name, on squares."""
 
 from pathlib import Path
 

@@ -13,7 +13,8 @@ from small_runs import COLOURS, draw_images, results, run
 
 from visionpeft import evaluate, fit, predict
 from visionpeft.backbones.create import create_open_clip
-from visionpeft.clip.storage import load_learner, read_learner
+from visionpeft.clip.description import read_learner
+from visionpeft.clip.storage import load_learner
 from visionpeft.reports.history import EpochHistory, read_history
 
 TRAINED = {
@@ -208,6 +209,16 @@ def test_views_of_test_images(tmp_path, images):
     assert results(made)["data"]["test_views"] == 4
     assert evaluate.main([str(made)]) == 0
     assert json.loads((made / "evaluation.json").read_text())["test"] == results(made)["test"]
+
+
+def test_tuning_from_a_trained_context(finished, tmp_path, images):
+    made = run_learner(
+        tmp_path, images, "--model.learner.context", str(finished / "learner"), *FITTED["TPT"], learner="TPT"
+    )
+    assert results(made)["learner"]["options"]["context_length"] == 16
+    assert evaluate.main([str(made)]) == 0
+    assert json.loads((made / "evaluation.json").read_text())["test"] == results(made)["test"]
+    assert len(predictions(made, images / "red", tmp_path, "--class-names", "a,b")) == 10
 
 
 def test_best_epoch_can_be_reported(tmp_path, images):

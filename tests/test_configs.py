@@ -5,16 +5,31 @@ import json
 import pytest
 import torch
 import yaml
+from small_learner_runs import CLIP
 from small_runs import draw_images
 
 import visionpeft as vp
-from visionpeft import methods
+from visionpeft import clip, methods
 from visionpeft.cli import CLI, silence
 from visionpeft.resources import shipped
+from visionpeft.tasks import prompt_learning
 
 CONFIGS = shipped("configs")
-WHOLE = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name != "clipart.yaml")
-OVERLAYS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("backbones/*.yaml"))
+WHOLE = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name.split("_")[0] in ("vtab", "fgvc", "images"))
+OF_CLIP = ("backbones/clip_rn50_openai.yaml", "backbones/clip_vit_b16_openai.yaml", "backbones/nano_clip.yaml")
+OF_LEARNERS_ALONE = (OF_CLIP[0], OF_CLIP[2])
+OVERLAYS = sorted(
+    {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("backbones/*.yaml")} - set(OF_LEARNERS_ALONE)
+)
+PROTOCOLS = {
+    "fewshot": (
+        *("zero_shot", "linear_probe", "coop", "cocoop", "prograd", "kgcoop", "maple", "ivlp", "promptsrc", "tpt"),
+        *("clip_adapter", "tip_adapter", "tip_adapter_f", "clip_lora"),
+    ),
+    "base_to_new": ("coop", "cocoop", "kgcoop", "prograd", "maple", "promptsrc"),
+    "cross_dataset": ("coop", "cocoop", "maple"),
+}
+LEARNERS = [f"{protocol}_{name}.yaml" for protocol, names in PROTOCOLS.items() for name in names]
 NAMES = (
     *("vpt", "vpt_shallow", "lora", "adaptformer", "adapter", "adapter_plus", "ssf", "bitfit", "prefix_tuning"),
     *("linear_probe", "full", "last_blocks"),
@@ -66,7 +81,7 @@ def test_header_says_what_a_reader_needs(name):
     header = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
     text = " ".join(header)
     assert "python -m visionpeft.fit --config" in text
-    if name.startswith(("vtab_", "fgvc_")):
+    if name.startswith(("vtab_", "fgvc_")) or name in LEARNERS:
         assert "https://arxiv.org/abs/" in text
         assert "Published (" in text
         assert f"--config {name}" in text
@@ -81,7 +96,7 @@ def test_backbone_overlay(overlay):
     assert cli.model.backbone_name == yaml.safe_load((CONFIGS / overlay).read_text())["model"]["init_args"]["backbone"]
     assert type(cli.model.methods[0]).__name__ == "VPT"
     if "nano" not in overlay:
-        assert cli.config.trainer.max_epochs == 100
+        assert overlay in OF_CLIP or cli.config.trainer.max_epochs == 100
         assert cli.config.trainer.precision == "bf16-mixed"
         assert cli.datamodule.description()["sizes"]["test"] == 73_728
         assert cli.model.preprocessing.input_size == (224, 224)
@@ -109,3 +124,74 @@ def test_print_config(capsys):
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["data"]["init_args"]["task"] == "dsprites_loc"
     assert printed["model"]["init_args"]["method"]["class_path"].endswith("VPT")
+
+
+@pytest.fixture
+def small_nano_clip(monkeypatch):
+    """A tiny CLIP in the place of the one whose weights are in the package."""
+
+    def create(name, **options):
+        return create_clip(CLIP[1], pretrained=False)
+
+    create_clip = prompt_learning.create_clip
+    monkeypatch.setattr(prompt_learning, "create_clip", create)
+
+
+def test_every_configuration_of_a_learner_is_known():
+    kinds = {path.name for path in CONFIGS.glob("*.yaml")} - set(WHOLE) - {"clipart.yaml"}
+    assert {name for name in kinds if name.startswith(tuple(PROTOCOLS))} == set(LEARNERS)
+    named = {learner_of(name)["class_path"] for name in LEARNERS}
+    assert named == {name for name in clip.__all__ if is_learner(getattr(clip, name))}
+
+
+def is_learner(value):
+    return isinstance(value, type) and issubclass(value, clip.Learner) and value is not clip.Learner
+
+
+def learner_of(name):
+    return yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["learner"]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_configuration_of_a_learner_builds(name, small_nano_clip):
+    # The tiny CLIP has two blocks.
+    depth = ["--model.learner.depth", "2"] if "depth" in learner_of(name).get("init_args", {}) else []
+    cli = build("--config", name, *depth, "--trainer.accelerator", "cpu")
+    assert cli.model.backbone_name == "nano_clip"
+    learner, given = cli.model.learner, learner_of(name)
+    assert type(learner).__name__ == given["class_path"]
+    for option, value in given.get("init_args", {}).items():
+        if option not in ("depth", "allow_duplicates"):
+            assert learner.options[option] == value
+    description = cli.datamodule.description()
+    assert description["task"] == "clipart"
+    assert description["class_subset"] == ("base" if name.startswith("base_to_new") else "all")
+    assert ("train" in description["sizes"]) == (name not in ("fewshot_zero_shot.yaml", "fewshot_tpt.yaml"))
+    # Learners that have nothing to train by gradient steps say so in the number of epochs.
+    trains = learner.by_gradient
+    assert (cli.config.trainer.max_epochs > 0) == trains
+    if trains and not isinstance(learner, clip.TipAdapter | clip.CLIPLoRA):
+        recipe = cli.model.optimisation
+        assert (recipe.optimizer, recipe.schedule, recipe.weight_decay, recipe.decay_all, recipe.warmup_epochs) == (
+            *("sgd", "epoch_cosine", 5e-4, True, 1),
+        )
+    with torch.no_grad():
+        if not isinstance(learner, clip.TipAdapter):  # which has seen no images yet
+            assert cli.model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, len(cli.datamodule.class_names))
+
+
+@pytest.mark.parametrize("overlay", OF_CLIP)
+def test_clip_overlay_of_learners(overlay, small_nano_clip):
+    cli = build("--config", "fewshot_coop.yaml", "--config", overlay)
+    assert cli.model.backbone_name == yaml.safe_load((CONFIGS / overlay).read_text())["model"]["init_args"]["backbone"]
+    alone = build("--config", "fewshot_coop.yaml")
+    assert cli.config.trainer.max_epochs == alone.config.trainer.max_epochs
+    assert cli.model.optimisation == alone.model.optimisation
+    assert cli.datamodule.batch_size == alone.datamodule.batch_size
+    if "nano" not in overlay:
+        assert cli.config.trainer.precision == "bf16-mixed"
+
+
+def test_learner_and_method_configurations_do_not_mix(capsys):
+    with pytest.raises(vp.ConfigurationError, match="PromptLearning"):
+        build("--config", "fewshot_coop.yaml", "--model.method", "LoRA")

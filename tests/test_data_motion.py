@@ -39,7 +39,7 @@ def test_states_are_uniform_at_every_time_in_every_class(label, time):
 
 @pytest.mark.parametrize(("label", "opposite"), OPPOSITES)
 def test_a_video_backwards_is_one_of_the_opposite_class(label, opposite):
-    forwards = motion.states(label, np.array([0.3, 0.8, 0.4, 0.9]), 0.05)
+    forwards = motion.states(label, np.array([0.31, 0.82, 0.43, 0.94]), 0.05)
     backwards = motion.states(opposite, forwards[-1], 0.05)
     distance = np.abs(forwards[::-1] - backwards)
     assert np.minimum(distance, 1 - distance).max() < 1e-12

@@ -210,5 +210,5 @@ def test_a_benchmark_is_decoded(ucf):
 
 @pytest.mark.parametrize("benchmark", [Kinetics, SomethingSomethingV2, HMDB51, UCF101])
 def test_missing_folders(benchmark, tmp_path):
-    with pytest.raises(DataError, match="missing|does not exist|cannot read"):
+    with pytest.raises(DataError, match=r"missing|does not exist|cannot read"):
         benchmark(tmp_path / "nothing")

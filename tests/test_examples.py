@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 import timm
 import torch
@@ -48,6 +49,18 @@ def test_own_dataset(tmp_path):
 
 
 @pytest.mark.slow
+def test_few_shot_own_folder(tmp_path):
+    for colour in ("red", "blue"):
+        (tmp_path / "photos" / colour).mkdir(parents=True)
+        for index in range(8):
+            Image.new("RGB", (40 + index, 40), colour).save(tmp_path / "photos" / colour / f"{index}.png")
+    names = "a red square, a blue square, a dog"
+    output = run("few_shot_own_folder.py", "photos", "--epochs", 2, "--new-names", names, folder=tmp_path)
+    assert output.count("photos/red") == output.count("photos/blue") == 8
+    assert vp.read_learner(tmp_path / "prompt")["class_names"] == ["blue", "red"]
+
+
+@pytest.mark.slow
 def test_compare_methods(tmp_path):
     arguments = ("--output", "r/table.csv", "--seeds", 2, "--epochs", 1, "--methods", "linear probe")
     output = run("compare_methods.py", *arguments, folder=tmp_path)
@@ -70,7 +83,7 @@ def test_readme_lines(tmp_path, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", small)
     monkeypatch.chdir(tmp_path)
-    (block,) = python_blocks((ROOT / "README.md").read_text())
+    block, _ = python_blocks((ROOT / "README.md").read_text())
     script = tmp_path / "readme.py"
     script.write_text(block)
     names = runpy.run_path(str(script))
@@ -81,9 +94,43 @@ def test_readme_lines(tmp_path, monkeypatch):
         assert torch.equal(plain(images), names["model"].eval()(images))
 
 
+def test_readme_lines_on_clip(tmp_path, monkeypatch):
+    """The README's Python on CLIP, pasted, with nano_clip in place of a download."""
+    monkeypatch.setattr(
+        open_clip, "create_model_and_transforms", lambda name, pretrained: (vp.create_clip("nano_clip")[0], None, None)
+    )
+    monkeypatch.chdir(tmp_path)
+    _, block = python_blocks((ROOT / "README.md").read_text())
+    (tmp_path / "readme.py").write_text(block)
+    images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 0, 1])
+    given = {"batches": [(images, labels)] * 2, "images": images}
+    names = runpy.run_path(str(tmp_path / "readme.py"), init_globals=given)
+    assert names["learner"].class_names == ["red kite", "buzzard", "heron"]
+    assert sum(file.stat().st_size for file in (tmp_path / "prompt").iterdir()) < 2**14
+
+
+def test_readme_learner_counts():
+    """The README's column of values a learner trains is what building it on ViT-B/16 gives."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `(\w+\(.*?\))` \|[^|]*\| ([\d,]+) \|", text, flags=re.MULTILINE)
+    rows = [(call, count) for call, count in rows if call.partition("(")[0] in vp.clip.__all__]
+    assert len(rows) >= 10
+    tokenizer = open_clip.get_tokenizer("ViT-B-16")
+    for call, count in rows:
+        with torch.device("meta"):
+            clip = open_clip.create_model("ViT-B-16", pretrained=None)
+            name, _, options = call.partition("(")
+            options = eval(f"dict({options}")
+            learner = getattr(vp, name)(clip, tokenizer, ["cat", "dog"], **options)
+        tuned = getattr(learner, "num_tuned", None)
+        trained = sum(parameter.numel() for parameter in learner.trainable_parameters()) if tuned is None else tuned
+        assert trained == int(count.replace(",", "")), call
+
+
 def test_readme_counts():
     """The README's column of trained parameters is what attaching to ViT-B/16 gives."""
     rows = re.findall(r"^\| `(\w+\(.*?\))` \|.*?\| ([\d,]+) \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    rows = [(call, count) for call, count in rows if call.partition("(")[0] not in vp.clip.__all__]
     assert len(rows) >= 13
     with torch.device("meta"):
         model = timm.create_model("vit_base_patch16_224", num_classes=10)

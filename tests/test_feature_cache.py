@@ -77,7 +77,9 @@ def test_a_changed_tower_gives_new_features(learner, change):
         if change == "in place":
             visual.proj.mul_(-1)
         elif change == "loaded":
-            visual.load_state_dict({name: -value if name == "proj" else value for name, value in visual.state_dict().items()})
+            visual.load_state_dict(
+                {name: -value if name == "proj" else value for name, value in visual.state_dict().items()}
+            )
         elif change == "replaced":
             visual.proj = torch.nn.Parameter(-visual.proj)
         else:

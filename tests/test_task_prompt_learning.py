@@ -114,7 +114,9 @@ def test_metrics_equal_their_definitions(tmp_path, images):
     pictures, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     with torch.no_grad():
         logits = task.learner(pictures)
-    assert measured.callback_metrics["test/loss"].item() == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
+    assert measured.callback_metrics["test/loss"].item() == pytest.approx(
+        F.cross_entropy(logits, labels).item(), abs=1e-5
+    )
     share = (logits.argmax(1) == labels).float().mean().item()
     assert measured.callback_metrics["test/top1"].item() == pytest.approx(share)
 
@@ -174,6 +176,26 @@ def test_what_a_learner_is_told(tmp_path, images):
         "end_training",
     ]
     assert task.describe()["chosen"] == {"alpha": 1.5}
+
+
+def test_limited_steps_have_epochs(tmp_path, images):
+    task = make(Told)
+    trainer(tmp_path, max_epochs=-1, max_steps=7).fit(task, data(images))
+    assert [call for call in task.learner.calls if "end_epoch" in call] == [
+        ("end_epoch", epoch, 3) for epoch in range(3)
+    ]
+
+
+def test_dropout_is_drawn_while_training(tmp_path, images):
+    modes = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            learner = pl_module.learner
+            modes.append((learner.training, learner.clip.training, learner.clip.visual.training))
+
+    trainer(tmp_path, max_epochs=2, callbacks=[Watch()]).fit(make(CLIPAdapter), data(images))
+    assert set(modes) == {(True, False, False)}
 
 
 @pytest.mark.parametrize("views", [None, 1, 3])

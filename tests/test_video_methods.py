@@ -1,10 +1,9 @@
-"""Methods for clips: published counts, what mixes with what, the papers in float64, and the invariants of the matrix."""
+"""Methods for clips: published counts, what mixes with what, the papers in float64, the invariants of the matrix."""
 
 import copy
 import dataclasses
 import functools
 import inspect
-from unittest import mock
 
 import pytest
 import test_invariants as matrix
@@ -14,8 +13,10 @@ from conftest import FEW_CASES, VIDEO_CASES, adapted, adapter_tensors, cells, di
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from reference.hosts import HOSTS, Host, clip, eva, vit
 from reference.video import frame_features
+from timm.models.vision_transformer import Block
 
 import visionpeft as vp
+from visionpeft.backbones.dispatch import describe_block, pre_norm_block
 from visionpeft.backbones.image_classifier import ImageClassifier
 
 CLASSES = 5
@@ -530,10 +531,22 @@ def test_spatial_kernel_needs_all_patches():
 
 def test_block_without_attention_as_a_function_is_refused():
     """A family registered by a user need not offer it; then AIM says so, and other methods work."""
-    from visionpeft.backbones.timm_vit import SitedBlock
 
-    model = vp.VideoClassifier(vit(), num_frames=8)
-    with mock.patch.object(SitedBlock, "__bases__", (timm.models.vision_transformer.Block,)):
-        with pytest.raises(vp.UnsupportedError, match="AIM uses the attention of a block twice, but SitedBlock"):
-            vp.attach(model, vp.AIM())
-        vp.attach(model, vp.STAdapter(4))
+    class MyBlock(Block):
+        """A block of a user's."""
+
+    class SitedMyBlock(MyBlock):
+        """Its sited form, with the sites alone."""
+
+        def forward(self, x, attn_mask=None, is_causal=False):
+            at = self.sites.enter()
+            x = at("stream_in", x)
+            x = at("stream_mid", x + at("attn_out", self.attn(at("attn_in", self.norm1(x)))))
+            return at("stream_out", x + at("mlp_out", self.mlp(at("mlp_in", self.norm2(x)))))
+
+    describe_block.register(MyBlock, lambda block: pre_norm_block(block, SitedMyBlock))
+    model = vp.VideoClassifier(vit(block_fn=MyBlock), num_frames=8)
+    with pytest.raises(vp.UnsupportedError, match="AIM uses the attention of a block twice, but SitedMyBlock"):
+        vp.attach(model, vp.AIM())
+    assert not hasattr(model, "peft")
+    vp.attach(model, vp.STAdapter(4))

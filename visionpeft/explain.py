@@ -144,7 +144,7 @@ def _candidates(message: str, by_name: dict[str, type]) -> list[str]:
 
 
 def _annotated(before: str, by_name: dict[str, type]) -> list[str]:
-    """Names of the classes in the annotation of the argument that was reached last, which for a factory no type shows."""
+    """Names of the classes in the annotation of the argument reached last; for a factory the message shows no type."""
     owners = re.findall(r"Problem with given class_path '(?:[\w.]+\.)?(\w+)'", before)
     arguments = re.findall(r'Parser key "([\w.]+)"', before)
     if not owners or owners[-1] not in by_name or not arguments:

@@ -77,7 +77,7 @@ def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> N
 
 
 def _enter_tokens(peft: Adapters, tower: Tower, here: dict, routed) -> None:
-    """Let act at `tokens`: in front of the norm in front of the blocks, or first in the first block if there is none."""
+    """Let act at `tokens`: in front of the norm that precedes the blocks, or, without one, first in the first block."""
     groups = here[None].pop(("tokens", None), None)
     if groups is None:
         return

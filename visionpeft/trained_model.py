@@ -65,9 +65,7 @@ def open_run(run: RunDirectory, class_names: Sequence[str] | None = None) -> Tra
     preprocessing = {
         key: tuple(value) if isinstance(value, list) else value for key, value in description["preprocessing"].items()
     }
-    return TrainedModel(
-        model.eval(), names, Preprocessing(**preprocessing), description["metadata"]["data"]["resize"]
-    )
+    return TrainedModel(model.eval(), names, Preprocessing(**preprocessing), description["metadata"]["data"]["resize"])
 
 
 def _arguments(description: dict) -> dict:

@@ -9,8 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-# Everyday words for the subgroups of the emoji, as singular/plural. Subgroups below the line are those of icon sets.
+# Everyday words for the subgroups of the emoji, as singular/plural; "face" stands for "face-smiling" and so on.
 SUBJECTS = {
+    "face": "face/faces, smiley/smileys, emotion/emotions",
     "cat-face": "cat/cats, animal/animals, face/faces",
     "monkey-face": "monkey/monkeys, animal/animals, face/faces",
     "heart": "heart/hearts, love, symbol/symbols",
@@ -77,7 +78,8 @@ SUBJECTS = {
     "household": "household item/household items, furniture, home",
     "other-object": "object/objects",
     "transport-sign": "sign/signs, pictogram/pictograms, public sign/public signs, symbol/symbols",
-    "warning": "sign/signs, warning sign/warning signs, road sign/road signs, traffic sign/traffic signs, symbol/symbols",
+    "warning": """sign/signs, warning sign/warning signs, road sign/road signs, traffic sign/traffic signs,
+        symbol/symbols""",
     "arrow": "arrow/arrows, direction/directions, sign/signs, symbol/symbols",
     "religion": "religious symbol/religious symbols, symbol/symbols, religion",
     "zodiac": "zodiac sign/zodiac signs, symbol/symbols",
@@ -93,7 +95,7 @@ SUBJECTS = {
     "flag": "flag/flags",
     "country-flag": "flag/flags, country flag/country flags, national flag/national flags",
     "subdivision-flag": "flag/flags",
-    # icon sets
+    # of icon sets
     "animal": "animal/animals",
     "food": "food",
     "hand": "hand/hands, gesture/gestures",
@@ -101,17 +103,6 @@ SUBJECTS = {
     "cosmetics": "cosmetics, beauty product/beauty products",
     "vehicle": "vehicle/vehicles, transport",
 }
-SUBJECTS |= {
-    f"face-{kind}": "face/faces, smiley/smileys, emotion/emotions"
-    for kind in (
-        "smiling affection tongue hand neutral-skeptical sleepy unwell hat glasses concerned negative costume".split()
-    )
-}
-SUBJECTS |= {
-    f"hand-{kind}": "hand/hands, gesture/gestures"
-    for kind in ("fingers-open fingers-partial single-finger fingers-closed".split())
-}
-
 STYLES = ("silhouette/silhouettes", "pattern/patterns")  # in the order of augmentation.augment_with_styles
 ICON_STYLES = {"game-icons": "pictogram/pictograms", "maki": "pictogram/pictograms"}
 SKETCHES = {"streamline-freehand-color"}
@@ -171,7 +162,8 @@ def clean(phrase: str) -> str:
 
 def words_of(subgroup: str) -> list[list[str]]:
     """The subjects of a subgroup, each as its forms."""
-    return [entry.lower().split("/") for entry in SUBJECTS.get(subgroup, "").split(", ") if entry]
+    entries = SUBJECTS.get(subgroup, SUBJECTS.get(subgroup.split("-")[0], ""))
+    return [entry.strip().lower().split("/") for entry in entries.split(",") if entry]
 
 
 @dataclass
@@ -247,10 +239,9 @@ class Captions:
         subject = torch.zeros(shape[1], dtype=torch.bool)
         subject[sorted(self.subject_words)] = True
         sorted_by_subject = torch.tensor([len(drawing.subjects) > 1 for drawing in self.drawings])
-        # an icon may well show what only emoji are described with, and an emoji may be called an icon
+        # an icon may well show what only emoji are described with
         self.unknown[icons] = (many | subject) & ~(subject & sorted_by_subject[icons, None])
-        called = [self.number[word] for word in ("icon", "pictogram", "symbol")]
-        self.unknown[:, called] = True
+        self.unknown[:, sorted(self.icon_words)] = False
         self.unknown &= ~self.true
 
     def add(self, forms: list[str]) -> int:
@@ -310,4 +301,4 @@ class Captions:
         texts = [form for number in sorted(self.used) for form in self.forms[number]]
         texts += [template.format("", a="a an") for template in TEMPLATES]
         texts += ["a black and white drawing, an outline, a line drawing, a hand-drawn sketch of, a type of: . ,"]
-        return texts + ["a drawing: this picture shows, keywords: a silhouette of patterns icons"]
+        return [*texts, "a drawing: this picture shows, keywords: a silhouette of patterns icons"]

@@ -204,10 +204,10 @@ def main() -> None:
         checkpoint.with_suffix(".tmp").replace(checkpoint)
         export(average, data.token_ids, args.output)
 
-    def encode(inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         # on a CPU, plain attention is faster backwards than the fused one
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            return clip.visual(inputs[0]).float(), encode_text(clip, inputs[1]).float()
+            return clip.visual(images).float(), encode_text(clip, tokens).float()
 
     # every thread has its part of the batch, so that threads wait for each other only twice a step
     pool = ThreadPoolExecutor(args.threads)
@@ -238,8 +238,8 @@ def main() -> None:
         for style, number in enumerate(captions.styles):
             true[:, phrases == number] |= styles[:, style, None]
         clip.zero_grad()
-        inputs = zip(((images - mean) / std).chunk(args.threads), data.tokens(list(phrase_of)).chunk(args.threads))
-        features = list(pool.map(encode, inputs))
+        tokens = data.tokens(list(phrase_of))
+        features = list(pool.map(encode, ((images - mean) / std).chunk(args.threads), tokens.chunk(args.threads)))
         image, text = (torch.cat([part[side].detach() for part in features]).requires_grad_() for side in (0, 1))
         scale = clip.logit_scale.exp()
         loss, accuracy = contrastive_loss(

@@ -27,8 +27,10 @@ import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
+from augmentation import augment
 from PIL import Image
 from safetensors.torch import save
+from start_values import start_attention, waves, whitening
 from torch import Tensor, nn
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -83,91 +85,18 @@ class EmojiModel(nn.Module):
 
 @torch.no_grad()
 def initialize(backbone: nn.Module, images: Tensor) -> None:
-    """Start values that shorten the training.
+    """Start values that shorten the training: see ``start_values``.
 
-    The patch embedding whitens the patches of ``images`` (batch, 3, 64, 64) and stays as it is, as random projections
-    do in https://arxiv.org/abs/2104.02057; positions are sines and cosines; queries and keys begin near the identity
-    and values and their projection near its negative (https://arxiv.org/abs/2305.09828).
+    The patch embedding whitens the patches of ``images`` (batch, 3, 64, 64) and stays as it is.
     """
-    patches = F.unfold(images, 8, stride=8).mT.reshape(-1, 192)
-    variances, directions = torch.linalg.eigh(patches.T.cov())
-    whiten = 0.5 * (directions / (variances + 0.1 * variances.mean()).sqrt()).T  # (192 outputs, 192 inputs)
     projection = backbone.patch_embed.proj
-    projection.weight.copy_(whiten.view_as(projection.weight))
-    projection.bias.copy_(-whiten @ patches.mean(0))
+    weight, bias = whitening(images, 8)
+    projection.weight.copy_(weight)
+    projection.bias.copy_(bias)
     projection.requires_grad_(False)
-
-    width, side = backbone.num_features, 8
-    frequencies = 10000 ** -torch.linspace(0, 1, width // 4)
-    angles = torch.outer(torch.arange(side).float(), frequencies)
-    waves = 0.5 * torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)
-    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
-    backbone.pos_embed[:, 1:].copy_(torch.cat([rows, columns], 2).flatten(0, 1))
-
-    identity = torch.eye(width)
+    backbone.pos_embed[:, 1:].copy_(waves(8, backbone.num_features))
     for block in backbone.blocks:
-        query, key, value = block.attn.qkv.weight.split(width)
-        for head in range(block.attn.num_heads):
-            left, scales, right = torch.linalg.svd(0.7 * torch.randn(width, width) / width**0.5 + 0.7 * identity)
-            part = slice(head * 64, head * 64 + 64)
-            query[part] = (left[:, :64] * scales[:64].sqrt()).T
-            key[part] = right[:64] * scales[:64, None].sqrt()
-        left, scales, right = torch.linalg.svd(0.4 * torch.randn(width, width) / width**0.5 - 0.4 * identity)
-        block.attn.proj.weight.copy_(left * scales.sqrt())
-        value.copy_(scales.sqrt()[:, None] * right)
-
-
-def uniform(count: int, low: float, high: float) -> Tensor:
-    """A vector of ``count`` random numbers between two bounds."""
-    return torch.empty(count).uniform_(low, high)
-
-
-def chance(count: int, probability: float) -> Tensor:
-    """A mask of shape (count, 1, 1, 1) that is true with the given probability."""
-    return (torch.rand(count) < probability).view(-1, 1, 1, 1)
-
-
-def augment(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Random pose, colour and background for RGBA images (batch, 4, 64, 64) uint8.
-
-    Rotations are small, since the orientation of a drawing is part of what it shows. A quarter of the images are white
-    silhouettes on black in any pose, which the layout head tells apart.
-
-    Returns:
-        Normalised RGB images (batch, 3, 64, 64) and layouts (batch, 53): cosine and sine of the angle,
-        position, log size, thumbnail.
-    """
-    count = len(images)
-    x = images.float() / 255
-    x = torch.where(chance(count, 0.5), x.flip(-1), x)
-    x[:, :3] *= x[:, 3:]  # premultiplied, so that interpolation does not mix in the colour of transparent pixels
-
-    posed = torch.rand(count) < 0.25
-    angle = torch.where(posed, uniform(count, -math.pi, math.pi), uniform(count, -0.1, 0.1))
-    log_size = torch.where(posed, uniform(count, -1.1, -0.1), uniform(count, -0.2, 0.15))
-    log_aspect = uniform(count, -0.1, 0.1)
-    shift = torch.stack([torch.where(posed, uniform(count, -0.45, 0.45), uniform(count, -0.15, 0.15)) for _ in "xy"], 1)
-    cos, sin = angle.cos(), angle.sin()
-    rotate_back = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)  # (batch, 2, 2)
-    stretch_back = torch.exp(-torch.stack([log_size + log_aspect, log_size - log_aspect], 1))
-    inverse = stretch_back[:, :, None] * rotate_back
-    grid = F.affine_grid(torch.cat([inverse, -inverse @ shift[:, :, None]], 2), list(x.shape), align_corners=False)
-    x = F.grid_sample(x, grid, align_corners=False)
-
-    color, alpha = x[:, :3], x[:, 3:]
-    color = color * (1 + 0.1 * torch.randn(count, 3, 1, 1))
-    color = torch.where(chance(count, 0.05), color.mean(1, keepdim=True), color)
-    color = torch.where(chance(count, 0.05), alpha * torch.rand(count, 3, 1, 1).round(decimals=1), color)  # silhouettes
-    background = torch.where(chance(count, 0.4), torch.zeros(1), torch.rand(count, 3, 1, 1))
-    background = torch.where(chance(count, 0.6), torch.ones(1), background)
-    silhouette = posed.view(-1, 1, 1, 1)
-    color, background = torch.where(silhouette, alpha, color), torch.where(silhouette, torch.zeros(1), background)
-    x = (color + (1 - alpha) * background).clamp(0, 1)
-    x = torch.where(chance(count, 0.03) & ~silhouette, 1 - x, x)
-    x = (x - 0.5) / 0.5
-    return x, torch.cat(
-        [torch.stack([cos, sin], 1), 3 * shift, 3 * log_size[:, None], F.avg_pool2d(x, 16).flatten(1)], 1
-    )
+        start_attention(block.attn.qkv.weight, block.attn.proj.weight, block.attn.num_heads)
 
 
 def loss_function(outputs: tuple[Tensor, ...], data: EmojiData, index: Tensor, layout: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def timm_backbone(model: nn.Module, **norms: nn.Module) -> Backbone:
         patch_size=tuple(model.patch_embed.patch_size),
         spanning=(model,),
         excluded=("head.", "head_dist."),
-        grid_size=None if getattr(model, "dynamic_img_size", False) else model.patch_embed.grid_size,
+        grid_size=None if getattr(model, "dynamic_img_size", False) else getattr(model.patch_embed, "grid_size", None),
     )
     heads = tuple(
         name for name in ("head", "head_dist") if not isinstance(getattr(model, name, nn.Identity()), nn.Identity)

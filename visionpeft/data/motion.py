@@ -45,7 +45,8 @@ SIZES = (18.0, 42.0)  # pixels, smallest and largest
 SCENES = {"train": 50, "val": 10, "test": 30}
 SUPERSAMPLED = 2
 WHITE_TOLERANCE = 24
-ENCODER = {"crf": "10", "preset": "fast", "threads": "1"}
+# With macroblock trees x264 writes slightly different files each time when frames are as small as these.
+ENCODER = {"crf": "10", "preset": "fast", "threads": "1", "x264-params": "mbtree=0"}
 
 
 def states(label: int, start: np.ndarray, speed: float, frames: int = FRAMES) -> np.ndarray:

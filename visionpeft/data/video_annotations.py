@@ -55,7 +55,7 @@ def read_kinetics(file: Path) -> list[Row]:
             start, end = (int(float(entry[column])) for column in ("time_start", "time_end"))
         except ValueError:
             raise DataError(
-                f"{where}: times must be seconds, found {entry['time_start']}, {entry['time_end']}"
+                f"{where}: times must be seconds, found {entry['time_start']} and {entry['time_end']}"
             ) from None
         rows.append(Row(f"{entry['youtube_id'].strip()}_{start:06d}_{end:06d}", entry["label"].strip(), where))
     if not rows:

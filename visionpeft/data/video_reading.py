@@ -6,7 +6,7 @@ frame of a video and what is made of the frames asked for, however long the vide
 
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,7 +248,8 @@ def _by_time(
     Raises:
         _Overshot: the container cannot seek to where it is asked to.
     """
-    frames = _decoded(container, stream)
+    needed = set(index.times[list(wanted)].tolist())
+    frames = _decoded(container, stream, needed)
     frame, position = None, -1  # the last decoded frame and its index
     for target in wanted:
         key = int(np.searchsorted(index.keyframes, index.times[target], side="right")) - 1
@@ -257,7 +258,7 @@ def _by_time(
             # Some containers land behind the keyframe they were asked for; then from one further ahead.
             for attempt in (key, key - 2):
                 container.seek(int(index.keyframes[max(attempt, 0)]), stream=stream, backward=True)
-                frames = _decoded(container, stream)
+                frames = _decoded(container, stream, needed)
                 frame = next(frames, None)
                 position = index.frames if frame is None else _position(index, frame)
                 if position <= target:
@@ -294,12 +295,20 @@ def _serves(position: int, target: int, frames: int) -> bool:
     return position >= target or (target >= frames - MISSING_AT_END and position >= target - MISSING_AT_END)
 
 
-def _decoded(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Frames in order of presentation; raises DataError at one that the decoder marks as damaged."""
-    for frame in container.decode(stream):
-        if frame.is_corrupt:
-            raise DataError(f"video file {container.name.removeprefix('file:')} has damaged frames; {REMEDY}")
-        yield frame
+def _decoded(
+    container: av.container.InputContainer, stream: av.VideoStream, needed: Set[int] | None = None
+) -> Iterator[av.VideoFrame]:
+    """Frames in order of presentation; raises DataError at one that the decoder marks as damaged.
+
+    Frames to which no other refers are decoded only where their time stamp is `needed`, or all of them.
+    """
+    for packet in container.demux(stream):
+        if needed is not None:
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in needed else "NONREF"
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise DataError(f"video file {container.name.removeprefix('file:')} has damaged frames; {REMEDY}")
+            yield frame
 
 
 def _position(index: FrameIndex, frame: av.VideoFrame) -> int:

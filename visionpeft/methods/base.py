@@ -89,8 +89,8 @@ def frames_of(method: Method, tower: Tower) -> Frames:
     """
     if tower.frames is None:
         raise UnsupportedError(
-            f"{type(method).__name__} acts across the frames of clips, but this model takes single images; attach it to "
-            "a VideoClassifier of the model"
+            f"{type(method).__name__} acts across the frames of clips, but this model takes single images; attach it "
+            "to a VideoClassifier of the model"
         )
     return tower.frames
 

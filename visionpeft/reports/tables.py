@@ -24,7 +24,9 @@ def print_results(results: dict, title: str = "") -> None:
     if results.get("template"):
         table.add_row("template", _shortened(results["template"]))
     if results.get("chosen"):
-        table.add_row("chosen on validation", ", ".join(f"{key} {value:.4g}" for key, value in results["chosen"].items()))
+        table.add_row(
+            "chosen on validation", ", ".join(f"{key} {value:.4g}" for key, value in results["chosen"].items())
+        )
     table.add_row("training time", duration(results["training_seconds"]))
     table.add_row("peak memory", f"{results['peak_memory_bytes'] / 2**20:,.0f} MiB ({results['memory_kind']})")
     table.add_row("run directory", results["run_directory"])

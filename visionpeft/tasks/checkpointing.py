@@ -39,8 +39,8 @@ def check_trained(checkpoint: dict, module: torch.nn.Module, keys: Set[str]) -> 
     if differing:
         shown = ", ".join(_short(key) for key in differing[:4])
         raise StorageError(
-            f"the checkpoint does not belong to this method, head and backbone: {len(differing)} tensors differ in "
-            f"name or shape, among them {shown}"
+            f"the checkpoint does not belong to this method or learner, head and backbone: {len(differing)} tensors "
+            f"differ in name or shape, among them {shown}"
         )
 
 

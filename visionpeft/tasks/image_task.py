@@ -155,15 +155,26 @@ class ImageTask(pl.LightningModule):
         trainer = self.trainer
         if trainer.estimated_stepping_batches == float("inf"):
             raise ConfigurationError("the learning rate follows a cosine to its end: set trainer.max_epochs")
-        total_steps = int(trainer.estimated_stepping_batches)
-        accumulated = trainer.accumulate_grad_batches
-        steps_per_epoch = max(1, math.ceil(min(trainer.num_training_batches, total_steps * accumulated) / accumulated))
-        epochs = trainer.max_epochs if trainer.max_epochs > 0 else math.ceil(total_steps / steps_per_epoch)
-        batch_size = getattr(trainer.datamodule, "batch_size", 1) * accumulated * trainer.world_size
+        batch_size = getattr(trainer.datamodule, "batch_size", 1) * trainer.accumulate_grad_batches * trainer.world_size
         groups = parameter_groups(self.trained_parameters(), self.head_parameters(), self.optimisation, batch_size)
         optimizer = build_optimizer(groups, self.optimisation)
-        schedule = build_schedule(optimizer, self.optimisation, steps_per_epoch, epochs, total_steps)
+        total_steps = int(trainer.estimated_stepping_batches)
+        schedule = build_schedule(optimizer, self.optimisation, self.steps_per_epoch, self.num_epochs, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+        accumulated = self.trainer.accumulate_grad_batches
+        batches = min(self.trainer.num_training_batches, self.trainer.estimated_stepping_batches * accumulated)
+        return max(1, math.ceil(batches / accumulated))
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of the training, also where it is the number of steps that is limited."""
+        if self.trainer.max_epochs >= 0:
+            return self.trainer.max_epochs
+        return math.ceil(self.trainer.estimated_stepping_batches / self.steps_per_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep only what is trained."""

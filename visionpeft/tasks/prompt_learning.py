@@ -60,7 +60,9 @@ class PromptLearning(ImageTask):
     ):
         super().__init__(class_names, optimisation, seed)
         if chunk_size is not None and chunk_size < 1:
-            raise ConfigurationError(f"chunk_size must be at least 1, or null for all classes at once, not {chunk_size}")
+            raise ConfigurationError(
+                f"chunk_size must be at least 1, or null for all classes at once, not {chunk_size}"
+            )
         self.backbone_name = backbone
         self.chunk_size = chunk_size
         torch.manual_seed(seed)  # a CLIP without pretrained weights is drawn
@@ -111,7 +113,8 @@ class PromptLearning(ImageTask):
             if not self.trained_parameters():
                 self.trainer.fit_loop.max_epochs = self.trainer.limit_train_batches = 0
             elif self._keeps_features and self.fixed_views is not None:
-                self._fill_cache(min(self.fixed_views, max(0, self.trainer.max_epochs)))
+                self._fill_cache(min(self.fixed_views, self.num_epochs))
+            self.train()  # features were worked out in evaluation mode
 
     def configure_optimizers(self) -> dict | None:
         """SGD or AdamW over what is trained; nothing if nothing is."""
@@ -135,7 +138,7 @@ class PromptLearning(ImageTask):
 
     def on_train_epoch_end(self) -> None:
         """Tell the learner."""
-        self.learner.end_epoch(self.current_epoch, self.trainer.max_epochs)
+        self.learner.end_epoch(self.current_epoch, self.num_epochs)
 
     def on_fit_end(self) -> None:
         """Tell the learner; also when a run that had finished was resumed."""
@@ -223,8 +226,6 @@ class PromptLearning(ImageTask):
                 images = images.to(device)
                 cache = self.cache if self._keeps_features else None
                 features = (
-                    self.learner.image_features(images)
-                    if cache is None
-                    else cache.image_features(self.learner, images)
+                    self.learner.image_features(images) if cache is None else cache.image_features(self.learner, images)
                 )
             yield features, labels.to(device)
