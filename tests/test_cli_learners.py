@@ -69,8 +69,11 @@ def test_run_directory_is_complete(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         *("config.yaml", "environment.json", "metrics.csv", "tensorboard", "checkpoints", "learner", "results.json"),
-        *("curves.png", "confusion_matrix.png", "wrong_predictions.png"),
+        *("draw.json", "curves.png", "confusion_matrix.png", "wrong_predictions.png"),
     }
+    drawn = json.loads((finished / "draw.json").read_text())
+    assert (drawn["shots"], drawn["seed"], len(drawn["train"])) == (4, 1, 12)
+    assert not any(Path(path).is_absolute() for path in drawn["train"])
     checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
     assert set(checkpoint["state_dict"]) == {"learner.vectors"}
     assert (finished / "learner" / "learner.safetensors").stat().st_size < 8_000

@@ -103,6 +103,23 @@ def test_rotated_video_is_upright(tmp_path, matrix, corner):
     assert max(corners, key=corners.get) == corner
 
 
+@pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv", "cut.ts"])
+def test_cut_inside_a_group_of_pictures_without_encoding_again(tmp_path, name):
+    """Frames up to the first keyframe cannot be decoded; the first that can stands for them."""
+    source = write_video(tmp_path / "whole.mp4", 60, keyframe_every=12)
+    with av.open(str(source)) as given, av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        for number, packet in enumerate(given.demux(given.streams.video[0])):
+            if number >= 19 and packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+    video = open_video(tmp_path / name)
+    shown = list(video.read(range(len(video)), number_of).values())
+    assert len(shown) == 41
+    assert shown == [max(number, 24) for number in range(19, 60)]
+    assert video.read([30], number_of) == {30: 49}
+
+
 def test_many_frames_are_not_kept(tmp_path):
     video = EncodedVideo(write_video(tmp_path / "long.mkv", 3000, options={"preset": "ultrafast"}))
     assert len(video) == 3000

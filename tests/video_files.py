@@ -81,7 +81,7 @@ def number_of(image: Image.Image) -> int:
     pixels = np.asarray(image).astype(float)
     height, width = pixels.shape[:2]
     bars = [pixels[height * 5 // 8 :, bit * width // BITS : (bit + 1) * width // BITS].mean() for bit in range(BITS)]
-    return sum((bar > 100) << bit for bit, bar in enumerate(bars))
+    return sum(int(bar > 100) << bit for bit, bar in enumerate(bars))
 
 
 def write_frames(folder: Path, frames: int, size: tuple[int, int] = (64, 48)) -> Path:

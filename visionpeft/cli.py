@@ -23,11 +23,12 @@ from visionpeft.explain import explain, user_error
 from visionpeft.naming import did_you_mean
 from visionpeft.resources import shipped
 from visionpeft.run_directory import RunDirectory
-from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning
+from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, VideoClassification
 
 CLASSES = [
     ImageClassification,
     PromptLearning,
+    VideoClassification,
     *(value for module in (clip, data, methods) for value in vars(module).values() if isinstance(value, type)),
 ]
 

@@ -27,7 +27,8 @@ def fit(arguments: list[str]) -> None:
     has_validation = "val" in datamodule.description()["sizes"]
     if cli.config.report == "best" and not has_validation:
         raise ConfigurationError(
-            "--report best needs a validation split; VTAB-1k has one with --data.train_on train800"
+            "--report best needs a validation split; VTAB-1k has one with --data.train_on train800, published sets of "
+            "videos with --data.val_fraction 0.1"
         )
     run = _run_directory(cli)
     print_setting(setting(task, datamodule), run.path)
@@ -71,6 +72,8 @@ def _run_directory(cli: CLI) -> RunDirectory:
     run = RunDirectory.create(Path(cli.config.output), f"{cli.datamodule.description()['task']}-{cli.model.label}")
     cli.save_config(run.config)
     write_json(run.path / "environment.json", environment())
+    if draw := getattr(cli.datamodule, "draw", None):  # which images of a few-shot set were drawn
+        draw.write(run.path / "draw.json")
     return run
 
 

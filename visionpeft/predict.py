@@ -1,4 +1,4 @@
-"""`python -m visionpeft.predict RUN IMAGES...`: the most probable classes of image files."""
+"""`python -m visionpeft.predict RUN FILES...`: the most probable classes of image or video files."""
 
 import argparse
 import csv
@@ -12,10 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from visionpeft.cli import command
-from visionpeft.data import files_dataloader, find_images
+from visionpeft.data import files_dataloader, find_images, find_videos, videos_dataloader
+from visionpeft.data.dataset import ImageLoader
+from visionpeft.data.images import EXTENSIONS as IMAGE_EXTENSIONS
+from visionpeft.data.video_reading import EXTENSIONS as VIDEO_EXTENSIONS
 from visionpeft.errors import ConfigurationError
 from visionpeft.run_directory import RunDirectory
-from visionpeft.trained_model import open_run
+from visionpeft.trained_model import TrainedModel, open_run
+from visionpeft.video import over_views
 
 SHOWN = 30
 
@@ -23,34 +27,56 @@ SHOWN = 30
 def predict(arguments: list[str]) -> None:
     """Predict, print a table and write the file that was asked for."""
     options = _parse(arguments)
-    run = RunDirectory.existing(options.run)
-    files = find_images(options.images)
-    trained = open_run(run, options.class_names)
-    loader, files = files_dataloader(
-        files, trained.preprocessing, resize=trained.resize, skip_corrupt=options.skip_corrupt
-    )
+    trained = open_run(RunDirectory.existing(options.run), options.class_names)
+    loader, files = _loader(trained, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device)
+
+    def logits(batch: torch.Tensor) -> torch.Tensor:
+        return model(batch) if trained.sampling is None else over_views(model, batch)
+
     with torch.inference_mode():
-        probabilities = torch.cat([model(images.to(device)).float().softmax(dim=-1).cpu() for images, _ in loader])
+        probabilities = torch.cat([logits(batch.to(device)).float().softmax(dim=-1).cpu() for batch, _ in loader])
     rows = _rows(files, probabilities, trained.class_names, options.top_k)
-    _print(rows)
+    kind = "image" if trained.sampling is None else "video"
+    _print(rows, kind)
     if options.output is not None:
-        _write(rows, options.output)
+        _write(rows, options.output, kind)
+
+
+def _loader(trained: TrainedModel, options: argparse.Namespace) -> tuple[ImageLoader, list[Path]]:
+    """Batches of the files and folders named, and the files that are in them."""
+    if trained.sampling is None:
+        files = find_images(options.files)
+        if wrong := [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS - IMAGE_EXTENSIONS]:
+            raise ConfigurationError(
+                f"{wrong[0]} is a video, but the run in {options.run} classifies images; name images, or a run of "
+                "videos, such as one of video_st_adapter.yaml"
+            )
+        return files_dataloader(files, trained.preprocessing, resize=trained.resize, skip_corrupt=options.skip_corrupt)
+    files = find_videos(options.files)
+    if wrong := [file for file in files if file.suffix.lower() in IMAGE_EXTENSIONS - VIDEO_EXTENSIONS]:
+        raise ConfigurationError(
+            f"{wrong[0]} is an image, but the run in {options.run} classifies videos; name video files, or folders "
+            "whose images are the frames"
+        )
+    return videos_dataloader(
+        files, trained.preprocessing, trained.sampling, crops=trained.crops, skip_corrupt=options.skip_corrupt
+    )
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m visionpeft.predict", description="Predict the classes of images.")
+    parser = argparse.ArgumentParser("python -m visionpeft.predict", description="Predict the classes of files.")
     parser.add_argument("run", help="directory of a finished run")
-    parser.add_argument("images", nargs="+", help="image files, or folders of them")
-    parser.add_argument("--top-k", type=int, default=5, help="classes for each image (5)")
+    parser.add_argument("files", nargs="+", help="image files, for a run of videos video files, or folders of them")
+    parser.add_argument("--top-k", type=int, default=5, help="classes for each file (5)")
     parser.add_argument(
         "--class-names",
         help="classes to tell apart in place of the trained ones, separated by commas, or a text file with one a line; "
         "for runs of a learner on a CLIP",
     )
     parser.add_argument("--output", type=Path, help="a .csv or .json file to write")
-    parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged images out instead of stopping")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged files out instead of stopping")
 
     def refuse(message: str):
         raise ConfigurationError(f"{message}; see python -m visionpeft.predict --help")
@@ -93,8 +119,8 @@ def _rows(files: list[Path], probabilities: torch.Tensor, class_names: list[str]
     ]
 
 
-def _print(rows: list[dict]) -> None:
-    table = Table("image", "class", "probability", "then")
+def _print(rows: list[dict], kind: str) -> None:
+    table = Table(kind, "class", "probability", "then")
     for row in rows[:SHOWN]:
         (first, *others), (probability, *rest) = row["classes"], row["probabilities"]
         then = ", ".join(f"{name} {100 * value:.1f} %" for name, value in zip(others, rest, strict=True))
@@ -102,10 +128,10 @@ def _print(rows: list[dict]) -> None:
     console = Console()
     console.print(table, highlight=False)
     if len(rows) > SHOWN:
-        console.print(f"and {len(rows) - SHOWN:,} more images; --output predictions.csv writes them all")
+        console.print(f"and {len(rows) - SHOWN:,} more {kind}s; --output predictions.csv writes them all")
 
 
-def _write(rows: list[dict], path: Path) -> None:
+def _write(rows: list[dict], path: Path, kind: str) -> None:
     if path.suffix == ".json":
         path.write_text(json.dumps(rows, indent=2) + "\n")
     else:
@@ -116,7 +142,7 @@ def _write(rows: list[dict], path: Path) -> None:
             for row in rows:
                 pairs = zip(row["classes"], row["probabilities"], strict=True)
                 writer.writerow([row["path"], *(value for pair in pairs for value in pair)])
-    print(f"predictions of {len(rows):,} images written to {path}")
+    print(f"predictions of {len(rows):,} {kind}s written to {path}")
 
 
 def main(arguments: list[str] | None = None) -> int:

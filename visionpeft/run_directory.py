@@ -79,7 +79,7 @@ class RunDirectory:
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter of a run of image classification, as `visionpeft.load` reads it."""
+        """The trained adapter of a run of image or video classification, as `visionpeft.load` reads it."""
         return self.path / "adapter"
 
     @property

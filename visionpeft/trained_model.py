@@ -1,4 +1,4 @@
-"""What a finished run has trained, ready to classify images."""
+"""What a finished run has trained, ready to classify images or videos."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +11,12 @@ from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip.create import create_clip
 from visionpeft.clip.description import read_learner
 from visionpeft.clip.storage import load_learner
+from visionpeft.data import FrameSampling
 from visionpeft.data.transforms import Resize
 from visionpeft.errors import ConfigurationError
 from visionpeft.run_directory import RunDirectory
 from visionpeft.storage import load, read_metadata
+from visionpeft.video import VideoClassifier
 
 
 @dataclass
@@ -22,16 +24,20 @@ class TrainedModel:
     """A model and how it is used.
 
     Args:
-        model: images (batch, 3, height, width) -> logits (batch, classes).
+        model: images (batch, 3, height, width), or clips (batch, 3, frames, height, width) -> logits (batch, classes).
         class_names: names of the classes, in the order of the logits.
         preprocessing: how the model wants its images.
-        resize: as in training.
+        resize: of images, as in training; None for videos.
+        sampling: which frames make a clip, as in the test of the run; None for images.
+        crops: crops of each clip in that test.
     """
 
     model: nn.Module
     class_names: list[str]
     preprocessing: Preprocessing
-    resize: Resize
+    resize: Resize | None = None
+    sampling: FrameSampling | None = None
+    crops: int = 1
 
 
 def open_run(run: RunDirectory, class_names: Sequence[str] | None = None) -> TrainedModel:
@@ -60,12 +66,27 @@ def open_run(run: RunDirectory, class_names: Sequence[str] | None = None) -> Tra
                 f"the run in {run.path} has trained a head for its own {len(names)} classes and knows no others; "
                 "a learner on a CLIP, such as that of fewshot_coop.yaml, takes any class names"
             )
-        model = create_backbone(**_arguments(description), num_classes=len(names))
+        model = _classifier(description)
         load(model, run.adapter)
     preprocessing = {
         key: tuple(value) if isinstance(value, list) else value for key, value in description["preprocessing"].items()
     }
-    return TrainedModel(model.eval(), names, Preprocessing(**preprocessing), description["metadata"]["data"]["resize"])
+    data = description["metadata"]["data"]
+    trained = TrainedModel(model.eval(), names, Preprocessing(**preprocessing), data.get("resize"))
+    if "sampling" in data:
+        trained.sampling, trained.crops = FrameSampling(**data["sampling"]), data["test_crops"]
+    return trained
+
+
+def _classifier(description: dict) -> nn.Module:
+    """The model that an adapter belongs to."""
+    names, data = description["class_names"], description["metadata"]["data"]
+    if "sampling" not in data:
+        return create_backbone(**_arguments(description), num_classes=len(names))
+    images = create_backbone(**_arguments(description))
+    model = VideoClassifier(images, num_frames=data["sampling"]["num_frames"], num_classes=len(names))
+    model.set_num_frames(model.num_frames, interpolate=True)  # whether it may be, the training has decided
+    return model
 
 
 def _arguments(description: dict) -> dict:

@@ -1,5 +1,7 @@
 """What all video data sets share: clips, test views, skipping damaged videos, the written record."""
 
+from typing import Literal
+
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import ImageSet
 from visionpeft.data.video_dataset import VideoDataset
@@ -46,7 +48,7 @@ class VideoDataModule(ImageDataModule):
         test_crops: int = 1,
         batch_size: int = 16,
         num_workers: int = 0,
-        normalisation: str = "pretrained",
+        normalisation: Literal["pretrained", "imagenet", "half", "none"] = "pretrained",
         drop_last: bool = False,
         test_samples: int | None = None,
         skip_corrupt: bool = False,

@@ -15,6 +15,7 @@ from typing import TypeVar
 import av
 import numpy as np
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from visionpeft.data.images import EXTENSIONS as IMAGE_EXTENSIONS
@@ -147,8 +148,10 @@ class EncodedVideo:
     ) -> dict[int, Prepared]:
         with _opened(self.path) as (container, stream):
             find = _by_time if len(self.index.times) else _by_counting
+            converter = VideoReformatter()
             return {
-                index: prepare(_upright(frame)) for index, frame in find(container, stream, self.index, wanted, seeks)
+                index: prepare(_upright(frame, converter))
+                for index, frame in find(container, stream, self.index, wanted, seeks)
             }
 
     def check(self) -> None:
@@ -220,10 +223,10 @@ def _index(path: Path) -> FrameIndex:
         promised = stream.frames if "avi" in container.format.name else 0
     if frames == 0:
         raise DataError(f"video file {path} holds no frames; {REMEDY}")
-    if declared - (end - begin) > max(1.0, 0.1 * declared) or frames < 0.9 * promised:
-        raise DataError(
-            f"video file {path} is cut off: it ends after {end - begin:.1f} of {declared:.1f} seconds; {REMEDY}"
-        )
+    # What is declared is a length or, in Matroska, the last time stamp.
+    length = end - min(begin, 0.0)
+    if declared - length > max(1.0, 0.1 * declared) or frames < 0.9 * promised:
+        raise DataError(f"video file {path} is cut off after {length:.1f} of {declared:.1f} seconds; {REMEDY}")
     stamps = np.unique(np.frombuffer(times, np.int64)) if times else np.zeros(0, np.int64)
     if len(stamps) < frames or len(keyframes) == 0 or not reliable:
         stamps = np.zeros(0, np.int64)
@@ -318,9 +321,10 @@ def _position(index: FrameIndex, frame: av.VideoFrame) -> int:
     return int(np.searchsorted(index.times, frame.pts, side="right")) - 1
 
 
-def _upright(frame: av.VideoFrame) -> Image.Image:
+def _upright(frame: av.VideoFrame, converter: VideoReformatter) -> Image.Image:
     """RGB image, turned as the file asks for in quarters of a turn."""
-    image = frame.to_image()
+    # Without a converter of its own, each frame would start threads to be converted.
+    image = converter.reformat(frame, format="rgb24", threads=1).to_image()
     turn = round(frame.rotation / 90) % 4  # counter-clockwise, as Pillow's
     if turn == 0:
         return image

@@ -89,7 +89,8 @@ class AIM(Method):
     down is normal with standard deviation 0.02, everything else zero: no change at the start. The final norm is
     trained, too. In time the attention has no positions: a rotation of query and key by one and the same position
     cancels, and so does one and the same relative position in a softmax. What other methods add in the attention acts
-    in each frame only, not over time; parameters they train themselves act in both. Not mergeable: it is not linear. For a `VideoClassifier`.
+    in each frame only, not over time; parameters they train themselves act in both. Not mergeable: it is not linear.
+    For a `VideoClassifier`.
     Trainable on L blocks of width D with h = ratio D: 3 L (2 D h + h + D) + num_frames D + 2 D, 4 L instead of 3 L with
     two temporal adapters; on ViT-B/16 with 8 frames 10,659,072 and 14,209,536.
     Source: Yang et al., AIM: Adapting Image Models for Efficient Video Action Recognition, 2023.

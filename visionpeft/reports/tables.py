@@ -16,7 +16,9 @@ def print_results(results: dict, title: str = "") -> None:
     if "top5" in test:
         table.add_row("test top-5 accuracy", percent(test["top5"]))
     table.add_row("mean over classes", percent(test["mean_per_class"]))
-    table.add_row("test images", test_size(data))
+    table.add_row(f"test {counted(data)}", test_size(data))
+    if "test_views" in data and "sampling" in data:
+        table.add_row("views of each", f"{data['test_views']} of {data['sampling']['num_frames']} frames")
     table.add_row("reported", results["reported"])
     table.add_row("trainable parameters", f"{parameters['trainable']:,} ({percent(parameters['share'])} of all)")
     if "adapter" in parameters:
@@ -43,7 +45,7 @@ def print_setting(setting: dict, run_directory: Path) -> None:
     for line in (
         f"[bold]{trained}[/bold] on {setting['backbone']['name']}: {parameters['trainable']:,} of "
         f"{parameters['total']:,} parameters are trained ({percent(parameters['share'])}){outside}",
-        f"{data['dataset']} {data['task']}: {sizes} images, {data['classes']} classes",
+        f"{data['dataset']} {data['task']}: {sizes} {counted(data)}, {data['classes']} classes",
         f"run directory {run_directory}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
@@ -65,6 +67,11 @@ def _in_code(part: dict) -> str:
 def _shortened(templates: list[str]) -> str:
     more = f" and {len(templates) - 1} more" if len(templates) > 1 else ""
     return f"{templates[0]}{more}"
+
+
+def counted(data: dict) -> str:
+    """What was counted: images or videos."""
+    return "videos" if "sampling" in data else "images"
 
 
 def test_size(data: dict) -> str:

@@ -62,8 +62,10 @@ class TestRecord(pl.Callback):
 
     @staticmethod
     def _displayed(image: Tensor, preprocessing) -> Tensor:
-        if image.ndim == 4:  # several views, of which the first is the image itself
+        if image.ndim >= 4:  # several views, of which the first is the image itself
             image = image[0]
+        if image.ndim == 4:  # a clip (3, frames, height, width)
+            image = image[:, image.shape[1] // 2]
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
         return (image.detach().float().cpu() * std + mean).clamp(0, 1)
 

@@ -14,13 +14,14 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.data import ImageDataModule, VideoDataModule
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.checkpointing import DivergedError, check_trained, keep_trained
 from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, parameter_groups
 
 
 class ImageTask(pl.LightningModule):
-    """Base of the tasks that classify images: (images (batch, 3, height, width), labels (batch,)) -> logits.
+    """Base of the tasks that classify images, (batch, 3, height, width), or clips of them -> logits (batch, classes).
 
     A task implements `forward`, `training_loss` and the abstract methods below.
 
@@ -32,10 +33,12 @@ class ImageTask(pl.LightningModule):
     Attributes:
         preprocessing: how the backbone wants its images.
         folder: name of the folder in a run directory that `save` writes.
+        kind: what is classified, "images" or "videos".
     """
 
     preprocessing: Preprocessing
     folder: str
+    kind = "images"
 
     def __init__(self, class_names: list[str], optimisation: Optimisation, seed: int):
         super().__init__()
@@ -88,7 +91,18 @@ class ImageTask(pl.LightningModule):
         """Read what `save` wrote, in the place of what the task has."""
 
     def connect(self, datamodule: pl.LightningDataModule) -> None:
-        """Tell the data how this backbone wants its images."""
+        """Tell the data how this backbone wants its images.
+
+        Raises:
+            ConfigurationError: the data has videos and the task takes images, or the other way round.
+        """
+        kind = "videos" if isinstance(datamodule, VideoDataModule) else "images"
+        if isinstance(datamodule, ImageDataModule) and kind != self.kind:
+            task = {"images": "ImageClassification", "videos": "VideoClassification"}[kind]
+            raise ConfigurationError(
+                f"{type(self).__name__} takes {self.kind}, but {type(datamodule).__name__} holds {kind}; use {task} "
+                f"(--model {task}), or other data"
+            )
         datamodule.preprocessing = self.preprocessing
 
     def setup(self, stage: str) -> None:

@@ -1,5 +1,6 @@
 """Models of clips, made from models of images."""
 
 from visionpeft.video.classifier import VideoClassifier
+from visionpeft.video.views import over_views
 
-__all__ = ["VideoClassifier"]
+__all__ = ["VideoClassifier", "over_views"]

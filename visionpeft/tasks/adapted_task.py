@@ -1,0 +1,122 @@
+"""What the tasks share that train adapters and a head on a frozen backbone."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from visionpeft.adapters import AttachedAdapter
+from visionpeft.attach import detach, trainable_parameters
+from visionpeft.methods import Method
+from visionpeft.methods.base import describe_method
+from visionpeft.storage import load, save
+from visionpeft.tasks.image_task import ImageTask
+from visionpeft.tasks.optimisation import Optimisation
+
+
+class AdaptedTask(ImageTask):
+    """Base of the tasks that train adapters and a head on a frozen backbone, by cross-entropy.
+
+    The frozen modules stay in evaluation mode while training; adapter and head are in training mode. A task builds
+    `model` with the methods attached, and its `preprocessing`.
+
+    Args:
+        method: the method, or several that are stacked in order.
+        class_names: one name for each class.
+        backbone: name of the backbone.
+        label_smoothing: probability mass spread evenly over all classes.
+        optimisation: optimiser, learning rates and schedule.
+        seed: the randomness of an epoch is a function of the seed and the epoch.
+    """
+
+    folder = "adapter"
+    model: nn.Module
+
+    def __init__(
+        self,
+        method: Method | list[Method],
+        class_names: list[str],
+        backbone: str,
+        label_smoothing: float,
+        optimisation: Optimisation,
+        seed: int,
+    ):
+        super().__init__(class_names, optimisation, seed)
+        self.backbone_name = backbone
+        self.methods = list(method) if isinstance(method, list | tuple) else [method]
+        self.label_smoothing = label_smoothing
+        self.adapter_name = "default"
+
+    @property
+    def adapter(self) -> AttachedAdapter:
+        """The attached adapter with its head."""
+        return self.model.peft[self.adapter_name]
+
+    @property
+    def label(self) -> str:
+        """Names of the methods."""
+        return "+".join(type(method).__name__ for method in self.methods)
+
+    def describe(self) -> dict:
+        """Methods, backbone and parameter counts."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        return {
+            "method": [describe_method(method) for method in self.methods],
+            "backbone": self.model.backbone_source,
+            "parameters": {
+                "trainable": trainable,
+                "adapter": self.adapter.num_parameters(),
+                "total": total,
+                "share": trainable / total,
+            },
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes)."""
+        return self.model(images)
+
+    def train(self, mode: bool = True):
+        """Training mode for adapter, head and active stochastic depth; the frozen rest stays in evaluation mode."""
+        super().train(mode)
+        if mode:
+            self.model.eval()
+            self.model.peft.train()
+            for module in self.model.modules():
+                if isinstance(module, DropPath):
+                    module.train()
+        return self
+
+    def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and logits."""
+        logits = self(images)
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing), logits
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Adapter and head."""
+        return trainable_parameters(self.model)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The head."""
+        return self.adapter.head_parameters()
+
+    def trained_keys(self) -> set[str]:
+        """Everything of the adapters."""
+        return {key for key in self.state_dict() if key.startswith("model.peft.")}
+
+    def save(self, folder: Path, datamodule: pl.LightningDataModule) -> None:
+        """Write the adapter, as `visionpeft.load` reads it."""
+        save(
+            self.model,
+            folder,
+            class_names=self.class_names,
+            preprocessing=datamodule.preprocessing,
+            metadata={"data": datamodule.description()},
+        )
+
+    def load(self, folder: Path) -> None:
+        """Read an adapter in the place of the attached one."""
+        detach(self.model)
+        self.adapter_name = load(self.model, folder)
