@@ -120,9 +120,7 @@ def test_aliases():
 
 
 def test_refusals():
-    with pytest.raises(
-        ConfigurationError, match=r"'openai_80' has no .* did you mean openai_imagenet_80"
-    ):
+    with pytest.raises(ConfigurationError, match=r"'openai_80' has no .* did you mean openai_imagenet_80"):
         templates("openai_80")
     with pytest.raises(ConfigurationError, match="unknown few-shot data set 'eurosatt': did you mean eurosat"):
         dataset_template("eurosatt")

@@ -118,7 +118,11 @@ class TextEncoder:
                 return f"{type(module).__name__} is drawn for whole texts"
         replaced = 0
         for block in self.blocks:
-            for site, module in _token_modules(block.__dict__.get("sites")):
+            sites: Sites | None = block.__dict__.get("sites")
+            for module in () if sites is None else sites.acting.get("kv", ()):
+                if not hasattr(module, "num_tokens"):  # keys in front of a text are among those the texts share
+                    return f"{type(module).__name__} acts on the keys of whole texts"
+            for site, module in _token_modules(sites):
                 if site == "stream_in" and hasattr(module, "replaced_tokens"):
                     replaced = max(replaced, module.replaced_tokens[1])
                 elif not getattr(module, "tokenwise", False):
