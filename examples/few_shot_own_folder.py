@@ -5,7 +5,7 @@ python examples/few_shot_own_folder.py photos/ --new-names "red kite,buzzard,her
 `photos/` has one folder of images for each class. The same from the command line:
 
 python -m visionpeft.fit --config fewshot_coop.yaml --data.dataset folder --data.root photos/
-python -m visionpeft.predict runs/photos-CoOp-1 new_photos/ --class-names "red kite,buzzard,heron"
+python -m visionpeft.predict runs/folder-CoOp-1 new_photos/ --class-names "red kite,buzzard,heron"
 """
 
 import argparse

@@ -292,7 +292,7 @@ def test_evaluate_refuses(finished, more, said, capsys):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ("one", "names 1 classes; give at least two"),
+        ("one", "names 1; give at least two classes"),
         ("a,a", "are both 'a'"),
         ("nowhere.txt", "nowhere.txt does not exist"),
         ("a," + "very " * 90 + "long", "this CLIP reads 77"),
@@ -303,6 +303,37 @@ def test_predict_refuses_names(finished, images, names, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_missing_image_is_refused_before_a_run_is_begun(tmp_path, capsys):
+    for split, number in (("train", 4), ("test", 1)):
+        lines = [f"{name}{index}.png,{name}" for name in ("a", "b") for index in range(number)]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["path,label", *lines]) + "\n")
+    arguments = learner_arguments(tmp_path, "--data.dataset", "list")
+    assert fit.main([*arguments, "--output", str(tmp_path / "runs")]) == 2
+    assert "a0.png" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_training_without_end_is_refused(tmp_path, images, capsys):
+    arguments = learner_arguments(images, "--data.augmentation", "none", epochs=-1)
+    assert fit.main([*arguments, "--output", str(tmp_path)]) == 2
+    assert "set trainer.max_epochs" in capsys.readouterr().err
+
+
+def test_names_in_a_file_with_a_byte_order_mark(finished, images, tmp_path):
+    (tmp_path / "names.txt").write_text("sky\ngrass\n", encoding="utf-8-sig")
+    output = tmp_path / "out.json"
+    assert (
+        predict.main([str(finished), str(images), "--class-names", f"{tmp_path}/names.txt", "--output", str(output)])
+        == 0
+    )
+    assert set(json.loads(output.read_text())[0]["classes"]) == {"sky", "grass"}
+
+
+def test_predict_refuses_an_output_folder_that_is_not_there(finished, images, tmp_path, capsys):
+    assert predict.main([str(finished), str(images), "--output", f"{tmp_path}/none/out.csv"]) == 2
+    assert "none does not exist" in capsys.readouterr().err
 
 
 def test_what_is_bound_to_its_classes_takes_no_others(tmp_path, images, capsys):

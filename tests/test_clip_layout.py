@@ -1,5 +1,7 @@
 """Token layouts with OpenCLIP's own tokenizer, and what is refused about class names."""
 
+import itertools
+
 import open_clip
 import pytest
 import torch
@@ -8,7 +10,9 @@ from clip_reference import NAMES, WordTokenizer, clip_model, plain_features, tok
 from visionpeft.clip import CoOp, ZeroShot
 from visionpeft.clip.coop import context_prompts
 from visionpeft.clip.layout import Tokenizer, clean_class_names, slots
+from visionpeft.data.few_shot_definitions import few_shot_class_names
 from visionpeft.errors import ConfigurationError
+from visionpeft.resources import shipped
 
 START, END = 49406, 49407
 
@@ -45,12 +49,35 @@ def test_places_of_the_context():
 
 
 def test_every_name_has_the_tokens_of_its_sentence():
+    """In the prompt of a learner stand the tokens that the whole sentence has, for every name that is shipped."""
+    keys = sorted(path.stem for path in (shipped("datasets") / "class_names").glob("*.json"))
+    shipped_names = [clean_class_names(few_shot_class_names(key), allow_duplicates=True) for key in keys]
+    longest = "2012 Lamborghini Gallardo LP 570-4 Superleggera"
+    names = [longest, "F-16A/B", "it's", "café crème", "猫", *dict.fromkeys(itertools.chain(*shipped_names))]
+    assert len(names) > 2000
     parts = taken_apart()
-    names = ["2012 Lamborghini Gallardo LP 570-4 Superleggera", "F-16A/B", "it's", "Clean And Jerk", "café crème", "猫"]
-    for name, own in zip(names, parts.contents(names), strict=True):
-        row = tokenizer()([f"X X {name}."])[0].tolist()
-        assert row[: row.index(END)] == [START, 343, 343, *own, 269]
-    assert len(parts.contents(names)[0]) == 16
+    rows = [row[: row.index(END)] for row in tokenizer()([f"X X {name}." for name in names]).tolist()]
+    assert {tuple(row[:3]) for row in rows} == {(START, 343, 343)}
+    for position in ("end", "middle", "front"):
+        prompts = context_prompts(parts, names, 2, position)
+        assert [[token for token in prompt if token >= 0] for prompt in prompts] == [row[3:] for row in rows]
+    differ = {name for name, own, row in zip(names, parts.contents(names), rows, strict=True) if row[3:] != [*own, 269]}
+    assert {name[-1] for name in differ} == {")"}  # whose end and full stop are one token
+    assert len(parts.contents([longest])[0]) == 16
+
+
+def test_a_full_stop_may_be_one_token_with_the_end_of_a_name():
+    name = "ram (adult male sheep)"
+    row = tokenizer()([f"X X {name}."])[0].tolist()
+    sentence = tuple(row[3 : row.index(END)])
+    assert sentence[-1] != 269
+    parts = taken_apart()
+    assert context_prompts(parts, [name], 2) == [(-1, -2, *sentence)]
+    assert context_prompts(parts, [name], 2, "front") == [(*sentence, -1, -2)]
+    clip = clip_model()
+    learner = CoOp(clip, tokenizer(), [name], init="a photo of a")
+    expected = plain_features(clip, [f"a photo of a {name}."])
+    torch.testing.assert_close(learner.text_features(), expected, rtol=0, atol=1e-11)
 
 
 def test_no_start_token_and_an_end_that_is_also_the_padding():
@@ -99,9 +126,14 @@ def test_the_longest_prompt_fits_and_one_token_more_does_not():
     ("names", "message"),
     [
         ([], "no class names"),
+        (None, "no class names"),
+        (["caf\u00e9", "cafe\u0301"], "as the same tokens"),
+        (["dog", "a &amp; b", "a & b"], "'a &amp; b' and 'a & b' as the same tokens"),
         ("dog", "not the one text 'dog'"),
         (["dog", ""], "class name 1 is ''"),
         (["_ "], "class name 0 is '_ '"),
+        (["dog", "\u200b\ufeff_"], "class name 1 is '\\u200b\\ufeff_'"),
+        (["\u200d\ufe0f"], "class name 0 is"),
         (["dog", None], "class name 1 is None"),
         (["dog", "cat", "Dog"], "class names 0 and 2 are both 'Dog'"),
         (["red_kite", "red  kite"], "class names 0 and 1 are both 'red kite'"),
@@ -125,5 +157,6 @@ def test_duplicates_may_be_allowed():
     learner = CoOp(clip_model(), tokenizer(), ["missile", "sunglasses", "missile"], allow_duplicates=True)
     texts = learner.text_features()
     torch.testing.assert_close(texts[0], texts[2], rtol=0, atol=1e-12)
-    with pytest.raises(ConfigurationError, match="allow_duplicates=True"):
+    with pytest.raises(ConfigurationError) as caught:
         CoOp(clip_model(), tokenizer(), ["missile", "missile"])
+    assert "allow_duplicates=True (--model.learner.allow_duplicates true)" in str(caught.value)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 
 import open_clip
 import pytest
@@ -29,6 +30,7 @@ from visionpeft.clip import (
     TPT,
     CLIPAdapter,
     CLIPLinearProbe,
+    CLIPLoRA,
     CoCoOp,
     CoOp,
     KgCoOp,
@@ -806,8 +808,18 @@ REFUSED = {
         "labels 0 to 3",
     ),
     "position": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, position="back"), "end, middle or front"),
-    "weight": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, weight=-1), "must not be negative"),
+    "weight": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, weight=-1), "that is not negative, but is -1"),
+    "no weight": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, weight=math.nan), "finite number"),
+    "endless weight": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, weight=math.inf), "finite number"),
     "temperature": (lambda: ProGrad(clip_model(), tokenizer(), NAMES, temperature=0), "must be positive"),
+    "much strength": (lambda: ProGrad(clip_model(), tokenizer(), NAMES, strength=1.5), "between 0 (CoOp) and 1"),
+    "little strength": (lambda: ProGrad(clip_model(), tokenizer(), NAMES, strength=-0.1), "between 0 (CoOp) and 1"),
+    "no strength": (lambda: ProGrad(clip_model(), tokenizer(), NAMES, strength=math.nan), "between 0 (CoOp) and 1"),
+    "rate": (lambda: TPT(clip_model(), tokenizer(), NAMES, lr=-1), "lr and weight_decay must not be negative"),
+    "two templates": (
+        lambda: CLIPLoRA(clip_model(), tokenizer(), NAMES, template="simple_7"),
+        "one template, not with 7",
+    ),
     "ratio": (lambda: CLIPAdapter(clip_model(), tokenizer(), NAMES, ratio=1.5), "between 0 and 1"),
     "reduction": (lambda: CLIPAdapter(clip_model(), tokenizer(), NAMES, reduction=99), "between 1 and 64"),
     "alpha": (lambda: TipAdapter(clip_model(), tokenizer(), NAMES, alpha=-1), "must not be negative"),
@@ -817,6 +829,23 @@ REFUSED = {
     "templates": (lambda: ZeroShot(clip_model(), tokenizer(), NAMES, template=[]), "at least one template"),
     "long phrase": (lambda: CoCoOp(clip_model(), tokenizer(), NAMES, context_length=9), "has 4 tokens"),
     "no vectors": (lambda: CoOp(clip_model(), tokenizer(), NAMES, context_length=0), "at least 1"),
+    "half a vector": (lambda: CoOp(clip_model(), tokenizer(), NAMES, context_length=2.5), "an integer of at least 1"),
+    "half a vector of a phrase": (
+        lambda: KgCoOp(clip_model(), tokenizer(), NAMES, context_length=2.5),
+        "must be an integer of at least 1, not 2.5",
+    ),
+    "half a vector behind zeros": (
+        lambda: ProGrad(clip_model(), tokenizer(), NAMES, context_length=16.5),
+        "must be an integer of at least 1, not 16.5",
+    ),
+    "large images": (
+        lambda: build("coop")(torch.zeros(2, 3, 48, 32, dtype=torch.float64)),
+        "images are 48 x 32, and this CLIP takes 32 x 32",
+    ),
+    "large images of a resnet": (
+        lambda: build("coop", clip_model("resnet"))(torch.zeros(2, 3, 96, 96, dtype=torch.float64)),
+        "images are 96 x 96, and this CLIP takes",
+    ),
     "long context": (lambda: CoOp(clip_model(), tokenizer(), NAMES, context_length=70), "70 of them learned context"),
     "gray": (lambda: build("coop")(torch.zeros(2, 1, 32, 32)), "convert gray images to RGB"),
     "one image": (lambda: build("coop")(torch.zeros(3, 32, 32)), "must be"),

@@ -26,14 +26,24 @@ PROTOCOLS = {
         *("zero_shot", "linear_probe", "coop", "cocoop", "prograd", "kgcoop", "maple", "ivlp", "promptsrc", "tpt"),
         *("clip_adapter", "tip_adapter", "tip_adapter_f", "clip_lora"),
     ),
-    "base_to_new": ("coop", "cocoop", "kgcoop", "prograd", "maple", "promptsrc"),
-    "cross_dataset": ("coop", "cocoop", "maple"),
+    **dict.fromkeys(
+        ("base_to_new", "cross_dataset"),
+        ("zero_shot", "tpt", "coop", "cocoop", "kgcoop", "prograd", "maple", "promptsrc", "ivlp", "clip_lora"),
+    ),
+}
+# Learners without training images, and those for whose protocol there are no published numbers.
+WITHOUT_IMAGES = {f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in ("zero_shot", "tpt")}
+UNPUBLISHED = {
+    *("base_to_new_tpt.yaml", "base_to_new_clip_lora.yaml", "cross_dataset_ivlp.yaml", "cross_dataset_clip_lora.yaml"),
 }
 LEARNERS = [f"{protocol}_{name}.yaml" for protocol, names in PROTOCOLS.items() for name in names]
 NAMES = (
     *("vpt", "vpt_shallow", "lora", "adaptformer", "adapter", "adapter_plus", "ssf", "bitfit", "prefix_tuning"),
     *("linear_probe", "full", "last_blocks"),
 )
+VIDEOS = sorted(path.name for path in CONFIGS.glob("video_*.yaml"))
+VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
+VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +69,58 @@ def build(*arguments: str) -> CLI:
 
 def test_every_method_has_a_configuration_for_each_benchmark():
     assert {f"{benchmark}_{name}.yaml" for benchmark in ("vtab", "fgvc") for name in NAMES} <= set(WHOLE)
-    named = {
-        yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["method"]["class_path"] for name in WHOLE
-    }
-    assert named == set(methods.__all__) - {"Method"}
+    named = {method_of(name)["class_path"] for name in WHOLE}
+    of_videos = {method_of(name)["class_path"] for name in VIDEOS}
+    assert set(VIDEOS) == {f"video_{name}.yaml" for name in VIDEO_NAMES}
+    assert of_videos - named == {"STAdapter", "AIM"}  # these act across frames
+    assert named | of_videos == set(methods.__all__) - {"Method"}
+
+
+def method_of(name):
+    return yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["method"]
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_video_configuration_builds(name):
+    cli = build("--config", name, "--trainer.accelerator", "cpu")
+    assert cli.model.backbone_name == "nano_vit"
+    (method,) = cli.model.methods
+    assert type(method).__name__ == method_of(name)["class_path"]
+    for field, value in method_of(name).get("init_args", {}).items():
+        assert (
+            list(value) == list(getattr(method, field)) if isinstance(value, list) else value == getattr(method, field)
+        )
+    assert type(cli.datamodule).__name__ == "Motion"
+    frames = cli.datamodule.sampling.num_frames
+    with torch.no_grad():
+        assert cli.model.eval()(torch.zeros(1, 2, 3, frames, 64, 64)).shape == (1, 8)  # two views
+    assert vp.trainable_parameters(cli.model.model)
+
+
+@pytest.mark.parametrize("overlay", VIDEO_SETS)
+def test_video_set_overlay(overlay):
+    """The overlay's options are those of its data module, and its frames are the model's."""
+    content = yaml.safe_load((CONFIGS / overlay).read_text())
+    given = content["data"]
+    assert content["model"]["init_args"]["num_frames"] == given["init_args"]["sampling"]["num_frames"]
+    with pytest.raises(vp.DataError, match=given["init_args"]["root"]):  # parsed; the videos are not there
+        build("--config", "video_st_adapter.yaml", "--config", overlay)
+
+
+def test_clip_tower_overlay_of_videos():
+    overlay = "backbones/clip_vit_b16_openai.yaml"
+    more = ["--model.pretrained", "false", "--data.num_workers", "0"]
+    cli = build("--config", "video_aim.yaml", "--config", overlay, *more)
+    assert cli.model.model.num_features == 768  # in front of the projection
+    assert cli.model.preprocessing.input_size == (224, 224)
+    assert cli.config.trainer.precision == "bf16-mixed"
 
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_configuration_builds(name, data):
     cli = build("--config", name, *data[name.split("_")[0]], "--trainer.accelerator", "cpu")
     assert cli.model.backbone_name == "nano_vit"
-    given = yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["method"]
+    given = method_of(name)
     (method,) = cli.model.methods
     assert type(method).__name__ == given["class_path"]
     assert cli.model(torch.zeros(2, 3, 64, 64)).shape == (2, len(cli.datamodule.class_names))
@@ -81,9 +132,9 @@ def test_header_says_what_a_reader_needs(name):
     header = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
     text = " ".join(header)
     assert "python -m visionpeft.fit --config" in text
-    if name.startswith(("vtab_", "fgvc_")) or name in LEARNERS:
+    if name.startswith(("vtab_", "fgvc_", "video_")) or name in LEARNERS:
         assert "https://arxiv.org/abs/" in text
-        assert "Published (" in text
+        assert ("Published (" in text) == (name not in UNPUBLISHED)
         assert f"--config {name}" in text
         assert "easured" in text
 
@@ -163,10 +214,11 @@ def test_configuration_of_a_learner_builds(name, small_nano_clip):
     for option, value in given.get("init_args", {}).items():
         if option not in ("depth", "allow_duplicates"):
             assert learner.options[option] == value
+    assert learner.allow_duplicates == name.startswith("cross_dataset")  # ImageNet has two names twice
     description = cli.datamodule.description()
     assert description["task"] == "clipart"
     assert description["class_subset"] == ("base" if name.startswith("base_to_new") else "all")
-    assert ("train" in description["sizes"]) == (name not in ("fewshot_zero_shot.yaml", "fewshot_tpt.yaml"))
+    assert ("train" in description["sizes"]) == (name not in WITHOUT_IMAGES)
     # Learners that have nothing to train by gradient steps say so in the number of epochs.
     trains = learner.by_gradient
     assert (cli.config.trainer.max_epochs > 0) == trains

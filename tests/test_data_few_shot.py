@@ -315,6 +315,11 @@ def test_missing_split_file(tmp_path):
             "class 3 is called 'Motorway' here and 'Highway or Road'",
         ),
         (lambda c: c["test"].append(["x.jpg", 12, "Ocean"]), "must number its classes from 0 without gaps; class 10"),
+        (
+            lambda c: c["test"].append(c["train"][0]),
+            r"test entry 30: image '.*/train_0\.jpg' is also in the train split",
+        ),
+        (lambda c: c["val"].append(c["test"][0]), r"is also in the val split"),
         (lambda c: c["test"].append(["../x.jpg", 3, "Highway or Road"]), r"the path '\.\./x\.jpg' leaves the image"),
     ],
 )

@@ -11,8 +11,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from small_video_runs import draw_videos
 
 import visionpeft as vp
+from visionpeft.data import motion
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,6 +70,31 @@ def test_compare_methods(tmp_path):
     rows = (tmp_path / "r" / "table.csv").read_text()
     run("compare_methods.py", *arguments, folder=tmp_path)
     assert (tmp_path / "r" / "table.csv").read_text() == rows  # finished runs are not repeated
+
+
+@pytest.mark.slow
+def test_own_videos(tmp_path):
+    draw_videos(tmp_path / "clips", per_class=6)
+    arguments = ("--epochs", 1, "--num-frames", 3, "--predict", tmp_path / "clips" / "red")
+    output = run("own_videos.py", "clips", *arguments, folder=tmp_path)
+    assert output.count("clips/red") == 6
+    assert vp.read_metadata(tmp_path / "adapter")["class_names"] == ["blue", "green", "red"]
+
+
+@pytest.mark.slow
+def test_compare_video_methods(tmp_path, monkeypatch, capsys):
+    for split, scenes in {"train": 2, "val": 1, "test": 1}.items():
+        monkeypatch.setitem(motion.SCENES, split, scenes)
+    script = runpy.run_path(str(ROOT / "examples" / "compare_video_methods.py"))
+    methods = ["linear probe on the mean of frames", "AIM"]
+    arguments = {"output": tmp_path / "r" / "t.csv", "seeds": [0], "epochs": 1, "methods": methods}
+    script["main"](**arguments, root=str(tmp_path / "videos"))
+    rows = (tmp_path / "r" / "t.csv").read_text()
+    assert len(rows.splitlines()) == 3
+    script["main"](**arguments, root=str(tmp_path / "videos"))
+    assert (tmp_path / "r" / "t.csv").read_text() == rows  # finished runs are not repeated
+    table = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split(" | ")[0] for line in table] == [f"| {name}" for name in methods]
 
 
 def python_blocks(text):

@@ -5,9 +5,11 @@ import pytest
 import torch
 from small_learner_runs import CLIP
 
+from visionpeft.attach import attach, disable
 from visionpeft.backbones.create import create_open_clip
 from visionpeft.clip import ZeroShot
 from visionpeft.clip.feature_cache import FeatureCache
+from visionpeft.methods import LoRA
 
 FEATURE_BYTES = 4 * 32
 
@@ -88,6 +90,22 @@ def test_a_changed_tower_gives_new_features(learner, change):
     after = cache.image_features(learner, images)
     assert len(cache.kept) == kept + 2
     assert torch.equal(after, before if change == "buffer" else expected(learner, images))
+
+
+def test_an_adapter_of_the_tower_is_part_of_the_key(learner):
+    attach(learner.clip, LoRA(rank=1, towers=["visual"]), "own", head=False)
+    learner = ZeroShot(learner.clip, open_clip.get_tokenizer("tiny_clip"), ["a", "b"])
+    cache, images = FeatureCache(), pictures(2)
+    before = cache.image_features(learner, images)
+    with torch.no_grad():
+        for parameter in learner.clip.peft.parameters():
+            parameter.normal_()
+    after = cache.image_features(learner, images)
+    assert not torch.allclose(after, before, atol=1e-3)
+    torch.testing.assert_close(after, learner.image_features(images))
+    disable(learner.clip)
+    plain = ZeroShot(learner.clip, open_clip.get_tokenizer("tiny_clip"), ["a", "b"])
+    torch.testing.assert_close(cache.image_features(plain, images), before)
 
 
 def test_a_change_that_tensors_do_not_tell_is_seen_when_hashed_again(learner):

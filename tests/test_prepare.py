@@ -187,6 +187,13 @@ def test_wrong_command_lines(arguments, said, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_without_classes(tmp_path, capsys):
+    (tmp_path / "dtd/images").mkdir(parents=True)
+    assert run("--dataset", "dtd", "--root", tmp_path) == 2
+    assert "holds fewer than two classes of images" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "dtd").iterdir()] == ["images"]
+
+
 def test_too_few_images(tmp_path, capsys):
     write_class_folders(tmp_path / "dtd/images", {"banded": 10, "woven": 2})
     assert run("--dataset", "dtd", "--root", tmp_path) == 2

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
 
-from visionpeft import evaluate, protocol
+from visionpeft import evaluate, fit, protocol
 from visionpeft.clip.storage import load_learner
+from visionpeft.data.few_shot_definitions import few_shot_class_names
 from visionpeft.errors import ConfigurationError
 from visionpeft.protocols import benchmarks, cells
 from visionpeft.protocols.candidates import Candidate
@@ -436,6 +438,62 @@ def test_learner_of_its_own_classes_is_refused(small, data, configs, tmp_path, c
     assert not (run / "cross_dataset").exists()
 
 
+def test_a_run_that_stored_its_draw_can_be_tested_elsewhere(small, data, configs, tmp_path):
+    own = ["--data.dataset", "folder", "--data.classes", "base", "--data.root", str(data), "--data.shots", "1"]
+    store = ["--data.store", str(tmp_path / "draw.json"), "--output", str(tmp_path)]
+    assert fit.main(["--config", configs["coop"], *own, *store]) == 0
+    (run,) = tmp_path.glob("folder-*")
+    assert evaluate.main([str(run), "--protocol", "base_to_new"]) == 0
+
+
+def test_names_given_for_the_source_are_not_those_of_a_target(small, data, configs, tmp_path):
+    names = ["--data.class_names", "[a, b, c, d, e, f]"]
+    own = ["--data.dataset", "folder", "--data.root", str(data), "--data.shots", "1", *names]
+    assert fit.main(["--config", configs["coop"], *own, "--output", str(tmp_path)]) == 0
+    (run,) = tmp_path.glob("folder-*")
+    assert evaluate.main([str(run), "--protocol", "cross_dataset", "--datasets", "list"]) == 0
+    with (run / "cross_dataset" / "results.csv").open(newline="") as file:
+        source, target = csv.DictReader(file)
+    assert float(source["top1"]) == json.loads((run / "results.json").read_text())["test"]["top1"]
+    assert float(target["top1"]) == pytest.approx(by_hand(run, list(OTHERS), data))
+
+
+def test_options_of_the_source_are_not_those_of_a_target(small, configs, tmp_path, capsys):
+    """Split file, folders and template of the source are reset for a target, of which the command may say others."""
+    for key, folder, images, file in (
+        ("dtd", "dtd", "pictures", "mine.json"),
+        ("eurosat", "eurosat", "2750", "split_zhou_EuroSAT.json"),
+    ):
+        names = few_shot_class_names(key)
+        rows = {
+            split: [[f"{split}_{label}.png", label, name] for label, name in enumerate(names)]
+            for split in ("train", "val", "test")
+        }
+        for number, path in enumerate(path for members in rows.values() for path, *_ in members):
+            (tmp_path / key / folder / images).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (number, 99, 255 - number)).save(tmp_path / key / folder / images / path)
+        (tmp_path / key / folder / file).write_text(json.dumps(rows))
+    source, target = tmp_path / "dtd", tmp_path / "eurosat"
+    own = ["--data.dataset", "dtd", "--data.root", str(source), "--data.folder", "dtd", "--data.shots", "1"]
+    own += ["--data.image_folder", "pictures", "--data.split_file", "mine.json", "--data.template", "{} texture seen."]
+    assert fit.main(["--config", configs["zero_shot"], *own, "--output", str(tmp_path / "runs")]) == 0
+    (run,) = (tmp_path / "runs").glob("dtd-*")
+    shutil.rmtree(source)  # what the run measured there is known
+    transfer = [str(run), "--protocol", "cross_dataset", "--datasets", "eurosat", "--data.root", str(target)]
+    assert evaluate.main(transfer) == 0
+    with (run / "cross_dataset" / "results.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert float(first["top1"]) == json.loads((run / "results.json").read_text())["test"]["top1"]
+    assert (first["template"], first["tested_on"]) == ("{} texture seen.", "dtd")
+    assert second["template"] == "a centered satellite photo of {}."
+    assert second["test_images"] == "10"
+    assert evaluate.main([*transfer, "--data.template", "{} from above."]) == 0
+    with (run / "cross_dataset" / "results.csv").open(newline="") as file:
+        assert [found["template"] for found in csv.DictReader(file)] == ["{} texture seen.", "{} from above."]
+    assert evaluate.main([*transfer, "--data.split_file", "none.json"]) == 2
+    assert "split file none.json does not exist" in capsys.readouterr().err
+
+
 def test_ctrl_c_says_how_to_go_on(small, data, configs, tmp_path, monkeypatch, capsys):
     fake = FakeFit(killed=2)
     monkeypatch.setattr(cells, "fit", fake)
@@ -460,7 +518,10 @@ def test_ctrl_c_says_how_to_go_on(small, data, configs, tmp_path, monkeypatch, c
         (["few_shot", "--configs", "CONFIG", "--datasets", "clipard"], "clipart"),
         (["base_to_new", "--configs", "CONFIG", "--shots", "1", "2"], "one number of shots"),
         (["cross_dataset", "--configs", "CONFIG", "--datasets", "clipart"], "leave it out of the targets"),
-        (["few_shot", "--configs", "vtab_lora.yaml"], "error"),
+        (["cross_dataset", "--configs", "CONFIG", "--datasets", "ClipArt"], "leave it out of the targets"),
+        (["few_shot", "--configs", "CONFIG", "--datasets", "clipart", "ClipArt"], "each data set may be named once"),
+        (["few_shot", "--configs", "vtab_vpt.yaml"], "vtab_vpt.yaml trains no learner on CLIP"),
+        (["base_to_new", "--configs", "CONFIG", "video_aim.yaml"], "video_aim.yaml trains no learner on CLIP"),
         (["few_shot", "--configs", "CONFIG", "--trainer.max_epoch", "1"], "max_epoch"),
     ],
 )

@@ -211,7 +211,8 @@ def _fail(message: str, code: int) -> int:
 
 
 def silence() -> None:
-    """Leave out the libraries' remarks that a user of this command line cannot act on."""
+    """Leave out the libraries' remarks that a user of this command line cannot act on; others take one line."""
+    warnings.formatwarning = lambda message, *where, **line: f"warning: {message}\n"
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "jsonargparse"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())

@@ -30,6 +30,7 @@ def fit(arguments: list[str]) -> None:
             "--report best needs a validation split; VTAB-1k has one with --data.train_on train800, published sets of "
             "videos with --data.val_fraction 0.1"
         )
+    datamodule.setup()  # a missing file is refused before there is a run directory
     run = _run_directory(cli)
     print_setting(setting(task, datamodule), run.path)
 

@@ -87,6 +87,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise ConfigurationError(f"--top-k must be at least 1, not {options.top_k}")
     if options.output is not None and options.output.suffix not in (".csv", ".json"):
         raise ConfigurationError(f"--output must end in .csv or .json, not {options.output.name!r}")
+    if options.output is not None and not options.output.parent.is_dir():
+        raise ConfigurationError(f"--output: folder {options.output.parent} does not exist; make it first")
     if options.class_names is not None:
         options.class_names = _class_names(options.class_names)
     return options
@@ -98,12 +100,12 @@ def _class_names(text: str) -> list[str]:
     if text.endswith(".txt") and not is_file:
         raise ConfigurationError(f"--class-names: file {text} does not exist")
     try:
-        parts = Path(text).read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
+        parts = Path(text).read_text(encoding="utf-8-sig").splitlines() if is_file else text.split(",")
     except UnicodeDecodeError:
         raise ConfigurationError(f"--class-names: {text} is no text file in UTF-8") from None
     names = [part.strip() for part in parts if part.strip()]
     if len(names) < 2:
-        raise ConfigurationError(f"--class-names {text!r} names {len(names)} classes; give at least two")
+        raise ConfigurationError(f"--class-names {text!r} names {len(names)}; give at least two classes")
     return names
 
 

@@ -169,8 +169,8 @@ def check_backbone(saved: dict, actual: dict, what: str) -> None:
     if actual["fingerprint"] is not None and saved["fingerprint"] != actual["fingerprint"]:
         raise StorageError(
             f"{what} was trained on other weights of {saved['architecture']} than this model has (fingerprint "
-            f"{saved['fingerprint']}, here {actual['fingerprint']}); load the weights named in its .json file, or pass "
-            "check_fingerprint=False if you know better"
+            f"{saved['fingerprint']}, here {actual['fingerprint']}); load the weights named in its .json file (on the "
+            "command line with --model.backbone and --model.checkpoint), or in Python pass check_fingerprint=False"
         )
 
 

@@ -64,7 +64,10 @@ class CLIPLoRA(Learner):
         options = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets), "towers": towers}
         options |= {"blocks": blocks, "template": template}
         super().__init__(clip, tokenizer, class_names, options=options, allow_duplicates=allow_duplicates)
-        (self.template,) = check_templates(template)
+        templates = check_templates(template)
+        if len(templates) > 1:
+            raise ConfigurationError(f"CLIP-LoRA trains with one template, not with {len(templates)}")
+        (self.template,) = templates
         self.towers = tuple(dict.fromkeys(towers))
         if not self.towers or not set(self.towers) <= {"visual", "text"}:
             raise ConfigurationError(f"towers must be 'visual' or 'text' or both, not {towers}")

@@ -13,6 +13,16 @@ from visionpeft.errors import ConfigurationError
 Position = Literal["end", "middle", "front"]
 
 
+def check_context_length(length: int) -> None:
+    """Refuse what is no number of context vectors.
+
+    Raises:
+        ConfigurationError: not an integer, or less than 1.
+    """
+    if not isinstance(length, int) or length < 1:
+        raise ConfigurationError(f"context_length must be an integer of at least 1, not {length!r}")
+
+
 def initial_context(learner: Learner, context_length: int | None, init: str | None, default: int) -> torch.Tensor:
     """First context vectors (vectors, width): the token embeddings of a phrase, or N(0, 0.02^2).
 
@@ -25,8 +35,8 @@ def initial_context(learner: Learner, context_length: int | None, init: str | No
     Raises:
         ConfigurationError: no vectors, or more than the phrase has tokens.
     """
-    if context_length is not None and context_length < 1:
-        raise ConfigurationError(f"context_length must be at least 1, not {context_length}")
+    if context_length is not None:
+        check_context_length(context_length)
     dtype = torch.float64 if learner.text.dtype == torch.float64 else torch.float32
     if init is None:
         return torch.randn(context_length or default, learner.text.width, dtype=dtype).to(learner.text.device) * 0.02
@@ -63,12 +73,13 @@ def context_prompts(
     """
     if position not in ("end", "middle", "front"):
         raise ConfigurationError(f"position {position!r} must be end, middle or front")
-    (stop,) = tokenizer.contents(["."])
+    # A name such as "ram (adult male sheep)" merges with the full stop: ")." is one token, which moves with the name.
+    sentences = tokenizer.contents(f"{name}." for name in names)
     prompts = []
-    for index, name in enumerate(tokenizer.contents(names)):
+    for index, (sentence, name) in enumerate(zip(sentences, tokenizer.contents(names), strict=True)):
         context = slots(length, length * index if class_specific else 0)
         split = {"end": length, "middle": length // 2, "front": 0}[position]
-        prompts.append((*context[:split], *name, *context[split:], *stop))
+        prompts.append((*context[:split], *sentence[: len(name)], *context[split:], *sentence[len(name) :]))
     return prompts
 
 

@@ -1,17 +1,19 @@
 """Image features of a frozen tower, kept by what they depend on: the content of the image and of the tower."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from visionpeft.clip.learner import Learner
+from visionpeft.attach import has_adapters
+from visionpeft.clip.learner import Learner, acting_adapters
 
 DEFAULT_BYTES = 512 * 2**20
 
 
 class FeatureCache:
-    """Image features, found again by the bytes of the image, the weights of the image tower and the precision.
+    """Image features, found again by the bytes of the image, the weights of tower and adapters, and the precision.
 
     A changed image, weight or precision is another key, so that a stale feature is never given out. What is kept is
     bounded: when it is full, features of other towers make room, and then further ones are worked out each time.
@@ -66,10 +68,11 @@ class FeatureCache:
 
     def _source(self, learner: Learner, device: torch.device) -> str:
         """What a feature depends on besides the image."""
-        tensors = tensors_of(learner.clip.visual)
-        state = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors.values()]
+        tensors = image_tensors(learner.clip)
+        state = [acting_adapters(learner.clip)]
+        state += [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors.values()]
         if self._tower is None or self._tower[0] != state:
-            self._tower = state, fingerprint(learner.clip.visual)
+            self._tower = state, f"{fingerprint(tensors)} {' '.join(acting_adapters(learner.clip))}"
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         return f"{type(learner).image_features.__qualname__} {self._tower[1]} {device} {autocast}"
 
@@ -81,15 +84,19 @@ def contents(images: Tensor) -> list[bytes]:
     return [hashlib.blake2b(row, digest_size=16, key=kind).digest() for row in rows]
 
 
-def fingerprint(module: nn.Module) -> str:
-    """A hash of the names, shapes, types and values of all parameters and buffers."""
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the names, shapes, types and values of tensors."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors_of(module).items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+def image_tensors(clip: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of the image tower and of what adapters have in it, by name."""
+    tensors = {**dict(clip.visual.named_parameters()), **dict(clip.visual.named_buffers())}
+    if has_adapters(clip):
+        own = (*clip.peft.named_parameters(), *clip.peft.named_buffers())
+        tensors |= {f"peft.{name}": tensor for name, tensor in own if ".visual." in name}
+    return tensors

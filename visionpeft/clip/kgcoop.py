@@ -1,5 +1,6 @@
 """KgCoOp: Visual-Language Prompt Tuning with Knowledge-guided Context Optimization, https://arxiv.org/abs/2303.13283."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -33,8 +34,8 @@ class KgCoOp(Learner):
         allow_duplicates: accept two classes of one name.
 
     Raises:
-        ConfigurationError: an unknown position, a negative weight, a context longer than `init`, or a prompt longer
-            than the text tower reads.
+        ConfigurationError: an unknown position, a weight that is negative or not finite, a context longer than
+            `init`, or a prompt longer than the text tower reads.
     """
 
     template_style = "kgcoop"
@@ -51,8 +52,8 @@ class KgCoOp(Learner):
         template: str | list[str] | None = None,
         allow_duplicates: bool = False,
     ):
-        if weight < 0:
-            raise ConfigurationError(f"weight must not be negative, but is {weight}")
+        if not 0 <= weight < math.inf:
+            raise ConfigurationError(f"weight must be a finite number that is not negative, but is {weight}")
         options = {"context_length": context_length, "init": init, "position": position}
         options |= {"weight": weight, "template": template}
         super().__init__(

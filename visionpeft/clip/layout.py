@@ -1,5 +1,6 @@
 """Token layouts: texts of which some tokens are slots for learned context vectors."""
 
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -7,10 +8,14 @@ import torch
 
 from visionpeft.errors import ConfigurationError
 
+# Unicode categories of what nobody sees: separators, control and format characters, surrogates, marks on nothing.
+INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Mn", "Me")
+
 # A token id, or for the slot of context vector c the number -1 - c.
 Tokens = tuple[int, ...]
 
 FULL_LENGTH = 1024  # longer than any prompt, so that a tokenizer cuts nothing off unnoticed
+ALLOW_DUPLICATES = "accept both with allow_duplicates=True (--model.learner.allow_duplicates true)"
 
 
 def slots(count: int, first: int = 0) -> Tokens:
@@ -119,12 +124,12 @@ def clean_class_names(class_names: Sequence[str], allow_duplicates: bool = False
     """
     if isinstance(class_names, str):
         raise ConfigurationError(f"class names must be a list of names, not the one text {class_names!r}")
-    names = list(class_names)
+    names = [] if class_names is None else list(class_names)
     if not names:
         raise ConfigurationError("no class names were given; give at least one")
     cleaned: list[str] = []
     for index, name in enumerate(names):
-        if not isinstance(name, str) or not name.replace("_", " ").strip():
+        if not isinstance(name, str) or not any(map(_is_visible, name)):
             raise ConfigurationError(f"class name {index} is {name!r}; every class needs a name of at least one letter")
         cleaned.append(" ".join(name.replace("_", " ").split()))
     if not allow_duplicates:
@@ -134,6 +139,27 @@ def clean_class_names(class_names: Sequence[str], allow_duplicates: bool = False
             if earlier != index:
                 raise ConfigurationError(
                     f"class names {earlier} and {index} are both {name!r}, so that no prompt tells them apart; rename "
-                    "one, or pass allow_duplicates=True"
+                    f"one, or {ALLOW_DUPLICATES}"
                 )
     return cleaned
+
+
+def _is_visible(character: str) -> bool:
+    """Whether it shows: no separator or underscore, and nothing like a zero-width space or a lone combining mark."""
+    return character != "_" and unicodedata.category(character) not in INVISIBLE
+
+
+def check_distinct(tokenizer: Tokenizer, names: Sequence[str]) -> None:
+    """Refuse names that are written in two ways and read as the same tokens, such as "a & b" and "a &amp; b".
+
+    Raises:
+        ConfigurationError: there are two such names.
+    """
+    first: dict[Tokens, str] = {}
+    for name, tokens in zip(names, tokenizer.contents(names), strict=True):
+        earlier = first.setdefault(tokens, name)
+        if earlier is not name:
+            raise ConfigurationError(
+                f"the CLIP reads the class names {earlier!r} and {name!r} as the same tokens; rename one, or "
+                f"{ALLOW_DUPLICATES}"
+            )

@@ -8,11 +8,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
 from torch.utils.checkpoint import checkpoint
 
 from visionpeft.attach import attach, has_adapters
 from visionpeft.backbones.dispatch import describe
-from visionpeft.clip.layout import Layout, Tokenizer, Tokens, clean_class_names
+from visionpeft.clip.layout import Layout, Tokenizer, Tokens, check_distinct, clean_class_names
 from visionpeft.clip.templates import ensemble, template_layouts
 from visionpeft.clip.text import TextEncoder, unit
 from visionpeft.described_tensors import check_tensors
@@ -106,6 +108,8 @@ class Learner(nn.Module):
                 f"{type(self).__name__} has learnt something for each of its {len(self.class_names)} classes and takes "
                 "no other class names; use a learner whose context is shared by all classes"
             )
+        if not self.allow_duplicates:
+            check_distinct(self.tokenizer, names)
         layout = self.tokenizer.layout(self.prompts(names), names)
         frozen_layouts = template_layouts(self.tokenizer, self.templates, names)
         if not self.class_names:  # nothing of this learner is refused any more
@@ -162,10 +166,20 @@ class Learner(nn.Module):
     # Images to logits
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit image features (batch, features) of images (batch, 3, height, width)."""
+        """Unit image features (batch, features) of images (batch, 3, height, width).
+
+        Raises:
+            ConfigurationError: another shape, a size that the image tower does not take, or other adapters act.
+        """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ConfigurationError(
                 f"images must be (batch, 3, height, width), not {tuple(images.shape)}; convert gray images to RGB"
+            )
+        size = fixed_image_size(self.clip)
+        if size is not None and tuple(images.shape[2:]) != size:
+            raise ConfigurationError(
+                f"images are {images.shape[2]} x {images.shape[3]}, and this CLIP takes {size[0]} x {size[1]}; resize "
+                "them as its preprocessing says"
             )
         self.check_acting()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
@@ -322,6 +336,8 @@ class Learner(nn.Module):
     ) -> Kept:
         """Features worked out by `compute`, again only when something they depend on has changed.
 
+        Of frozen tensors it is noticed that they were replaced or written to, but not through `.data`.
+
         Args:
             key: what the features are.
             compute: works them out.
@@ -329,11 +345,11 @@ class Learner(nn.Module):
             with_graph: compute them with gradients.
         """
         current = [tensor.detach() for tensor in depends_on]
-        frozen = [(id(p), p._version) for p in self.text.module.parameters() if not p.requires_grad]
-        active = getattr(getattr(self.clip, "peft", None), "active", None)
+        adapters = self.clip.peft.parameters() if has_adapters(self.clip) else ()
+        state = {id(p): p._version for p in (*self.text.module.parameters(), *adapters)}
         device = self.text.device
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        others = (frozen, active, autocast, self.text.dtype, device, self.training, self.fast_text)
+        others = (state, acting_adapters(self.clip), autocast, self.text.dtype, device, self.training, self.fast_text)
         if key in self._kept:
             features, old_others, old = self._kept[key]
             if old_others == others and len(old) == len(current) and all(map(torch.equal, old, current)):
@@ -372,6 +388,16 @@ def acting_adapters(clip: nn.Module) -> tuple[str, ...]:
 
 def _listed(names: Sequence[str]) -> str:
     return f"the adapters {', '.join(names)}" if names else "no adapters"
+
+
+def fixed_image_size(clip: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the images if the image tower takes no others, as OpenCLIP's own towers do, else None."""
+    visual = clip.visual
+    patches = getattr(getattr(visual, "trunk", None), "patch_embed", None)
+    if not isinstance(visual, VisionTransformer | ModifiedResNet) and not getattr(patches, "strict_img_size", False):
+        return None
+    size = visual.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def image_dtype(clip: nn.Module) -> torch.dtype:

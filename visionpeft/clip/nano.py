@@ -1,7 +1,6 @@
 """nano_clip, the small CLIP whose weights are in the package."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import open_clip
@@ -22,9 +21,3 @@ def load_nano_clip() -> open_clip.CLIP:
     clip.load_state_dict({**state, "token_embedding.weight": embedding})
     open_clip.factory.set_model_preprocess_cfg(clip, config["preprocess_cfg"])
     return clip.eval()
-
-
-def untrained_tokens(ids: Iterable[int]) -> list[int]:
-    """Those of the token ids that nano_clip has never seen."""
-    known = set(load_file(NANO_CLIP / "model.safetensors")["token_embedding.ids"].tolist())
-    return [token for token in ids if token not in known]

@@ -26,7 +26,9 @@ class Phrase:
 
     def __init__(self, learner: Learner, num_tokens: int, init: str | None):
         if not isinstance(num_tokens, int) or num_tokens < 0:
-            raise ConfigurationError(f"the number of learned text tokens must not be negative, but is {num_tokens!r}")
+            raise ConfigurationError(
+                f"the number of learned text tokens must be an integer that is not negative, but is {num_tokens!r}"
+            )
         (words,) = learner.tokenizer.contents([(init or "").replace("_", " ")])
         if not num_tokens and not words:
             raise ConfigurationError("without learned text tokens, init must have words, such as 'a photo of a'")
@@ -51,8 +53,14 @@ class Phrase:
 
 
 def depth_within(learner: Learner, depth: int | None, default: int, *towers: str) -> int:
-    """A depth that was given, or else the default, as far as these towers have blocks."""
+    """A depth that was given, or else the default, as far as these towers have blocks.
+
+    Raises:
+        ConfigurationError: a depth that is not an integer.
+    """
     if depth is not None:
+        if not isinstance(depth, int):
+            raise ConfigurationError(f"depth must be an integer, the number of blocks with prompts, not {depth!r}")
         return depth
     with plain(learner.clip):
         described = describe(learner.clip).towers

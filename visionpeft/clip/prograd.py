@@ -1,12 +1,13 @@
 """ProGrad: Prompt-aligned Gradient for Prompt Tuning (Zhu et al., 2023), https://arxiv.org/abs/2205.14865."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.clip.coop import Position, context_prompts
+from visionpeft.clip.coop import Position, check_context_length, context_prompts
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.errors import ConfigurationError
@@ -45,8 +46,8 @@ class ProGrad(Learner):
         allow_duplicates: accept two classes of one name.
 
     Raises:
-        ConfigurationError: an unknown position, a temperature that is not positive, a context shorter than the phrase,
-            or a prompt longer than the text tower reads.
+        ConfigurationError: an unknown position, a temperature that is not positive, a strength outside 0 to 1, a
+            context shorter than the phrase, or a prompt longer than the text tower reads.
     """
 
     template_style = "prograd"
@@ -64,8 +65,11 @@ class ProGrad(Learner):
         template: str | list[str] | None = None,
         allow_duplicates: bool = False,
     ):
-        if not temperature > 0:
-            raise ConfigurationError(f"temperature must be positive, but is {temperature}")
+        if not 0 < temperature < math.inf:
+            raise ConfigurationError(f"temperature must be positive and finite, but is {temperature}")
+        if not 0 <= strength <= 1:
+            raise ConfigurationError(f"strength must be between 0 (CoOp) and 1, but is {strength}")
+        check_context_length(context_length)
         options = {"context_length": context_length, "init": init, "position": position, "strength": strength}
         options |= {"temperature": temperature, "template": template}
         super().__init__(

@@ -1,6 +1,7 @@
 """Save what a learner has learnt, a few kilobytes, and load it on its CLIP: `learner.safetensors`, `learner.json`."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -84,7 +85,10 @@ def load_learner(
     cls = getattr(learner_classes, entry["class"])
     duplicates = description["allow_duplicates"]
     try:
-        learner = cls(clip, tokenizer, description["class_names"], **entry["options"], allow_duplicates=duplicates)
+        with warnings.catch_warnings():
+            if class_names is not None:  # remarks about the old names would be of no use
+                warnings.simplefilter("ignore")
+            learner = cls(clip, tokenizer, description["class_names"], **entry["options"], allow_duplicates=duplicates)
     except TypeError as error:
         raise StorageError(f"the saved options of {entry['class']} do not fit this version: {error}") from None
     try:
@@ -108,6 +112,6 @@ def _check_adapters(saved: Sequence[str], acting: Sequence[str], what: str) -> N
     if list(saved) != list(acting):
         raise StorageError(
             f"{what} was trained on a CLIP with {', '.join(saved) or 'no'} adapters acting, and this one has "
-            f"{', '.join(acting) or 'none'}; load and activate the same ones first (visionpeft.load, "
-            "visionpeft.activate)"
+            f"{', '.join(acting) or 'none'}; take off the others (visionpeft.detach), and load and activate the same "
+            "ones first (visionpeft.load, visionpeft.activate)"
         )

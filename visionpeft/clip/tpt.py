@@ -69,11 +69,14 @@ class TPT(Learner):
         weight_decay: float = 1e-2,
         allow_duplicates: bool = False,
     ):
-        if steps < 1 or num_views < 1 or not 0 < selection <= 1:
+        whole = isinstance(steps, int) and isinstance(num_views, int)
+        if not whole or steps < 1 or num_views < 1 or not 0 < selection <= 1:
             raise ConfigurationError(
-                f"TPT needs at least one step and one view, and a selection between 0 and 1, not steps={steps}, "
-                f"num_views={num_views}, selection={selection}"
+                "TPT needs at least one step and one view, as integers, and a selection between 0 and 1, not "
+                f"steps={steps}, num_views={num_views}, selection={selection}"
             )
+        if lr < 0 or weight_decay < 0:
+            raise ConfigurationError(f"lr and weight_decay must not be negative, not {lr} and {weight_decay}")
         if isinstance(context, str):
             context, saved_position = read_context(context, clip)
             position = position or saved_position

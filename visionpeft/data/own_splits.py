@@ -52,6 +52,10 @@ def build_split(key: str, definition: dict, place: Place, seed: int) -> tuple[Pa
         for path, _, _ in items:
             if not (images / path).is_file():
                 raise DataError(f"image {images / path} is listed by the annotations and does not exist")
+    if len({label for items in splits.values() for _, label, _ in items}) < 2:
+        raise DataError(
+            f"{images} holds fewer than two classes of images; expected the {definition['classes']} published"
+        )
     about = {"made_by": "visionpeft", "dataset": key, "seed": seed, "rule": rule}
     return folder / own_split_file(definition), {**splits, "about": about}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from visionpeft.data.annotations import read_json
 from visionpeft.data.few_shot_place import Place, Splits, images_folder
-from visionpeft.data.records import Row
+from visionpeft.data.records import Row, check_disjoint
 from visionpeft.errors import DataError
 
 SPLITS = ("train", "val", "test")
@@ -16,11 +16,12 @@ def read_split_zhou(key: str, definition: dict, place: Place, own: bool) -> Spli
     """A data set whose split is a JSON file.
 
     Raises:
-        DataError: the file is missing or malformed, or there is no image folder.
+        DataError: the file is missing or malformed, an image is in two splits, or there is no image folder.
     """
     folder, file = _split_file(key, definition, place, own)
     images = images_folder(definition, place, folder)
     rows, names = _read_split_file(file)
+    check_disjoint(rows)
     notes = []
     paths = [row.path for members in rows.values() for row in members]
     if len(set(paths)) < len(paths):

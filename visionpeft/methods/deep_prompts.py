@@ -103,7 +103,7 @@ def fresh_in_each_block(
 def check_depth(method: Method, field: str, depth: int, tower: Tower) -> None:
     """Refuse a depth that the tower does not have."""
     sentence = f"{field}={depth}, but the {tower.name} tower has {tower.depth} blocks; use 1 to {tower.depth}"
-    require(1 <= depth <= tower.depth, method, sentence)
+    require(isinstance(depth, int) and 1 <= depth <= tower.depth, method, sentence)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,9 @@ class DeepPrompts(Method):
     def __post_init__(self):
         counts = (self.num_text, self.num_visual)
         require(
-            all(isinstance(n, int) and n >= 0 for n in counts), self, "num_text and num_visual must not be negative"
+            all(isinstance(n, int) and n >= 0 for n in counts),
+            self,
+            "num_text and num_visual must be integers from 0 on",
         )
         require(any(counts), self, "num_text and num_visual are both 0, so that nothing would be learned")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from visionpeft.errors import ConfigurationError
-from visionpeft.protocols.candidates import candidates, only_test
+from visionpeft.protocols.candidates import candidates, dataset_keys, only_test
 from visionpeft.protocols.cells import finish, plan
 from visionpeft.protocols.evaluation import evaluate_elsewhere, row
 
@@ -50,6 +50,7 @@ def few_shot(
     Raises:
         ConfigurationError: see `candidates` and `finish`.
     """
+    datasets = dataset_keys(datasets)
     _check(datasets=datasets, shots=shots, seeds=seeds)
     learners = candidates(configs, datasets, "all", [], arguments)
     runs = finish(plan(learners, datasets, "all", shots, seeds), arguments, Path(output))
@@ -79,12 +80,15 @@ def base_to_new(
     Raises:
         ConfigurationError: a learner that knows only its own classes; see also `candidates` and `finish`.
     """
+    datasets = dataset_keys(datasets)
     _check(datasets=datasets, shots=[shots], seeds=seeds)
     learners = candidates(configs, datasets, "base", [only_test(name, "new") for name in datasets], arguments)
     rows = []
     for cell, run in finish(plan(learners, datasets, "base", [shots], seeds), arguments, Path(output)):
         rows.append(row("base_to_new", cell, cell.dataset, "base", run.read_results()))
-        rows.append(row("base_to_new", cell, cell.dataset, "new", evaluate_elsewhere(run, cell.dataset, "new")))
+        rows.append(
+            row("base_to_new", cell, cell.dataset, "new", evaluate_elsewhere(run, cell.dataset, "new", cell.dataset))
+        )
     return rows
 
 
@@ -146,7 +150,7 @@ def domain_shift(
 
 def default_targets(protocol: str, source: str) -> tuple[str, ...]:
     """Targets of `cross_dataset` or `domain_shift` where none are named."""
-    if source == "clipart":
+    if dataset_keys([source]) == ["clipart"]:
         return ("drawings",)
     return CROSS_DATASET_TARGETS if protocol == "cross_dataset" else DOMAIN_SHIFT_TARGETS
 
@@ -161,14 +165,19 @@ def _transfer(
     output: Path,
     arguments: Sequence[str],
 ) -> list[dict]:
+    source, *targets = dataset_keys([source, *targets])
     _check(datasets=targets, shots=[shots], seeds=seeds)
     if source in targets:
         raise ConfigurationError(f"{source} is the source; leave it out of the targets, it is tested anyway")
-    learners = candidates(configs, [source], "all", [only_test(name, "all") for name in targets], arguments)
+    learners = candidates(
+        configs, [source], "all", [only_test(name, "all", elsewhere=True) for name in targets], arguments
+    )
     rows = []
     for cell, run in finish(plan(learners, [source], "all", [shots], seeds), arguments, output):
         rows.append(row(protocol, cell, source, "all", run.read_results()))
-        rows.extend(row(protocol, cell, target, "all", evaluate_elsewhere(run, target, "all")) for target in targets)
+        rows.extend(
+            row(protocol, cell, target, "all", evaluate_elsewhere(run, target, "all", source)) for target in targets
+        )
     return rows
 
 

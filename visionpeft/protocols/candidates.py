@@ -3,11 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import yaml
+
+from visionpeft import tasks
 from visionpeft.cli import CLI, find_config
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.zero_shot import ZeroShot
+from visionpeft.data.few_shot import OWN
+from visionpeft.data.few_shot_definitions import find_few_shot
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks import PromptLearning
+
+# Options of the data that are about one data set, and what they are where nothing is given.
+OF_ONE_DATASET = {
+    **dict.fromkeys(("class_names", "template", "folder", "image_folder", "split_file"), "null"),
+    "split": "published",
+}
 
 
 @dataclass(frozen=True)
@@ -34,9 +45,26 @@ def on(dataset: str, classes: str) -> list[str]:
     return ["--data.dataset", dataset, "--data.classes", classes]
 
 
-def only_test(dataset: str, classes: str) -> list[str]:
-    """Arguments for the test split alone."""
-    return [*on(dataset, classes), "--data.shots", "0"]
+def only_test(dataset: str, classes: str, *, elsewhere: bool = False) -> list[str]:
+    """Arguments for the test split alone, in which a stored draw of the training has no part.
+
+    Args:
+        dataset: the data set.
+        classes: "all", "base" or "new".
+        elsewhere: it is another one than that of the training, whose class names, template, folders and split would
+            be wrong.
+    """
+    reset = [part for option, value in OF_ONE_DATASET.items() for part in (f"--data.{option}", value)]
+    return [*on(dataset, classes), "--data.shots", "0", "--data.store", "null", *(reset if elsewhere else ())]
+
+
+def dataset_keys(datasets: Sequence[str]) -> list[str]:
+    """Keys of data sets named by key, title or alias, so that none counts twice and no source as its own target.
+
+    Raises:
+        ConfigurationError: an unknown data set.
+    """
+    return [find_few_shot(dataset, OWN) for dataset in datasets]
 
 
 def candidates(
@@ -61,6 +89,8 @@ def candidates(
     stems = [find_config(config).stem for config in configs]
     if len(set(stems)) < len(stems):
         raise ConfigurationError(f"each configuration needs a name of its own, but got {', '.join(configs)}")
+    for config in configs:
+        _check_trains_learner(config)
     found = []
     for config in configs:
         cli = _build([*("--config", config, *given, *on(trained[0], classes))])
@@ -78,10 +108,30 @@ def candidates(
     ]
 
 
+def _check_trains_learner(config: str) -> None:
+    """Refuse the configuration of another task, to whose data the options of a protocol would mean nothing."""
+    try:
+        content = yaml.safe_load(find_config(config).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return  # the command line says where the mistake is
+    match content:
+        case {"model": {"class_path": str(path)}}:
+            task = getattr(tasks, path.rpartition(".")[2], PromptLearning)
+            if not issubclass(task, PromptLearning):
+                raise _trains_no_learner(config)
+
+
+def _trains_no_learner(config: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{config} trains no learner on CLIP, and this protocol compares learners; name configurations of learners, "
+        "such as fewshot_coop.yaml"
+    )
+
+
 def _build(arguments: list[str]) -> CLI:
     cli = CLI(arguments)
     if not isinstance(cli.model, PromptLearning):
-        raise ConfigurationError(f"{arguments[1]} trains no learner on CLIP, and this protocol compares learners")
+        raise _trains_no_learner(arguments[1])
     cli.datamodule.setup()
     return cli
 

@@ -7,7 +7,7 @@ import yaml
 
 from visionpeft.cli import CLI
 from visionpeft.errors import ConfigurationError
-from visionpeft.protocols.candidates import Candidate, only_test
+from visionpeft.protocols.candidates import Candidate, dataset_keys, only_test
 from visionpeft.protocols.cells import Cell
 from visionpeft.reports.progress import TrainingProgress
 from visionpeft.reports.test_record import TestRecord
@@ -43,15 +43,16 @@ def evaluate_again(run: RunDirectory, arguments: Sequence[str]) -> dict:
     return trained | setting(task, datamodule) | {"test": test_numbers(trainer, record), "run_directory": str(run.path)}
 
 
-def evaluate_elsewhere(run: RunDirectory, dataset: str, classes: str) -> dict:
+def evaluate_elsewhere(run: RunDirectory, dataset: str, classes: str, source: str) -> dict:
     """Test on some classes of a data set, once: the result stays in RUN/evaluations.
 
     Args:
         run: a finished run.
         dataset: the data set.
         classes: "all", "base" or "new".
+        source: the data set of the training.
     """
-    changes = only_test(dataset, classes)
+    changes = only_test(dataset, classes, elsewhere=dataset != source)
     file = run.path / "evaluations" / f"{dataset}-{classes}.json"
     if file.is_file():
         known = json.loads(file.read_text())
@@ -66,13 +67,13 @@ def evaluate_elsewhere(run: RunDirectory, dataset: str, classes: str) -> dict:
 def evaluate_run(
     run: RunDirectory, protocol: str, datasets: Sequence[str] = (), arguments: Sequence[str] = ()
 ) -> list[dict]:
-    """Rows of a protocol for a finished run, all tested anew.
+    """Rows of a protocol for a finished run: its own test, and tests of what it learnt on other classes or data sets.
 
     Args:
         run: trained on base classes for base-to-new, on a source for the others.
         protocol: "base_to_new", "cross_dataset" or "domain_shift".
         datasets: the targets of cross-dataset and domain shift.
-        arguments: further arguments, such as `--data.root`.
+        arguments: further arguments of the new tests, such as `--data.root`.
 
     Raises:
         ConfigurationError: an unknown protocol, a run it does not suit, no targets, or a learner that knows only its
@@ -89,17 +90,20 @@ def evaluate_run(
                 f"{run.path} was trained on {cell.classes} classes; base_to_new needs a run of the base classes "
                 "(--data.classes base)"
             )
-        places = [(cell.dataset, "base"), (cell.dataset, "new")]
+        elsewhere = [(cell.dataset, "new")]
     else:
-        targets = [dataset for dataset in datasets if dataset != cell.dataset]
+        targets = [dataset for dataset in dict.fromkeys(dataset_keys(datasets)) if dataset != cell.dataset]
         if not targets:
             raise ConfigurationError(f"{protocol} needs other data sets to test on: --datasets NAME ...")
-        places = [(cell.dataset, cell.classes), *((target, "all") for target in targets)]
-    # The refusal of a learner that knows only its own classes must come before the first test.
-    results = {}
-    for place in [*places[1:], places[0]]:
-        results[place] = evaluate_again(run, [*arguments, *only_test(*place)])
-    return [row(protocol, cell, *place, results[place]) for place in places]
+        elsewhere = [(target, "all") for target in targets]
+    own = run.read_results() | {"run_directory": str(run.path)}
+    rows = [row(protocol, cell, cell.dataset, cell.classes, own)]
+    for dataset, classes in elsewhere:
+        # What the arguments say about the other data set counts more than what is reset for it.
+        reset = only_test(dataset, classes, elsewhere=dataset != cell.dataset)
+        results = evaluate_again(run, [*reset, *arguments, *only_test(dataset, classes)])
+        rows.append(row(protocol, cell, dataset, classes, results))
+    return rows
 
 
 def trained_cell(run: RunDirectory) -> Cell:
@@ -116,7 +120,8 @@ def trained_cell(run: RunDirectory) -> Cell:
             "classes"
         )
     name = results["learner"]["class"]
-    return Cell(Candidate(name, str(run.config)), data["dataset"], data["classes"], data["shots"], results["seed"])
+    (dataset,) = dataset_keys([data["dataset"]])
+    return Cell(Candidate(name, str(run.config)), dataset, data["classes"], data["shots"], results["seed"])
 
 
 def row(protocol: str, cell: Cell, dataset: str, classes: str, results: dict) -> dict:

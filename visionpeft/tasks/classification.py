@@ -76,6 +76,6 @@ class ImageClassification(AdaptedTask):
         """Cross-entropy and logits; mixed images are judged by their mixed labels."""
         if self.mix is None or len(images) % 2:  # timm mixes in pairs; an odd last batch stays as it is
             return super().training_loss(images, labels)
-        images, targets = self.mix(images, labels)  # smoothed already
+        images, targets = self.mix(images, labels)
         logits = self(images)
-        return F.cross_entropy(logits.float(), targets), logits
+        return F.cross_entropy(logits.float(), targets, label_smoothing=0.0), logits  # they are smoothed already

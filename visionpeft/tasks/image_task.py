@@ -167,8 +167,7 @@ class ImageTask(pl.LightningModule):
     def configure_optimizers(self) -> dict:
         """AdamW or SGD over what is trained, with a schedule that advances every step."""
         trainer = self.trainer
-        if trainer.estimated_stepping_batches == float("inf"):
-            raise ConfigurationError("the learning rate follows a cosine to its end: set trainer.max_epochs")
+        self._check_end()
         batch_size = getattr(trainer.datamodule, "batch_size", 1) * trainer.accumulate_grad_batches * trainer.world_size
         groups = parameter_groups(self.trained_parameters(), self.head_parameters(), self.optimisation, batch_size)
         optimizer = build_optimizer(groups, self.optimisation)
@@ -188,7 +187,12 @@ class ImageTask(pl.LightningModule):
         """Epochs of the training, also where it is the number of steps that is limited."""
         if self.trainer.max_epochs >= 0:
             return self.trainer.max_epochs
+        self._check_end()
         return math.ceil(self.trainer.estimated_stepping_batches / self.steps_per_epoch)
+
+    def _check_end(self) -> None:
+        if self.trainer.estimated_stepping_batches == float("inf"):
+            raise ConfigurationError("the learning rate follows a cosine to its end: set trainer.max_epochs")
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep only what is trained."""
