@@ -247,7 +247,7 @@ WRONG = {
     ),
     "value": (["--model.learner.context_length", "x"], "context_length takes a whole number or null, not 'x'"),
     "choice": (["--model.learner.position", "top"], "position takes one of end, middle, front, not 'top'"),
-    "refused by the learner": (["--model.learner.context_length", "0"], "context_length must be at least 1"),
+    "refused by the learner": (["--model.learner.context_length", "0"], "must be an integer of at least 1, not 0"),
     "too long": (["--model.learner.context_length", "90"], "this CLIP reads 77"),
     "schedule": (["--model.optimisation.schedule", "step"], "takes one of cosine, epoch_cosine, not 'step'"),
     "backbone": (["--model.backbone", "vit_base_patch16_224"], "there is no CLIP model 'vit_base_patch16_224'"),

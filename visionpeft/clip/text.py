@@ -234,7 +234,7 @@ def _why_not_causal(module: nn.Module, pool: str) -> str | None:
     if getattr(module, "cls_emb", None) is not None:
         return "a class token is behind the text"
     mask = module.attn_mask
-    if mask is None or not torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1)):
+    if mask is None or not (mask.is_meta or torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1))):
         return "it is not causal"
     for block in module.transformer.resblocks:
         if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock):
