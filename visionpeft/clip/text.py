@@ -192,7 +192,10 @@ class TextEncoder:
 
             def attention(h: torch.Tensor, block=block, keys=keys, values=values, ends_only=ends_only):
                 q, k, v = project(block.attn, h)
-                attended = [_attend_bucket(q, k, v, keys, values, bucket, ends_only) for bucket in chunk.buckets]
+                # Split and not sliced: the gradient of a slice is as large as the whole.
+                sizes = [bucket.count * bucket.length for bucket in chunk.buckets]
+                parts = zip(chunk.buckets, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+                attended = [_attend_bucket(*own, keys, values, bucket, ends_only) for bucket, *own in parts]
                 return join_heads(block.attn, torch.cat(attended, dim=2))
 
             at = _acting(block, replacing=False)
@@ -301,12 +304,10 @@ def _attend_bucket(
 ) -> torch.Tensor:
     """softmax(q [K; k]^T / sqrt(d) + causal) [V; v] for the texts of a bucket, which share K and V.
 
-    q, k and v (groups, heads, rows of the chunk, d) -> (groups, heads, rows of the bucket, d); of each text only the
-    end token if `ends_only`.
+    q, k and v (groups, heads, rows of the bucket, d) -> the same shape; of each text only the end token if `ends_only`.
     """
     count, length, num_shared = bucket.count, bucket.length, shared_keys.shape[2]
-    rows = slice(bucket.start, bucket.start + count * length)
-    q, k, v = (x[:, :, rows].unflatten(2, (count, length)) for x in (q, k, v))
+    q, k, v = (x.unflatten(2, (count, length)) for x in (q, k, v))
     if ends_only:
         q = q[:, :, :, -1:]
     queries = q.shape[3]
@@ -316,5 +317,5 @@ def _attend_bucket(
         future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
         scores = scores.masked_fill(F.pad(future, (num_shared, 0)), float("-inf"))
     weights = scores.softmax(dim=-1).to(v.dtype)
-    from_shared = weights[..., :num_shared].flatten(2, 3) @ shared_values
-    return from_shared + (weights[..., num_shared:] @ v).flatten(2, 3)
+    on_shared, on_own = weights.split((num_shared, length), dim=-1)
+    return on_shared.flatten(2, 3) @ shared_values + (on_own @ v).flatten(2, 3)
