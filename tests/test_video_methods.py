@@ -22,7 +22,7 @@ from visionpeft.backbones.image_classifier import ImageClassifier
 CLASSES = 5
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class VideoHost(Host):
     """A host of the matrix that takes clips of three frames."""
 
