@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from visionpeft.attach import has_adapters
-from visionpeft.clip.learner import Learner, acting_adapters
+from visionpeft.clip.learner import Learner
+from visionpeft.clip.model import acting_adapters
 
 DEFAULT_BYTES = 512 * 2**20
 

@@ -11,7 +11,8 @@ from visionpeft import clip as learner_classes
 from visionpeft.attach import detach
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip.description import FORMAT, STEM, read_saved
-from visionpeft.clip.learner import Learner, acting_adapters, check_clip
+from visionpeft.clip.learner import Learner
+from visionpeft.clip.model import acting_adapters, check_clip
 from visionpeft.described_tensors import write_described
 from visionpeft.errors import StorageError, UserError
 from visionpeft.naming import nearest

@@ -11,7 +11,8 @@ from torchvision.transforms.v2.functional import resized_crop
 from visionpeft.clip.coop import CoOp, Position, context_prompts, initial_context
 from visionpeft.clip.description import read_saved
 from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner, check_clip
+from visionpeft.clip.learner import Learner
+from visionpeft.clip.model import check_clip
 from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.storage import backbone_record, check_backbone

@@ -1,0 +1,47 @@
+"""What a learner asks of an OpenCLIP model."""
+
+import torch
+import torch.nn as nn
+from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
+
+from visionpeft.attach import has_adapters
+from visionpeft.backbones.dispatch import describe
+from visionpeft.errors import UnsupportedError
+
+
+def check_clip(clip: nn.Module) -> None:
+    """Refuse what is not an OpenCLIP model with two towers.
+
+    Raises:
+        UnsupportedError: anything else, or a compiled model.
+    """
+    if hasattr(clip, "_orig_mod"):
+        describe(clip)
+    if not isinstance(clip, CLIP | CustomTextCLIP | CoCa):
+        raise UnsupportedError(
+            f"a learner needs an OpenCLIP model with an image and a text tower, as open_clip.create_model makes it, "
+            f"not {type(clip).__name__}"
+        )
+
+
+def acting_adapters(clip: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that act on a CLIP."""
+    return clip.peft.active if has_adapters(clip) else ()
+
+
+def fixed_image_size(clip: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the images if the image tower takes no others, as OpenCLIP's own towers do, else None."""
+    visual = clip.visual
+    patches = getattr(getattr(visual, "trunk", None), "patch_embed", None)
+    if not isinstance(visual, VisionTransformer | ModifiedResNet) and not getattr(patches, "strict_img_size", False):
+        return None
+    size = visual.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def image_dtype(clip: nn.Module) -> torch.dtype:
+    """Precision of the images that the image tower takes: that of its first convolution."""
+    parameters = list(clip.visual.parameters())
+    return next((p for p in parameters if p.ndim == 4), parameters[0]).dtype
