@@ -153,18 +153,21 @@ def test_flowers_and_cars(tmp_path):
     (cars / "devkit").mkdir(parents=True)
     kind = numpy.dtype([("class", object), ("fname", object)])
     for split, file, count in (
-        ("cars_train", "devkit/cars_train_annos.mat", 5),
-        ("cars_test", "cars_test_annos_withlabels.mat", 1),
+        ("cars_train", "devkit/cars_train_annos.mat", 10),
+        ("cars_test", "cars_test_annos_withlabels.mat", 2),
     ):
         entries = numpy.empty((1, count), kind)
         for number in range(count):
             write_image(cars / split / f"{number:05d}.jpg", number)
-            entries[0, number] = (14, f"{number:05d}.jpg")
+            entries[0, number] = (1 if number % 2 else 14, f"{number:05d}.jpg")
         io.savemat(cars / file, {"annotations": entries})
     assert run("--dataset", "cars", "--root", tmp_path) == 0
     content = content_of(cars / "split_visionpeft_StanfordCars.json")
-    assert content["test"] == [["cars_test/00000.jpg", 13, "2012 Audi TTS Coupe"]]
-    assert (len(content["train"]), len(content["val"])) == (4, 1)
+    assert sorted(content["test"]) == [
+        ["cars_test/00000.jpg", 13, "2012 Audi TTS Coupe"],
+        ["cars_test/00001.jpg", 0, "2000 AM General Hummer SUV"],
+    ]
+    assert (len(content["train"]), len(content["val"])) == (8, 2)
 
 
 @pytest.mark.parametrize(
