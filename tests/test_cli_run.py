@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import yaml
-from small_runs import COLOURS, draw_images, results, run
+from small_runs import COLOURS, arguments, draw_images, results, run
 
 import visionpeft as vp
 from visionpeft import evaluate, fit, predict
@@ -151,3 +151,25 @@ def test_config_of_a_run_runs_again(finished, images, tmp_path):
     assert fit.main(["--config", str(finished / "config.yaml"), "--output", str(tmp_path)]) == 0
     (again,) = tmp_path.iterdir()
     assert results(again)["test"] == results(finished)["test"]
+
+
+def test_further_loggers_by_option(tmp_path, images):
+    """TensorBoard's files are always there; others are added under their Lightning names."""
+    folder = tmp_path / "csv"
+    made = run(
+        tmp_path / "runs",
+        images,
+        *("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(folder), "--trainer.logger.name", "mine"),
+        epochs=1,
+    )
+    (written,) = folder.rglob("metrics.csv")
+    columns = next(csv.reader(written.open()))
+    assert {"train/loss", "val/top1", "test/top1"} <= set(columns)
+    assert list((made / "tensorboard").iterdir())
+
+
+def test_a_logger_whose_package_is_missing_is_one_sentence(tmp_path, images, capsys):
+    command = [*arguments(images, epochs=1), "--trainer.logger", "WandbLogger", "--output", str(tmp_path)]
+    assert fit.main(command) == 2
+    assert "wandb" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

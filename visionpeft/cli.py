@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from visionpeft import clip, data, methods
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError, UserError
-from visionpeft.explain import explain, user_error
+from visionpeft.explain import explain, missing_package, user_error
 from visionpeft.naming import did_you_mean
 from visionpeft.resources import shipped
 from visionpeft.run_directory import RunDirectory
@@ -146,7 +146,7 @@ class CLI(LightningCLI):
             self.config_init = self.parser.instantiate_classes(self.config)
             self.config_init.model.connect(self.config_init.data)
         except Exception as error:
-            meant = user_error(error)
+            meant = user_error(error) or missing_package(error)
             if meant is None:
                 raise
             raise meant from None

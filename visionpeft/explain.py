@@ -8,7 +8,7 @@ from typing import get_args
 
 from jsonargparse import ArgumentParser
 
-from visionpeft.errors import UserError
+from visionpeft.errors import ConfigurationError, UserError
 from visionpeft.naming import did_you_mean
 
 _NOT_ACCEPTED = re.compile(r"(?:Problem with given class_path '([\w.]+)':\s*)?Option '([\w.]+)' is not accepted")
@@ -28,6 +28,7 @@ _FACTORY = re.compile(
     r"(.*?)\. Got value: Namespace\(class_path='([\w.]+)'.*?\)$",
     re.DOTALL | re.MULTILINE,
 )
+_REQUIREMENT = re.compile(r"Problem with given class_path '([\w.]+)':\s*Requirement '([^']+)' not met", re.DOTALL)
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 
 
@@ -68,6 +69,17 @@ def user_error(error: BaseException | None) -> UserError | None:
         if isinstance(error, UserError):
             return error
         error = error.__cause__ or error.__context__
+    return None
+
+
+def missing_package(error: BaseException) -> ConfigurationError | None:
+    """The error to show where a class of the configuration needs a package that is not installed."""
+    if match := _REQUIREMENT.search(str(error)):
+        class_path, requirement = match.groups()
+        return ConfigurationError(
+            f"{class_path.rpartition('.')[2]} needs {requirement}, which is not installed; pip install '{requirement}', "
+            "or leave it out"
+        )
     return None
 
 

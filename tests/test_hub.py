@@ -1,0 +1,165 @@
+"""Sharing on the Hugging Face Hub: what is uploaded, the card, and loading from the Hub's own cache."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import HfApi, ModelCard
+from small_runs import draw_images, run
+from timm.data import resolve_model_data_config
+
+import visionpeft as vp
+from visionpeft import push
+from visionpeft.errors import ConfigurationError, StorageError
+
+REPO = "somebody/small-birds"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """Collects what would be uploaded, by file name."""
+    uploads = SimpleNamespace(files={}, repo=None)
+
+    def create_repo(self, repo_id, *, private, exist_ok):
+        uploads.repo = repo_id
+
+    def upload_folder(self, *, repo_id, folder_path, revision, commit_message):
+        uploads.files |= {path.name: path.read_bytes() for path in folder_path.iterdir()}
+        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/1")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return uploads
+
+
+def adapted(**method):
+    torch.manual_seed(0)
+    model = vp.create_backbone("nano_vit", num_classes=3)
+    vp.attach(model, vp.LoRA(rank=2, **method))
+    for parameter in vp.trainable_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def images_for(model):
+    return torch.randn(2, *resolve_model_data_config(model)["input_size"])
+
+
+def as_cached(files: dict[str, bytes], cache) -> None:
+    """Lay files out as the Hub's cache does after a download of the main branch."""
+    commit = "0" * 40
+    folder = cache / f"models--{REPO.replace('/', '--')}"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    for name, content in files.items():
+        (folder / "snapshots" / commit / name).write_bytes(content)
+
+
+def test_a_pushed_model_comes_back_from_the_cache(hub, tmp_path):
+    model = adapted()
+    address = vp.push_to_hub(model, REPO, class_names=["wren", "robin", "owl"])
+    assert hub.repo == REPO
+    assert REPO in address
+    assert set(hub.files) == {"adapter.safetensors", "adapter.json", "README.md"}
+    as_cached(hub.files, tmp_path)
+    trained = vp.from_pretrained(REPO, cache_dir=tmp_path, local_files_only=True)
+    images = images_for(model)
+    torch.testing.assert_close(trained.model(images), model(images), rtol=0, atol=0)
+    assert trained.class_names == ["wren", "robin", "owl"]
+    assert not trained.model.training
+
+
+def test_a_folder_and_a_model_that_is_already_there(tmp_path):
+    model = adapted()
+    vp.save_pretrained(model, tmp_path / "birds")
+    assert "birds" in (tmp_path / "birds" / "README.md").read_text()
+    other = vp.create_backbone("nano_vit", num_classes=3)
+    trained = vp.from_pretrained(tmp_path / "birds", other)
+    assert trained.model is other
+    images = images_for(model)
+    torch.testing.assert_close(other(images), model(images), rtol=0, atol=0)
+    assert trained.preprocessing is None
+
+
+def test_the_card_names_method_backbone_and_classes(tmp_path):
+    vp.save_pretrained(adapted(alpha=4.0), tmp_path, repo_id=REPO, class_names=["wren", "robin", "a|b"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "visionpeft"
+    assert card.data.pipeline_tag == "image-classification"
+    assert "lora" in card.data.tags
+    for part in ("LoRA", "rank=2, alpha=4.0", "nano_vit", "wren, robin", f'from_pretrained("{REPO}")'):
+        assert part in card.text
+
+
+def test_the_card_of_a_run_has_its_result(hub, tmp_path, capsys):
+    finished = run(tmp_path / "runs", draw_images(tmp_path / "squares"), epochs=1)
+    capsys.readouterr()
+    assert push.main([str(finished), REPO]) == 0
+    assert f"huggingface.co/{REPO}" in capsys.readouterr().out
+    text = hub.files["README.md"].decode()
+    results = vp.hub.RunDirectory.existing(finished).read_results()
+    card = ModelCard(text)
+    (evaluation,) = card.data.eval_results
+    assert evaluation.metric_value == pytest.approx(100 * results["test"]["top1"], abs=0.005)
+    assert results["reported"] in text
+    assert f"{results['parameters']['trainable']:,}" in text
+    assert not any(name.endswith((".ckpt", ".yaml", ".png")) for name in hub.files)
+
+
+def test_a_timm_backbone_is_the_base_model(tmp_path):
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit.r160_in1k", num_classes=3)
+    vp.attach(model, vp.LoRA(rank=2))
+    vp.save_pretrained(model, tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "timm/test_vit.r160_in1k"
+    with pytest.raises(ConfigurationError, match="model="):
+        vp.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "said"),
+    [
+        ("no such/name/at all", ConfigurationError, "neither a folder nor a repository"),
+        ("nobody/nothing", ConfigurationError, "not to be had from the Hub"),
+    ],
+)
+def test_what_is_nowhere_is_refused(source, error, said, tmp_path):
+    with pytest.raises(error, match=said):
+        vp.from_pretrained(source, cache_dir=tmp_path, local_files_only=True)
+
+
+def test_a_folder_without_anything_trained_is_refused(hub, tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(StorageError, match="neither adapter.safetensors nor learner"):
+        vp.push_to_hub(tmp_path, REPO)
+    assert hub.repo is None
+
+
+def test_class_names_beside_a_folder_are_refused(hub, tmp_path):
+    vp.save_pretrained(adapted(), tmp_path)
+    with pytest.raises(ConfigurationError, match="class_names= belongs to a model"):
+        vp.push_to_hub(tmp_path, REPO, class_names=["a", "b", "c"])
+
+
+def test_a_failed_upload_is_one_sentence(monkeypatch, tmp_path):
+    def create_repo(self, repo_id, **options):
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    with pytest.raises(ConfigurationError, match="could not be uploaded"):
+        vp.push_to_hub(adapted(), REPO)
+
+
+def test_a_learner_comes_back_with_new_classes(tmp_path):
+    clip, tokenizer = vp.create_clip("nano_clip")
+    learner = vp.CoOp(clip, tokenizer, ["cat", "dog"], context_length=2)
+    vp.save_pretrained(learner, tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.pipeline_tag == "zero-shot-image-classification"
+    trained = vp.from_pretrained(tmp_path, class_names=["owl", "wren", "robin"])
+    assert trained.class_names == ["owl", "wren", "robin"]
+    learner.set_class_names(["owl", "wren", "robin"])
+    images = torch.randn(2, 3, *trained.model.clip.visual.image_size)
+    torch.testing.assert_close(trained.model(images), learner.eval()(images))

@@ -1,0 +1,101 @@
+"""The model card of an adapter or a learner: what was trained, on which backbone and data, with which result."""
+
+from collections.abc import Mapping
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+TASKS = {"adapter": "image-classification", "learner": "zero-shot-image-classification"}
+
+
+def model_card(description: Mapping, results: Mapping | None, repo_id: str) -> ModelCard:
+    """Card with the method, the backbone, the protocol and the result, as far as they are known.
+
+    Args:
+        description: what `visionpeft.save` or `save_learner` wrote.
+        results: the results.json of the run it comes from, or None.
+        repo_id: name of the repository, `user/name`; shown in the example.
+    """
+    task = TASKS["learner" if "learner" in description else "adapter"]
+    data = (results or {}).get("data") or description["metadata"].get("data") or {}
+    if "sampling" in data:
+        task = "video-classification"
+    front = ModelCardData(
+        library_name="visionpeft",
+        pipeline_tag=task,
+        tags=["visionpeft", "parameter-efficient-fine-tuning", *(name.lower() for name, _ in _trained(description))],
+        base_model=_base_model(description["backbone"]["source"]),
+        model_name=repo_id.rpartition("/")[2] if results else None,
+        eval_results=_evaluation(task, data, results) if results else None,
+    )
+    return ModelCard(f"---\n{front.to_yaml()}\n---\n\n{_body(description, data, results, repo_id)}")
+
+
+def _trained(description: Mapping) -> list[tuple[str, Mapping]]:
+    """Class and hyper-parameters of each method, or of the learner."""
+    if "learner" in description:
+        learner = description["learner"]
+        return [(learner["class"], learner["options"])]
+    return [(entry["class"], entry["fields"]) for entry in description["methods"]]
+
+
+def _base_model(source: Mapping) -> str | None:
+    """The Hub's name of a timm backbone; None where it cannot be known."""
+    tagged = source["library"] == "timm" and source.get("pretrained", True) and "." in source["name"]
+    return f"timm/{source['name']}" if tagged and source.get("checkpoint") is None else None
+
+
+def _evaluation(task: str, data: Mapping, results: Mapping) -> list[EvalResult]:
+    name = str(data.get("task") or "own images")
+    value = round(100 * results["test"]["top1"], 2)
+    return [EvalResult(task, name, name, "accuracy", value, metric_name="top-1 accuracy of the test split, %")]
+
+
+def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id: str) -> str:
+    trained = _trained(description)
+    source, names = description["backbone"]["source"], description.get("class_names") or []
+    weights = source.get("checkpoint") or ("pretrained" if source.get("pretrained", True) else "random weights")
+    sections = [
+        f"# {repo_id.rpartition('/')[2]}",
+        f"{' and '.join(name for name, _ in trained)} on {source['name']}, trained with visionpeft. This repository "
+        "holds what was trained, not the backbone.",
+        _table("method", [(name, _values(fields)) for name, fields in trained]),
+        _table(
+            "backbone",
+            [
+                ("name", source["name"]),
+                ("library", source["library"]),
+                ("weights", weights),
+                ("fingerprint", description["backbone"]["fingerprint"]),
+            ],
+        ),
+    ]
+    if data:
+        used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "augmentation", "normalisation")
+        sections.append(_table("data and protocol", [(key, data[key]) for key in used if data.get(key) is not None]))
+    if results:
+        rows = [(f"test {name}", f"{value:.4f}") for name, value in results["test"].items()]
+        rows += [("reported epoch", results["reported"]), ("seed", results["seed"])]
+        if "parameters" in results:
+            rows.append(("trained parameters", f"{results['parameters']['trainable']:,}"))
+        sections.append(_table("result of one run", rows))
+    if names:
+        shown = ", ".join(names[:50]) + (f" and {len(names) - 50} more" if len(names) > 50 else "")
+        sections.append(f"Classes: {shown}.")
+    load = f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}")\nlogits = trained.model(images)'
+    sections.append(f"```python\n{load}\n```")
+    versions = ", ".join(f"{package} {version}" for package, version in description["versions"].items())
+    return "\n\n".join([*sections, f"Made with {versions}."]) + "\n"
+
+
+def _table(title: str, rows: list[tuple[str, object]]) -> str:
+    lines = [f"| {title} | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in rows)]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    text = _values(value) if isinstance(value, Mapping) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _values(fields: Mapping) -> str:
+    return ", ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
