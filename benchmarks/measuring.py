@@ -2,31 +2,13 @@
 
 import csv
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
+from visionpeft.reports.saved_bytes import saved_bytes, storages
 
-def storages(module: nn.Module) -> set[int]:
-    """Where the parameters and buffers of a module lie."""
-    return {tensor.untyped_storage().data_ptr() for tensor in [*module.parameters(), *module.buffers()]}
-
-
-def saved_bytes(step: Callable[[], Tensor], frozen: set[int]) -> tuple[int, Tensor]:
-    """Most bytes of distinct storages kept for backward during a step, without parameters."""
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = step()
-    return sum(seen.values()), result
+__all__ = ["clock", "saved_bytes", "storages", "table", "write"]
 
 
 def clock(device: str) -> float:

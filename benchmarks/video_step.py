@@ -1,6 +1,7 @@
 """What a training step on clips costs: trained values, seconds, bytes kept for backward, GFLOPs of a view.
 
-A step is loss, backward and AdamW on the same batch of clips, in float32, on 400 classes. The methods take turns.
+A step is loss, backward and AdamW on the same batch of clips, in float32, on 400 classes. The methods take turns, and a
+step is also given as a share of a step of full fine-tuning in the same turn, with the range over the turns.
 GFLOPs are multiply-adds of a forward of one clip, as papers count them, in matrix products and convolutions.
 
     python benchmarks/video_step.py --output results
@@ -15,10 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from measuring import clock, saved_bytes, storages, table, write
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import visionpeft as vp
+from visionpeft.reports.multiply_adds import giga_multiply_adds
 
 CLASSES = 400
 
@@ -59,23 +59,16 @@ class Step:
         self.optimizer.step()
         return loss.detach()
 
-    def gflops(self) -> float:
-        """Giga multiply-adds of the forward of one clip."""
-        # Products inside fused attention are not counted everywhere.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.model(self.clips[:1])
-        torch.backends.mha.set_fastpath_enabled(True)
-        return counter.get_total_flops() / 2e9
-
-    def row(self) -> dict:
-        """The row of the table."""
+    def row(self, full: "Step") -> dict:
+        """The row of the table, with a step of full fine-tuning to compare with."""
+        ratios = [own / other for own, other in zip(self.seconds, full.seconds, strict=True)]
         return {
             "method": self.name,
             "trained": f"{vp.summary(self.model).adapter:,}",
             "step": f"{statistics.median(self.seconds):.3f} s",
+            "of full fine-tuning": f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
             "kept for backward": f"{self.saved / 2**20:,.0f} MiB",
-            "GFLOPs of a view": f"{self.gflops():.1f}",
+            "GFLOPs of a view": f"{giga_multiply_adds(self.model, self.clips[:1]):.1f}",
         }
 
 
@@ -106,7 +99,8 @@ def main() -> None:
             before = clock(args.device)
             step.run()
             step.seconds.append(clock(args.device) - before)
-    rows = [step.row() for step in steps]
+    (full,) = (step for step in steps if step.name == "full fine-tuning")
+    rows = [step.row(full) for step in steps]
     args.output.mkdir(parents=True, exist_ok=True)
     write(args.output / "video_step.csv", rows)
     (args.output / "video_step.md").write_text(table(rows) + "\n")

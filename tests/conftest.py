@@ -43,8 +43,10 @@ class Case:
         chooses = "towers" in {field.name for field in dataclasses.fields(self.method)}
         if host.takes == "both" and chooses and not self.image_only:
             changes["towers"] = ["visual", "text"]
-        if "text" in host.towers and isinstance(self.method, vp.VPT):
+        if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT):
             changes["init"] = "normal"
+        if isinstance(self.method, vp.Convpass) and host.name in ("vit_dynamic", "dinov3"):
+            changes["grid"] = tuple(side // 8 for side in host.size)  # these take images of any size
         return dataclasses.replace(self.method, **changes)
 
 
@@ -72,8 +74,34 @@ CASES = [
     Case("lora", vp.LoRA(rank=2), identity=True, mergeable=True),
     Case("lora_all", vp.LoRA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True),
     Case("ssf", vp.SSF(), mergeable=True),
+    Case("pafi", vp.PaFi(density=0.05), identity=True, mergeable=True),
+    Case("fish_mask", vp.FishMask(density=0.05, samples=3), identity=True, mergeable=True),
+    Case("child_f", vp.ChildTuning("F", share=0.6), identity=True, mergeable=True),
+    Case("child_d", vp.ChildTuning("D", share=0.1, samples=3), identity=True, mergeable=True),
+    Case("spt", vp.SPT(budget=1500, rank=2), identity=True, mergeable=True),
+    Case("spt_adapter", vp.SPT(budget=1500, rank=2, structure="adapter"), identity=True),
     Case("prefix", vp.PrefixTuning(num_tokens=3)),
     Case("prefix_mlp", vp.PrefixTuning(num_tokens=2, mlp=5)),
+    Case("vpt_gated", vp.GatedVPT(num_tokens=3, gate=0.5)),
+    Case("vpt_gated_first", vp.GatedVPT(num_tokens=2, gate=-1.0, blocks="first:2")),
+    Case("ia3", vp.IA3(), identity=True, mergeable=True),
+    Case("layer_norm_tuning", vp.LayerNormTuning(), identity=True, mergeable=True),
+    Case("rep_adapter", vp.RepAdapter(bottleneck=4, scale=0.5), identity=True, mergeable=True),
+    Case("rep_adapter_mlp", vp.RepAdapter(3, groups=1, positions=("mlp",)), identity=True, mergeable=True),
+    Case("convpass", vp.Convpass(bottleneck=4), identity=True, image_only=True),
+    Case("convpass_mlp", vp.Convpass(3, scale=2.0, positions=("mlp",), init="xavier"), identity=True, image_only=True),
+    Case("fact", vp.FacT(rank=3, scale=0.5), identity=True, mergeable=True),
+    Case("fact_tucker", vp.FacT(2, "tk", targets=("k", "v", "fc1", "fc2")), identity=True, mergeable=True),
+    Case("dora", vp.DoRA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True),
+    Case("vera", vp.VeRA(rank=5, targets=EVERY_MATRIX, seed=3), identity=True, mergeable=True),
+    Case("ada_lora", vp.AdaLoRA(rank=2, initial_rank=3), identity=True, mergeable=True),
+    Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True),
+    Case("krona_shape", vp.KronA(shape=(4, 8)), identity=True, mergeable=True),
+    Case("kadaptation", vp.KAdaptation(terms=4, rank=2, targets=EVERY_MATRIX), identity=True, mergeable=True),
+    Case("compacter", vp.Compacter(bottleneck=8, terms=2, rank=2)),
+    Case("compacter_pfeiffer", vp.Compacter(bottleneck=8, terms=4, placement="pfeiffer", activation="silu")),
+    Case("mam", vp.MAM(num_tokens=3, bottleneck=8)),
+    Case("unipelt", vp.UniPELT(rank=2, alpha=6, num_tokens=3, bottleneck=4)),
 ]
 
 # methods for clips, which models of single images refuse
@@ -87,15 +115,19 @@ VIDEO_CASES = [
 
 # one host of each block and attention class, and one case of each method: for the dearer invariants
 FEW_HOSTS = [h for h in HOSTS if h.name in ("vit_cls", "vit_res_post", "beit", "eva_split", "dinov3", "clip_whole")]
-FEW_NAMES = ("bit_fit", "vpt_deep", "houlsby", "adapt_former", "lora_all", "ssf", "prefix")
+FEW_NAMES = (
+    *("bit_fit", "vpt_deep", "houlsby", "adapt_former", "lora_all", "ssf", "prefix", "pafi", "dora", "unipelt"),
+    *("vpt_gated", "ia3", "rep_adapter", "convpass"),
+)
 FEW_CASES = [c for c in CASES if c.name in FEW_NAMES]
 # these add no module: they train the head or parameters of the backbone themselves
-TRAINED_ALONE = ("linear_probe", "full", "last_block")
+TRAINED_ALONE = ("linear_probe", "full", "last_block", "child_f", "layer_norm_tuning")
 
 # the only cells attach may refuse, and why
 REFUSALS: dict[tuple[str, str], str] = {
     (host.name, "linear_probe"): "CLIP has no classification head to train" for host in HOSTS if not host.head_paths()
 }
+REFUSALS |= {("clip_text", name): "text has no patches to convolve" for name in ("convpass", "convpass_mlp")}
 
 NO_KEY_BIAS = "keys are rotated, so their shift matters, and the architecture has no bias for them"
 MERGE_REFUSALS = {
@@ -104,7 +136,10 @@ MERGE_REFUSALS = {
     ("eva_post_norm", "ssf"): NO_KEY_BIAS,
     ("dinov3", "ssf"): "neither queries, keys nor values have a bias",
     ("eva_rope_mixed", "ssf"): "patches have neither a bias nor a position embedding",
+    ("dinov3", "rep_adapter"): "neither queries, keys nor values have a bias",
 }
+ROTATED = ("eva_fused", "eva_split", "eva_post_norm", "video_eva")
+MERGE_REFUSALS |= {(host, "rep_adapter"): NO_KEY_BIAS for host in ROTATED}
 
 
 def cells(hosts=HOSTS, cases=CASES):
@@ -130,7 +165,22 @@ def attach(model, host, case, name="default", **options):
         with pytest.raises(UserError):
             vp.attach(model, case.on(host), name, **options)
         pytest.skip(REFUSALS[host.name, case.name])
-    return vp.attach(model, case.on(host), name, **options)
+    vp.attach(model, case.on(host), name, **options)
+    if model.peft[name].pending:
+        show_data(host, model, name)
+    return model
+
+
+def show_data(host, model, name="default"):
+    """Show random inputs to a method that chooses by them."""
+    inputs = host.inputs(4, next(model.parameters()).dtype, seed=8)
+    batch = inputs if host.takes == "both" else (inputs,)
+    vp.allocate(
+        model,
+        [batch],
+        lambda model, batch: host.run(model, batch if host.takes == "both" else batch[0]).square().mean(),
+        name,
+    )
 
 
 def adapted(host, case, dtype=torch.float32, seed=1, name="default"):

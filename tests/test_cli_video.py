@@ -95,7 +95,8 @@ def test_predict(finished, videos, tmp_path, capsys):
     assert len(rows) == 21
     assert sum(row["classes"][0] in row["path"] for row in rows) > 13
     assert all(sum(row["probabilities"]) == pytest.approx(1, abs=1e-4) for row in rows)
-    assert row["probabilities"] == next(r for r in rows if r["path"] == row["path"])["probabilities"][:2]
+    same = next(other for other in rows if other["path"] == row["path"])
+    assert row["probabilities"] == pytest.approx(same["probabilities"][:2], abs=1e-5)  # in a batch of another size
 
 
 def test_predict_gives_what_the_test_gave(finished, videos, tmp_path):

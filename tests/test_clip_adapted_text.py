@@ -18,6 +18,14 @@ METHODS = [
     vp.Adapter(bottleneck=4, placement="houlsby", towers="text"),
     vp.Adapter(bottleneck=4, placement="adapter_plus", towers="text"),
     vp.AdaptFormer(bottleneck=4, towers="text"),
+    vp.DoRA(rank=2, targets=("q", "fc2"), towers="text"),
+    vp.KAdaptation(towers="text"),
+    vp.Compacter(bottleneck=8, towers="text"),
+    vp.MAM(num_tokens=2, bottleneck=4, towers="text"),
+    vp.IA3(towers="text"),
+    vp.RepAdapter(bottleneck=4, towers="text"),
+    vp.FacT(rank=2, towers="text"),
+    vp.LayerNormTuning(towers="text"),
     [vp.LoRA(rank=2, towers="text"), vp.PrefixTuning(num_tokens=2, towers="text"), vp.SSF(towers="text")],
 ]
 
@@ -54,6 +62,12 @@ def test_adapters_act_the_same_on_packed_texts(method, position):
 def test_what_acts_on_whole_texts_is_run_in_full():
     learner = vp.CoOp(adapted(vp.VPT(num_tokens=2, init="normal", towers="text")), TOKENIZER, NAMES)
     assert learner.text.why_in_full(learner.layout) == "Prompts acts on whole texts"
+    assert torch.equal(features_and_gradient(learner, fast=True)[0], features_and_gradient(learner, fast=False)[0])
+
+
+def test_gates_see_whole_texts():
+    learner = vp.CoOp(adapted(vp.UniPELT(rank=2, num_tokens=2, bottleneck=4, towers="text")), TOKENIZER, NAMES)
+    assert learner.text.why_in_full(learner.layout) == "GatedBottleneck acts on whole texts"
     assert torch.equal(features_and_gradient(learner, fast=True)[0], features_and_gradient(learner, fast=False)[0])
 
 

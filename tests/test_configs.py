@@ -37,9 +37,17 @@ UNPUBLISHED = {
     *("base_to_new_tpt.yaml", "base_to_new_clip_lora.yaml", "cross_dataset_ivlp.yaml", "cross_dataset_clip_lora.yaml"),
 }
 LEARNERS = [f"{protocol}_{name}.yaml" for protocol, names in PROTOCOLS.items() for name in names]
+WITHOUT_BENCHMARK_NUMBERS = (
+    *("dora", "vera", "adalora", "krona", "kadaptation", "compacter", "mam", "unipelt", "lora_plus"),
+    *("ia3", "layer_norm_tuning", "pafi", "fish_mask", "child_tuning_f", "child_tuning_d"),
+)
+UNPUBLISHED |= {f"{benchmark}_{name}.yaml" for benchmark in ("vtab", "fgvc") for name in WITHOUT_BENCHMARK_NUMBERS}
+UNPUBLISHED |= {f"fgvc_{name}.yaml" for name in ("rep_adapter", "convpass", "fact_tt", "fact_tk")}
 NAMES = (
+    *WITHOUT_BENCHMARK_NUMBERS,
     *("vpt", "vpt_shallow", "lora", "adaptformer", "adapter", "adapter_plus", "ssf", "bitfit", "prefix_tuning"),
-    *("linear_probe", "full", "last_blocks"),
+    *("linear_probe", "full", "last_blocks", "gated_vpt", "rep_adapter", "convpass", "fact_tt", "fact_tk"),
+    *("spt_lora", "spt_adapter"),
 )
 VIDEOS = sorted(path.name for path in CONFIGS.glob("video_*.yaml"))
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
@@ -93,7 +101,7 @@ def test_video_configuration_builds(name):
     assert type(cli.datamodule).__name__ == "Motion"
     frames = cli.datamodule.sampling.num_frames
     with torch.no_grad():
-        assert cli.model.eval()(torch.zeros(1, 2, 3, frames, 64, 64)).shape == (1, 8)  # two views
+        assert cli.model.eval()(torch.zeros(1, 2, 3, frames, 32, 32)).shape == (1, 8)  # two views
     assert vp.trainable_parameters(cli.model.model)
 
 
@@ -109,7 +117,7 @@ def test_video_set_overlay(overlay):
 
 def test_clip_tower_overlay_of_videos():
     overlay = "backbones/clip_vit_b16_openai.yaml"
-    more = ["--model.pretrained", "false", "--data.num_workers", "0"]
+    more = ["--model.backbone_kwargs", "null", "--model.pretrained", "false", "--data.num_workers", "0"]
     cli = build("--config", "video_aim.yaml", "--config", overlay, *more)
     assert cli.model.model.num_features == 768  # in front of the projection
     assert cli.model.preprocessing.input_size == (224, 224)
@@ -123,6 +131,8 @@ def test_configuration_builds(name, data):
     given = method_of(name)
     (method,) = cli.model.methods
     assert type(method).__name__ == given["class_path"]
+    if cli.model.adapter.pending:
+        vp.allocate(cli.model.model, [(torch.zeros(1, 3, 64, 64), torch.tensor([0]))])
     assert cli.model(torch.zeros(2, 3, 64, 64)).shape == (2, len(cli.datamodule.class_names))
     assert vp.trainable_parameters(cli.model.model)
 

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 import visionpeft as vp
+from visionpeft.backbones.image_classifier import ImageClassifier
 from visionpeft.backbones.preprocessing import Preprocessing, preprocessing_of
-from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
+from visionpeft.video import VideoClassifier
 
 TINY = {"img_size": 32}
 
@@ -172,6 +174,38 @@ def test_open_clip_tower():
     assert vp.summary(model).adapter == 12 * 2 * 2 * 2 * 768
     projected = vp.create_backbone(name, pretrained=False, projected=True)
     assert projected(images).shape == (2, 512)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize(
+    ("pool", "projection"), [("token", "linear"), ("token", "mlp"), ("token", None), ("token", "none"), ("map", None)]
+)
+def test_timm_towers_of_open_clip(pool, projection, projected):
+    """A projection may be a head on the trunk, the classifier of the trunk, or absent."""
+    name = "eva02_tiny_patch14_224" if pool == "token" else "vit_pe_core_tiny_patch16_384"
+    tower = open_clip.timm_model.TimmModel(name, 24, image_size=224, pool=pool, proj=projection)
+    model = ImageClassifier(tower, num_classes=3, projected=projected)
+    images = torch.randn(1, 3, *tower.trunk.patch_embed.img_size)
+    width = 24 if projected and projection != "none" else 192
+    assert model.num_features == width
+    assert model.forward_features(images).shape == (1, width)
+    assert model(images).shape == (1, 3)
+    assert VideoClassifier(tower, num_frames=1).num_features == width
+    vp.attach(model, vp.LoRA(rank=2))
+    assert {name.split(".")[0] for name in _trained(model)} == {"peft", "head"}
+
+
+def test_other_image_towers():
+    resnet = open_clip.modified_resnet.ModifiedResNet([1, 1, 1, 1], 20, 32, 32, 16).eval()
+    assert ImageClassifier(resnet, 3, projected=True)(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    with pytest.raises(UnsupportedError, match="has no separate projection; pass projected=True"):
+        ImageClassifier(resnet, 3)
+    with pytest.raises(UnsupportedError, match="Linear is no image tower of an OpenCLIP model"):
+        ImageClassifier(torch.nn.Linear(2, 2), projected=True)
+
+
+def _trained(model):
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def test_open_clip_checkpoint(tmp_path):

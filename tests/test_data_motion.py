@@ -29,7 +29,7 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize("time", [0, 7, 15])
 def test_states_are_uniform_at_every_time_in_every_class(label, time):
     starts = uniform_draws(4 * 4000, label).reshape(4000, 4)
-    states = np.array([motion.states(label, start, 0.045)[time] for start in starts])
+    states = np.array([motion.states(label, start)[time] for start in starts])
     for number in range(4):
         # Kolmogorov-Smirnov: the 99.9 % bound of 4000 uniform draws is 1.95 / sqrt(4000).
         distance = np.abs(np.sort(states[:, number]) - (np.arange(4000) + 0.5) / 4000).max()
@@ -39,8 +39,8 @@ def test_states_are_uniform_at_every_time_in_every_class(label, time):
 
 @pytest.mark.parametrize(("label", "opposite"), OPPOSITES)
 def test_a_video_backwards_is_one_of_the_opposite_class(label, opposite):
-    forwards = motion.states(label, np.array([0.31, 0.82, 0.43, 0.94]), 0.05)
-    backwards = motion.states(opposite, forwards[-1], 0.05)
+    forwards = motion.states(label, np.array([0.31, 0.82, 0.43, 0.94]))
+    backwards = motion.states(opposite, forwards[-1])
     distance = np.abs(forwards[::-1] - backwards)
     assert np.minimum(distance, 1 - distance).max() < 1e-12
     sprite = motion.cut_out(Image.open(motion.sprites("train")[0]))
@@ -58,7 +58,7 @@ def test_the_motions_are_what_they_are_called():
     sprite, scenery = Image.fromarray(cells), np.zeros((64, 64, 3))
 
     def look(name, start):
-        path = motion.states(list(motion.CLASSES).index(name), np.array(start), 0.05, 3)
+        path = motion.states(list(motion.CLASSES).index(name), np.array(start), 3)
         frames = [motion.render(sprite, scenery, state).astype(float) for state in path]
         masks = [frame.sum(-1) for frame in frames]
         rows, columns = np.mgrid[:64, :64]
@@ -69,10 +69,10 @@ def test_the_motions_are_what_they_are_called():
 
     middle = (0.5, 0.5, 0.5, 0.0)
     for name, expected in {
-        "moving left": (-3.2, 0),
-        "moving right": (3.2, 0),
-        "moving up": (0, -3.2),
-        "moving down": (0, 3.2),
+        "moving left": (-5.12, 0),
+        "moving right": (5.12, 0),
+        "moving up": (0, -5.12),
+        "moving down": (0, 5.12),
     }.items():
         steps, areas, _ = look(name, middle)
         assert steps == pytest.approx(np.array([expected, expected]), abs=0.1)
@@ -86,7 +86,7 @@ def test_the_motions_are_what_they_are_called():
         # With y downwards, a positive cross product is a clockwise turn.
         cross = arms[:-1, 0] * arms[1:, 1] - arms[:-1, 1] * arms[1:, 0]
         angles = np.degrees(np.arcsin(cross / (np.linalg.norm(arms[:-1], axis=1) * np.linalg.norm(arms[1:], axis=1))))
-        assert angles == pytest.approx([18 * sign] * 2, abs=2)
+        assert angles == pytest.approx([28.8 * sign] * 2, abs=2)
         assert areas[0] == pytest.approx(areas[2], rel=0.03)
 
 
@@ -98,15 +98,15 @@ def test_sprites_wrap_around():
 
 
 def test_a_scene_is_filmed_once_for_each_class():
-    films = [motion.film("train", 1, label) for label in range(8)]
-    assert all(film.shape == (16, 64, 64, 3) for film in films)
+    films = motion.film("train", 1)
+    assert films.shape == (8, 16, 64, 64, 3)
     assert len({film.tobytes() for film in films}) == 8
     scenery = motion.background(int(motion.mix(0, 0)[0]), 1)
     for film in films:
         shown = np.abs(film - scenery[None]).max(-1) <= 0.5
         assert shown.mean() > 0.4
-    assert not np.array_equal(motion.film("train", 1, 0), motion.film("train", 1, 0, seed=1))
-    assert np.array_equal(motion.film("train", 1, 0), films[0])
+    assert not np.array_equal(films, motion.film("train", 1, seed=1))
+    assert np.array_equal(motion.film("train", 1), films)
 
 
 def test_splits_share_no_sprite():
@@ -114,8 +114,8 @@ def test_splits_share_no_sprite():
     assert [len(sprites) for sprites in splits] == [200, 80, 240]
     assert all(path.is_file() for sprites in splits for path in sprites)
     assert len(set().union(*splits)) == 520
-    for sprites in splits:
-        assert len(sprites) >= motion.SCENES["train"]
+    for split, sprites in zip(("train", "val", "test"), splits, strict=True):
+        assert len(sprites) >= motion.SCENES[split]
 
 
 def test_files_are_h264_and_show_what_was_filmed(written):
@@ -128,7 +128,7 @@ def test_files_are_h264_and_show_what_was_filmed(written):
     video = open_video(path)
     assert len(video) == 16
     decoded = np.stack(list(video.read(range(16), np.asarray).values())).astype(float)
-    errors = ((decoded - motion.film("train", 1, 6)) ** 2).mean((1, 2, 3))
+    errors = ((decoded - motion.film("train", 1)[6]) ** 2).mean((1, 2, 3))
     assert errors.max() < 60
     # Encoded equally well at all times, so that the quality does not tell where in the video a frame is from.
     assert errors.max() < 2.5 * errors.min()
@@ -200,7 +200,11 @@ def test_the_folder_is_one_that_people_can_use(written):
 
 def test_default_place_is_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert Motion().root == tmp_path / "visionpeft" / "motion-1-seed0"
-    assert {split: len(source) for split, source in Motion().sources.items()} == {"train": 400, "val": 80, "test": 240}
-    assert Motion(video_seed=3).root.name == "motion-1-seed3"
+    assert Motion().root == tmp_path / "visionpeft" / "motion-2-seed0"
+    assert {split: len(source) for split, source in Motion().sources.items()} == {
+        "train": 1440,
+        "val": 240,
+        "test": 320,
+    }
+    assert Motion(video_seed=3).root.name == "motion-2-seed3"
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,9 @@ from data_layouts import SMALL, truncate
 from video_files import write_audio, write_frames, write_video
 
 from visionpeft.data import ClipAugmentation, FrameSampling, VideoFolder, VideoList, find_videos, videos_dataloader
+from visionpeft.data.ordering import SceneSampler
+from visionpeft.data.video_files import VideoFiles
+from visionpeft.data.video_module import VideoDataModule, video_set
 from visionpeft.errors import ConfigurationError, DataError
 
 DENSE = FrameSampling("dense", 4, stride=2, test_clips=2)
@@ -174,6 +177,76 @@ def test_resumed_training_sees_what_the_uninterrupted_one_saw(shared, tmp_path, 
     assert resumed_weight == weight
 
 
+def in_scenes(root, **options):
+    """Training videos in five scenes, each filmed in both classes."""
+    paths = {split: [root / split / name / "0.mp4" for name in "ab"] for split in ("val", "test")}
+    train = [root / "train" / name / f"{number}.mp4" for name in "ab" for number in range(5)]
+    sources = {
+        "train": VideoFiles(train, [0] * 5 + [1] * 5, [*range(5)] * 2),
+        **{split: VideoFiles(videos, [0, 1]) for split, videos in paths.items()},
+    }
+    options = {"batch_size": 4, "batches": "scene", "seed": 5, "sampling": DENSE, **options}
+    data = VideoDataModule(video_set(sources, ["a", "b"], {"dataset": "Scenes"}), **options)
+    data.preprocessing = SMALL
+    data.setup()
+    return data
+
+
+def scenes_of(sampler, epoch):
+    """Scenes in the order of an epoch, after checking that the two videos of each follow each other."""
+    sampler.set_epoch(epoch)
+    keys = list(sampler)
+    assert len(keys) == len(sampler)
+    assert {seen for _, seen in keys} == {epoch}
+    first, second = np.array([index for index, _ in keys]).reshape(-1, 2).T
+    assert (first + 5 == second).all()
+    return first.tolist()
+
+
+def test_batches_of_whole_scenes(shared):
+    loader = in_scenes(shared).train_dataloader()
+    assert [labels.tolist() for _, labels in loader] == [[0, 1, 0, 1], [0, 1, 0, 1], [0, 1]]
+    orders = [scenes_of(loader.sampler, epoch) for epoch in range(4)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders)
+    assert len(set(map(tuple, orders))) > 1
+    again = in_scenes(shared).train_dataloader().sampler
+    assert scenes_of(again, 2) == orders[2]
+    assert [scenes_of(in_scenes(shared, seed=6).train_dataloader().sampler, epoch) for epoch in range(4)] != orders
+    assert [len(labels) for _, labels in in_scenes(shared, drop_last=True).train_dataloader()] == [4, 4]
+    record = in_scenes(shared).description()
+    assert record["batches"] == "scene"
+
+
+def test_devices_share_whole_scenes():
+    scenes = [*range(5)] * 2
+    samplers = [SceneSampler(scenes, num_replicas=2, rank=rank, seed=7) for rank in range(2)]
+    first, second = (scenes_of(sampler, 3) for sampler in samplers)
+    assert len(first) == len(second) == 3
+    assert set(first) | set(second) == set(range(5))
+    whole = scenes_of(SceneSampler(scenes, num_replicas=1, rank=0, seed=7), 3)
+    assert [scene for pair in zip(first, second, strict=True) for scene in pair][:5] == whole
+
+
+def test_resumed_scenes_are_those_of_the_uninterrupted_training(shared, tmp_path):
+    # 10 videos in batches of 4: 3 batches an epoch.
+    whole, weight = train(in_scenes(shared), tmp_path / "whole", 3)
+    train(in_scenes(shared), tmp_path / "cut", 3, stop_after=4)
+    saved = next((tmp_path / "cut").glob("*step=4.ckpt"))
+    rest, resumed_weight = train(in_scenes(shared), tmp_path / "rest", 3, resume=saved)
+    assert len(rest) == 5
+    assert all(torch.equal(ours[1], theirs[1]) for ours, theirs in zip(rest, whole[4:], strict=True))
+    assert resumed_weight == weight
+
+
+def test_scenes_that_cannot_fill_batches(shared, folders):
+    with pytest.raises(ConfigurationError, match="batch_size 3 must be a multiple of the 2 videos of a scene"):
+        in_scenes(shared, batch_size=3)
+    truncate(folders / "train/b/4.mp4")
+    data = in_scenes(folders, skip_corrupt=True)
+    with pytest.raises(DataError, match="these have 1 to 2 samples; use batches 'random'"):
+        data.train_dataloader()
+
+
 def test_shuffled_test_frames(shared):
     plain, shuffled = (
         module(shared, shuffle_test_frames=on, test_crops=3).dataset("test")[3][0] for on in (False, True)
@@ -228,6 +301,7 @@ def test_description_is_complete_and_json(shared):
         "skipped_videos": {"train": 0, "val": 0, "test": 0},
         "input_size": [16, 16],
         "interpolation": "bicubic",
+        "batches": "random",
         "sampling": {
             "kind": "dense",
             "num_frames": 4,
@@ -265,6 +339,10 @@ def test_index_cache_is_bounded(shared):
 def test_wrong_options(shared):
     with pytest.raises(ConfigurationError, match="test_crops 2 must be 1 or 3"):
         module(shared, test_crops=2)
+    with pytest.raises(ConfigurationError, match="VideoFolder does not say which videos show the same scene"):
+        module(shared, batches="scene")
+    with pytest.raises(ConfigurationError, match="unknown batches 'class': choose random or scene"):
+        module(shared, batches="class")
     with pytest.raises(ConfigurationError, match="flip changes labels of VideoFolder"):
         module(shared, mirrored=False, augmentation=ClipAugmentation(flip=True))
     with pytest.raises(ConfigurationError, match="set the data module's `preprocessing`"):

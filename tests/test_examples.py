@@ -41,6 +41,15 @@ def test_serve_many_adapters(tmp_path):
 
 
 @pytest.mark.slow
+def test_export_onnx(tmp_path):
+    method = vp.AdaptFormer(bottleneck=4)
+    vp.save(vp.attach(vp.create_backbone("nano_vit", num_classes=5), method), tmp_path / "adapter")
+    output = run("export_onnx.py", "adapter", "--output", "m.onnx", folder=tmp_path)
+    assert "AdaptFormer (adapter 'default') cannot be merged" in output
+    assert (tmp_path / "m.onnx").is_file()
+
+
+@pytest.mark.slow
 def test_own_dataset(tmp_path):
     for number, colour in enumerate(("red", "blue")):
         (tmp_path / "photos" / colour).mkdir(parents=True)
@@ -86,7 +95,7 @@ def test_compare_video_methods(tmp_path, monkeypatch, capsys):
     for split, scenes in {"train": 2, "val": 1, "test": 1}.items():
         monkeypatch.setitem(motion.SCENES, split, scenes)
     script = runpy.run_path(str(ROOT / "examples" / "compare_video_methods.py"))
-    methods = ["linear probe on the mean of frames", "AIM"]
+    methods = ["linear probe on the mean of frames", "AIM, two temporal adapters"]
     arguments = {"output": tmp_path / "r" / "t.csv", "seeds": [0], "epochs": 1, "methods": methods}
     script["main"](**arguments, root=str(tmp_path / "videos"))
     rows = (tmp_path / "r" / "t.csv").read_text()

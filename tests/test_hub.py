@@ -133,7 +133,7 @@ def test_what_is_nowhere_is_refused(source, error, said, tmp_path):
 
 def test_a_folder_without_anything_trained_is_refused(hub, tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
-    with pytest.raises(StorageError, match="neither adapter.safetensors nor learner"):
+    with pytest.raises(StorageError, match=r"neither adapter\.safetensors nor learner"):
         vp.push_to_hub(tmp_path, REPO)
     assert hub.repo is None
 

@@ -312,7 +312,7 @@ def test_routed_rows_are_those_of_each_adapter(host, case):
     names = ["a", None, "b", "a"]
     # nor can two values of one parameter of the backbone act in one batch
     refused = host.takes == "text" or any(name.startswith("trained.") for name in adapter_tensors(model, "a"))
-    longer = case.name.startswith(("vpt", "prefix"))
+    longer = case.name.startswith(("vpt", "prefix", "mam", "unipelt"))
     if refused or longer:
         with pytest.raises(UserError), vp.route(model, names):
             output_of(host, model, 4, torch.float64)
@@ -414,6 +414,8 @@ def test_low_precision_backbone(host, case):
     output.float().square().sum().backward()
     torch.optim.SGD(trainable, lr=0.01).step()
     for name, tensor in adapter_tensors(model).items():
+        if not tensor.is_floating_point():
+            continue
         own = not name.startswith(("head.", "trained."))
         assert tensor.dtype == (torch.float32 if own else torch.bfloat16), name
         assert tensor.grad is None or tensor.grad.dtype == tensor.dtype, name
@@ -518,6 +520,8 @@ def test_head_can_stay_frozen():
 def test_the_other_tower_is_untouched(case, tower):
     """A method on one tower of CLIP leaves the features of the other as they were, to the bit."""
     host = BY_HOST["clip_whole"]
+    if case.image_only and tower == "text":
+        pytest.skip("acts on images alone")
     model = host.build()
     vp.attach(model, dataclasses.replace(case.on(host), towers=[tower]))
     randomise(model.peft["default"])
@@ -703,8 +707,12 @@ def same_when_compiled(host, case, backend):
         assert (gradient - others[name]).norm() <= 1e-4 * gradient.norm() + 1e-5, name
 
 
+# tracing takes seconds: every method on one host, two methods on every host
+COMPILED = [(h, c) for h in FEW_HOSTS for c in FEW_CASES if h.name == "vit_cls" or c.name in ("lora_all", "vpt_deep")]
+
+
 @pytest.mark.slow
-@cells(FEW_HOSTS, FEW_CASES)
+@pytest.mark.parametrize(("host", "case"), COMPILED, ids=repr)
 def test_compile(host, case):
     """`torch.compile(fullgraph=True)` traces the adapted model and its backward pass."""
     same_when_compiled(host, case, "aot_eager")

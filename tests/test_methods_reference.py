@@ -36,7 +36,7 @@ def test_cases_cover_every_public_method():
 
 def test_reference_covers_every_method_with_modules():
     """Each method that adds tensors has its transcription."""
-    alone = {"linear_probe", "full_fine_tuning", "last_blocks"}
+    alone = {"linear_probe", "full_fine_tuning", "last_blocks", "layer_norm_tuning"}
     assert {c.method.name for c in [*CASES, *VIDEO_CASES]} - alone == {*METHODS, *VIDEO_METHODS}
 
 
@@ -73,7 +73,7 @@ def test_gradients(host, case):
     (host.run(model, inputs) * direction).sum().backward()
     found = {n: t.grad for n, t in tensors.items()}
     copies = {n: t.detach().clone().requires_grad_() for n, t in tensors.items()}
-    (expected_output(host, case, copies, inputs) * direction).sum().backward()
+    (expected_output(host, case, adapter_tensors(model) | copies, inputs) * direction).sum().backward()
     largest = max(t.grad.norm() for t in copies.values())
     for name, copy in copies.items():
         assert (found[name] - copy.grad).norm() < 1e-11 * largest, name
@@ -100,7 +100,13 @@ def test_merged_weights(host, case):
         assert (merged[name] - weight).norm() <= 1e-12 * weight.norm(), name
 
 
-@cells(cases=[c for c in CASES if c.name in ("bit_fit_no_key", "bit_fit", "lora", "lora_all", "ssf")])
+MOVED = (
+    *("bit_fit_no_key", "bit_fit", "lora", "lora_all", "ssf", "dora", "vera", "ada_lora", "krona", "kadaptation"),
+    *("ia3", "rep_adapter", "rep_adapter_mlp", "fact", "fact_tucker"),
+)
+
+
+@cells(cases=[c for c in CASES if c.name in MOVED])
 def test_reference_merges_to_itself(host, case):
     """The two transcriptions, edits and merged weights, agree where the merged model has a place for every bias."""
     model = adapted(host, case, torch.float64)

@@ -140,6 +140,30 @@ def other_format(described, tensors):
     described["format"] = 99
 
 
+def endless_rank(described, tensors):
+    described["methods"][0]["fields"]["rank"] = 10**15
+
+
+def endless_head(described, tensors):
+    described["heads"]["head"]["arguments"]["in_features"] = 10**15
+
+
+def worded_head(described, tensors):
+    described["heads"]["head"]["arguments"]["bias"] = "no"
+
+
+def numbered_classes(described, tensors):
+    described["class_names"] = [1, 2, 3]
+
+
+def odd_preprocessing(described, tensors):
+    described["preprocessing"]["mean"] = "grey"
+
+
+def nameless_head(described, tensors):
+    described["heads"][""] = {"class": "Identity", "arguments": {}}
+
+
 def foreign_head(described, tensors):
     described["heads"]["head"] = {"class": "Upsample", "arguments": {}}
 
@@ -155,6 +179,12 @@ def foreign_head(described, tensors):
         (wrong_type, "do not fit this version"),
         (other_format, "format 99"),
         (foreign_head, "head"),
+        (endless_rank, "cannot be made"),
+        (endless_head, "can build"),
+        (worded_head, "can build"),
+        (nameless_head, "cannot be made"),
+        (numbered_classes, "not what save writes"),
+        (odd_preprocessing, "not what save writes"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

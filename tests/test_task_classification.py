@@ -137,6 +137,16 @@ def test_learning_rate_follows_the_steps(tmp_path):
     assert head == pytest.approx([rate / 10 for rate in adapter])
 
 
+def test_lora_plus_reaches_the_optimizer(tmp_path):
+    task = make(optimisation=Optimisation(lr=0.01, lora_plus=8, warmup_epochs=0, schedule="epoch_cosine"))
+    fitted = trainer(tmp_path)
+    fitted.fit(task, Random())
+    (optimizer,) = fitted.optimizers
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in task.adapter.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(0.08 if name.endswith(".B") else 0.01), name
+
+
 def test_extra_parameters_travel_in_the_checkpoint(tmp_path):
     task = make(train=["cls_token"])
     fitted = trainer(tmp_path)

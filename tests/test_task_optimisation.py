@@ -13,6 +13,7 @@ from visionpeft.tasks.optimisation import (
     build_optimizer,
     build_schedule,
     epoch_cosine,
+    output_side,
     parameter_groups,
     warmup_cosine,
 )
@@ -111,6 +112,7 @@ def test_warmup_and_cosine():
         {"warmup_lr": -1},
         {"min_lr_ratio": 2},
         {"eps": 0},
+        {"lora_plus": 0},
         {"scale_lr_by_batch": 0},
     ],
 )
@@ -174,6 +176,47 @@ def test_everything_is_decayed_if_asked():
         "adapter, decayed": (2, 0.5),
         "head, decayed": (2, 0.5),
     }
+
+
+LOW_RANK = [
+    (vp.LoRA(rank=2), "B"),
+    (vp.DoRA(rank=2), "B"),
+    (vp.AdaLoRA(rank=2, initial_rank=2), "P"),
+    (vp.VeRA(rank=2), "b"),
+    (vp.UniPELT(rank=2, num_tokens=1, bottleneck=2), "B"),
+]
+
+
+@pytest.mark.parametrize(("method", "name"), LOW_RANK)
+def test_lora_plus_is_a_rate_for_the_output_side(method, name):
+    model = vp.create_backbone("test_vit", pretrained=False, num_classes=4, img_size=32)
+    vp.attach(model, [method, vp.SSF()])
+    trainable, head = vp.trainable_parameters(model), model.peft["default"].head_parameters()
+    optimisation = Optimisation(lr=0.1, head_lr=0.3, weight_decay=0.5, lora_plus=16)
+    groups = parameter_groups(trainable, head, optimisation, 64, output_side(model))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == len(trainable)
+    found = {"head": set(), "fast": set(), "slow": set()}
+    for path, parameter in model.peft["default"].named_parameters():
+        fast = path.rpartition(".")[2] == name
+        found["head" if path.startswith("head") else "fast" if fast else "slow"].add(rates[id(parameter)])
+    assert found == {"head": {0.3}, "fast": {1.6}, "slow": {0.1}}
+    decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert all(decayed[id(p)] == (0.5 if p.ndim > 1 else 0.0) for p in trainable)
+
+
+def test_lora_plus_of_one_leaves_the_groups_as_they_are():
+    model = vp.create_backbone("test_vit", pretrained=False, num_classes=4, img_size=32)
+    vp.attach(model, vp.LoRA(rank=2))
+    groups = parameter_groups(vp.trainable_parameters(model), [], Optimisation(), 64, output_side(model))
+    assert [group["name"] for group in groups] == ["adapter, decayed", "adapter, not decayed"]
+
+
+def test_lora_plus_without_low_rank_changes_is_refused():
+    model = vp.create_backbone("test_vit", pretrained=False, num_classes=4, img_size=32)
+    vp.attach(model, vp.SSF())
+    with pytest.raises(vp.ConfigurationError, match="lora_plus is about the rate of LoRA's B"):
+        parameter_groups(vp.trainable_parameters(model), [], Optimisation(lora_plus=8), 64, output_side(model))
 
 
 def test_eps_is_that_of_adamw():

@@ -22,6 +22,9 @@ IDENTITY = [
     vp.LoRA(rank=2, targets=("q", "k", "v", "proj", "fc1", "fc2")),
     vp.AdaptFormer(bottleneck=8, dropout=0.0),
     vp.BitFit(),
+    vp.RepAdapter(bottleneck=4),
+    vp.IA3(),
+    vp.FacT(rank=2),
 ]
 OTHER_METHODS = [
     vp.VPT(num_tokens=2),

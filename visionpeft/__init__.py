@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning of Vision Transformers and CLIP."""
 
-from visionpeft.attach import activate, attach, detach, disable, route, trainable_parameters, use
+from visionpeft.allocate import allocate
+from visionpeft.attach import activate, attach, detach, disable, economise, route, trainable_parameters, use
 from visionpeft.backbones import describe
 from visionpeft.backbones.create import create_backbone
 from visionpeft.clip import (
@@ -22,76 +23,129 @@ from visionpeft.clip import (
 from visionpeft.clip.create import create_clip
 from visionpeft.clip.description import read_learner
 from visionpeft.clip.storage import load_learner, save_learner
+from visionpeft.combine import combine
 from visionpeft.errors import ConfigurationError, DataError, StorageError, UnsupportedError, UserError
+from visionpeft.hub import from_pretrained, push_to_hub, save_pretrained
+from visionpeft.interoperability import export_peft, import_peft
 from visionpeft.merge import merge, unmerge
 from visionpeft.methods import (
     AIM,
+    IA3,
+    MAM,
+    SPT,
     SSF,
     VPT,
+    AdaLoRA,
     Adapter,
     AdaptFormer,
     BitFit,
+    ChildTuning,
+    Compacter,
+    Convpass,
+    DoRA,
+    FacT,
+    FishMask,
     FullFineTuning,
+    GatedVPT,
+    KAdaptation,
+    KronA,
     LastBlocks,
+    LayerNormTuning,
     LinearProbe,
     LoRA,
     Method,
+    PaFi,
     PrefixTuning,
+    RepAdapter,
     STAdapter,
+    UniPELT,
+    VeRA,
 )
+from visionpeft.soup import feature_mean, similar_adapters
 from visionpeft.storage import load, read_metadata, save
 from visionpeft.summary import summary
+from visionpeft.training import after_step, penalty
 from visionpeft.video import VideoClassifier
 
 __all__ = [
     "AIM",
+    "IA3",
     "IVLP",
+    "MAM",
+    "SPT",
     "SSF",
     "TPT",
     "VPT",
+    "AdaLoRA",
     "AdaptFormer",
     "Adapter",
     "BitFit",
     "CLIPAdapter",
     "CLIPLinearProbe",
     "CLIPLoRA",
+    "ChildTuning",
     "CoCoOp",
     "CoOp",
+    "Compacter",
     "ConfigurationError",
+    "Convpass",
     "DataError",
+    "DoRA",
+    "FacT",
+    "FishMask",
     "FullFineTuning",
+    "GatedVPT",
+    "KAdaptation",
     "KgCoOp",
+    "KronA",
     "LastBlocks",
+    "LayerNormTuning",
     "Learner",
     "LinearProbe",
     "LoRA",
     "MaPLe",
     "Method",
+    "PaFi",
     "PrefixTuning",
     "ProGrad",
     "PromptSRC",
+    "RepAdapter",
     "STAdapter",
     "StorageError",
     "TipAdapter",
+    "UniPELT",
     "UnsupportedError",
     "UserError",
+    "VeRA",
     "VideoClassifier",
     "ZeroShot",
     "activate",
+    "after_step",
+    "allocate",
     "attach",
+    "combine",
     "create_backbone",
     "create_clip",
     "describe",
     "detach",
     "disable",
+    "economise",
+    "export_peft",
+    "feature_mean",
+    "from_pretrained",
+    "import_peft",
     "load",
     "load_learner",
     "merge",
+    "penalty",
+    "push_to_hub",
     "read_learner",
     "read_metadata",
     "route",
     "save",
     "save_learner",
+    "save_pretrained",
+    "similar_adapters",
     "summary",
     "trainable_parameters",
     "unmerge",

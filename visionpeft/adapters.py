@@ -8,9 +8,11 @@ import torch
 import torch.nn as nn
 
 from visionpeft.backbones.tower import Backbone, Tower
-from visionpeft.errors import ConfigurationError
+from visionpeft.block_economies import Economies
+from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.base import Method, select_towers
 from visionpeft.naming import nearest
+from visionpeft.quantised import is_quantised
 from visionpeft.sites import Placement
 
 
@@ -33,21 +35,40 @@ class AttachedAdapter(nn.Module):
         self.methods = methods
         self.train_names = tuple(train)
         self.placements: list[tuple[int, Placement]] = []  # (index of the method, placement)
-        self.method_keys: list[str] = []
+        self.method_keys = method_keys(methods)
+        self.masked: dict[str, Method] = {}  # trained parameter -> the method that masks its gradient
         trained: dict[str, None] = dict.fromkeys(_named_to_train(train, backbone))
-        for index, method in enumerate(methods):
-            key = method.name if method.name not in self.method_keys else f"{method.name}_{index}"
-            self.method_keys.append(key)
+        for index, (key, method) in enumerate(zip(self.method_keys, methods, strict=True)):
             towers = select_towers(method, backbone)
+            if method.pending:
+                self.placements.append((index, Placement(towers[0].name, 0, "stream_in", Pending(method))))
+                continue
             self._place(index, key, method, towers)
             for tower in towers:
-                trained |= dict.fromkeys(join(tower.path, name) for name in method.trains(tower))
+                names = [join(tower.path, name) for name in method.trains(tower)]
+                trained |= dict.fromkeys(names)
+                if type(method).mask_gradient is not Method.mask_gradient:
+                    self.masked |= dict.fromkeys(names, method)
         self.trained_names = tuple(trained)
         for name in self.trained_names:
-            nest(self, f"trained.{name}", nn.Parameter(backbone.model.get_parameter(name).detach().clone()))
+            nest(self, f"trained.{name}", nn.Parameter(_trainable(backbone.model, name).detach().clone()))
         self.heads = backbone.heads if head else ()
         for path in self.heads:
+            for name, _ in backbone.model.get_submodule(path).named_parameters():
+                _trainable(backbone.model, f"{path}.{name}")
             nest(self, path, copy.deepcopy(backbone.model.get_submodule(path)).requires_grad_(True))
+        self._mask_gradients()
+
+    def __setstate__(self, state: dict):
+        super().__setstate__(state)
+        self._mask_gradients()  # hooks are lost when parameters are copied or pickled
+
+    def _mask_gradients(self) -> None:
+        def masking(method: Method) -> Callable:
+            return lambda gradient: method.mask_gradient(gradient) if self.training else gradient
+
+        for name, method in self.masked.items():
+            self.get_parameter(f"trained.{name}").register_hook(masking(method))
 
     def _place(self, index: int, key: str, method: Method, towers: list[Tower]) -> None:
         references = {tower.name: next(tower.module.parameters()) for tower in towers}
@@ -55,7 +76,8 @@ class AttachedAdapter(nn.Module):
             reference = references[item.tower]
             item.module.to(reference.device, torch.float64 if reference.dtype == torch.float64 else torch.float32)
             if isinstance(item, Placement):
-                where = [item.site] if item.block is None else [str(item.block), item.site]
+                name = item.name or item.site
+                where = [name] if item.block is None else [str(item.block), name]
                 self.placements.append((index, item))
             else:
                 where = [item.name]
@@ -70,9 +92,37 @@ class AttachedAdapter(nn.Module):
         """Parameters of the adapter's heads."""
         return [parameter for path in self.heads for parameter in self.get_submodule(path).parameters()]
 
+    @property
+    def pending(self) -> bool:
+        """Whether one of the methods waits for data."""
+        return any(method.pending for method in self.methods)
+
     def num_parameters(self) -> int:
         """Number of trained values without the heads."""
         return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.head_parameters())
+
+
+class Pending(nn.Module):
+    """Stands where a method will act once it has seen data, and refuses to compute.
+
+    Args:
+        method: the method.
+    """
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.method = type(method).__name__
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Refuse.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        raise ConfigurationError(
+            f"{self.method} chooses what it trains by the data and has seen none; call "
+            "visionpeft.allocate(model, batches) first"
+        )
 
 
 class Adapters(nn.ModuleDict):
@@ -86,6 +136,8 @@ class Adapters(nn.ModuleDict):
         self.active: tuple[str, ...] = ()
         self.route: tuple[str | None, ...] | None = None
         self.was_trainable: tuple[str, ...] = ()
+        self.economies = Economies()
+        self.recomputing: list[nn.Module] = []
         self.swapped: list[tuple[nn.Module, type]] = []
         self.replaced: list[tuple[nn.Module, str, nn.Parameter | nn.Module | None]] = []
 
@@ -104,6 +156,13 @@ class Adapters(nn.ModuleDict):
         self.replaced.append((owner, name, slots.get(name)))
         slots[name] = new
 
+    def recompute_blocks(self, model: nn.Module) -> None:
+        """Let the library work out blocks again in the backward pass, if that is asked for."""
+        for module in model.modules() if self.economies.recompute == "block" else ():
+            if getattr(module, "grad_checkpointing", None) is False:
+                module.grad_checkpointing = True
+                self.recomputing.append(module)
+
     def restore(self) -> None:
         """Give the model back its own classes, parameters and heads."""
         self.restore_classes()
@@ -112,13 +171,47 @@ class Adapters(nn.ModuleDict):
             slots = owner._modules if name in owner._modules else owner._parameters
             slots[name] = original
 
+    def require_whole(self) -> None:
+        """Refuse a model that `fully_shard` has given classes of its own, which must stay.
+
+        Raises:
+            UnsupportedError: if it has.
+        """
+        if any(cls.__name__ == "FSDPModule" for module, _ in self.swapped for cls in type(module).__mro__):
+            raise UnsupportedError(
+                "the model is sharded, so that its adapters cannot be changed; do it before fully_shard, or load the "
+                "full state dict into a model that is not sharded"
+            )
+
     def restore_classes(self) -> None:
-        """Give the modules of the model back their own classes."""
+        """Give the modules of the model back their own classes, and keep activations as the model did."""
+        self.require_whole()
+        while self.recomputing:
+            self.recomputing.pop().grad_checkpointing = False
         while self.swapped:
             module, original = self.swapped.pop()
             module.__class__ = original
             for attribute in ("sites", "acting", "entering", "forward_intermediates"):
                 module.__dict__.pop(attribute, None)
+
+
+def check_allocated(adapter: AttachedAdapter) -> None:
+    """Refuse an adapter whose method waits for data.
+
+    Raises:
+        ConfigurationError: naming the method.
+    """
+    for _, placement in adapter.placements:
+        if isinstance(placement.module, Pending):
+            placement.module(None)
+
+
+def method_keys(methods: Iterable[Method]) -> list[str]:
+    """First word of the parameter paths of each method of an adapter; a second method of one name gets its number."""
+    keys: list[str] = []
+    for index, method in enumerate(methods):
+        keys.append(method.name if method.name not in keys else f"{method.name}_{index}")
+    return keys
 
 
 def nest(root: nn.Module, path: str, item: nn.Module | nn.Parameter) -> None:
@@ -143,6 +236,16 @@ def nest(root: nn.Module, path: str, item: nn.Module | nn.Parameter) -> None:
 def join(path: str, name: str) -> str:
     """A dotted path of two parts, the first of which may be empty."""
     return f"{path}.{name}" if path else name
+
+
+def _trainable(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of this name, unless no copy of it can be trained."""
+    parameter = model.get_parameter(name)
+    if is_quantised(parameter):
+        raise UnsupportedError(
+            f"{name} is quantised and cannot be trained; quantise the frozen layers only, such as those of the blocks"
+        )
+    return parameter
 
 
 def _named_to_train(names: Iterable[str], backbone: Backbone) -> Iterator[str]:

@@ -3,12 +3,14 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch.nn as nn
 
 from visionpeft.adapters import Adapters, AttachedAdapter
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone
+from visionpeft.block_economies import Economies
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.install import install
 from visionpeft.methods.base import Method
@@ -51,7 +53,7 @@ def attach(
     with plain(model):
         backbone = describe(model)
         adapter = AttachedAdapter(methods, backbone, head, tuple([train] if isinstance(train, str) else train))
-    if not any(True for _ in adapter.parameters()):
+    if not adapter.pending and not any(True for _ in adapter.parameters()):
         words = " and ".join(type(each).__name__ for each in methods)
         raise ConfigurationError(f"{words} trains nothing here: the model has no head, or head=False was asked for")
     register(model, name, adapter, backbone)
@@ -82,9 +84,25 @@ def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
         raise
 
 
+def exchange(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
+    """Put an adapter in the place of the attached one of this name. Nothing is changed if it is refused."""
+    peft, old = attached(model), attached(model)[name]
+    with plain(model):
+        _check_sites(adapter, backbone)
+    peft[name] = adapter
+    adapter.train(old.training)
+    try:
+        install(model)
+    except Exception:  # whatever failed: leave the model as it was, then raise
+        peft[name] = old
+        install(model)
+        raise
+
+
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take off one adapter, or all of them; without any the model is what it was before the first, byte for byte."""
     peft = model.__dict__.get("merged_peft") or attached(model)
+    peft.require_whole()
     if name is not None:
         known(peft, name)
     if "merged_peft" in model.__dict__:
@@ -115,6 +133,40 @@ def disable(model: nn.Module) -> nn.Module:
     return model
 
 
+def economise(
+    model: nn.Module, *, class_token_only: bool = False, recompute: Literal["mlp", "block"] | None = None
+) -> nn.Module:
+    """Choose exact economies for a model with adapters; without arguments, none. Outputs and gradients stay the same.
+
+    They hold while adapters act, whichever they are.
+
+    Args:
+        model: the model.
+        class_token_only: in the last block of an image tower that pools its class token, work out queries, projection
+            and MLP for this token alone. What the blocks give, such as timm's `forward_features`, is then that token.
+            It stands aside, and all tokens are there, while a hook sees them, while a batch is routed, and if an active
+            method mixes tokens behind the attention of this block; `forward_intermediates` is refused.
+        recompute: "mlp" works out the hidden activations of every MLP again in the backward pass instead of keeping
+            them, "block" all activations of every block, by the library's own gradient checkpointing.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigurationError: if the model has no adapters, or there is no such choice.
+        UnsupportedError: if the image tower pools its tokens in another way.
+    """
+    peft, chosen = attached(model), Economies(class_token_only, recompute)
+    with plain(model):
+        towers = describe(model).towers
+        chosen.check(towers)
+        for tower in towers.values():
+            check_tower(tower, {index: set() for index in range(tower.depth) if chosen.need(tower, index)})
+    peft.economies = chosen
+    install(model)
+    return model
+
+
 @contextmanager
 def use(model: nn.Module, names: str | Sequence[str] | None):
     """Within the context, let exactly these adapters act, or none for None. Call `backward` inside it, too."""
@@ -141,7 +193,8 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of the active adapters and of the head in use, for an optimiser."""
     peft = attached(model)
     heads = {id(p) for name in peft.active for p in peft[name].head_parameters()}
-    used = {id(p) for path in describe(model).heads for p in model.get_submodule(path).parameters()}
+    paths = {path for name in peft.active for path in peft[name].heads}
+    used = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
     parameters = {id(p): p for name in peft.active for p in peft[name].parameters() if p.requires_grad}
     return [p for key, p in parameters.items() if key not in heads or key in used]
 

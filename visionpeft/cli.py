@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -60,7 +61,8 @@ def find_config(name: str) -> Path:
     for path in (Path(name), folder / name, folder / f"{name}.yaml"):
         if path.is_file():
             return path
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.yaml"))]
+    found = (path.relative_to(folder) for path in sorted(folder.rglob("*.yaml")))
+    names = [path.as_posix() for path in found if path.parts[0] != "recipes"]
     raise ConfigurationError(f"there is no configuration {name!r}{did_you_mean(name, names)}")
 
 
@@ -112,10 +114,15 @@ class CLI(LightningCLI):
         parser.add_argument("--resume", type=str, default=None, help="run directory of an interrupted run to continue")
         parser.add_argument(
             "--report",
-            type=Literal["last", "best"],
+            type=Literal["last", "best", "best_test"],
             default="last",
-            help="which epoch is tested and kept: the last, or the best on the validation split",
+            help="which epoch is tested and kept: the last, or the best on the validation split; best_test selects on "
+            "the test split, as some papers did, and the results say so",
         )
+        parser.add_argument(
+            "--test", type=bool, default=True, help="test once, after training; false while hyper-parameters are chosen"
+        )
+        parser.add_argument("--figures", type=bool, default=True, help="draw what the run has seen and mistaken")
         parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.set_defaults(
@@ -167,11 +174,13 @@ class CLI(LightningCLI):
             raise ConfigurationError(f"trainer: {error}") from error
 
     def save_config(self, path: Path) -> None:
-        """Write the resolved configuration, which is enough to build task and data again."""
+        """Write the resolved configuration, which is enough to build task and data again; at once, or not at all."""
         config = self.config.clone()
         for key in ("config", "resume"):
             config.pop(key, None)
-        self.parser.save(config, path, skip_none=False, skip_validation=True)
+        partial = path.with_name(f".{path.name}.partial")
+        self.parser.save(config, partial, skip_none=False, skip_validation=True, overwrite=True)
+        os.replace(partial, path)
 
 
 def _with_resumed_config(arguments: list[str]) -> list[str]:

@@ -26,8 +26,8 @@ def write_described(folder: str | Path, stem: str, tensors: Mapping[str, torch.T
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    _replace(folder / f"{stem}.safetensors", serialise(content, metadata={"visionpeft": text}))
-    _replace(folder / f"{stem}.json", (text + "\n").encode())
+    write_whole(folder / f"{stem}.safetensors", serialise(content, metadata={"visionpeft": text}))
+    write_whole(folder / f"{stem}.json", (text + "\n").encode())
 
 
 def read_described(
@@ -60,13 +60,15 @@ def read_described(
                 f"{copy} does not describe {path.name}: it was edited, or a save was interrupted between the two "
                 f"files; delete {copy.name} to rely on what the tensors' own header says"
             )
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except StorageError:
+        raise
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise StorageError(f"the {stem} in {folder} is damaged: {error}") from None
     return description, tensors
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str) -> None:
-    """Refuse tensors that differ in name or shape from those expected.
+    """Refuse tensors that differ in name, shape or kind of number from those expected.
 
     Raises:
         StorageError: naming the first that differs.
@@ -76,6 +78,11 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, to
         for key in expected.keys() & tensors.keys()
         if tensors[key].shape != expected[key].shape
     ]
+    wrong += [
+        f"{key} is of type {tensors[key].dtype} instead of {expected[key].dtype}"
+        for key in expected.keys() & tensors.keys()
+        if tensors[key].is_floating_point() != expected[key].is_floating_point()
+    ]
     wrong += [f"{key} is missing" for key in expected.keys() - tensors.keys()]
     wrong += [f"{key} is not expected" for key in tensors.keys() - expected.keys()]
     if wrong:
@@ -83,7 +90,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, to
         raise StorageError(f"the tensors of {what} do not fit its description and this backbone: {min(wrong)}{more}")
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a crash or a full disk leaves the old one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -77,8 +77,8 @@ def missing_package(error: BaseException) -> ConfigurationError | None:
     if match := _REQUIREMENT.search(str(error)):
         class_path, requirement = match.groups()
         return ConfigurationError(
-            f"{class_path.rpartition('.')[2]} needs {requirement}, which is not installed; pip install '{requirement}', "
-            "or leave it out"
+            f"{class_path.rpartition('.')[2]} needs {requirement}, which is not installed; run pip install "
+            f"'{requirement}', or leave it out"
         )
     return None
 

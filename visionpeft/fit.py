@@ -16,22 +16,32 @@ from visionpeft.reports.progress import TrainingProgress
 from visionpeft.reports.tables import print_results, print_setting
 from visionpeft.reports.test_record import TestRecord
 from visionpeft.results import setting, test_numbers
-from visionpeft.run_directory import RunDirectory, environment, write_json
+from visionpeft.run_directory import RunDirectory, claim, environment, write_json
 from visionpeft.tasks import ImageTask
 
 
 def fit(arguments: list[str]) -> None:
     """Train, test and report, as the command line says."""
     cli = CLI(arguments)
-    task, datamodule = cli.model, cli.datamodule
+    datamodule, report = cli.datamodule, cli.config.report
+    if report == "best_test":
+        datamodule.select_on_test()
     has_validation = "val" in datamodule.description()["sizes"]
-    if cli.config.report == "best" and not has_validation:
+    if report == "best" and not has_validation:
         raise ConfigurationError(
             "--report best needs a validation split; VTAB-1k has one with --data.train_on train800, published sets of "
             "videos with --data.val_fraction 0.1"
         )
     datamodule.setup()  # a missing file is refused before there is a run directory
     run = _run_directory(cli)
+    with claim(run.config) as mine:
+        if not mine:
+            raise ConfigurationError(f"another process is training in {run.path}; wait for it, or stop it first")
+        _train_and_test(cli, run, has_validation)
+
+
+def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
+    task, datamodule = cli.model, cli.datamodule
     print_setting(setting(task, datamodule), run.path)
 
     cost, record = Cost(), TestRecord(len(task.class_names))
@@ -44,13 +54,15 @@ def fit(arguments: list[str]) -> None:
     )
     _train(trainer, task, datamodule, run)
     reported = f"last of {trainer.current_epoch} epochs" if trainer.current_epoch else "without gradient steps"
-    if cli.config.report == "best":
-        reported = f"epoch {_load_best(task, run) + 1} of {trainer.current_epoch}, best on the validation split"
+    if cli.config.report != "last":
+        split = "validation" if cli.config.report == "best" else "test"
+        reported = f"epoch {_load_best(task, run) + 1} of {trainer.current_epoch}, best on the {split} split"
     task.save(run.path / task.folder, datamodule)
-    trainer.test(task, datamodule, verbose=False)
+    if cli.config.test:
+        trainer.test(task, datamodule, verbose=False)
 
     results = setting(task, datamodule) | {
-        "test": test_numbers(trainer, record),
+        **({"test": test_numbers(trainer, record)} if cli.config.test else {}),
         "reported": reported,
         "training_seconds": round(cost.seconds, 2),
         "peak_memory_bytes": cost.peak_memory,
@@ -59,11 +71,17 @@ def fit(arguments: list[str]) -> None:
         "run_directory": str(run.path),
     }
     write_json(run.results, results)
+    if cli.config.figures:
+        _draw(run, record, task.class_names, tested=cli.config.test)
+    print_results(results)
+
+
+def _draw(run: RunDirectory, record: TestRecord, class_names: list[str], tested: bool) -> None:
     if history := read_history(run.metrics):
         draw_curves(history, run.path / "curves.png")
-    draw_confusion(record.confusion, task.class_names, run.path / "confusion_matrix.png")
-    draw_mistakes(record.mistakes, task.class_names, run.path / "wrong_predictions.png")
-    print_results(results)
+    if tested:
+        draw_confusion(record.confusion, class_names, run.path / "confusion_matrix.png")
+        draw_mistakes(record.mistakes, class_names, run.path / "wrong_predictions.png")
 
 
 def _run_directory(cli: CLI) -> RunDirectory:
@@ -71,10 +89,10 @@ def _run_directory(cli: CLI) -> RunDirectory:
     if cli.config.resume is not None:
         return RunDirectory.existing(cli.config.resume)
     run = RunDirectory.create(Path(cli.config.output), f"{cli.datamodule.description()['task']}-{cli.model.label}")
-    cli.save_config(run.config)
     write_json(run.path / "environment.json", environment())
     if draw := getattr(cli.datamodule, "draw", None):  # which images of a few-shot set were drawn
         draw.write(run.path / "draw.json")
+    cli.save_config(run.config)  # last, as it is what makes the folder that of a run
     return run
 
 

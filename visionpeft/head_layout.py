@@ -3,6 +3,7 @@
 import torch.nn as nn
 
 from visionpeft.errors import StorageError
+from visionpeft.sites import SitedLayer
 
 # layer class -> attributes that its constructor takes
 LAYERS = {
@@ -20,10 +21,11 @@ def head_layout(head: nn.Module) -> dict:
     Raises:
         StorageError: for any other class.
     """
-    if type(head) is nn.Sequential:
+    kind = type(head).__bases__[1] if isinstance(head, SitedLayer) else type(head)
+    if kind is nn.Sequential:
         return {"class": "Sequential", "layers": {name: head_layout(layer) for name, layer in head.named_children()}}
     for cls, names in LAYERS.items():
-        if type(head) is cls or (isinstance(head, cls) and type(head).forward is cls.forward):
+        if kind is cls or (issubclass(kind, cls) and kind.forward is cls.forward):
             arguments = {name: getattr(head, name) for name in names}
             if cls is nn.Linear:
                 arguments["bias"] = head.bias is not None
@@ -45,6 +47,10 @@ def head_from_layout(layout: dict) -> nn.Module:
                 head.add_module(name, head_from_layout(layer))
             return head
         (cls,) = [cls for cls in LAYERS if cls.__name__ == layout["class"]]
-        return cls(**layout["arguments"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+        head = cls(**layout["arguments"])
+        # Constructors take words for numbers and anything for a flag.
+        if any(isinstance(value, str) for value in layout["arguments"].values()):
+            raise ValueError
+        return head
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise StorageError(f"the saved head {layout!r} is not one this version can build") from None

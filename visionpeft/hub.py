@@ -141,8 +141,8 @@ def push_to_hub(
             )
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise ConfigurationError(
-                f"{repo_id} could not be uploaded to the Hub ({_one_line(error)}); check the name user/name, your login "
-                "(hf auth login, or token=) and the network"
+                f"{repo_id} could not be uploaded to the Hub ({_one_line(error)}); check the name user/name, "
+                "your login (hf auth login, or token=) and the network"
             ) from error
     return info.commit_url
 
@@ -171,7 +171,9 @@ def _download(repo_id: str, options: dict) -> Path:
         try:
             return Path(snapshot_download(repo_id, allow_patterns=FILES, **options))
         except LocalEntryNotFoundError as error:
-            why = "no network, and it has not been downloaded before" if offline else "it has not been downloaded before"
+            why = (
+                "no network, and it has not been downloaded before" if offline else "it has not been downloaded before"
+            )
             raise ConfigurationError(f"{repo_id!r} is no folder, and not to be had from the Hub ({why})") from error
         except HFValidationError as error:
             raise ConfigurationError(
@@ -186,4 +188,3 @@ def _download(repo_id: str, options: dict) -> Path:
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0][:200].rstrip(" .")
-

@@ -12,8 +12,10 @@ from visionpeft.adapters import Adapters, AttachedAdapter
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.frozen_layers import own
+from visionpeft.key_prompts import key_prompts, without_prompts
 from visionpeft.routing import Routed, RoutedHead, check_routable
-from visionpeft.sites import OnPatches, Order, SitedLayer, Sites, sited_layer_class
+from visionpeft.sites import Located, OnPatches, Order, SitedLayer, Sites, order_of, sited_layer_class
 
 # (tower, block, site, where the result is added) -> modules in the order in which they act
 Plan = dict[tuple[str, int | None, str, str | None], list[nn.Module]]
@@ -35,6 +37,7 @@ def install(model: nn.Module) -> None:
         routed = rows, len(peft.route)
     for tower in backbone.towers.values():
         _install_tower(peft, tower, plans, routed)
+    peft.recompute_blocks(model)
     _install_parameters(peft, model)
     _install_heads(peft, model, backbone.heads, groups)
 
@@ -59,21 +62,32 @@ def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> N
     if tower.frames is not None and routed is not None:
         routed = *routed, tower.frames
     _enter_tokens(peft, tower, here, routed)
-    prompts = _travelling(tower, plans[0])
+    travelling = [_travelling(tower, plan, peft) for plan in plans]
     for index, block in enumerate(tower.blocks):
-        if index not in here and not prompts[index]:
+        prompts = [inside[index] for inside in travelling]
+        if index not in here and not prompts[0] and not peft.economies.need(tower, index):
             continue
         sites = Sites(tower.num_prefix_tokens, tower.causal)
-        sites.extra_tokens = prompts[index]
+        acting = here.get(index, {})
+        alone = {key: groups[0] for key, groups in acting.items()} if routed is None else None
+        peft.economies.apply(sites, tower, index, alone)
+        if alone is not None and not tower.causal:
+            sites.key_prompts = key_prompts(block.module, alone)
+        if sites.key_prompts is not None:
+            acting = without_prompts(acting, sites.key_prompts.prompts)
+            prompts = [[module for module in prompts[0] if module not in sites.key_prompts.prompts]]
+        sites.extra_tokens = sum(module.num_tokens for module in prompts[0])
         swap(peft, block.module, block.sited_class).sites = sites
         swap(peft, block.attention, block.sited_attention_class).sites = sites
-        _fill(peft, sites, block.layers, here.get(index, {}), routed)
+        for layer in block.economical:
+            swap_layer(peft, layer)
+        _fill(peft, sites, block.layers, _located(acting, sites, prompts), routed)
     _fill(peft, None, tower.layers, here.get(None, {}), routed)
     acting = [module for sites in here.values() for groups in sites.values() for group in groups for module in group]
     if any(order_of(module) == Order.ENTER_SPAN for module in acting):
-        for module in tower.spanning:
-            module.__dict__["forward_intermediates"] = NoIntermediates()
-            peft.swapped.append((module, type(module)))
+        _refuse_intermediates(peft, tower, "shallow prompts travel between the blocks; use VPT(deep=True)")
+    elif peft.economies.narrows(tower):
+        _refuse_intermediates(peft, tower, "class_token_only follows one token; switch it off with economise")
 
 
 def _enter_tokens(peft: Adapters, tower: Tower, here: dict, routed) -> None:
@@ -95,10 +109,10 @@ def _acting(groups: list[list[nn.Module]], routed, branch: bool) -> tuple:
 
 def _fill(peft: Adapters, sites: Sites | None, layers: dict, here: dict, routed) -> None:
     for (site, add), groups in here.items():
-        if sites is not None:
-            groups = [[_on_patches(module, sites) for module in group] for group in groups]
         acting = _acting(groups, routed, add is not None)
-        if site in layers and layers[site].called:
+        if site == "hidden":
+            swap_layer(peft, layers["fc2"].owner).entering = acting
+        elif site in layers and layers[site].called:
             swap_layer(peft, layers[site].owner).acting = acting
         elif add is not None:
             sites.branches[site] = sites.branches.get(site, ()) + tuple((module, add) for module in acting)
@@ -118,22 +132,33 @@ def swap_layer(peft: Adapters, layer: nn.Module) -> nn.Module:
     return layer if isinstance(layer, SitedLayer) else swap(peft, layer, sited_layer_class(type(layer)))
 
 
-def _on_patches(module: nn.Module, sites: Sites) -> nn.Module | OnPatches:
-    return OnPatches(module, sites.first_patch) if getattr(module, "patches_only", False) else module
+def _located(here: dict, sites: Sites, prompts: list[list[nn.Module]]) -> dict:
+    """What acts in a block, with where the tokens are for those who treat some of them apart."""
+
+    def located(module: nn.Module, inside: list[nn.Module]) -> nn.Module | OnPatches | Located:
+        if getattr(module, "patches_only", False):
+            return OnPatches(module, sites.first_patch)
+        place = getattr(module, "located_at", None)
+        if place is None:
+            return module
+        # Prompts that enter later stand in front of those that are there.
+        behind = [] if place == "patches" else inside[: inside.index(place) + 1]
+        return Located(module, sites.first_patch - sum(each.num_tokens for each in behind))
+
+    return {
+        key: [[located(module, inside) for module in group] for group, inside in zip(groups, prompts, strict=True)]
+        for key, groups in here.items()
+    }
 
 
-def order_of(module: nn.Module) -> Order:
-    """The place of a module in the law of order."""
-    return getattr(module, "order", Order.TOKENS)
-
-
-def _travelling(tower: Tower, plan: Plan) -> list[int]:
-    """How many prompts travel through each block.
+def _travelling(tower: Tower, plan: Plan, peft: Adapters) -> list[list[nn.Module]]:
+    """Whose prompts travel through each block, in the order in which they entered.
 
     Refuses spans that overlap without one containing the other, or that shift tokens to be replaced by position.
     """
-    open_spans: list[int] = []
-    counts = []
+    owners = {p.module: (name, index) for name, adapter in peft.items() for index, p in adapter.placements}
+    open_spans: list[nn.Module] = []
+    travelling = []
     for index in range(tower.depth):
         enter = plan.get((tower.name, index, "stream_in", None), [])
         leave = plan.get((tower.name, index, "stream_out", None), [])
@@ -142,27 +167,37 @@ def _travelling(tower: Tower, plan: Plan) -> list[int]:
                 f"tokens of the {tower.name} tower cannot be replaced while shallow prompts travel through it; use "
                 "VPT(deep=True)"
             )
-        within = sum(module.num_tokens for module in enter if order_of(module) == Order.ENTER)
-        open_spans += [module.num_tokens for module in enter if order_of(module) == Order.ENTER_SPAN]
-        counts.append(within + sum(open_spans))
-        for module in leave:
-            if order_of(module) == Order.LEAVE_SPAN:
-                if not open_spans or open_spans[-1] != module.num_tokens:
-                    raise UnsupportedError(
-                        "shallow prompts of two adapters overlap in part; their block ranges must be nested or apart"
-                    )
-                open_spans.pop()
-    return counts
+        open_spans += [module for module in enter if order_of(module) == Order.ENTER_SPAN]
+        travelling.append([*open_spans, *(module for module in enter if order_of(module) == Order.ENTER)])
+        leaving = [owners[module] for module in leave if order_of(module) == Order.LEAVE_SPAN]
+        staying = len(open_spans) - len(leaving)
+        if sorted(owners[module] for module in open_spans[max(staying, 0) :]) != sorted(leaving):
+            raise UnsupportedError(
+                "shallow prompts of two adapters overlap in part; their block ranges must be nested or apart"
+            )
+        del open_spans[staying:]
+    return travelling
 
 
 class NoIntermediates:
-    """Stands in for `forward_intermediates` while prompts are among the tokens between blocks."""
+    """Stands in for `forward_intermediates` while blocks give other tokens than the backbone's.
+
+    Args:
+        reason: what they give, and what to do about it.
+    """
+
+    def __init__(self, reason: str):
+        self.reason = reason
 
     def __call__(self, *args, **kwargs):
         """Refuse."""
-        raise UnsupportedError(
-            "forward_intermediates cannot be used while shallow prompts travel between the blocks; use VPT(deep=True)"
-        )
+        raise UnsupportedError(f"forward_intermediates cannot be used while {self.reason}")
+
+
+def _refuse_intermediates(peft: Adapters, tower: Tower, reason: str) -> None:
+    for module in tower.spanning:
+        module.__dict__["forward_intermediates"] = NoIntermediates(reason)
+        peft.swapped.append((module, type(module)))
 
 
 def _install_parameters(peft: Adapters, model: nn.Module) -> None:
@@ -198,7 +233,11 @@ def _install_heads(peft: Adapters, model: nn.Module, heads: tuple[str, ...], gro
             continue
         with_head = [adapter for adapter in peft.active if path in peft[adapter].heads]
         if with_head:
-            peft.replace(owner, name, peft[with_head[-1]].get_submodule(path))
+            head = peft[with_head[-1]].get_submodule(path)
+            peft.replace(owner, name, head)
+            if isinstance(head, nn.Linear):
+                # Trained, it keeps its input, which must not keep the tokens it was taken from.
+                swap_layer(peft, head).entering = (own,)
 
 
 def _head_of(peft: Adapters, model: nn.Module, path: str) -> Callable[[str | None], nn.Module]:

@@ -1,14 +1,22 @@
 """Merge adapters into the weights, exactly where the algebra allows it, and take them out again."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 
-from visionpeft.adapters import Adapters
+from visionpeft.adapters import Adapters, check_allocated
 from visionpeft.attach import attached, reattach
 from visionpeft.backbones.dispatch import describe
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.tower import READS, Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.install import install, plan_of, replace_everywhere
+from visionpeft.quantised import full_precision
+from visionpeft.sites import Order, order_of
+
+# Token sites that linear layers read. A module that acts there has `merge_input(weight, bias)`: weight and bias with
+# which such a layer computes from the tokens as they were what it computes from the module's.
+INPUTS = frozenset(READS.values())
 
 
 @torch.no_grad()
@@ -49,13 +57,21 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def _check_mergeable(peft: Adapters) -> None:
     for name in peft.active:
+        check_allocated(peft[name])
         for index, placement in peft[name].placements:
-            if not hasattr(placement.module, "merge"):
+            folds = placement.site in INPUTS and placement.add is None
+            if not hasattr(placement.module, "merge_input" if folds else "merge"):
                 method = type(peft[name].methods[index]).__name__
                 raise UnsupportedError(
                     f"{method} (adapter {name!r}) cannot be merged: what it adds at {placement.site} is no change of a "
                     "weight of the backbone; keep it attached"
                 )
+    for (_, block, site, _), modules in plan_of(peft, peft.active).items():
+        if sum(order_of(module) == Order.RENEW for module in modules) > 1:
+            raise UnsupportedError(
+                f"two methods at {site} in block {block} make its weight anew from that of the backbone, and no one "
+                "weight computes what both do; merge with one of their adapters active"
+            )
 
 
 def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module, str, torch.Tensor]]:
@@ -65,19 +81,28 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
 
     def value(owner: nn.Module, name: str) -> torch.Tensor:
         parameter = getattr(owner, name)
-        start = trained.get(id(parameter), parameter).detach().double().clone()
+        start = full_precision(trained.get(id(parameter), parameter).detach()).double().clone()
         return values.setdefault((id(owner), name), (owner, name, start))[2]
 
     towers = describe(model).towers
     methods = dict.fromkeys(type(method).__name__ for name in peft.active for method in peft[name].methods)
-    for (tower_name, block, site, _), modules in plan_of(peft, peft.active).items():
+    # What acts on the input of a layer is folded into what its output has become.
+    plan = sorted(plan_of(peft, peft.active).items(), key=lambda entry: entry[0][2] in INPUTS)
+    for (tower_name, block, site, _), modules in plan:
         tower = towers[tower_name]
-        layer = tower.layer(block, site)
-        _merge_layer(layer, modules, value, f"{' and '.join(methods)} at {_place(tower, block, site)}")
+        place = f"{' and '.join(methods)} at {_place(tower, block, site)}"
+        if site not in INPUTS:
+            _merge_layer(tower.layer(block, site), [module.merge for module in modules], value, place)
+            continue
+        readers = [layer for layer in tower.blocks[block].layers.values() if layer.reads == site]
+        if not readers:
+            raise UnsupportedError(f"{place} cannot be merged: no linear layer reads it directly")
+        for layer in readers:
+            _merge_layer(layer, [module.merge_input for module in reversed(modules)], value, place)
     return [(owner, name, v.to(getattr(owner, name).dtype)) for owner, name, v in values.values()]
 
 
-def _merge_layer(layer: Layer, modules: list[nn.Module], value, place: str) -> None:
+def _merge_layer(layer: Layer, merges: list[Callable], value, place: str) -> None:
     weight = value(layer.owner, layer.weight)
     weight_rows = weight if layer.rows is None else weight[layer.rows]
     bias_rows = None
@@ -85,8 +110,8 @@ def _merge_layer(layer: Layer, modules: list[nn.Module], value, place: str) -> N
         bias = value(layer.bias_owner, layer.bias)
         bias_rows = bias if layer.bias_rows is None else bias[layer.bias_rows]
     new_weight, new_bias = weight_rows, bias_rows
-    for module in modules:
-        new_weight, new_bias = module.merge(new_weight, new_bias)
+    for merged in merges:
+        new_weight, new_bias = merged(new_weight, new_bias)
     weight_rows.copy_(new_weight)
     if bias_rows is not None:
         bias_rows.copy_(new_bias)

@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from visionpeft.backbones.frames import Frames
 from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.sites import join
 
 
 class Routed:
@@ -14,7 +15,7 @@ class Routed:
 
     Args:
         groups: for each group, the modules that act here, in order.
-        branch: whether the site is a branch, whose result is zero for rows without a module.
+        branch: whether the site is a branch, which `join` ends.
         rows: for each group, the samples of the batch it serves.
         batch: size of the batch.
         frames: for clips, how many rows make one sample.
@@ -59,7 +60,19 @@ class Routed:
             x, y, weight, bias = inputs
             return self._gather(y, [self._layer(m, x[r], y[r], weight, bias) for r, m in self._parts(y)])
         (x,) = inputs
+        if self.branch:
+            return [[module(x[rows]) for module in modules] for rows, modules in self._parts(x)]
         return self._gather(x, [self._tokens(m, x[r]) for r, m in self._parts(x)])
+
+    def join(self, x: torch.Tensor, deltas: list[list[torch.Tensor]]) -> torch.Tensor:
+        """End the branches of each group in its rows of the tokens x."""
+        parts = []
+        for (rows, modules), carried in zip(self._parts(x), deltas, strict=True):
+            part = x[rows]
+            for module, delta in zip(modules, carried, strict=True):
+                part = join(module, part, delta)
+            parts.append(part)
+        return self._gather(x, parts)
 
     def _parts(self, x: torch.Tensor):
         return [(rows.to(x.device), modules) for rows, modules in zip(self.rows, self.groups, strict=True)]
@@ -76,9 +89,8 @@ class Routed:
             y = module(x, y, weight, bias)
         return y
 
-    def _tokens(self, modules: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
-        if self.branch:
-            return sum((module(x) for module in modules), torch.zeros_like(x))
+    @staticmethod
+    def _tokens(modules: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
         for module in modules:
             x = module(x)
         return x
@@ -88,7 +100,7 @@ class Routed:
         shapes = {part.shape[1:] for part in parts}
         (shape,) = shapes
         if shape == x.shape[1:]:
-            result = torch.zeros_like(x) if self.branch else x
+            result = x
         else:
             result = x.new_zeros(len(x), *shape)
         for rows, part in zip(self.rows, parts, strict=True):

@@ -1,9 +1,12 @@
 """One folder for each run: configuration, environment, checkpoints, adapter, results and figures."""
 
+import fcntl
 import json
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -111,9 +114,30 @@ class RunDirectory:
         return json.loads(self.results.read_text())
 
 
+@contextmanager
+def claim(file: Path) -> Iterator[bool]:
+    """Hold the lock of a file; False where another process holds it. It ends with the process, however that ends.
+
+    Raises:
+        StorageError: the file system has no locks.
+    """
+    with file.open("a") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        except OSError as error:
+            raise StorageError(
+                f"{file} cannot be locked ({error.strerror}); write to a file system with locks, or nothing would keep "
+                "two processes out of one folder"
+            ) from error
+        else:
+            yield True
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file so that a crash leaves the old one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)
 

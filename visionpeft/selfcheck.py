@@ -13,7 +13,8 @@ import torch
 
 from visionpeft.backbones.tower import BlockSites, Tower
 from visionpeft.errors import UnsupportedError
-from visionpeft.sites import TOKEN_SITES, Sites, sited_layer_class
+from visionpeft.quantised import dequantise
+from visionpeft.sites import TOKEN_SITES, SitedLayer, Sites, sited_layer_class
 
 TOLERANCE = 1e-5  # relative; library norms may compute in float32
 
@@ -47,7 +48,7 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
 def _check_block(block: BlockSites, tower: Tower, used: Iterable[str]) -> None:
     # Copied together, so that the layers still refer to the copied block.
     block = copy.deepcopy(block)
-    module = block.module.cpu().double().eval().requires_grad_(False)
+    module = dequantise(block.module).cpu().double().eval().requires_grad_(False)
     arguments = block.probe(tower.num_prefix_tokens + 4)
     tokens = arguments.pop("num_tokens", tower.num_prefix_tokens + 4)
     x = torch.randn(2, tokens, tower.width, dtype=torch.float64)
@@ -56,13 +57,14 @@ def _check_block(block: BlockSites, tower: Tower, used: Iterable[str]) -> None:
     sites = Sites(tower.num_prefix_tokens, tower.causal)
     module.__class__, block.attention.__class__ = block.sited_class, block.sited_attention_class
     module.sites = block.attention.sites = sites
-    names = [*TOKEN_SITES, "kv", *block.layers]
+    names = [*TOKEN_SITES, "kv", "hidden", *block.layers]
     probes = {site: Probe(site) for site in names}
     for site, probe in probes.items():
-        layer = block.layers.get(site)
+        layer = block.layers.get("fc2" if site == "hidden" else site)
         if layer is not None and layer.called:
-            layer.owner.__class__ = sited_layer_class(type(layer.owner))
-            layer.owner.acting = (probe,)
+            if not isinstance(layer.owner, SitedLayer):
+                layer.owner.__class__ = sited_layer_class(type(layer.owner))
+            setattr(layer.owner, "entering" if site == "hidden" else "acting", (probe,))
         else:
             sites.acting[site] = (probe,)
 

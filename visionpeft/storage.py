@@ -11,15 +11,16 @@ import torch
 import torch.nn as nn
 
 from visionpeft import methods as method_classes
-from visionpeft.adapters import AttachedAdapter, nest
+from visionpeft.adapters import AttachedAdapter, check_allocated, method_keys, nest
 from visionpeft.attach import activate, attached, known, plain, register
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.described_tensors import check_tensors, read_described, write_described
-from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.errors import ConfigurationError, StorageError, UserError
 from visionpeft.head_layout import head_from_layout, head_layout
 from visionpeft.methods.base import Method
 from visionpeft.naming import nearest
+from visionpeft.quantised import full_precision
 
 FORMAT = 1
 STEM = "adapter"
@@ -50,7 +51,8 @@ def save(
     if name is None and len(peft) != 1:
         raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to save with name=")
     adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
-    methods, tensors = _folded(adapter)
+    check_allocated(adapter)
+    methods, tensors = folded(adapter)
     description = {
         "format": FORMAT,
         "methods": [{"class": type(m).__name__, "fields": dataclasses.asdict(m)} for m in methods],
@@ -81,15 +83,21 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
         StorageError: if the folder is damaged or edited, or belongs to another backbone; nothing is changed.
     """
     description, tensors = read_described(folder, STEM, _check_description)
-    methods = tuple(_method(entry) for entry in description["methods"])
+    methods = tuple(method_from(entry) for entry in description["methods"])
     name = name or "default"
     check_backbone(description["backbone"], backbone_record(model, check_fingerprint), f"the adapter in {folder}")
     with plain(model):
         backbone = describe(model)
-        adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
-    adapter.heads = tuple(description["heads"])
-    for path, layout in description["heads"].items():
-        nest(adapter, path, head_from_layout(layout))
+        try:
+            adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
+            adapter.heads = tuple(description["heads"])
+            for path, layout in description["heads"].items():
+                nest(adapter, path, head_from_layout(layout))
+        except UserError:
+            raise
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:  # sizes and names torch refuses
+            reason = str(error).splitlines()[0]
+            raise StorageError(f"what the adapter in {folder} describes cannot be made: {reason}") from None
     reference = next(model.parameters())
     adapter.to(reference.device)
     check_tensors(tensors, adapter.state_dict(), f"the adapter in {folder}")
@@ -120,22 +128,21 @@ def fingerprint(model: nn.Module) -> str:
         if name.startswith(("peft.", *heads)):
             continue
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        values = full_precision(parameter.detach()).to("cpu", torch.bfloat16).contiguous()
         digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tensor]]:
-    tensors = {key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
-    methods = []
-    for key, method in zip(adapter.method_keys, adapter.methods, strict=True):
-        part = adapter._modules.get(key, nn.ModuleDict())
-        folded, new_part = method.fold(part)
-        methods.append(folded)
-        if new_part is not part:
-            tensors = {k: v for k, v in tensors.items() if not k.startswith(f"{key}.")}
-            tensors |= {f"{key}.{k}": v.detach().cpu().contiguous() for k, v in new_part.state_dict().items()}
-    return methods, tensors
+def folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tensor]]:
+    """Methods and tensors of an adapter as they are saved; a method may be saved as another one, such as LoRA."""
+    parts = [adapter._modules.get(key, nn.ModuleDict()) for key in adapter.method_keys]
+    saved = [method.fold(part) for method, part in zip(adapter.methods, parts, strict=True)]
+    methods = [method for method, _ in saved]
+    own = tuple(f"{key}." for key in adapter.method_keys)
+    tensors = {key: value for key, value in adapter.state_dict().items() if not key.startswith(own)}
+    for key, (_, part) in zip(method_keys(methods), saved, strict=True):
+        tensors |= {f"{key}.{name}": value for name, value in part.state_dict().items()}
+    return methods, {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
 def package_versions() -> dict[str, str]:
@@ -174,7 +181,12 @@ def check_backbone(saved: dict, actual: dict, what: str) -> None:
         )
 
 
-def _method(entry: dict) -> Method:
+def method_from(entry: dict) -> Method:
+    """The method that `describe_method` described.
+
+    Raises:
+        StorageError: this version has no such method, or it has other fields.
+    """
     names = [name for name in method_classes.__all__ if name != "Method"]
     if entry["class"] not in names:
         raise StorageError(
@@ -192,7 +204,7 @@ def _method(entry: dict) -> Method:
 
 
 def _check_description(description: object, path: Path) -> None:
-    types = {"format": int, "methods": list, "train": list, "heads": dict, "backbone": dict}
+    types = {"format": int, "methods": list, "train": list, "heads": dict, "backbone": dict, "metadata": dict}
     if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
         raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
     if description["format"] != FORMAT:
@@ -201,7 +213,19 @@ def _check_description(description: object, path: Path) -> None:
         isinstance(e, dict) and isinstance(e.get("class"), str) and isinstance(e.get("fields"), dict)
         for e in description["methods"]
     )
-    names = all(isinstance(name, str) for name in description["train"])
+    lists = (description["train"], description.get("class_names") or [])
+    names = all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in lists)
+    names = names and {"class_names", "preprocessing"} <= description.keys()
+    preprocessing = description.get("preprocessing")
     backbone = all(isinstance(description["backbone"].get(k), str) for k in ("class", "architecture", "fingerprint"))
-    if not (entries and names and backbone):
+    if not (entries and names and backbone and (preprocessing is None or _is_preprocessing(preprocessing))):
         raise StorageError(f"the description in {path} is not what save writes")
+
+
+def _is_preprocessing(entry: object) -> bool:
+    lengths = {"input_size": 2, "mean": 3, "std": 3}
+    if not isinstance(entry, dict) or entry.keys() != {field.name for field in dataclasses.fields(Preprocessing)}:
+        return False
+    lists = all(isinstance(entry[key], list) and len(entry[key]) == length for key, length in lengths.items())
+    numbers = [entry["crop_pct"], *(value for key in lengths for value in entry[key])] if lists else [None]
+    return all(isinstance(value, int | float) for value in numbers) and isinstance(entry["interpolation"], str)

@@ -40,7 +40,7 @@ def addresses_of(model, tower, prefix=""):
 
 
 def shapes_of(model):
-    """{tower: {"depth": blocks, "prefix": tokens before the patches, or the start of text}}."""
+    """{tower: {"depth": blocks, "prefix": tokens before the patches, or the start of text, "grid": of patches}}."""
     if hasattr(model, "visual"):
         text = getattr(model, "text", model)
         return shapes_of(model.visual) | {"text": {"depth": len(text.transformer.resblocks), "prefix": 1}}
@@ -49,8 +49,9 @@ def shapes_of(model):
     if hasattr(model, "token_embedding"):
         return {"text": {"depth": len(model.transformer.resblocks), "prefix": 1}}
     if hasattr(model, "transformer"):
-        return {"visual": {"depth": len(model.transformer.resblocks), "prefix": 1}}
-    return {"visual": {"depth": len(model.blocks), "prefix": model.num_prefix_tokens}}
+        return {"visual": {"depth": len(model.transformer.resblocks), "prefix": 1, "grid": model.grid_size}}
+    grid = model.patch_embed.grid_size
+    return {"visual": {"depth": len(model.blocks), "prefix": model.num_prefix_tokens, "grid": grid}}
 
 
 def text_addresses(model, prefix):

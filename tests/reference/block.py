@@ -3,13 +3,18 @@
 Stations (an edit is a dict from a station to a function of the value passing there and where it is):
 
     weight   (W, b), index, site        the matrices q k v proj fc1 fc2 (fc1_g fc1_x), patch_embed, norms; before use
+    driven   y, index, site, x          what such a matrix produced, given what it read
     output   y, index, site             what such a matrix or norm produced
+    attn_in  h, index                   what the attention reads: the normalised stream, or the stream
     kv       (k, v), index              keys and values (batch, heads, tokens, d), just before attention
     enter    (x, prompts), index        the stream at the block's entrance; `prompts` tokens sit after the prefix tokens
     leave    (x, prompts), index        the stream at the block's exit
     time     x, index, block, weights   the stream behind `enter`, with the block as it is without any edit
     attn_out a, index                   attention branch before LayerScale
-    mid      y, index                   the stream after the attention residual
+    aside    y, index, h                the stream after the attention residual, given what the attention read
+    mid      y, index                   the same point, after `aside`
+    mlp_in   h, index                   what the MLP reads
+    hidden   x, index                   what fc2 reads
     mlp_out  m, index                   MLP branch before LayerScale
     joint    z, index, h                the stream at the exit, given what the MLP read
     beside   z, index, y                the stream at the exit, given the stream y after the attention residual
@@ -81,7 +86,8 @@ def normalise(block, weights, site, x, index, edits):
 def project(block, weights, site, x, index, edits):
     """A matrix of the block, and what methods do to it and to its output."""
     weight, bias = amend(edits, "weight", block.addresses[site].read(weights), index, site)
-    return amend(edits, "output", linear(x, weight, bias), index, site)
+    y = amend(edits, "driven", linear(x, weight, bias), index, site, x)
+    return amend(edits, "output", y, index, site)
 
 
 def extended_bias(block, prompts, dtype):
@@ -144,6 +150,7 @@ def feed_forward(block, weights, h, index, edits):
         else:
             x = first * block.activation(second)
     x = normalise(block, weights, "mlp_norm", x, index, edits)
+    x = amend(edits, "hidden", x, index)
     x = project(block, weights, "fc2", x, index, edits)
     return amend(edits, "mlp_out", x, index)
 
@@ -154,18 +161,20 @@ def block_forward(block, weights, x, prompts, index, edits):
     x = amend(edits, "time", x, index, block, weights)
     scale1, scale2 = (1 if key is None else weights[key] for key in block.scales)
     if block.norm_after:
-        a = attend(block, weights, x, index, edits, prompts)
+        h = amend(edits, "attn_in", x, index)
+        a = attend(block, weights, h, index, edits, prompts)
         y = x + scale1 * normalise(block, weights, "norm1", a, index, edits)
     else:
-        h = normalise(block, weights, "norm1", x, index, edits)
+        h = amend(edits, "attn_in", normalise(block, weights, "norm1", x, index, edits), index)
         y = x + scale1 * attend(block, weights, h, index, edits, prompts)
+    y = amend(edits, "aside", y, index, h)
     y = amend(edits, "mid", y, index)
     if block.norm_after:
-        h = y
+        h = amend(edits, "mlp_in", y, index)
         m = feed_forward(block, weights, h, index, edits)
         z = y + scale2 * normalise(block, weights, "norm2", m, index, edits)
     else:
-        h = normalise(block, weights, "norm2", y, index, edits)
+        h = amend(edits, "mlp_in", normalise(block, weights, "norm2", y, index, edits), index)
         z = y + scale2 * feed_forward(block, weights, h, index, edits)
     z = amend(edits, "joint", z, index, h)
     z = amend(edits, "beside", z, index, y)

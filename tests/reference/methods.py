@@ -5,9 +5,12 @@ the `shape` of the tower ({"depth": blocks, "prefix": tokens before the patches}
 a station to a function. To add a method, write the function and enter it in METHODS.
 """
 
+import math
+
+import numpy as np
 import torch
 
-from .arithmetic import ACTIVATIONS, linear, split_heads
+from .arithmetic import ACTIVATIONS, join_heads, linear, quick_gelu, split_heads
 
 
 def lora(sites, fields, shape):
@@ -112,6 +115,45 @@ def bit_fit(sites, fields, shape):
     return {"weight": weight}
 
 
+def moved_entries(values, index, like):
+    """A tensor like another with values at flat indices, added up one by one, and zeros."""
+    places = [divmod(int(i), like[0].numel()) if like.ndim > 1 else (int(i),) for i in index]
+    unit = torch.stack(
+        [torch.zeros_like(like).index_put_(tuple(map(torch.tensor, p)), like.new_ones(())) for p in places]
+    )
+    return torch.tensordot(values.to(like.dtype), unit, dims=1)
+
+
+def sparse(sites, fields, shape):
+    """PaFi (arXiv 2305.16742), FISH Mask (2111.09839), Child-Tuning (2109.05687): single entries of W and b move."""
+
+    def weight(pair, index, site):
+        found, moved = sites.get((index, site), {}), list(pair)
+        for place, part in enumerate(("weight", "bias")):
+            if part in found:
+                moved[place] = pair[place] + moved_entries(found[part], found[f"{part}_index"], pair[place])
+        return tuple(moved)
+
+    return {"weight": weight}
+
+
+def spt(sites, fields, shape):
+    """SPT, arXiv 2303.08566: besides single entries, W + B A, or a bottleneck on the output of a matrix."""
+    entries = sparse(sites, fields, shape)["weight"]
+
+    def weight(pair, index, site):
+        moved, low_rank = entries(pair, index, site), sites.get((index, f"{site}_lora"))
+        return moved if low_rank is None else (moved[0] + low_rank["B"] @ low_rank["A"], moved[1])
+
+    def driven(y, index, site, x):
+        found = sites.get((index, f"{site}_adapter"))
+        if found is None:
+            return y
+        return y + bottleneck(found, {"activation": "gelu", "scale": 1}, x if site == "proj" else y)
+
+    return {"weight": weight, "driven": driven}
+
+
 def prefix_tuning(sites, fields, shape):
     """Prefix-tuning, arXiv 2101.00190: learned keys and values in front of those of the tokens."""
 
@@ -127,7 +169,303 @@ def prefix_tuning(sites, fields, shape):
     return {"kv": kv}
 
 
+def dora(sites, fields, shape):
+    """DoRA, arXiv 2402.09353: rows of V = W + (alpha / r) B A get the length m; |V| is a constant for the gradient."""
+
+    def weight(pair, index, site):
+        found = sites.get((index, site))
+        if found is None:
+            return pair
+        rank = found["A"].shape[0]
+        alpha = rank if fields["alpha"] is None else fields["alpha"]
+        changed = pair[0] + alpha / rank * found["B"] @ found["A"]
+        length = (changed**2).sum(1, keepdim=True).sqrt().detach()
+        return found["magnitude"][:, None] * changed / length, pair[1]
+
+    return {"weight": weight}
+
+
+def random_matrix(rows, columns, seed):
+    """The frozen matrix of VeRA: the upper 24 bits of PCG64 as numbers in +-sqrt(6 / columns), in float32."""
+    generator = np.random.PCG64(np.random.SeedSequence((seed, rows, columns)))
+    numbers = [int(generator.random_raw()) // 2**40 for _ in range(rows * columns)]
+    values = [(2 * number / 2**24 - 1) * math.sqrt(6 / columns) for number in numbers]
+    return torch.tensor(values, dtype=torch.float32).to(torch.float64).reshape(rows, columns)
+
+
+def vera(sites, fields, shape):
+    """VeRA, arXiv 2310.11454: W + diag(b) B diag(d) A, A and B frozen."""
+
+    def weight(pair, index, site):
+        found = sites.get((index, site))
+        if found is None:
+            return pair
+        (rows, columns), rank = pair[0].shape, len(found["d"])
+        A, B = random_matrix(rank, columns, fields["seed"]), random_matrix(rows, rank, fields["seed"])
+        return pair[0] + torch.diag(found["b"]) @ B @ torch.diag(found["d"]) @ A, pair[1]
+
+    return {"weight": weight}
+
+
+def ada_lora(sites, fields, shape):
+    """AdaLoRA, arXiv 2303.10512: W + P diag(lambda) Q."""
+
+    def weight(pair, index, site):
+        found = sites.get((index, site))
+        return pair if found is None else (pair[0] + found["P"] @ torch.diag(found["values"]) @ found["Q"], pair[1])
+
+    return {"weight": weight}
+
+
+def kronecker(left, right):
+    """left kron right, entry by entry of left."""
+    return torch.cat([torch.cat([entry * right for entry in row], dim=1) for row in left], dim=0)
+
+
+def krona(sites, fields, shape):
+    """KronA, arXiv 2212.10650: W + s A kron B."""
+
+    def weight(pair, index, site):
+        found = sites.get((index, site))
+        if found is None:
+            return pair
+        return pair[0] + fields["scale"] * kronecker(found["A"], found["B"]), pair[1]
+
+    return {"weight": weight}
+
+
+def sum_of_products(rule, u, v):
+    """sum_i A_i kron sum_r u_ir v_ir^T."""
+    terms = []
+    for A, left, right in zip(rule, u, v, strict=True):
+        terms.append(kronecker(A, sum(torch.outer(a, b) for a, b in zip(left, right, strict=True))))
+    return sum(terms)
+
+
+def kadaptation(sites, fields, shape):
+    """KAdaptation, arXiv 2203.16329: W + sum_i A_i kron (u_i v_i^T), A_i shared by all matrices."""
+    rule = sites[None, "rule"]["A"]
+
+    def weight(pair, index, site):
+        found = sites.get((index, site))
+        return pair if found is None else (pair[0] + sum_of_products(rule, found["u"], found["v"]), pair[1])
+
+    return {"weight": weight}
+
+
+def compacter(sites, fields, shape):
+    """Compacter, arXiv 2106.04647: adapters with matrices sum_i A_i kron (u_i v_i^T), A_i shared by all of them."""
+    rule = sites[None, "rule"]["A"]
+
+    def layer(found, name, x):
+        weight = sum_of_products(rule, found[f"{name}.u"], found[f"{name}.v"])
+        return linear(x, weight, found[f"{name}.bias"])
+
+    def at(site):
+        def serial(x, index):
+            found = sites.get((index, site))
+            if found is None:
+                return x
+            return x + layer(found, "up", ACTIVATIONS[fields["activation"]](layer(found, "down", x)))
+
+        return serial
+
+    return {"attn_out": at("attn_out"), "mlp_out": at("mlp_out")}
+
+
+def mam(sites, fields, shape):
+    """MAM adapter, arXiv 2110.04366: prefix-tuning and a scaled ReLU adapter beside the MLP."""
+    return prefix_tuning(sites, fields, shape) | adapt_former(sites, fields, shape)
+
+
+def gate(found, x):
+    """One number for each sample: the mean over tokens of sigmoid(w x + c)."""
+    scores = linear(x, found["gate.linear.weight"], found["gate.linear.bias"])
+    return (1 / (1 + torch.exp(-scores))).mean(dim=1, keepdim=True)
+
+
+def unipelt(sites, fields, shape):
+    """UniPELT, arXiv 2110.07577: gated LoRA, prefix and adapter behind the MLP."""
+
+    def driven(y, index, site, x):
+        found = sites.get((index, site))
+        if found is None:
+            return y
+        A, B = found["low_rank.A"], found["low_rank.B"]
+        scale = 1 if fields["alpha"] is None else fields["alpha"] / A.shape[0]
+        return y + gate(found, x) * scale * linear(x, B @ A)
+
+    def kv(pair, index):
+        found = sites.get((index, "kv"))
+        if found is None:
+            return pair
+        opened = gate(found, join_heads(pair[1]))
+        longer = []
+        for name, old in zip(("keys", "values"), pair, strict=True):
+            prefix = opened * found[f"prefix.{name}"]
+            longer.append(torch.cat([split_heads(prefix, old.shape[1]), old], dim=2))
+        return tuple(longer)
+
+    def mlp_out(m, index):
+        found = sites.get((index, "mlp_out"))
+        if found is None:
+            return m
+        own = {name.removeprefix("bottleneck."): tensor for name, tensor in found.items()}
+        return m + gate(found, m) * bottleneck(own, {"activation": "gelu", "scale": 1}, m)
+
+    return {"driven": driven, "kv": kv, "mlp_out": mlp_out}
+
+
+def gated_vpt(sites, fields, shape):
+    """GatedVPT, arXiv 2306.05067: shallow prompts, after each block but the last g P_out + (1 - g) P_in; q k^T / t."""
+    (start, prompts), *_ = [(i, found["prompts"]) for (i, site), found in sites.items() if site == "stream_in"]
+    last = max(index for index, site in sites if site == "kv")
+    first, number = shape["prefix"], len(prompts)
+    entered = {}
+
+    def enter(state, index):
+        x, present = state
+        if index == start:
+            x, present = torch.cat([x[:, :first], prompts.expand(len(x), -1, -1), x[:, first:]], dim=1), number
+        entered[index] = x[:, first : first + number]
+        return x, present
+
+    def leave(state, index):
+        x, present = state
+        if not start <= index <= last:
+            return state
+        rest = x[:, :first], x[:, first + number :]
+        if index == last:
+            return torch.cat(rest, dim=1), 0
+        gate = 1 / (1 + torch.exp(-sites[index, "gate"]["logit"]))
+        mixed = gate * x[:, first : first + number] + (1 - gate) * entered[index]
+        return torch.cat([rest[0], mixed, rest[1]], dim=1), present
+
+    def kv(pair, index):
+        found = sites.get((index, "kv"))
+        return pair if found is None else (pair[0] / found["temperature"], pair[1])
+
+    return {"enter": enter, "leave": leave, "kv": kv}
+
+
+def ia3(sites, fields, shape):
+    """(IA)^3, arXiv 2205.05638: l_k * k, l_v * v, fc2(l_ff * act(fc1 x))."""
+
+    def output(y, index, site):
+        found = sites.get((index, site)) if site in ("k", "v") else None
+        return y if found is None else found["scale"] * y
+
+    def hidden(x, index):
+        found = sites.get((index, "hidden"))
+        return x if found is None else x * found["scale"]
+
+    return {"output": output, "hidden": hidden}
+
+
+def grouped(found, groups):
+    """The matrix (D, h) of a 1 x 1 convolution in groups: part g of the outputs reads part g of the inputs."""
+    up = found["up.weight"]
+    outputs, inputs = len(up) // groups, up.shape[1]
+    dense = torch.zeros(len(up), inputs * groups, dtype=up.dtype)
+    for g in range(groups):
+        for row in range(g * outputs, (g + 1) * outputs):
+            dense[row, g * inputs : (g + 1) * inputs] = up[row]
+    return dense
+
+
+def rep_adapter(sites, fields, shape):
+    """RepAdapter, arXiv 2302.08106: u + s (B (A u + a) + b) on what attention and MLP read, B in groups."""
+
+    def at(site):
+        def serial(u, index):
+            found = sites.get((index, site))
+            if found is None:
+                return u
+            hidden = linear(u, found["down.weight"], found["down.bias"])
+            return u + fields["scale"] * linear(hidden, grouped(found, fields["groups"]), found["up.bias"])
+
+        return serial
+
+    return {"attn_in": at("attn_in"), "mlp_in": at("mlp_in")}
+
+
+def convolved(images, weight, bias):
+    """A 3 x 3 convolution of (batch, rows, columns, channels) with zeros outside, tap by tap."""
+    batch, rows, columns, channels = images.shape
+    padded = torch.zeros(batch, rows + 2, columns + 2, channels, dtype=images.dtype)
+    padded[:, 1:-1, 1:-1] = images
+    total = bias.expand(batch, rows, columns, -1)
+    for down in range(3):
+        for right in range(3):
+            total = total + linear(padded[:, down : down + rows, right : right + columns], weight[:, :, down, right])
+    return total
+
+
+def convpass(sites, fields, shape):
+    """Convpass, arXiv 2207.07039: s Up(g(Conv(g(Down u)))) beside both branches; what is no patch is a 1 x 1 image."""
+    rows, columns = fields["grid"] or shape["grid"]
+
+    def bypass(found, u):
+        hidden = quick_gelu(linear(u, found["down.weight"], found["down.bias"]))
+        batch, tokens, channels = hidden.shape
+        first = tokens - rows * columns
+        parts = [hidden[:, index].reshape(batch, 1, 1, channels) for index in range(first)]
+        parts.append(hidden[:, first:].reshape(batch, rows, columns, channels))
+        parts = [convolved(part, found["conv.weight"], found["conv.bias"]).flatten(1, 2) for part in parts]
+        return fields["scale"] * linear(quick_gelu(torch.cat(parts, dim=1)), found["up.weight"], found["up.bias"])
+
+    def at(site):
+        def beside(x, index, u):
+            found = sites.get((index, site))
+            return x if found is None else x + bypass(found, u)
+
+        return beside
+
+    return {"aside": at("attn_in"), "joint": at("mlp_in")}
+
+
+def fact_change(sites, fields, key, size):
+    """dW of one matrix: parts V S_ij U of width x width, cut to its size."""
+    factors, own = sites[None, "factors"], sites[key]
+    rank, width = factors["U"].shape
+    rows, columns = -(-size[0] // width), -(-size[1] // width)
+    change = torch.zeros(rows * width, columns * width, dtype=factors["U"].dtype)
+    for i in range(rows):
+        for j in range(columns):
+            if fields["decomposition"] == "tt":
+                inner = own["S"][i * rank : (i + 1) * rank, j * rank : (j + 1) * rank]
+            else:
+                inner = sum(factors["core"][:, :, s] * own["P"][s, i * columns + j] for s in range(rank))
+            part = factors["V"] @ inner @ factors["U"]
+            change[i * width : (i + 1) * width, j * width : (j + 1) * width] = part
+    return fields["scale"] * change[: size[0], : size[1]]
+
+
+def fact(sites, fields, shape):
+    """FacT, arXiv 2212.03145: W + s dW with factors that all matrices share, tensor train or Tucker."""
+
+    def weight(pair, index, site):
+        if (index, site) not in sites:
+            return pair
+        return pair[0] + fact_change(sites, fields, (index, site), pair[0].shape), pair[1]
+
+    return {"weight": weight}
+
+
 METHODS = {
+    "gated_vpt": gated_vpt,
+    "ia3": ia3,
+    "rep_adapter": rep_adapter,
+    "convpass": convpass,
+    "fact": fact,
+    "dora": dora,
+    "vera": vera,
+    "ada_lora": ada_lora,
+    "krona": krona,
+    "kadaptation": kadaptation,
+    "compacter": compacter,
+    "mam": mam,
+    "unipelt": unipelt,
     "lora": lora,
     "vpt": vpt,
     "adapter": adapter,
@@ -135,6 +473,10 @@ METHODS = {
     "ssf": ssf,
     "bit_fit": bit_fit,
     "prefix_tuning": prefix_tuning,
+    "pa_fi": sparse,
+    "fish_mask": sparse,
+    "child_tuning": sparse,
+    "spt": spt,
 }
 
 

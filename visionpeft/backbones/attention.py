@@ -1,11 +1,14 @@
 """What the sited attention classes share: keys and values in, attended values out."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from visionpeft import frozen_layers
 from visionpeft.backbones.tower import Layer
-from visionpeft.sites import UNTOUCHED
+from visionpeft.sites import UNTOUCHED, Sites
 
 
 def open_in_front(
@@ -55,9 +58,9 @@ class AttendsBehindNorm:
     neither positions nor masks, and without what adapters do at its sites.
     """
 
-    def attention_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What the attention reads of the stream x (batch, tokens, width)."""
-        return UNTOUCHED.call(self.norm1, x)
+    def attention_input(self, x: torch.Tensor, sites: Sites = UNTOUCHED) -> torch.Tensor:
+        """What the attention reads of the stream x (batch, tokens, width), with what acts at these sites."""
+        return sites.call(self.norm1, x)
 
     def attend(self, h: torch.Tensor) -> torch.Tensor:
         """The attention branch of h (batch, tokens, width) up to `attn_out`."""
@@ -67,7 +70,7 @@ class AttendsBehindNorm:
 class AttendsToStream(AttendsBehindNorm):
     """Likewise for a block whose norms follow attention and MLP."""
 
-    def attention_input(self, x: torch.Tensor) -> torch.Tensor:
+    def attention_input(self, x: torch.Tensor, sites: Sites = UNTOUCHED) -> torch.Tensor:
         """What the attention reads of the stream x (batch, tokens, width): the stream itself."""
         return x
 
@@ -102,12 +105,72 @@ def thirds(width: int) -> dict[str, slice]:
     return {site: slice(index * width, (index + 1) * width) for index, site in enumerate("qkv")}
 
 
-def apply_fused(sites, x: torch.Tensor, y: torch.Tensor, weight, bias) -> tuple[torch.Tensor, ...]:
-    """Split a fused projection y (batch, tokens, 3 w) of x into q, k, v and apply what acts at each."""
+def fused_qkv(
+    sites: Sites, x: torch.Tensor, layer: Callable[[torch.Tensor], torch.Tensor] | None, weight: torch.Tensor, bias
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (batch, tokens that ask, w) and k and v (batch, keys, w) of tokens x (batch, tokens, width).
+
+    The keys are those of the prompts that are no tokens, in front, and then those of all tokens.
+
+    Args:
+        sites: with what acts at q, k and v.
+        x: the tokens.
+        layer: the fused projection (..., width) -> (..., 3 w), or None if it is x W^T + b and need not be called.
+        weight: its weight (3 w, width).
+        bias: its bias (3 w,) or None.
+    """
+    prompts = sites.prompts(x)
+    if sites.kept is None:
+        q, k, v = apply_fused(sites, x, layer, weight, bias)
+        if prompts is not None:
+            q = q.contiguous()  # as a view it would keep the whole projection for the backward pass
+    else:
+        q, k, v = (
+            _part(sites, site, frozen_layers.own(sites.followed(x)) if site == "q" else x, weight, bias)
+            for site in "qkv"
+        )
+    if prompts is not None:
+        _, *others = apply_fused(sites, prompts, layer, weight, bias)
+        k, v = (in_front(other, own) for other, own in zip(others, (k, v), strict=True))
+    return q, k, v
+
+
+def with_bias(attention: nn.Module, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The fused projection of an attention of timm's that keeps the bias outside of it, as `layer` of `fused_qkv`."""
+    if bias is None:
+        return attention.qkv
+    return (lambda x: attention.qkv(x) + bias) if attention.qkv_bias_separate else None
+
+
+def in_front(prompts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Put (1 or batch, prompts, w) in front of (batch, tokens, w)."""
+    return torch.cat((prompts.expand(x.shape[0], -1, -1), x), dim=1)
+
+
+def _part(sites: Sites, site: str, x: torch.Tensor, weight: torch.Tensor, bias) -> torch.Tensor:
+    rows = thirds(len(weight) // 3)[site]
+    weight, bias = weight[rows], None if bias is None else bias[rows]
+    y, ((_, acting),) = frozen_layers.linear(x, weight, bias, [(None, sites.acting.get(site, ()))])
+    for module in acting:
+        y = module(x, y, weight, bias)
+    return y
+
+
+def apply_fused(
+    sites: Sites, x: torch.Tensor, layer: Callable[[torch.Tensor], torch.Tensor] | None, weight: torch.Tensor, bias
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v (batch, tokens, w) of tokens x (batch, tokens, width), with what acts at each; see `fused_qkv`."""
+    acting = [(rows, sites.acting.get(site, ())) for site, rows in thirds(len(weight) // 3).items()]
+    if layer is None or frozen_layers.is_plain(layer):
+        y, acting = frozen_layers.linear(x, weight, bias, acting)
+    else:
+        y = layer(x)
     outputs = []
-    for site, output in zip("qkv", y.chunk(3, dim=-1), strict=True):
-        if sites.acting.get(site):
-            rows = thirds(output.shape[-1])[site]
-            output = sites.layer(site, x, output, weight[rows], None if bias is None else bias[rows])
+    for (rows, modules), output in zip(acting, y.chunk(3, dim=-1), strict=True):
+        for module in modules:
+            output = module(x, output, weight[rows], None if bias is None else bias[rows])
         outputs.append(output)
+    if any(modules for _, modules in acting):
+        # A part of y that nothing has replaced would keep all of y for the backward pass.
+        outputs = [frozen_layers.own(output) for output in outputs]
     return tuple(outputs)

@@ -22,6 +22,8 @@ def describe(model: nn.Module) -> Backbone:
         raise UnsupportedError(
             f"{type(model._orig_mod).__name__} is already compiled; attach before torch.compile (compile the result)"
         )
+    if any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__):
+        raise UnsupportedError(f"{type(model).__name__} is already sharded; attach before fully_shard")
     return describe_model(model)
 
 
@@ -71,4 +73,5 @@ def pre_norm_block(
                 "register a sited form of it with visionpeft.backbones.dispatch"
             )
     layers = norm_layers(norm1=block.norm1) | layers | norm_layers(norm2=block.norm2) | describe_mlp(block.mlp)
-    return BlockSites(block, sited_class, block.attn, sited_attention_class, layers, probe)
+    activation = getattr(block.mlp, "act", None)
+    return BlockSites(block, sited_class, block.attn, sited_attention_class, layers, probe, activation)

@@ -1,5 +1,7 @@
 """The image tower of an OpenCLIP model followed by a classification head."""
 
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from visionpeft.backbones.dispatch import describe_model
@@ -22,7 +24,9 @@ class ImageClassifier(nn.Module):
     def __init__(self, visual: nn.Module, num_classes: int = 0, projected: bool = False):
         super().__init__()
         self.visual = visual
-        self.num_features = visual.output_dim if projected else _remove_projection(visual)
+        if not projected:
+            _remove_projection(visual)
+        self.num_features = output_width(visual)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -47,15 +51,33 @@ def _(model: ImageClassifier) -> Backbone:
     return Backbone("open_clip", visual.name, model, {"visual": tower}, heads)
 
 
-def _remove_projection(visual: nn.Module) -> int:
-    """Take the projection off an OpenCLIP image tower and return the width of its features."""
-    if getattr(visual, "proj", None) is not None:  # open_clip.transformer.VisionTransformer
-        width = visual.proj.shape[0]
+def output_width(visual: nn.Module) -> int:
+    """Width of what an OpenCLIP image tower returns, with or without its projection.
+
+    Raises:
+        UnsupportedError: this is no such tower.
+    """
+    if isinstance(visual, VisionTransformer):
+        return visual.ln_post.normalized_shape[0] if visual.proj is None else visual.proj.shape[1]
+    if isinstance(visual, TimmModel):
+        trunk = visual.trunk
+        layers = [layer for layer in (trunk.get_classifier(), *visual.head.modules()) if isinstance(layer, nn.Linear)]
+        return layers[-1].out_features if layers else getattr(trunk, "head_hidden_size", trunk.num_features)
+    if hasattr(visual, "output_dim"):  # open_clip.modified_resnet.ModifiedResNet
+        return visual.output_dim
+    raise UnsupportedError(f"{type(visual).__name__} is no image tower of an OpenCLIP model")
+
+
+def _remove_projection(visual: nn.Module) -> None:
+    """Take the projection off an OpenCLIP image tower."""
+    if isinstance(visual, VisionTransformer):
         visual.proj = None
-        return width
-    if hasattr(visual, "trunk"):  # open_clip.timm_model.TimmModel: the projection is `head`
+    elif isinstance(visual, TimmModel):
+        # It is the head, or where there is none, as for EVA-02 and Perception Encoder, the classifier of the trunk.
         visual.head = nn.Identity()
-        return visual.trunk.num_features
-    raise UnsupportedError(
-        f"the image tower {type(visual).__name__} has no separate projection; pass projected=True to keep its features"
-    )
+        visual.trunk.reset_classifier(0)
+    else:
+        raise UnsupportedError(
+            f"the image tower {type(visual).__name__} has no separate projection; pass projected=True to keep its "
+            "features"
+        )

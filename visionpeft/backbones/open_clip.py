@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
@@ -15,7 +14,7 @@ from open_clip.transformer import (
     VisionTransformer,
 )
 
-from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fused_qkv_layers, thirds
+from visionpeft.backbones.attention import attend, dropout_of, fused_qkv, fused_qkv_layers, thirds
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, norm_layers
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.errors import UnsupportedError
@@ -25,14 +24,13 @@ from visionpeft.sites import UNTOUCHED, Sites
 def project(
     attention: nn.MultiheadAttention | Attention, x: torch.Tensor, sites: Sites | None = None
 ) -> tuple[torch.Tensor, ...]:
-    """q, k, v (batch, heads, tokens, head width) of tokens x (batch, tokens, width), with what acts at their sites.
+    """q (batch, heads, tokens that ask, d) and k, v (batch, heads, keys, d) of tokens x (batch, tokens, width).
 
-    The sites are those of the attention, if it has any, or the given ones.
+    What acts at q, k and v has acted. The sites are those of the attention, if it has any, or the given ones.
     """
     sites = sites_of(attention) if sites is None else sites
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
-    qkv = F.linear(x, weight, bias)
-    parts = apply_fused(sites, x, qkv, weight, bias)
+    parts = fused_qkv(sites, x, None, weight, bias)
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in parts)
     if isinstance(attention, Attention):
         q, k = sites.call(attention.ln_q, q), sites.call(attention.ln_k, k)
@@ -116,7 +114,8 @@ def residual_block(
     x: torch.Tensor,
     at: Callable[[str, torch.Tensor], torch.Tensor],
     attention: Callable[[torch.Tensor], torch.Tensor],
-    kept: torch.Tensor | None = None,
+    kept: torch.Tensor | slice | None = None,
+    call: Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor] = lambda branch, x: branch(x),
 ) -> torch.Tensor:
     """x + ls_1(attention(ln_1 x)), then x + ls_2(mlp(ln_2 x)), with sites.
 
@@ -126,6 +125,7 @@ def residual_block(
         at: what acts at a token site.
         attention: the attention branch; in OpenCLIP's custom block `attn_out` is behind the norm of this branch.
         kept: the tokens that go on behind the attention, if not all; `attention` returns only those.
+        call: calls the MLP branch.
     """
     x = at("stream_in", x)
     h = attention(at("attn_in", block.ln_1(x)))
@@ -133,7 +133,7 @@ def residual_block(
         h = block.ln_attn(h)
     x = x if kept is None else x[:, kept]
     x = at("stream_mid", x + block.ls_1(at("attn_out", h)))
-    h = at("mlp_out", block.mlp(at("mlp_in", block.ln_2(x))))
+    h = at("mlp_out", call(lambda x: block.mlp(at("mlp_in", block.ln_2(x))), x))
     return at("stream_out", x + block.ls_2(h))
 
 
@@ -146,12 +146,14 @@ class SitedResidualAttentionBlock(ResidualAttentionBlock):
         """Map tokens (batch, tokens, width) to the same shape."""
         if k_x is not None or v_x is not None:
             raise UnsupportedError("cross-attention blocks have no sited form")
-        mask = self.sites.widen(additive(attn_mask, q_x))
-        return residual_block(self, q_x, self.sites.enter(), lambda h: self.attention(h, attn_mask=mask))
+        sites, mask = self.sites, self.sites.mask(additive(attn_mask, q_x))
+        return residual_block(
+            self, q_x, sites.enter(), lambda h: self.attention(h, attn_mask=mask), sites.kept, sites.mlp
+        )
 
-    def attention_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What the attention reads of the stream x (batch, tokens, width), without what acts there."""
-        return UNTOUCHED.call(self.ln_1, x)
+    def attention_input(self, x: torch.Tensor, sites: Sites = UNTOUCHED) -> torch.Tensor:
+        """What the attention reads of the stream x (batch, tokens, width), with what acts at these sites."""
+        return sites.call(self.ln_1, x)
 
     def attend(self, h: torch.Tensor) -> torch.Tensor:
         """The attention branch of h (batch, tokens, width) up to `attn_out`, without mask and what acts in it."""
@@ -163,14 +165,14 @@ class SitedCustomResidualAttentionBlock(CustomResidualAttentionBlock):
 
     sites: Sites
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Map tokens (batch, tokens, width) to the same shape."""
-        mask = self.sites.widen(additive(attn_mask, x))
-        return residual_block(self, x, self.sites.enter(), lambda h: self.attn(h, attn_mask=mask))
+    def forward(self, x: torch.Tensor, k_x=None, v_x=None, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to the same shape; gradient checkpointing passes four arguments."""
+        sites, mask = self.sites, self.sites.mask(additive(attn_mask, x))
+        return residual_block(self, x, sites.enter(), lambda h: self.attn(h, attn_mask=mask), sites.kept, sites.mlp)
 
-    def attention_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What the attention reads of the stream x (batch, tokens, width), without what acts there."""
-        return UNTOUCHED.call(self.ln_1, x)
+    def attention_input(self, x: torch.Tensor, sites: Sites = UNTOUCHED) -> torch.Tensor:
+        """What the attention reads of the stream x (batch, tokens, width), with what acts at these sites."""
+        return sites.call(self.ln_1, x)
 
     def attend(self, h: torch.Tensor) -> torch.Tensor:
         """The attention branch of h (batch, tokens, width) up to `attn_out`, without mask and what acts in it."""
@@ -211,7 +213,7 @@ def _(block: ResidualAttentionBlock | CustomResidualAttentionBlock) -> BlockSite
     def probe(num_tokens: int) -> dict:
         return {"attn_mask": torch.full((num_tokens, num_tokens), float("-inf")).double().triu_(1)}
 
-    return BlockSites(block, sited_class, block.attn, sited_attention_class, layers, probe)
+    return BlockSites(block, sited_class, block.attn, sited_attention_class, layers, probe, block.mlp.gelu)
 
 
 def visual_tower(tower: VisionTransformer, path: str) -> Tower:
@@ -226,6 +228,7 @@ def visual_tower(tower: VisionTransformer, path: str) -> Tower:
         width=tower.conv1.out_channels,
         num_prefix_tokens=1,
         layers=layers | norm_layers(norm_pre=tower.ln_pre, norm=tower.ln_post),
+        pools_class_token=tower.pool_type == "tok" and tower.attn_pool is None and not tower.output_tokens,
         patch_size=tuple(tower.patch_size),
         spanning=(tower, tower.transformer),
         grid_size=tuple(tower.grid_size),

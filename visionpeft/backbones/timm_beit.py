@@ -2,10 +2,16 @@
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.models.beit import Attention, Beit, Block
 
-from visionpeft.backbones.attention import AttendsBehindNorm, apply_fused, attend, dropout_of, fused_qkv_layers
+from visionpeft.backbones.attention import (
+    AttendsBehindNorm,
+    attend,
+    dropout_of,
+    fused_qkv,
+    fused_qkv_layers,
+    with_bias,
+)
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, pre_norm_block
 from visionpeft.backbones.timm_vit import timm_backbone
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer
@@ -19,24 +25,20 @@ class SitedBeitAttention(Attention):
 
     def forward(self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None) -> torch.Tensor:
         """Attend over tokens (batch, tokens, width)."""
-        return self._attention(x, self.sites, self.sites.widen(self.position_bias(shared_rel_pos_bias)))
+        return self._attention(x, self.sites, self.sites.mask(self.position_bias(shared_rel_pos_bias)))
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Attend over tokens (batch, tokens, width) without positions and without what acts at the sites."""
         return self._attention(x, UNTOUCHED, None)
 
     def _attention(self, x: torch.Tensor, sites: Sites, position_bias: torch.Tensor | None) -> torch.Tensor:
-        batch, tokens, _ = x.shape
         bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        if bias is None or self.qkv_bias_separate:
-            qkv = self.qkv(x) if bias is None else self.qkv(x) + bias
-        else:
-            qkv = F.linear(x, self.qkv.weight, bias)
-        parts = apply_fused(sites, x, qkv, self.qkv.weight, bias)
-        q, k, v = (part.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for part in parts)
+        layer = with_bias(self, bias)
+        parts = fused_qkv(sites, x, layer, self.qkv.weight, bias)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         k, v = sites.kv(k, v)
         x = attend(q, k, v, attn_mask=position_bias, dropout=dropout_of(self), fused=self.fused_attn)
-        return self.proj_drop(sites.call(self.proj, x.transpose(1, 2).reshape(batch, tokens, -1)))
+        return self.proj_drop(sites.call(self.proj, x.transpose(1, 2).flatten(2)))
 
     def position_bias(self, shared: torch.Tensor | None) -> torch.Tensor | None:
         """Relative position bias (1, heads, N, N), own and shared added, or None."""
@@ -57,8 +59,8 @@ class SitedBeitBlock(Block, AttendsBehindNorm):
         x = at("stream_in", x)
         h = at("attn_in", self.norm1(x))
         h = at("attn_out", self.attn(h, shared_rel_pos_bias=shared_rel_pos_bias))
-        x = at("stream_mid", x + self.drop_path1(h if self.gamma_1 is None else self.gamma_1 * h))
-        h = at("mlp_out", self.mlp(at("mlp_in", self.norm2(x))))
+        x = at("stream_mid", self.sites.followed(x) + self.drop_path1(h if self.gamma_1 is None else self.gamma_1 * h))
+        h = at("mlp_out", self.sites.mlp(lambda x: self.mlp(at("mlp_in", self.norm2(x))), x))
         return at("stream_out", x + self.drop_path2(h if self.gamma_2 is None else self.gamma_2 * h))
 
 

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
@@ -10,11 +9,13 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from visionpeft.backbones.attention import (
     AttendsBehindNorm,
     AttendsToStream,
-    apply_fused,
     attend,
     dropout_of,
+    fused_qkv,
     fused_qkv_layers,
+    in_front,
     thirds,
+    with_bias,
 )
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, pre_norm_block
 from visionpeft.backbones.timm_layers import attention_output_layers
@@ -47,11 +48,7 @@ class SitedEvaAttention(EvaAttention):
         if self.qkv is None:
             return split_qkv(self, x, sites)
         bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        if bias is None or self.qkv_bias_separate:
-            qkv = self.qkv(x) if bias is None else self.qkv(x) + bias
-        else:
-            qkv = F.linear(x, self.qkv.weight, bias)
-        return apply_fused(sites, x, qkv, self.qkv.weight, bias)
+        return fused_qkv(sites, x, with_bias(self, bias), self.qkv.weight, bias)
 
 
 class SitedAttentionRope(AttentionRope):
@@ -77,29 +74,42 @@ class SitedAttentionRope(AttentionRope):
         """q, k, v (batch, tokens, heads * head width) with what acts at these sites."""
         if self.qkv is None:
             return split_qkv(self, x, sites)
-        return apply_fused(sites, x, self.qkv(x), self.qkv.weight, self.qkv.bias)
+        return fused_qkv(sites, x, self.qkv, self.qkv.weight, self.qkv.bias)
 
 
 def split_qkv(attention, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
-    """q, k, v (batch, tokens, heads * head width) of three separate layers."""
-    return tuple(sites.call(layer, x) for layer in (attention.q_proj, attention.k_proj, attention.v_proj))
+    """q (batch, tokens that ask, width) and k, v (batch, keys, width) of three separate layers, as `fused_qkv`."""
+    prompts = sites.prompts(x)
+    q, *kv = (
+        sites.call(attention.q_proj, sites.followed(x)),
+        sites.call(attention.k_proj, x),
+        sites.call(attention.v_proj, x),
+    )
+    if prompts is not None:
+        others = (sites.call(layer, prompts) for layer in (attention.k_proj, attention.v_proj))
+        kv = [in_front(other, own) for other, own in zip(others, kv, strict=True)]
+    return q, *kv
+
+
+def rotated(x: torch.Tensor, rope: torch.Tensor, patches: int, half: bool) -> torch.Tensor:
+    """Rotate the last tokens of x (batch, heads, tokens, head width), as many as there are patches."""
+    if patches == 0:
+        return x
+    return torch.cat((x[:, :, :-patches], apply_rot_embed_cat(x[:, :, -patches:], rope, half=half)), dim=2)
 
 
 def rotary_attention(attention, x, sites, rope=None, attn_mask=None, is_causal=False) -> torch.Tensor:
     """What EvaAttention and AttentionRope do with tokens (batch, tokens, width), and what acts at these sites."""
-    batch, tokens, _ = x.shape
-    gate = sites.call(attention.gate, x).sigmoid() if attention.gate is not None else None
+    gate = sites.call(attention.gate, sites.followed(x)).sigmoid() if attention.gate is not None else None
     qkv = attention.project(x, sites)
     heads = (attention.num_heads, *(getattr(attention, "num_kv_heads", attention.num_heads),) * 2)
-    q, k, v = (part.reshape(batch, tokens, h, -1).transpose(1, 2) for part, h in zip(qkv, heads, strict=True))
+    q, k, v = (part.unflatten(-1, (h, -1)).transpose(1, 2) for part, h in zip(qkv, heads, strict=True))
     q, k = sites.call(attention.q_norm, q), sites.call(attention.k_norm, k)
     if rope is not None:
-        fixed = attention.num_prefix_tokens + sites.extra_tokens
+        patches = x.shape[1] - attention.num_prefix_tokens - sites.extra_tokens
         half = getattr(attention, "rotate_half", False)
-        q, k = (
-            torch.cat((t[:, :, :fixed], apply_rot_embed_cat(t[:, :, fixed:], rope, half=half)), dim=2).type_as(v)
-            for t in (q, k)
-        )
+        q = rotated(q, rope, patches if sites.kept is None else 0, half).type_as(v)
+        k = rotated(k, rope, patches, half).type_as(v)
     k, v = sites.kv(k, v)
     groups = heads[0] // heads[1]
     if groups > 1:
@@ -107,7 +117,7 @@ def rotary_attention(attention, x, sites, rope=None, attn_mask=None, is_causal=F
     x = attend(
         q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout_of(attention), fused=attention.fused_attn
     )
-    x = sites.call(attention.norm, x.transpose(1, 2).reshape(batch, tokens, -1))
+    x = sites.call(attention.norm, x.transpose(1, 2).flatten(2))
     if gate is not None:
         x = x * gate
     return attention.proj_drop(sites.call(attention.proj, x))
@@ -128,12 +138,11 @@ class SitedEvaBlock(EvaBlock, AttendsBehindNorm):
         """Map tokens (batch, tokens, width) to the same shape."""
         at = self.sites.enter()
         x = at("stream_in", x)
-        h = self.attn(
-            at("attn_in", self.norm1(x)), rope=rope, attn_mask=self.sites.widen(attn_mask), is_causal=is_causal
-        )
+        mask = self.sites.mask(attn_mask, is_causal)
+        h = self.attn(at("attn_in", self.norm1(x)), rope=rope, attn_mask=mask, is_causal=is_causal)
         h = at("attn_out", h)
-        x = at("stream_mid", x + self.drop_path1(h if self.gamma_1 is None else self.gamma_1 * h))
-        h = at("mlp_out", self.mlp(at("mlp_in", self.norm2(x))))
+        x = at("stream_mid", self.sites.followed(x) + self.drop_path1(h if self.gamma_1 is None else self.gamma_1 * h))
+        h = at("mlp_out", self.sites.mlp(lambda x: self.mlp(at("mlp_in", self.norm2(x))), x))
         return at("stream_out", x + self.drop_path2(h if self.gamma_2 is None else self.gamma_2 * h))
 
 
@@ -152,9 +161,10 @@ class SitedEvaBlockPostNorm(EvaBlockPostNorm, AttendsToStream):
         """Map tokens (batch, tokens, width) to the same shape."""
         at = self.sites.enter()
         x = at("stream_in", x)
-        h = self.attn(at("attn_in", x), rope=rope, attn_mask=self.sites.widen(attn_mask), is_causal=is_causal)
-        x = at("stream_mid", x + self.drop_path1(self.norm1(at("attn_out", h))))
-        h = at("mlp_out", self.mlp(at("mlp_in", x)))
+        mask = self.sites.mask(attn_mask, is_causal)
+        h = self.attn(at("attn_in", x), rope=rope, attn_mask=mask, is_causal=is_causal)
+        x = at("stream_mid", self.sites.followed(x) + self.drop_path1(self.norm1(at("attn_out", h))))
+        h = at("mlp_out", self.sites.mlp(lambda x: self.mlp(at("mlp_in", x)), x))
         return at("stream_out", x + self.drop_path2(self.norm2(h)))
 
 

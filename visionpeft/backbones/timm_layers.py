@@ -5,7 +5,7 @@ import torch.nn as nn
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.models.vitamin import GeGluMlp
 
-from visionpeft.backbones.attention import apply_fused, attend, dropout_of, fused_qkv_layers, thirds
+from visionpeft.backbones.attention import attend, dropout_of, fused_qkv, fused_qkv_layers, thirds
 from visionpeft.backbones.dispatch import describe_attention, describe_mlp, norm_layers
 from visionpeft.backbones.tower import Layer
 from visionpeft.errors import UnsupportedError
@@ -28,15 +28,14 @@ class SitedAttention(Attention):
 
 def plain_attention(attention, x, sites, attn_mask=None, is_causal=False) -> torch.Tensor:
     """What timm's `Attention` does with tokens (batch, tokens, width), and what acts at these sites."""
-    batch, tokens, _ = x.shape
-    gate = sites.call(attention.gate, x).sigmoid() if attention.gate is not None else None
-    qkv = apply_fused(sites, x, attention.qkv(x), attention.qkv.weight, attention.qkv.bias)
-    q, k, v = (part.reshape(batch, tokens, attention.num_heads, attention.head_dim).transpose(1, 2) for part in qkv)
+    gate = sites.call(attention.gate, sites.followed(x)).sigmoid() if attention.gate is not None else None
+    qkv = fused_qkv(sites, x, attention.qkv, attention.qkv.weight, attention.qkv.bias)
+    q, k, v = (part.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for part in qkv)
     q, k = sites.call(attention.q_norm, q), sites.call(attention.k_norm, k)
     k, v = sites.kv(k, v)
     dropout, fused = dropout_of(attention), attention.fused_attn
     x = attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout, fused=fused)
-    x = sites.call(attention.norm, x.transpose(1, 2).reshape(batch, tokens, attention.attn_dim))
+    x = sites.call(attention.norm, x.transpose(1, 2).flatten(2))
     if gate is not None:
         x = x * gate
     return attention.proj_drop(sites.call(attention.proj, x))
@@ -75,8 +74,10 @@ def _(mlp: SwiGLU) -> dict[str, Layer]:
 
 @describe_mlp.register
 def _(mlp: GeGluMlp) -> dict[str, Layer]:
+    norm = norm_layers(mlp_norm=mlp.norm)
+    reads = "" if norm else None  # the norm is in front of both halves
     halves = {
-        "fc1_g": Layer("fc1_g", "linear", mlp.w0, target="fc1"),
-        "fc1_x": Layer("fc1_x", "linear", mlp.w1, target="fc1"),
+        "fc1_g": Layer("fc1_g", "linear", mlp.w0, target="fc1", reads=reads),
+        "fc1_x": Layer("fc1_x", "linear", mlp.w1, target="fc1", reads=reads),
     }
-    return norm_layers(mlp_norm=mlp.norm) | halves | {"fc2": Layer("fc2", "linear", mlp.w2)}
+    return norm | halves | {"fc2": Layer("fc2", "linear", mlp.w2)}

@@ -20,10 +20,9 @@ class SitedBlock(Block, AttendsBehindNorm):
         at = self.sites.enter()
         x = at("stream_in", x)
         h = at("attn_in", self.norm1(x))
-        h = at("attn_out", self.attn(h, attn_mask=self.sites.widen(attn_mask), is_causal=is_causal))
-        x = at("stream_mid", x + self.drop_path1(self.ls1(h)))
-        h = at("mlp_in", self.norm2(x))
-        h = at("mlp_out", self.mlp(h))
+        h = at("attn_out", self.attn(h, attn_mask=self.sites.mask(attn_mask, is_causal), is_causal=is_causal))
+        x = at("stream_mid", self.sites.followed(x) + self.drop_path1(self.ls1(h)))
+        h = at("mlp_out", self.sites.mlp(lambda x: self.mlp(at("mlp_in", self.norm2(x))), x))
         return at("stream_out", x + self.drop_path2(self.ls2(h)))
 
 
@@ -36,10 +35,10 @@ class SitedResPostBlock(ResPostBlock, AttendsToStream):
         """Map tokens (batch, tokens, width) to the same shape."""
         at = self.sites.enter()
         x = at("stream_in", x)
-        h = self.attn(at("attn_in", x), attn_mask=self.sites.widen(attn_mask), is_causal=is_causal)
+        h = self.attn(at("attn_in", x), attn_mask=self.sites.mask(attn_mask, is_causal), is_causal=is_causal)
         h = self.norm1(at("attn_out", h))
-        x = at("stream_mid", x + self.drop_path1(h))
-        h = self.norm2(at("mlp_out", self.mlp(at("mlp_in", x))))
+        x = at("stream_mid", self.sites.followed(x) + self.drop_path1(h))
+        h = self.norm2(at("mlp_out", self.sites.mlp(lambda x: self.mlp(at("mlp_in", x)), x)))
         return at("stream_out", x + self.drop_path2(h))
 
 
@@ -74,6 +73,8 @@ def timm_backbone(model: nn.Module, **norms: nn.Module) -> Backbone:
         excluded=("head.", "head_dist."),
         grid_size=None if getattr(model, "dynamic_img_size", False) else getattr(model.patch_embed, "grid_size", None),
     )
+    pools_class_token = model.global_pool == "token" and model.num_prefix_tokens > 0 and not hasattr(model, "head_dist")
+    tower.pools_class_token = pools_class_token and getattr(model, "attn_pool", None) is None
     heads = tuple(
         name for name in ("head", "head_dist") if not isinstance(getattr(model, name, nn.Identity()), nn.Identity)
     )

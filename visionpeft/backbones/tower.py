@@ -7,6 +7,10 @@ import torch
 import torch.nn as nn
 
 from visionpeft.backbones.frames import Frames
+from visionpeft.errors import UnsupportedError
+
+# target of a layer -> site whose tokens it takes
+READS = dict.fromkeys(("q", "k", "v", "gate"), "attn_in") | {"fc1": "mlp_in", "fc2": "hidden"}
 
 
 @dataclass
@@ -28,6 +32,7 @@ class Layer:
             layer has no bias, such as the position embedding behind a patch convolution.
         shift_is_void: whether a constant shift of the output changes nothing. So it is for keys that are neither
             rotated nor normalised: it adds the same to all scores of a query.
+        reads: the site whose tokens the layer takes as they are, by default that of its name; "" for none.
     """
 
     site: str
@@ -42,11 +47,19 @@ class Layer:
     target: str = ""
     shift_sink: tuple[nn.Module, str, tuple] | None = None
     shift_is_void: bool = False
+    reads: str | None = None
 
     def __post_init__(self):
         self.target = self.target or self.site
+        if self.reads is None:
+            self.reads = READS.get(self.target, "")
         if self.bias_owner is None and self.called and getattr(self.owner, self.bias, None) is not None:
             self.bias_owner = self.owner
+        if not getattr(self.owner, self.weight).is_floating_point():
+            raise UnsupportedError(
+                f"{type(self.owner).__name__} keeps its weight packed in integers, from which no rows can be read; "
+                "quantise with torchao, as weights only"
+            )
 
     @property
     def weight_tensor(self) -> torch.Tensor:
@@ -84,6 +97,7 @@ class BlockSites:
         sited_attention_class: likewise for the attention.
         layers: the layer sites by name.
         probe: makes one more call argument set for the self-check: `probe(num_tokens) -> kwargs` of the forward.
+        activation: the activation between the layers of the MLP, if it is one without parameters.
     """
 
     module: nn.Module
@@ -92,6 +106,13 @@ class BlockSites:
     sited_attention_class: type[nn.Module]
     layers: dict[str, Layer]
     probe: Callable[[int], dict] = field(default=lambda num_tokens: {})
+    activation: nn.Module | None = None
+
+    @property
+    def economical(self) -> list[nn.Module]:
+        """The layers whose sited class keeps less for the backward pass, also where nothing acts."""
+        layers = [layer.owner for layer in self.layers.values() if layer.called]
+        return layers if self.activation is None else [*layers, self.activation]
 
 
 @dataclass
@@ -113,6 +134,7 @@ class Tower:
         excluded: prefixes of parameter names in `module` that belong to a head or to another tower.
         grid_size: rows and columns of patches in images of the tower's own size, None if it has none.
         frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
+        pools_class_token: whether behind the last block only the first token is read.
     """
 
     name: str
@@ -129,6 +151,7 @@ class Tower:
     excluded: tuple[str, ...] = ()
     grid_size: tuple[int, int] | None = None
     frames: Frames | None = None
+    pools_class_token: bool = False
 
     @property
     def depth(self) -> int:

@@ -1,6 +1,7 @@
 """What every learner is: CLIP with class names, from images to logits."""
 
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -85,9 +86,9 @@ class Learner(nn.Module):
 
     # What a learner is made of
 
+    @abstractmethod
     def prompts(self, names: Sequence[str]) -> list[Tokens]:
         """Tokens and slots of the prompt of each class."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its prompts are")
 
     def context(self) -> torch.Tensor | None:
         """Context vectors (groups, vectors, width) for the slots of the prompts, None without slots."""

@@ -16,8 +16,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from open_clip import CLIP
 from open_clip.transformer import CustomResidualAttentionBlock, ResidualAttentionBlock, TextTransformer
-from timm.layers import DropPath
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from visionpeft.backbones.attention import attend
@@ -25,7 +23,7 @@ from visionpeft.backbones.open_clip import join_heads, project, residual_block
 from visionpeft.clip.layout import Layout, Tokens
 from visionpeft.clip.packing import Bucket, Chunk, Packing, Rows, common_length
 from visionpeft.errors import UnsupportedError
-from visionpeft.sites import TOKEN_SITES, Sites
+from visionpeft.sites import TOKEN_SITES, Sites, is_drawn
 
 
 class TextEncoder:
@@ -114,7 +112,7 @@ class TextEncoder:
         if self._not_causal is not None:
             return self._not_causal
         for module in self._acting_parts():
-            if _is_drawn(module) and not isinstance(module, nn.Dropout):
+            if is_drawn(module) and not isinstance(module, nn.Dropout):
                 return f"{type(module).__name__} is drawn for whole texts"
         replaced = 0
         for block in self.blocks:
@@ -133,14 +131,14 @@ class TextEncoder:
 
     def _may_share(self) -> bool:
         """Whether no dropout is drawn, which every text would draw for itself."""
-        return not any(_is_drawn(module) for module in self._acting_parts())
+        return not any(is_drawn(module) for module in self._acting_parts())
 
     def _acting_parts(self) -> Iterator[nn.Module]:
         """Everything inside the modules that act somewhere in the tower."""
         for part in (*self.blocks, self.module.ln_final):
             for module in part.modules():
                 sites = module.__dict__.get("sites")
-                acting = [*module.__dict__.get("acting", ())]
+                acting = [*module.__dict__.get("acting", ()), *module.__dict__.get("entering", ())]
                 if sites is not None:
                     acting += [each for modules in sites.acting.values() for each in modules]
                     acting += [each for branches in sites.branches.values() for each, _ in branches]
@@ -266,12 +264,6 @@ def _embedded_slots(embedding: nn.Embedding, tokens: torch.Tensor, context: torc
         yield
     finally:
         handle.remove()
-
-
-def _is_drawn(module: nn.Module) -> bool:
-    """Whether a module is a dropout at work: `nn.Dropout` for each value, any other for whole channels or texts."""
-    rate = getattr(module, "drop_prob", 0.0) if isinstance(module, DropPath) else getattr(module, "p", 0.0)
-    return module.training and isinstance(module, DropPath | _DropoutNd) and rate > 0
 
 
 def _token_modules(sites: Sites | None) -> Iterator[tuple[str, nn.Module]]:

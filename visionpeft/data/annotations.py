@@ -3,11 +3,15 @@
 import csv
 import json
 import os
+import re
 from io import StringIO
 from pathlib import Path
 
 from visionpeft.data.records import Row
 from visionpeft.errors import DataError
+
+# `int` does not read thousands of digits.
+NUMBER = re.compile("[0-9]{1,18}")
 
 
 def read_list(file: Path) -> list[Row]:
@@ -32,9 +36,10 @@ def read_list(file: Path) -> list[Row]:
 
 def read_json(file: Path) -> object:
     """Content of a JSON file; raises DataError when it is missing or is not JSON."""
+    text = read_text(file)
     try:
-        return json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file} is not valid JSON: {error}") from error
 
 
@@ -46,6 +51,19 @@ def read_text(file: Path) -> str:
         raise DataError(f"cannot read the list {file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"the list {file} is not UTF-8 text") from error
+
+
+def read_csv(file: Path) -> tuple[list[str], list[tuple[int, dict]]]:
+    """Columns of a CSV file with a header, and its entries with their line numbers.
+
+    Raises:
+        DataError: the file is missing or is not CSV.
+    """
+    reader = csv.DictReader(StringIO(read_text(file), newline=""), skipinitialspace=True)
+    try:
+        return list(reader.fieldnames or ()), [(reader.line_num, entry) for entry in reader]
+    except csv.Error as error:
+        raise DataError(f"{file} behind line {reader.line_num} is not CSV: {error}") from None
 
 
 def write_json(file: Path, content: object) -> None:
@@ -76,7 +94,7 @@ def read_split_lines(file: Path, classes: int) -> list[Row]:
             continue
         where = f"{file} line {number}"
         path, _, label = line.strip().replace("\t", " ").rpartition(" ")
-        if not path or not label.isdecimal():
+        if not path or not NUMBER.fullmatch(label):
             raise DataError(f"{where}: expected an image path and an integer label, found '{line.strip()}'")
         if int(label) >= classes:
             raise DataError(f"{where}: label {label} is out of range; the {classes} classes are 0 to {classes - 1}")
@@ -85,11 +103,11 @@ def read_split_lines(file: Path, classes: int) -> list[Row]:
 
 
 def _read_csv(file: Path) -> list[Row]:
-    reader = csv.DictReader(StringIO(read_text(file), newline=""), skipinitialspace=True)
-    if not {"path", "label"} <= set(reader.fieldnames or ()):
-        found = ",".join(reader.fieldnames or ()) or "nothing"
+    columns, entries = read_csv(file)
+    if not {"path", "label"} <= set(columns):
+        found = ",".join(columns) or "nothing"
         raise DataError(f"image list {file} must start with a header naming path and label, found '{found}'")
-    return [_row(entry["path"], entry["label"], f"{file} line {reader.line_num}") for entry in reader]
+    return [_row(entry["path"], entry["label"], f"{file} line {number}") for number, entry in entries]
 
 
 def _read_json(file: Path) -> list[Row]:
@@ -115,4 +133,4 @@ def _row(path: object, label: object, where: str) -> Row:
     if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
         raise DataError(f"{where}: image '{path}' needs a class name or an integer as label, found {label!r}")
     label = str(label).strip()
-    return Row(path.strip(), int(label) if label.lstrip("-").isdecimal() else label, where)
+    return Row(path.strip(), int(label) if NUMBER.fullmatch(label.removeprefix("-")) else label, where)

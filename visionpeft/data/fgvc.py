@@ -7,6 +7,7 @@ from typing import Literal
 from visionpeft.data.aliases import choose
 from visionpeft.data.annotations import read_json
 from visionpeft.data.module import ImageDataModule
+from visionpeft.data.prepared import prepared_notes
 from visionpeft.data.records import ImageFiles, ImageSet, Row, check_disjoint, path_inside
 from visionpeft.data.transforms import Augmentation, Resize
 from visionpeft.errors import ConfigurationError, DataError
@@ -57,7 +58,7 @@ class FGVC(ImageDataModule):
         splits = {split: _read_split(folder / f"{split}.json") for split in SPLITS}
         check_disjoint(splits)
         ids = _sorted_ids(splits, folder)
-        notes = _differences(splits, len(ids), definition)
+        notes = [*_differences(splits, len(ids), definition), *prepared_notes(folder)]
         if train_on == "train+val":
             splits = {"train": splits["train"] + splits["val"], "test": splits["test"]}
         images = folder / definition["images"]

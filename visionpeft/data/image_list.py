@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from visionpeft.data.annotations import read_list
 from visionpeft.data.module import ImageDataModule
@@ -68,11 +69,18 @@ class ClipArt(ImageList):
     """The embedded set: public-domain drawings from Open Clip Art, with fixed splits (datasets/clipart).
 
     Args:
+        train_on: "train" selects on val; "train+val" trains on both and selects on nothing.
         resize: "squash" to the input size (the drawings are square), or "crop": resize to cover, then cut.
         augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
     """
 
-    def __init__(self, resize: Resize = "squash", augmentation: Augmentation = "crop_flip", **kwargs):
+    def __init__(
+        self,
+        train_on: Literal["train", "train+val"] = "train",
+        resize: Resize = "squash",
+        augmentation: Augmentation = "crop_flip",
+        **kwargs,
+    ):
         folder = shipped("datasets") / "clipart"
         super().__init__(
             folder / "train.csv",
@@ -84,6 +92,11 @@ class ClipArt(ImageList):
             augmentation=augmentation,
             **kwargs,
         )
+        if train_on == "train+val":
+            train, val = self.sources["train"], self.sources.pop("val")
+            self.sources["train"] = ImageFiles(train.paths + val.paths, train.labels + val.labels)
+            self.images.about |= {"trained_on": train_on, "selected_on": None}
+            self.skipped.pop("val")
 
 
 def class_index(rows: list[Row], class_names: Sequence[str] | None) -> tuple[list[str], dict[int | str, int]]:

@@ -147,6 +147,18 @@ class ImageDataModule(lightning.LightningDataModule):
     def preprocessing(self, preprocessing: Preprocessing | None) -> None:
         self._preprocessing = preprocessing
 
+    def select_on_test(self) -> None:
+        """Select on the test split, as papers did that report their best test epoch; the record says so.
+
+        Raises:
+            DataError: there is no test split.
+        """
+        if "test" not in self.sources:
+            raise DataError("there is no test split to select on")
+        self.sources["val"] = self.sources["test"]
+        self.skipped["val"] = 0
+        self.images.about["selected_on"] = "test"
+
     def setup(self, stage: str | None = None) -> None:
         """Check that all files exist, and with `skip_corrupt` that they can be read. Done once.
 
@@ -196,7 +208,7 @@ class ImageDataModule(lightning.LightningDataModule):
         """Shuffled batches (images float32 (B, 3, H, W), labels int64 (B,))."""
         dataset = self.dataset("train")
         trainer = self.trainer
-        sampler = EpochSampler(
+        sampler = self.sampler(
             dataset,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
@@ -205,6 +217,10 @@ class ImageDataModule(lightning.LightningDataModule):
             drop_last=self.drop_last,
         )
         return self._loader(TrainLoader, dataset, sampler=sampler, drop_last=self.drop_last)
+
+    def sampler(self, dataset: ImageDataset, **options) -> EpochSampler:
+        """The order of the training samples."""
+        return EpochSampler(dataset, **options)
 
     def val_dataloader(self) -> DataLoader | list:
         """Batches in order; an empty list when nothing is held out for selection."""

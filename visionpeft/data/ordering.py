@@ -1,10 +1,12 @@
 """Orders that depend on a seed alone: fixed splits and subsets, and shuffling that an interrupted run can resume."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
 from torch.utils.data import DistributedSampler
+
+from visionpeft.errors import DataError
 
 
 def mix(*values: int | np.ndarray) -> np.ndarray:
@@ -47,4 +49,39 @@ class EpochSampler(DistributedSampler):
         return samples if epoch == self.epoch else 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((index, self.epoch) for index in islice(super().__iter__(), self.start, None))
+        return ((index, self.epoch) for index in islice(self.order(), self.start, None))
+
+    def order(self) -> Iterator[int]:
+        """Indices of the current epoch, in this process."""
+        return super().__iter__()
+
+
+class SceneSampler(EpochSampler):
+    """An `EpochSampler` that shuffles scenes instead of samples: the samples of a scene follow each other.
+
+    A batch of m times as many samples as a scene has therefore holds m whole scenes, on each of several devices, too.
+
+    Args:
+        scenes: The scene of each sample, (n,).
+        **options: Of `EpochSampler`; `drop_last` and the repeats that even out devices count in scenes.
+
+    Raises:
+        DataError: scenes of different numbers of samples.
+    """
+
+    def __init__(self, scenes: Sequence[int], **options):
+        _, counts = np.unique(scenes, return_counts=True)
+        if counts.min() != counts.max():
+            raise DataError(
+                f"batches of whole scenes need scenes of equal size, but these have {counts.min()} to {counts.max()} "
+                "samples; use batches 'random'"
+            )
+        self.samples = np.argsort(scenes, kind="stable").reshape(len(counts), -1)
+        super().__init__(self.samples, **options)
+
+    def __len__(self) -> int:
+        return super().__len__() * self.samples.shape[1]
+
+    def order(self) -> Iterator[int]:
+        """Indices of the current epoch, in this process, scene by scene."""
+        return (index for scene in super().order() for index in self.samples[scene].tolist())

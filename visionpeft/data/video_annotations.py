@@ -1,11 +1,9 @@
 """Annotation files of video data sets: Kinetics, Something-Something v2, HMDB51, UCF101 and `path label` lists."""
 
-import csv
 import re
-from io import StringIO
 from pathlib import Path
 
-from visionpeft.data.annotations import read_json, read_list, read_text
+from visionpeft.data.annotations import read_csv, read_json, read_list, read_text
 from visionpeft.data.records import Row
 from visionpeft.errors import DataError
 
@@ -29,7 +27,7 @@ def read_video_list(file: Path) -> list[Row]:
         return read_list(file)
     rows = []
     for number, line in lines:
-        match = re.fullmatch(r"(.*[^\s,])(?:\s*,\s*|\s+)(\d+)", line)
+        match = re.fullmatch(r"(.*[^\s,])(?:\s*,\s*|\s+)([0-9]{1,18})", line)
         if match is None:
             raise DataError(f"{file} line {number}: expected a video path and an integer label, found '{line}'")
         rows.append(Row(match[1], int(match[2]), f"{file} line {number}"))
@@ -42,18 +40,18 @@ def read_kinetics(file: Path) -> list[Row]:
     Raises:
         DataError: the file is missing or empty, or lacks a column, a label or a time.
     """
-    reader = csv.DictReader(StringIO(read_text(file), newline=""), skipinitialspace=True)
-    missing = [column for column in KINETICS_COLUMNS if column not in (reader.fieldnames or ())]
+    columns, entries = read_csv(file)
+    missing = [column for column in KINETICS_COLUMNS if column not in columns]
     if missing:
         raise DataError(f"{file} lacks the column {missing[0]}; Kinetics has {','.join(KINETICS_COLUMNS)},split")
     rows = []
-    for entry in reader:
-        where = f"{file} line {reader.line_num}"
+    for line, entry in entries:
+        where = f"{file} line {line}"
         if not all(entry[column] for column in KINETICS_COLUMNS):
             raise DataError(f"{where} lacks an entry for one of {', '.join(KINETICS_COLUMNS)}")
         try:
             start, end = (int(float(entry[column])) for column in ("time_start", "time_end"))
-        except ValueError:
+        except (ValueError, OverflowError):
             raise DataError(
                 f"{where}: times must be seconds, found {entry['time_start']} and {entry['time_end']}"
             ) from None
@@ -98,7 +96,7 @@ def read_something_classes(file: Path) -> list[str]:
     content = read_json(file)
     try:
         numbered = sorted((int(number), str(name)) for name, number in content.items())
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, OverflowError):
         raise DataError(f"{file} must be a JSON object of class names and numbers") from None
     if [number for number, _ in numbered] != list(range(len(numbered))):
         raise DataError(f"{file} must number its classes from 0 without gaps")

@@ -16,11 +16,13 @@ class VideoFiles:
     Args:
         paths: Video files or folders of frames, (n,).
         labels: Class indices, (n,).
+        scenes: Which videos show the same scene, if that is known: (n,).
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int]):
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int], scenes: Sequence[int] | None = None):
         self.paths = list(paths)
         self.labels = list(labels)
+        self.scenes = None if scenes is None else list(scenes)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -31,7 +33,8 @@ class VideoFiles:
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> "VideoFiles":
         """The videos at `indices`."""
-        return VideoFiles([self.paths[i] for i in indices], [self.labels[i] for i in indices])
+        scenes = None if self.scenes is None else [self.scenes[i] for i in indices]
+        return VideoFiles([self.paths[i] for i in indices], [self.labels[i] for i in indices], scenes)
 
     def readable(self, num_workers: int = 0) -> list[int]:
         """Indices of the videos that can be decoded to the end; decodes every one, in `num_workers` processes."""

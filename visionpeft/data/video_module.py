@@ -3,6 +3,7 @@
 from typing import Literal
 
 from visionpeft.data.module import ImageDataModule
+from visionpeft.data.ordering import EpochSampler, SceneSampler
 from visionpeft.data.records import ImageSet
 from visionpeft.data.video_dataset import VideoDataset
 from visionpeft.data.video_files import VideoFiles
@@ -27,6 +28,9 @@ class VideoDataModule(ImageDataModule):
         augmentation: Of training clips.
         test_crops: Crops of each test clip: 1 (centre) or 3 along the longer side.
         batch_size: Videos in a batch.
+        batches: Training batches of "random" videos, or of "scene": all videos of one scene or of several, which then
+            differ in nothing but their classes. Needs data that know their scenes (Motion) and a batch size that is a
+            multiple of the videos of a scene.
         num_workers: Processes that decode videos; 0 decodes in the main process.
         normalisation: "pretrained" (the backbone's), "imagenet", "half" (mean and std 0.5) or "none".
         drop_last: Leave out the last incomplete training batch of each epoch.
@@ -47,6 +51,7 @@ class VideoDataModule(ImageDataModule):
         augmentation: ClipAugmentation = AUGMENTATION,
         test_crops: int = 1,
         batch_size: int = 16,
+        batches: Literal["random", "scene"] = "random",
         num_workers: int = 0,
         normalisation: Literal["pretrained", "imagenet", "half", "none"] = "pretrained",
         drop_last: bool = False,
@@ -60,6 +65,8 @@ class VideoDataModule(ImageDataModule):
             raise ConfigurationError(f"test_crops {test_crops} must be 1 or 3")
         if augmentation.flip and not mirrored:
             raise ConfigurationError(f"flip changes labels of {videos.about['dataset']}; leave it off")
+        if batches not in ("random", "scene"):
+            raise ConfigurationError(f"unknown batches '{batches}': choose random or scene")
         super().__init__(
             videos,
             batch_size=batch_size,
@@ -73,6 +80,9 @@ class VideoDataModule(ImageDataModule):
             seed=seed,
             test_batch_size=test_batch_size,
         )
+        self.batches = batches
+        if batches == "scene":
+            self._check_scenes()
         self.sampling = sampling
         self.augmentation = augmentation
         self.test_crops = test_crops
@@ -123,6 +133,16 @@ class VideoDataModule(ImageDataModule):
             shuffle_frames=self.shuffle_test_frames and tested,
         )
 
+    def sampler(self, dataset: VideoDataset, **options) -> EpochSampler:
+        """The order of the training videos.
+
+        Raises:
+            DataError: with batches "scene", scenes of different numbers of videos, after skipping some.
+        """
+        if self.batches == "scene":
+            return SceneSampler(dataset.source.scenes, **options)
+        return EpochSampler(dataset, **options)
+
     def description(self) -> dict[str, object]:
         """What was trained, selected and scored on and how videos were treated, for the record of a run."""
         used = self.preprocessing
@@ -134,6 +154,7 @@ class VideoDataModule(ImageDataModule):
             "skipped_videos": dict(self.skipped),
             "input_size": list(used.input_size) if used else None,
             "interpolation": used.interpolation if used else None,
+            "batches": self.batches,
             "sampling": vars(self.sampling) | {},
             "test_views": self.sampling.test_clips * self.test_crops,
             "test_crops": self.test_crops,
@@ -146,6 +167,19 @@ class VideoDataModule(ImageDataModule):
             },
             "notes": list(self.images.notes),
         }
+
+    def _check_scenes(self) -> None:
+        scenes = getattr(self.sources.get("train"), "scenes", None)
+        if scenes is None:
+            raise ConfigurationError(
+                f"batches 'scene': {self.images.about['dataset']} does not say which videos show the same scene; use "
+                "batches 'random'"
+            )
+        size = scenes.count(scenes[0])
+        if self.batch_size % size:
+            raise ConfigurationError(
+                f"batches 'scene': batch_size {self.batch_size} must be a multiple of the {size} videos of a scene"
+            )
 
 
 def video_set(

@@ -1,6 +1,7 @@
 """The embedded video set."""
 
 from pathlib import Path
+from typing import Literal
 
 from visionpeft.data.motion import CLASSES, SCENES, files, motion_folder, write_motion
 from visionpeft.data.video_files import VideoFiles
@@ -9,20 +10,22 @@ from visionpeft.data.video_sampling import FrameSampling
 from visionpeft.data.video_transforms import ClipAugmentation
 
 SAMPLING = FrameSampling()
-AUGMENTATION = ClipAugmentation(area=(0.6, 1.0))
+AUGMENTATION = ClipAugmentation("centre")
 
 
 class Motion(VideoDataModule):
     """The embedded set: sprites that move, grow, shrink or turn, in 8 classes that no single frame tells apart.
 
-    400, 80 and 240 videos of 16 frames, 64 x 64, are written as H.264 files when they are needed first (motion.py);
-    the splits have different sprites.
+    1,440, 240 and 320 videos of 16 frames, 64 x 64, are written as H.264 files when they are needed first (motion.py).
+    The splits have different sprites; every scene is there in all 8 classes.
 
     Args:
         root: Folder of the videos; one in the user's cache folder when absent.
         video_seed: Seed of the videos themselves.
         sampling: Which frames make a clip.
         augmentation: Of training clips; never mirrored, which would exchange classes.
+        batches: Of "scene": a sprite in all of its motions, so that nothing else tells the classes of a batch apart; or
+            of "random" videos.
     """
 
     def __init__(
@@ -31,17 +34,18 @@ class Motion(VideoDataModule):
         video_seed: int = 0,
         sampling: FrameSampling = SAMPLING,
         augmentation: ClipAugmentation = AUGMENTATION,
+        batches: Literal["random", "scene"] = "scene",
         **kwargs,
     ):
         self.root = motion_folder(video_seed) if root is None else Path(root)
         self.video_seed = video_seed
-        found = list(files(self.root))
         sources = {
             split: VideoFiles(
-                [path for part, _, _, path in found if part == split],
-                [label for part, _, label, _ in found if part == split],
+                [path for scene in range(count) for path in files(self.root, split, scene)],
+                [*range(len(CLASSES))] * count,
+                [scene for scene in range(count) for _ in CLASSES],
             )
-            for split in SCENES
+            for split, count in SCENES.items()
         }
         about = {
             "dataset": "Motion",
@@ -55,6 +59,7 @@ class Motion(VideoDataModule):
             mirrored=False,
             sampling=sampling,
             augmentation=augmentation,
+            batches=batches,
             **kwargs,
         )
 

@@ -16,6 +16,7 @@ from visionpeft.data.aliases import choose
 from visionpeft.data.annotations import read_split_lines
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.ordering import permutation
+from visionpeft.data.prepared import prepared_notes
 from visionpeft.data.records import ImageFiles, ImageSet, Row, Source, path_inside, without_duplicates
 from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.resources import shipped
@@ -74,7 +75,7 @@ class VTAB1k(ImageDataModule):
                 splits["val"] = _rows(folder, "val200", definition["classes"])
             splits["test"] = _rows(folder, "test", definition["classes"])
             sources = {split: _files(folder, rows) for split, rows in splits.items()}
-            notes = _differences(sources, train_on, definition)
+            notes = [*_differences(sources, train_on, definition), *prepared_notes(folder)]
             if train_on == "train800val200" and not (folder / "train800val200.txt").is_file():
                 notes.append("train800val200.txt is absent: train800.txt and val200.txt together")
         untrained = definition["classes"] - len(set(sources["train"].labels))

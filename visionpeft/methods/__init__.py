@@ -1,29 +1,65 @@
 """What acts: one file for each method."""
 
+from visionpeft.methods.adalora import AdaLoRA
 from visionpeft.methods.adapter import Adapter
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
 from visionpeft.methods.base import Method
 from visionpeft.methods.bitfit import BitFit
+from visionpeft.methods.child_tuning import ChildTuning
+from visionpeft.methods.compacter import Compacter
+from visionpeft.methods.convpass import Convpass
+from visionpeft.methods.dora import DoRA
+from visionpeft.methods.fact import FacT
+from visionpeft.methods.fish_mask import FishMask
+from visionpeft.methods.gated_vpt import GatedVPT
+from visionpeft.methods.ia3 import IA3
+from visionpeft.methods.kadaptation import KAdaptation
+from visionpeft.methods.krona import KronA
+from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.lora import LoRA
+from visionpeft.methods.mam import MAM
+from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.prefix_tuning import PrefixTuning
+from visionpeft.methods.rep_adapter import RepAdapter
 from visionpeft.methods.selective import FullFineTuning, LastBlocks, LinearProbe
+from visionpeft.methods.spt import SPT
 from visionpeft.methods.ssf import SSF
 from visionpeft.methods.st_adapter import STAdapter
+from visionpeft.methods.unipelt import UniPELT
+from visionpeft.methods.vera import VeRA
 from visionpeft.methods.vpt import VPT
 
 __all__ = [
     "AIM",
+    "IA3",
+    "MAM",
+    "SPT",
     "SSF",
     "VPT",
+    "AdaLoRA",
     "AdaptFormer",
     "Adapter",
     "BitFit",
+    "ChildTuning",
+    "Compacter",
+    "Convpass",
+    "DoRA",
+    "FacT",
+    "FishMask",
     "FullFineTuning",
+    "GatedVPT",
+    "KAdaptation",
+    "KronA",
     "LastBlocks",
+    "LayerNormTuning",
     "LinearProbe",
     "LoRA",
     "Method",
+    "PaFi",
     "PrefixTuning",
+    "RepAdapter",
     "STAdapter",
+    "UniPELT",
+    "VeRA",
 ]

@@ -1,17 +1,24 @@
 """What every method is: hyper-parameters, and the modules it puts at the sites of a tower."""
 
 import dataclasses
+import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
+import torch
 import torch.nn as nn
 
 from visionpeft.addressing import select_blocks
 from visionpeft.backbones.frames import Frames
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.methods.sparse_delta import Candidate
 from visionpeft.sites import Placement, Shared
+
+# (candidates, samples, whether it is each sample or each batch whose gradient is squared) -> sums by name
+Squares = Callable[[Mapping[str, Candidate], int, bool], dict[str, torch.Tensor]]
 
 
 class Method:
@@ -36,9 +43,55 @@ class Method:
         """Names, as the tower knows them, of the parameters that are trained themselves."""
         return ()
 
+    @property
+    def pending(self) -> bool:
+        """Whether the method must see data before it can act, by `visionpeft.allocate`."""
+        return False
+
+    def allocate(self, towers: Sequence[Tower], squares: Squares) -> tuple["Method", dict[str, torch.Tensor]]:
+        """For a pending method, the method that knows where it acts, and values of buffers of the modules it places.
+
+        Args:
+            towers: the towers of the method.
+            squares: measures sums of squared gradients on the data.
+        """
+        raise NotImplementedError
+
+    def mask_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """What a parameter of `trains` gets for its gradient in training mode."""
+        return gradient
+
+    def penalty(self, part: nn.Module) -> torch.Tensor | float:
+        """What the method adds to the loss, given its modules of one adapter; see `visionpeft.penalty`."""
+        return 0.0
+
+    def after_step(self, part: nn.Module, step: int, total_steps: int) -> None:
+        """Act on its modules behind an optimiser step; see `visionpeft.after_step`."""
+
     def fold(self, part: nn.Module) -> tuple["Method", nn.Module]:
         """The method and its modules as they are saved: without what only training needs."""
         return self, part
+
+    def combine(
+        self, methods: Sequence["Method"], parts: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
+    ) -> tuple["Method", dict[str, torch.Tensor]]:
+        """Method and tensors of a weighted combination: by default, the weighted mean of the tensors.
+
+        Args:
+            methods: this method as it is in each adapter, as saved.
+            parts: its tensors in each of them.
+            weights: weight of each.
+
+        Raises:
+            ConfigurationError: if they cannot be combined.
+        """
+        require_same(methods)
+        require(
+            not any(parts) or math.isclose(sum(weights), 1, abs_tol=1e-6),
+            self,
+            f"its parameters are averaged, so the weights must add up to 1, not {sum(weights):g}",
+        )
+        return self, weighted_sum(parts, weights)
 
     @property
     def name(self) -> str:
@@ -79,6 +132,25 @@ def require(condition: bool, method: Method, sentence: str) -> None:
     """Raise a ConfigurationError that names the method unless the condition holds."""
     if not condition:
         raise ConfigurationError(f"{type(method).__name__}: {sentence}")
+
+
+def require_same(methods: Sequence[Method], but: Sequence[str] = ()) -> None:
+    """Raise a ConfigurationError unless all are the same method with the same fields, but for some of them."""
+    fields = [{k: v for k, v in dataclasses.asdict(method).items() if k not in but} for method in methods]
+    for name, value in fields[0].items():
+        # as JSON, where the tuple of a default is the list of a file
+        same = len({json.dumps(each[name]) for each in fields}) == 1
+        require(same, methods[0], f"adapters that differ in {name} ({value} and others) cannot be combined")
+
+
+def weighted_sum(parts: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]) -> dict[str, torch.Tensor]:
+    """Sum of the tensors of each name times their weights; whole numbers are those of the first part."""
+    return {
+        name: sum(w * part[name].double() for part, w in zip(parts, weights, strict=True)).to(first.dtype)
+        if first.is_floating_point()
+        else first
+        for name, first in parts[0].items()
+    }
 
 
 def frames_of(method: Method, tower: Tower) -> Frames:

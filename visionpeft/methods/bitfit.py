@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.methods.base import Method
+from visionpeft.methods.base import Method, require_same, weighted_sum
 from visionpeft.sites import Order, Placement
 
 
@@ -58,6 +58,11 @@ class BitFit(Method):
         for index, layer in tower.all_layers():
             if layer.bias_tensor is not None and (self.key_bias or layer.site != "k"):
                 yield Placement(tower.name, index, layer.site, Shift(layer))
+
+    def combine(self, methods, parts, weights):
+        """The weighted sum of the shifts."""
+        require_same(methods)
+        return self, weighted_sum(parts, weights)
 
     def trains(self, tower: Tower) -> Iterator[str]:
         """Biases outside the described layers, such as those of attention pooling."""

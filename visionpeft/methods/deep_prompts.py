@@ -3,6 +3,7 @@
 The learners of `visionpeft.clip` attach this method: on its own it would overwrite words of the user's texts.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class ReplaceTokens(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens (batch, tokens, width) to the same shape."""
         first, stop = self.replaced_tokens
-        prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.prompts.to(x.dtype).expand(x.shape[0], -1, -1)
         return torch.cat((x[:, :first], prompts, x[:, stop:]), dim=1)
 
 
@@ -53,16 +54,21 @@ class EnteringPrompts(nn.Module):
         self.order = Order.ENTER_SPAN if spanning else Order.ENTER
         self._norm = (norm,)  # in a tuple, because it belongs to the backbone
 
+    @abstractmethod
     def entering(self) -> torch.Tensor:
         """The tokens (num_tokens, width)."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which tokens enter")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map tokens (batch, tokens, width) to (batch, tokens + num_tokens, width)."""
+    def prompts_for(self, x: torch.Tensor) -> torch.Tensor:
+        """The tokens (1, num_tokens, width) as they enter, in the precision of x."""
         (norm,) = self._norm
         prompts = self.entering().to(x.dtype)
         prompts = prompts if norm is None else norm(prompts).to(x.dtype)
-        return torch.cat((x[:, : self.at], prompts.expand(len(x), -1, -1), x[:, self.at :]), dim=1)
+        return prompts[None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to (batch, tokens + num_tokens, width)."""
+        prompts = self.prompts_for(x).expand(x.shape[0], -1, -1)
+        return torch.cat((x[:, : self.at], prompts, x[:, self.at :]), dim=1)
 
 
 class VisualPrompts(EnteringPrompts):

@@ -1,7 +1,8 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al., 2021), https://arxiv.org/abs/2106.09685."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,10 +11,9 @@ import torch.nn.functional as F
 
 from visionpeft.addressing import Blocks, Overrides
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.errors import ConfigurationError
-from visionpeft.methods.base import Method, blocks_of, require
+from visionpeft.methods.base import Method, require, require_same
 from visionpeft.methods.precision import to_parameter_dtype
-from visionpeft.naming import nearest
+from visionpeft.methods.targets import require_targets, target_layers
 from visionpeft.sites import Order, Placement
 
 
@@ -24,6 +24,7 @@ class LowRank(nn.Module):
     """
 
     order = Order.WEIGHT
+    output_side = ("B",)
 
     def __init__(self, in_features: int, out_features: int, rank: int, scaling: float, dropout: float):
         super().__init__()
@@ -40,6 +41,11 @@ class LowRank(nn.Module):
             return y + F.linear(z, self.B).to(y.dtype)
         # One pass over the wide output instead of a product, a scaling and a sum.
         return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), self.B.to(z.dtype).t()).view(y.shape)
+
+    def low_rank_change(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """A, B and alpha / rank, if that is all: no dropout is drawn."""
+        drawn = self.dropout.training and self.dropout.p > 0
+        return None if drawn else (self.A, self.B, self.scaling)
 
     def merge(self, weight: torch.Tensor, bias):
         """Weight and bias that compute the same: W + (alpha / rank) B A."""
@@ -59,6 +65,34 @@ class LowRankConv(LowRank):
         x = self.dropout(to_parameter_dtype(x, self.A))
         z = F.conv2d(x, self.A.view(-1, *self.kernel), **self.geometry)
         return y + self.scaling * F.conv2d(z, self.B[:, :, None, None]).to(y.dtype)
+
+
+def concatenated(
+    parts: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float], alphas: Sequence[float | None]
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Rank and tensors "A" and "B" of low-rank changes that are weighted sums of those of several adapters.
+
+    Every layer gets the sum of the adapters' largest ranks. What a layer does not use of it starts as in `LowRank`.
+    """
+    layers = [[path.removesuffix("A") for path in part if path.rpartition(".")[2] == "A"] for part in parts]
+    ranks = [
+        max((len(part[f"{path}A"]) for path in paths), default=0) for part, paths in zip(parts, layers, strict=True)
+    ]
+    tensors = {}
+    for path in dict.fromkeys(path for paths in layers for path in paths):
+        having = next(part for part in parts if f"{path}A" in part)
+        like_a, like_b = having[f"{path}A"], having[f"{path}B"]
+        a, b = like_a.new_empty(sum(ranks), like_a.shape[1]), like_b.new_zeros(len(like_b), sum(ranks))
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        start = 0
+        for part, weight, alpha, most in zip(parts, weights, alphas, ranks, strict=True):
+            if f"{path}A" in part:
+                rank = len(part[f"{path}A"])
+                a[start : start + rank] = part[f"{path}A"]
+                b[:, start : start + rank] = weight * (1 if alpha is None else alpha / rank) * part[f"{path}B"]
+            start += most
+        tensors |= {f"{path}A": a, f"{path}B": b}
+    return sum(ranks), tensors
 
 
 @dataclass(frozen=True)
@@ -91,27 +125,23 @@ class LoRA(Method):
         ranks = [self.rank, *self.overrides.values()]
         require(all(isinstance(rank, int) and rank > 0 for rank in ranks), self, "rank must be a positive integer")
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
-        require(len(self.targets) > 0 and not isinstance(self.targets, str), self, "targets must be a list of names")
+        require_targets(self)
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `LowRank` at every target layer of the chosen blocks."""
-        blocks = blocks_of(self, tower)
-        layers = [(i, layer) for i, layer in tower.all_layers() if layer.kind != "norm" and (i is None or i in blocks)]
-        self._check_targets({layer.target for _, layer in layers})
         ranks = Overrides(self.rank, self.overrides, tower.depth, self.targets, "LoRA overrides")
-        for index, layer in layers:
-            if layer.target in self.targets:
-                yield Placement(tower.name, index, layer.site, self._module(layer, ranks.at(index, layer.target)))
+        for index, layer in target_layers(self, tower, ("linear", "conv")):
+            yield Placement(tower.name, index, layer.site, self._module(layer, ranks.at(index, layer.target)))
+
+    def combine(self, methods, parts, weights):
+        """LoRA that changes each weight by the weighted sum of the changes: ranks are put one after another."""
+        require_same(methods, but=("rank", "alpha", "overrides", "dropout"))
+        alphas = [method.alpha for method in methods]
+        rank, tensors = concatenated(parts, weights, alphas)
+        return dataclasses.replace(self, rank=rank, alpha=None, overrides={}), tensors
 
     def _module(self, layer: Layer, rank: int) -> LowRank:
         scaling = 1.0 if self.alpha is None else self.alpha / rank
         if layer.kind == "conv":
             return LowRankConv(layer.owner, rank, scaling, self.dropout)
         return LowRank(layer.in_features, layer.out_features, rank, scaling, self.dropout)
-
-    def _check_targets(self, available: set[str]) -> None:
-        for target in self.targets:
-            if target not in available:
-                raise ConfigurationError(
-                    f"LoRA: target {target!r} matches no layer; this backbone has {nearest(target, available)}"
-                )

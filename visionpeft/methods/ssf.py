@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.frozen_layers import scale_shift
 from visionpeft.methods.base import Method, blocks_of, require
 from visionpeft.sites import Order, Placement
 
@@ -23,12 +24,13 @@ class ScaleShift(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.empty(layer.out_features).normal_(1.0, std))
         self.shift = nn.Parameter(torch.empty(layer.out_features).normal_(0.0, std))
-        self.trailing = (1, 1) if layer.kind == "conv" else ()
+        self.convolution = layer.kind == "conv"
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map the layer's output y, channels last or (batch, out, h, w), to the same shape."""
-        scale, shift = (p.view(-1, *self.trailing) for p in (self.scale, self.shift))
-        return (y * scale + shift).to(y.dtype)
+        if self.convolution:
+            return (y * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).to(y.dtype)
+        return scale_shift(y, self.scale, self.shift)
 
     def merge(self, weight: torch.Tensor, bias: torch.Tensor | None):
         """Weight and bias that compute the same: diag(scale) W and scale * b + shift."""

@@ -28,11 +28,16 @@ class Prompts(nn.Module):
         self.order = Order.ENTER_SPAN if spanning else Order.ENTER
         self._projection = (projection,)  # in a tuple, because the adapter owns it once for all blocks
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map tokens (batch, tokens, width) to (batch, tokens + num_tokens, width)."""
+    def prompts_for(self, x: torch.Tensor) -> torch.Tensor:
+        """The prompts (1, num_tokens, width) of a batch x, or (batch, num_tokens, width) where dropout is drawn."""
         (projection,) = self._projection
         prompts = self.prompts if projection is None else projection(self.prompts)
-        prompts = self.dropout(prompts.expand(len(x), -1, -1)).to(x.dtype)
+        drawn = self.training and self.dropout.p > 0
+        return self.dropout(prompts.expand(x.shape[0] if drawn else 1, -1, -1)).to(x.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to (batch, tokens + num_tokens, width)."""
+        prompts = self.prompts_for(x).expand(x.shape[0], -1, -1)
         return torch.cat((x[:, : self.at], prompts, x[:, self.at :]), dim=1)
 
 

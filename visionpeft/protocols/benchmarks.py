@@ -36,6 +36,7 @@ def few_shot(
     seeds: Sequence[int] = SEEDS,
     output: str | Path = "runs/few_shot",
     arguments: Sequence[str] = (),
+    workers: int = 1,
 ) -> list[dict]:
     """Train on a few images of every class, test on the whole test split.
 
@@ -46,6 +47,7 @@ def few_shot(
         seeds: each draws its own images and initial values.
         output: folder of the runs; finished ones in it are not trained again.
         arguments: further arguments of `visionpeft.fit`, such as `--data.root DATA`.
+        workers: processes on this machine; others may work on the same folder at the same time.
 
     Raises:
         ConfigurationError: see `candidates` and `finish`.
@@ -53,7 +55,7 @@ def few_shot(
     datasets = dataset_keys(datasets)
     _check(datasets=datasets, shots=shots, seeds=seeds)
     learners = candidates(configs, datasets, "all", [], arguments)
-    runs = finish(plan(learners, datasets, "all", shots, seeds), arguments, Path(output))
+    runs = finish(plan(learners, datasets, "all", shots, seeds), arguments, Path(output), workers)
     return [row("few_shot", cell, cell.dataset, "all", run.read_results()) for cell, run in runs]
 
 
@@ -64,6 +66,7 @@ def base_to_new(
     seeds: Sequence[int] = SEEDS,
     output: str | Path = "runs/base_to_new",
     arguments: Sequence[str] = (),
+    workers: int = 1,
 ) -> list[dict]:
     """Train on the first half of the classes; test on it, and with the names of the others on the second half.
 
@@ -76,6 +79,7 @@ def base_to_new(
         seeds: each draws its own images and initial values.
         output: folder of the runs; finished ones in it are not trained again.
         arguments: further arguments of `visionpeft.fit`.
+        workers: processes on this machine.
 
     Raises:
         ConfigurationError: a learner that knows only its own classes; see also `candidates` and `finish`.
@@ -84,7 +88,7 @@ def base_to_new(
     _check(datasets=datasets, shots=[shots], seeds=seeds)
     learners = candidates(configs, datasets, "base", [only_test(name, "new") for name in datasets], arguments)
     rows = []
-    for cell, run in finish(plan(learners, datasets, "base", [shots], seeds), arguments, Path(output)):
+    for cell, run in finish(plan(learners, datasets, "base", [shots], seeds), arguments, Path(output), workers):
         rows.append(row("base_to_new", cell, cell.dataset, "base", run.read_results()))
         rows.append(
             row("base_to_new", cell, cell.dataset, "new", evaluate_elsewhere(run, cell.dataset, "new", cell.dataset))
@@ -100,6 +104,7 @@ def cross_dataset(
     seeds: Sequence[int] = SEEDS,
     output: str | Path = "runs/cross_dataset",
     arguments: Sequence[str] = (),
+    workers: int = 1,
 ) -> list[dict]:
     """Train on all classes of a source; test on it and, with their own class names, on targets.
 
@@ -111,12 +116,13 @@ def cross_dataset(
         seeds: each draws its own images and initial values.
         output: folder of the runs; finished ones in it are not trained again.
         arguments: further arguments of `visionpeft.fit`.
+        workers: processes on this machine.
 
     Raises:
         ConfigurationError: a learner that knows only its own classes; see also `candidates` and `finish`.
     """
     targets = default_targets("cross_dataset", source) if targets is None else targets
-    return _transfer("cross_dataset", configs, source, targets, shots, seeds, Path(output), arguments)
+    return _transfer("cross_dataset", configs, source, targets, shots, seeds, Path(output), arguments, workers)
 
 
 def domain_shift(
@@ -127,6 +133,7 @@ def domain_shift(
     seeds: Sequence[int] = SEEDS,
     output: str | Path = "runs/domain_shift",
     arguments: Sequence[str] = (),
+    workers: int = 1,
 ) -> list[dict]:
     """As `cross_dataset`, on targets that show classes of the source in another style.
 
@@ -140,12 +147,13 @@ def domain_shift(
         seeds: each draws its own images and initial values.
         output: folder of the runs; finished ones in it are not trained again.
         arguments: further arguments of `visionpeft.fit`.
+        workers: processes on this machine.
 
     Raises:
         ConfigurationError: a learner that knows only its own classes; see also `candidates` and `finish`.
     """
     targets = default_targets("domain_shift", source) if targets is None else targets
-    return _transfer("domain_shift", configs, source, targets, shots, seeds, Path(output), arguments)
+    return _transfer("domain_shift", configs, source, targets, shots, seeds, Path(output), arguments, workers)
 
 
 def default_targets(protocol: str, source: str) -> tuple[str, ...]:
@@ -164,6 +172,7 @@ def _transfer(
     seeds: Sequence[int],
     output: Path,
     arguments: Sequence[str],
+    workers: int,
 ) -> list[dict]:
     source, *targets = dataset_keys([source, *targets])
     _check(datasets=targets, shots=[shots], seeds=seeds)
@@ -173,7 +182,7 @@ def _transfer(
         configs, [source], "all", [only_test(name, "all", elsewhere=True) for name in targets], arguments
     )
     rows = []
-    for cell, run in finish(plan(learners, [source], "all", [shots], seeds), arguments, output):
+    for cell, run in finish(plan(learners, [source], "all", [shots], seeds), arguments, output, workers):
         rows.append(row(protocol, cell, source, "all", run.read_results()))
         rows.extend(
             row(protocol, cell, target, "all", evaluate_elsewhere(run, target, "all", source)) for target in targets

@@ -3,21 +3,92 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
+import yaml
 
 from visionpeft.cli import find_config
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.fit import fit
+from visionpeft.protocols import work
 from visionpeft.protocols.candidates import Candidate, on
 from visionpeft.run_directory import RunDirectory, write_json
 
 
 @dataclass(frozen=True)
+class Training:
+    """A training run in a folder of its own.
+
+    Args:
+        name: of the folder.
+        text: what is trained, in words.
+        arguments: command line of `visionpeft.fit`.
+        about: what a table needs to know of it besides its results.
+    """
+
+    name: str
+    text: str
+    arguments: tuple[str, ...]
+    about: dict = field(default_factory=dict)
+
+    def done(self, folder: Path) -> bool:
+        """Whether it has results."""
+        run = find_run(folder)
+        return run is not None and run.results.is_file()
+
+    def do(self, folder: Path) -> None:
+        """Train, or resume what was interrupted.
+
+        Raises:
+            StorageError: the training left no results.
+        """
+        begun = find_run(folder)
+        if begun is None:
+            write_json(folder / "cell.json", self.settings() | {"about": self.about})
+            fit([*self.arguments, "--output", str(folder)])
+        else:
+            fit(["--resume", str(begun.path)])
+        if not Training.done(self, folder):
+            raise StorageError(f"the run of {self.text} left no results in {folder}")
+
+    def settings(self) -> dict:
+        """The command line, and hashes of what the configurations it names say."""
+        following = [*self.arguments[1:], ""]
+        configs = [
+            argument.partition("=")[2] or value
+            for argument, value in zip(self.arguments, following, strict=True)
+            if argument.partition("=")[0] in ("--config", "-c")
+        ]
+        return {"arguments": list(self.arguments), "configurations": {config: _hash(config) for config in configs}}
+
+    def check(self, folder: Path) -> None:
+        """Refuse a folder that was made with other settings.
+
+        Raises:
+            ConfigurationError: it was.
+        """
+        file = folder / "cell.json"
+        if not file.is_file():
+            return
+        made, wanted = json.loads(file.read_text()), self.settings()
+        if all(made[key] == wanted[key] for key in wanted):
+            return
+        change = f"{' '.join(made['arguments'])}, not {' '.join(wanted['arguments'])}"
+        if made["arguments"] == wanted["arguments"]:
+            change = "a configuration that has changed since"
+        raise ConfigurationError(f"{folder} was made with {change}; give another --output, or delete that folder")
+
+
+def _hash(config: str) -> str:
+    """Of the content, whatever its comments say."""
+    content = yaml.safe_load(find_config(config).read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
 class Cell:
-    """A training run.
+    """A learner trained on a few-shot data set.
 
     Args:
         learner: what is trained.
@@ -66,67 +137,32 @@ def plan(
     ]
 
 
-def finish(cells: Sequence[Cell], given: Sequence[str], output: Path) -> list[tuple[Cell, RunDirectory]]:
-    """Train what is not finished yet, one cell after the other.
+def finish(
+    cells: Sequence[Cell], given: Sequence[str], output: Path, workers: int = 1
+) -> list[tuple[Cell, RunDirectory]]:
+    """Train what is not finished yet; returns the run of each cell.
 
     Raises:
         ConfigurationError: `output` holds a cell that was trained with other settings.
     """
-    for cell in cells:
-        _check_settings(cell, given, output)
-    finished = []
-    for number, cell in enumerate(cells, start=1):
-        made = f"cell {number} of {len(cells)}: {cell.text}"
-        run = _find(output / cell.name)
-        if run is None or not run.results.is_file():
-            Console().print(f"[bold]{made}[/bold]", highlight=False, soft_wrap=True)
-            run = _train(cell, run, given, output / cell.name)
-        else:
-            Console().print(f"{made}: finished before", highlight=False, soft_wrap=True)
-        finished.append((cell, run))
-    return finished
+    trainings = [Training(cell.name, cell.text, tuple(cell.arguments(given))) for cell in cells]
+    train(trainings, output, workers)
+    return [(cell, find_run(output / cell.name)) for cell in cells]
 
 
-def _train(cell: Cell, begun: RunDirectory | None, given: Sequence[str], folder: Path) -> RunDirectory:
-    if begun is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "cell.json", _settings(cell, given))
-        fit([*cell.arguments(given), "--output", str(folder)])
-    else:
-        fit(["--resume", str(begun.path)])
-    run = _find(folder)
-    if run is None or not run.results.is_file():
-        raise StorageError(f"the run of {cell.text} left no results in {folder}")
-    return run
+def train(trainings: Sequence[Training], output: Path, workers: int = 1) -> None:
+    """Train what is not finished yet.
+
+    Raises:
+        ConfigurationError: `output` holds one that was made with other settings.
+    """
+    for training in trainings:
+        training.check(output / training.name)
+    work.finish(trainings, output, workers)
 
 
-def _find(folder: Path) -> RunDirectory | None:
-    """The run of a cell that has finished, or else the one that has begun."""
+def find_run(folder: Path) -> RunDirectory | None:
+    """The run in the folder of a cell that has finished, or else the one that has begun."""
     begun = [RunDirectory(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
     finished = [run for run in begun if run.results.is_file()]
     return next(iter([*finished, *begun]), None)
-
-
-def _settings(cell: Cell, given: Sequence[str]) -> dict:
-    """The command line, and hashes of the configurations it names."""
-    arguments = cell.arguments(given)
-    configs = [
-        argument.partition("=")[2] or following
-        for argument, following in zip(arguments, [*arguments[1:], ""], strict=True)
-        if argument.partition("=")[0] in ("--config", "-c")
-    ]
-    hashes = {config: hashlib.sha256(find_config(config).read_bytes()).hexdigest() for config in configs}
-    return {"arguments": arguments, "configurations": hashes}
-
-
-def _check_settings(cell: Cell, given: Sequence[str], output: Path) -> None:
-    file = output / cell.name / "cell.json"
-    if not file.is_file():
-        return
-    made, wanted = json.loads(file.read_text()), _settings(cell, given)
-    if made == wanted:
-        return
-    change = f"{' '.join(made['arguments'])}, not {' '.join(wanted['arguments'])}"
-    if made["arguments"] == wanted["arguments"]:
-        change = "a configuration that has changed since"
-    raise ConfigurationError(f"{file.parent} was made with {change}; give another --output, or delete that folder")

@@ -45,6 +45,8 @@ def _base_model(source: Mapping) -> str | None:
 
 
 def _evaluation(task: str, data: Mapping, results: Mapping) -> list[EvalResult]:
+    if "test" not in results:  # trained with --test false
+        return []
     name = str(data.get("task") or "own images")
     value = round(100 * results["test"]["top1"], 2)
     return [EvalResult(task, name, name, "accuracy", value, metric_name="top-1 accuracy of the test split, %")]
@@ -73,7 +75,7 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
         used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "augmentation", "normalisation")
         sections.append(_table("data and protocol", [(key, data[key]) for key in used if data.get(key) is not None]))
     if results:
-        rows = [(f"test {name}", f"{value:.4f}") for name, value in results["test"].items()]
+        rows = [(f"test {name}", f"{value:.4f}") for name, value in results.get("test", {}).items()]
         rows += [("reported epoch", results["reported"]), ("seed", results["seed"])]
         if "parameters" in results:
             rows.append(("trained parameters", f"{results['parameters']['trainable']:,}"))

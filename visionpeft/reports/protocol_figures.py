@@ -1,4 +1,4 @@
-"""Figures of a protocol: accuracy against shots, accuracy on base and new classes, accuracy on targets."""
+"""Figures of a protocol: accuracy against cost, against shots, on base and new classes, on targets."""
 
 from pathlib import Path
 
@@ -108,6 +108,33 @@ def draw_transfer(table: Table, path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     _legend(figure, axes)
+    figure.savefig(path, dpi=110)
+
+
+def draw_accuracy_against_cost(table: Table, path: Path) -> None:
+    """Mean accuracy of each method against what it trains and against what it keeps in memory for the backward pass.
+
+    Args:
+        table: a `method_table`.
+        path: the PNG.
+    """
+    frame = table.frame
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    costs = (
+        ("trained parameters", "trained parameters without the head", "symlog"),
+        ("saved MiB per image", "MiB kept for the backward pass, for each image (float32)", "linear"),
+    )
+    for axes, (column, label, scale) in zip(figure.subplots(1, 2), costs, strict=True):
+        for index, line in enumerate(frame.to_dict("records")):
+            axes.errorbar(
+                line[column], line["mean of tasks mean"], yerr=line["mean of tasks std"], fmt="o", color=f"C{index}"
+            )
+            axes.annotate(
+                line["method"], (line[column], line["mean of tasks mean"]), (4, 4), textcoords="offset points", size=8
+            )
+        axes.set_xscale(scale)
+        axes.set(xlabel=label, ylabel="mean top-1 accuracy over the tasks (%)")
+        axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 

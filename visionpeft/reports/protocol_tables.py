@@ -6,6 +6,7 @@ A row is one measured accuracy: a dictionary with, at least, `learner`, `dataset
 
 import os
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +45,7 @@ def few_shot_table(rows: list[dict]) -> Table:
     for dataset, learner, own in _groups(_with_average(scores, ["learner", "shots", "seed"])):
         line = {"dataset": dataset, "learner": learner, "template": _templates(own)}
         for number in shots:
-            line |= _mean_and_std(str(number), own[own["shots"] == number])
+            line |= mean_and_std(str(number), own[own["shots"] == number])
         lines.append(line)
     return Table(f"{_what(rows)} for each number of shots", pd.DataFrame(lines))
 
@@ -59,7 +60,7 @@ def base_to_new_table(rows: list[dict]) -> Table:
     for dataset, learner, own in _groups(_with_average(scores, ["learner", "classes", "seed"])):
         line = {"dataset": dataset, "learner": learner, "template": _templates(own)}
         for classes in ("base", "new"):
-            line |= _mean_and_std(classes, own[own["classes"] == classes])
+            line |= mean_and_std(classes, own[own["classes"] == classes])
         lines.append(line | {"H": harmonic_mean(line["base mean"], line["new mean"])})
     return Table(
         f"{_what(rows)}; trained on the base classes{_shots(scores)}, base and new classes scored among themselves; "
@@ -78,12 +79,10 @@ def transfer_table(rows: list[dict]) -> Table:
     lines = []
     for learner in scores["learner"].unique():
         own = scores[scores["learner"] == learner]
-        line = {"learner": learner, "template": _templates(own)} | _mean_and_std(
-            source, own[own["tested_on"] == source]
-        )
+        line = {"learner": learner, "template": _templates(own)} | mean_and_std(source, own[own["tested_on"] == source])
         for target in targets:
-            line |= _mean_and_std(target, own[own["tested_on"] == target])
-        lines.append(line | _mean_and_std(f"{AVERAGE} of targets", averages[averages["learner"] == learner]))
+            line |= mean_and_std(target, own[own["tested_on"] == target])
+        lines.append(line | mean_and_std(f"{AVERAGE} of targets", averages[averages["learner"] == learner]))
     return Table(f"{_what(rows)}; trained on {source}{_shots(scores)}", pd.DataFrame(lines))
 
 
@@ -96,8 +95,14 @@ def as_text(table: Table) -> pd.DataFrame:
             deviations = table.frame[f"{what} std"]
             text[what] = [_number(mean, std) for mean, std in zip(column, deviations, strict=True)]
         elif kind != "std":
-            text[name] = [value if isinstance(value, str) else _number(value) for value in column]
+            text[name] = [_cell(value) for value in column]
     return pd.DataFrame(text)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, Integral) else _number(value)
 
 
 def write_table(table: Table, folder: Path) -> None:
@@ -118,10 +123,10 @@ def write_rows(rows: list[dict], path: Path) -> None:
 def print_table(table: Table) -> None:
     """Print it in the terminal, the templates below it."""
     text = as_text(table)
-    templates = text.pop("template")
+    templates = text.pop("template") if "template" in text else [""] * len(text)
     shown = RichTable()
     for name in text.columns:
-        names = name in ("dataset", "learner")
+        names = name in ("dataset", "learner", "method")
         shown.add_column(name, no_wrap=names, justify="left" if names else "right")
     group = text.iloc[:, 0]
     for line, ends in zip(text.to_numpy().tolist(), group != group.shift(-1), strict=True):
@@ -153,7 +158,8 @@ def _groups(scores: pd.DataFrame):
         yield dataset, learner, own
 
 
-def _mean_and_std(name: str, scores: pd.DataFrame) -> dict[str, float]:
+def mean_and_std(name: str, scores: pd.DataFrame) -> dict[str, float]:
+    """Columns "<name> mean" and "<name> std" of the column `score`."""
     values = scores["score"]
     # One value has no deviation; 0 would look like a measured one.
     return {f"{name} mean": values.mean(), f"{name} std": values.std(ddof=0) if len(values) > 1 else float("nan")}
@@ -190,6 +196,6 @@ def _shots(scores: pd.DataFrame) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -8,15 +8,16 @@ from rich.table import Table
 
 def print_results(results: dict, title: str = "") -> None:
     """Print the numbers of a results.json."""
-    test, parameters, data = results["test"], results["parameters"], results["data"]
+    test, parameters, data = results.get("test", {}), results["parameters"], results["data"]
     table = Table(title=title or None, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")
-    table.add_row("test top-1 accuracy", f"[bold]{percent(test['top1'])}[/bold]")
-    if "top5" in test:
-        table.add_row("test top-5 accuracy", percent(test["top5"]))
-    table.add_row("mean over classes", percent(test["mean_per_class"]))
-    table.add_row(f"test {counted(data)}", test_size(data))
+    for name, label in (("top1", "test top-1 accuracy"), ("top5", "test top-5 accuracy")):
+        if name in test:
+            table.add_row(label, f"[bold]{percent(test[name])}[/bold]" if name == "top1" else percent(test[name]))
+    if test:
+        table.add_row("mean over classes", percent(test["mean_per_class"]))
+        table.add_row(f"test {counted(data)}", test_size(data))
     if "test_views" in data and "sampling" in data:
         table.add_row("views of each", f"{data['test_views']} of {data['sampling']['num_frames']} frames")
     table.add_row("reported", results["reported"])
@@ -40,6 +41,8 @@ def print_setting(setting: dict, run_directory: Path) -> None:
     parameters, data = setting["parameters"], setting["data"]
     trained = " + ".join(_in_code(part) for part in _parts(setting))
     outside = f", {parameters['adapter']:,} of them outside the head" if "adapter" in parameters else ""
+    if parameters.get("waiting"):
+        outside = ", and what the method will choose by the data"
     sizes = ", ".join(f"{size:,} {split}" for split, size in data["sizes"].items())
     console = Console()
     for line in (

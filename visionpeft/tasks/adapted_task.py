@@ -8,12 +8,15 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from visionpeft.adapters import AttachedAdapter
+from visionpeft.allocate import allocate, remake
 from visionpeft.attach import detach, trainable_parameters
+from visionpeft.errors import ConfigurationError
 from visionpeft.methods import Method
 from visionpeft.methods.base import describe_method
-from visionpeft.storage import load, save
+from visionpeft.storage import load, method_from, save
 from visionpeft.tasks.image_task import ImageTask
 from visionpeft.tasks.optimisation import Optimisation
+from visionpeft.training import after_step, penalty
 
 
 class AdaptedTask(ImageTask):
@@ -60,7 +63,7 @@ class AdaptedTask(ImageTask):
         return "+".join(type(method).__name__ for method in self.methods)
 
     def describe(self) -> dict:
-        """Methods, backbone and parameter counts."""
+        """Methods, backbone and parameter counts, `waiting` while what else is trained is to be chosen by the data."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         return {
@@ -71,6 +74,7 @@ class AdaptedTask(ImageTask):
                 "adapter": self.adapter.num_parameters(),
                 "total": total,
                 "share": trainable / total,
+                **({"waiting": True} if self.adapter.pending else {}),
             },
         }
 
@@ -93,6 +97,46 @@ class AdaptedTask(ImageTask):
         """Cross-entropy and logits."""
         logits = self(images)
         return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing), logits
+
+    def penalty(self) -> Tensor | float:
+        """What the methods add to the loss."""
+        return penalty(self.model)
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        """One step of the optimiser, then what the methods do behind it."""
+        super().optimizer_step(*args, **kwargs)
+        after_step(self.model, self.trainer.global_step + 1, int(self.trainer.estimated_stepping_batches))
+
+    def configure_optimizers(self) -> dict:
+        """As for every task; before it, methods that wait for data see those of the first epoch."""
+        if self.adapter.pending:
+            self._allocate()
+        return super().configure_optimizers()
+
+    def _allocate(self) -> None:
+        datamodule = self.trainer.datamodule
+        if datamodule is None or self.trainer.world_size > 1:
+            raise ConfigurationError(
+                f"{self.label} chooses what it trains by the data; with several processes or without a data module, "
+                "call visionpeft.allocate(task.model, batches) before the training"
+            )
+
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            images, labels = batch
+            return F.cross_entropy(self(images).float(), labels)
+
+        allocate(self.model, datamodule.train_dataloader(), loss, self.adapter_name)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Keep what is trained, and the methods with what they have found in the data."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["methods"] = [describe_method(method) for method in self.adapter.methods]
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Place the methods as they were, and check that every trained tensor is there."""
+        if self.adapter.pending:
+            remake(self.model, self.adapter_name, [method_from(each) for each in checkpoint["methods"]], {})
+        super().on_load_checkpoint(checkpoint)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """Adapter and head."""

@@ -1,17 +1,25 @@
 """Image classification with a frozen, adapted backbone."""
 
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
-from visionpeft.attach import attach
+from visionpeft.attach import attach, economise
 from visionpeft.backbones.create import create_backbone
 from visionpeft.backbones.preprocessing import preprocessing_of
+from visionpeft.content_cache import ContentCache, FolderCache
+from visionpeft.errors import ConfigurationError
 from visionpeft.methods import Method
 from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.heads import Head, HeadInit, replace_head
 from visionpeft.tasks.optimisation import Optimisation
+from visionpeft.tasks.passes import in_order
+from visionpeft.trunk import CachedTrunk
 
 
 class ImageClassification(AdaptedTask):
@@ -31,6 +39,13 @@ class ImageClassification(AdaptedTask):
         head_init: initialisation of the head: "truncated_normal", "zeros", "kaiming" or "uniform".
         train: names of further backbone parameters to train, such as "cls_token"; they travel with the adapter.
         drop_path: rate of the backbone's stochastic depth while training, rising linearly with depth.
+        class_token_only: in the last block follow the class token alone, if it is all that is read; exact and cheaper.
+        recompute: work out "mlp" (hidden activations) or "block" (all activations) again in the backward pass instead
+            of keeping them; exact, for less memory.
+        cache: keep what the frozen part in front of the first trained block gives for each image, in "memory" or in a
+            folder on disk of this name, so that an epoch costs the trained blocks alone; for data without random
+            augmentation, or with a number of `views`.
+        cache_mib: most MiB that are kept.
         label_smoothing: probability mass spread evenly over all classes.
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none; with both, one of the two is drawn for each batch.
@@ -50,6 +65,10 @@ class ImageClassification(AdaptedTask):
         head_init: HeadInit = "truncated_normal",
         train: list[str] | None = None,
         drop_path: float = 0.0,
+        class_token_only: bool = False,
+        recompute: Literal["mlp", "block"] | None = None,
+        cache: str | None = None,
+        cache_mib: int = 2048,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -58,6 +77,13 @@ class ImageClassification(AdaptedTask):
     ):
         super().__init__(method, class_names, backbone, label_smoothing, optimisation, seed)
         num_classes = len(class_names)
+        random = {"drop_path": drop_path, "mixup": mixup, "cutmix": cutmix}
+        for name, value in random.items():
+            if cache and value:
+                raise ConfigurationError(
+                    f"cache keeps what the frozen part gives for an image, which {name} {value} changes each time; set "
+                    f"{name} to 0, or leave cache out"
+                )
 
         kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
         torch.manual_seed(seed)
@@ -67,10 +93,62 @@ class ImageClassification(AdaptedTask):
         replace_head(self.model, head, num_classes, head_init)
         self.preprocessing = preprocessing_of(self.model)
         attach(self.model, self.methods, name=self.adapter_name, train=tuple(train or ()))
+        self.economies = {"class_token_only": class_token_only, "recompute": recompute}
+        economise(self.model, **self.economies)
+        self.trunk: CachedTrunk | None = None
+        if cache:
+            if self.adapter.pending:
+                raise ConfigurationError(f"{self.label} chooses what it trains by the data; leave cache out")
+            size = cache_mib * 2**20
+            kept = ContentCache(size) if cache == "memory" else FolderCache(cache, size)
+            self.trunk = CachedTrunk(self.model, kept)
 
         self.mix = None
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+
+    def connect(self, datamodule: pl.LightningDataModule) -> None:
+        """Tell the data how this backbone wants its images.
+
+        Raises:
+            ConfigurationError: the data has videos, or shows images in ever new ways, so that nothing can be kept.
+        """
+        super().connect(datamodule)
+        if self.trunk is not None and getattr(datamodule, "deterministic_views", None) is None:
+            raise ConfigurationError(
+                "cache keeps what the frozen part gives for an image, but the data augments images anew in each epoch; "
+                "set augmentation to none or views to a number (--data.views 4), or leave cache out"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Connect task and data; before training, run the frozen part on all training images if it is kept.
+
+        Always in the same order, so that a resumed run, which may have nothing kept yet, gets the very same numbers.
+        """
+        super().setup(stage)
+        if self.trunk is None:
+            return
+        self.trunk.hash_again()
+        if stage == "fit" and self.trainer.datamodule is not None:
+            self._fill_cache(min(self.trainer.datamodule.deterministic_views, self.num_epochs))
+            self.train()
+
+    def _fill_cache(self, views: int) -> None:
+        for view in range(views):
+            for _ in in_order(self, "train", view, self.trunk.output):
+                if self.trunk.cache.full:
+                    return
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes)."""
+        return super().forward(images) if self.trunk is None else self.trunk(images)
+
+    def load(self, folder: Path) -> None:
+        """Read an adapter in the place of the attached one."""
+        super().load(folder)
+        economise(self.model, **self.economies)
+        if self.trunk is not None:
+            self.trunk = CachedTrunk(self.model, self.trunk.cache)
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and logits; mixed images are judged by their mixed labels."""

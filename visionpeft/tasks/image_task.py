@@ -17,7 +17,7 @@ from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ImageDataModule, VideoDataModule
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.checkpointing import DivergedError, check_trained, keep_trained
-from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, parameter_groups
+from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, output_side, parameter_groups
 
 
 class ImageTask(pl.LightningModule):
@@ -69,6 +69,10 @@ class ImageTask(pl.LightningModule):
     @abstractmethod
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss of a batch, and its logits (batch, classes)."""
+
+    def penalty(self) -> Tensor | float:
+        """What is added to the loss of every batch."""
+        return 0.0
 
     @abstractmethod
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -122,19 +126,20 @@ class ImageTask(pl.LightningModule):
         torch.manual_seed(_epoch_seed(self.seed, 0))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss of a batch.
+        """Mean loss of a batch with the penalty, which is not measured.
 
         Raises:
             DivergedError: the loss is not finite.
         """
         images, labels = batch
-        loss, logits = self.training_loss(images, labels)
+        measured, logits = self.training_loss(images, labels)
+        loss = measured + self.penalty()
         if not torch.isfinite(loss):
             raise DivergedError(
                 f"the training loss became {loss.item()} in epoch {self.current_epoch}, step {self.global_step}; the "
                 "last good checkpoint is kept. Lower the learning rate (--model.optimisation.lr)"
             )
-        self._measure(self.train_metrics, loss.detach(), logits.detach(), labels)
+        self._measure(self.train_metrics, measured.detach(), logits.detach(), labels)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -169,7 +174,9 @@ class ImageTask(pl.LightningModule):
         trainer = self.trainer
         self._check_end()
         batch_size = getattr(trainer.datamodule, "batch_size", 1) * trainer.accumulate_grad_batches * trainer.world_size
-        groups = parameter_groups(self.trained_parameters(), self.head_parameters(), self.optimisation, batch_size)
+        groups = parameter_groups(
+            self.trained_parameters(), self.head_parameters(), self.optimisation, batch_size, output_side(self)
+        )
         optimizer = build_optimizer(groups, self.optimisation)
         total_steps = int(trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, self.optimisation, self.steps_per_epoch, self.num_epochs, total_steps)

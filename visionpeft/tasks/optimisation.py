@@ -29,6 +29,7 @@ class Optimisation:
         warmup_lr: the constant rate while "epoch_cosine" warms up.
         min_lr_ratio: the rate at the end of "cosine", as a share of the peak.
         eps: the term of AdamW that keeps it from dividing by zero.
+        lora_plus: the rate of LoRA's B as a multiple of `lr`, 2 to 32 in LoRA+; so that of P in AdaLoRA and b in VeRA.
         scale_lr_by_batch: multiply the rates by batch size / this number, 256 in many papers; None leaves them.
     """
 
@@ -42,44 +43,74 @@ class Optimisation:
     warmup_lr: float = 1e-5
     min_lr_ratio: float = 0.0
     eps: float = 1e-8
+    lora_plus: float = 1.0
     scale_lr_by_batch: int | None = None
 
     def __post_init__(self):
         """Refuse values no optimiser takes."""
         if min(self.lr, self.head_lr or 0, self.weight_decay, self.warmup_lr) < 0:
             raise ConfigurationError("optimisation: lr, head_lr, warmup_lr and weight_decay must not be negative")
-        if self.eps <= 0:
-            raise ConfigurationError("optimisation: eps must be positive")
+        if self.eps <= 0 or self.lora_plus <= 0:
+            raise ConfigurationError("optimisation: eps and lora_plus must be positive")
         if self.warmup_epochs < 0 or not 0 <= self.min_lr_ratio <= 1:
             raise ConfigurationError("optimisation: warmup_epochs must not be negative, min_lr_ratio lies in [0, 1]")
         if self.scale_lr_by_batch is not None and self.scale_lr_by_batch <= 0:
             raise ConfigurationError("optimisation: scale_lr_by_batch must be positive")
 
 
+def output_side(module: nn.Module) -> list[nn.Parameter]:
+    """The factors of low-rank changes that are next to the output, such as LoRA's B."""
+    return [getattr(each, name) for each in module.modules() for name in getattr(each, "output_side", ())]
+
+
 def parameter_groups(
-    trainable: Iterable[nn.Parameter], head: Iterable[nn.Parameter], optimisation: Optimisation, batch_size: int
+    trainable: Iterable[nn.Parameter],
+    head: Iterable[nn.Parameter],
+    optimisation: Optimisation,
+    batch_size: int,
+    output_side: Iterable[nn.Parameter] = (),
 ) -> list[dict]:
     """Split parameters into adapter and head, each with and without decay; empty groups are left out.
+
+    With `lora_plus` the output side has groups of its own, whose rate is that of the adapter times `lora_plus`. Source:
+    Hayou et al., LoRA+: Efficient Low Rank Adaptation of Large Models, 2024, https://arxiv.org/abs/2402.12354.
 
     Args:
         trainable: everything that is trained.
         head: those of them that belong to the head.
         optimisation: rates and decay.
         batch_size: samples per optimiser step, for `scale_lr_by_batch`.
+        output_side: those of them that `lora_plus` is about.
+
+    Raises:
+        ConfigurationError: `lora_plus` without anything it is about.
     """
+    trainable = list(trainable)
     scale = batch_size / optimisation.scale_lr_by_batch if optimisation.scale_lr_by_batch else 1.0
-    head_lr = optimisation.lr if optimisation.head_lr is None else optimisation.head_lr
-    in_head = {id(parameter) for parameter in head}
+    lr = optimisation.lr
+    rates = {
+        "adapter": lr,
+        "output side": lr * optimisation.lora_plus,
+        "head": lr if optimisation.head_lr is None else optimisation.head_lr,
+    }
+    parts = dict.fromkeys((id(parameter) for parameter in head), "head")
+    if optimisation.lora_plus != 1:
+        parts |= dict.fromkeys((id(parameter) for parameter in output_side), "output side")
+        if not any(parts.get(id(parameter)) == "output side" for parameter in trainable):
+            raise ConfigurationError(
+                "optimisation: lora_plus is about the rate of LoRA's B and the like, which this method has not; leave "
+                "it at 1"
+            )
     groups = {}
     for parameter in trainable:
-        part = "head" if id(parameter) in in_head else "adapter"
+        part = parts.get(id(parameter), "adapter")
         decays = parameter.ndim > 1 or optimisation.decay_all
         group = groups.setdefault(
             (part, decays),
             {
                 "name": f"{part}, {'decayed' if decays else 'not decayed'}",
                 "params": [],
-                "lr": scale * (head_lr if part == "head" else optimisation.lr),
+                "lr": scale * rates[part],
                 "weight_decay": optimisation.weight_decay if decays else 0.0,
             },
         )

@@ -1,6 +1,7 @@
 """Few-shot learning and open-vocabulary classification with a CLIP and a learner on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,10 +14,10 @@ from visionpeft.clip.create import create_clip
 from visionpeft.clip.feature_cache import FeatureCache
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.storage import load_learner, save_learner
-from visionpeft.data.dataset import ImageLoader, as_batch
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.image_task import ImageTask
 from visionpeft.tasks.optimisation import Optimisation
+from visionpeft.tasks.passes import in_order
 
 PROMPT_RECIPE = Optimisation(
     optimizer="sgd", lr=0.002, weight_decay=5e-4, decay_all=True, schedule="epoch_cosine", warmup_epochs=1
@@ -207,25 +208,9 @@ class PromptLearning(ImageTask):
                 if self.cache.full:
                     return
 
-    @torch.no_grad()
-    def _in_order(self, split: str, view: int):
+    def _in_order(self, split: str, view: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Features and labels of the batches of a split in order."""
-        device = self.trainer.strategy.root_device
-        datamodule = self.trainer.datamodule
-        self.to(device).eval()
-        dataset = datamodule.dataset(split)
-        loader = ImageLoader(
-            dataset,
-            batch_size=64,
-            sampler=[(index, view) for index in range(len(dataset))],
-            num_workers=datamodule.num_workers,
-            collate_fn=as_batch,
-        )
-        for images, labels in loader:
-            with self.trainer.precision_plugin.forward_context():
-                images = images.to(device)
-                cache = self.cache if self._keeps_features else None
-                features = (
-                    self.learner.image_features(images) if cache is None else cache.image_features(self.learner, images)
-                )
-            yield features, labels.to(device)
+        encode = self.learner.image_features
+        if self._keeps_features:
+            encode = partial(self.cache.image_features, self.learner)
+        return in_order(self, split, view, encode)

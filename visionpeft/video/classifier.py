@@ -10,7 +10,7 @@ from torch import nn
 from visionpeft.attach import attach
 from visionpeft.backbones.dispatch import describe, describe_model
 from visionpeft.backbones.frames import Frames
-from visionpeft.backbones.image_classifier import ImageClassifier
+from visionpeft.backbones.image_classifier import ImageClassifier, output_width
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.base import Method
@@ -146,11 +146,8 @@ def _num_features(backbone: nn.Module) -> int:
         return backbone.num_features
     if hasattr(backbone, "forward_head"):
         return getattr(backbone, "head_hidden_size", backbone.num_features)
-    if isinstance(backbone, open_clip.transformer.VisionTransformer):
-        return backbone.conv1.out_channels if backbone.proj is None else backbone.proj.shape[1]
-    if isinstance(backbone, TimmModel):
-        projections = [layer for layer in backbone.head.modules() if isinstance(layer, nn.Linear)]
-        return projections[-1].out_features if projections else backbone.trunk.num_features
+    if isinstance(backbone, open_clip.transformer.VisionTransformer | TimmModel):
+        return output_width(backbone)
     advice = "; give its image tower, .visual" if hasattr(backbone, "visual") else ""
     raise UnsupportedError(
         f"a VideoClassifier takes a timm model, an ImageClassifier or an OpenCLIP image tower, not a "

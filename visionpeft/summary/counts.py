@@ -9,6 +9,7 @@ from rich.table import Table
 from visionpeft.adapters import AttachedAdapter
 from visionpeft.attach import attached, trainable_parameters
 from visionpeft.backbones.dispatch import describe
+from visionpeft.methods.sparse_delta import entries_of
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Summary:
         total: number of values in the model as it computes now, adapters included.
         trainable: number of trained values, the head included.
         adapter: number of trained values without the head.
+        indices: number of indices that are saved with the values of single entries.
         rows: for each adapter and site, (adapter, method, site, number of tensors, trained values).
     """
 
@@ -27,6 +29,7 @@ class Summary:
     total: int
     trainable: int
     adapter: int
+    indices: int
     rows: tuple[tuple[str, str, str, int, int], ...]
 
     @property
@@ -36,9 +39,12 @@ class Summary:
 
     def __rich__(self) -> Table:
         share = 100 * self.trainable / self.total
+        size = f"{self.bytes / 2**20:.2f} MiB"
+        if self.indices:
+            size += f"; with them {self.indices:,} indices are saved"
         table = Table(
             title=self.backbone,
-            caption=f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %), {self.bytes / 2**20:.2f} MiB",
+            caption=f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %), {size}",
         )
         for column in ("adapter", "method", "site", "tensors", "trainable"):
             table.add_column(column, justify="right" if column in ("tensors", "trainable") else "left")
@@ -66,6 +72,7 @@ def summary(model: nn.Module) -> Summary:
         total=sum(p.numel() for p in frozen) + count,
         trainable=count,
         adapter=sum(p.numel() for p in trainable if id(p) not in heads),
+        indices=sum(sum(entries_of(peft[name]).values()) for name in peft.active),
         rows=tuple(row for name in peft for row in _rows(name, peft[name], name in peft.active)),
     )
 

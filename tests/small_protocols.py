@@ -1,0 +1,46 @@
+"""Protocols that take seconds: a tiny untrained backbone on a few rendered images."""
+
+import csv
+from pathlib import Path
+
+CONFIG = """
+model:
+  class_path: ImageClassification
+  init_args:
+    backbone: test_vit
+    pretrained: false
+    backbone_kwargs: {img_size: 32}
+    method: {class_path: METHOD}
+    optimisation: {lr: 1e-3, warmup_epochs: 0}
+data:
+  class_path: VTAB1k
+  init_args: {task: dsprites_ori, batch_size: 32, test_samples: 40}
+trainer: {max_epochs: 3, limit_train_batches: 3, accelerator: cpu, logger: false}
+"""
+RECIPE = """
+source: two rates
+grid: {model.optimisation.lr: [1.0e-3, 1.0e-2]}
+paper: {model.optimisation.warmup_epochs: 1}
+seeds: [7]
+report: best_test
+differs: it has no authors
+"""
+
+
+def write_config(folder: Path, name: str = "small", method: str = "BitFit", recipe: str = RECIPE) -> str:
+    """A configuration and its recipe."""
+    (folder / "recipes").mkdir(parents=True, exist_ok=True)
+    (folder / f"vtab_{name}.yaml").write_text(CONFIG.replace("METHOD", method))
+    (folder / "recipes" / f"vtab_{name}.yaml").write_text(recipe)
+    return str(folder / f"vtab_{name}.yaml")
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """Rows of results.csv."""
+    with (folder / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def measured(rows: list[dict]) -> list[dict]:
+    """Rows without what differs between two runs of the same training."""
+    return [{key: row[key] for key in row if key not in ("training_seconds", "run_directory")} for row in rows]

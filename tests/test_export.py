@@ -1,0 +1,65 @@
+"""Adapted and merged models leave PyTorch: `torch.export` with a free batch size, and ONNX in onnxruntime."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import CASES, FEW_CASES, adapted, distance
+from reference.hosts import HOSTS
+
+import visionpeft as vp
+
+HOST = {host.name: host for host in HOSTS}
+CASE = {case.name: case for case in CASES}
+EXPORTED = [(HOST["vit_cls"], case) for case in CASES if case in FEW_CASES or case.name in ("vpt_shallow", "ada_lora")]
+EXPORTED += [(HOST[name], CASE[case]) for name in ("beit", "eva_split") for case in ("vpt_deep", "lora_all", "ssf")]
+FREE = ({0: torch.export.Dim("batch")},)
+
+
+def exported(host, model):
+    """The program of a model for batches of any size."""
+    return torch.export.export(model, (host.inputs(2),), dynamic_shapes=FREE)
+
+
+def output(host, model, inputs):
+    with torch.no_grad():
+        return host.run(model, inputs)
+
+
+@pytest.mark.parametrize(("host", "case"), EXPORTED, ids=repr)
+def test_attached_models_export(host, case):
+    """Every kind of method exports as it is attached, and the program computes the same for other batch sizes."""
+    model = adapted(host, case)
+    program = exported(host, model).module()
+    for batch in (2, 5):
+        inputs = host.inputs(batch, seed=batch)
+        assert distance(output(host, program, inputs), output(host, model, inputs)) < 1e-6
+
+
+def test_exported_program_holds_the_adapter():
+    """Of an adapter that is switched off nothing is left in the program; of one that acts, its numbers are."""
+    host = HOST["vit_cls"]
+    model = adapted(host, CASE["adapt_former"])
+    active = exported(host, model).module()
+    vp.disable(model)
+    plain = exported(host, model).module()
+    inputs = host.inputs(3)
+    assert torch.equal(output(host, plain, inputs), output(host, host.build(), inputs))
+    assert distance(output(host, active, inputs), output(host, plain, inputs)) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora_all", "ssf", "vpt_deep", "adapt_former", "prefix"])
+def test_onnx(name, tmp_path):
+    """onnxruntime gives the same logits: of a merged model where there is one, and of an attached one else."""
+    host, case = HOST["vit_cls"], CASE[name]
+    model = adapted(host, case)
+    inputs = host.inputs(3)
+    expected = output(host, model, inputs)
+    if case.mergeable:
+        vp.merge(model)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (host.inputs(2),), path, dynamo=True, dynamic_shapes=FREE, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    (logits,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-4, atol=1e-4)

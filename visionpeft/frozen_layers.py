@@ -1,0 +1,230 @@
+"""Frozen layers with less kept for the backward pass than their formulas say, less work, and the same results.
+
+* `linear`: a frozen linear layer and the low-rank changes W + s B A of its rows in one step. The input of A is not kept
+  where it can be made again: the output of a norm from the tokens it normalises, that of an activation from its input,
+  both of which are kept anyway. Under autocast the frozen weight is cast once more in the backward pass, where PyTorch
+  by itself keeps the cast copy of every frozen weight.
+* `remember`: marks a tensor with what it is made from.
+* `scale_shift`: s y + t, whose gradient for s is taken from the result, which attention and activation keep anyway.
+* `own`: a part of a tensor that does not keep the whole.
+
+Where a graph is traced (`torch.compile`, `torch.export`), the compiler decides what is kept, and the formulas run as
+they are. These gradients cannot be differentiated again; PyTorch says so when asked to.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# what acts on which rows of the output of a layer; None for all rows
+Acting = Sequence[tuple[slice | None, tuple[Callable, ...]]]
+
+SMALLEST_SCALE = 1 / 16  # relative to max(1, |shift|): dividing by less would cost more than one digit
+
+
+def traced() -> bool:
+    """Whether a graph is being made of what runs."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_plain(layer: Callable) -> bool:
+    """Whether calling a layer is `F.linear` with its weight and bias and nothing else."""
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and not _is_hooked(layer)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a tensor is made from: function(*tensors), under autocast to a dtype or without.
+
+    Args:
+        function: pure, and cheap to run again.
+        tensors: its arguments.
+        autocast: the dtype.
+        version: that of the tensor when it was made; what was changed in place since is something else.
+    """
+
+    function: Callable
+    tensors: tuple[torch.Tensor | None, ...]
+    autocast: torch.dtype | None
+    version: int
+
+    def remake(self, *tensors: torch.Tensor | None) -> torch.Tensor:
+        """The tensor again, from its arguments."""
+        with torch.autocast(tensors[0].device.type, self.autocast, enabled=self.autocast is not None):
+            return self.function(*tensors)
+
+
+def remember(y: torch.Tensor, function: Callable, *tensors: torch.Tensor | None) -> torch.Tensor:
+    """Mark y = function(*tensors); the first of the tensors is kept for the backward pass anyway."""
+    if torch.is_grad_enabled() and not _shares(y, tensors[0]):
+        sources = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
+        y.origin = Origin(function, sources, _autocast_dtype(y), y._version)
+    return y
+
+
+def _shares(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+def origin_of(x: torch.Tensor) -> Origin | None:
+    """What a tensor is made from, if `remember` was told and it is still the same."""
+    origin = getattr(x, "origin", None)
+    return origin if origin is not None and origin.version == x._version else None
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which autocast multiplies, None without autocast. It leaves float64 alone."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, acting: Acting
+) -> tuple[torch.Tensor, Acting]:
+    """y = x W^T + b (..., out) with those low-rank changes that act first on its rows, and what is left to act.
+
+    A module says by `low_rank_change() -> (A, B, s)` that s B A x added to the rows is all it does, by None that it is
+    not.
+    """
+    frozen = type(weight) in (torch.Tensor, nn.Parameter) and not (weight.requires_grad and torch.is_grad_enabled())
+    if traced() or not frozen:
+        return F.linear(x, weight, bias), acting
+    changes, left = [], []
+    for rows, modules in acting:
+        factors = []
+        for module in modules:
+            change = _low_rank_change(module)
+            if change is None:
+                break
+            factors.append((slice(None) if rows is None else rows, *change))
+        changes += factors
+        left.append((rows, modules[len(factors) :]))
+    if not changes and _autocast_dtype(x) is None:
+        return F.linear(x, weight, bias), left
+    rows, down, up, scalings = zip(*changes, strict=True) if changes else ((), (), (), ())
+    return _FrozenLinear.apply(x, weight, bias, origin_of(x), rows, scalings, *down, *up), left
+
+
+def _low_rank_change(module: Callable) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    # A subclass with a forward of its own does something else than its base class says.
+    defining = next((kind.__dict__ for kind in type(module).__mro__ if "forward" in kind.__dict__), {})
+    return module.low_rank_change() if "low_rank_change" in defining and not _is_hooked(module) else None
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """y = x W^T + b, where s x A^T B^T is added to the rows of each low-rank change. Factors are all A, then all B."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, origin, rows, scalings, *factors):
+        autocast = _autocast_dtype(x)
+
+        def cast(tensor):
+            return tensor if autocast is None or tensor is None else tensor.to(autocast)
+
+        y = F.linear(cast(x), cast(weight), cast(bias))
+        kept = ()
+        if rows:
+            down, up = factors[: len(rows)], factors[len(rows) :]
+            dtype = autocast or down[0].dtype  # an adapter computes in its own precision, unless autocast chooses
+            z = x.to(dtype).flatten(0, -2) @ torch.cat(down).to(dtype).t()
+            flat = y.view(-1, y.shape[-1])
+            for own_rows, part, scaling, b in zip(rows, _parts(z, down), scalings, up, strict=True):
+                _add_product(flat[:, own_rows], part.mul_(scaling), b.to(dtype).t())
+            trained = any(ctx.needs_input_grad[6:])
+            kept = (z, *((x,) if origin is None else origin.tensors)) if trained else (z,)
+        ctx.save_for_backward(weight, *factors, *kept)
+        ctx.origin, ctx.rows, ctx.scalings = origin, rows, scalings
+        ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        changes = len(ctx.rows)
+        weight, *tensors = ctx.saved_tensors
+        down, up, kept = tensors[:changes], tensors[changes : 2 * changes], tensors[2 * changes :]
+        shape = (*grad.shape[:-1], weight.shape[1])
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_x = (grad @ weight.to(grad.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+        grad_down, grad_up = [None] * changes, [None] * changes
+        if changes:
+            z, *sources = kept
+            grads = [grad[:, rows].to(z.dtype) for rows in ctx.rows]
+            parts = zip(ctx.scalings, grads, up, strict=True)
+            grad_zs = [scaling * (part @ b.to(z.dtype)) for scaling, part, b in parts]
+            grad_z = torch.cat(grad_zs, dim=1)
+            if grad_x is not None and grad_x.dtype == z.dtype == down[0].dtype:
+                grad_x.addmm_(grad_z, torch.cat(down))
+            elif grad_x is not None:
+                # The order of sums and roundings in which autograd adds up what each formula gives, the last one first.
+                products = [(own_z @ a.to(z.dtype)).to(ctx.dtype) for own_z, a in zip(grad_zs, down, strict=True)]
+                grad_x += functools.reduce(torch.add, reversed(products))
+            if sources:
+                x = sources[0] if ctx.origin is None else ctx.origin.remake(*sources)
+                products = (grad_z.t() @ x.to(z.dtype).flatten(0, -2)).split([len(a) for a in down])
+                grad_down = [product.to(a.dtype) for product, a in zip(products, down, strict=True)]
+                parts = zip(grads, _parts(z, down), up, strict=True)
+                # z^T g and not g^T z, which takes twice the time.
+                grad_up = [(own_z.t() @ part).t().to(b.dtype) for part, own_z, b in parts]
+        grad_x = None if grad_x is None else grad_x.view(shape)
+        return grad_x, None, grad_bias, None, None, None, *grad_down, *grad_up
+
+
+def _parts(z: torch.Tensor, down: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The columns of z (tokens, sum of ranks) that belong to each A (rank, in)."""
+    return z.split([len(a) for a in down], dim=1)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, in one pass over the total where the precisions are the same."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += (left @ right).to(total.dtype)
+
+
+def scale_shift(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """scale * y + shift in the dtype of y (..., channels); scale and shift (channels,).
+
+    The result is kept and not y, unless a scale is too near to zero to divide by it.
+    """
+    trained = torch.is_grad_enabled() and scale.requires_grad
+    if traced() or not trained or bool((scale.abs() < SMALLEST_SCALE * shift.abs().clamp(min=1)).any()):
+        return (y * scale + shift).to(y.dtype)
+    return _ScaleShift.apply(y, scale, shift)
+
+
+class _ScaleShift(torch.autograd.Function):
+    """y' = s y + t. The gradient for s is sum(g y) = (sum(g y') - t sum(g)) / s."""
+
+    @staticmethod
+    def forward(ctx, y, scale, shift):
+        result = torch.addcmul(shift, y, scale).to(y.dtype)
+        ctx.save_for_backward(result, scale, shift)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        result, scale, shift = ctx.saved_tensors
+        grad_y = (grad * scale).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad = grad.reshape(-1, grad.shape[-1])
+        total = grad.sum(0, dtype=scale.dtype)
+        weighted = (grad * result.reshape(grad.shape)).sum(0, dtype=scale.dtype)
+        return grad_y, (weighted - shift * total) / scale, total
+
+
+def own(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it if it is a part of something larger that would be kept with it."""
+    part = not traced() and x.untyped_storage().nbytes() > x.numel() * x.element_size()
+    return x.clone() if part and torch.is_grad_enabled() else x

@@ -1,0 +1,196 @@
+"""What an `adapter_config.json` of HF peft says: read, checked, and refused where it asks for more than we compute."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from visionpeft.errors import StorageError
+
+# These only record where the adapter came from, or act only beside an option that is refused.
+WITHOUT_EFFECT = {
+    "peft_type", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+    "init_ia3_weights", "megatron_core", "qalora_group_size", "runtime_config",
+}  # fmt: skip
+# Initialisations that leave the weights of the backbone as they are; the others move a part of them into the adapter.
+INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The fields that decide what an adapter computes.
+
+    Args:
+        peft_type: "LORA" or "IA3".
+        auto_mapping: class and module of the backbone.
+        target_modules: full names or ends of names of the adapted modules, or a regular expression.
+        exclude_modules: likewise, of modules that are left out.
+        modules_to_save: names of modules that are trained whole.
+        feedforward_modules: for IA3, modules whose input is scaled instead of their output.
+        r: rank where no pattern matches.
+        lora_alpha: numerator of the scale where no pattern matches.
+        lora_dropout: dropout on the input of A.
+        rank_pattern: ranks by regular expression of the name.
+        alpha_pattern: numerators likewise.
+        use_rslora: scale alpha / sqrt(rank) instead of alpha / rank.
+        use_dora: weight-decomposed form, with a magnitude for each row.
+        layers_to_transform: indices of the blocks that names in a list of `target_modules` are limited to.
+        layers_pattern: name of the list of blocks those indices count in.
+    """
+
+    peft_type: str
+    target_modules: str | list[str]
+    auto_mapping: dict[str, str] = field(default_factory=dict)
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    feedforward_modules: str | list[str] | None = None
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+
+    def rank(self, path: str) -> int:
+        """Rank of the module of this name."""
+        return _by_pattern(self.rank_pattern, path, self.r)
+
+    def alpha(self, path: str) -> float:
+        """Numerator of the scale alpha / rank for the module of this name."""
+        alpha = float(_by_pattern(self.alpha_pattern, path, self.lora_alpha))
+        return alpha * math.sqrt(self.rank(path)) if self.use_rslora else alpha
+
+    def targets(self, path: str) -> bool:
+        """Whether peft wraps the module of this name."""
+        if _matches(self.exclude_modules, path):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save or ()):
+            return False
+        if isinstance(self.target_modules, str) or path in self.target_modules:
+            return _matches(self.target_modules, path)
+        return _matches(self.target_modules, path) and self._in_layers(path)
+
+    def scales_input(self, path: str) -> bool:
+        """Whether IA3 scales the input of the module of this name."""
+        return _matches(self.feedforward_modules, path)
+
+    def _in_layers(self, path: str) -> bool:
+        layers = self.layers_to_transform
+        if layers is None or layers == []:
+            return True
+        names = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in names or ()] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next(filter(None, (re.match(pattern, path) for pattern in patterns)), None)
+        return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def expression(path: str) -> str:
+    """A regular expression that matches this name alone."""
+    return path.replace(".", r"\.")
+
+
+def read_config(content: object, what: str) -> PeftConfig:
+    """Check the content of an `adapter_config.json`.
+
+    Raises:
+        StorageError: naming the field that is missing, of the wrong type, or asks for what is not computed here.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
+        raise StorageError(f"{what} is not a configuration of peft: it lacks peft_type")
+    kind = content["peft_type"]
+    if kind not in ("LORA", "IA3"):
+        raise StorageError(f"{what} is of peft_type {kind}; LORA and IA3 can be imported")
+    values = {"peft_type": kind}
+    for key, (describe, accepts) in FIELDS.items():
+        value = content.get(key)
+        if value is None:
+            continue
+        if not accepts(value):
+            raise StorageError(f"{what}: {key} is {value!r}, but must be {describe}")
+        values[key] = value
+    if content.get("init_lora_weights", True) not in INITIALISATIONS:
+        raise StorageError(
+            f"{what}: init_lora_weights={content['init_lora_weights']!r} changed the weights of the backbone, which "
+            "the adapter's file does not hold; convert it with peft (path_initial_model_for_weight_conversion) first"
+        )
+    known = {*FIELDS, *WITHOUT_EFFECT, "init_lora_weights"}
+    for key, value in content.items():
+        if key not in known and value not in (None, False, [], {}, "none"):
+            raise StorageError(f"{what}: {key}={value!r} is not supported; only plain LoRA, DoRA and IA3 are imported")
+    if "target_modules" not in values:
+        raise StorageError(f"{what} lacks target_modules")
+    config = PeftConfig(**values)
+    _check_expressions(config, what)
+    return config
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _is_layers(value: object) -> bool:
+    return all(isinstance(index, int) for index in (value if isinstance(value, list) else [value]))
+
+
+def _pattern_of(accepts):
+    return lambda value: isinstance(value, dict) and all(accepts(each) for each in value.values())
+
+
+NAMES = ("a name, a list of names or a regular expression", _is_names)
+FIELDS = {
+    "auto_mapping": ("names", _pattern_of(_is_text)),
+    "target_modules": NAMES,
+    "exclude_modules": NAMES,
+    "feedforward_modules": NAMES,
+    "modules_to_save": ("a list of names", lambda value: isinstance(value, list) and _is_names(value)),
+    "r": ("a positive integer", _is_rank),
+    "lora_alpha": ("a number", _is_number),
+    "lora_dropout": ("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
+    "rank_pattern": ("names with positive integers", _pattern_of(_is_rank)),
+    "alpha_pattern": ("names with numbers", _pattern_of(_is_number)),
+    "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
+    "use_dora": ("true or false", lambda value: isinstance(value, bool)),
+    "layers_to_transform": ("an index or a list of indices", _is_layers),
+    "layers_pattern": NAMES,
+}
+
+
+def _check_expressions(config: PeftConfig, what: str) -> None:
+    """Refuse names that are no regular expressions where peft reads them as such."""
+    names = [*config.rank_pattern, *config.alpha_pattern, *(config.modules_to_save or ())]
+    names += [n for n in (config.target_modules, config.exclude_modules, config.feedforward_modules) if _is_text(n)]
+    names += [config.layers_pattern] if _is_text(config.layers_pattern) else config.layers_pattern or []
+    for name in names:
+        try:
+            re.compile(rf"(^|.*\.)({name})($|\..*)")
+        except (re.error, RecursionError, OverflowError):
+            raise StorageError(f"{what}: {name!r} is not a regular expression") from None
+
+
+def _matches(names: str | Iterable[str] | None, path: str) -> bool:
+    """Whether a module's name is meant by a regular expression, or by a list of names or ends of names."""
+    if isinstance(names, str):
+        return names == "all-linear" or re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names or ())
+
+
+def _by_pattern(patterns: dict, path: str, default):
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default

@@ -1,0 +1,112 @@
+"""Deep prompts as keys and values alone.
+
+Prompts that enter a block and leave behind it reach the other tokens through their keys and values only. So they need
+no place in the stream: their queries, what attention gives them and their way through the MLP are never read. And what
+the whole batch shares of them is worked out once. Outputs and gradients are those of prompts in the stream.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+from timm.layers import DropPath
+from torch.nn.modules.dropout import _DropoutNd
+
+from visionpeft.sites import TOKEN_SITES, Order, Sites, is_drawn, order_of
+
+# (site, where a branch is added) -> modules that act there in one block
+Acting = dict[tuple[str, str | None], list[nn.Module]]
+
+ON_THE_WAY = ("stream_in", "norm1", "attn_in", "k", "v", "k_norm")
+
+
+class KeyPrompts:
+    """Prompts of one block that are keys and values of its attention and no tokens of the stream.
+
+    Args:
+        block: the sited block, which says what its attention reads of the stream.
+        prompts: the modules whose prompts they are; `prompts_for(x)` gives them (1 or batch, num_tokens, width).
+        at_entrance: what acts on tokens at `stream_in` behind the prompts' entrance.
+        at_attention: what acts on tokens at `attn_in`.
+        dropouts: the dropouts on the way to keys and values, which every sample draws for itself.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        prompts: list[nn.Module],
+        at_entrance: list[nn.Module],
+        at_attention: list[nn.Module],
+        dropouts: list[nn.Module],
+    ):
+        self.block = block
+        self.prompts = prompts
+        self.at_entrance = at_entrance
+        self.at_attention = at_attention
+        self.dropouts = dropouts
+
+    def __call__(self, sites: Sites, x: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the prompts (1 or batch, prompts, width), where x is what it reads of tokens."""
+        parts = [module.prompts_for(x) for module in self.prompts]
+        rows = x.shape[0] if any(map(is_drawn, self.dropouts)) else max(part.shape[0] for part in parts)
+        prompts = torch.cat([part.expand(rows, -1, -1) for part in parts], dim=1)
+        for module in self.at_entrance:
+            prompts = module(prompts)
+        prompts = self.block.attention_input(prompts, sites)
+        for module in self.at_attention:
+            prompts = module(prompts)
+        return prompts
+
+
+def key_prompts(block: nn.Module, acting: Acting) -> KeyPrompts | None:
+    """The prompts of a block that is not causal, where they can be keys and values alone, else None.
+
+    They can if they leave behind the block, and if everything that acts on its tokens takes each token by itself or
+    leaves prompts alone.
+    """
+    entrance = acting.get(("stream_in", None), [])
+    prompts = [module for module in entrance if order_of(module) == Order.ENTER]
+    leaving = [module for module in acting.get(("stream_out", None), []) if order_of(module) == Order.LEAVE]
+    if not prompts or not all(hasattr(module, "prompts_for") for module in prompts):
+        return None
+    if sum(module.num_tokens for module in prompts) != sum(module.num_tokens for module in leaving):
+        return None
+    at_entrance = entrance[entrance.index(prompts[-1]) + 1 :]
+    before = entrance[: entrance.index(prompts[0])]
+    if not all(_leaves_alone(key, module, [*prompts, *leaving, *before]) for key, module in _each(acting)):
+        return None
+    on_the_way = [m for (site, _), m in _each(acting) if site in ON_THE_WAY and m not in (*prompts, *before)]
+    drawing = [part for module in on_the_way for part in module.modules() if isinstance(part, DropPath | _DropoutNd)]
+    if not all(type(part) is nn.Dropout for part in drawing):  # others draw for all tokens of a sample together
+        return None
+    at_attention = acting.get(("attn_in", None), [])
+    return KeyPrompts(block, prompts, _on_all(at_entrance), _on_all(at_attention), drawing)
+
+
+def without_prompts(acting: dict, prompts: Iterable[nn.Module]) -> dict:
+    """What acts in a block but for the prompts' own entering and leaving."""
+    own = [*prompts]
+
+    def stays(module: nn.Module) -> bool:
+        return module not in own and order_of(module) != Order.LEAVE
+
+    return {key: [[m for m in group if stays(m)] for group in groups] for key, groups in acting.items()}
+
+
+def _each(acting: Acting) -> Iterable[tuple[tuple[str, str | None], nn.Module]]:
+    return [(key, module) for key, modules in acting.items() for module in modules]
+
+
+def _leaves_alone(key: tuple[str, str | None], module: nn.Module, own: list[nn.Module]) -> bool:
+    """Whether a module does to the other tokens the same with and without prompts among them."""
+    site, add = key
+    if module in own or order_of(module) == Order.LEAVE_SPAN or site == "kv":  # at kv prompts are among the keys
+        return True
+    if site not in TOKEN_SITES:
+        return getattr(module, "tokenwise", True)
+    alone = getattr(module, "tokenwise", False) or getattr(module, "patches_only", False)
+    return alone and add not in ("stream_in", "attn_in")
+
+
+def _on_all(modules: list[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if not getattr(module, "patches_only", False)]

@@ -1,0 +1,224 @@
+"""AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning (Zhang et al., 2023).
+
+https://arxiv.org/abs/2303.10512
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from visionpeft.addressing import Blocks
+from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.errors import ConfigurationError
+from visionpeft.methods.base import Method, require
+from visionpeft.methods.lora import LoRA, LowRank
+from visionpeft.methods.targets import require_targets, target_layers
+from visionpeft.sites import Placement
+
+TRIPLET = ("P", "values", "Q")
+
+
+class Triplets(LowRank):
+    """y + P diag(values) Q dropout(x): `LowRank` with B = P and A = diag(values) Q.
+
+    P (out, rank) and Q (rank, in) are N(0, 0.02), the singular values (rank,) zero: no change at the start. Triplet i
+    is column i of P, value i and row i of Q. Buffers hold, for every entry w, the smoothed sensitivity |w dL/dw| and
+    its smoothed variation, and which triplets are `kept` (rank,), as ones and zeros.
+    """
+
+    output_side = ("P",)
+
+    def __init__(self, layer: Layer, rank: int, dropout: float):
+        nn.Module.__init__(self)  # A and B are no parameters here
+        self.P = nn.Parameter(torch.randn(layer.out_features, rank) * 0.02)
+        self.values = nn.Parameter(torch.zeros(rank))
+        self.Q = nn.Parameter(torch.randn(rank, layer.in_features) * 0.02)
+        self.target = layer.target
+        self.scaling = 1.0
+        self.dropout = nn.Dropout(dropout)
+        for name in TRIPLET:
+            for state in ("sensitivity", "variation"):
+                self.register_buffer(f"{name}_{state}", torch.zeros_like(getattr(self, name)))
+        self.register_buffer("kept", torch.ones(rank))
+
+    @property
+    def A(self) -> torch.Tensor:
+        """diag(values) Q (rank, in)."""
+        return self.values[:, None] * self.Q
+
+    @property
+    def B(self) -> torch.Tensor:
+        """P (out, rank)."""
+        return self.P
+
+    def deviation(self) -> torch.Tensor:
+        """|P^T P - I|^2 + |Q Q^T - I|^2, squared Frobenius norms: how far the factors are from orthogonal."""
+        with torch.autocast(self.P.device.type, enabled=False):
+            identity = torch.eye(len(self.values), dtype=self.P.dtype, device=self.P.device)
+            products = self.P.t() @ self.P, self.Q @ self.Q.t()
+            return sum((product - identity).square().sum() for product in products)
+
+    def measure(self, beta1: float, beta2: float) -> None:
+        """Follow the sensitivity of every entry, from the gradients of the step just made."""
+        for name in TRIPLET:
+            parameter = getattr(self, name)
+            if parameter.grad is None:
+                raise ConfigurationError(
+                    "AdaLoRA measures gradients after a step: call after_step between optimizer.step() and zero_grad()"
+                )
+            now = (parameter * parameter.grad).abs()
+            sensitivity = getattr(self, f"{name}_sensitivity").lerp_(now, 1 - beta1)
+            getattr(self, f"{name}_variation").lerp_((now - sensitivity).abs(), 1 - beta2)
+
+    def importance(self) -> torch.Tensor:
+        """Of each triplet (rank,): s(value) + mean s(column of P) + mean s(row of Q), s = sensitivity * variation."""
+        of_P, of_values, of_Q = (
+            getattr(self, f"{name}_sensitivity") * getattr(self, f"{name}_variation") for name in TRIPLET
+        )
+        return of_values + of_P.mean(dim=0) + of_Q.mean(dim=1)
+
+    def acting(self) -> torch.Tensor:
+        """Which triplets are kept, or have a value until the next choice: (rank,)."""
+        return (self.kept > 0) | (self.values != 0)
+
+    def low_rank(self, rank: int) -> LowRank:
+        """The same change with this rank, which is not below the number of triplets that act."""
+        chosen = (~self.acting()).to(torch.uint8).argsort(stable=True)[:rank].sort().values
+        change = LowRank(self.Q.shape[1], len(self.P), rank, self.scaling, self.dropout.p).to(self.P)
+        change.A.data, change.B.data = self.A.detach()[chosen], self.P.detach()[:, chosen].contiguous()
+        return change
+
+
+@dataclass(frozen=True)
+class AdaLoRA(Method):
+    """Low-rank changes W + P diag(values) Q whose ranks are chosen while training, under one budget for all layers.
+
+    Every step adds orthogonality * sum (|P^T P - I|^2 + |Q Q^T - I|^2) to the loss and follows the importance of every
+    triplet (column of P, singular value, row of Q): the smoothed sensitivity |w dL/dw| times its smoothed variation.
+    Between `start` and `end`, every `interval` steps only the most important triplets keep their value, the others' is
+    set to zero, from which they may grow again until the next time; their number falls along
+    b1 + (b0 - b1) (1 - progress)^3 from b0 = initial_rank to b1 = rank, times the number of layers. From `end` on the
+    choice is fixed. As in the authors' code, |w dL/dw| has w behind the step and the gradient in front of it.
+
+    The tasks do this by themselves, and checkpoints hold the state. A training loop of your own must add
+    `penalty(model)` to the loss and call `after_step(model, step, total_steps)` between `optimizer.step()` and
+    `zero_grad()`. `save` writes the triplets that act as `LoRA` of those ranks, without the state. Mergeable.
+    Trainable: sum over target layers of initial_rank * (in + out + 1); 1,991,520 on ViT-B/16.
+    Source: Zhang et al., AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, 2023.
+
+    Args:
+        rank: average rank at the end.
+        initial_rank: rank of every layer at the start; the paper has 1.5 times the final one.
+        targets: layers, out of q k v proj fc1 fc2 gate; fc1 covers both halves of a gated MLP.
+        dropout: dropout on the input of Q.
+        orthogonality: factor of the penalty.
+        start: share of all steps after which the budget begins to fall.
+        end: share of all steps after which the choice is fixed.
+        interval: steps from one choice to the next.
+        beta1: smoothing of the sensitivity.
+        beta2: smoothing of its variation.
+        blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
+        towers: which towers, "visual" or "text" or both, under one budget; by default the image tower.
+    """
+
+    rank: int = 8
+    initial_rank: int = 12
+    targets: tuple[str, ...] = ("q", "k", "v", "proj", "fc1", "fc2")
+    dropout: float = 0.0
+    orthogonality: float = 0.1
+    start: float = 0.1
+    end: float = 0.7
+    interval: int = 10
+    beta1: float = 0.85
+    beta2: float = 0.85
+    blocks: Blocks = "all"
+    towers: str | list[str] | None = None
+
+    def __post_init__(self):
+        for name in ("rank", "initial_rank", "interval"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value > 0, self, f"{name} must be a positive integer")
+        require(self.rank <= self.initial_rank, self, "initial_rank must not be below rank")
+        require(0 <= self.start < self.end <= 1, self, f"0 <= start < end <= 1, not {self.start} and {self.end}")
+        for name in ("dropout", "beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, self, f"{name} must be in [0, 1), not {getattr(self, name)}")
+        require(self.orthogonality >= 0, self, "orthogonality must not be negative")
+        require_targets(self)
+
+    def place(self, tower: Tower) -> Iterator[Placement]:
+        """One `Triplets` at every target layer of the chosen blocks."""
+        for index, layer in target_layers(self, tower):
+            module = Triplets(layer, self.initial_rank, self.dropout)
+            yield Placement(tower.name, index, layer.site, module)
+
+    def penalty(self, part: nn.Module) -> torch.Tensor:
+        """orthogonality * sum (|P^T P - I|^2 + |Q Q^T - I|^2)."""
+        return self.orthogonality * sum(layer.deviation() for layer in _triplets_of(part).values())
+
+    def after_step(self, part: nn.Module, step: int, total_steps: int) -> None:
+        """Follow the importance and keep as many triplets as the budget of the step allows."""
+        layers = list(_triplets_of(part).values())
+        for layer in layers:
+            layer.measure(self.beta1, self.beta2)
+        first, last = round(self.start * total_steps), round(self.end * total_steps)
+        if step == last or (first <= step < last and step % self.interval == 0):
+            self._choose(layers, round(len(layers) * self.budget(step, total_steps)))
+        elif step < last:
+            return
+        for layer in layers:
+            layer.values.mul_(layer.kept)
+
+    def budget(self, step: int, total_steps: int) -> float:
+        """Average rank of a layer that is allowed after a step."""
+        first, last = round(self.start * total_steps), round(self.end * total_steps)
+        progress = min(1.0, max(0.0, (step - first) / max(1, last - first)))
+        return self.rank + (self.initial_rank - self.rank) * (1 - progress) ** 3
+
+    def fold(self, part: nn.Module) -> tuple[LoRA, nn.Module]:
+        """LoRA of the triplets that act. Where layers cannot have ranks of their own, they get the largest of them."""
+        layers = _triplets_of(part)
+        towers = {path.partition(".")[0] for path in layers}
+        # A rank can be given by block and target, but not by tower.
+        key_of = {path: _rank_key(path, layer) if len(towers) == 1 else "all" for path, layer in layers.items()}
+        ranks: dict[str, int] = {}
+        for path, layer in layers.items():
+            ranks[key_of[path]] = max(ranks.get(key_of[path], 1), int(layer.acting().sum()))
+        folded = nn.ModuleDict()
+        for path, layer in layers.items():
+            *owners, site = path.split(".")
+            inside = folded
+            for name in owners:
+                if name not in inside:
+                    inside[name] = nn.ModuleDict()
+                inside = inside[name]
+            inside[site] = layer.low_rank(ranks[key_of[path]])
+        lora = LoRA(
+            rank=self.rank,
+            targets=self.targets,
+            dropout=self.dropout,
+            overrides={key: rank for key, rank in ranks.items() if rank != self.rank},
+            blocks=self.blocks,
+            towers=self.towers,
+        )
+        return lora, folded
+
+    def _choose(self, layers: list[Triplets], number: int) -> None:
+        """Keep the most important triplets of all layers together."""
+        importance = torch.cat([layer.importance() for layer in layers])
+        kept = torch.zeros_like(importance)
+        kept[importance.argsort(descending=True, stable=True)[:number]] = 1
+        for layer, chosen in zip(layers, kept.split([len(layer.kept) for layer in layers]), strict=True):
+            layer.kept.copy_(chosen)
+
+
+def _triplets_of(part: nn.Module) -> dict[str, Triplets]:
+    """By path, <tower>.<block>.<site>."""
+    return {path: module for path, module in part.named_modules() if isinstance(module, Triplets)}
+
+
+def _rank_key(path: str, layer: Triplets) -> str:
+    """How the rank of a layer is named among LoRA's overrides."""
+    _, *block, _ = path.split(".")
+    return "/".join([*block, layer.target])

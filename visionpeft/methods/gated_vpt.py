@@ -1,0 +1,112 @@
+"""Improving Visual Prompt Tuning for Self-supervised Vision Transformers (Yoo et al., 2023).
+
+https://arxiv.org/abs/2306.05067
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from visionpeft.addressing import Blocks
+from visionpeft.backbones.tower import Tower
+from visionpeft.methods.base import Method, require
+from visionpeft.methods.vpt import VPT, Prompts
+from visionpeft.sites import Placement
+
+TEMPERATURES = (0.01, 10.0)
+
+
+class Gate(nn.Module):
+    """A branch around a block: the prompts become sigmoid(logit) * after + (1 - sigmoid(logit)) * before.
+
+    Args:
+        prompts: the module whose prompts it gates; other tokens stay as they are.
+        logit: where the one trained number starts.
+    """
+
+    def __init__(self, prompts: Prompts, logit: float):
+        super().__init__()
+        self.logit = nn.Parameter(torch.full((1,), float(logit)))
+        self._prompts = (prompts,)  # in a tuple, because it has its own place in the adapter
+
+    @property
+    def located_at(self) -> nn.Module:
+        """The module whose prompts it gates."""
+        return self._prompts[0]
+
+    def forward(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        """The prompts (batch, num_tokens, width) among tokens (batch, tokens, width), the first of them at `first`."""
+        return x[:, first : first + self.located_at.num_tokens]
+
+    def join(self, x: torch.Tensor, before: torch.Tensor, first: int) -> torch.Tensor:
+        """Mix the prompts among the tokens x behind the block with those in front of it."""
+        after = self(x, first)
+        mixed = (before + self.logit.sigmoid() * (after - before)).to(x.dtype)
+        return torch.cat((x[:, :first], mixed, x[:, first + after.shape[1] :]), dim=1)
+
+
+class Temperature(nn.Module):
+    """Attention softmax(q k^T / (temperature sqrt(d))) v with one trained number, one at the start.
+
+    It is kept within `TEMPERATURES`; beyond, the gradient is that of the border.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def forward(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map k and v (batch, heads, tokens, head width) to the same shapes."""
+        with torch.no_grad():
+            excess = self.temperature - self.temperature.clamp(*TEMPERATURES)
+        return (k / (self.temperature - excess)).to(k.dtype), v
+
+
+@dataclass(frozen=True)
+class GatedVPT(Method):
+    """Shallow prompts that each block may change as far as its gate lets it, and a temperature for every attention.
+
+    Prompts enter in front of the first chosen block as those of `VPT(deep=False)`. Behind every block but the last they
+    become g P_out + (1 - g) P_in with g = sigmoid(logit); as the logit starts at -gate, they first reach the last block
+    almost as they are. The attention of each block, of all tokens, is softmax(q k^T / (t sqrt(d))) v with t = 1 at the
+    start, kept within 0.01 and 10. Not mergeable: it adds tokens.
+    Trainable on L blocks of width D: num_tokens D + (L - 1) + L; 76,823 on ViT-B/16 for 100 prompts.
+    Source: Yoo et al., Improving Visual Prompt Tuning for Self-supervised Vision Transformers, 2023.
+
+    Args:
+        num_tokens: prompts.
+        gate: the logits of all gates start at -gate; the authors use 10, and 5 in their example.
+        dropout: dropout on the prompts; 0.1 in the paper.
+        init: of the prompts, "uniform" as in `VPT`, or "normal" with standard deviation 0.02 (towers without patches).
+        blocks: which blocks, consecutive, such as "all", "last:4" or "3:9".
+        towers: which towers, "visual" or "text" or both; by default the image tower.
+    """
+
+    name = "gated_vpt"  # no word boundary in the capitals
+
+    num_tokens: int = 100
+    gate: float = 10.0
+    dropout: float = 0.1
+    init: str = "uniform"
+    blocks: Blocks = "all"
+    towers: str | list[str] | None = None
+
+    def __post_init__(self):
+        require(isinstance(self.num_tokens, int) and self.num_tokens > 0, self, "num_tokens must be a positive integer")
+        require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
+        self._prompts()
+
+    def _prompts(self) -> VPT:
+        return VPT(self.num_tokens, deep=False, dropout=self.dropout, init=self.init, blocks=self.blocks)
+
+    def place(self, tower: Tower) -> Iterator[Placement]:
+        """The prompts of `VPT`, a `Gate` around every block but the last, a `Temperature` at every `kv`."""
+        enter, leave = self._prompts().place(tower)
+        yield from (enter, leave)
+        for index in range(enter.block, leave.block + 1):
+            yield Placement(tower.name, index, "kv", Temperature())
+            if index < leave.block:
+                gate = Gate(enter.module, -self.gate)
+                yield Placement(tower.name, index, "stream_in", gate, add="stream_out", name="gate")

@@ -1,0 +1,56 @@
+"""Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models (Qi et al., 2022).
+
+https://arxiv.org/abs/2211.08682
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from visionpeft.addressing import Blocks
+from visionpeft.backbones.tower import Tower
+from visionpeft.methods.base import Method, blocks_of
+
+NORMS = ("LayerNorm", "RmsNorm", "RMSNorm", "SimpleNorm")
+
+
+@dataclass(frozen=True)
+class LayerNormTuning(Method):
+    """Trains the scale and shift of every normalisation of the backbone; nothing is added.
+
+    All norms of the chosen blocks, and with the last block those behind the blocks, with the first those in front.
+    As weights of the backbone are trained themselves, samples of one batch cannot be routed through two of them.
+    Mergeable. Trainable on L blocks of width D: 4 D L + 2 D; 38,400 on ViT-B/16.
+    Source: Qi et al., Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models, 2022.
+
+    Args:
+        blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
+        towers: which towers, "visual" or "text" or both; by default the image tower.
+    """
+
+    blocks: Blocks = "all"
+    towers: str | list[str] | None = None
+
+    def trains(self, tower: Tower) -> Iterator[str]:
+        """Parameters of the norms."""
+        blocks = blocks_of(self, tower)
+        chosen = {id(p) for index in blocks for p in norm_parameters(tower.blocks[index].module)}
+        in_blocks = {id(p) for block in tower.blocks for p in block.module.parameters()}
+        in_front = tower.layers.get("norm_pre")
+        in_front = set() if in_front is None else {id(p) for p in in_front.owner.parameters()}
+        outside = {id(p) for p in norm_parameters(tower.module)} - in_blocks
+        if 0 in blocks:
+            chosen |= outside & in_front
+        if tower.depth - 1 in blocks:
+            chosen |= outside - in_front
+        for name in tower.parameter_names():
+            if id(tower.module.get_parameter(name)) in chosen:
+                yield name
+
+
+def norm_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of the normalisations over channels in a module, which the libraries name so."""
+    for each in module.modules():
+        if any(name in type(each).__name__ for name in NORMS):
+            yield from each.parameters(recurse=False)

@@ -1,0 +1,146 @@
+"""UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning (Mao et al., 2022).
+
+https://arxiv.org/abs/2110.07577
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from visionpeft.addressing import Blocks
+from visionpeft.backbones.tower import Tower
+from visionpeft.methods.base import Method, blocks_of, require
+from visionpeft.methods.bottleneck import Bottleneck
+from visionpeft.methods.lora import LowRank
+from visionpeft.methods.precision import to_parameter_dtype
+from visionpeft.methods.prefix_tuning import Prefix
+from visionpeft.methods.targets import require_targets, target_layers
+from visionpeft.sites import Order, Placement
+
+
+class Gate(nn.Module):
+    """One number in (0, 1) for each sample: the mean over its tokens of sigmoid(w x + c).
+
+    w is N(0, 0.02), c zero: about one half at the start.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to (batch, 1, 1)."""
+        return self.linear(to_parameter_dtype(x, self.linear.weight)).sigmoid().mean(dim=1, keepdim=True)
+
+
+class GatedLowRank(nn.Module):
+    """y + gate(x) (alpha / rank) B A dropout(x) for a linear layer y = W x + b."""
+
+    order = Order.WEIGHT
+    tokenwise = False  # the gate is a mean over tokens
+
+    def __init__(self, low_rank: LowRank, width: int):
+        super().__init__()
+        self.low_rank = low_rank
+        self.gate = Gate(width)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
+        """Map input x (batch, tokens, in) and output y (batch, tokens, out) of the layer to the changed output."""
+        return self.low_rank((self.gate(x) * x).to(x.dtype), y, weight, bias)  # the change is linear in x
+
+
+class GatedBottleneck(nn.Module):
+    """x + gate(x) up(act(down x))."""
+
+    def __init__(self, bottleneck: Bottleneck, width: int):
+        super().__init__()
+        self.bottleneck = bottleneck
+        self.gate = Gate(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to the same shape."""
+        return x + (self.gate(x) * self.bottleneck(x)).to(x.dtype)
+
+
+class GatedPrefix(nn.Module):
+    """A `Prefix` times a gate that reads the values of the tokens: [gate(v) P_k; k] and [gate(v) P_v; v].
+
+    The paper's gate reads the input h of the attention. v = W h + b with an invertible W has the same linear functions.
+    """
+
+    def __init__(self, prefix: Prefix, width: int):
+        super().__init__()
+        self.num_tokens = prefix.num_tokens
+        self.prefix = prefix
+        self.gate = Gate(width)
+
+    def forward(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map k and v (batch, heads, tokens, head width) to (batch, heads, num_tokens + tokens, head width)."""
+        gate = self.gate(v.transpose(1, 2).flatten(2))[..., None]
+        alone = self.prefix(k[:, :, :0], v[:, :, :0])
+        return tuple(torch.cat(((gate * p).to(x.dtype), x), dim=2) for p, x in zip(alone, (k, v), strict=True))
+
+
+@dataclass(frozen=True)
+class UniPELT(Method):
+    """LoRA, prefix-tuning and an adapter behind the MLP in every block, each with a gate that every image sets itself.
+
+    A gate is the mean over tokens of sigmoid(w x + c). LoRA: W x + gate(x) (alpha / rank) B A x, each target its gate.
+    Prefix: [gate P_k; k] and [gate P_v; v], where the gate reads the values instead of the attention's input, of which
+    they are an invertible linear function. Adapter: m + gate(m) up(gelu(down m)) on the output m of the MLP.
+    Not mergeable: the gates depend on the input. It acts on whole sequences, so in a text tower the gates see padding.
+    Trainable on L blocks of width D: LoRA's, the prefix' and the adapter's own numbers and D + 1 for each gate;
+    1,410,672 on ViT-B/16.
+    Source: Mao et al., UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning, 2022.
+
+    Args:
+        rank: rank of the low-rank changes.
+        alpha: numerator of their scale alpha / rank; None for a scale of 1.
+        targets: layers with low-rank changes, out of q k v proj fc1 fc2 gate.
+        num_tokens: keys and values of the prefix.
+        bottleneck: width of the adapter; the paper has D / 16.
+        dropout: dropout on the input of the low-rank changes and in the adapter.
+        blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
+        towers: which towers, "visual" or "text" or both; by default the image tower.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("q", "v")
+    num_tokens: int = 10
+    bottleneck: int = 48
+    dropout: float = 0.0
+    blocks: Blocks = "all"
+    towers: str | list[str] | None = None
+
+    def __post_init__(self):
+        for name in ("rank", "num_tokens", "bottleneck"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value > 0, self, f"{name} must be a positive integer")
+        require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
+        require_targets(self)
+
+    def place(self, tower: Tower) -> Iterator[Placement]:
+        """A gated low-rank change at every target, and in every chosen block a gated prefix and a gated adapter."""
+        scaling = 1.0 if self.alpha is None else self.alpha / self.rank
+        for index, layer in target_layers(self, tower):
+            low_rank = LowRank(layer.in_features, layer.out_features, self.rank, scaling, self.dropout)
+            yield Placement(tower.name, index, layer.site, GatedLowRank(low_rank, layer.in_features))
+        for index in blocks_of(self, tower):
+            prefix = Prefix(self.num_tokens, tower.attention_width)
+            yield Placement(tower.name, index, "kv", GatedPrefix(prefix, tower.attention_width))
+            bottleneck = Bottleneck(
+                tower.width,
+                self.bottleneck,
+                activation="gelu",
+                scale=1.0,
+                dropout=self.dropout,
+                drop_path=0.0,
+                init="lora",
+                serial=False,
+            )
+            yield Placement(tower.name, index, "mlp_out", GatedBottleneck(bottleneck, tower.width))

@@ -1,0 +1,1 @@
+"""Builds the published folder layout of a data set from its archives."""

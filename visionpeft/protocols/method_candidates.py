@@ -1,0 +1,129 @@
+"""The methods of a table: found by configuration or name, and built once before anything is trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from visionpeft.allocate import allocate
+from visionpeft.cli import CLI, find_config
+from visionpeft.errors import ConfigurationError
+from visionpeft.naming import did_you_mean
+from visionpeft.reports.saved_bytes import saved_bytes, storages
+from visionpeft.resources import shipped
+
+MEASURED_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class MethodCandidate:
+    """A configuration that is compared.
+
+    Args:
+        name: in tables and folders: the configuration's, without the benchmark.
+        config: the configuration.
+        data: name of its data module.
+    """
+
+    name: str
+    config: str
+    data: str
+
+    @property
+    def path(self) -> Path:
+        """The configuration's file."""
+        return find_config(self.config)
+
+
+def configs_of_methods(names: Sequence[str], prefix: str) -> list[str]:
+    """Shipped configurations of methods, named as their file without the benchmark or as their class; "all" is all.
+
+    Args:
+        names: such as "vpt_shallow", "VPT" or "LoRA".
+        prefix: of the benchmark's configurations, such as "vtab_".
+
+    Raises:
+        ConfigurationError: there is none of that name.
+    """
+    known = {path.stem.removeprefix(prefix): path for path in sorted(shipped("configs").glob(f"{prefix}*.yaml"))}
+    if list(names) == ["all"]:
+        return [path.name for path in known.values()]
+    by_name = {_plain(name): path.name for name, path in known.items()}
+    by_class: dict[str, list[str]] = {}
+    for path in known.values():
+        by_class.setdefault(_plain(_method_class(path)), []).append(path.name)
+    found = []
+    for name in names:
+        if _plain(name) in by_name:
+            found.append(by_name[_plain(name)])
+        elif _plain(name) in by_class:
+            found += by_class[_plain(name)]
+        else:
+            raise ConfigurationError(f"there is no configuration of {name!r} here{did_you_mean(name, known)}")
+    return list(dict.fromkeys(found))
+
+
+def method_candidates(configs: Sequence[str], prefix: str, data: Sequence[str]) -> list[MethodCandidate]:
+    """The candidates of some configurations.
+
+    Args:
+        configs: names or paths.
+        prefix: of the benchmark's configurations.
+        data: names of the data modules they may have.
+
+    Raises:
+        ConfigurationError: no configuration, one given twice, or one of another task or other data.
+    """
+    if not configs:
+        raise ConfigurationError("name at least one configuration (--configs) or method (--method)")
+    found = []
+    for config in configs:
+        path = find_config(config)
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        model, module = (_class(content, part) for part in ("model", "data"))
+        if model != "ImageClassification" or module not in data:
+            raise ConfigurationError(
+                f"{config} trains {model} on {module}, and this protocol compares methods of ImageClassification on "
+                f"{' or '.join(data)}; name such configurations, as {prefix}lora.yaml is"
+            )
+        found.append(MethodCandidate(path.stem.removeprefix(prefix), config, module))
+    names = [candidate.name for candidate in found]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"each configuration needs a name of its own, but got {', '.join(configs)}")
+    return found
+
+
+def measure(arguments: Sequence[str]) -> int:
+    """Build task and data of a command line, which refuses what is wrong with it.
+
+    Returns:
+        Bytes kept for the backward pass for each image, in float32.
+    """
+    cli = CLI(list(arguments))
+    cli.datamodule.setup()
+    task = cli.model
+    images = torch.randn(MEASURED_IMAGES, 3, *task.preprocessing.input_size)
+    labels = torch.arange(MEASURED_IMAGES)
+    if task.adapter.pending:  # it chooses what it trains by the data
+        allocate(task.model, [(images, labels)], name=task.adapter_name)
+    task.train()
+    kept, _ = saved_bytes(lambda: task.training_loss(images, labels)[0], storages(task))
+    return kept // MEASURED_IMAGES
+
+
+def _class(content: object, part: str) -> str:
+    try:
+        return content[part]["class_path"].rpartition(".")[2]
+    except (KeyError, TypeError, AttributeError):
+        return f"no {part}"
+
+
+def _method_class(path: Path) -> str:
+    method = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["method"]
+    return method["class_path"] if isinstance(method, dict) else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")

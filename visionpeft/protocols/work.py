@@ -1,0 +1,146 @@
+"""Work that is done once: each piece in a folder of its own, by one process at a time, again after any kill."""
+
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.console import Console
+
+from visionpeft.cli import silence
+from visionpeft.errors import UserError
+from visionpeft.run_directory import claim
+
+PAUSE = 0.5  # seconds between looks at what other processes are doing
+
+
+class Work(Protocol):
+    """A piece of work. Pieces are pickled where several processes share them.
+
+    Attributes:
+        name: of its folder.
+        text: what it is, in words.
+    """
+
+    name: str
+    text: str
+
+    def done(self, folder: Path) -> bool:
+        """Whether nothing is left to do."""
+
+    def do(self, folder: Path) -> None:
+        """Do it, or go on with what was interrupted."""
+
+
+def finish(pieces: Sequence[Work], output: Path, workers: int = 1) -> None:
+    """Do what is not done yet.
+
+    Processes and machines that are given the same pieces and folder share them: a piece is claimed by a lock in its
+    folder, which ends with its process. A piece that fails does not stop the others.
+
+    Args:
+        pieces: what is to be done, in order.
+        output: folder of their folders.
+        workers: processes on this machine.
+
+    Raises:
+        UserError: the first piece that failed, when the others are done.
+    """
+    if workers > 1 and len(pieces) > 1:
+        _in_processes(pieces, output, min(workers, len(pieces)))
+    work_through(pieces, output)
+
+
+def work_through(pieces: Sequence[Work], output: Path) -> None:
+    """Do in this process what is not done yet, and wait for what others are doing; raises as `finish`."""
+    failures: dict[str, UserError] = {}
+    told: set[str] = set()
+    while True:
+        others = False
+        for number, piece in enumerate(pieces, start=1):
+            text = f"{number} of {len(pieces)}: {piece.text}"
+            if piece.done(output / piece.name):
+                if piece.name not in told:
+                    Console().print(f"{text}: finished before", highlight=False, soft_wrap=True)
+                told.add(piece.name)
+            elif piece.name not in failures:
+                try:
+                    others |= not _claim_and_do(piece, output, text)
+                    told.add(piece.name)
+                except UserError as error:
+                    failures[piece.name] = error
+                    Console().print(f"failed: {error}", highlight=False, markup=False, soft_wrap=True)
+        if not others:
+            break
+        time.sleep(PAUSE)
+    if failures:
+        raise next(iter(failures.values()))
+
+
+def _claim_and_do(piece: Work, output: Path, text: str) -> bool:
+    """Do a piece, unless another process has claimed it, which returns False."""
+    folder = output / piece.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with claim(folder / "lock") as mine:
+        if mine and not piece.done(folder):  # nobody has finished it in the meantime
+            Console().print(f"[bold]{text}[/bold]", highlight=False, soft_wrap=True)
+            piece.do(folder)
+    return mine
+
+
+def _in_processes(pieces: Sequence[Work], output: Path, workers: int) -> None:
+    """Share the pieces between processes; each writes what it prints into `output/workers`."""
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // workers)
+    processes = []
+    for number in range(workers):
+        log = output / "workers" / f"{os.getpid()}-{number + 1}.log"
+        processes.append(context.Process(target=_worker, args=(list(pieces), output, threads, os.getpid(), log)))
+        with _one_gpu(number):
+            processes[-1].start()
+    try:
+        shown = -1
+        while any(process.is_alive() for process in processes):
+            count = sum(piece.done(output / piece.name) for piece in pieces)
+            if count != shown:
+                print(f"{count} of {len(pieces)} finished", flush=True)
+                shown = count
+            time.sleep(PAUSE)
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _worker(pieces: Sequence[Work], output: Path, threads: int, parent: int, log: Path) -> None:
+    torch.set_num_threads(threads)
+    silence()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    mine = (piece for piece in pieces if os.getppid() == parent)  # without its parent it begins nothing new
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        for piece in mine:
+            # What fails is tried again, and told, by the parent.
+            with contextlib.suppress(UserError):
+                if not piece.done(output / piece.name):
+                    _claim_and_do(piece, output, piece.text)
+
+
+@contextlib.contextmanager
+def _one_gpu(number: int) -> Iterator[None]:
+    """Processes started here see one of the GPUs, in turn."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    if count:
+        names = before.split(",") if before else [str(index) for index in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before

@@ -1,0 +1,37 @@
+"""A pass over a split in order, for what a task works out from its images before training."""
+
+from collections.abc import Callable, Iterator
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from visionpeft.data.dataset import ImageLoader, as_batch
+
+
+@torch.no_grad()
+def in_order(
+    task: pl.LightningModule, split: str, view: int, work_out: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is worked out from the images of each batch of a split, and labels; the task is left in evaluation mode.
+
+    Args:
+        task: the task, whose trainer has the data and says on which device and in which precision it runs.
+        split: "train" or "val".
+        view: which of the fixed views of each image.
+        work_out: maps images (batch, 3, height, width).
+    """
+    device, datamodule = task.trainer.strategy.root_device, task.trainer.datamodule
+    task.to(device).eval()
+    dataset = datamodule.dataset(split)
+    loader = ImageLoader(
+        dataset,
+        batch_size=64,
+        sampler=[(index, view) for index in range(len(dataset))],
+        num_workers=datamodule.num_workers,
+        collate_fn=as_batch,
+    )
+    for images, labels in loader:
+        with task.trainer.precision_plugin.forward_context():
+            result = work_out(images.to(device))
+        yield result, labels.to(device)
