@@ -324,3 +324,24 @@ def test_own():
     part = frozen_layers.own(whole[:, 0])
     assert torch.equal(part, whole[:, 0])
     assert part.untyped_storage().nbytes() == part.numel() * 4
+
+
+def test_function_transforms_give_the_same_gradients():
+    """`torch.func.grad` of a model with LoRA on all layers and SSF is what `backward` gives."""
+    torch.manual_seed(0)
+    model = backbone().eval()
+    vp.attach(model, [vp.LoRA(rank=2, targets=("q", "k", "v", "proj", "fc1", "fc2")), vp.SSF()])
+    for parameter in vp.trainable_parameters(model):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.double)
+    trained = dict(model.peft.named_parameters(prefix="peft"))
+
+    def loss(values: dict) -> torch.Tensor:
+        # The head is in the model under two paths.
+        return torch.func.functional_call(model, values, images, tie_weights=False).square().sum()
+
+    transformed = torch.func.grad(loss)({name: value.detach() for name, value in trained.items()})
+    model(images).square().sum().backward()
+    for name, parameter in trained.items():
+        # A shift of all keys changes nothing, so that its gradient is rounding.
+        assert (transformed[name] - parameter.grad).norm() <= 1e-8 * parameter.grad.norm() + 1e-12, name

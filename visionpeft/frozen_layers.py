@@ -14,7 +14,7 @@ they are. These gradients cannot be differentiated again; PyTorch says so when a
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -28,17 +28,20 @@ SMALLEST_SCALE = 1 / 16  # relative to max(1, |shift|): dividing by less would c
 
 
 def traced() -> bool:
-    """Whether a graph is being made of what runs."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    """Whether a graph is being made of what runs, or it is transformed by `torch.func`."""
+    transformed = torch._C._are_functorch_transforms_active()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed
 
 
 def is_plain(layer: Callable) -> bool:
     """Whether calling a layer is `F.linear` with its weight and bias and nothing else."""
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and not _is_hooked(layer)
+    own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
+    return own and not _is_hooked(layer)
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or torch.nn.modules.module._has_any_global_hook()
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Origin:
         """The tensor again, from its arguments."""
         with torch.autocast(tensors[0].device.type, self.autocast, enabled=self.autocast is not None):
             return self.function(*tensors)
+
+    def recipe(self) -> "Origin":
+        """The same without the tensors, which are then kept only where the backward pass frees them."""
+        return replace(self, tensors=())
 
 
 def remember(y: torch.Tensor, function: Callable, *tensors: torch.Tensor | None) -> torch.Tensor:
@@ -142,7 +149,7 @@ class _FrozenLinear(torch.autograd.Function):
             trained = any(ctx.needs_input_grad[6:])
             kept = (z, *((x,) if origin is None else origin.tensors)) if trained else (z,)
         ctx.save_for_backward(weight, *factors, *kept)
-        ctx.origin, ctx.rows, ctx.scalings = origin, rows, scalings
+        ctx.origin, ctx.rows, ctx.scalings = origin and origin.recipe(), rows, scalings
         ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         return y
 

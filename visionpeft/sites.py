@@ -332,7 +332,7 @@ class SitedPointwise(SitedLayer):
         folded = self._folded() if self.acting else None
         if folded is not None:
             parameters = {"weight": folded[0], "bias": folded[1]}
-        run = functools.partial(_run_with, self, tuple(parameters))
+        run = functools.partial(_run_with, type(self).__bases__[1], self, tuple(parameters))
         y = frozen_layers.remember(run(x, *parameters.values()), run, x, *parameters.values())
         return y, (self.acting if folded is None else ())
 
@@ -350,9 +350,10 @@ def _parameters_of(module) -> tuple[nn.Parameter, ...]:
     return tuple(module.parameters()) if isinstance(module, nn.Module) else ()
 
 
-def _run_with(layer: SitedLayer, names: tuple[str, ...], x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
-    """What the library's layer computes with other parameters."""
-    original = type(layer).__bases__[1]
+def _run_with(
+    original: type[nn.Module], layer: nn.Module, names: tuple[str, ...], x: torch.Tensor, *values: torch.Tensor
+) -> torch.Tensor:
+    """What the library's layer computes with other parameters. It may no longer be sited when it is run again."""
     twin = original.__new__(original)
     twin.__dict__ = {**layer.__dict__, "_parameters": dict(zip(names, values, strict=True))}
     return original.forward(twin, x)

@@ -203,7 +203,7 @@ class SparseLinear(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, values: torch.Tensor, index: torch.Tensor, shape, origin: Origin | None):
         """Map x (..., in) to (..., out) with D of a shape (out, in)."""
         ctx.save_for_backward(values, index, *((x,) if origin is None else origin.tensors))
-        ctx.shape, ctx.origin = shape, origin
+        ctx.shape, ctx.origin = shape, origin and origin.recipe()
         return x @ scatter(values.to(x.dtype), index, shape).t()
 
     @staticmethod
