@@ -120,6 +120,8 @@ FEW_NAMES = (
     *("vpt_gated", "ia3", "rep_adapter", "convpass"),
 )
 FEW_CASES = [c for c in CASES if c.name in FEW_NAMES]
+# trained parameters, prompts, tokens, branches, weights, outputs, keys and values
+MECHANISMS = ("bit_fit", "vpt_deep", "houlsby", "adapt_former", "lora_all", "ssf", "prefix")
 # these add no module: they train the head or parameters of the backbone themselves
 TRAINED_ALONE = ("linear_probe", "full", "last_block", "child_f", "layer_norm_tuning")
 
@@ -153,9 +155,10 @@ def cells(hosts=HOSTS, cases=CASES):
 
 
 def spread(cases=CASES):
-    """Parametrise a test over a part of the matrix: a case of each method on every host, every case on two hosts."""
+    """Parametrise a test over a part of the matrix: a case of each mechanism on every host, every case on two hosts."""
     two = ("vit_cls", "clip_whole")
-    found = [(h, c) for h in HOSTS for c in cases if c in FEW_CASES or h.name in two]
+    found = [(h, c) for h in HOSTS for c in cases if h.name in two or c.name in MECHANISMS]
+    found += [(h, c) for h in FEW_HOSTS for c in FEW_CASES if c in cases and (h, c) not in found]
     return pytest.mark.parametrize(("host", "case"), found, ids=repr)
 
 

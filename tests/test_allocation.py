@@ -16,8 +16,9 @@ from small_runs import arguments, draw_images, results, run
 
 import visionpeft as vp
 from visionpeft import fit
+from visionpeft.backbones.tower import Layer
 from visionpeft.errors import UserError
-from visionpeft.methods.sparse_delta import SparseLinear
+from visionpeft.methods.sparse_delta import SparseDelta, SparseLinear
 from visionpeft.reports.history import EpochHistory, read_history
 from visionpeft.tasks import adapted_task
 
@@ -238,6 +239,15 @@ def test_data_that_tell_nothing_are_refused():
             model(x)
 
 
+@pytest.mark.parametrize("method", [vp.FishMask, vp.PaFi, vp.SPT])
+def test_entries_are_not_to_be_given(method):
+    """Their numbers alone do not say which they are."""
+    model = VIT.build()
+    with pytest.raises(UserError, match="leave them out"):
+        vp.attach(model, method(entries={"visual.0.q.weight": 3}))
+    assert not hasattr(model, "peft")
+
+
 def test_which_adapter_sees_the_data():
     """With two that wait, the name decides."""
     model = VIT.build()
@@ -432,3 +442,18 @@ def test_resumed_run_keeps_what_it_chose(method, tmp_path, squares_on_disk, monk
     assert (shown in capsys.readouterr().out) == (method != CHILD)
     assert results(whole)["parameters"]["adapter"] > 0
     assert "waiting" not in results(whole)["parameters"]
+
+
+def test_sparse_changes_under_function_transforms():
+    """`torch.func.grad` gives what `backward` gives."""
+    x = torch.randn(2, 5, 7, dtype=torch.float64)
+    layer = torch.nn.Linear(7, 9).double().requires_grad_(False)
+    change = SparseDelta(Layer("fc1", "linear", layer), torch.tensor([0, 9, 30, 62], dtype=torch.int32)).double()
+
+    def loss(weight):
+        y = torch.func.functional_call(change, {"weight": weight}, (x, layer(x), layer.weight, layer.bias))
+        return y.square().sum()
+
+    transformed = torch.func.grad(loss)(change.weight.detach())
+    loss(change.weight).backward()
+    assert torch.allclose(transformed, change.weight.grad, rtol=1e-12)

@@ -313,6 +313,11 @@ def test_hooks_see_all_tokens():
         assert distance(model(inputs), wanted) < 1e-12
         handle.remove()
         assert seen == [17]
+    seen = []
+    handle = model.norm.register_full_backward_hook(lambda m, i, o: seen.append(o[0].shape[1]))
+    model(inputs).sum().backward()
+    handle.remove()
+    assert seen == [17]
     with pytest.raises(UnsupportedError, match="class_token_only"):
         model.forward_intermediates(inputs)
     with pytest.raises(UnsupportedError, match="is_causal"):

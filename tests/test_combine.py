@@ -224,3 +224,5 @@ def test_similar_adapters():
     for number in (0, 4):
         with pytest.raises(UserError):
             vp.similar_adapters(torch.tensor([2.0, 0.0]), means, number)
+    with pytest.raises(UserError, match="of one backbone"):
+        vp.similar_adapters(torch.ones(3), means, 2)

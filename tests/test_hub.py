@@ -144,9 +144,14 @@ def test_class_names_beside_a_folder_are_refused(hub, tmp_path):
         vp.push_to_hub(tmp_path, REPO, class_names=["a", "b", "c"])
 
 
-def test_a_failed_upload_is_one_sentence(monkeypatch, tmp_path):
+class ClientError(Exception):
+    """Like those of the Hub's HTTP client, which are no OSError."""
+
+
+@pytest.mark.parametrize("failure", [OSError, ClientError])
+def test_a_failed_upload_is_one_sentence(monkeypatch, failure):
     def create_repo(self, repo_id, **options):
-        raise OSError("connection refused")
+        raise failure("connection refused")
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     with pytest.raises(ConfigurationError, match="could not be uploaded"):

@@ -605,6 +605,32 @@ def test_merge(host, case, dtype, tolerance):
     assert same_bytes(dict(model.state_dict()), dict(host.build(dtype).state_dict()))
 
 
+def test_merged_models_may_change_their_precision():
+    """The weights that were kept aside follow, so that the unmerged model computes."""
+    model = adapted(HOSTS[0], next(c for c in CASES if c.mergeable), torch.float32)
+    vp.merge(model)
+    model.bfloat16()
+    vp.unmerge(model)
+    assert output_of(HOSTS[0], model, dtype=torch.bfloat16).isfinite().all()
+    vp.detach(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_detached_heads_are_in_the_mode_of_the_model():
+    model = vp.attach(HOSTS[0].build().train(), vp.LoRA(2))
+    vp.detach(model.eval())
+    assert not any(module.training for module in model.modules())
+
+
+def test_routed_heads_refuse_other_batches():
+    """Also where an adapter is a head alone, so that no site sees the batch."""
+    model = HOSTS[0].build()
+    for name in ("one", "two"):
+        vp.attach(model, vp.LinearProbe(), name)
+    with vp.route(model, ["one", "two"]), pytest.raises(ConfigurationError, match=r"each of 2 samples"):
+        model(HOSTS[0].inputs(4))
+
+
 @spread([c for c in CASES if not c.mergeable])
 def test_merge_refuses_by_name(host, case):
     """A method that is not linear in the weights says so, and nothing changes."""

@@ -1,6 +1,8 @@
 """Economies of frozen layers: the same outputs and gradients as the formulas written out here, with less kept."""
 
 import copy
+import functools
+import gc
 import math
 
 import pytest
@@ -345,3 +347,58 @@ def test_function_transforms_give_the_same_gradients():
     for name, parameter in trained.items():
         # A shift of all keys changes nothing, so that its gradient is rounding.
         assert (transformed[name] - parameter.grad).norm() <= 1e-8 * parameter.grad.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("recompute", [None, "mlp", "block"])
+def test_nothing_is_kept_but_by_the_graph(recompute):
+    """What is made again keeps no tokens alive that the backward pass, or recomputing, has let go."""
+    model = adapted([lora("q", "v", "fc1", "fc2")], torch.float32)
+    vp.economise(model, recompute=recompute)
+
+    def tokens():
+        gc.collect()
+        every = [item for item in gc.get_objects() if type(item) is torch.Tensor and item.ndim == 3]
+        return sorted(item.shape[2] for item in every if item.shape[:2] == (BATCH, 17))
+
+    before = tokens()
+    loss = model(images(torch.float32)).sum()
+    if recompute is not None:
+        assert tokens().count(4 * WIDTH) == before.count(4 * WIDTH)
+    loss.backward()
+    assert tokens() == before
+
+
+@pytest.mark.parametrize("after", ["disable", "detach", "merge"])
+def test_backward_behind_a_change_of_adapters(after):
+    """The gradients of a forward pass are the same when its adapters no longer act."""
+    model = adapted([lora(*EVERY_MATRIX)])
+    expected = run(model, model)
+    logits = model(images())
+    parameters = dict(model.peft.a0.lora.named_parameters())
+    for parameter in parameters.values():
+        parameter.grad = None
+    getattr(vp, after)(model)
+    (logits * torch.arange(1.0, logits.numel() + 1).view_as(logits)).square().sum().backward()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter.grad, expected[f"peft.a0.lora.{name}"]), name
+
+
+def test_activations_that_work_in_place():
+    """SSF in front of an activation that writes over its input."""
+    model = adapted([vp.SSF()], act_layer=functools.partial(nn.ReLU, inplace=True))
+    twin = adapted([vp.SSF()], act_layer=nn.ReLU)
+    assert difference(run(model, model), run(twin, twin)) == 0
+
+
+@pytest.mark.parametrize("watch", ["full_backward_pre_hook", "own_forward"])
+def test_watched_projections_are_called(watch):
+    """A fused projection that somebody watches or replaces is called."""
+    model, seen = adapted([lora("q")]), []
+    layer = model.blocks[1].attn.qkv
+    if watch == "full_backward_pre_hook":
+        layer.register_full_backward_pre_hook(lambda *_: seen.append(layer))
+    else:
+        original = layer.forward
+        layer.forward = lambda x: (seen.append(layer), original(x))[1]
+    run(model, model)
+    assert seen == [layer]

@@ -68,6 +68,9 @@ def test_grids_and_rules_of_the_papers():
     assert [rules[name].report for name in rules] == ["last", "last", "best_test"]
     assert rules["vpt"].seeds == (42, 44, 82, 100, 800)
     assert rules["ssf"].tasks["svhn"]["model.optimisation.lr"] == 0.01
+    convpass = paper_recipe(shipped("configs") / "vtab_convpass.yaml")
+    assert convpass.paper["model.method.drop_path"] == 0.1  # its bypasses are dropped, too
+    assert "bypasses" in convpass.differs
     lengths = [entry["model.method.num_tokens"] for entry in rules["vpt"].tasks.values()]
     assert np.mean(lengths) == pytest.approx(60.9, abs=0.05)  # 0.56 M on average, as published
 

@@ -11,6 +11,7 @@ from conftest import distance, randomise
 from reference.hosts import HOSTS
 from small_runs import draw_images, results, run
 from timm.layers import DropPath
+from timm.models.vision_transformer import VisionTransformer
 
 import visionpeft as vp
 from visionpeft import trunk
@@ -168,6 +169,48 @@ def test_randomness_in_the_trunk_is_refused():
     model.blocks[0].drop_path1.train()
     with pytest.raises(ConfigurationError, match="DropPath"):
         cache(host.inputs(2, torch.float64, seed=1))
+
+
+@pytest.mark.parametrize("dropout", [{"pos_drop_rate": 0.5}, {"patch_drop_rate": 0.5}])
+def test_randomness_in_front_of_the_blocks_is_refused(dropout):
+    model = VisionTransformer(32, 8, embed_dim=32, depth=3, num_heads=2, num_classes=4, **dropout)
+    cache = trunk.CachedTrunk(vp.attach(model, vp.LoRA(2, blocks="last:1")), ContentCache())
+    with pytest.raises(ConfigurationError, match="Dropout is at work"):
+        cache(torch.randn(2, 3, 32, 32))
+
+
+def test_other_adapters_are_refused():
+    """The trunk is that of the adapters that acted when it was made, also where every image is known."""
+    host = next(h for h in CLASSIFIERS if h.name == "vit_cls")
+    model, inputs = build(host, "last lora"), host.inputs(2, torch.float64)
+    cache = trunk.CachedTrunk(model, ContentCache())
+    cache(inputs)
+    vp.attach(model, vp.LoRA(2, blocks="first:1"), "early")
+    with pytest.raises(ConfigurationError, match="other adapters act"):
+        cache(inputs)
+
+
+def test_models_of_the_same_weights_do_not_share_tokens():
+    """Neither the number of heads nor the activation is told by the weights."""
+    kept, inputs, logits = ContentCache(), torch.randn(2, 3, 32, 32), []
+    for options in ({"num_heads": 2}, {"num_heads": 4}, {"num_heads": 2, "act_layer": "quick_gelu"}):
+        torch.manual_seed(0)
+        model = VisionTransformer(32, 8, embed_dim=32, depth=3, num_classes=4, **options).eval()
+        randomise(model)
+        vp.attach(model, vp.LoRA(2, blocks="last:1"))
+        logits.append((trunk.CachedTrunk(model, kept)(inputs), model(inputs)))
+    for cached, plain in logits:
+        assert distance(cached.detach(), plain.detach()) < 1e-5
+    assert distance(logits[0][1].detach(), logits[1][1].detach()) > 1e-3
+
+
+def test_economies_change_the_tokens_that_are_kept():
+    host = next(h for h in CLASSIFIERS if h.name == "vit_cls")
+    model, inputs = build(host, "norm"), host.inputs(3, torch.float64)
+    cache = trunk.CachedTrunk(vp.economise(model, class_token_only=True), ContentCache())
+    cache(inputs[:1])
+    vp.economise(model)
+    assert distance(cache(inputs).detach(), model(inputs).detach()) < 1e-12
 
 
 # where it is kept

@@ -104,12 +104,30 @@ def test_random_matrices_of_vera_are_pinned():
     bound = math.sqrt(6 / 32)
     assert matrices.A_32.shape == (4, 32)
     assert [round(v / bound * 2**24) for v in matrices.A_32[0, :3].double().tolist()] == PINNED
+    assert [round(v / math.sqrt(6 / 4) * 2**24) for v in matrices.B_32[0, :3].double().tolist()] == PINNED_B
     assert matrices.A_32.abs().max() <= bound
     assert matrices.A_32.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
     assert abs(matrices.A_32.mean().item()) < bound / 5
 
 
 PINNED = [4227306, 5865050, -10137826]
+PINNED_B = [5391888, -10041138, -5065046]
+
+
+def test_matrices_of_vera_are_two_draws_where_rank_and_width_are_the_same():
+    model = HOST["vit_cls"].build()
+    vp.attach(model, vp.VeRA(rank=32), head=False)
+    A, B = model.peft["default"].get_submodule("vera.visual.0.q").matrices
+    assert A.shape == B.shape
+    assert not (A == B).any()
+
+
+def test_compacter_starts_near_the_backbone():
+    model = HOST["vit_cls"].build(torch.float64)
+    before = output_of(model)
+    torch.manual_seed(0)
+    vp.attach(model, vp.Compacter(bottleneck=16), head=False)
+    assert 0 < distance(output_of(model.eval()), before) < 0.01
 
 
 def test_vera_saves_vectors_alone_and_shares_its_matrices(tmp_path):

@@ -150,6 +150,13 @@ class Adapters(nn.ModuleDict):
                 original._apply(fn)
         return self
 
+    def train(self, mode: bool = True):
+        """Set the mode of the adapters and of what they have replaced."""
+        for _, _, original in self.replaced:
+            if isinstance(original, nn.Module):
+                original.train(mode)
+        return super().train(mode)
+
     def replace(self, owner: nn.Module, name: str, new: nn.Parameter | nn.Module | None) -> None:
         """Put a parameter or module in the place of another and keep the original."""
         slots = owner._modules if name in owner._modules else owner._parameters

@@ -15,6 +15,7 @@ from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.install import install
 from visionpeft.methods.base import Method
 from visionpeft.naming import nearest
+from visionpeft.quantised import is_quantised
 from visionpeft.selfcheck import check_tower
 
 
@@ -50,6 +51,8 @@ def attach(
     for each in methods:
         if not isinstance(each, Method):
             raise ConfigurationError(f"attach needs a method such as LoRA(rank=8), not {each!r}")
+        if getattr(each, "entries", None) is not None:  # which of them, only a saved adapter says
+            raise ConfigurationError(f"{type(each).__name__}: entries are found, not given; leave them out")
     with plain(model):
         backbone = describe(model)
         adapter = AttachedAdapter(methods, backbone, head, tuple([train] if isinstance(train, str) else train))
@@ -240,6 +243,12 @@ def reattach(model: nn.Module) -> None:
         raise ConfigurationError("the model has no merged adapters")
     # Merged adapters are not registered, so they did not follow the model to another device.
     peft.to(next(model.parameters()).device)
+    for owner, name, original in peft.replaced:  # nor to another precision
+        now = getattr(owner, name)
+        if isinstance(original, nn.Module) and any(True for _ in now.parameters()):
+            original.to(next(now.parameters()).dtype)
+        elif isinstance(original, nn.Parameter) and not is_quantised(original):
+            original.data = original.data.to(now.dtype)
     model.add_module("peft", peft)
 
 

@@ -36,12 +36,13 @@ def traced() -> bool:
 def is_plain(layer: Callable) -> bool:
     """Whether calling a layer is `F.linear` with its weight and bias and nothing else."""
     own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
-    return own and not _is_hooked(layer)
+    return own and not is_hooked(layer)
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or torch.nn.modules.module._has_any_global_hook()
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook watches the calls of a module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def linear(
 def _low_rank_change(module: Callable) -> tuple[torch.Tensor, torch.Tensor, float] | None:
     # A subclass with a forward of its own does something else than its base class says.
     defining = next((kind.__dict__ for kind in type(module).__mro__ if "forward" in kind.__dict__), {})
-    return module.low_rank_change() if "low_rank_change" in defining and not _is_hooked(module) else None
+    return module.low_rank_change() if "low_rank_change" in defining and not is_hooked(module) else None
 
 
 class _FrozenLinear(torch.autograd.Function):

@@ -139,7 +139,7 @@ def push_to_hub(
             info = api.upload_folder(
                 repo_id=repo_id, folder_path=staged, revision=revision, commit_message=commit_message
             )
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
+        except Exception as error:  # the errors of a network that fails are those of whatever client the Hub's has
             raise ConfigurationError(
                 f"{repo_id} could not be uploaded to the Hub ({_one_line(error)}); check the name user/name, "
                 "your login (hf auth login, or token=) and the network"

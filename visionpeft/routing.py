@@ -46,11 +46,7 @@ class Routed:
     def __call__(self, *inputs):
         """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v)."""
         batched = [value for value in inputs if isinstance(value, torch.Tensor)]
-        samples = len(batched[0]) // (1 if self.frames is None else self.frames.number)
-        if samples != self.batch:
-            raise ConfigurationError(
-                f"route names an adapter for each of {self.batch} samples, but the batch has {samples}"
-            )
+        _check_batch(self.batch, len(batched[0]) // (1 if self.frames is None else self.frames.number))
         kv = len(inputs) == 2
         if kv:
             k, v = inputs
@@ -121,9 +117,11 @@ class RoutedHead(nn.Module):
         names = list(dict.fromkeys(route))
         self._heads = tuple((head_of(name), [r for r, n in enumerate(route) if n == name]) for name in names)
         self._names = tuple(names)
+        self._batch = len(route)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map pooled features (batch, width) to logits (batch, classes)."""
+        _check_batch(self._batch, len(x))
         parts = [head(x[rows]) for head, rows in self._heads]
         classes = {part.shape[-1] for part in parts}
         if len(classes) > 1:
@@ -135,6 +133,11 @@ class RoutedHead(nn.Module):
         for (_, rows), part in zip(self._heads, parts, strict=True):
             result = result.index_copy(0, torch.tensor(rows, device=x.device), part)
         return result
+
+
+def _check_batch(named: int, samples: int) -> None:
+    if samples != named:
+        raise ConfigurationError(f"route names an adapter for each of {named} samples, but the batch has {samples}")
 
 
 def check_routable(peft, plans: list[dict], groups: list[tuple[str, ...]]) -> None:

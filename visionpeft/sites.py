@@ -34,7 +34,7 @@ from enum import IntEnum
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchDropout
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
@@ -64,9 +64,12 @@ def order_of(module: nn.Module) -> Order:
 
 
 def is_drawn(module: nn.Module) -> bool:
-    """Whether a module is a dropout at work: `nn.Dropout` for each value, any other for whole channels or samples."""
-    rate = getattr(module, "drop_prob", 0.0) if isinstance(module, DropPath) else getattr(module, "p", 0.0)
-    return module.training and isinstance(module, DropPath | _DropoutNd) and rate > 0
+    """Whether a module is a dropout at work: `nn.Dropout` for each value, any other for whole channels, tokens or
+    samples.
+    """
+    names = {DropPath: "drop_prob", PatchDropout: "prob", _DropoutNd: "p"}
+    rates = [getattr(module, name) for kind, name in names.items() if isinstance(module, kind)]
+    return module.training and any(rate is not None and rate > 0 for rate in rates)
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ class ClassTokenOnly:
 
     def watched(self) -> bool:
         """Whether a hook sees the tokens of the block, so that all have to be there."""
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self.seeing)
+        return any(map(frozen_layers.is_hooked, self.seeing))
 
 
 class Untouched(Sites):
@@ -333,7 +336,9 @@ class SitedPointwise(SitedLayer):
         if folded is not None:
             parameters = {"weight": folded[0], "bias": folded[1]}
         run = functools.partial(_run_with, type(self).__bases__[1], self, tuple(parameters))
-        y = frozen_layers.remember(run(x, *parameters.values()), run, x, *parameters.values())
+        y = run(x, *parameters.values())
+        if not getattr(self, "inplace", False):
+            y = frozen_layers.remember(y, run, x, *parameters.values())
         return y, (self.acting if folded is None else ())
 
     def _folded(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -356,6 +361,8 @@ def _run_with(
     """What the library's layer computes with other parameters. It may no longer be sited when it is run again."""
     twin = original.__new__(original)
     twin.__dict__ = {**layer.__dict__, "_parameters": dict(zip(names, values, strict=True))}
+    if getattr(layer, "inplace", False):
+        twin.inplace = False  # x may be kept for the backward pass of what made it
     return original.forward(twin, x)
 
 

@@ -58,10 +58,16 @@ def similar_adapters(
         number: how many adapters go into the soup.
 
     Raises:
-        ConfigurationError: if there are not so many adapters.
+        ConfigurationError: if there are not so many adapters, or a mean is that of another backbone.
     """
     if not 0 < number <= len(means):
         raise ConfigurationError(f"number must be between 1 and the {len(means)} adapters, not {number}")
+    for name, mean in means.items():
+        if len(mean) != len(features):
+            raise ConfigurationError(
+                f"the feature mean of {name!r} has {len(mean)} values and that of the images {len(features)}; compare "
+                "those of one backbone"
+            )
     similarity = {
         name: torch.cosine_similarity(features.double(), torch.as_tensor(mean).to(features).double(), dim=0).item()
         for name, mean in means.items()

@@ -1,8 +1,10 @@
 """The frozen trunk of an adapted model: what comes before everything that is trained, and what it makes of an image."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import takewhile
 
 from torch import Tensor, nn
 
@@ -38,8 +40,8 @@ class FrozenTrunk:
         self.head = backbone.heads[0]
         tower = backbone.towers["visual"]
         self.blocks = [block.module for block in tower.blocks]
-        peft = attached(model)
-        starts = [start for name in peft.active for start in _starts(peft[name], model, tower)]
+        self.acting = self._acting()
+        starts = [start for adapter in self.acting for start in _starts(adapter, model, tower)]
         self.first = min(starts, default=None)
         if self.first == 0:
             raise ConfigurationError(
@@ -48,13 +50,27 @@ class FrozenTrunk:
             )
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """What the trunk's output depends on besides the images: its parameters and buffers by name."""
+        """What the trunk's output depends on besides the images: its parameters and buffers by name.
+
+        Raises:
+            ConfigurationError: other adapters act than when the trunk was made.
+        """
+        self._check_same_adapters()
         behind = {id(t) for t in (*self.model.get_submodule(self.head).parameters(), *self.model.peft.parameters())}
         behind |= {id(t) for t in (*self.model.get_submodule(self.head).buffers(), *self.model.peft.buffers())}
         later = [] if self.first is None else self.blocks[self.first :]
         behind |= {id(t) for block in later for t in (*block.parameters(), *block.buffers())}
         every = (*self.model.named_parameters(), *self.model.named_buffers())
         return {name: t for name, t in every if id(t) not in behind and not t.requires_grad}
+
+    def options(self) -> str:
+        """A hash of what the trunk's output depends on besides its tensors: classes and options of its modules."""
+        digest = hashlib.sha256()
+        for name, module in self._modules():
+            simple = {key: v for key, v in vars(module).items() if isinstance(v, bool | int | float | str | tuple)}
+            simple.pop("training", None)
+            digest.update(f"{name} {type(module).__name__} {sorted(simple.items())}".encode())
+        return digest.hexdigest()[:32]
 
     def output(self, images: Tensor) -> Tensor:
         """What the trunk gives: tokens (batch, tokens, width), or features (batch, features) in front of the head.
@@ -78,16 +94,33 @@ class FrozenTrunk:
 
     def logits(self, images: Tensor, output: Tensor) -> Tensor:
         """Logits (batch, classes) of images from what the trunk gave for them."""
+        self._check_same_adapters()
         if self.first is None:
             return self.model.get_submodule(self.head)(output)
         passed = {block: lambda x, *_, **__: x for block in self.blocks[: self.first - 1]}
         with _instead({**passed, self.blocks[self.first - 1]: lambda *_, **__: output}):
             return self.model(images)
 
+    def _acting(self) -> list[AttachedAdapter]:
+        peft = attached(self.model)
+        return [peft[name] for name in peft.active]
+
+    def _check_same_adapters(self) -> None:
+        if self._acting() != self.acting:
+            raise ConfigurationError("other adapters act than when the frozen trunk was made; make a new one")
+
+    def _modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Those of the model's modules that are in the trunk; in front of the blocks are those registered before."""
+        named = [*self.model.named_modules()]
+        behind = set(self.model.get_submodule(self.head).modules()) | set(self.model.peft.modules())
+        if self.first is not None:
+            front = {m for _, m in takewhile(lambda entry: entry[1] is not self.blocks[0], named)}
+            front |= {module for block in self.blocks[: self.first] for module in block.modules()}
+            behind |= {module for _, module in named if module not in front}
+        return ((name, module) for name, module in named if module not in behind)
+
     def _check_not_random(self) -> None:
-        parts = [self.model] if self.first is None else self.blocks[: self.first]
-        own = set(self.model.get_submodule(self.head).modules()) | set(self.model.peft.modules())
-        for module in (module for part in parts for module in part.modules() if module not in own):
+        for _, module in self._modules():
             if is_drawn(module):
                 raise ConfigurationError(
                     f"{type(module).__name__} is at work in the frozen trunk, so that its output is another one each "
@@ -109,6 +142,7 @@ class CachedTrunk:
         self.trunk = FrozenTrunk(model)
         self.cache = cache
         self._weights = Fingerprint()
+        self._options = self.trunk.options()
         self._software = " ".join(version(name) for name in ("torch", "timm", "open_clip_torch", "visionpeft"))
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -122,7 +156,8 @@ class CachedTrunk:
     def output(self, images: Tensor) -> Tensor:
         """What the trunk gives for images, without a graph."""
         weights = self._weights.of(self.trunk.tensors())
-        source = f"trunk {self.trunk.first} {weights} {arithmetic(images.device)} {self._software}"
+        form = f"{self.trunk.first} {self._options} {attached(self.trunk.model).economies.class_token_only}"
+        source = f"trunk {form} {weights} {arithmetic(images.device)} {self._software}"
         return self.cache.rows(source, images, self.trunk.output)
 
 

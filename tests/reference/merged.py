@@ -62,7 +62,7 @@ def dora(weight, fields, found, sites):
 def vera(weight, fields, found, sites):
     """W + (b 1^T) * (B (A * d 1^T))."""
     (rows, columns), rank = weight.shape, len(found["d"])
-    A, B = random_matrix(rank, columns, fields["seed"]), random_matrix(rows, rank, fields["seed"])
+    A, B = random_matrix(rank, columns, fields["seed"], 0), random_matrix(rows, rank, fields["seed"], 1)
     return weight + found["b"][:, None] * (B @ (A * found["d"][:, None]))
 
 

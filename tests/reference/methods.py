@@ -185,9 +185,12 @@ def dora(sites, fields, shape):
     return {"weight": weight}
 
 
-def random_matrix(rows, columns, seed):
-    """The frozen matrix of VeRA: the upper 24 bits of PCG64 as numbers in +-sqrt(6 / columns), in float32."""
-    generator = np.random.PCG64(np.random.SeedSequence((seed, rows, columns)))
+def random_matrix(rows, columns, seed, letter):
+    """The frozen matrix of VeRA: the upper 24 bits of PCG64 as numbers in +-sqrt(6 / columns), in float32.
+
+    `letter` is 0 for A and 1 for B.
+    """
+    generator = np.random.PCG64(np.random.SeedSequence((seed, rows, columns, letter)))
     numbers = [int(generator.random_raw()) // 2**40 for _ in range(rows * columns)]
     values = [(2 * number / 2**24 - 1) * math.sqrt(6 / columns) for number in numbers]
     return torch.tensor(values, dtype=torch.float32).to(torch.float64).reshape(rows, columns)
@@ -201,7 +204,7 @@ def vera(sites, fields, shape):
         if found is None:
             return pair
         (rows, columns), rank = pair[0].shape, len(found["d"])
-        A, B = random_matrix(rank, columns, fields["seed"]), random_matrix(rows, rank, fields["seed"])
+        A, B = random_matrix(rank, columns, fields["seed"], 0), random_matrix(rows, rank, fields["seed"], 1)
         return pair[0] + torch.diag(found["b"]) @ B @ torch.diag(found["d"]) @ A, pair[1]
 
     return {"weight": weight}

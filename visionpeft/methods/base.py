@@ -55,7 +55,7 @@ class Method:
             towers: the towers of the method.
             squares: measures sums of squared gradients on the data.
         """
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} needs no data to know where it acts")
 
     def mask_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """What a parameter of `trains` gets for its gradient in training mode."""

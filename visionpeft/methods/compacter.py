@@ -63,8 +63,9 @@ class Compacter(Method):
     """Bottleneck adapters x + up(act(down x)) whose matrices are sums of Kronecker products: sum_i A_i kron u_i^T v_i.
 
     The small matrices A_i (terms x terms) are shared by all adapters of a tower. houlsby acts on the outputs of
-    attention and MLP, before layer scale and residual, pfeiffer on that of the MLP only (Compacter++). A, u and v are
-    Glorot-uniform, biases zero: near the backbone at the start, not equal to it. Not mergeable: it is not linear.
+    attention and MLP, before layer scale and residual, pfeiffer on that of the MLP only (Compacter++). A is N(0, 0.01),
+    as in the authors' code, u and v are Glorot-uniform, biases zero: near the backbone at the start, not equal to it.
+    Not mergeable: it is not linear.
     Trainable on L blocks of width D and bottleneck h: terms^3 + L (2 rank (D + h) + h + D) for one adapter per block,
     2 L instead of L for houlsby; 57,088 and 28,576 on ViT-B/16.
     Source: Mahabadi et al., Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, 2021.
@@ -106,7 +107,7 @@ class Compacter(Method):
             raise ConfigurationError(
                 f"Compacter: terms={self.terms} does not divide the width {tower.width} of the {tower.name} tower"
             )
-        rule = Rule(self.terms)
+        rule = Rule(self.terms, std=0.01)
         yield Shared(tower.name, "rule", rule)
         for index in blocks_of(self, tower):
             for site, _ in PLACEMENTS[self.placement]:

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 
 
 class Rule(nn.Module):
-    """The matrices A_i (terms, terms, terms) that all layers share, each Glorot-uniform."""
+    """The matrices A_i (terms, terms, terms) that all layers share, each Glorot-uniform, or N(0, std)."""
 
-    def __init__(self, terms: int):
+    def __init__(self, terms: int, std: float | None = None):
         super().__init__()
         self.A = nn.Parameter(torch.empty(terms, terms, terms))
         for matrix in self.A:
-            nn.init.xavier_uniform_(matrix)
+            nn.init.xavier_uniform_(matrix) if std is None else nn.init.normal_(matrix, std=std)
 
 
 def kronecker_sum(A: torch.Tensor, u: torch.Tensor, v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.frozen_layers import Origin, origin_of
+from visionpeft.frozen_layers import Origin, origin_of, traced
 from visionpeft.quantised import is_quantised
 from visionpeft.sites import Order, Placement
 
@@ -170,7 +170,9 @@ class SparseDelta(nn.Module):
         """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""
         if self.weight is not None:
             dtype = y.dtype if torch.is_autocast_enabled(x.device.type) else self.weight.dtype
-            if self.eps is None:
+            if self.eps is None and traced():
+                change = F.linear(x.to(dtype), self.dense("weight").to(dtype))
+            elif self.eps is None:
                 change = SparseLinear.apply(x.to(dtype), self.weight, self.weight_index, self.shape, origin_of(x))
             else:
                 change = self.dense("weight") * F.layer_norm(x.to(self.weight.dtype), self.shape, eps=self.eps)

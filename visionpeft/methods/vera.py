@@ -20,23 +20,24 @@ from visionpeft.sites import Order, Placement, Shared
 class RandomMatrices(nn.Module):
     """Frozen matrices A (rank, in) for each input width and B (out, rank) for each output width.
 
-    They are functions of seed and shape, Kaiming-uniform over their columns, and are not saved.
+    They are functions of seed, letter and shape, Kaiming-uniform over their columns, and are not saved.
     """
 
     def __init__(self, rank: int, in_features: set[int], out_features: set[int], seed: int):
         super().__init__()
         for width in sorted(in_features):
-            self.register_buffer(f"A_{width}", random_matrix(rank, width, seed), persistent=False)
+            self.register_buffer(f"A_{width}", random_matrix(rank, width, seed, 0), persistent=False)
         for width in sorted(out_features):
-            self.register_buffer(f"B_{width}", random_matrix(width, rank, seed), persistent=False)
+            self.register_buffer(f"B_{width}", random_matrix(width, rank, seed, 1), persistent=False)
 
 
-def random_matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
+def random_matrix(rows: int, columns: int, seed: int, letter: int) -> torch.Tensor:
     """A float32 matrix (rows, columns), uniform in +-sqrt(6 / columns), the same on every machine and version.
 
+    `letter`, 0 for A and 1 for B, makes them two draws where rank and width are the same, too.
     The upper 24 bits of each number of PCG64, whose stream NumPy guarantees, make one value.
     """
-    raw = np.random.PCG64(np.random.SeedSequence((seed, rows, columns))).random_raw(rows * columns)
+    raw = np.random.PCG64(np.random.SeedSequence((seed, rows, columns, letter))).random_raw(rows * columns)
     unit = (raw >> np.uint64(40)).astype(np.float64) / 2**24
     values = (2 * unit - 1) * math.sqrt(6 / columns)
     return torch.from_numpy(values.astype(np.float32)).view(rows, columns)
