@@ -343,7 +343,7 @@ def test_what_is_bound_to_its_classes_takes_no_others(tmp_path, images, capsys):
     assert len(predictions(made, images, tmp_path, "--class-names", ",".join(COLOURS))) == 30
     head = run(tmp_path / "heads", images, epochs=1)
     assert predict.main([str(head), str(images), "--class-names", "a,b,c"]) == 2
-    assert "has trained a head for its own 3 classes" in capsys.readouterr().err
+    assert "holds a head for its own 3 classes" in capsys.readouterr().err
 
 
 def test_resuming_with_another_learner_is_refused(tmp_path, images, capsys):

@@ -6,7 +6,8 @@ import torch.nn as nn
 
 def is_quantised(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds integers and scales instead of the numbers that it stands for."""
-    return type(tensor).__module__.startswith("torchao.")
+    # Plain tensors first: `torch.compile` can trace no more than this.
+    return type(tensor) not in (torch.Tensor, nn.Parameter) and type(tensor).__module__.startswith("torchao.")
 
 
 def full_precision(tensor: torch.Tensor) -> torch.Tensor:
