@@ -1,5 +1,6 @@
 """The command line: how a configuration is found, parsed and refused, and how errors are shown."""
 
+import argparse
 import errno
 import logging
 import os
@@ -32,6 +33,14 @@ CLASSES = [
     VideoClassification,
     *(value for module in (clip, data, methods) for value in vars(module).values() if isinstance(value, type)),
 ]
+
+
+class Options(argparse.ArgumentParser):
+    """The options of a command that reads no configuration; `prog` is how it is called."""
+
+    def error(self, message: str):
+        """Raise what the user can act on."""
+        raise ConfigurationError(f"{message}; see {self.prog} --help")
 
 
 class Interrupted(Exception):

@@ -19,3 +19,9 @@ class DataError(UserError, ValueError):
 
 class StorageError(UserError, ValueError):
     """An adapter folder that is damaged, or belongs to another backbone or method."""
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what another library's error says, to be quoted in a sentence of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0][:200].rstrip(" .")

@@ -12,7 +12,7 @@ from visionpeft.backbones.network import offline_if_unreachable
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip import Learner
 from visionpeft.clip.storage import save_learner
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, one_line
 from visionpeft.reports.model_card import model_card
 from visionpeft.run_directory import RunDirectory
 from visionpeft.storage import save
@@ -141,7 +141,7 @@ def push_to_hub(
             )
         except Exception as error:  # the errors of a network that fails are those of whatever client the Hub's has
             raise ConfigurationError(
-                f"{repo_id} could not be uploaded to the Hub ({_one_line(error)}); check the name user/name, "
+                f"{repo_id} could not be uploaded to the Hub ({one_line(error)}); check the name user/name, "
                 "your login (hf auth login, or token=) and the network"
             ) from error
     return info.commit_url
@@ -181,10 +181,5 @@ def _download(repo_id: str, options: dict) -> Path:
             ) from error
         except (RepositoryNotFoundError, HfHubHTTPError, OSError) as error:
             raise ConfigurationError(
-                f"{repo_id!r} is no folder, and not to be had from the Hub ({_one_line(error)})"
+                f"{repo_id!r} is no folder, and not to be had from the Hub ({one_line(error)})"
             ) from error
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0][:200].rstrip(" .")

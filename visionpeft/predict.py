@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from visionpeft.cli import command
+from visionpeft.cli import Options, command
 from visionpeft.data import files_dataloader, find_images, find_videos, videos_dataloader
 from visionpeft.data.dataset import ImageLoader
 from visionpeft.data.images import EXTENSIONS as IMAGE_EXTENSIONS
@@ -66,7 +66,7 @@ def _loader(trained: TrainedModel, options: argparse.Namespace) -> tuple[ImageLo
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m visionpeft.predict", description="Predict the classes of files.")
+    parser = Options("python -m visionpeft.predict", description="Predict the classes of files.")
     parser.add_argument("run", help="directory of a finished run")
     parser.add_argument("files", nargs="+", help="image files, for a run of videos video files, or folders of them")
     parser.add_argument("--top-k", type=int, default=5, help="classes for each file (5)")
@@ -77,11 +77,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="a .csv or .json file to write")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged files out instead of stopping")
-
-    def refuse(message: str):
-        raise ConfigurationError(f"{message}; see python -m visionpeft.predict --help")
-
-    parser.error = refuse
     options = parser.parse_args(arguments)
     if options.top_k < 1:
         raise ConfigurationError(f"--top-k must be at least 1, not {options.top_k}")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from visionpeft.cli import Interrupted, command
+from visionpeft.cli import Interrupted, Options, command
 from visionpeft.errors import ConfigurationError
 from visionpeft.naming import did_you_mean
 from visionpeft.protocols import base_to_new, cross_dataset, domain_shift, few_shot, fgvc, vtab1k
@@ -118,7 +118,7 @@ def _of_learners(protocol: str, arguments: list[str]) -> tuple[Path, dict]:
 
 
 def _parser(protocol: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Options(
         f"python -m visionpeft.protocol {protocol}",
         description=f"{description} Finished cells are not trained again, interrupted ones are resumed; several "
         "processes and machines may work on one output at the same time.",
@@ -128,11 +128,6 @@ def _parser(protocol: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--root", help="folder in which the data sets lie; embedded ones need none")
     parser.add_argument("--output", type=Path, help=f"folder of runs, tables and figures (runs/{protocol})")
     parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time (1)")
-
-    def refuse(message: str):
-        raise ConfigurationError(f"{message}; see python -m visionpeft.protocol {protocol} --help")
-
-    parser.error = refuse
     return parser
 
 

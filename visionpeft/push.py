@@ -1,27 +1,18 @@
 """`python -m visionpeft.push RUN user/name`: put what a run has trained on the Hugging Face Hub."""
 
-import argparse
 import sys
 
-from visionpeft.cli import command
-from visionpeft.errors import ConfigurationError
+from visionpeft.cli import Options, command
 from visionpeft.hub import push_to_hub
 
 
 def push(arguments: list[str]) -> None:
     """Upload adapter or learner with a model card, as the command line says."""
-    parser = argparse.ArgumentParser(
-        "python -m visionpeft.push", description="Upload a finished run, not its backbone."
-    )
+    parser = Options("python -m visionpeft.push", description="Upload a finished run, not its backbone.")
     parser.add_argument("run", help="directory of a finished run, or a folder of an adapter or a learner")
     parser.add_argument("repo_id", help="user/name on the Hub; made if it does not exist")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--revision", help="branch to which to upload")
-
-    def refuse(message: str):
-        raise ConfigurationError(f"{message}; see python -m visionpeft.push --help")
-
-    parser.error = refuse
     options = parser.parse_args(arguments)
     print(push_to_hub(options.run, options.repo_id, private=options.private, revision=options.revision))
 

@@ -11,7 +11,7 @@ from torch import nn
 from visionpeft.backbones.checkpoints import load_timm_checkpoint
 from visionpeft.backbones.image_classifier import ImageClassifier
 from visionpeft.backbones.network import offline_if_unreachable
-from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.errors import ConfigurationError, StorageError, one_line
 from visionpeft.naming import near
 
 NANO_VIT = Path(__file__).parent.parent / "weights" / "nano_vit"
@@ -137,7 +137,7 @@ def create_open_clip(name: str, pretrained: bool, checkpoint: str | Path | None,
     except (RuntimeError, pickle.UnpicklingError, OSError) as error:
         if checkpoint is None:
             raise
-        raise StorageError(f"{checkpoint} does not fit OpenCLIP {model_name}: {_one_line(error)}") from error
+        raise StorageError(f"{checkpoint} does not fit OpenCLIP {model_name}: {one_line(error)}") from error
 
 
 def _check_open_clip_tag(model_name: str, tag: str, tags: list[str]) -> None:
@@ -163,7 +163,7 @@ def _download(name: str, create: Callable[[], nn.Module]) -> nn.Module:
         except TypeError:
             raise
         except Exception as error:
-            reason = "no network, and they are not in the cache" if offline else _one_line(error)
+            reason = "no network, and they are not in the cache" if offline else one_line(error)
             raise ConfigurationError(
                 f"the weights of {name} could not be loaded ({reason}); give a local file of them with checkpoint=, "
                 "or use the backbone nano_vit, whose weights are in the package"
@@ -173,8 +173,3 @@ def _download(name: str, create: Callable[[], nn.Module]) -> nn.Module:
 def _did_you_mean(name: str, allowed: list[str]) -> str:
     found = near(name, allowed)  # all names would be too many to list
     return f"did you mean {' or '.join(found)}? " if found else ""
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(" .")

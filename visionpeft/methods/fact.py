@@ -4,6 +4,7 @@ https://arxiv.org/abs/2212.03145
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,9 +60,9 @@ class FactoredChange(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self._factors = (factors,)  # in a tuple, because the adapter owns them once for all blocks
 
+    @abstractmethod
     def inner(self) -> torch.Tensor:
         """The matrix (rows * rank, columns * rank) of all S_ij."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what is between U and V")
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""

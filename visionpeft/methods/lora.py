@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from visionpeft.addressing import Blocks, Overrides
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.methods.base import Method, require, require_same
+from visionpeft.methods.base import Method, require_same
 from visionpeft.methods.precision import to_parameter_dtype
-from visionpeft.methods.targets import require_targets, target_layers
+from visionpeft.methods.targets import require_low_rank, target_layers
 from visionpeft.sites import Order, Placement
 
 
@@ -122,10 +122,7 @@ class LoRA(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
-        ranks = [self.rank, *self.overrides.values()]
-        require(all(isinstance(rank, int) and rank > 0 for rank in ranks), self, "rank must be a positive integer")
-        require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
-        require_targets(self)
+        require_low_rank(self)
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `LowRank` at every target layer of the chosen blocks."""
