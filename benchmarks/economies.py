@@ -23,10 +23,10 @@ from measuring import clock, saved_bytes, storages, table, write
 from torch import Tensor, nn
 
 import visionpeft as vp
-from visionpeft.content_cache import ContentCache
+from visionpeft.economies.content_cache import ContentCache
+from visionpeft.economies.trunk import CachedTrunk
 from visionpeft.methods.base import Method
 from visionpeft.sites import Placement
-from visionpeft.trunk import CachedTrunk
 
 
 class Nothing(nn.Module):

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from small_runs import arguments, draw_images, results, run
 import visionpeft as vp
 from visionpeft import fit
 from visionpeft.backbones.tower import Layer
+from visionpeft.economies.frozen_layers import linear
 from visionpeft.errors import UserError
-from visionpeft.methods.sparse_delta import SparseDelta, SparseLinear
+from visionpeft.methods.sparse_delta import SparseDelta
 from visionpeft.reports.history import EpochHistory, read_history
 from visionpeft.tasks import adapted_task
 
@@ -322,15 +324,23 @@ def test_pafi_is_loaded_where_it_would_choose_otherwise(tmp_path):
 
 
 def test_nothing_dense_is_kept_for_backward():
-    """Of a sparse change, x is kept, which others keep anyway, and neither the matrix nor its gradient."""
+    """Of a sparse change, x is kept, and neither the matrix nor its gradient."""
     x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
-    values = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    index = torch.tensor([0, 9, 30, 62], dtype=torch.int32)
-    kept = []
+    weight, bias = torch.randn(9, 7, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    layer = types.SimpleNamespace(weight_tensor=weight, kind="linear")
+    change = SparseDelta(layer, torch.tensor([0, 9, 30, 62], dtype=torch.int32)).double()
+
+    def changed(x, values):
+        change._parameters["weight"] = values
+        y, ((_, left),) = linear(x, weight, bias, [(None, (change,))])
+        assert not left
+        return y
+
+    kept, values = [], torch.randn(4, dtype=torch.float64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        SparseLinear.apply(x, values, index, (9, 7), None)
-    assert sorted(kept) == sorted([x.shape, values.shape, index.shape])
-    assert torch.autograd.gradcheck(lambda x, v: SparseLinear.apply(x, v, index, (9, 7), None), (x, values))
+        changed(x, values)
+    assert sorted(kept) == sorted([x.shape, values.shape, weight.shape])
+    assert torch.autograd.gradcheck(changed, (x, values))
 
 
 def test_what_can_be_made_again_is_not_kept():

@@ -11,8 +11,8 @@ from reference.hosts import HOSTS, Host, clip, vit
 from timm.models.vision_transformer import VisionTransformer
 
 import visionpeft as vp
-from visionpeft import block_economies
 from visionpeft.backbones.dispatch import describe
+from visionpeft.economies import blocks as block_economies
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.base import Method
 from visionpeft.reports.saved_bytes import saved_bytes, storages

@@ -631,6 +631,17 @@ def test_routed_heads_refuse_other_batches():
         model(HOSTS[0].inputs(4))
 
 
+@pytest.mark.parametrize("names", [[], (), "one", None], ids=repr)
+def test_a_route_that_names_no_samples_is_refused(names):
+    """Before anything is changed: the active adapter acts as before."""
+    model = adapted(HOSTS[0], next(c for c in CASES if c.name == "lora"), name="one")
+    before = output_of(HOSTS[0], model)
+    with pytest.raises(ConfigurationError, match="for each sample of the batch"), vp.route(model, names):
+        pytest.fail("the context was entered")
+    assert model.peft.active == ("one",)
+    assert torch.equal(output_of(HOSTS[0], model), before)
+
+
 @spread([c for c in CASES if not c.mergeable])
 def test_merge_refuses_by_name(host, case):
     """A method that is not linear in the weights says so, and nothing changes."""

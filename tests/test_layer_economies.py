@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import visionpeft as vp
-from visionpeft import frozen_layers
+from visionpeft.economies import frozen_layers
 from visionpeft.methods.lora import LowRank
 from visionpeft.reports.saved_bytes import saved_bytes, storages
 from visionpeft.sites import sited_layer_class
@@ -51,8 +51,8 @@ def images(dtype=torch.float64):
 
 
 def written_out(model, x):
-    """Logits of the ViT with what LoRA and SSF add, by plain operations."""
-    tensors = dict(model.named_parameters())
+    """Logits of the ViT with what LoRA, SSF and PaFi add, by plain operations."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
 
     def changed(place, y, x=None):
         for name in model.peft.active:
@@ -71,7 +71,16 @@ def written_out(model, x):
         normalised = centred / (centred.square().mean(-1, keepdim=True) + module.eps).sqrt()
         return changed(place, normalised * module.weight + module.bias)
 
+    def entries(place, part, like):
+        total = torch.zeros(like.numel(), dtype=like.dtype)
+        for name in model.peft.active:
+            path = f"peft.{name}.pa_fi.visual.{place}.{part}"
+            if path in tensors:
+                total = total.index_put((tensors[f"{path}_index"].long(),), tensors[path], accumulate=True)
+        return total.view_as(like)
+
     def linear(place, x, weight, bias):
+        weight, bias = weight + entries(place, "weight", weight), bias + entries(place, "bias", bias)
         return changed(place, x @ weight.T + bias, x)
 
     projection = model.patch_embed.proj
@@ -120,6 +129,8 @@ CASES = {
     "lora_two": [lora("q", "fc1", "fc2"), lora(*EVERY_MATRIX, rank=2)],
     "ssf": [vp.SSF()],
     "lora_and_ssf": [lora(*EVERY_MATRIX), vp.SSF()],
+    "pafi": [vp.PaFi(density=0.05)],
+    "pafi_two_lora_ssf": [vp.PaFi(density=0.05), lora(*EVERY_MATRIX), vp.PaFi(density=0.1), vp.SSF()],
 }
 
 
@@ -185,6 +196,7 @@ KEPT = {
     "lora_all": (vp.LoRA(rank=1, targets=EVERY_MATRIX), 10.7, 15.5),
     "lora_qkv": (vp.LoRA(rank=1, targets=("q", "k", "v")), 10.7, 11.0),
     "lora_qv": (vp.LoRA(rank=1), 10.7, 12.0),
+    "pafi": (vp.PaFi(density=0.001), 10.7, 15.5),
     "ssf": (vp.SSF(), 13.4, 20.0),
     "adapt_former": (vp.AdaptFormer(bottleneck=8), 9.9, None),
     "linear_probe": (vp.LinearProbe(), 0.1, 0.45),

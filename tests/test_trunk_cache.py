@@ -14,9 +14,9 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 
 import visionpeft as vp
-from visionpeft import trunk
-from visionpeft.content_cache import ContentCache, FolderCache
 from visionpeft.data import ImageFolder
+from visionpeft.economies import trunk
+from visionpeft.economies.content_cache import ContentCache, FolderCache
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 from visionpeft.tasks import ImageClassification
 from visionpeft.tasks.optimisation import Optimisation
@@ -278,7 +278,7 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path):
     """The process dies before its file is complete: nothing is there under its name."""
     code = f"""
 import os, torch
-from visionpeft.content_cache import FolderCache
+from visionpeft.economies.content_cache import FolderCache
 os.replace = lambda *_: os._exit(1)
 FolderCache({str(tmp_path / "kept")!r}).rows("a", torch.ones(1, 3), lambda images: images)
 """
@@ -292,7 +292,7 @@ def test_a_full_disk_only_costs_time(tmp_path, monkeypatch):
     def fail(*_):
         raise StorageError("no space")
 
-    monkeypatch.setattr("visionpeft.content_cache.write_whole", fail)
+    monkeypatch.setattr("visionpeft.economies.content_cache.write_whole", fail)
     cache = FolderCache(tmp_path / "kept")
     assert torch.equal(cache.rows("a", pictures(2), squares), squares(pictures(2)))
     assert cache.full

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from visionpeft.backbones.tower import Backbone, Tower
-from visionpeft.block_economies import Economies
+from visionpeft.economies.blocks import Economies
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.base import Method, select_towers
 from visionpeft.naming import nearest

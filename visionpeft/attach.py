@@ -10,7 +10,7 @@ import torch.nn as nn
 from visionpeft.adapters import Adapters, AttachedAdapter
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone
-from visionpeft.block_economies import Economies
+from visionpeft.economies.blocks import Economies
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.install import install
 from visionpeft.methods.base import Method
@@ -185,10 +185,17 @@ def route(model: nn.Module, names: Sequence[str | None]):
     Row i of the result is what that adapter alone gives. Call `backward` inside the context, too.
 
     Raises:
+        ConfigurationError: if no names are given.
         UnsupportedError: if an adapter cannot act on single rows exactly.
     """
+    route = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else ()
+    if not route:
+        raise ConfigurationError(
+            f"route needs a list with the name of an adapter, or None, for each sample of the batch, not {names!r}; to "
+            "let one adapter, or none, act on a whole batch call use"
+        )
     with _restoring(model):
-        _choose(model, (), tuple(names))
+        _choose(model, (), route)
         yield model
 
 

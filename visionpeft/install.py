@@ -11,9 +11,9 @@ import torch.nn as nn
 from visionpeft.adapters import Adapters, AttachedAdapter
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
+from visionpeft.economies.frozen_layers import own
+from visionpeft.economies.key_prompts import key_prompts, without_prompts
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.frozen_layers import own
-from visionpeft.key_prompts import key_prompts, without_prompts
 from visionpeft.routing import Routed, RoutedHead, check_routable
 from visionpeft.sites import Located, OnPatches, Order, SitedLayer, Sites, order_of, sited_layer_class
 

@@ -13,8 +13,8 @@ Three kinds of modules act:
 * as a branch, `module(x) -> delta`: reads one token site, and delta is added at a later one of the same block, or goes
   to `module.join(x, delta) -> x` there if the module has it;
 * at a layer site, `module(x, y, weight, bias) -> y`, where y = layer(x) was made by the given rows of weight and bias.
-  What it does may be done in a cheaper way if it says that it is a low-rank change (see `frozen_layers.linear`), or, at
-  a norm, if it has `merge(weight, bias) -> weight, bias`, which the norm is then given;
+  What it does may be done in a cheaper way if it says what it changes (see `frozen_layers.linear`), or, at a norm, if
+  it has `merge(weight, bias) -> weight, bias`, which the norm is then given;
 * at `kv`, `module(k, v) -> k, v` on (batch, heads, tokens, head width), after rotary position and key normalisation.
 
 What acts on tokens may declare, for those who run fewer tokens than the library does: `tokenwise = True`, it treats
@@ -24,7 +24,7 @@ What acts at a token site may also declare `patches_only = True`: it is called o
 and the class, register and prompt tokens in front of them stay as they are. Or it may declare `located_at`: it is
 called with the index of the first of some tokens as one more argument, of the patches for `located_at = "patches"`, or
 of the prompts that the module `located_at` has inserted. What inserts prompts that leave behind the same block may
-offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see `key_prompts.py`.
+offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see `economies/key_prompts.py`.
 """
 
 import functools
@@ -38,7 +38,7 @@ from timm.layers import DropPath, PatchDropout
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
-from visionpeft import frozen_layers
+from visionpeft.economies import frozen_layers
 from visionpeft.errors import UnsupportedError
 
 TOKEN_SITES = ("stream_in", "attn_in", "attn_out", "stream_mid", "mlp_in", "mlp_out", "stream_out")

@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft import frozen_layers
 from visionpeft.backbones.tower import Layer
+from visionpeft.economies import frozen_layers
 from visionpeft.sites import UNTOUCHED, Sites
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from visionpeft.attach import has_adapters
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import acting_adapters
-from visionpeft.content_cache import DEFAULT_BYTES, ContentCache, Fingerprint, arithmetic
+from visionpeft.economies.content_cache import DEFAULT_BYTES, ContentCache, Fingerprint, arithmetic
 
 
 class FeatureCache(ContentCache):

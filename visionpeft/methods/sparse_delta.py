@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.frozen_layers import Origin, origin_of, traced
 from visionpeft.quantised import is_quantised
 from visionpeft.sites import Order, Placement
 
@@ -170,14 +168,17 @@ class SparseDelta(nn.Module):
         """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""
         if self.weight is not None:
             dtype = y.dtype if torch.is_autocast_enabled(x.device.type) else self.weight.dtype
-            if self.eps is None and traced():
+            if self.eps is None:
                 change = F.linear(x.to(dtype), self.dense("weight").to(dtype))
-            elif self.eps is None:
-                change = SparseLinear.apply(x.to(dtype), self.weight, self.weight_index, self.shape, origin_of(x))
             else:
                 change = self.dense("weight") * F.layer_norm(x.to(self.weight.dtype), self.shape, eps=self.eps)
             y = y + change.to(y.dtype)
         return y if self.bias is None else (y + self.dense("bias")).to(y.dtype)
+
+    def sparse_change(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] | None:
+        """Values and flat indices of D, and d, for a linear layer."""
+        of_bias = None if self.bias is None else self.dense("bias")
+        return None if self.eps is not None else (self.weight, self.weight_index, of_bias)
 
     def dense(self, part: str) -> torch.Tensor:
         """The change as a tensor like the weight or bias, zeros included."""
@@ -193,27 +194,3 @@ class SparseDelta(nn.Module):
 def scatter(values: torch.Tensor, index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Zeros of this shape with the values at their flat indices."""
     return values.new_zeros(shape).flatten().scatter(0, index.long(), values).view(shape)
-
-
-class SparseLinear(torch.autograd.Function):
-    """x D^T for a matrix D (out, in) given by values and flat indices.
-
-    Neither D nor its gradient outlives a call. Only x is kept for backward, or what it can be made from again.
-    """
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, values: torch.Tensor, index: torch.Tensor, shape, origin: Origin | None):
-        """Map x (..., in) to (..., out) with D of a shape (out, in)."""
-        ctx.save_for_backward(values, index, *((x,) if origin is None else origin.tensors))
-        ctx.shape, ctx.origin = shape, origin and origin.recipe()
-        return x @ scatter(values.to(x.dtype), index, shape).t()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: torch.Tensor):
-        """Gradients of x and of the values."""
-        values, index, *kept = ctx.saved_tensors
-        x = (kept[0] if ctx.origin is None else ctx.origin.remake(*kept)).to(gradient.dtype)
-        of_x = gradient @ scatter(values.to(x.dtype), index, ctx.shape) if ctx.needs_input_grad[0] else None
-        of_matrix = gradient.flatten(0, -2).t() @ x.flatten(0, -2)
-        return of_x, of_matrix.flatten()[index.long()].to(values.dtype), None, None, None

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.frozen_layers import scale_shift
+from visionpeft.economies.frozen_layers import scale_shift
 from visionpeft.methods.base import Method, blocks_of, require
 from visionpeft.sites import Order, Placement
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from visionpeft.attach import attach, economise
 from visionpeft.backbones.create import create_backbone
 from visionpeft.backbones.preprocessing import preprocessing_of
-from visionpeft.content_cache import ContentCache, FolderCache
+from visionpeft.economies.content_cache import ContentCache, FolderCache
+from visionpeft.economies.trunk import CachedTrunk
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods import Method
 from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.heads import Head, HeadInit, replace_head
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.passes import in_order
-from visionpeft.trunk import CachedTrunk
 
 
 class ImageClassification(AdaptedTask):

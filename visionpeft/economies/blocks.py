@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from visionpeft.backbones.tower import Tower
+from visionpeft.economies.key_prompts import Acting
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.key_prompts import Acting
 from visionpeft.sites import TOKEN_SITES, ClassTokenOnly, Order, Sites, order_of
 
 BEFORE_ATTENTION = ("stream_in", "attn_in")

@@ -1,9 +1,9 @@
 """Frozen layers with less kept for the backward pass than their formulas say, less work, and the same results.
 
-* `linear`: a frozen linear layer and the low-rank changes W + s B A of its rows in one step. The input of A is not kept
-  where it can be made again: the output of a norm from the tokens it normalises, that of an activation from its input,
-  both of which are kept anyway. Under autocast the frozen weight is cast once more in the backward pass, where PyTorch
-  by itself keeps the cast copy of every frozen weight.
+* `linear`: a frozen linear layer and the low-rank or sparse changes W + s B A, W + D of its rows in one step. Its input
+  is not kept where it can be made again: the output of a norm from the tokens it normalises, that of an activation from
+  its input, both of which are kept anyway. Under autocast the frozen weight is cast once more in the backward pass,
+  where PyTorch by itself keeps the cast copy of every frozen weight.
 * `remember`: marks a tensor with what it is made from.
 * `scale_shift`: s y + t, whose gradient for s is taken from the result, which attention and activation keep anyway.
 * `own`: a part of a tensor that does not keep the whole.
@@ -98,75 +98,120 @@ def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, acting: Acting
 ) -> tuple[torch.Tensor, Acting]:
-    """y = x W^T + b (..., out) with those low-rank changes that act first on its rows, and what is left to act.
+    """y = x W^T + b (..., out) with those changes of W and b that act first on its rows, and what is left to act.
 
-    A module says by `low_rank_change() -> (A, B, s)` that s B A x added to the rows is all it does, by None that it is
-    not.
+    A module says what it is: by `low_rank_change() -> (A, B, s)` that s B A x added to the rows is all it does; by
+    `sparse_change() -> (values, index, d)` that the rows are those of W + D and b + d, where D has these values at
+    these flat indices of its rows and is zero elsewhere; by None that it is neither.
     """
     frozen = type(weight) in (torch.Tensor, nn.Parameter) and not (weight.requires_grad and torch.is_grad_enabled())
     if traced() or not frozen:
         return F.linear(x, weight, bias), acting
-    changes, left = [], []
+    changes, left = _Changes(), []
     for rows, modules in acting:
-        factors = []
-        for module in modules:
-            change = _low_rank_change(module)
-            if change is None:
-                break
-            factors.append((slice(None) if rows is None else rows, *change))
-        changes += factors
-        left.append((rows, modules[len(factors) :]))
-    if not changes and _autocast_dtype(x) is None:
-        return F.linear(x, weight, bias), left
-    rows, down, up, scalings = zip(*changes, strict=True) if changes else ((), (), (), ())
-    return _FrozenLinear.apply(x, weight, bias, origin_of(x), rows, scalings, *down, *up), left
+        rows = slice(0, len(weight)) if rows is None else rows
+        first = next((i for i, module in enumerate(modules) if not changes.add(module, rows, weight, bias)), None)
+        left.append((rows, () if first is None else modules[first:]))
+    if not changes.factors and not changes.entries and _autocast_dtype(x) is None:
+        return F.linear(x, weight, changes.of_bias(bias)), left
+    return _FrozenLinear.apply(x, weight, changes.of_bias(bias), origin_of(x), *changes.arguments()), left
 
 
-def _low_rank_change(module: Callable) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    # A subclass with a forward of its own does something else than its base class says.
+class _Changes:
+    """The changes of one weight and bias that are made in one step with the layer."""
+
+    def __init__(self):
+        self.factors: list[tuple[slice, torch.Tensor, torch.Tensor, float]] = []  # rows, A, B, s
+        self.entries: list[tuple[slice, torch.Tensor, torch.Tensor]] = []  # rows, values, index
+        self.biases: list[tuple[slice, torch.Tensor]] = []
+
+    def add(self, module: Callable, rows: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Take over what a module does to some rows, if that is possible."""
+        low_rank = _said(module, "low_rank_change")
+        if low_rank is not None:
+            self.factors.append((rows, *low_rank))
+            return True
+        sparse = _said(module, "sparse_change")
+        if sparse is None:
+            return False
+        values, index, of_bias = sparse
+        # Added to a weight of another precision, small values would be rounded away.
+        if values is not None and values.dtype != weight.dtype:
+            return False
+        if of_bias is not None and (bias is None or of_bias.dtype != bias.dtype):
+            return False
+        if values is not None:
+            self.entries.append((rows, values, index))
+        if of_bias is not None:
+            self.biases.append((rows, of_bias))
+        return True
+
+    def of_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias with its changes."""
+        for rows, change in self.biases:
+            bias = bias.slice_scatter(bias[rows] + change, 0, rows.start, rows.stop)
+        return bias
+
+    def arguments(self) -> tuple:
+        """What `_FrozenLinear` is given of them."""
+        rows, down, up, scalings = zip(*self.factors, strict=True) if self.factors else ((), (), (), ())
+        places = tuple((rows, index) for rows, _, index in self.entries)
+        return rows, scalings, places, *down, *up, *(values for _, values, _ in self.entries)
+
+
+def _said(module: Callable, name: str):
+    """What a module says of itself; the method of a subclass with a forward of its own must be its own, too."""
     defining = next((kind.__dict__ for kind in type(module).__mro__ if "forward" in kind.__dict__), {})
-    return module.low_rank_change() if "low_rank_change" in defining and not is_hooked(module) else None
+    return getattr(module, name)() if name in defining and not is_hooked(module) else None
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y = x W^T + b, where s x A^T B^T is added to the rows of each low-rank change. Factors are all A, then all B."""
+    """y = x (W + D)^T + b, where s x A^T B^T is added to the rows of each low-rank change.
+
+    Changes are all A, then all B, then the values of all D.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, origin, rows, scalings, *factors):
+    def forward(ctx, x, weight, bias, origin, rows, scalings, places, *changes):
         autocast = _autocast_dtype(x)
 
         def cast(tensor):
             return tensor if autocast is None or tensor is None else tensor.to(autocast)
 
-        y = F.linear(cast(x), cast(weight), cast(bias))
+        down, up, values = _sorted(changes, len(rows))
+        y = F.linear(cast(x), cast(_with_entries(weight, places, values)), cast(bias))
         kept = ()
         if rows:
-            down, up = factors[: len(rows)], factors[len(rows) :]
             dtype = autocast or down[0].dtype  # an adapter computes in its own precision, unless autocast chooses
             z = x.to(dtype).flatten(0, -2) @ torch.cat(down).to(dtype).t()
             flat = y.view(-1, y.shape[-1])
             for own_rows, part, scaling, b in zip(rows, _parts(z, down), scalings, up, strict=True):
                 _add_product(flat[:, own_rows], part.mul_(scaling), b.to(dtype).t())
-            trained = any(ctx.needs_input_grad[6:])
-            kept = (z, *((x,) if origin is None else origin.tensors)) if trained else (z,)
-        ctx.save_for_backward(weight, *factors, *kept)
-        ctx.origin, ctx.rows, ctx.scalings = origin and origin.recipe(), rows, scalings
+            kept = (z,)
+        if any(ctx.needs_input_grad[7:]):
+            kept += (x,) if origin is None else origin.tensors
+        ctx.save_for_backward(weight, *changes, *kept)
+        ctx.origin, ctx.rows, ctx.scalings, ctx.places = origin and origin.recipe(), rows, scalings, places
         ctx.dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        changes = len(ctx.rows)
+        number = 2 * len(ctx.rows) + len(ctx.places)
         weight, *tensors = ctx.saved_tensors
-        down, up, kept = tensors[:changes], tensors[changes : 2 * changes], tensors[2 * changes :]
+        down, up, values = _sorted(tensors[:number], len(ctx.rows))
+        kept = tensors[number:]
         shape = (*grad.shape[:-1], weight.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
+        weight = _with_entries(weight, ctx.places, values)
         grad_x = (grad @ weight.to(grad.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        grad_down, grad_up = [None] * changes, [None] * changes
-        if changes:
-            z, *sources = kept
+        grad_down, grad_up, grad_values = ([None] * len(part) for part in (down, up, values))
+        sources = kept[1:] if down else kept
+        x = (sources[0] if ctx.origin is None else ctx.origin.remake(*sources)) if sources else None
+        if down:
+            z = kept[0]
             grads = [grad[:, rows].to(z.dtype) for rows in ctx.rows]
             parts = zip(ctx.scalings, grads, up, strict=True)
             grad_zs = [scaling * (part @ b.to(z.dtype)) for scaling, part, b in parts]
@@ -177,15 +222,35 @@ class _FrozenLinear(torch.autograd.Function):
                 # The order of sums and roundings in which autograd adds up what each formula gives, the last one first.
                 products = [(own_z @ a.to(z.dtype)).to(ctx.dtype) for own_z, a in zip(grad_zs, down, strict=True)]
                 grad_x += functools.reduce(torch.add, reversed(products))
-            if sources:
-                x = sources[0] if ctx.origin is None else ctx.origin.remake(*sources)
+            if x is not None:
                 products = (grad_z.t() @ x.to(z.dtype).flatten(0, -2)).split([len(a) for a in down])
                 grad_down = [product.to(a.dtype) for product, a in zip(products, down, strict=True)]
                 parts = zip(grads, _parts(z, down), up, strict=True)
                 # z^T g and not g^T z, which takes twice the time.
                 grad_up = [(own_z.t() @ part).t().to(b.dtype) for part, own_z, b in parts]
+        if x is not None and values:
+            x = x.to(grad.dtype).flatten(0, -2)
+            products = ((grad[:, rows].t() @ x).flatten()[index.long()] for rows, index in ctx.places)
+            grad_values = [product.to(own.dtype) for product, own in zip(products, values, strict=True)]
         grad_x = None if grad_x is None else grad_x.view(shape)
-        return grad_x, None, grad_bias, None, None, None, *grad_down, *grad_up
+        return grad_x, None, grad_bias, None, None, None, None, *grad_down, *grad_up, *grad_values
+
+
+def _sorted(changes: Sequence[torch.Tensor], number: int) -> tuple[Sequence[torch.Tensor], ...]:
+    """All A, all B and the values of all D, of so many low-rank changes and the rest."""
+    return changes[:number], changes[number : 2 * number], changes[2 * number :]
+
+
+def _with_entries(
+    weight: torch.Tensor, places: Sequence[tuple[slice, torch.Tensor]], values: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """W + D (out, in): a copy with the values added at flat indices of some of its rows."""
+    if not places:
+        return weight
+    changed = weight.clone(memory_format=torch.contiguous_format)
+    for (rows, index), own_values in zip(places, values, strict=True):
+        changed[rows].view(-1).index_add_(0, index, own_values)
+    return changed
 
 
 def _parts(z: torch.Tensor, down: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

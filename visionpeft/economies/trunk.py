@@ -12,7 +12,7 @@ from visionpeft.adapters import AttachedAdapter
 from visionpeft.attach import attached
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
-from visionpeft.content_cache import ContentCache, Fingerprint, arithmetic
+from visionpeft.economies.content_cache import ContentCache, Fingerprint, arithmetic
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import is_drawn
 

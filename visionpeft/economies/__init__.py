@@ -1,0 +1,1 @@
+"""What a frozen backbone makes unnecessary: less work and less memory, with the same results."""
