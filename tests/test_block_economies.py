@@ -154,7 +154,7 @@ def test_prompts_stay_tokens_where_that_matters():
         assert prompts_are_keys(model) == 0
     assert prompts_are_keys(model) == 3  # both act
     vp.activate(model, "own")
-    assert [sites.key_prompts(sites, torch.zeros(2, 17, 32).double()).shape[1] for sites in all_sites(model)] == [3] * 3
+    assert [sites.key_prompts(torch.zeros(2, 17, 32).double()).shape[1] for sites in all_sites(model)] == [3] * 3
     for method in (vp.VPT(3, deep=False), vp.GatedVPT(3)):
         assert prompts_are_keys(stacked(host, method)) == 0
     for method in (vp.Convpass(2), vp.UniPELT(2, num_tokens=2, bottleneck=2), Mixing(site="stream_in", add="attn_out")):
@@ -170,6 +170,29 @@ def test_tokens_that_read_prompts_still_do(where):
     vp.activate(mixed, "mixing")
     without = run(host, mixed, inputs)[0]
     assert distance(before, without) > 1e-3
+
+
+@pytest.mark.parametrize("host", SOME, ids=repr)
+def test_hooks_see_the_tokens_of_the_backbone_once(host):
+    """Whichever layers they watch, and added after attaching: prompts that are no tokens are not shown to them."""
+    inputs = host.inputs(dtype=torch.float64)
+
+    def watched(model):
+        seen = []
+        for name, module in describe(model).towers["visual"].blocks[1].module.named_modules():
+            module.register_forward_hook(lambda m, i, o, name=name: seen.append((name, getattr(o, "shape", None))))
+        return host.run(model, inputs), seen
+
+    model = stacked(host, vp.VPT(3))
+    assert prompts_are_keys(model) == 3
+    expected = run(host, model, inputs)[0]
+    output, found = watched(model)
+    assert distance(output, expected) < 1e-12
+    assert len(dict(found)) == len(found)
+    plain = dict(watched(host.build(torch.float64).eval())[1])
+    fronts = {name: shape for name, shape in found if name.endswith(("norm1", "ln_1", "qkv", "k_proj", "v_proj"))}
+    assert fronts
+    assert all(shape == plain[name] for name, shape in fronts.items())
 
 
 def test_dropout_of_prompts_is_drawn_for_each_sample():

@@ -119,6 +119,17 @@ def test_an_edited_description_is_refused(tmp_path, change, sentence):
         load_learner(tmp_path, small_clip(), TOKENIZER)
 
 
+def test_damaged_tensors_are_refused(tmp_path):
+    """One bit of what was learnt is another."""
+    save_learner(trained(small_clip()), tmp_path)
+    path = tmp_path / "learner.safetensors"
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(StorageError, match="is damaged: its tensors"):
+        load_learner(tmp_path, small_clip(), TOKENIZER)
+
+
 def test_damaged_files_are_refused(tmp_path):
     save_learner(trained(small_clip()), tmp_path)
     path = tmp_path / "learner.safetensors"

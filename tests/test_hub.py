@@ -92,6 +92,20 @@ def test_the_card_names_method_backbone_and_classes(tmp_path):
         assert part in card.text
 
 
+def test_the_card_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    vp.save_pretrained(adapted(), tmp_path, repo_id="someone/first")
+    before = (tmp_path / "README.md").read_bytes()
+
+    def full(path, content):
+        if path.name == "README.md":
+            raise StorageError("the disk is full")
+
+    monkeypatch.setattr("visionpeft.hub.write_whole", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        vp.save_pretrained(adapted(), tmp_path, repo_id="someone/second")
+    assert (tmp_path / "README.md").read_bytes() == before
+
+
 def test_the_card_of_a_run_has_its_result(hub, tmp_path, capsys):
     finished = run(tmp_path / "runs", draw_images(tmp_path / "squares"), epochs=1)
     capsys.readouterr()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -435,6 +436,45 @@ def test_workers_share_the_pieces(tmp_path, capsys):
     assert all((tmp_path / str(number) / "done").read_text() != str(os.getpid()) for number in range(5))
 
 
+@pytest.mark.slow
+def test_a_ray_cluster_shares_the_pieces(tmp_path, monkeypatch, capsys):
+    """Each piece is done in a process of the cluster, in the folder from which the paths of the user start."""
+    pytest.importorskip("ray", reason="Ray, an extra, is not installed")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the processes find Piece
+    monkeypatch.chdir(tmp_path)
+    pieces = [Piece(str(number)) for number in range(4)]
+    pieces.insert(2, Piece("wrong", "it is wrong"))
+    with pytest.raises(ConfigurationError, match="it is wrong"):
+        work.finish(pieces, Path("output"), workers="ray")
+    assert [piece.name for piece in pieces if not piece.done(Path("output") / piece.name)] == ["wrong"]
+    assert (tmp_path / "output" / "workers" / "wrong.log").is_file()
+    assert all((tmp_path / "output" / str(number) / "done").read_text() != str(os.getpid()) for number in range(4))
+    assert "0 of 5 finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_node_that_lacks_a_module_is_told(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray, an extra, is not installed")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with pytest.raises(ConfigurationError, match=r"could not do a part of the work .*test_method_protocols"):
+        work.finish([Piece("a")], tmp_path, workers="ray")
+
+
+def test_a_ray_cluster_that_does_not_answer(tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray, an extra, is not installed")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(ConfigurationError, match="no Ray cluster answers at auto"):
+        work.finish([Piece("a")], tmp_path, workers="ray")
+
+
+def test_ray_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigurationError, match=r"visionpeft\[ray\]"):
+        work.finish([Piece("a")], tmp_path, workers="ray")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -451,7 +491,11 @@ def test_workers_share_the_pieces(tmp_path, capsys):
         (["--configs", "CONFIG", "--data.train_on", "train800"], "use the protocol's splits"),
         (["--configs", "CONFIG", "--data.task", "cifar"], "use --tasks"),
         (["--configs", "CONFIG", "--paper", "--search", "optuna"], "leave out --search optuna"),
-        (["--configs", "CONFIG", "--workers", "0"], "must be 1 or more"),
+        (["--configs", "CONFIG", "--workers", "0"], "workers must be 1 or more processes"),
+        (
+            ["--configs", "CONFIG", "--workers", "two"],
+            "workers must be 1 or more processes, or 'ray', not 'two'",
+        ),
         (["--configs", "CONFIG", "--model.optimization.lr", "1"], "optimization"),
         (["--method", "prefix_tuning", "--paper"], "no paper's rule is known for vtab_prefix_tuning.yaml"),
     ],

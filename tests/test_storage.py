@@ -1,6 +1,7 @@
 """What is written is complete and atomic, and what is damaged, edited or foreign is refused in one sentence."""
 
 import errno
+import hashlib
 import json
 import os
 
@@ -38,7 +39,7 @@ def saved(tmp_path):
 def test_description(saved):
     folder, _ = saved
     described = vp.read_metadata(folder)
-    assert json.loads((folder / "adapter.json").read_text()) == described
+    assert json.loads((folder / "adapter.json").read_text()) == described | {"sha256": sha256_of(folder)}
     assert [m["class"] for m in described["methods"]] == ["LoRA", "VPT"]
     assert described["methods"][0]["fields"]["rank"] == 2
     assert described["class_names"] == ["cat", "dog", "owl"]
@@ -83,6 +84,64 @@ def rewrite(folder, change):
     change(described, tensors)
     save_file(tensors, file, metadata={"visionpeft": json.dumps(described)})
     (folder / "adapter.json").write_text(json.dumps(described))
+
+
+def sha256_of(folder):
+    """The hash of the tensors that the format asks for, from the bytes of the file."""
+    whole = (folder / "adapter.safetensors").read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    digest = hashlib.sha256()
+    kinds = {"F32": "torch.float32"}
+    for name, entry in sorted(json.loads(whole[8:start]).items()):
+        if name != "__metadata__":
+            first, stop = entry["data_offsets"]
+            digest.update(f"{name} {kinds[entry['dtype']]} {tuple(entry['shape'])}\n".encode())
+            digest.update(whole[start + first : start + stop])
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("with_copy", [True, False])
+def test_damaged_tensors(saved, place, with_copy):
+    """One bit of one tensor is another."""
+    folder, _ = saved
+    file = folder / "adapter.safetensors"
+    whole = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(whole[:8], "little")
+    whole[start + int(place * (len(whole) - 1 - start))] ^= 1
+    file.write_bytes(whole)
+    if not with_copy:
+        (folder / "adapter.json").unlink()
+    refuse(folder, "adapter.safetensors is damaged: its tensors")
+    with pytest.raises(vp.StorageError, match="is damaged"):
+        vp.read_metadata(folder)
+
+
+@torch.no_grad()
+def test_without_a_hash(saved):
+    """What was written without one, by another tool say, is read as it stands."""
+    folder, model = saved
+    rewrite(folder, lambda described, tensors: None)
+    assert "sha256" not in (folder / "adapter.json").read_text()
+    other = build()
+    vp.load(other, folder)
+    assert torch.equal(other(IMAGES), model(IMAGES))
+
+
+@torch.no_grad()
+def test_a_save_interrupted_between_the_files(saved):
+    """The tensors are new, the copy of the description is that of the old ones: what is there is whole."""
+    folder, model = saved
+    old = (folder / "adapter.json").read_text()
+    described = vp.read_metadata(folder)
+    about = {"class_names": described["class_names"], "metadata": described["metadata"]}
+    model.peft["default"].get_parameter("lora.visual.0.q.B").add_(1)
+    vp.save(model, folder, preprocessing=Preprocessing((32, 32), (0.5,) * 3, (0.5,) * 3), **about)
+    assert (folder / "adapter.json").read_text() != old
+    (folder / "adapter.json").write_text(old)
+    other = build()
+    vp.load(other, folder)
+    assert torch.equal(other(IMAGES), model(IMAGES))
 
 
 def test_truncated(saved):

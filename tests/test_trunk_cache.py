@@ -149,6 +149,26 @@ def test_changed_weights_are_noticed(change):
     assert seen == ([2] if change == "trained part" else [2, 2])
 
 
+@pytest.mark.parametrize("weight", ["cls_token", "patch_embed.proj.weight", "blocks.0.mlp.fc1.bias", "norm.weight"])
+def test_a_trunk_that_is_trained_is_refused(weight):
+    """Unfrozen by hand, also later. What is behind the trunk may be: it gets its gradient."""
+    host = CLASSIFIERS[0]
+    for name in ("last lora", "probe"):
+        model, inputs = build(host, name), host.inputs(2, torch.float64)
+        cached = trunk.CachedTrunk(model, ContentCache())
+        cached(inputs)
+        parameter = model.get_parameter(weight).requires_grad_(True)
+        if name == "last lora" and weight == "norm.weight":
+            (wanted,) = torch.autograd.grad(model(inputs).square().sum(), parameter)
+            (found,) = torch.autograd.grad(cached(inputs).square().sum(), parameter)
+            assert distance(found, wanted) < 1e-10
+            continue
+        with pytest.raises(ConfigurationError, match=f"{weight} has requires_grad=True"):
+            cached(inputs)
+        parameter.requires_grad_(False)
+        cached(inputs)
+
+
 def test_a_changed_image_is_another_one():
     host = next(h for h in CLASSIFIERS if h.name == "vit_cls")
     model, inputs = build(host, "last lora"), host.inputs(2, torch.float64)

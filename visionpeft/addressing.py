@@ -24,7 +24,7 @@ def select_blocks(blocks: Blocks, depth: int) -> list[int]:
     if isinstance(blocks, str):
         try:
             indices = _read(blocks, depth)
-        except ValueError:
+        except (ValueError, TypeError):  # no number, or more than three
             raise ConfigurationError(f"blocks={blocks!r} cannot be read; {allowed}") from None
     else:
         indices = [blocks] if isinstance(blocks, int) else list(blocks)

@@ -11,7 +11,7 @@ from visionpeft.adapters import Adapters, AttachedAdapter
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone
 from visionpeft.economies.blocks import Economies
-from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, one_line
 from visionpeft.install import install
 from visionpeft.methods.base import Method
 from visionpeft.naming import nearest
@@ -53,11 +53,16 @@ def attach(
             raise ConfigurationError(f"attach needs a method such as LoRA(rank=8), not {each!r}")
         if getattr(each, "entries", None) is not None:  # which of them, only a saved adapter says
             raise ConfigurationError(f"{type(each).__name__}: entries are found, not given; leave them out")
+    words = " and ".join(type(each).__name__ for each in methods)
     with plain(model):
         backbone = describe(model)
-        adapter = AttachedAdapter(methods, backbone, head, tuple([train] if isinstance(train, str) else train))
+        try:
+            adapter = AttachedAdapter(methods, backbone, head, tuple([train] if isinstance(train, str) else train))
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, MemoryError) as error:  # sizes and values torch refuses
+            raise ConfigurationError(f"{words} cannot be made here ({one_line(error)}); choose other values") from error
     if not adapter.pending and not any(True for _ in adapter.parameters()):
-        words = " and ".join(type(each).__name__ for each in methods)
         raise ConfigurationError(f"{words} trains nothing here: the model has no head, or head=False was asked for")
     register(model, name, adapter, backbone)
     return model

@@ -2,8 +2,12 @@
 
 `<stem>.safetensors` holds the tensors and, in its header, the description; replacing this one file is what commits a
 save. `<stem>.json` repeats the description for people and other tools.
+
+The entry `sha256` of the description is a hash of the tensors, by which damage to their bytes is noticed: of, in the
+order of the names, the line "name dtype shape" and the bytes of each. A description without it is not checked so.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -22,10 +26,10 @@ def write_described(folder: str | Path, stem: str, tensors: Mapping[str, torch.T
     Raises:
         StorageError: the disk is full or the folder cannot be written; what was there is unchanged.
     """
-    text = json.dumps(description, indent=2)
+    content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    text = json.dumps(description | {"sha256": hash_of(content)}, indent=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     write_whole(folder / f"{stem}.safetensors", serialise(content, metadata={"visionpeft": text}))
     write_whole(folder / f"{stem}.json", (text + "\n").encode())
 
@@ -55,7 +59,9 @@ def read_described(
             raise StorageError(f"{path} was not written by visionpeft: its header describes no {stem}")
         description = json.loads(text)
         check(description, path)
-        if copy.is_file() and json.loads(copy.read_text()) != description:
+        recorded = description.pop("sha256", None)
+        # An interrupted save that only changed tensors leaves the old hash in the copy, and its description holds.
+        if copy.is_file() and _without_hash(json.loads(copy.read_text())) != description:
             raise StorageError(
                 f"{copy} does not describe {path.name}: it was edited, or a save was interrupted between the two "
                 f"files; delete {copy.name} to rely on what the tensors' own header says"
@@ -64,7 +70,26 @@ def read_described(
         raise
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise StorageError(f"the {stem} in {folder} is damaged: {error}") from None
+    if recorded is not None and recorded != hash_of(tensors):
+        raise StorageError(
+            f"{path} is damaged: its tensors do not have the SHA-256 that its description names; take an intact copy, "
+            "or save again"
+        )
     return description, tensors
+
+
+def _without_hash(description: object) -> object:
+    kept = isinstance(description, dict)
+    return {key: value for key, value in description.items() if key != "sha256"} if kept else description
+
+
+def hash_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str) -> None:

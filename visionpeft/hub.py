@@ -12,6 +12,7 @@ from visionpeft.backbones.network import offline_if_unreachable
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip import Learner
 from visionpeft.clip.storage import save_learner
+from visionpeft.described_tensors import write_whole
 from visionpeft.errors import ConfigurationError, one_line
 from visionpeft.reports.model_card import model_card
 from visionpeft.run_directory import RunDirectory
@@ -162,7 +163,7 @@ def _stage(source: Path, staged: Path, repo_id: str) -> None:
 
 def _write_card(folder: Path, repo_id: str, results: Mapping | None) -> None:
     card = model_card(read_description(folder), results, repo_id)
-    (folder / "README.md").write_text(card.content, encoding="utf-8")
+    write_whole(folder / "README.md", card.content.encode())
 
 
 def _download(repo_id: str, options: dict) -> Path:

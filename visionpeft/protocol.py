@@ -12,6 +12,7 @@ from visionpeft.protocols.benchmarks import SEEDS, SHOTS
 from visionpeft.protocols.method_benchmarks import BUDGET, PREFIXES
 from visionpeft.protocols.method_candidates import configs_of_methods
 from visionpeft.protocols.report import report
+from visionpeft.protocols.work import Workers, check_workers
 
 OF_METHODS = {"vtab1k": vtab1k, "fgvc": fgvc}
 OF_LEARNERS = {
@@ -127,8 +128,19 @@ def _parser(protocol: str, description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--root", help="folder in which the data sets lie; embedded ones need none")
     parser.add_argument("--output", type=Path, help=f"folder of runs, tables and figures (runs/{protocol})")
-    parser.add_argument("--workers", type=int, default=1, help="processes that train at the same time (1)")
+    parser.add_argument(
+        "--workers", type=_workers, default=1, help="processes that train at the same time (1), or ray: a Ray cluster"
+    )
     return parser
+
+
+def _workers(given: str) -> Workers:
+    workers = int(given) if given.isdecimal() else given
+    try:
+        check_workers(workers)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return workers
 
 
 def _parse(

@@ -116,7 +116,7 @@ class Sites:
         self.extra_tokens = 0  # prompts among the tokens between stream_in and stream_out
         self.acting: dict[str, tuple[nn.Module, ...]] = {}
         self.branches: dict[str, tuple[tuple[nn.Module, str], ...]] = {}
-        self.key_prompts: Callable[[Sites, torch.Tensor], torch.Tensor] | None = None
+        self.key_prompts: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.class_token_only: ClassTokenOnly | None = None
         self.recompute_mlp = False
 
@@ -142,7 +142,7 @@ class Sites:
 
     def prompts(self, x: torch.Tensor) -> torch.Tensor | None:
         """What the attention reads of prompts that are no tokens, or None; x is what it reads of tokens."""
-        return None if self.key_prompts is None else self.key_prompts(self, x)
+        return None if self.key_prompts is None else self.key_prompts(x)
 
     @property
     def kept(self) -> slice | None:
@@ -222,6 +222,17 @@ class Untouched(Sites):
 
 
 UNTOUCHED = Untouched(num_prefix_tokens=0, causal=False)
+
+
+class Unseen(Sites):
+    """Sites whose layers act on prompts that are no tokens: hooks, which see the tokens, are not called for them."""
+
+    def call(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Compute a layer, with what acts on its output."""
+        return layer.forward(x)
+
+
+UNSEEN = Unseen(num_prefix_tokens=0, causal=False)
 
 
 class OnPatches:

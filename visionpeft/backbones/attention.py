@@ -130,7 +130,8 @@ def fused_qkv(
             for site in "qkv"
         )
     if prompts is not None:
-        _, *others = apply_fused(sites, prompts, layer, weight, bias)
+        hooked = isinstance(layer, nn.Module) and frozen_layers.is_hooked(layer)
+        _, *others = apply_fused(sites, prompts, layer.forward if hooked else layer, weight, bias)
         k, v = (in_front(other, own) for other, own in zip(others, (k, v), strict=True))
     return q, k, v
 

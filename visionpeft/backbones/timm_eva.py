@@ -21,7 +21,7 @@ from visionpeft.backbones.dispatch import describe_attention, describe_block, de
 from visionpeft.backbones.timm_layers import attention_output_layers
 from visionpeft.backbones.timm_vit import timm_backbone
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer
-from visionpeft.sites import UNTOUCHED, Sites
+from visionpeft.sites import UNSEEN, UNTOUCHED, Sites
 
 
 class SitedEvaAttention(EvaAttention):
@@ -86,7 +86,7 @@ def split_qkv(attention, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, .
         sites.call(attention.v_proj, x),
     )
     if prompts is not None:
-        others = (sites.call(layer, prompts) for layer in (attention.k_proj, attention.v_proj))
+        others = (UNSEEN.call(layer, prompts) for layer in (attention.k_proj, attention.v_proj))
         kv = [in_front(other, own) for other, own in zip(others, kv, strict=True)]
     return q, *kv
 

@@ -24,7 +24,37 @@ class Transform(Protocol):
         """Pixels to the backbone's input."""
 
 
-class ImageDataset(Dataset):
+class LabelledDataset(Dataset):
+    """Inputs float32 and labels, of a `source`, each input by `_input` and then normalised by the `transform`.
+
+    An index may be a pair `(index, epoch)`.
+    """
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
+        inputs, labels = self._batch([key])
+        return inputs[0], int(labels[0])
+
+    def __getitems__(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor] | DataError:
+        """A batch: inputs float32 (B, ...), labels int64 (B,). In a worker, an error is returned instead."""
+        try:
+            return self._batch(keys)
+        except DataError as error:
+            # PyTorch would wrap an error raised in a worker in the text of its traceback.
+            if get_worker_info() is None:
+                raise
+            return error
+
+    def _batch(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
+        inputs = [self._input(index, epoch) for index, epoch in pairs]
+        labels = torch.tensor([self.source.labels[index] for index, _ in pairs])
+        return self.transform.normalise(torch.stack(inputs)), labels
+
+
+class ImageDataset(LabelledDataset):
     """Images float32 (3, H, W), or (V, 3, H, W) of a transform that makes views, and labels.
 
     An index may be a pair `(index, epoch)`, which seeds the augmentation.
@@ -48,30 +78,10 @@ class ImageDataset(Dataset):
         self.views = views
         self.prepared: dict[int, torch.Tensor] = {}
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
-        images, labels = self._batch([key])
-        return images[0], int(labels[0])
-
-    def __getitems__(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor] | DataError:
-        """A batch: images float32 (B, ..., 3, H, W), labels int64 (B,). In a worker, an error is returned instead."""
-        try:
-            return self._batch(keys)
-        except DataError as error:
-            # PyTorch would wrap an error raised in a worker in the text of its traceback.
-            if get_worker_info() is None:
-                raise
-            return error
-
-    def _batch(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
+    def _input(self, index: int, epoch: int) -> torch.Tensor:
         if self.views is not None:
-            pairs = [(index, epoch % self.views) for index, epoch in pairs]
-        images = [self.transform.augment(self._prepare(index), self.seed, epoch, index) for index, epoch in pairs]
-        labels = torch.tensor([self.source.labels[index] for index, _ in pairs])
-        return self.transform.normalise(torch.stack(images)), labels
+            epoch %= self.views
+        return self.transform.augment(self._prepare(index), self.seed, epoch, index)
 
     def _prepare(self, index: int) -> torch.Tensor:
         image = self.prepared.get(index)

@@ -1,12 +1,12 @@
 """People's own images in lists, and the embedded clip-art set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from visionpeft.data.annotations import read_list
 from visionpeft.data.module import ImageDataModule
-from visionpeft.data.records import ImageFiles, ImageSet, Row, check_disjoint, path_inside, without_duplicates
+from visionpeft.data.records import Files, ImageFiles, ImageSet, Row, check_disjoint, path_inside, without_duplicates
 from visionpeft.data.transforms import Augmentation, Resize
 from visionpeft.errors import DataError
 from visionpeft.resources import shipped
@@ -44,25 +44,9 @@ class ImageList(ImageDataModule):
         augmentation: Augmentation = "crop_flip",
         **kwargs,
     ):
-        files = {split: Path(file) for split, file in (("train", train), ("val", val), ("test", test)) if file}
-        splits = {split: without_duplicates(read_list(file)) for split, file in files.items()}
-        check_disjoint(splits)
-        names, index = class_index([row for rows in splits.values() for row in rows], class_names)
-        folder = files["train"].parent if root == "auto" else root
-        sources = {
-            split: ImageFiles(
-                [Path(row.path) if folder is None else path_inside(Path(folder), row.path, row.where) for row in rows],
-                [index[row.label] for row in rows],
-            )
-            for split, rows in splits.items()
-        }
-        about = {
-            "dataset": type(self).__name__,
-            "task": files["train"].resolve().parent.name,
-            "trained_on": "train",
-            "selected_on": "val" if "val" in sources else None,
-        }
-        super().__init__(ImageSet(sources, names, about), resize=resize, augmentation=augmentation, **kwargs)
+        lists = {"train": train, "val": val, "test": test}
+        images = read_lists(type(self).__name__, lists, root, class_names, ImageFiles, read_list)
+        super().__init__(images, resize=resize, augmentation=augmentation, **kwargs)
 
 
 class ClipArt(ImageList):
@@ -97,6 +81,43 @@ class ClipArt(ImageList):
             self.sources["train"] = ImageFiles(train.paths + val.paths, train.labels + val.labels)
             self.images.about |= {"trained_on": train_on, "selected_on": None}
             self.skipped.pop("val")
+
+
+def read_lists(
+    dataset: str,
+    lists: dict[str, str | Path | None],
+    root: str | Path | None,
+    class_names: Sequence[str] | None,
+    files: type[Files],
+    read: Callable[[Path], list[Row]],
+) -> ImageSet:
+    """The splits listed, each in its file.
+
+    Args as of `ImageList`; `dataset` is the name recorded, `files` what a split becomes, and `read` reads a list.
+
+    Raises:
+        DataError: a list that is missing or malformed, a path outside the root, a label out of range or with two
+            meanings, or a file in two splits.
+    """
+    lists = {split: Path(file) for split, file in lists.items() if file}
+    splits = {split: without_duplicates(read(file), files.kind) for split, file in lists.items()}
+    check_disjoint(splits, files.kind)
+    names, index = class_index([row for rows in splits.values() for row in rows], class_names)
+    folder = lists["train"].parent if root == "auto" else root
+
+    def place(row: Row) -> Path:
+        return Path(row.path) if folder is None else path_inside(Path(folder), row.path, row.where, files.kind)
+
+    sources = {
+        split: files([place(row) for row in rows], [index[row.label] for row in rows]) for split, rows in splits.items()
+    }
+    about = {
+        "dataset": dataset,
+        "task": lists["train"].resolve().parent.name,
+        "trained_on": "train",
+        "selected_on": "val" if "val" in sources else None,
+    }
+    return ImageSet(sources, names, about, kind=files.kind)
 
 
 def class_index(rows: list[Row], class_names: Sequence[str] | None) -> tuple[list[str], dict[int | str, int]]:

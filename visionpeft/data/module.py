@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_batch
 from visionpeft.data.ordering import EpochSampler, subset
-from visionpeft.data.records import ImageFiles, ImageSet, Source
+from visionpeft.data.records import Files, ImageSet, Source
 from visionpeft.data.transforms import Augmentation, ImageTransform, Resize
 from visionpeft.data.views import ImageViews
 from visionpeft.errors import ConfigurationError, DataError
@@ -163,19 +163,22 @@ class ImageDataModule(lightning.LightningDataModule):
         """Check that all files exist, and with `skip_corrupt` that they can be read. Done once.
 
         Raises:
-            DataError: a file is missing, or skipping leaves a split or a class without images.
+            DataError: a file is missing, or skipping leaves a split or a class without any.
         """
         if self._checked:
             return
         for split, source in self.sources.items():
-            if isinstance(source, ImageFiles):
+            if isinstance(source, Files):
                 source.check_exist()
                 if self.skip_corrupt:
-                    readable = source.readable()
+                    readable = self._readable(source)
                     self.skipped[split] = len(source) - len(readable)
                     self.sources[split] = source.subset(readable)
         self.images.check()
         self._checked = True
+
+    def _readable(self, source: Files) -> list[int]:
+        return source.readable()
 
     def dataset(self, split: str) -> ImageDataset:
         """The images of "train" (augmented), "val" or "test" as the backbone wants them.
@@ -184,12 +187,7 @@ class ImageDataModule(lightning.LightningDataModule):
             DataError: there is no such split.
             ConfigurationError: `preprocessing` was not set.
         """
-        if split not in self.sources:
-            raise DataError(
-                f"{self.images.about['dataset']} has no {split} split here; it has {', '.join(self.sources)}"
-            )
-        if self.preprocessing is None:
-            raise ConfigurationError("set the data module's `preprocessing` to the backbone's before asking for images")
+        self._check_ready(split)
         if split == "test" and self.test_views is not None:
             transform = ImageViews(self.preprocessing, self.resize, self.test_views, self.augmix)
         else:
@@ -203,6 +201,16 @@ class ImageDataModule(lightning.LightningDataModule):
             cache_bytes=CACHE_BYTES if self.cache_in_memory and split != "test" else 0,
             views=self.views,
         )
+
+    def _check_ready(self, split: str) -> None:
+        if split not in self.sources:
+            raise DataError(
+                f"{self.images.about['dataset']} has no {split} split here; it has {', '.join(self.sources)}"
+            )
+        if self.preprocessing is None:
+            raise ConfigurationError(
+                f"set the data module's `preprocessing` to the backbone's before asking for {self.images.kind}s"
+            )
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches (images float32 (B, 3, H, W), labels int64 (B,))."""
@@ -231,19 +239,16 @@ class ImageDataModule(lightning.LightningDataModule):
         return self._loader(ImageLoader, self.dataset("test"))
 
     def description(self) -> dict[str, object]:
-        """What was trained, selected and scored on and how images were treated, for the record of a run."""
+        """What was trained, selected and scored on and how inputs were treated, for the record of a run."""
         used = self.preprocessing
         return {
             **self.images.about,
             "classes": len(self.class_names),
             "sizes": {split: len(source) for split, source in self.sources.items()},
             "test_subset": self.test_subset,
-            "skipped_images": dict(self.skipped),
+            f"skipped_{self.images.kind}s": dict(self.skipped),
             "input_size": list(used.input_size) if used else None,
-            "resize": self.resize,
-            "crop_pct": used.crop_pct if used and self.resize == "crop" else None,
-            "interpolation": used.interpolation if used else None,
-            "augmentation": self.augmentation,
+            **self._treatment(),
             "normalisation": {
                 "source": self.normalisation,
                 "mean": list(used.mean) if used else None,
@@ -252,6 +257,16 @@ class ImageDataModule(lightning.LightningDataModule):
             **({"views": self.views} if self.views else {}),
             **({"test_views": self.test_views, "augmix": self.augmix} if self.test_views else {}),
             "notes": list(self.images.notes),
+        }
+
+    def _treatment(self) -> dict[str, object]:
+        """Entries of the description on what is done to images before they are normalised."""
+        used = self.preprocessing
+        return {
+            "resize": self.resize,
+            "crop_pct": used.crop_pct if used and self.resize == "crop" else None,
+            "interpolation": used.interpolation if used else None,
+            "augmentation": self.augmentation,
         }
 
     def _seed(self) -> int:

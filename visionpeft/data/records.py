@@ -38,13 +38,15 @@ class Row:
     where: str
 
 
-class ImageFiles:
-    """Image files with labels.
+class Files:
+    """Files with labels, called `kind` in messages.
 
     Args:
-        paths: Image files, (n,).
+        paths: Where they are, (n,).
         labels: Class indices, (n,).
     """
+
+    kind: str
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int]):
         self.paths = list(paths)
@@ -53,13 +55,19 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, index: int) -> str:
+        """Path of the image or video."""
+        return str(self.paths[index])
+
+
+class ImageFiles(Files):
+    """Image files with labels."""
+
+    kind = "image"
+
     def image(self, index: int) -> Image.Image:
         """RGB image; raises DataError when the file is missing or damaged."""
         return open_image(self.paths[index])
-
-    def name(self, index: int) -> str:
-        """Path of the image."""
-        return str(self.paths[index])
 
     def subset(self, indices: np.ndarray) -> "ImageFiles":
         """The images at `indices`."""

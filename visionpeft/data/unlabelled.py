@@ -1,6 +1,6 @@
 """Images to predict: files and folders that people name, as batches in that order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from visionpeft.backbones.preprocessing import Preprocessing
@@ -17,19 +17,24 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     Raises:
         DataError: nothing is named, a path does not exist, or a folder holds no images.
     """
+    return find_files(paths, list_images, "image")
+
+
+def find_files(paths: Sequence[str | Path], list_folder: Callable[[Path], list[Path]], kind: str) -> list[Path]:
+    """The files named and those that `list_folder` finds in the folders named, each once; messages call them `kind`."""
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            images = list_images(path)
-            if not images:
-                raise DataError(f"folder {path} holds no images")
-            found += images
+            listed = list_folder(path)
+            if not listed:
+                raise DataError(f"folder {path} holds no {kind}s")
+            found += listed
         elif path.is_file():
             found.append(path)
         else:
-            raise DataError(f"image file or folder {path} does not exist")
+            raise DataError(f"{kind} file or folder {path} does not exist")
     if not found:
-        raise DataError("no images to predict: name image files or folders")
+        raise DataError(f"no {kind}s to predict: name {kind} files or folders")
     return list(dict.fromkeys(found))
 
 

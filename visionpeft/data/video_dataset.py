@@ -2,19 +2,18 @@
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
 
+from visionpeft.data.dataset import LabelledDataset
 from visionpeft.data.ordering import mix
 from visionpeft.data.video_files import VideoFiles
 from visionpeft.data.video_reading import FrameIndex, open_video
 from visionpeft.data.video_sampling import FrameSampling
 from visionpeft.data.video_transforms import ClipTransform
-from visionpeft.errors import DataError
 
 INDEX_BYTES = 64 * 2**20
 
 
-class VideoDataset(Dataset):
+class VideoDataset(LabelledDataset):
     """Clips of labelled videos.
 
     In training a clip is float32 (3, T, H, W), and an index may be a pair `(index, epoch)`, which seeds the choice of
@@ -49,29 +48,9 @@ class VideoDataset(Dataset):
         self.free_bytes = INDEX_BYTES
         self.indices: dict[int, FrameIndex] = {}
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
-        clips, labels = self._batch([key])
-        return clips[0], int(labels[0])
-
-    def __getitems__(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor] | DataError:
-        """A batch: clips float32 (B, ..., 3, T, H, W), labels int64 (B,). In a worker, an error is returned instead."""
-        try:
-            return self._batch(keys)
-        except DataError as error:
-            # PyTorch would wrap an error raised in a worker in the text of its traceback.
-            if get_worker_info() is None:
-                raise
-            return error
-
-    def _batch(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
+    def _input(self, index: int, epoch: int) -> torch.Tensor:
         trains = self.transform.augmentation is not None
-        clips = [self._train_clip(index, epoch) if trains else self._views(index) for index, epoch in pairs]
-        labels = torch.tensor([self.source.labels[index] for index, _ in pairs])
-        return self.transform.normalise(torch.stack(clips)), labels
+        return self._train_clip(index, epoch) if trains else self._views(index)
 
     def _train_clip(self, index: int, epoch: int) -> torch.Tensor:
         """Random frames and augmentation: uint8 (T, 3, H, W)."""

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from visionpeft.data.records import Files
 from visionpeft.data.video_reading import open_video
 from visionpeft.errors import DataError
 
 
-class VideoFiles:
+class VideoFiles(Files):
     """Videos with labels: encoded files, or folders whose images are the frames.
 
     Args:
@@ -19,17 +20,11 @@ class VideoFiles:
         scenes: Which videos show the same scene, if that is known: (n,).
     """
 
+    kind = "video"
+
     def __init__(self, paths: Sequence[Path], labels: Sequence[int], scenes: Sequence[int] | None = None):
-        self.paths = list(paths)
-        self.labels = list(labels)
+        super().__init__(paths, labels)
         self.scenes = None if scenes is None else list(scenes)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        """Path of the video."""
-        return str(self.paths[index])
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> "VideoFiles":
         """The videos at `indices`."""

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from visionpeft.data.image_folder import SPLIT_FOLDERS, class_files, divided
-from visionpeft.data.image_list import class_index
-from visionpeft.data.records import check_disjoint, path_inside, without_duplicates
+from visionpeft.data.class_folders import read_class_folders
+from visionpeft.data.image_list import read_lists
 from visionpeft.data.video_annotations import read_video_list
 from visionpeft.data.video_files import VideoFiles
-from visionpeft.data.video_module import VideoDataModule, video_set
+from visionpeft.data.video_module import VideoDataModule
 from visionpeft.data.video_reading import list_videos
-from visionpeft.errors import ConfigurationError, DataError
 
 
 class VideoFolder(VideoDataModule):
@@ -38,34 +36,10 @@ class VideoFolder(VideoDataModule):
         split_seed: int = 0,
         **kwargs,
     ):
-        root = Path(root)
-        if not root.is_dir():
-            raise DataError(f"video folder {root} does not exist")
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-            raise ConfigurationError(
-                f"val_fraction {val_fraction} and test_fraction {test_fraction} must not be negative and sum below 1"
-            )
-        given = {
-            split: next((root / name for name in names if (root / name).is_dir()), None)
-            for split, names in SPLIT_FOLDERS.items()
-        }
-        if given["train"]:
-            videos = {split: class_files(folder, list_videos, "video") for split, folder in given.items() if folder}
-            division = "folders"
-        else:
-            found = class_files(root, list_videos, "video")
-            videos = divided(found, val_fraction, test_fraction, split_seed, "video")
-            division = f"random, val {val_fraction:g}, test {test_fraction:g}, seed {split_seed}"
-        class_names = sorted(set().union(*videos.values()))
-        sources = {split: _labelled(classes, class_names) for split, classes in videos.items()}
-        about = {
-            "dataset": "VideoFolder",
-            "task": root.resolve().name,
-            "trained_on": "train",
-            "selected_on": "val" if "val" in sources else None,
-            "split": division,
-        }
-        super().__init__(video_set(sources, class_names, about), **kwargs)
+        videos = read_class_folders(
+            "VideoFolder", root, val_fraction, test_fraction, split_seed, VideoFiles, list_videos
+        )
+        super().__init__(videos, **kwargs)
 
 
 class VideoList(VideoDataModule):
@@ -93,30 +67,5 @@ class VideoList(VideoDataModule):
         class_names: Sequence[str] | None = None,
         **kwargs,
     ):
-        files = {split: Path(file) for split, file in (("train", train), ("val", val), ("test", test)) if file}
-        splits = {split: without_duplicates(read_video_list(file), "video") for split, file in files.items()}
-        check_disjoint(splits, "video")
-        names, index = class_index([row for rows in splits.values() for row in rows], class_names)
-        folder = files["train"].parent if root == "auto" else root
-        sources = {
-            split: VideoFiles(
-                [
-                    Path(row.path) if folder is None else path_inside(Path(folder), row.path, row.where, "video")
-                    for row in rows
-                ],
-                [index[row.label] for row in rows],
-            )
-            for split, rows in splits.items()
-        }
-        about = {
-            "dataset": "VideoList",
-            "task": files["train"].resolve().parent.name,
-            "trained_on": "train",
-            "selected_on": "val" if "val" in sources else None,
-        }
-        super().__init__(video_set(sources, names, about), **kwargs)
-
-
-def _labelled(classes: dict[str, list[Path]], class_names: list[str]) -> VideoFiles:
-    pairs = [(path, class_names.index(name)) for name, paths in classes.items() for path in paths]
-    return VideoFiles([path for path, _ in pairs], [label for _, label in pairs])
+        lists = {"train": train, "val": val, "test": test}
+        super().__init__(read_lists("VideoList", lists, root, class_names, VideoFiles, read_video_list), **kwargs)

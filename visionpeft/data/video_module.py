@@ -9,7 +9,7 @@ from visionpeft.data.video_dataset import VideoDataset
 from visionpeft.data.video_files import VideoFiles
 from visionpeft.data.video_sampling import FrameSampling
 from visionpeft.data.video_transforms import ClipAugmentation, ClipTransform
-from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.errors import ConfigurationError
 
 SAMPLING = FrameSampling()
 AUGMENTATION = ClipAugmentation()
@@ -93,22 +93,8 @@ class VideoDataModule(ImageDataModule):
         """Frames are chosen anew in each epoch."""
         return None
 
-    def setup(self, stage: str | None = None) -> None:
-        """Check that all videos exist, and with `skip_corrupt` that they can be decoded. Done once.
-
-        Raises:
-            DataError: a video is missing, or skipping leaves a split or a class without videos.
-        """
-        if self._checked:
-            return
-        for split, source in self.sources.items():
-            source.check_exist()
-            if self.skip_corrupt:
-                readable = source.readable(self.num_workers)
-                self.skipped[split] = len(source) - len(readable)
-                self.sources[split] = source.subset(readable)
-        self.images.check()
-        self._checked = True
+    def _readable(self, source: VideoFiles) -> list[int]:
+        return source.readable(self.num_workers)
 
     def dataset(self, split: str) -> VideoDataset:
         """The clips of "train" (random and augmented), "val" (one view) or "test" (all views).
@@ -117,12 +103,7 @@ class VideoDataModule(ImageDataModule):
             DataError: there is no such split.
             ConfigurationError: `preprocessing` was not set.
         """
-        if split not in self.sources:
-            raise DataError(
-                f"{self.images.about['dataset']} has no {split} split here; it has {', '.join(self.sources)}"
-            )
-        if self.preprocessing is None:
-            raise ConfigurationError("set the data module's `preprocessing` to the backbone's before asking for videos")
+        self._check_ready(split)
         tested = split == "test"
         return VideoDataset(
             self.sources[split],
@@ -143,29 +124,16 @@ class VideoDataModule(ImageDataModule):
             return SceneSampler(dataset.source.scenes, **options)
         return EpochSampler(dataset, **options)
 
-    def description(self) -> dict[str, object]:
-        """What was trained, selected and scored on and how videos were treated, for the record of a run."""
-        used = self.preprocessing
+    def _treatment(self) -> dict[str, object]:
+        """Entries of the description on how clips are made."""
         return {
-            **self.images.about,
-            "classes": len(self.class_names),
-            "sizes": {split: len(source) for split, source in self.sources.items()},
-            "test_subset": self.test_subset,
-            "skipped_videos": dict(self.skipped),
-            "input_size": list(used.input_size) if used else None,
-            "interpolation": used.interpolation if used else None,
+            "interpolation": self.preprocessing.interpolation if self.preprocessing else None,
             "batches": self.batches,
             "sampling": vars(self.sampling) | {},
             "test_views": self.sampling.test_clips * self.test_crops,
             "test_crops": self.test_crops,
             "shuffle_test_frames": self.shuffle_test_frames,
             "augmentation": vars(self.augmentation) | {"area": list(self.augmentation.area)},
-            "normalisation": {
-                "source": self.normalisation,
-                "mean": list(used.mean) if used else None,
-                "std": list(used.std) if used else None,
-            },
-            "notes": list(self.images.notes),
         }
 
     def _check_scenes(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data.dataset import ImageLoader, as_batch
 from visionpeft.data.images import list_images
+from visionpeft.data.unlabelled import find_files
 from visionpeft.data.video_dataset import VideoDataset
 from visionpeft.data.video_files import VideoFiles
 from visionpeft.data.video_reading import list_videos
@@ -22,22 +23,14 @@ def find_videos(paths: Sequence[str | Path]) -> list[Path]:
     Raises:
         DataError: nothing is named, a path does not exist, or a folder holds no videos.
     """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            videos = list_videos(path)
-            if not videos and any(image.parent == path for image in list_images(path)):
-                videos = [path]
-            if not videos:
-                raise DataError(f"folder {path} holds no videos")
-            found += videos
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise DataError(f"video file or folder {path} does not exist")
-    if not found:
-        raise DataError("no videos to predict: name video files or folders")
-    return list(dict.fromkeys(found))
+
+    def list_folder(folder: Path) -> list[Path]:
+        videos = list_videos(folder)
+        if not videos and any(image.parent == folder for image in list_images(folder)):
+            return [folder]
+        return videos
+
+    return find_files(paths, list_folder, "video")
 
 
 def videos_dataloader(

@@ -2,7 +2,8 @@
 
 Prompts that enter a block and leave behind it reach the other tokens through their keys and values only. So they need
 no place in the stream: their queries, what attention gives them and their way through the MLP are never read. And what
-the whole batch shares of them is worked out once. Outputs and gradients are those of prompts in the stream.
+the whole batch shares of them is worked out once. Outputs and gradients are those of prompts in the stream. Hooks on
+the layers in front of the attention see the tokens of the backbone and not the prompts.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import torch.nn as nn
 from timm.layers import DropPath
 from torch.nn.modules.dropout import _DropoutNd
 
-from visionpeft.sites import TOKEN_SITES, Order, Sites, is_drawn, order_of
+from visionpeft.sites import TOKEN_SITES, UNSEEN, Order, is_drawn, order_of
 
 # (site, where a branch is added) -> modules that act there in one block
 Acting = dict[tuple[str, str | None], list[nn.Module]]
@@ -45,14 +46,14 @@ class KeyPrompts:
         self.at_attention = at_attention
         self.dropouts = dropouts
 
-    def __call__(self, sites: Sites, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """What the attention reads of the prompts (1 or batch, prompts, width), where x is what it reads of tokens."""
         parts = [module.prompts_for(x) for module in self.prompts]
         rows = x.shape[0] if any(map(is_drawn, self.dropouts)) else max(part.shape[0] for part in parts)
         prompts = torch.cat([part.expand(rows, -1, -1) for part in parts], dim=1)
         for module in self.at_entrance:
             prompts = module(prompts)
-        prompts = self.block.attention_input(prompts, sites)
+        prompts = self.block.attention_input(prompts, UNSEEN)
         for module in self.at_attention:
             prompts = module(prompts)
         return prompts

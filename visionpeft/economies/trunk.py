@@ -53,9 +53,10 @@ class FrozenTrunk:
         """What the trunk's output depends on besides the images: its parameters and buffers by name.
 
         Raises:
-            ConfigurationError: other adapters act than when the trunk was made.
+            ConfigurationError: other adapters act than when the trunk was made, or a weight of the trunk is trained.
         """
         self._check_same_adapters()
+        self._check_frozen()
         behind = {id(t) for t in (*self.model.get_submodule(self.head).parameters(), *self.model.peft.parameters())}
         behind |= {id(t) for t in (*self.model.get_submodule(self.head).buffers(), *self.model.peft.buffers())}
         later = [] if self.first is None else self.blocks[self.first :]
@@ -118,6 +119,16 @@ class FrozenTrunk:
             front |= {module for block in self.blocks[: self.first] for module in block.modules()}
             behind |= {module for _, module in named if module not in front}
         return ((name, module) for name, module in named if module not in behind)
+
+    def _check_frozen(self) -> None:
+        adapters = {id(parameter) for parameter in self.model.peft.parameters()}
+        for path, module in self._modules():
+            for name, parameter in module.named_parameters(path, recurse=False):
+                if parameter.requires_grad and id(parameter) not in adapters:
+                    raise ConfigurationError(
+                        f"{name} has requires_grad=True, but lies in the frozen trunk, whose output is kept and gives "
+                        "it no gradient; freeze it, train it with attach(..., train=[...]), or leave cache out"
+                    )
 
     def _check_not_random(self) -> None:
         for _, module in self._modules():

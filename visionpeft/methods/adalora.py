@@ -137,9 +137,10 @@ class AdaLoRA(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("rank", "initial_rank", "interval"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, self, f"{name} must be a positive integer")
+            require(value > 0, self, f"{name} must be a positive integer")
         require(self.rank <= self.initial_rank, self, "initial_rank must not be below rank")
         require(0 <= self.start < self.end <= 1, self, f"0 <= start < end <= 1, not {self.start} and {self.end}")
         for name in ("dropout", "beta1", "beta2"):

@@ -60,11 +60,14 @@ class Adapter(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         widths = [self.bottleneck, *self.overrides.values()]
-        require(all(isinstance(h, int) and h > 0 for h in widths), self, "bottleneck must be a positive integer")
+        require(all(h > 0 for h in widths), self, "bottleneck must be a positive integer")
         for field_name, allowed in (("placement", PLACEMENTS), ("activation", ACTIVATIONS), ("init", INITS)):
             value = getattr(self, field_name)
             require(value in allowed, self, f"{field_name} must be one of {', '.join(allowed)}, not {value!r}")
+        for field_name, value in (("dropout", self.dropout), ("drop_path", self.drop_path or 0.0)):
+            require(0 <= value < 1, self, f"{field_name} must be in [0, 1), not {value}")
         learned = ("learned", "channel")
         require(not isinstance(self.scale, str) or self.scale in learned, self, f"scale must be a number or {learned}")
 

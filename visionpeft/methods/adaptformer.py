@@ -39,8 +39,9 @@ class AdaptFormer(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         widths = [self.bottleneck, *self.overrides.values()]
-        require(all(isinstance(h, int) and h > 0 for h in widths), self, "bottleneck must be a positive integer")
+        require(all(h > 0 for h in widths), self, "bottleneck must be a positive integer")
         require(not isinstance(self.scale, str) or self.scale == "learned", self, "scale must be a number or 'learned'")
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
 

@@ -115,11 +115,11 @@ class AIM(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.ratio > 0, self, f"ratio must be positive, not {self.ratio}")
         require(self.num_temporal in (1, 2), self, f"num_temporal must be 1 or 2, not {self.num_temporal!r}")
         require(0 <= self.drop_path < 1, self, f"drop_path must be in [0, 1), not {self.drop_path}")
-        count = isinstance(self.num_frames, int) and self.num_frames > 0
-        require(count, self, f"num_frames must be a positive integer, not {self.num_frames!r}")
+        require(self.num_frames > 0, self, f"num_frames must be a positive integer, not {self.num_frames!r}")
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """The embedding of time, and per block the temporal pass and the adapters in space and beside the MLP."""

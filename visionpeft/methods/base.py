@@ -14,6 +14,7 @@ from visionpeft.addressing import select_blocks
 from visionpeft.backbones.frames import Frames
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.methods.field_types import fits, in_words
 from visionpeft.methods.sparse_delta import Candidate
 from visionpeft.sites import Placement, Shared
 
@@ -26,10 +27,19 @@ class Method:
 
     A method implements `place` (modules at sites), `trains` (parameters of the backbone to train) or both; one whose
     modules couple two towers implements `place_all`. Every method has the fields `towers` and, unless it has no blocks
-    to choose, `blocks`.
+    to choose, `blocks`. The values of its fields must be of the types they are annotated with; a method that checks
+    more of them does so in a `__post_init__` that begins with this one.
     """
 
     towers: str | list[str] | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not fits(value, field.type):
+                raise ConfigurationError(
+                    f"{type(self).__name__}: {field.name} must be {in_words(field.type)}, not {value!r}"
+                )
 
     def place(self, tower: Tower) -> Iterable[Placement | Shared]:
         """Make the modules that act in one tower, initialised as the paper does."""
@@ -117,6 +127,7 @@ def select_towers(method: Method, backbone: Backbone) -> list[Tower]:
         names = ["visual" if "visual" in every else every[0]]
     elif isinstance(names, str):
         names = [names]
+    require(len(names) > 0, method, f"towers names none; this model has {', '.join(backbone.towers)}")
     for name in names:
         if name in backbone.refused:
             raise UnsupportedError(f"{type(method).__name__} cannot act on the {name} tower: {backbone.refused[name]}")
@@ -125,7 +136,7 @@ def select_towers(method: Method, backbone: Backbone) -> list[Tower]:
                 f"{type(method).__name__}(towers={method.towers!r}): this model has no tower {name!r}, "
                 f"it has {', '.join(backbone.towers)}"
             )
-    return [backbone.towers[name] for name in names]
+    return [backbone.towers[name] for name in dict.fromkeys(names)]
 
 
 def require(condition: bool, method: Method, sentence: str) -> None:

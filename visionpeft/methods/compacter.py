@@ -91,9 +91,10 @@ class Compacter(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("bottleneck", "terms", "rank"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, self, f"{name} must be a positive integer")
+            require(value > 0, self, f"{name} must be a positive integer")
         divides = self.bottleneck % self.terms == 0
         require(divides, self, f"bottleneck {self.bottleneck} must be a multiple of terms {self.terms}")
         for name, allowed in (("placement", SERIAL), ("activation", ACTIVATIONS)):

@@ -119,15 +119,16 @@ class Convpass(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
-        require(isinstance(self.bottleneck, int) and self.bottleneck > 0, self, "bottleneck must be a positive integer")
+        super().__post_init__()
+        require(self.bottleneck > 0, self, "bottleneck must be a positive integer")
         for field in ("dropout", "drop_path"):
             value = getattr(self, field)
             require(0 <= value < 1, self, f"{field} must be in [0, 1), not {value}")
-        known = not isinstance(self.positions, str) and set(self.positions) <= set(POSITIONS) and self.positions
+        known = set(self.positions) <= set(POSITIONS) and self.positions
         require(known, self, f"positions must be a list out of {', '.join(POSITIONS)}, not {self.positions!r}")
         require(self.init in INITS, self, f"init must be one of {', '.join(INITS)}, not {self.init!r}")
-        sizes = self.grid is None or (len(self.grid) == 2 and all(isinstance(n, int) and n > 0 for n in self.grid))
-        require(sizes, self, f"grid must be rows and columns of patches, not {self.grid!r}")
+        positive = all(n > 0 for n in self.grid or ())
+        require(positive, self, f"grid must be rows and columns of patches, not {self.grid!r}")
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `ConvolutionalBypass` at every position of every chosen block."""

@@ -69,8 +69,8 @@ class CoupledPrompts(Method):
     towers = ("text", "visual")
 
     def __post_init__(self):
-        whole = isinstance(self.num_tokens, int) and self.num_tokens > 0
-        require(whole, self, "num_tokens must be a positive integer")
+        super().__post_init__()
+        require(self.num_tokens > 0, self, "num_tokens must be a positive integer")
 
     def place_all(self, towers: Sequence[Tower]) -> Iterator[Placement | Shared]:
         """The context, `ReplaceTokens` in text blocks, and what their projections put into image blocks."""

@@ -138,9 +138,10 @@ class DeepPrompts(Method):
     text_start: int = 1
 
     def __post_init__(self):
+        super().__post_init__()
         counts = (self.num_text, self.num_visual)
         require(
-            all(isinstance(n, int) and n >= 0 for n in counts),
+            all(n >= 0 for n in counts),
             self,
             "num_text and num_visual must be integers from 0 on",
         )

@@ -78,6 +78,7 @@ class DoRA(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         require_low_rank(self)
 
     def place(self, tower: Tower) -> Iterator[Placement]:

@@ -148,10 +148,11 @@ class FacT(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
-        require(isinstance(self.rank, int) and self.rank > 0, self, "rank must be a positive integer")
+        super().__post_init__()
+        require(self.rank > 0, self, "rank must be a positive integer")
         allowed = self.decomposition in DECOMPOSITIONS
         require(allowed, self, f"decomposition must be 'tt' or 'tk', not {self.decomposition!r}")
-        known = not isinstance(self.targets, str) and set(self.targets) <= set(TARGETS) and self.targets
+        known = set(self.targets) <= set(TARGETS) and self.targets
         require(known, self, f"targets must be a list out of {', '.join(TARGETS)}, not {self.targets!r}")
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
 

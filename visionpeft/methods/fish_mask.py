@@ -47,8 +47,9 @@ class FishMask(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         require(0 < self.density <= 1, self, f"density must be above 0 and at most 1, not {self.density}")
-        require(isinstance(self.samples, int) and self.samples > 0, self, "samples must be a positive integer")
+        require(self.samples > 0, self, "samples must be a positive integer")
 
     @property
     def pending(self) -> bool:

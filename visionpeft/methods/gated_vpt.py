@@ -94,7 +94,8 @@ class GatedVPT(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
-        require(isinstance(self.num_tokens, int) and self.num_tokens > 0, self, "num_tokens must be a positive integer")
+        super().__post_init__()
+        require(self.num_tokens > 0, self, "num_tokens must be a positive integer")
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
         self._prompts()
 

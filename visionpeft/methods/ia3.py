@@ -74,7 +74,8 @@ class IA3(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
-        known = not isinstance(self.targets, str) and set(self.targets) <= set(TARGETS) and self.targets
+        super().__post_init__()
+        known = set(self.targets) <= set(TARGETS) and self.targets
         require(known, self, f"targets must be a list out of {', '.join(TARGETS)}, not {self.targets!r}")
 
     def place(self, tower: Tower) -> Iterator[Placement]:

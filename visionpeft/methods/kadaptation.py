@@ -73,9 +73,10 @@ class KAdaptation(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("terms", "rank"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, self, f"{name} must be a positive integer")
+            require(value > 0, self, f"{name} must be a positive integer")
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
         require_targets(self)
 

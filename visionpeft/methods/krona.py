@@ -73,8 +73,8 @@ class KronA(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
-        shape = (1, 1) if self.shape is None else self.shape
-        positive = len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
+        super().__post_init__()
+        positive = all(n > 0 for n in self.shape or ())
         require(positive, self, f"shape must be two positive integers or None, not {self.shape!r}")
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
         require_targets(self)

@@ -40,6 +40,7 @@ class MAM(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         self.parts()  # which refuse values that make no sense
 
     def parts(self) -> tuple[Method, ...]:

@@ -47,6 +47,7 @@ class PaFi(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         require(0 < self.density <= 1, self, f"density must be above 0 and at most 1, not {self.density}")
 
     def place(self, tower: Tower) -> Iterator[Placement]:

@@ -96,6 +96,7 @@ class PrefixTuning(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.num_tokens > 0, self, "num_tokens must be a positive integer")
         require(self.mlp is None or self.mlp > 0, self, "mlp must be a positive width or None")
 

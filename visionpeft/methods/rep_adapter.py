@@ -92,15 +92,16 @@ class RepAdapter(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         counts = (self.bottleneck, self.groups)
-        require(all(isinstance(n, int) and n > 0 for n in counts), self, "bottleneck and groups must be positive")
+        require(all(n > 0 for n in counts), self, "bottleneck and groups must be positive")
         require(
             self.bottleneck % self.groups == 0,
             self,
             f"bottleneck={self.bottleneck} must be a multiple of groups={self.groups}",
         )
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
-        known = not isinstance(self.positions, str) and set(self.positions) <= set(POSITIONS) and self.positions
+        known = set(self.positions) <= set(POSITIONS) and self.positions
         require(known, self, f"positions must be a list out of {', '.join(POSITIONS)}, not {self.positions!r}")
 
     def place(self, tower: Tower) -> Iterator[Placement]:

@@ -43,7 +43,8 @@ class LastBlocks(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
-        require(isinstance(self.n, int) and self.n > 0, self, f"n must be a positive integer, not {self.n!r}")
+        super().__post_init__()
+        require(self.n > 0, self, f"n must be a positive integer, not {self.n!r}")
 
     def trains(self, tower: Tower) -> Iterator[str]:
         """Parameters of the last blocks and of the final norms."""

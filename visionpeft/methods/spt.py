@@ -95,9 +95,10 @@ class SPT(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("budget", "rank", "samples"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value > 0, self, f"{name} must be a positive integer, not {value!r}")
+            require(value > 0, self, f"{name} must be a positive integer, not {value!r}")
         require(
             self.structure in ("lora", "adapter"),
             self,

@@ -59,6 +59,7 @@ class SSF(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.std >= 0, self, f"std must not be negative, but is {self.std}")
 
     def place(self, tower: Tower) -> Iterator[Placement]:

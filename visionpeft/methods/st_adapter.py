@@ -109,10 +109,11 @@ class STAdapter(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
-        require(isinstance(self.bottleneck, int) and self.bottleneck > 0, self, "bottleneck must be a positive integer")
-        odd = all(isinstance(size, int) and size > 0 and size % 2 == 1 for size in self.kernel)
-        require(len(self.kernel) == 3 and odd, self, f"kernel must be three odd sizes, not {self.kernel!r}")
-        known = not isinstance(self.positions, str) and set(self.positions) <= set(POSITIONS) and self.positions
+        super().__post_init__()
+        require(self.bottleneck > 0, self, "bottleneck must be a positive integer")
+        odd = all(size > 0 and size % 2 == 1 for size in self.kernel)
+        require(odd, self, f"kernel must be three odd sizes, not {self.kernel!r}")
+        known = set(self.positions) <= set(POSITIONS) and self.positions
         require(known, self, f"positions must be a list out of {', '.join(POSITIONS)}, not {self.positions!r}")
 
     def place(self, tower: Tower) -> Iterator[Placement]:

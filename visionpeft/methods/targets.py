@@ -32,13 +32,13 @@ def target_layers(method: Method, tower: Tower, kinds: Sequence[str] = ("linear"
 
 
 def require_targets(method: Method) -> None:
-    """Refuse `targets` that is no list of names."""
-    require(len(method.targets) > 0 and not isinstance(method.targets, str), method, "targets must be a list of names")
+    """Refuse `targets` that names none."""
+    require(len(method.targets) > 0, method, "targets must be a list of names")
 
 
 def require_low_rank(method: Method) -> None:
     """Refuse fields `rank`, `overrides`, `dropout` and `targets` that make no low-rank change of layers."""
     ranks = [method.rank, *method.overrides.values()]
-    require(all(isinstance(rank, int) and rank > 0 for rank in ranks), method, "rank must be a positive integer")
+    require(all(rank > 0 for rank in ranks), method, "rank must be a positive integer")
     require(0 <= method.dropout < 1, method, f"dropout must be in [0, 1), not {method.dropout}")
     require_targets(method)

@@ -104,10 +104,11 @@ class VeRA(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
-        require(isinstance(self.rank, int) and self.rank > 0, self, "rank must be a positive integer")
+        super().__post_init__()
+        require(self.rank > 0, self, "rank must be a positive integer")
         require(self.initial != 0, self, "initial must not be 0, or neither vector would ever have a gradient")
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
-        require(isinstance(self.seed, int) and self.seed >= 0, self, "seed must be an integer that is not negative")
+        require(self.seed >= 0, self, "seed must be an integer that is not negative")
         require_targets(self)
 
     def place(self, tower: Tower) -> Iterator[Placement | Shared]:

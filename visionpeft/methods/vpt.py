@@ -89,8 +89,9 @@ class VPT(Method):
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         counts = [self.num_tokens, *self.overrides.values()]
-        require(all(isinstance(n, int) and n > 0 for n in counts), self, "num_tokens must be a positive integer")
+        require(all(n > 0 for n in counts), self, "num_tokens must be a positive integer")
         require(self.deep or not self.overrides, self, "overrides of num_tokens need deep=True")
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
         require(self.projection is None or self.projection > 0, self, "projection must be a positive width or None")

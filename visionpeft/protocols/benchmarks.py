@@ -11,6 +11,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.protocols.candidates import candidates, dataset_keys, only_test
 from visionpeft.protocols.cells import finish, plan
 from visionpeft.protocols.evaluation import evaluate_elsewhere, row
+from visionpeft.protocols.work import Workers
 
 SHOTS = (1, 2, 4, 8, 16)
 SEEDS = (1, 2, 3)
@@ -36,7 +37,7 @@ def few_shot(
     seeds: Sequence[int] = SEEDS,
     output: str | Path = "runs/few_shot",
     arguments: Sequence[str] = (),
-    workers: int = 1,
+    workers: Workers = 1,
 ) -> list[dict]:
     """Train on a few images of every class, test on the whole test split.
 
@@ -47,7 +48,7 @@ def few_shot(
         seeds: each draws its own images and initial values.
         output: folder of the runs; finished ones in it are not trained again.
         arguments: further arguments of `visionpeft.fit`, such as `--data.root DATA`.
-        workers: processes on this machine; others may work on the same folder at the same time.
+        workers: processes on this machine, or "ray" for a Ray cluster; others may share the folder at the same time.
 
     Raises:
         ConfigurationError: see `candidates` and `finish`.
@@ -66,7 +67,7 @@ def base_to_new(
     seeds: Sequence[int] = SEEDS,
     output: str | Path = "runs/base_to_new",
     arguments: Sequence[str] = (),
-    workers: int = 1,
+    workers: Workers = 1,
 ) -> list[dict]:
     """Train on the first half of the classes; test on it, and with the names of the others on the second half.
 
@@ -79,7 +80,7 @@ def base_to_new(
         seeds: each draws its own images and initial values.
         output: folder of the runs; finished ones in it are not trained again.
         arguments: further arguments of `visionpeft.fit`.
-        workers: processes on this machine.
+        workers: processes on this machine, or "ray" for a Ray cluster.
 
     Raises:
         ConfigurationError: a learner that knows only its own classes; see also `candidates` and `finish`.
@@ -104,7 +105,7 @@ def cross_dataset(
     seeds: Sequence[int] = SEEDS,
     output: str | Path = "runs/cross_dataset",
     arguments: Sequence[str] = (),
-    workers: int = 1,
+    workers: Workers = 1,
 ) -> list[dict]:
     """Train on all classes of a source; test on it and, with their own class names, on targets.
 
@@ -116,7 +117,7 @@ def cross_dataset(
         seeds: each draws its own images and initial values.
         output: folder of the runs; finished ones in it are not trained again.
         arguments: further arguments of `visionpeft.fit`.
-        workers: processes on this machine.
+        workers: processes on this machine, or "ray" for a Ray cluster.
 
     Raises:
         ConfigurationError: a learner that knows only its own classes; see also `candidates` and `finish`.
@@ -133,7 +134,7 @@ def domain_shift(
     seeds: Sequence[int] = SEEDS,
     output: str | Path = "runs/domain_shift",
     arguments: Sequence[str] = (),
-    workers: int = 1,
+    workers: Workers = 1,
 ) -> list[dict]:
     """As `cross_dataset`, on targets that show classes of the source in another style.
 
@@ -147,7 +148,7 @@ def domain_shift(
         seeds: each draws its own images and initial values.
         output: folder of the runs; finished ones in it are not trained again.
         arguments: further arguments of `visionpeft.fit`.
-        workers: processes on this machine.
+        workers: processes on this machine, or "ray" for a Ray cluster.
 
     Raises:
         ConfigurationError: a learner that knows only its own classes; see also `candidates` and `finish`.
@@ -172,7 +173,7 @@ def _transfer(
     seeds: Sequence[int],
     output: Path,
     arguments: Sequence[str],
-    workers: int,
+    workers: Workers,
 ) -> list[dict]:
     source, *targets = dataset_keys([source, *targets])
     _check(datasets=targets, shots=[shots], seeds=seeds)

@@ -138,7 +138,7 @@ def plan(
 
 
 def finish(
-    cells: Sequence[Cell], given: Sequence[str], output: Path, workers: int = 1
+    cells: Sequence[Cell], given: Sequence[str], output: Path, workers: work.Workers = 1
 ) -> list[tuple[Cell, RunDirectory]]:
     """Train what is not finished yet; returns the run of each cell.
 
@@ -150,7 +150,7 @@ def finish(
     return [(cell, find_run(output / cell.name)) for cell in cells]
 
 
-def train(trainings: Sequence[Training], output: Path, workers: int = 1) -> None:
+def train(trainings: Sequence[Training], output: Path, workers: work.Workers = 1) -> None:
     """Train what is not finished yet.
 
     Raises:

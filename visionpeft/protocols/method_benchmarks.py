@@ -38,7 +38,7 @@ def vtab1k(
     root: str | None = None,
     output: str | Path = "runs/vtab1k",
     arguments: Sequence[str] = (),
-    workers: int = 1,
+    workers: work.Workers = 1,
 ) -> list[dict]:
     """Choose on val200 after training on train800, then train on both and test after the last epoch.
 
@@ -52,7 +52,7 @@ def vtab1k(
         root: folder of the task folders; None has the rendered and embedded tasks.
         output: folder of the runs; what is finished in it is not trained again, and its table has all of it.
         arguments: further arguments of `visionpeft.fit`.
-        workers: processes on this machine; others may work on the same folder at the same time.
+        workers: processes on this machine, or "ray" for a Ray cluster; others may share the folder at the same time.
 
     Raises:
         ConfigurationError: an unknown task or option, or an output of other settings.
@@ -70,7 +70,7 @@ def fgvc(
     root: str | None = None,
     output: str | Path = "runs/fgvc",
     arguments: Sequence[str] = (),
-    workers: int = 1,
+    workers: work.Workers = 1,
 ) -> list[dict]:
     """Choose on val after training on train, then train on both and test after the last epoch.
 
@@ -84,7 +84,7 @@ def fgvc(
         root: folder in which the sets lie; needed.
         output: folder of the runs.
         arguments: further arguments of `visionpeft.fit`.
-        workers: processes on this machine.
+        workers: processes on this machine, or "ray" for a Ray cluster.
 
     Raises:
         ConfigurationError: no root, an unknown set or option, or an output of other settings.
@@ -103,8 +103,8 @@ def _compare(name, configs, tasks, seeds, search, budget, paper, root, output, a
     tasks = _tasks(benchmark, tasks)
     if search == "optuna" and paper:
         raise ConfigurationError("--paper searches the paper's own grid; leave out --search optuna")
-    if min(budget, workers) < 1:
-        raise ConfigurationError("--budget and --workers must be 1 or more")
+    if budget < 1:
+        raise ConfigurationError(f"--budget must be 1 or more, not {budget}")
     candidates = method_candidates(configs, PREFIXES[name], [DATA[name]])
     seeds_of = {candidate.name: _seeds(benchmark, candidate, seeds) for candidate in candidates}
     searched = {

@@ -6,14 +6,17 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from rich.console import Console
 
 from visionpeft.cli import silence
-from visionpeft.errors import UserError
+from visionpeft.errors import ConfigurationError, UserError
+from visionpeft.protocols.ray_cluster import map_on_cluster
 from visionpeft.run_directory import claim
+
+Workers = int | Literal["ray"]
 
 PAUSE = 0.5  # seconds between looks at what other processes are doing
 
@@ -36,7 +39,7 @@ class Work(Protocol):
         """Do it, or go on with what was interrupted."""
 
 
-def finish(pieces: Sequence[Work], output: Path, workers: int = 1) -> None:
+def finish(pieces: Sequence[Work], output: Path, workers: Workers = 1) -> None:
     """Do what is not done yet.
 
     Processes and machines that are given the same pieces and folder share them: a piece is claimed by a lock in its
@@ -45,14 +48,30 @@ def finish(pieces: Sequence[Work], output: Path, workers: int = 1) -> None:
     Args:
         pieces: what is to be done, in order.
         output: folder of their folders.
-        workers: processes on this machine.
+        workers: processes on this machine, or "ray": the nodes of a Ray cluster.
 
     Raises:
+        ConfigurationError: no such number of workers; see also `map_on_cluster`.
         UserError: the first piece that failed, when the others are done.
     """
-    if workers > 1 and len(pieces) > 1:
+    check_workers(workers)
+    if workers == "ray":
+        left = [piece for piece in pieces if not piece.done(output / piece.name)]
+        if left:
+            map_on_cluster(_do_on_node, left, [output.resolve()])
+    elif workers > 1 and len(pieces) > 1:
         _in_processes(pieces, output, min(workers, len(pieces)))
     work_through(pieces, output)
+
+
+def check_workers(workers: Workers) -> None:
+    """Refuse what is no number of workers.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if workers != "ray" and not (isinstance(workers, int) and workers >= 1):
+        raise ConfigurationError(f"workers must be 1 or more processes, or 'ray', not {workers!r}")
 
 
 def work_through(pieces: Sequence[Work], output: Path) -> None:
@@ -118,15 +137,23 @@ def _in_processes(pieces: Sequence[Work], output: Path, workers: int) -> None:
 
 def _worker(pieces: Sequence[Work], output: Path, threads: int, parent: int, log: Path) -> None:
     torch.set_num_threads(threads)
+    for piece in pieces:
+        if os.getppid() == parent:  # without its parent it begins nothing new
+            _do_quietly(piece, output, log)
+
+
+def _do_on_node(piece: Work, output: Path) -> None:
+    _do_quietly(piece, output, output / "workers" / f"{piece.name}.log")
+
+
+def _do_quietly(piece: Work, output: Path, log: Path) -> None:
+    """Do a piece that nobody has done or claimed; what it prints goes into a file."""
     silence()
     log.parent.mkdir(parents=True, exist_ok=True)
-    mine = (piece for piece in pieces if os.getppid() == parent)  # without its parent it begins nothing new
-    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        for piece in mine:
-            # What fails is tried again, and told, by the parent.
-            with contextlib.suppress(UserError):
-                if not piece.done(output / piece.name):
-                    _claim_and_do(piece, output, piece.text)
+    kept = contextlib.suppress(UserError)  # what fails is tried again, and told, by the parent
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), kept:
+        if not piece.done(output / piece.name):
+            _claim_and_do(piece, output, piece.text)
 
 
 @contextlib.contextmanager

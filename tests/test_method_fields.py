@@ -1,0 +1,101 @@
+"""Whatever the value of a field of a method, the method is made, attached and run, or refused in one sentence."""
+
+import dataclasses
+
+import pytest
+import timm
+import torch
+from conftest import CASES
+
+import visionpeft as vp
+from visionpeft import methods
+from visionpeft.errors import ConfigurationError, UserError
+
+NAMES = [name for name in methods.__all__ if name != "Method"]
+FIELDS = [(name, field.name) for name in NAMES for field in dataclasses.fields(getattr(methods, name))]
+ON_CLIPS = ("AIM", "STAdapter")
+
+# no size is in between: the memory of the largest ones is refused at once
+VALUES = [
+    None, True, 0, 3, -7, -0.5, float("nan"), float("inf"), 1e300, 2**62, 10**40, "", "x", "1:2:3:4", b"x",
+    [], ["x"], ["visual", "visual"], [0, 0], [[]], [None], ["q", 3], [2.0, 2.0], (), (1, 1), (3, 3, 3), (0, 0),
+    {}, {"x": 1}, {"all": -1}, {"all": 2**62}, {"all": "x"}, {1: 1}, {0, 1}, object(),
+]  # fmt: skip
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """A classifier of images and one of clips."""
+    options = {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 3}
+    image, frame = (timm.create_model("vit_tiny_patch16_224", **options).train() for _ in range(2))
+    return {False: image, True: vp.VideoClassifier(frame, num_frames=2, num_classes=3).train()}
+
+
+@pytest.mark.parametrize(("name", "field"), FIELDS)
+@torch.no_grad()
+def test_any_value_is_used_or_refused(name, field, hosts):
+    model = hosts[name in ON_CLIPS]
+    inputs = IMAGES[:, None].expand(-1, 2, -1, -1, -1) if name in ON_CLIPS else IMAGES
+    refusals = []
+    for value in VALUES:
+        try:
+            vp.attach(model, getattr(methods, name)(**{field: value}))
+            if not model.peft["default"].pending:
+                model(inputs)
+        except UserError as error:
+            refusals.append(str(error))
+        if hasattr(model, "peft"):
+            vp.detach(model)
+    assert refusals  # at least of what is of no type at all
+    assert all(len(sentence.strip().splitlines()) == 1 for sentence in refusals)
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value", "words"),
+    [
+        ("KronA", "shape", 3, "a list of 2 integers or None"),
+        ("KronA", "shape", (2, 2, 2), "a list of 2 integers or None"),
+        ("Convpass", "grid", 3, "a list of 2 integers or None"),
+        ("LoRA", "rank", "8", "an integer"),
+        ("LoRA", "rank", True, "an integer"),
+        ("LoRA", "targets", "q", "a list of words"),
+        ("LoRA", "overrides", ["q"], "a dictionary from words to integers"),
+        ("LoRA", "blocks", 1.5, "a word or an integer or a list of integers"),
+        ("VPT", "deep", 1, "True or False"),
+        ("SSF", "std", float("nan"), "a number"),
+        ("SPT", "structure", "vera", "'lora' or 'adapter'"),
+    ],
+)
+def test_the_sentence(method, field, value, words):
+    with pytest.raises(ConfigurationError) as refused:
+        getattr(methods, method)(**{field: value})
+    assert str(refused.value) == f"{method}: {field} must be {words}, not {value!r}"
+
+
+def test_every_method_checks_its_fields():
+    """Also those that check more themselves."""
+    for case in CASES:
+        for field in dataclasses.fields(case.method):
+            with pytest.raises(ConfigurationError, match=f"^{type(case.method).__name__}: {field.name} must be"):
+                dataclasses.replace(case.method, **{field.name: object()})
+
+
+def test_a_tower_named_twice_is_one(hosts):
+    once, twice = (vp.attach(hosts[False], vp.LoRA(towers=["visual"] * n), f"n{n}").peft[f"n{n}"] for n in (1, 2))
+    vp.detach(hosts[False])
+    assert len(once.placements) == len(twice.placements)
+
+
+def test_what_a_method_of_ones_own_says_of_its_fields_is_checked():
+    """Annotations of other types are left to the method."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Own(methods.Method):
+        count: int = 1
+        anything: torch.dtype | None = None
+
+    assert Own(anything=torch.float16).count == 1
+    with pytest.raises(ConfigurationError, match="Own: count must be an integer"):
+        Own(count="1")
