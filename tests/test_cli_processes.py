@@ -31,7 +31,7 @@ def command(folder, module, *arguments):
 def test_main_job_evaluate_and_predict(tmp_path):
     short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--data.test_samples", "100"]
     printed = command(tmp_path, "fit", "--config", "vtab_vpt.yaml", *short)
-    run = tmp_path / "runs" / "dsprites_ori-VPT-1"
+    run = tmp_path / "runs" / "dsprites_loc-VPT-1"
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     for words in (
         "VPT(num_tokens=",
@@ -42,7 +42,7 @@ def test_main_job_evaluate_and_predict(tmp_path):
         "trainable parameters",
         "training time",
         "peak memory",
-        "runs/dsprites_ori-VPT-1",
+        "runs/dsprites_loc-VPT-1",
     ):
         assert words in printed
     results = json.loads((run / "results.json").read_text())

@@ -180,10 +180,10 @@ def test_overrides_and_stacked_methods():
 
 def test_print_config(capsys):
     with pytest.raises(SystemExit) as exit_:
-        build("--config", "vtab_vpt.yaml", "--data.task", "dsprites_loc", "--print_config")
+        build("--config", "vtab_vpt.yaml", "--data.task", "dsprites_ori", "--print_config")
     assert exit_.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["data"]["init_args"]["task"] == "dsprites_loc"
+    assert printed["data"]["init_args"]["task"] == "dsprites_ori"
     assert printed["model"]["init_args"]["method"]["class_path"].endswith("VPT")
 
 

@@ -55,7 +55,7 @@ class VTAB1k(ImageDataModule):
 
     def __init__(
         self,
-        task: str = "dsprites_ori",
+        task: str = "dsprites_loc",
         root: str | Path | None = None,
         train_on: Literal["train800", "train800val200"] = "train800val200",
         **kwargs,
