@@ -3,7 +3,7 @@
 A step is forward, cross-entropy, backward and AdamW on one batch of images and 100 classes, in train mode; inference is
 a forward without gradients. All cases of a backbone take turns, and ratios to the forward of the frozen backbone are
 taken turn by turn: their median [least, most]. On a CPU, seconds are of this process's CPU time. "D" is one float32
-tensor as wide as the tokens for each block. "peak" is how far a step in a fresh process goes above the loaded model.
+tensor as wide as the tokens for each block. "peak" is how far two steps in a fresh process go above the loaded model.
 
     python benchmarks/adaptation.py --models vit_base_patch16_224 --batch-size 4 --rounds 3 --peak
     python benchmarks/adaptation.py --device cuda --precisions float32 bfloat16 --batch-size 32 --rounds 10 --peak

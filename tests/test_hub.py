@@ -70,6 +70,15 @@ def test_a_pushed_model_comes_back_from_the_cache(hub, tmp_path):
     assert not trained.model.training
 
 
+def test_the_description_that_is_uploaded_is_that_of_the_tensors(hub, tmp_path):
+    """Also where its copy in the folder was deleted, as a sentence of ours advises after an interrupted save."""
+    vp.save(adapted(), tmp_path)
+    written = (tmp_path / "adapter.json").read_bytes()
+    (tmp_path / "adapter.json").unlink()
+    vp.push_to_hub(tmp_path, REPO)
+    assert hub.files["adapter.json"] == written
+
+
 def test_a_folder_and_a_model_that_is_already_there(tmp_path):
     model = adapted()
     vp.save_pretrained(model, tmp_path / "birds")

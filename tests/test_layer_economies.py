@@ -214,6 +214,15 @@ def test_kept_for_backward(name, monkeypatch):
         assert saved_in_tokens(model) > formula
 
 
+def test_sparse_changes_of_a_half_precision_backbone_keep_nothing_dense():
+    """They get a product of their own, which keeps no matrix, and of the inputs only that of proj in its precision."""
+
+    def kept(method):
+        return saved_in_tokens(adapted([method], torch.bfloat16, **WIDE).train(), torch.bfloat16)
+
+    assert kept(vp.PaFi(density=0.001)) <= 1.2 * kept(vp.LoRA(rank=1, targets=EVERY_MATRIX))
+
+
 @pytest.mark.parametrize(
     "method",
     [vp.AdaptFormer(bottleneck=8, dropout=0.0), lora("q", "k", "v"), lora(*EVERY_MATRIX)],

@@ -1,6 +1,7 @@
 """Whatever the value of a field of a method, the method is made, attached and run, or refused in one sentence."""
 
 import dataclasses
+from typing import Literal
 
 import pytest
 import timm
@@ -88,14 +89,33 @@ def test_a_tower_named_twice_is_one(hosts):
     assert len(once.placements) == len(twice.placements)
 
 
+@dataclasses.dataclass(frozen=True)
+class Own(methods.Method):
+    count: "int" = 1  # a string, as all annotations are behind from __future__ import annotations
+    anything: torch.dtype | None = None
+    choice: Literal[1, 2, None, "x"] = None
+    pair: tuple[int, str] = (1, "x")
+
+
 def test_what_a_method_of_ones_own_says_of_its_fields_is_checked():
     """Annotations of other types are left to the method."""
+    assert Own(anything=torch.float16, choice=2, pair=[2, "y"]).count == 1
+    for given, words in (
+        ({"count": "1"}, "count must be an integer, not '1'"),
+        ({"choice": True}, "choice must be 1 or 2 or None or 'x', not True"),
+        ({"pair": ("x", 1)}, r"pair must be a list of an integer, a word, not \('x', 1\)"),
+        ({"pair": (1, "x", "y")}, "pair must be"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"Own: {words}"):
+            Own(**given)
+
+
+def test_annotations_that_cannot_be_read_are_left_to_the_method():
+    class Local:
+        pass
 
     @dataclasses.dataclass(frozen=True)
-    class Own(methods.Method):
-        count: int = 1
-        anything: torch.dtype | None = None
+    class Mine(methods.Method):
+        thing: "Local | None" = None
 
-    assert Own(anything=torch.float16).count == 1
-    with pytest.raises(ConfigurationError, match="Own: count must be an integer"):
-        Own(count="1")
+    assert Mine(thing=Local()).thing is not None

@@ -462,10 +462,18 @@ def test_a_node_that_lacks_a_module_is_told(tmp_path, monkeypatch):
         work.finish([Piece("a")], tmp_path, workers="ray")
 
 
-def test_a_ray_cluster_that_does_not_answer(tmp_path, monkeypatch):
-    pytest.importorskip("ray", reason="Ray, an extra, is not installed")
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
-    with pytest.raises(ConfigurationError, match="no Ray cluster answers at auto"):
+@pytest.mark.parametrize(("address", "asked"), [(None, "local"), ("head:6379", "head:6379")])
+def test_a_ray_cluster_that_does_not_answer(address, asked, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray, an extra, is not installed")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+
+    def init(address, **options):
+        raise ConnectionError(f"nobody at {address}\nmore")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigurationError, match=rf"no Ray cluster answers at {asked} \(nobody at {asked}\)"):
         work.finish([Piece("a")], tmp_path, workers="ray")
 
 

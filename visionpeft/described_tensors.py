@@ -92,6 +92,15 @@ def hash_of(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def copy_described(folder: Path, target: Path, stem: str) -> None:
+    """Copy what `write_described` wrote into another folder, with the description that the tensors' header has."""
+    content = (folder / f"{stem}.safetensors").read_bytes()
+    with safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
+        text = file.metadata()["visionpeft"]
+    write_whole(target / f"{stem}.safetensors", content)
+    write_whole(target / f"{stem}.json", (text + "\n").encode())
+
+
 def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str) -> None:
     """Refuse tensors that differ in name, shape or kind of number from those expected.
 

@@ -12,7 +12,7 @@ from visionpeft.backbones.network import offline_if_unreachable
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip import Learner
 from visionpeft.clip.storage import save_learner
-from visionpeft.described_tensors import write_whole
+from visionpeft.described_tensors import copy_described, write_whole
 from visionpeft.errors import ConfigurationError, one_line
 from visionpeft.reports.model_card import model_card
 from visionpeft.run_directory import RunDirectory
@@ -155,9 +155,7 @@ def _stage(source: Path, staged: Path, repo_id: str) -> None:
         run = RunDirectory.existing(source)
         results = run.read_results()
         folder = run.learner if run.learner.is_dir() else run.adapter
-    stem = stem_of(folder)
-    for suffix in (".safetensors", ".json"):
-        (staged / f"{stem}{suffix}").write_bytes((folder / f"{stem}{suffix}").read_bytes())
+    copy_described(folder, staged, stem_of(folder))
     _write_card(staged, repo_id, results)
 
 

@@ -102,7 +102,7 @@ def read_lists(
     lists = {split: Path(file) for split, file in lists.items() if file}
     splits = {split: without_duplicates(read(file), files.kind) for split, file in lists.items()}
     check_disjoint(splits, files.kind)
-    names, index = class_index([row for rows in splits.values() for row in rows], class_names)
+    names, index = _class_index([row for rows in splits.values() for row in rows], class_names)
     folder = lists["train"].parent if root == "auto" else root
 
     def place(row: Row) -> Path:
@@ -120,7 +120,7 @@ def read_lists(
     return ImageSet(sources, names, about, kind=files.kind)
 
 
-def class_index(rows: list[Row], class_names: Sequence[str] | None) -> tuple[list[str], dict[int | str, int]]:
+def _class_index(rows: list[Row], class_names: Sequence[str] | None) -> tuple[list[str], dict[int | str, int]]:
     """Class names, and the class index of each label as written: a name, or an integer.
 
     Raises:

@@ -159,6 +159,20 @@ class _Changes:
         return rows, scalings, places, *down, *up, *(values for _, values, _ in self.entries)
 
 
+def sparse_product(
+    x: torch.Tensor, values: torch.Tensor, index: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
+    """x D^T (..., out) in a dtype, for D (out, in) with these values at these flat indices and zeros elsewhere.
+
+    Neither D nor its gradient is kept, and x only where it cannot be made again.
+    """
+    nothing = values.new_zeros(()).expand(shape)
+    places = ((slice(0, shape[0]), index),)
+    if traced():
+        return F.linear(x.to(dtype), _with_entries(nothing, places, [values]).to(dtype))
+    return _FrozenLinear.apply(x.to(dtype), nothing, None, origin_of(x), (), (), places, values)
+
+
 def _said(module: Callable, name: str):
     """What a module says of itself; the method of a subclass with a forward of its own must be its own, too."""
     defining = next((kind.__dict__ for kind in type(module).__mro__ if "forward" in kind.__dict__), {})
@@ -204,8 +218,9 @@ class _FrozenLinear(torch.autograd.Function):
         kept = tensors[number:]
         shape = (*grad.shape[:-1], weight.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
-        weight = _with_entries(weight, ctx.places, values)
-        grad_x = (grad @ weight.to(grad.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ _with_entries(weight, ctx.places, values).to(grad.dtype)).to(ctx.dtype)
         grad_bias = grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         grad_down, grad_up, grad_values = ([None] * len(part) for part in (down, up, values))
         sources = kept[1:] if down else kept

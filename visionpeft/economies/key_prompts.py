@@ -3,7 +3,7 @@
 Prompts that enter a block and leave behind it reach the other tokens through their keys and values only. So they need
 no place in the stream: their queries, what attention gives them and their way through the MLP are never read. And what
 the whole batch shares of them is worked out once. Outputs and gradients are those of prompts in the stream. Hooks on
-the layers in front of the attention see the tokens of the backbone and not the prompts.
+the norm and the projections in front of the attention see the tokens of the backbone and not the prompts.
 """
 
 from collections.abc import Iterable

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
+from typing import get_type_hints
 
 import torch
 import torch.nn as nn
@@ -34,12 +35,14 @@ class Method:
     towers: str | list[str] | None = None
 
     def __post_init__(self):
+        try:
+            types = get_type_hints(type(self))  # those of a file that leaves annotations as strings, too
+        except NameError:  # of a class in a function, whose strings only that function can read
+            types = {}
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not fits(value, field.type):
-                raise ConfigurationError(
-                    f"{type(self).__name__}: {field.name} must be {in_words(field.type)}, not {value!r}"
-                )
+            value, kind = getattr(self, field.name), types.get(field.name, field.type)
+            if not fits(value, kind):
+                raise ConfigurationError(f"{type(self).__name__}: {field.name} must be {in_words(kind)}, not {value!r}")
 
     def place(self, tower: Tower) -> Iterable[Placement | Shared]:
         """Make the modules that act in one tower, initialised as the paper does."""

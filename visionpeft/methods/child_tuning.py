@@ -42,7 +42,6 @@ class ChildTuning(Method):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.variant in ("F", "D"), self, f"variant must be 'F' or 'D', not {self.variant!r}")
         require(0 < self.share <= 1, self, f"share must be above 0 and at most 1, not {self.share}")
         require(self.samples > 0, self, "samples must be a positive integer")
 

@@ -18,10 +18,13 @@ def fits(value: object, annotation: object) -> bool:
     if kind in UNIONS:
         return any(fits(value, part) for part in parts)
     if kind is Literal:
-        return isinstance(value, str) and value in parts
+        return any(type(value) is type(part) and value == part for part in parts)
     if kind in (list, tuple) and parts:
-        sized = isinstance(value, list | tuple) and _length(annotation) in (None, len(value))
-        return sized and all(fits(each, parts[0]) for each in value)
+        if not isinstance(value, list | tuple):
+            return False
+        if _length(annotation) is None:
+            return all(fits(each, parts[0]) for each in value)
+        return len(value) == len(parts) and all(map(fits, value, parts))
     if kind is dict and parts:
         return isinstance(value, dict) and all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
     if kind is int:
@@ -40,6 +43,8 @@ def in_words(annotation: object) -> str:
         return " or ".join(map(repr, parts))
     if kind in (list, tuple) and parts:
         length = _length(annotation)
+        if len(set(parts)) > 1 and length is not None:
+            return "a list of " + ", ".join(map(in_words, parts))
         return f"a list of {'' if length is None else f'{length} '}{_many(parts[0])}"
     if kind is dict and parts:
         return f"a dictionary from {_many(parts[0])} to {_many(parts[1])}"

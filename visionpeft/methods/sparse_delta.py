@@ -8,6 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.economies.frozen_layers import sparse_product
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.quantised import is_quantised
 from visionpeft.sites import Order, Placement
@@ -145,7 +146,9 @@ def united(
 class SparseDelta(nn.Module):
     """A layer whose weight is W + D and whose bias is b + d, where D and d are zero but for some trained entries.
 
-    What is trained and saved are the values of these entries (number,), zero at the start, and their flat indices.
+    What is trained and saved are the values of these entries (number,), zero at the start, and their flat indices. The
+    product is made with W + D, under autocast rounded as one like a trained weight; where the precision of W is another
+    than that of D, D gets a product of its own.
 
     Args:
         layer: a linear layer or a LayerNorm.
@@ -169,7 +172,7 @@ class SparseDelta(nn.Module):
         if self.weight is not None:
             dtype = y.dtype if torch.is_autocast_enabled(x.device.type) else self.weight.dtype
             if self.eps is None:
-                change = F.linear(x.to(dtype), self.dense("weight").to(dtype))
+                change = sparse_product(x, self.weight, self.weight_index, self.shape, dtype)
             else:
                 change = self.dense("weight") * F.layer_norm(x.to(self.weight.dtype), self.shape, eps=self.eps)
             y = y + change.to(y.dtype)

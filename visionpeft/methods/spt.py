@@ -99,11 +99,6 @@ class SPT(Method):
         for name in ("budget", "rank", "samples"):
             value = getattr(self, name)
             require(value > 0, self, f"{name} must be a positive integer, not {value!r}")
-        require(
-            self.structure in ("lora", "adapter"),
-            self,
-            f"structure must be 'lora' or 'adapter', not {self.structure!r}",
-        )
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
         shares = (self.matrix_share, self.vector_share)
         require(all(0 < share <= 1 for share in shares), self, "matrix_share and vector_share must be in (0, 1]")

@@ -103,6 +103,7 @@ def _compare(name, configs, tasks, seeds, search, budget, paper, root, output, a
     tasks = _tasks(benchmark, tasks)
     if search == "optuna" and paper:
         raise ConfigurationError("--paper searches the paper's own grid; leave out --search optuna")
+    work.check_workers(workers)
     if budget < 1:
         raise ConfigurationError(f"--budget must be 1 or more, not {budget}")
     candidates = method_candidates(configs, PREFIXES[name], [DATA[name]])

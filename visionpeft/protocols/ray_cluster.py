@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, one_line
 
 
 def map_on_cluster(function: Callable, pieces: Sequence, arguments: Sequence) -> None:
@@ -23,12 +23,13 @@ def map_on_cluster(function: Callable, pieces: Sequence, arguments: Sequence) ->
             "--workers ray needs Ray; install it with pip install 'visionpeft[ray]', or give a number of processes"
         ) from None
     started = not ray.is_initialized()
+    address = os.environ.get("RAY_ADDRESS") or "local"
     try:
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigurationError(
-            f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')} ({str(error).splitlines()[0]}); start one with "
-            "ray start --head, correct RAY_ADDRESS, or unset it for a cluster of this machine"
+            f"no Ray cluster answers at {address} ({one_line(error)}); start one of this version with ray start, "
+            "correct RAY_ADDRESS, or unset it for a cluster of this machine alone"
         ) from None
     try:
         gpus = ray.cluster_resources().get("GPU", 0)

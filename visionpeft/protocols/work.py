@@ -137,18 +137,19 @@ def _in_processes(pieces: Sequence[Work], output: Path, workers: int) -> None:
 
 def _worker(pieces: Sequence[Work], output: Path, threads: int, parent: int, log: Path) -> None:
     torch.set_num_threads(threads)
+    silence()
     for piece in pieces:
         if os.getppid() == parent:  # without its parent it begins nothing new
             _do_quietly(piece, output, log)
 
 
 def _do_on_node(piece: Work, output: Path) -> None:
+    silence()
     _do_quietly(piece, output, output / "workers" / f"{piece.name}.log")
 
 
 def _do_quietly(piece: Work, output: Path, log: Path) -> None:
     """Do a piece that nobody has done or claimed; what it prints goes into a file."""
-    silence()
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = contextlib.suppress(UserError)  # what fails is tried again, and told, by the parent
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), kept:
