@@ -567,7 +567,7 @@ def test_text_prompts_alone_work_on_a_resnet():
         ("MaPLe", {"num_tokens": 1.5}, "must be an integer"),
         ("IVLP", {"depth_text": 2.5}, "depth must be an integer"),
         ("IVLP", {"num_text": 2.5}, "must be an integer"),
-        ("IVLP", {"num_visual": 2.5}, "must be integers"),
+        ("IVLP", {"num_visual": 2.5}, "num_visual must be an integer"),
         ("IVLP", {"depth_text": 9}, "depth_text=9, but the text tower has 4 blocks"),
         ("IVLP", {"depth_visual": 9}, "depth_visual=9, but the visual tower has 4 blocks"),
         ("IVLP", {"num_text": 0, "num_visual": 0}, "both 0"),

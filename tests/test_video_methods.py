@@ -506,7 +506,7 @@ def test_images_are_refused():
         (lambda: vp.VideoClassifier(vit(), dropout=1.0), "dropout"),
         (lambda: vp.STAdapter(0), "bottleneck"),
         (lambda: vp.STAdapter(kernel=(2, 1, 1)), "odd"),
-        (lambda: vp.STAdapter(kernel=(3, 3)), "three odd sizes"),
+        (lambda: vp.STAdapter(kernel=(3, 3)), "kernel must be a list of 3 integers"),
         (lambda: vp.STAdapter(positions=()), "positions"),
         (lambda: vp.STAdapter(positions="before_mlp"), "positions"),
         (lambda: vp.STAdapter(positions=("after_mlp",)), "before_attention, before_mlp"),
