@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from huggingface_hub import HfApi, ModelCard
 from small_runs import draw_images, run
@@ -77,6 +78,14 @@ def test_the_description_that_is_uploaded_is_that_of_the_tensors(hub, tmp_path):
     (tmp_path / "adapter.json").unlink()
     vp.push_to_hub(tmp_path, REPO)
     assert hub.files["adapter.json"] == written
+
+
+@pytest.mark.parametrize("content", [b"no tensors", safetensors.torch.save({"a": torch.zeros(2)})])
+def test_what_save_did_not_write_is_not_uploaded(content, hub, tmp_path):
+    (tmp_path / "adapter.safetensors").write_bytes(content)
+    with pytest.raises(StorageError, match=r"damaged|not written by visionpeft"):
+        vp.push_to_hub(tmp_path, REPO)
+    assert not hub.files
 
 
 def test_a_folder_and_a_model_that_is_already_there(tmp_path):

@@ -93,11 +93,20 @@ def hash_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def copy_described(folder: Path, target: Path, stem: str) -> None:
-    """Copy what `write_described` wrote into another folder, with the description that the tensors' header has."""
-    content = (folder / f"{stem}.safetensors").read_bytes()
-    with safe_open(folder / f"{stem}.safetensors", framework="pt") as file:
-        text = file.metadata()["visionpeft"]
-    write_whole(target / f"{stem}.safetensors", content)
+    """Copy what `write_described` wrote into another folder, with the description that the tensors' header has.
+
+    Raises:
+        StorageError: the file is damaged, or was written by something else.
+    """
+    path = folder / f"{stem}.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {})["visionpeft"]
+    except KeyError:
+        raise StorageError(f"{path} was not written by visionpeft: its header describes no {stem}") from None
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"the {stem} in {folder} is damaged: {error}") from None
+    write_whole(target / path.name, path.read_bytes())
     write_whole(target / f"{stem}.json", (text + "\n").encode())
 
 
