@@ -16,9 +16,9 @@ EXPORTED += [(HOST[name], CASE[case]) for name in ("beit", "eva_split") for case
 FREE = ({0: torch.export.Dim("batch")},)
 
 
-def exported(host, model):
+def exported(host, model, dtype=torch.float32):
     """The program of a model for batches of any size."""
-    return torch.export.export(model, (host.inputs(2),), dynamic_shapes=FREE)
+    return torch.export.export(model, (host.inputs(2, dtype),), dynamic_shapes=FREE)
 
 
 def output(host, model, inputs):
@@ -29,11 +29,11 @@ def output(host, model, inputs):
 @pytest.mark.parametrize(("host", "case"), EXPORTED, ids=repr)
 def test_attached_models_export(host, case):
     """Every kind of method exports as it is attached, and the program computes the same for other batch sizes."""
-    model = adapted(host, case)
-    program = exported(host, model).module()
+    model = adapted(host, case, torch.float64)
+    program = exported(host, model, torch.float64).module()
     for batch in (2, 5):
-        inputs = host.inputs(batch, seed=batch)
-        assert distance(output(host, program, inputs), output(host, model, inputs)) < 1e-5
+        inputs = host.inputs(batch, torch.float64, seed=batch)
+        assert distance(output(host, program, inputs), output(host, model, inputs)) < 1e-12
 
 
 def test_exported_program_holds_the_adapter():

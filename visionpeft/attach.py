@@ -58,7 +58,7 @@ def attach(
         backbone = describe(model)
         try:
             adapter = AttachedAdapter(methods, backbone, head, tuple([train] if isinstance(train, str) else train))
-        except (UserError, NotImplementedError, RecursionError):
+        except (UserError, NotImplementedError, RecursionError):  # sentences of ours, and defects of a method's code
             raise
         except (RuntimeError, ValueError, MemoryError) as error:  # sizes and values torch refuses
             raise ConfigurationError(f"{words} cannot be made here ({one_line(error)}); choose other values") from error

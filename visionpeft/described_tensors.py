@@ -27,7 +27,7 @@ def write_described(folder: str | Path, stem: str, tensors: Mapping[str, torch.T
         StorageError: the disk is full or the folder cannot be written; what was there is unchanged.
     """
     content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    text = json.dumps(description | {"sha256": hash_of(content)}, indent=2)
+    text = json.dumps(description | {"sha256": _hash_of(content)}, indent=2)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{stem}.safetensors", serialise(content, metadata={"visionpeft": text}))
@@ -53,10 +53,8 @@ def read_described(
         raise StorageError(f"{folder} holds no {path.name}; give the folder that save wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("visionpeft")
+            text = _header(file, path, stem)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        if text is None:
-            raise StorageError(f"{path} was not written by visionpeft: its header describes no {stem}")
         description = json.loads(text)
         check(description, path)
         recorded = description.pop("sha256", None)
@@ -70,7 +68,7 @@ def read_described(
         raise
     except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise StorageError(f"the {stem} in {folder} is damaged: {error}") from None
-    if recorded is not None and recorded != hash_of(tensors):
+    if recorded is not None and recorded != _hash_of(tensors):
         raise StorageError(
             f"{path} is damaged: its tensors do not have the SHA-256 that its description names; take an intact copy, "
             "or save again"
@@ -78,12 +76,20 @@ def read_described(
     return description, tensors
 
 
+def _header(file, path: Path, stem: str) -> str:
+    """The description in the header of an opened file, as text."""
+    text = (file.metadata() or {}).get("visionpeft")
+    if text is None:
+        raise StorageError(f"{path} was not written by visionpeft: its header describes no {stem}")
+    return text
+
+
 def _without_hash(description: object) -> object:
     kept = isinstance(description, dict)
     return {key: value for key, value in description.items() if key != "sha256"} if kept else description
 
 
-def hash_of(tensors: Mapping[str, torch.Tensor]) -> str:
+def _hash_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of the names, types, shapes and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -101,9 +107,7 @@ def copy_described(folder: Path, target: Path, stem: str) -> None:
     path = folder / f"{stem}.safetensors"
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {})["visionpeft"]
-    except KeyError:
-        raise StorageError(f"{path} was not written by visionpeft: its header describes no {stem}") from None
+            text = _header(file, path, stem)
     except (SafetensorError, OSError) as error:
         raise StorageError(f"the {stem} in {folder} is damaged: {error}") from None
     write_whole(target / path.name, path.read_bytes())
