@@ -23,9 +23,9 @@ from measuring import clock, saved_bytes, storages, table, write
 from torch import Tensor, nn
 
 import visionpeft as vp
-from visionpeft.economies.content_cache import ContentCache
-from visionpeft.economies.trunk import CachedTrunk
-from visionpeft.methods.base import Method
+from visionpeft.caching.content_cache import ContentCache
+from visionpeft.caching.trunk import CachedTrunk
+from visionpeft.methods.parts.base import Method
 from visionpeft.sites import Placement
 
 

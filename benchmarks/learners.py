@@ -17,7 +17,7 @@ import torch
 from measuring import clock, saved_bytes, storages, table, write
 
 import visionpeft as vp
-from visionpeft.data.few_shot_definitions import few_shot_class_names
+from visionpeft.data.few_shot.definitions import few_shot_class_names
 
 LEARNERS = {
     "CLIPLinearProbe": {"solver": "gradient"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from visionpeft.reports.saved_bytes import saved_bytes, storages
+from visionpeft.costs.saved_bytes import saved_bytes, storages
 
 __all__ = ["clock", "saved_bytes", "storages", "table", "write"]
 

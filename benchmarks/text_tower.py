@@ -24,8 +24,8 @@ from measuring import clock, saved_bytes, storages, table, write
 from torch import Tensor, nn
 
 import visionpeft as vp
-from visionpeft.clip.feature_cache import FeatureCache
-from visionpeft.data.few_shot_definitions import few_shot_class_names
+from visionpeft.caching.feature_cache import FeatureCache
+from visionpeft.data.few_shot.definitions import few_shot_class_names
 
 PHRASE = "a photo of a"
 

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data.dataset import as_batch
-from visionpeft.data.video_dataset import VideoDataset
-from visionpeft.data.video_files import VideoFiles
-from visionpeft.data.video_sampling import FrameSampling
-from visionpeft.data.video_transforms import ClipAugmentation, ClipTransform
+from visionpeft.data.video.dataset import VideoDataset
+from visionpeft.data.video.files import VideoFiles
+from visionpeft.data.video.transforms import ClipAugmentation, ClipTransform
+from visionpeft.models.video_sampling import FrameSampling
 
 
 def write_test_video(path: Path, size: tuple[int, int], seconds: int, rate: int = 30) -> None:

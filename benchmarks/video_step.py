@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from measuring import clock, saved_bytes, storages, table, write
 
 import visionpeft as vp
-from visionpeft.reports.multiply_adds import giga_multiply_adds
+from visionpeft.costs.multiply_adds import giga_multiply_adds
 
 CLASSES = 400
 

@@ -13,9 +13,9 @@ import torch
 
 import visionpeft as vp
 from visionpeft.data import ClipAugmentation, FrameSampling, VideoFolder, find_videos, videos_dataloader
+from visionpeft.models.video_views import over_views
 from visionpeft.tasks import VideoClassification
 from visionpeft.tasks.optimisation import Optimisation
-from visionpeft.video import over_views
 
 
 def main(

@@ -6,7 +6,7 @@ import numpy as np
 from small_runs import BACKBONE, COLOURS
 
 from visionpeft import fit
-from visionpeft.data.motion import write_video
+from visionpeft.data.video.motion_scenes import write_video
 
 
 def draw_videos(folder: Path, per_class: int = 7, frames: int = 8) -> Path:

@@ -14,7 +14,7 @@ from PIL import Image
 from small_video_runs import draw_videos
 
 import visionpeft as vp
-from visionpeft.data import motion
+from visionpeft.data.video import motion_scenes as motion
 
 ROOT = Path(__file__).parents[1]
 

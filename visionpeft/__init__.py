@@ -1,10 +1,15 @@
 """Parameter-efficient fine-tuning of Vision Transformers and CLIP."""
 
-from visionpeft.allocate import allocate
-from visionpeft.attach import activate, attach, detach, disable, economise, route, trainable_parameters, use
+from visionpeft.adapters.allocate import allocate
+from visionpeft.adapters.attach import activate, attach, detach, disable, economise, route, trainable_parameters, use
+from visionpeft.adapters.combine import combine
+from visionpeft.adapters.merge import merge, unmerge
+from visionpeft.adapters.soup import feature_mean, similar_adapters
+from visionpeft.adapters.storage import load, read_metadata, save
+from visionpeft.adapters.training_hooks import after_step, penalty
 from visionpeft.backbones import describe
-from visionpeft.backbones.create import create_backbone
-from visionpeft.clip import (
+from visionpeft.clip.description import read_learner
+from visionpeft.clip.learners import (
     IVLP,
     TPT,
     CLIPAdapter,
@@ -20,14 +25,9 @@ from visionpeft.clip import (
     TipAdapter,
     ZeroShot,
 )
-from visionpeft.clip.create import create_clip
-from visionpeft.clip.description import read_learner
 from visionpeft.clip.storage import load_learner, save_learner
-from visionpeft.combine import combine
+from visionpeft.costs.counts import summary
 from visionpeft.errors import ConfigurationError, DataError, StorageError, UnsupportedError, UserError
-from visionpeft.hub import from_pretrained, push_to_hub, save_pretrained
-from visionpeft.interoperability import export_peft, import_peft
-from visionpeft.merge import merge, unmerge
 from visionpeft.methods import (
     AIM,
     IA3,
@@ -61,11 +61,12 @@ from visionpeft.methods import (
     UniPELT,
     VeRA,
 )
-from visionpeft.soup import feature_mean, similar_adapters
-from visionpeft.storage import load, read_metadata, save
-from visionpeft.summary import summary
-from visionpeft.training import after_step, penalty
-from visionpeft.video import VideoClassifier
+from visionpeft.models.create import create_backbone
+from visionpeft.models.create_clip import create_clip
+from visionpeft.models.video_classifier import VideoClassifier
+from visionpeft.sharing.hub import from_pretrained, push_to_hub, save_pretrained
+from visionpeft.sharing.peft_export import export_peft
+from visionpeft.sharing.peft_import import import_peft
 
 __all__ = [
     "AIM",

@@ -3,13 +3,13 @@
 import argparse
 import sys
 
-from visionpeft.cli import command
 from visionpeft.errors import ConfigurationError
 from visionpeft.protocols import evaluate_run
 from visionpeft.protocols.evaluation import evaluate_again
 from visionpeft.protocols.report import report
-from visionpeft.reports.tables import print_results
-from visionpeft.run_directory import RunDirectory, write_json
+from visionpeft.runs.cli import command
+from visionpeft.runs.run_directory import RunDirectory, write_json
+from visionpeft.runs.tables import print_results
 
 USAGE = """\
 usage: python -m visionpeft.evaluate RUN [--data.OPTION VALUE ...] [--trainer.OPTION VALUE ...]

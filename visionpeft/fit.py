@@ -6,17 +6,17 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from visionpeft.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
-from visionpeft.cli import CLI, Interrupted, command
 from visionpeft.errors import ConfigurationError
-from visionpeft.reports.cost import Cost
-from visionpeft.reports.figures import draw_confusion, draw_curves, draw_mistakes
-from visionpeft.reports.history import EpochHistory, read_history
-from visionpeft.reports.progress import TrainingProgress
-from visionpeft.reports.tables import print_results, print_setting
-from visionpeft.reports.test_record import TestRecord
-from visionpeft.results import setting, test_numbers
-from visionpeft.run_directory import RunDirectory, claim, environment, write_json
+from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
+from visionpeft.runs.cli import CLI, Interrupted, command
+from visionpeft.runs.figures import draw_confusion, draw_curves, draw_mistakes
+from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.runs.progress import TrainingProgress
+from visionpeft.runs.results import setting, test_numbers
+from visionpeft.runs.run_directory import RunDirectory, claim, environment, write_json
+from visionpeft.runs.tables import print_results, print_setting
+from visionpeft.runs.test_record import TestRecord
+from visionpeft.runs.training_cost import Cost
 from visionpeft.tasks import ImageTask
 
 

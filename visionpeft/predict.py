@@ -11,15 +11,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from visionpeft.cli import Options, command
 from visionpeft.data import files_dataloader, find_images, find_videos, videos_dataloader
 from visionpeft.data.dataset import ImageLoader
 from visionpeft.data.images import EXTENSIONS as IMAGE_EXTENSIONS
-from visionpeft.data.video_reading import EXTENSIONS as VIDEO_EXTENSIONS
+from visionpeft.data.video.reading import EXTENSIONS as VIDEO_EXTENSIONS
 from visionpeft.errors import ConfigurationError
-from visionpeft.run_directory import RunDirectory
-from visionpeft.trained_model import TrainedModel, open_run
-from visionpeft.video import over_views
+from visionpeft.models.video_views import over_views
+from visionpeft.runs.cli import Options, command
+from visionpeft.runs.run_directory import RunDirectory
+from visionpeft.sharing.trained_model import TrainedModel, open_run
 
 SHOWN = 30
 

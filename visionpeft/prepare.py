@@ -4,14 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from visionpeft.cli import command
 from visionpeft.data.annotations import write_json
-from visionpeft.data.few_shot_definitions import few_shot_datasets, find_few_shot
-from visionpeft.data.few_shot_place import Place
-from visionpeft.data.own_splits import build_split
+from visionpeft.data.few_shot.definitions import few_shot_datasets, find_few_shot
+from visionpeft.data.few_shot.own_splits import build_split
+from visionpeft.data.few_shot.place import Place
+from visionpeft.data.preparation.fgvc import prepare_fgvc
+from visionpeft.data.preparation.vtab import prepare_vtab1k
 from visionpeft.errors import ConfigurationError, DataError
-from visionpeft.preparation.fgvc import prepare_fgvc
-from visionpeft.preparation.vtab import prepare_vtab1k
+from visionpeft.runs.cli import command
 
 
 def prepare(arguments: list[str]) -> None:

@@ -4,15 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from visionpeft.cli import Interrupted, Options, command
 from visionpeft.errors import ConfigurationError
 from visionpeft.naming import did_you_mean
 from visionpeft.protocols import base_to_new, cross_dataset, domain_shift, few_shot, fgvc, vtab1k
-from visionpeft.protocols.benchmarks import SEEDS, SHOTS
-from visionpeft.protocols.method_benchmarks import BUDGET, PREFIXES
+from visionpeft.protocols.learner_protocols import SEEDS, SHOTS
 from visionpeft.protocols.method_candidates import configs_of_methods
+from visionpeft.protocols.method_protocols import BUDGET, PREFIXES
 from visionpeft.protocols.report import report
 from visionpeft.protocols.work import Workers, check_workers
+from visionpeft.runs.cli import Interrupted, Options, command
 
 OF_METHODS = {"vtab1k": vtab1k, "fgvc": fgvc}
 OF_LEARNERS = {

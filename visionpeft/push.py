@@ -2,8 +2,8 @@
 
 import sys
 
-from visionpeft.cli import Options, command
-from visionpeft.hub import push_to_hub
+from visionpeft.runs.cli import Options, command
+from visionpeft.sharing.hub import push_to_hub
 
 
 def push(arguments: list[str]) -> None:

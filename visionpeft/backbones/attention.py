@@ -7,8 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Layer
-from visionpeft.economies import frozen_layers
-from visionpeft.sites import UNTOUCHED, Sites
+from visionpeft.sites import UNTOUCHED, Sites, frozen_layers
 
 
 def open_in_front(

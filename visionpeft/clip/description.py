@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from visionpeft.described_tensors import read_described
+from visionpeft.adapters.described_tensors import read_described
 from visionpeft.errors import StorageError
 
 FORMAT = 1

@@ -10,15 +10,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from visionpeft.attach import attach, has_adapters
+from visionpeft.adapters.attach import attach, has_adapters
+from visionpeft.adapters.described_tensors import check_tensors
 from visionpeft.clip.layout import Layout, Tokenizer, Tokens, check_distinct, clean_class_names
 from visionpeft.clip.model import acting_adapters, check_clip, fixed_image_size, image_dtype
-from visionpeft.clip.templates import ensemble, template_layouts
+from visionpeft.clip.template_ensemble import ensemble, template_layouts
+from visionpeft.clip.templates import check_templates
 from visionpeft.clip.text import TextEncoder, unit
-from visionpeft.described_tensors import check_tensors
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.methods.base import Method
-from visionpeft.templates import check_templates
+from visionpeft.methods.parts.base import Method
 
 Kept = TypeVar("Kept")
 

@@ -6,7 +6,7 @@ from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
-from visionpeft.attach import has_adapters
+from visionpeft.adapters.attach import has_adapters
 from visionpeft.backbones.dispatch import describe
 from visionpeft.errors import UnsupportedError
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import torch.nn as nn
 
-from visionpeft import clip as learner_classes
-from visionpeft.attach import detach
+from visionpeft.adapters.attach import detach
+from visionpeft.adapters.described_tensors import write_described
+from visionpeft.adapters.storage import backbone_record, check_backbone, package_versions
 from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.clip import learners as learner_classes
 from visionpeft.clip.description import FORMAT, STEM, read_saved
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import acting_adapters, check_clip
-from visionpeft.described_tensors import write_described
 from visionpeft.errors import StorageError, UserError
 from visionpeft.naming import nearest
-from visionpeft.storage import backbone_record, check_backbone, package_versions
 
 
 def save_learner(

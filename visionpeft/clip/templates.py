@@ -1,24 +1,53 @@
-"""The texts that hand-written templates make of class names, and the frozen text features they give."""
+"""Prompt templates: texts in which {} stands for the class name. `datasets/templates.json` has named sets of them."""
 
+import json
 from collections.abc import Sequence
 
-import torch
+from visionpeft.errors import ConfigurationError
+from visionpeft.files import shipped
+from visionpeft.naming import did_you_mean
 
-from visionpeft.clip.layout import Layout, Tokenizer
-from visionpeft.clip.text import TextEncoder, unit
-from visionpeft.templates import fill
-
-
-def template_layouts(tokenizer: Tokenizer, templates: Sequence[str], class_names: Sequence[str]) -> list[Layout]:
-    """The texts of all classes, one layout for each template."""
-    return [
-        tokenizer.layout(tokenizer.contents(fill(template, name) for name in class_names), class_names)
-        for template in templates
-    ]
+PHOTO = "a photo of a {}."
 
 
-@torch.no_grad()
-def ensemble(text: TextEncoder, layouts: Sequence[Layout], chunk_size: int | None = None, fast: bool = True):
-    """Unit text features (classes, features): the mean over templates of unit features, normalised again."""
-    features = [unit(text.encode(layout, chunk_size=chunk_size, fast=fast))[0] for layout in layouts]
-    return features[0] if len(features) == 1 else unit(torch.stack(features).mean(dim=0))
+def template_sets() -> dict[str, list[str]]:
+    """All named sets of templates."""
+    return json.loads((shipped("datasets") / "templates.json").read_text(encoding="utf-8"))
+
+
+def templates(name: str) -> list[str]:
+    """A named set: "photo", "openai_imagenet_80", "simple_7" or "tip_7".
+
+    `simple_7` (OpenAI's selection out of the 80) and `tip_7` (Tip-Adapter's for ImageNet) hold the same templates.
+
+    Raises:
+        ConfigurationError: there is no such set.
+    """
+    sets = template_sets()
+    if name not in sets:
+        raise ConfigurationError(
+            f"template {name!r} has no {{}} for the class name and is no named set of templates"
+            f"{did_you_mean(name, sets)}"
+        )
+    return sets[name]
+
+
+def check_templates(template: str | Sequence[str]) -> tuple[str, ...]:
+    """One template, several, or a named set of them, as a tuple.
+
+    Raises:
+        ConfigurationError: there is none, one does not have {} exactly once, or there is no set of that name.
+    """
+    if isinstance(template, str):
+        template = [template] if "{}" in template else templates(template)
+    if not template:
+        raise ConfigurationError("at least one template is needed, such as 'a photo of a {}.'")
+    for each in template:
+        if not isinstance(each, str) or each.count("{}") != 1:
+            raise ConfigurationError(f"template {each!r} must hold {{}} exactly once, where the class name goes")
+    return tuple(template)
+
+
+def fill(template: str, name: str) -> str:
+    """The template with the class name in the place of {}."""
+    return template.replace("{}", name)

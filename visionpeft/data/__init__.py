@@ -1,20 +1,20 @@
 """Lightning data modules: benchmarks, people's own images and videos, and the embedded sets."""
 
-from visionpeft.data.few_shot import FewShot
+from visionpeft.data.few_shot.module import FewShot
+from visionpeft.data.few_shot.templates import dataset_template
 from visionpeft.data.fgvc import FGVC
 from visionpeft.data.image_folder import ImageFolder
 from visionpeft.data.image_list import ClipArt, ImageList
 from visionpeft.data.module import ImageDataModule
-from visionpeft.data.templates import dataset_template
 from visionpeft.data.unlabelled import files_dataloader, find_images
-from visionpeft.data.video_benchmarks import HMDB51, UCF101, Kinetics, SomethingSomethingV2
-from visionpeft.data.video_folder import VideoFolder, VideoList
-from visionpeft.data.video_module import VideoDataModule
-from visionpeft.data.video_motion import Motion
-from visionpeft.data.video_sampling import FrameSampling
-from visionpeft.data.video_transforms import ClipAugmentation
-from visionpeft.data.video_unlabelled import find_videos, videos_dataloader
+from visionpeft.data.video.benchmarks import HMDB51, UCF101, Kinetics, SomethingSomethingV2
+from visionpeft.data.video.folder import VideoFolder, VideoList
+from visionpeft.data.video.module import VideoDataModule
+from visionpeft.data.video.motion import Motion
+from visionpeft.data.video.transforms import ClipAugmentation
+from visionpeft.data.video.unlabelled import find_videos, videos_dataloader
 from visionpeft.data.vtab import VTAB1k
+from visionpeft.models.video_sampling import FrameSampling
 
 __all__ = [
     "FGVC",

@@ -11,7 +11,7 @@ from visionpeft.data.prepared import prepared_notes
 from visionpeft.data.records import ImageFiles, ImageSet, Row, check_disjoint, path_inside
 from visionpeft.data.transforms import Augmentation, Resize
 from visionpeft.errors import ConfigurationError, DataError
-from visionpeft.resources import shipped
+from visionpeft.files import shipped
 
 SPLITS = ("train", "val", "test")
 

@@ -9,7 +9,7 @@ from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import Files, ImageFiles, ImageSet, Row, check_disjoint, path_inside, without_duplicates
 from visionpeft.data.transforms import Augmentation, Resize
 from visionpeft.errors import DataError
-from visionpeft.resources import shipped
+from visionpeft.files import shipped
 
 
 class ImageList(ImageDataModule):

@@ -19,7 +19,7 @@ from visionpeft.data.ordering import permutation
 from visionpeft.data.prepared import prepared_notes
 from visionpeft.data.records import ImageFiles, ImageSet, Row, Source, path_inside, without_duplicates
 from visionpeft.errors import ConfigurationError, DataError
-from visionpeft.resources import shipped
+from visionpeft.files import shipped
 
 DSPRITES_SEED = 0
 PUBLISHED_SIZES = {"train800": 800, "val200": 200, "train800val200": 1000}

@@ -4,7 +4,6 @@ from visionpeft.methods.adalora import AdaLoRA
 from visionpeft.methods.adapter import Adapter
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
-from visionpeft.methods.base import Method
 from visionpeft.methods.bitfit import BitFit
 from visionpeft.methods.child_tuning import ChildTuning
 from visionpeft.methods.compacter import Compacter
@@ -20,9 +19,10 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.pafi import PaFi
+from visionpeft.methods.parts.base import Method
+from visionpeft.methods.parts.selective import FullFineTuning, LastBlocks, LinearProbe
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.rep_adapter import RepAdapter
-from visionpeft.methods.selective import FullFineTuning, LastBlocks, LinearProbe
 from visionpeft.methods.spt import SPT
 from visionpeft.methods.ssf import SSF
 from visionpeft.methods.st_adapter import STAdapter

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.errors import ConfigurationError
-from visionpeft.methods.base import Method, require
 from visionpeft.methods.lora import LoRA, LowRank
-from visionpeft.methods.targets import require_targets, target_layers
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, require
+from visionpeft.methods.parts.targets import require_targets, target_layers
 from visionpeft.sites import Placement
 
 TRIPLET = ("P", "values", "Q")

@@ -8,10 +8,10 @@ Steitz and Roth, Adapters Strike Back (Adapter+), 2024, https://arxiv.org/abs/24
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from visionpeft.addressing import Blocks, Overrides
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.base import Method, blocks_of, require
-from visionpeft.methods.bottleneck import ACTIVATIONS, INITS, Bottleneck
+from visionpeft.methods.parts.addressing import Blocks, Overrides
+from visionpeft.methods.parts.base import Method, blocks_of, require
+from visionpeft.methods.parts.bottleneck import ACTIVATIONS, INITS, Bottleneck
 from visionpeft.sites import Placement
 
 # placement -> sites as (reads at, adds at); a serial adapter acts where it reads.

@@ -6,10 +6,10 @@ https://arxiv.org/abs/2205.13535
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from visionpeft.addressing import Blocks, Overrides
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.base import Method, blocks_of, require
-from visionpeft.methods.bottleneck import Bottleneck
+from visionpeft.methods.parts.addressing import Blocks, Overrides
+from visionpeft.methods.parts.base import Method, blocks_of, require
+from visionpeft.methods.parts.bottleneck import Bottleneck
 from visionpeft.sites import Placement
 
 

@@ -11,12 +11,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.frames import Frames
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.methods.base import Method, blocks_of, frames_of, require
-from visionpeft.methods.bottleneck import Bottleneck
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, blocks_of, frames_of, require
+from visionpeft.methods.parts.bottleneck import Bottleneck
 from visionpeft.sites import Placement
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.methods.base import Method, require_same, weighted_sum
+from visionpeft.methods.parts.base import Method, require_same, weighted_sum
 from visionpeft.sites import Order, Placement
 
 

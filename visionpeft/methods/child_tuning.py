@@ -8,9 +8,15 @@ from typing import Literal
 import torch
 
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.base import Method, Squares, require, require_same
 from visionpeft.methods.fish_mask import highest_fisher
-from visionpeft.methods.sparse_delta import candidates_of, index_tensors, indices_by_name, sparse_placements, united
+from visionpeft.methods.parts.base import Method, Squares, require, require_same
+from visionpeft.methods.parts.sparse_delta import (
+    candidates_of,
+    index_tensors,
+    indices_by_name,
+    sparse_placements,
+    united,
+)
 from visionpeft.sites import Placement
 
 

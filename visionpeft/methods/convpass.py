@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
-from visionpeft.methods.base import Method, blocks_of, require
-from visionpeft.methods.precision import to_parameter_dtype
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, blocks_of, require
+from visionpeft.methods.parts.precision import to_parameter_dtype
 from visionpeft.sites import Placement
 
 # position -> (site it reads, site it is added at)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
-from visionpeft.addressing import Blocks, Overrides
+from visionpeft.backbones.quantised import full_precision
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.methods.base import Method
 from visionpeft.methods.lora import LowRank
-from visionpeft.methods.targets import require_low_rank, target_layers
-from visionpeft.quantised import full_precision
+from visionpeft.methods.parts.addressing import Blocks, Overrides
+from visionpeft.methods.parts.base import Method
+from visionpeft.methods.parts.targets import require_low_rank, target_layers
 from visionpeft.sites import Order, Placement
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.base import Method, Squares, blocks_of, require, require_same
-from visionpeft.methods.sparse_delta import (
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, Squares, blocks_of, require, require_same
+from visionpeft.methods.parts.sparse_delta import (
     candidates_of,
     highest,
     index_tensors,

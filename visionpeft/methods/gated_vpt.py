@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.base import Method, require
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, require
 from visionpeft.methods.vpt import VPT, Prompts
 from visionpeft.sites import Placement
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError
-from visionpeft.methods.base import Method, require
-from visionpeft.methods.kronecker_sum import Rule, kronecker_sum, kronecker_sum_weight
-from visionpeft.methods.precision import to_parameter_dtype
-from visionpeft.methods.targets import require_targets, target_layers
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, require
+from visionpeft.methods.parts.kronecker_sum import Rule, kronecker_sum, kronecker_sum_weight
+from visionpeft.methods.parts.precision import to_parameter_dtype
+from visionpeft.methods.parts.targets import require_targets, target_layers
 from visionpeft.sites import Order, Placement, Shared
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.base import Method, blocks_of
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, blocks_of
 
 NORMS = ("LayerNorm", "RmsNorm", "RMSNorm", "SimpleNorm")
 

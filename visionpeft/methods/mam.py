@@ -6,10 +6,10 @@ https://arxiv.org/abs/2110.04366
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.adaptformer import AdaptFormer
-from visionpeft.methods.base import Method
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.sites import Placement, Shared
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.base import Method, blocks_of, require, require_same
-from visionpeft.methods.sparse_delta import (
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, blocks_of, require, require_same
+from visionpeft.methods.parts.sparse_delta import (
     candidates_of,
     entries_of,
     highest,

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.base import Method, blocks_of, require
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, blocks_of, require
 from visionpeft.sites import Placement, Shared
 
 

@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.methods.base import Method, Squares, blocks_of, require, require_same
 from visionpeft.methods.lora import LowRank, concatenated
-from visionpeft.methods.precision import to_parameter_dtype
-from visionpeft.methods.sparse_delta import (
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, Squares, blocks_of, require, require_same
+from visionpeft.methods.parts.precision import to_parameter_dtype
+from visionpeft.methods.parts.sparse_delta import (
     Candidate,
     candidates_of,
     index_tensors,

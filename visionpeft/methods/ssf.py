@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.economies.frozen_layers import scale_shift
-from visionpeft.methods.base import Method, blocks_of, require
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, blocks_of, require
 from visionpeft.sites import Order, Placement
+from visionpeft.sites.frozen_layers import scale_shift
 
 TARGETS = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")
 

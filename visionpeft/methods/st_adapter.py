@@ -10,12 +10,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.addressing import Blocks
 from visionpeft.backbones.frames import Frames
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
-from visionpeft.methods.base import Method, blocks_of, frames_of, require
-from visionpeft.methods.precision import to_parameter_dtype
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, blocks_of, frames_of, require
+from visionpeft.methods.parts.precision import to_parameter_dtype
 from visionpeft.sites import Placement
 
 # position -> site

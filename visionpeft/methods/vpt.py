@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
-from visionpeft.addressing import Blocks, Overrides
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.base import Method, blocks_of, require
+from visionpeft.methods.parts.addressing import Blocks, Overrides
+from visionpeft.methods.parts.base import Method, blocks_of, require
 from visionpeft.sites import Order, Placement, Shared
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import yaml
 
-from visionpeft.cli import find_config
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.fit import fit
 from visionpeft.protocols import work
-from visionpeft.protocols.candidates import Candidate, on
-from visionpeft.run_directory import RunDirectory, write_json
+from visionpeft.protocols.learner_candidates import Candidate, on
+from visionpeft.runs.cli import find_config
+from visionpeft.runs.run_directory import RunDirectory, write_json
 
 
 @dataclass(frozen=True)

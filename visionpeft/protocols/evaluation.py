@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import yaml
 
-from visionpeft.cli import CLI
 from visionpeft.errors import ConfigurationError
-from visionpeft.protocols.candidates import Candidate, dataset_keys, only_test
 from visionpeft.protocols.cells import Cell
-from visionpeft.reports.progress import TrainingProgress
-from visionpeft.reports.test_record import TestRecord
-from visionpeft.results import setting, test_numbers
-from visionpeft.run_directory import RunDirectory, write_json
+from visionpeft.protocols.learner_candidates import Candidate, dataset_keys, only_test
+from visionpeft.runs.cli import CLI
+from visionpeft.runs.progress import TrainingProgress
+from visionpeft.runs.results import setting, test_numbers
+from visionpeft.runs.run_directory import RunDirectory, write_json
+from visionpeft.runs.test_record import TestRecord
 
 PROTOCOLS = ("base_to_new", "cross_dataset", "domain_shift")
 

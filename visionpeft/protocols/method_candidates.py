@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from visionpeft.allocate import allocate
-from visionpeft.cli import CLI, find_config
+from visionpeft.adapters.allocate import allocate
+from visionpeft.costs.saved_bytes import saved_bytes, storages
 from visionpeft.errors import ConfigurationError
+from visionpeft.files import shipped
 from visionpeft.naming import did_you_mean
-from visionpeft.reports.saved_bytes import saved_bytes, storages
-from visionpeft.resources import shipped
+from visionpeft.runs.cli import CLI, find_config
 
 MEASURED_IMAGES = 2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from visionpeft.errors import ConfigurationError
-from visionpeft.resources import shipped
+from visionpeft.files import shipped
 
 REPORTS = {
     "last": "last epoch",

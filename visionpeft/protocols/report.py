@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from visionpeft.reports.protocol_figures import (
+from visionpeft.protocols.figures import (
     draw_accuracy_against_cost,
     draw_accuracy_against_shots,
     draw_base_to_new,
     draw_transfer,
 )
-from visionpeft.reports.protocol_method_table import method_table, print_method_table
-from visionpeft.reports.protocol_tables import (
+from visionpeft.protocols.method_table import method_table, print_method_table
+from visionpeft.protocols.tables import (
     base_to_new_table,
     few_shot_table,
     print_table,

@@ -10,7 +10,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.protocols.method_candidates import MethodCandidate
 from visionpeft.protocols.method_runs import Benchmark, Chosen, Trial
 from visionpeft.protocols.work import work_through
-from visionpeft.run_directory import write_json
+from visionpeft.runs.run_directory import write_json
 
 LR = "model.optimisation.lr"
 STARTUP_TRIALS = 10

@@ -11,10 +11,10 @@ from typing import Literal, Protocol
 import torch
 from rich.console import Console
 
-from visionpeft.cli import silence
 from visionpeft.errors import ConfigurationError, UserError
 from visionpeft.protocols.ray_cluster import map_on_cluster
-from visionpeft.run_directory import claim
+from visionpeft.runs.cli import silence
+from visionpeft.runs.run_directory import claim
 
 Workers = int | Literal["ray"]
 

@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from visionpeft.adapters import AttachedAdapter
-from visionpeft.allocate import allocate, remake
-from visionpeft.attach import detach, trainable_parameters
+from visionpeft.adapters.adapters import AttachedAdapter
+from visionpeft.adapters.allocate import allocate, remake
+from visionpeft.adapters.attach import detach, trainable_parameters
+from visionpeft.adapters.storage import load, method_from, save
+from visionpeft.adapters.training_hooks import after_step, penalty
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods import Method
-from visionpeft.methods.base import describe_method
-from visionpeft.storage import load, method_from, save
-from visionpeft.tasks.image_task import ImageTask
+from visionpeft.methods.parts.base import describe_method
 from visionpeft.tasks.optimisation import Optimisation
-from visionpeft.training import after_step, penalty
+from visionpeft.tasks.task import ImageTask
 
 
 class AdaptedTask(ImageTask):

@@ -8,16 +8,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from visionpeft.attach import detach, has_adapters
+from visionpeft.adapters.attach import detach, has_adapters
 from visionpeft.backbones.preprocessing import preprocessing_of
-from visionpeft.clip.create import create_clip
-from visionpeft.clip.feature_cache import FeatureCache
+from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.storage import load_learner, save_learner
 from visionpeft.errors import ConfigurationError
-from visionpeft.tasks.image_task import ImageTask
+from visionpeft.models.create_clip import create_clip
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.passes import in_order
+from visionpeft.tasks.task import ImageTask
 
 PROMPT_RECIPE = Optimisation(
     optimizer="sgd", lr=0.002, weight_decay=5e-4, decay_all=True, schedule="epoch_cosine", warmup_epochs=1

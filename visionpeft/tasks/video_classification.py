@@ -4,15 +4,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from visionpeft.attach import attach
-from visionpeft.backbones.create import create_backbone
+from visionpeft.adapters.attach import attach
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods import Method
+from visionpeft.models.create import create_backbone
+from visionpeft.models.video_classifier import VideoClassifier
+from visionpeft.models.video_views import over_views
 from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.optimisation import Optimisation
-from visionpeft.video import VideoClassifier, over_views
 
 
 class VideoClassification(AdaptedTask):

@@ -1,0 +1,469 @@
+"""Methods that train single entries, and those that choose by data: what they choose, keep, change and refuse."""
+
+import copy
+import io
+import json
+import math
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CASES, adapted, base_state, same_bytes
+from reference import addresses_of, forward
+from reference.hosts import HOSTS
+from safetensors.torch import load_file
+from small_runs import arguments, draw_images, results, run
+
+import visionpeft as vp
+from visionpeft import fit
+from visionpeft.backbones.tower import Layer
+from visionpeft.errors import UserError
+from visionpeft.methods.parts.sparse_delta import SparseDelta
+from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.sites.frozen_layers import linear
+from visionpeft.tasks import adapted_task
+
+BY_HOST = {h.name: h for h in HOSTS}
+BY_NAME = {c.name: c for c in CASES}
+VIT = BY_HOST["vit_cls"]
+LABELS = torch.tensor([0, 3, 1, 4, 4, 2])
+WAITING = [vp.FishMask(density=0.03), vp.ChildTuning("D", share=0.2), vp.SPT(budget=700, rank=2)]
+
+
+def images(dtype=torch.float64):
+    """Six images."""
+    return VIT.inputs(6, dtype, seed=4)
+
+
+def allocated(method, batches=None, dtype=torch.float64):
+    """A small ViT with a method that has seen six images in batches of four and two."""
+    model = VIT.build(dtype)
+    vp.attach(model, method)
+    x = images(dtype)
+    vp.allocate(model, batches or [(x[:4], LABELS[:4]), (x[4:], LABELS[4:])])
+    return model.eval()
+
+
+# an independent choice: gradients of the transcription of the backbone
+
+
+def squares(groups):
+    """{name: sum of squared gradients} of the mean cross-entropy of each group of images."""
+    plain = VIT.build(torch.float64)
+    weights = {k: v.clone().requires_grad_() for k, v in plain.state_dict().items()}
+    sums = {k: torch.zeros_like(v) for k, v in weights.items()}
+    for group in groups:
+        logits = forward(plain, images()[group], weights=weights)
+        loss = -torch.log_softmax(logits, dim=-1)[range(len(group)), LABELS[group]].mean()
+        for key, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
+            sums[key] += gradient**2
+    found = {}
+    for (block, site), address in addresses_of(plain, "visual").items():
+        if address.weight not in sums or site in ("patch_embed", "norm_pre"):
+            continue
+        path = f"visual.{site}" if block is None else f"visual.{block}.{site}"
+        weight, bias = address.read(sums)
+        found[f"{path}.weight"] = weight
+        if site != "k":
+            found[f"{path}.bias"] = bias
+    return found
+
+
+def chosen(model, method):
+    """{name: flat indices} of the trained entries."""
+    state = model.peft["default"].state_dict()
+    return {
+        key.removeprefix(f"{method}.").removesuffix("_index"): value.tolist()
+        for key, value in state.items()
+        if key.endswith("_index")
+    }
+
+
+def largest(scores, number):
+    """{name: flat indices} of the entries with the largest scores, by sorting them all."""
+    ranked = sorted(((v, name, i) for name, score in scores.items() for i, v in enumerate(score.flatten().tolist())))
+    found = {}
+    for _, name, index in ranked[-number:]:
+        found.setdefault(name, []).append(index)
+    return {name: sorted(indices) for name, indices in found.items()}
+
+
+def test_fish_mask_has_the_largest_fisher_information():
+    """The entries with the largest sums over samples of squared gradients of single samples."""
+    model = allocated(vp.FishMask(density=0.03))
+    scores = squares([[i] for i in range(6)])
+    number = round(0.03 * sum(score.numel() for score in scores.values()))
+    assert chosen(model, "fish_mask") == largest(scores, number)
+    assert chosen(model, "fish_mask") != largest(squares([[0, 1, 2, 3], [4, 5]]), number)
+
+
+def test_child_d_has_the_largest_fisher_information():
+    """Of the first samples only, if so many are asked for, also in the middle of a batch."""
+    model = allocated(vp.ChildTuning("D", share=0.1, samples=3))
+    scores = squares([[0], [1], [2]])
+    number = round(0.1 * sum(score.numel() for score in scores.values()))
+    assert chosen(model, "child_tuning") == largest(scores, number)
+
+
+def test_pafi_has_the_smallest_magnitudes():
+    """Of matrices and biases of the blocks, without norms and the key bias; no data are asked for."""
+    model = VIT.build(torch.float64)
+    vp.attach(model, vp.PaFi(density=0.01, blocks=[0, 2]))
+    weights, scores = VIT.build(torch.float64).state_dict(), {}
+    for (block, site), address in addresses_of(VIT.build(), "visual").items():
+        if block in (0, 2) and not site.startswith("norm"):
+            weight, bias = address.read(weights)
+            scores[f"visual.{block}.{site}.weight"] = -weight.abs()
+            scores |= {} if site == "k" else {f"visual.{block}.{site}.bias": -bias.abs()}
+    number = round(0.01 * sum(score.numel() for score in scores.values()))
+    assert chosen(model, "pa_fi") == largest(scores, number)
+
+
+@pytest.mark.parametrize("structure", ["lora", "adapter"])
+@pytest.mark.parametrize("budget", [60, 700, 1500, 4000])
+def test_spt_spends_its_budget(budget, structure):
+    """The allocation of the largest number of sensitive entries whose cost is within the budget, found one by one."""
+    model = allocated(vp.SPT(budget=budget, rank=2, structure=structure, matrix_share=0.3, vector_share=0.5))
+    scores = squares([[0, 1, 2, 3], [4, 5]])
+    sizes = {}
+    for name, score in scores.items():
+        if score.ndim == 2:
+            rows, columns = score.shape
+            read = columns if ".proj." in name else rows
+            sizes[name] = 2 * (rows + columns) if structure == "lora" else 2 * read + 2 + rows * 2 + rows
+    counts, costs = dict.fromkeys(scores, 0), dict.fromkeys(scores, 0)
+    ranked = sorted(((v, name) for name, score in scores.items() for v in score.flatten().tolist()), reverse=True)
+    taken = 0
+    for _, name in ranked:
+        counts[name] += 1
+        size = scores[name].numel()
+        if name in sizes:
+            costs[name] = sizes[name] if counts[name] >= 0.3 * sizes[name] else counts[name]
+        else:
+            costs[name] = size if counts[name] >= 0.5 * size else counts[name]
+        if sum(costs.values()) > budget:
+            break
+        taken += 1
+    expected, structured = {}, set()
+    for name, indices in largest(scores, taken).items():
+        if name in sizes and len(indices) >= 0.3 * sizes[name]:
+            structured.add(name)
+        elif name not in sizes and len(indices) >= 0.5 * scores[name].numel():
+            expected[name] = list(range(scores[name].numel()))
+        else:
+            expected[name] = indices
+    (method,) = model.peft["default"].methods
+    assert set(method.structured) == structured
+    assert chosen(model, "spt") == expected
+    trained = vp.summary(model).adapter - 32  # the class token
+    assert trained == sum(sizes[name] for name in structured) + sum(map(len, expected.values())) <= budget
+
+
+def test_spt_meets_both_kinds():
+    """The cases above are not all of one kind."""
+    (method,) = allocated(vp.SPT(budget=1500, rank=2, matrix_share=0.3)).peft["default"].methods
+    assert method.structured
+    assert method.entries
+
+
+def test_other_methods_act_while_data_are_seen():
+    """The gradients are those of the model with the rest of the adapter."""
+    torch.manual_seed(0)
+    model = VIT.build(torch.float64)
+    vp.attach(model, [vp.VPT(num_tokens=3), vp.FishMask(density=0.03)], train=("pos_embed",))
+    prompts = model.peft["default"].get_parameter("vpt.visual.0.stream_in.prompts").detach().clone()
+    vp.allocate(model, [(images(), LABELS)])
+    assert torch.equal(model.peft["default"].get_parameter("vpt.visual.0.stream_in.prompts"), prompts)
+    assert chosen(model, "fish_mask") != chosen(allocated(vp.FishMask(density=0.03)), "fish_mask")
+
+
+# what waiting methods refuse, and what seeing data leaves alone
+
+
+@pytest.mark.parametrize("method", WAITING, ids=repr)
+def test_waiting_methods_refuse(method, tmp_path):
+    """Without data, computing, saving, merging and combining say what to do."""
+    model = VIT.build()
+    plain = VIT.run(model, VIT.inputs())
+    vp.attach(model, method)
+    attempts = [
+        lambda: VIT.run(model, VIT.inputs()),
+        lambda: vp.save(model, tmp_path),
+        lambda: vp.merge(model),
+        lambda: vp.combine(model, {"default": 1.0}, "copy"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(UserError, match=r"visionpeft\.allocate"):
+            attempt()
+    assert not list(tmp_path.iterdir())
+    with vp.use(model, None):
+        assert torch.equal(VIT.run(model, VIT.inputs()), plain)
+    vp.detach(model)
+    assert torch.equal(VIT.run(model, VIT.inputs()), plain)
+
+
+@pytest.mark.parametrize("method", WAITING, ids=repr)
+def test_seeing_data_changes_nothing_else(method):
+    """Base, flags, modes, head and what is active are what they were; nobody waits any more."""
+    model = VIT.build()
+    vp.attach(model, vp.LoRA(rank=2), name="other")
+    vp.attach(model, method)
+    vp.disable(model)
+    model.train()
+    model.blocks[1].eval()
+    before, head = base_state(model), model.peft["default"].head
+    modes = {n: m.training for n, m in model.named_modules() if not n.startswith("peft.default")}
+    vp.allocate(model, [(images(torch.float32), LABELS)])
+    assert same_bytes(base_state(model), before)
+    assert model.peft["default"].head is head
+    assert {n: m.training for n, m in model.named_modules() if n in modes} == modes
+    assert model.peft.active == ()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("peft.")] == []
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(UserError, match="none does"):
+        vp.allocate(model, [(images(torch.float32), LABELS)])
+
+
+def test_data_that_tell_nothing_are_refused():
+    """No batches, a head at zero, images that are not finite: a sentence, and the adapter goes on waiting."""
+    x = images(torch.float32)
+    bad = x.clone()
+    bad[1, 0, 0, 0] = math.nan
+    for batches, zero in (([], False), ([(x, LABELS)], True), ([(bad, LABELS)], False)):
+        model = VIT.build()
+        vp.attach(model, vp.FishMask())
+        if zero:
+            torch.nn.init.zeros_(model.peft["default"].head.weight)
+        with pytest.raises(UserError):
+            vp.allocate(model, batches)
+        with pytest.raises(UserError, match=r"visionpeft\.allocate"):
+            model(x)
+
+
+@pytest.mark.parametrize("method", [vp.FishMask, vp.PaFi, vp.SPT])
+def test_entries_are_not_to_be_given(method):
+    """Their numbers alone do not say which they are."""
+    model = VIT.build()
+    with pytest.raises(UserError, match="leave them out"):
+        vp.attach(model, method(entries={"visual.0.q.weight": 3}))
+    assert not hasattr(model, "peft")
+
+
+def test_which_adapter_sees_the_data():
+    """With two that wait, the name decides."""
+    model = VIT.build()
+    for name in ("a", "b"):
+        vp.attach(model, vp.FishMask(), name)
+        vp.disable(model)
+    with pytest.raises(UserError, match="name="):
+        vp.allocate(model, [(images(torch.float32), LABELS)])
+    vp.allocate(model, [(images(torch.float32), LABELS)], name="b")
+    assert [model.peft[name].pending for name in ("a", "b")] == [True, False]
+
+
+# entries outside the choice
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["pafi", "fish_mask", "child_d"])
+def test_other_entries_do_not_move(name, optimiser):
+    """After steps with momentum and strong weight decay, exactly the chosen entries differ from the backbone's."""
+    model = VIT.build()
+    method = vp.PaFi(density=0.02) if name == "pafi" else BY_NAME[name].method
+    vp.attach(model, method)
+    if method.pending:
+        vp.allocate(model, [(images(torch.float32), LABELS)])
+    parameters = vp.trainable_parameters(model)
+    if optimiser == "adamw":
+        optimiser = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.5)
+    else:
+        optimiser = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=0.5)
+    for _ in range(4):
+        optimiser.zero_grad()
+        F.cross_entropy(model(images(torch.float32)), LABELS).backward()
+        optimiser.step()
+    states = [v for s in optimiser.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.ndim]
+    assert sum(s.numel() for s in states) <= 2 * sum(p.numel() for p in parameters)
+    picked = chosen(model, method.name)
+    vp.merge(model)
+    found, base = model.state_dict(), VIT.build().state_dict()
+    moved = 0
+    for (block, site), address in addresses_of(VIT.build(), "visual").items():
+        path = f"visual.{site}" if block is None else f"visual.{block}.{site}"
+        if address.weight not in base:
+            continue
+        for part, new, old in zip(("weight", "bias"), address.read(found), address.read(base), strict=True):
+            differing = (new != old).flatten().nonzero().flatten().tolist()
+            assert set(differing) <= set(picked.get(f"{path}.{part}", []))
+            moved += len(differing)
+    assert moved > 0.9 * sum(map(len, picked.values()))
+
+
+def test_file_holds_values_and_indices_alone(tmp_path):
+    """Four bytes for a value and four for its index; the summary counts both."""
+    model = adapted(VIT, BY_NAME["fish_mask"])
+    vp.save(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    own = {k: v for k, v in tensors.items() if not k.startswith("head.")}
+    total = vp.summary(model)
+    assert {v.dtype for k, v in own.items()} == {torch.float32, torch.int32}
+    assert sum(v.numel() for v in own.values()) == 2 * total.adapter == 2 * total.indices
+    fields = json.loads((tmp_path / "adapter.json").read_text())["methods"][0]["fields"]
+    assert sum(fields["entries"].values()) == total.indices
+    assert f"{total.indices:,} indices" in " ".join(str(total).split())
+
+
+def test_pafi_is_loaded_where_it_would_choose_otherwise(tmp_path):
+    """On the backbone in bfloat16, whose order of magnitudes is another, the saved entries are used."""
+    model = adapted(VIT, BY_NAME["pafi"])
+    vp.save(model, tmp_path)
+    other = VIT.build(torch.bfloat16)
+    vp.load(other, tmp_path)
+    assert chosen(other, "pa_fi") == chosen(model, "pa_fi")
+
+
+def test_nothing_dense_is_kept_for_backward():
+    """Of a sparse change, x is kept, and neither the matrix nor its gradient."""
+    x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(9, 7, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    layer = types.SimpleNamespace(weight_tensor=weight, kind="linear")
+    change = SparseDelta(layer, torch.tensor([0, 9, 30, 62], dtype=torch.int32)).double()
+
+    def changed(x, values):
+        change._parameters["weight"] = values
+        y, ((_, left),) = linear(x, weight, bias, [(None, (change,))])
+        assert not left
+        return y
+
+    kept, values = [], torch.randn(4, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        changed(x, values)
+    assert sorted(kept) == sorted([x.shape, values.shape, weight.shape])
+    assert torch.autograd.gradcheck(changed, (x, values))
+
+
+def test_what_can_be_made_again_is_not_kept():
+    """Of outputs of norms and activations, which matrices read, no more is kept than by LoRA."""
+    x, kept = VIT.inputs(8), {}
+    for method in (vp.PaFi(density=0.02), vp.LoRA(rank=1, targets=("q", "k", "v", "proj", "fc1", "fc2"))):
+        model = VIT.build()
+        vp.attach(model, method)
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            output = model(x)
+        kept[type(method).__name__] = sum(sizes.values())
+        del output
+    assert kept["PaFi"] < 1.1 * kept["LoRA"]
+
+
+# Child-Tuning F
+
+
+def gradients(model):
+    """Gradients of the trained copies, with one mask."""
+    torch.manual_seed(0)
+    model.zero_grad()
+    F.cross_entropy(model(images(torch.float32)), LABELS).backward()
+    return {n: p.grad for n, p in model.peft["default"].trained_parameters()}
+
+
+def test_child_f_masks_gradients():
+    """In training mode an entry of the gradient is 0 or g / share, anew for each pass; in evaluation mode it is g."""
+    model = VIT.build()
+    vp.attach(model, vp.ChildTuning("F", share=0.25))
+    model.eval()
+    whole = {n: g.clone() for n, g in gradients(model).items()}
+    model.train()
+    masked = {n: g.clone() for n, g in gradients(model).items()}
+    kept = total = 0
+    for name, gradient in masked.items():
+        expected = torch.where(gradient != 0, 4 * whole[name], torch.zeros_like(gradient))
+        assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-7), name
+        kept, total = kept + (gradient != 0).sum().item(), total + gradient.numel()
+    assert 0.24 < kept / total < 0.26
+    torch.manual_seed(1)
+    model.zero_grad()
+    F.cross_entropy(model(images(torch.float32)), LABELS).backward()
+    name = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(model.peft["default"].get_parameter(f"trained.{name}").grad != 0, masked[name] != 0)
+    head = model.peft["default"].head.weight.grad
+    assert (head != 0).all()
+
+
+def test_child_f_masks_gradients_of_copies():
+    """A copied and an unpickled model mask as the original does."""
+    model = VIT.build()
+    vp.attach(model, vp.ChildTuning("F", share=0.25))
+    model.train()
+    expected = gradients(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        for name, gradient in gradients(twin).items():
+            assert torch.equal(gradient, expected[name]), name
+
+
+# runs
+
+
+@pytest.fixture(scope="module")
+def squares_on_disk(tmp_path_factory):
+    """A small set of images."""
+    return draw_images(tmp_path_factory.mktemp("data") / "squares")
+
+
+FISH = ["--model.method", "FishMask", "--model.method.density", "0.01", "--model.method.samples", "10"]
+SPT = ["--model.method", "SPT", "--model.method.budget", "3000", "--model.method.rank", "2"]
+CHILD = ["--model.method", "ChildTuning", "--model.method.variant", "F"]
+
+
+@pytest.mark.parametrize("method", [FISH, SPT, CHILD], ids=["fish_mask", "spt", "child_f"])
+def test_resumed_run_keeps_what_it_chose(method, tmp_path, squares_on_disk, monkeypatch, capsys):
+    """A run that is interrupted goes on with the entries it has, and ends where the uninterrupted one ends."""
+    shown = "what the method will choose by the data"
+    whole = run(tmp_path / "whole", squares_on_disk, *method, epochs=4)
+
+    def fail_in_third_epoch(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise ZeroDivisionError
+        return original(self, trainer, pl_module)
+
+    original = EpochHistory.on_train_epoch_end
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochHistory, "on_train_epoch_end", fail_in_third_epoch)
+        with pytest.raises(ZeroDivisionError):
+            fit.main([*arguments(squares_on_disk, *method, epochs=4), "--output", str(tmp_path / "parts")])
+    (part,) = (tmp_path / "parts").iterdir()
+    monkeypatch.setattr(adapted_task, "allocate", None)  # it must not be asked again
+    assert fit.main(["--resume", str(part)]) == 0
+    losses = [[row["train/loss"] for row in read_history(folder / "metrics.csv")] for folder in (part, whole)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+    assert results(part)["test"] == results(whole)["test"]
+    assert same_bytes(*(load_file(folder / "adapter" / "adapter.safetensors") for folder in (part, whole)))
+    assert (shown in capsys.readouterr().out) == (method != CHILD)
+    assert results(whole)["parameters"]["adapter"] > 0
+    assert "waiting" not in results(whole)["parameters"]
+
+
+def test_sparse_changes_under_function_transforms():
+    """`torch.func.grad` gives what `backward` gives."""
+    x = torch.randn(2, 5, 7, dtype=torch.float64)
+    layer = torch.nn.Linear(7, 9).double().requires_grad_(False)
+    change = SparseDelta(Layer("fc1", "linear", layer), torch.tensor([0, 9, 30, 62], dtype=torch.int32)).double()
+
+    def loss(weight):
+        y = torch.func.functional_call(change, {"weight": weight}, (x, layer(x), layer.weight, layer.bias))
+        return y.square().sum()
+
+    transformed = torch.func.grad(loss)(change.weight.detach())
+    loss(change.weight).backward()
+    assert torch.allclose(transformed, change.weight.grad, rtol=1e-12)

@@ -1,0 +1,331 @@
+"""AdaLoRA's budget, importance and penalty by formula, in a plain loop, under Lightning, and resumed."""
+
+import json
+
+import pytest
+import torch
+from conftest import distance, randomise
+from reference.hosts import HOSTS
+from small_runs import arguments, draw_images, results, run
+
+import visionpeft as vp
+from visionpeft import fit
+from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.runs.run_directory import RunDirectory
+from visionpeft.tasks import ImageClassification
+
+HOST = next(host for host in HOSTS if host.name == "vit_cls")
+METHOD = vp.AdaLoRA(rank=2, initial_rank=4, targets=("q", "v", "fc1"), start=0.2, end=0.8, interval=2)
+LAYERS = 3 * 3
+TOTAL = 10
+
+
+def loop(model, method, steps, total=TOTAL, after=vp.after_step, first=0, optimiser=None, seen=None):
+    """A plain training loop; gives the optimiser."""
+    optimiser = optimiser or torch.optim.Adam(vp.trainable_parameters(model), lr=0.02)
+    for step in range(first + 1, first + steps + 1):
+        optimiser.zero_grad()
+        inputs = HOST.inputs(4, torch.float64, seed=step)
+        loss = model(inputs).square().mean() + vp.penalty(model)
+        loss.backward()
+        optimiser.step()
+        if seen is not None:
+            seen.append({n: (p.detach().clone(), p.grad.clone()) for n, p in triplets(model).items()})
+        after(model, step, total)
+    return optimiser
+
+
+def attached(method=METHOD):
+    torch.manual_seed(0)
+    return vp.attach(HOST.build(torch.float64), method, head=False).eval()
+
+
+def triplets(model):
+    return dict(model.peft["default"].named_parameters())
+
+
+def values(model):
+    return {name: p for name, p in triplets(model).items() if name.endswith(".values")}
+
+
+def number_of_values(model):
+    return sum(int((p != 0).sum()) for p in values(model).values())
+
+
+def test_budget_is_the_papers_cubic():
+    method = vp.AdaLoRA(rank=4, initial_rank=12, start=0.1, end=0.6)
+    first, last, total = 100, 600, 1000
+    for step in (1, 50, 100):
+        assert method.budget(step, total) == 12
+    for step in (101, 300, 599):
+        rest = 1 - (step - first) / (total - first - (total - last))
+        assert method.budget(step, total) == pytest.approx(4 + (12 - 4) * rest**3)
+    for step in (600, 601, 1000):
+        assert method.budget(step, total) == 4
+
+
+def test_penalty_is_the_distance_from_orthogonal_factors():
+    model = attached(vp.AdaLoRA(rank=2, initial_rank=3, targets=("q", "fc2"), orthogonality=0.3))
+    randomise(model.peft["default"])
+    expected = 0
+    for name, factor in triplets(model).items():
+        if name.endswith((".P", ".Q")):
+            gram = factor.T @ factor if name.endswith(".P") else factor @ factor.T
+            expected = expected + 0.3 * ((gram - torch.eye(3, dtype=torch.float64)) ** 2).sum()
+    assert vp.penalty(model).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert vp.penalty(model).requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vp.penalty(model).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_penalty_is_that_of_the_active_adapters():
+    model = attached()
+    vp.attach(model, vp.LoRA(rank=2), "plain", head=False)
+    assert vp.penalty(model) > 0
+    vp.activate(model, "plain")
+    assert vp.penalty(model) == 0
+    vp.after_step(model, 1, 2)  # nothing to do, and no gradients needed
+
+
+def expected_choice(seen, method, budget):
+    """The importance of section 3.2 followed over all steps so far: which triplets are among the best `budget`."""
+    smooth, vary = {}, {}
+    for step in seen:
+        for name, (parameter, gradient) in step.items():
+            now = (parameter * gradient).abs()
+            smooth[name] = method.beta1 * smooth.get(name, torch.zeros_like(now)) + (1 - method.beta1) * now
+            change = (now - smooth[name]).abs()
+            vary[name] = method.beta2 * vary.get(name, torch.zeros_like(now)) + (1 - method.beta2) * change
+    scores = {}
+    for name in smooth:
+        if not name.endswith(".values"):
+            continue
+        stem = name.removesuffix("values")
+        of_values, of_P, of_Q = (smooth[stem + part] * vary[stem + part] for part in ("values", "P", "Q"))
+        for i in range(len(of_values)):
+            scores[name, i] = of_values[i] + of_P[:, i].sum() / len(of_P) + of_Q[i].sum() / of_Q.shape[1]
+    best = sorted(scores, key=lambda key: -scores[key])[:budget]
+    return {key: key in best for key in scores}
+
+
+def test_choices_follow_the_importance():
+    model, seen, checked = attached(), [], []
+
+    def after(model, step, total):
+        before = {name: p.detach().clone() for name, p in values(model).items()}
+        vp.after_step(model, step, total)
+        first, last = 2, 8
+        if (first <= step < last and step % 2 == 0) or step == last:
+            checked.append(step)
+            kept = expected_choice(seen, METHOD, round(LAYERS * METHOD.budget(step, total)))
+            for name, p in values(model).items():
+                expected = [v if kept[name, i] else 0.0 for i, v in enumerate(before[name].tolist())]
+                assert p.tolist() == expected
+        elif step < last:
+            assert all(torch.equal(before[name], p) for name, p in values(model).items())
+
+    optimiser = loop(model, METHOD, TOTAL, after=after, seen=seen)
+    assert checked == [2, 4, 6, 8]
+    assert number_of_values(model) == LAYERS * METHOD.rank
+    ranks = {int((p != 0).sum()) for p in values(model).values()}
+    assert len(ranks) > 1  # the budget went to some layers more than to others
+    assert optimiser.param_groups[0]["lr"] == 0.02
+
+
+def test_the_last_choice_is_final_and_earlier_ones_are_not():
+    model, kept = attached(), []
+
+    def after(model, step, total):
+        vp.after_step(model, step, total)
+        kept.append({name: (p != 0).tolist() for name, p in values(model).items()})
+
+    loop(model, METHOD, TOTAL, after=after)
+    assert kept[7] == kept[8] == kept[9]
+    assert sum(sum(row) for row in kept[4].values()) == 4 * LAYERS  # between two choices all have a value again
+    assert sum(sum(row) for row in kept[5].values()) < 4 * LAYERS
+
+
+def test_without_after_step_nothing_is_pruned():
+    """What the other tests find is the work of `after_step`."""
+    model = attached()
+    loop(model, METHOD, TOTAL, after=lambda *_: None)
+    assert number_of_values(model) == 4 * LAYERS
+
+
+def test_gradients_that_are_gone_are_missed():
+    model = attached()
+    with pytest.raises(vp.ConfigurationError, match=r"between optimizer.step\(\) and zero_grad\(\)"):
+        vp.after_step(model, 1, 10)
+    with pytest.raises(vp.ConfigurationError, match="step 11 is none of the steps 1 to 10"):
+        vp.after_step(model, 11, 10)
+
+
+def test_state_dict_resumes_the_loop():
+    whole = attached()
+    loop(whole, METHOD, TOTAL)
+    part = attached()
+    optimiser = loop(part, METHOD, 5)
+    resumed = attached()
+    resumed.load_state_dict(part.state_dict())
+    own = torch.optim.Adam(vp.trainable_parameters(resumed), lr=0.02)
+    own.load_state_dict(optimiser.state_dict())
+    loop(resumed, METHOD, 5, first=5, optimiser=own)
+    states = [model.peft["default"].state_dict() for model in (whole, resumed)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_saved_as_lora_of_the_ranks_that_are_left(tmp_path):
+    model = attached()
+    loop(model, METHOD, TOTAL)
+    inputs = HOST.inputs(4, torch.float64, seed=99)
+    output = model(inputs)
+    vp.save(model, tmp_path)
+    fresh = HOST.build(torch.float64)
+    vp.load(fresh, tmp_path)
+    assert distance(fresh.eval()(inputs), output) < 1e-13
+    (method,) = fresh.peft["default"].methods
+    assert isinstance(method, vp.LoRA)
+    found = {
+        name.removeprefix("lora.").removesuffix(".A"): len(p) for name, p in triplets(fresh).items() if ".A" in name
+    }
+    expected = {
+        name.removeprefix("ada_lora.").removesuffix(".values"): max(1, int((p != 0).sum()))
+        for name, p in values(model).items()
+    }
+    assert found == expected
+    description = json.loads((tmp_path / "adapter.json").read_text())
+    assert description["methods"][0]["class"] == "LoRA"
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_saved_while_all_triplets_act(tmp_path, steps):
+    """Before and between choices no triplet is dropped, and the loaded adapter computes the same bits."""
+    model = attached()
+    loop(model, METHOD, steps)
+    inputs = HOST.inputs(4, torch.float64, seed=99)
+    vp.save(model, tmp_path)
+    fresh = HOST.build(torch.float64)
+    vp.load(fresh, tmp_path)
+    assert torch.equal(fresh.eval()(inputs), model(inputs))
+    assert all(len(p) == 4 for name, p in triplets(fresh).items() if name.endswith(".A"))
+
+
+def test_saved_from_two_towers_and_beside_lora(tmp_path):
+    """Layers of two towers get one rank, and the names of two LoRAs do not collide."""
+    host = next(host for host in HOSTS if host.name == "clip_whole")
+    model = host.build(torch.float64)
+    adaptive = vp.AdaLoRA(rank=1, initial_rank=3, targets=("q", "fc1"), towers=["visual", "text"])
+    vp.attach(model, [vp.LoRA(rank=2, targets=("v",)), adaptive])
+    randomise(model.peft["default"])
+    with torch.no_grad():
+        layer = model.peft["default"].ada_lora.visual["0"]["q"]
+        layer.kept[0] = layer.values[0] = 0
+    model.eval()
+    inputs = host.inputs(dtype=torch.float64)
+    vp.save(model, tmp_path)
+    fresh = host.build(torch.float64)
+    vp.load(fresh, tmp_path)
+    assert distance(host.run(fresh.eval(), inputs), host.run(model, inputs)) < 1e-13
+    assert set(fresh.peft["default"].method_keys) == {"lora", "lora_1"}
+
+
+def test_merges_and_combines_as_low_rank_changes():
+    model = attached()
+    loop(model, METHOD, TOTAL)
+    inputs = HOST.inputs(4, torch.float64, seed=99)
+    output = model(inputs)
+    vp.combine(model, {"default": 1.0}, "copy", head=False)
+    assert distance(model(inputs), output) < 1e-12
+    vp.activate(model, "default")
+    vp.merge(model)
+    assert distance(model(inputs), output) < 1e-12
+
+
+# under Lightning
+
+OPTIONS = [
+    *("--model.method", "AdaLoRA", "--model.method.rank", "2", "--model.method.initial_rank", "4"),
+    *("--model.method.targets", "[q, v]", "--model.method.interval", "2", "--model.method.start", "0.2"),
+    *("--model.method.dropout", "0.2", "--model.method.orthogonality", "0.5"),
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("data") / "squares")
+
+
+def ranks_of(run_directory):
+    description = vp.read_metadata(RunDirectory(run_directory).adapter)
+    (method,) = description["methods"]
+    assert method["class"] == "LoRA"
+    return method["fields"]["rank"], method["fields"]["overrides"]
+
+
+def state_of(run_directory):
+    return torch.load(RunDirectory(run_directory).last_checkpoint, weights_only=True)["state_dict"]
+
+
+def without_seconds(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def test_a_run_prunes_by_itself_and_resumes(tmp_path, images, monkeypatch):
+    """No callback, no user code: the run ends with the target rank, and an interrupted one with the same numbers."""
+    torch.set_num_threads(1)
+    whole = run(tmp_path / "whole", images, *OPTIONS, epochs=5)
+    state = state_of(whole)
+    ranks = [int((value != 0).sum()) for key, value in state.items() if key.endswith(".values")]
+    assert sum(ranks) == 2 * len(ranks)
+    assert all(value.sum() > 0 for key, value in state.items() if key.endswith("sensitivity"))
+    original = EpochHistory.on_train_epoch_end
+
+    def fail_in_third_epoch(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise ZeroDivisionError
+        return original(self, trainer, pl_module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochHistory, "on_train_epoch_end", fail_in_third_epoch)
+        with pytest.raises(ZeroDivisionError):
+            fit.main([*arguments(images, *OPTIONS, epochs=5), "--output", str(tmp_path / "parts")])
+    (part,) = (tmp_path / "parts").iterdir()
+    assert fit.main(["--resume", str(part)]) == 0
+    assert results(part)["test"] == results(whole)["test"]
+    assert without_seconds(read_history(part / "metrics.csv")) == without_seconds(read_history(whole / "metrics.csv"))
+    resumed = state_of(part)
+    assert resumed.keys() == state.keys()
+    assert all(torch.equal(resumed[key], state[key]) for key in state)
+    assert ranks_of(part) == ranks_of(whole)
+
+
+def test_steps_are_counted_over_accumulated_batches(tmp_path, images, monkeypatch):
+    counted = []
+    after = vp.AdaLoRA.after_step
+
+    def count(self, part, step, total_steps):
+        counted.append((step, total_steps))
+        after(self, part, step, total_steps)
+
+    monkeypatch.setattr(vp.AdaLoRA, "after_step", count)
+    # 30 images: training has some batches of 8 in an epoch, each two of which make a step.
+    run(tmp_path, images, *OPTIONS, "--trainer.accumulate_grad_batches", "2", epochs=3)
+    total = counted[-1][1]
+    assert counted == [(step, total) for step in range(1, total + 1)]
+    assert total > 3
+
+
+def test_the_penalty_is_in_the_gradient_and_not_in_the_measured_loss():
+    task = ImageClassification(
+        vp.AdaLoRA(rank=1, initial_rank=2, targets=("q",), orthogonality=2.0),
+        ["a", "b", "c"],
+        backbone="test_vit",
+        pretrained=False,
+        backbone_kwargs={"img_size": 32},
+    )
+    images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    measured = []
+    task._measure = lambda metrics, loss, logits, labels: measured.append(loss.item())
+    loss = task.training_step((images, labels), 0)
+    assert loss.item() == pytest.approx(measured[0] + vp.penalty(task.model).item(), rel=1e-5)
+    assert vp.penalty(task.model) > 1

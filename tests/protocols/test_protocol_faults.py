@@ -1,0 +1,202 @@
+"""A protocol that is killed at random points, and processes that share an output folder."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+from small_protocols import measured, read_rows, write_config
+from small_runs import arguments as small_arguments
+from small_runs import draw_images
+from small_runs import run as run_fit
+
+from visionpeft import fit, protocol
+from visionpeft.protocols.method_runs import Trial
+from visionpeft.runs.run_directory import claim, write_json
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process must find no other threads running
+    yield
+    torch.set_num_threads(before)
+
+
+def start(function, *arguments):
+    """Call a function in a forked process, which has everything imported already; returns its id."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        code = function(*arguments)
+    finally:
+        os._exit(code)
+
+
+def wait(child, seconds=None):
+    """Its exit code; after some seconds it is killed, and there is none."""
+    deadline = None if seconds is None else time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if deadline is not None and time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return None
+        time.sleep(0.005)
+
+
+def table(folder, config):
+    return ["vtab1k", "--configs", config, "--tasks", "dsprites_ori", "--seeds", "1", "2", "--output", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A configuration, the rows of an uninterrupted protocol, and how long it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = write_config(folder / "configs")
+    started = time.monotonic()
+    assert wait(start(protocol.main, table(folder / "out", config))) == 0
+    return config, measured(read_rows(folder / "out")), time.monotonic() - started
+
+
+def kill_and_resume(folder, whole, kills, seed):
+    """Start the protocol again and again, each time for a random while; then to its end."""
+    config, rows, seconds = whole
+    generator = random.Random(seed)
+    killed = 0
+    for _ in range(kills):
+        # Long enough for an epoch now and then, so that it gets on, and killed anywhere.
+        code = wait(start(protocol.main, table(folder, config)), generator.uniform(0.05, 0.7 * seconds))
+        assert code in (None, 0)
+        killed += code is None
+    assert wait(start(protocol.main, table(folder, config))) == 0
+    assert measured(read_rows(folder)) == rows
+    finished = [path.parent.parent.name for path in folder.glob("final/*/*/results.json")]
+    assert max(Counter(finished).values()) == 1  # nothing was trained twice
+    assert not list(folder.glob("search/*/*/*/config.yaml"))
+    return killed
+
+
+def test_a_protocol_killed_at_random_points_ends_as_if_it_had_not_been(tmp_path, whole):
+    assert kill_and_resume(tmp_path / "out", whole, kills=4, seed=0) >= 2
+
+
+def test_a_kill_between_the_score_and_the_removal_of_its_run(tmp_path):
+    trial = Trial("trial", "a trial", ())
+    run = tmp_path / "trial/squares-LoRA-1"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("{}")
+    write_json(tmp_path / "trial/score.json", {"val_top1": 0.25})
+    assert trial.done(tmp_path / "trial")
+    assert trial.score(tmp_path) == 0.25
+    assert [path.name for path in (tmp_path / "trial").iterdir()] == ["score.json"]
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path, whole):
+    killed = sum(kill_and_resume(tmp_path / str(seed), whole, kills=5, seed=seed) for seed in range(1, 5))
+    assert killed >= 10
+
+
+def test_two_processes_on_one_folder_lose_nothing_and_share_nothing(tmp_path, whole):
+    config, rows, _ = whole
+    children = [start(protocol.main, table(tmp_path, config)) for _ in range(2)]
+    assert [wait(child) for child in children] == [0, 0]
+    assert measured(read_rows(tmp_path)) == rows
+    runs = [path.parent for path in tmp_path.glob("final/*/*/config.yaml")]
+    assert len(runs) == len({run.parent for run in runs}) == 2  # one run for each cell
+    assert len(list(tmp_path.glob("search/*/*/score.json"))) == 2
+
+
+def test_methods_of_two_processes_are_in_one_table(tmp_path, whole):
+    config, rows, _ = whole
+    other = write_config(tmp_path / "configs", "probe", "LinearProbe")
+    children = [start(protocol.main, table(tmp_path / "out", name)) for name in (config, other)]
+    assert [wait(child) for child in children] == [0, 0]
+    assert wait(start(protocol.main, table(tmp_path / "out", other))) == 0
+    found = read_rows(tmp_path / "out")
+    assert [row["method"] for row in found] == ["probe", "probe", "small", "small"]
+    assert measured(found)[2:] == rows
+
+
+def test_the_first_settings_of_a_folder_hold(tmp_path, whole):
+    config, _, _ = whole
+    children = [
+        start(protocol.main, [*table(tmp_path, config), "--search", "none", "--model.drop_path", rate])
+        for rate in ("0", "0.1")
+    ]
+    assert sorted(wait(child) for child in children) == [0, 2]
+    assert len(json.loads((tmp_path / "protocol.json").read_text())["arguments"]) == 2
+
+
+# Single runs
+
+
+def test_a_run_that_is_being_trained_is_not_resumed_by_another(tmp_path, capsys):
+    images = draw_images(tmp_path / "squares")
+    made = run_fit(tmp_path / "runs", images, epochs=1)
+    before = (made / "results.json").read_bytes()
+    with claim(made / "config.yaml") as mine:
+        assert mine
+        assert fit.main(["--resume", str(made)]) == 2
+    error = capsys.readouterr().err
+    assert "another process is training in" in error
+    assert error.count("\n") == 1
+    assert (made / "results.json").read_bytes() == before
+    assert fit.main(["--resume", str(made)]) == 0
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    def hold():
+        with claim(tmp_path / "lock") as mine:
+            (tmp_path / "held").write_text(str(mine))
+            time.sleep(60)
+        return 0
+
+    child = start(hold)
+    while not (tmp_path / "held").is_file():
+        time.sleep(0.005)
+    with claim(tmp_path / "lock") as mine:
+        assert not mine
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with claim(tmp_path / "lock") as mine:
+        assert mine
+
+
+def test_runs_started_at_once_have_directories_of_their_own(tmp_path):
+    images = draw_images(tmp_path / "squares")
+    command = [*small_arguments(images, epochs=1), "--output", str(tmp_path / "runs"), "--figures", "false"]
+    children = [start(fit.main, command) for _ in range(4)]
+    assert [wait(child) for child in children] == [0] * 4
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) == 4
+    assert all(json.loads((run / "results.json").read_text())["run_directory"] == str(run) for run in runs)
+    assert not any((run / "curves.png").exists() for run in runs)
+
+
+def test_json_files_of_many_writers_are_always_whole(tmp_path):
+    def write(number):
+        for count in range(200):
+            write_json(tmp_path / "shared.json", {"by": number, "numbers": [count] * 200})
+        return 0
+
+    children = [start(write, number) for number in range(3)]
+    while not (tmp_path / "shared.json").is_file():
+        time.sleep(0.001)
+    for _ in range(200):
+        assert len(set(json.loads((tmp_path / "shared.json").read_text())["numbers"])) == 1
+    assert [wait(child) for child in children] == [0] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]

@@ -1,0 +1,114 @@
+"""Wrong command lines: one line on stderr that names the nearest valid names, exit code 2, no traceback."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from visionpeft import evaluate, fit
+from visionpeft.runs.cli import find_config
+from visionpeft.errors import ConfigurationError
+
+VPT = ["--config", "vtab_vpt.yaml"]
+
+CASES = {
+    "configuration": (["--config", "vtab_vtp.yaml"], "no configuration 'vtab_vtp.yaml'; did you mean vtab_vpt.yaml"),
+    "no configuration": ([], "name a configuration, such as --config vtab_vpt.yaml"),
+    "method": ([*VPT, "--model.method", "Lora"], "no class 'Lora'; did you mean LoRA"),
+    "method field": ([*VPT, "--model.method.num_token", "3"], "VPT has no option 'num_token'; did you mean num_tokens"),
+    "method value": ([*VPT, "--model.method.num_tokens", "x"], "num_tokens takes a whole number, not 'x'"),
+    "blocks": ([*VPT, "--model.method.blocks", "last:99"], "a tower of 6 blocks"),
+    "target": ([*VPT, "--model.method", "LoRA", "--model.method.targets", "[qq]"], "target 'qq'"),
+    "model field": (
+        [*VPT, "--model.bakbone", "x"],
+        "ImageClassification has no option 'bakbone'; did you mean backbone",
+    ),
+    "nested field": ([*VPT, "--model.lr", "1"], "has no option 'lr'; did you mean optimisation.lr?"),
+    "dataclass field": ([*VPT, "--model.optimisation.lrr", "1"], "optimisation has no option 'lrr'; did you mean lr"),
+    "choice": ([*VPT, "--model.optimisation.optimizer", "adam"], "optimizer takes one of adamw, sgd, not 'adam'"),
+    "range": ([*VPT, "--model.optimisation.lr", "-1"], "must not be negative"),
+    "trained parameter": ([*VPT, "--model.train", "[cls_tokn]"], "cls_token"),
+    "data class": ([*VPT, "--data", "VTABk"], "no class 'VTABk'; did you mean VTAB1k"),
+    "data field": ([*VPT, "--data.tsak", "3"], "VTAB1k has no option 'tsak'; did you mean task"),
+    "task": ([*VPT, "--data.task", "cifa"], "did you mean cifar"),
+    "task without root": ([*VPT, "--data.task", "cifar"], "needs root"),
+    "root": (["--config", "images_lora.yaml", "--data.root", "nope"], "image folder nope does not exist"),
+    "backbone": ([*VPT, "--model.backbone", "nano_vitt"], "no backbone 'nano_vitt'; did you mean nano_vit?"),
+    "weights": ([*VPT, "--model.backbone", "vit_base_patch16_224.orig"], "no weights 'orig'; it has"),
+    "convolutional backbone": (
+        [*VPT, "--model.backbone", "convnext_atto", "--model.pretrained", "false"],
+        "ConvNeXt is not supported",
+    ),
+    "trainer field": ([*VPT, "--trainer.max_epoch", "3"], "trainer has no option 'max_epoch'; did you mean max_epochs"),
+    "trainer value": ([*VPT, "--trainer.max_epochs", "x"], "max_epochs takes a whole number or null, not 'x'"),
+    "accelerator": ([*VPT, "--trainer.accelerator", "gpuu"], "Available names are"),
+    "devices": ([*VPT, "--trainer.devices", "2"], "trains on one device"),
+    "option": ([*VPT, "--modle.backbone", "x"], "no option 'modle.backbone'; did you mean model"),
+    "stray word": ([*VPT, "extra"], "no option 'extra'"),
+    "report": ([*VPT, "--report", "best"], "needs a validation split"),
+    "resume": (["--resume", "nowhere"], "nowhere is not a run directory"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), CASES.values(), ids=list(CASES))
+def test_wrong_command_line(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fit.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert said in captured.err
+    assert "Traceback" not in captured.err + captured.out
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("num_tokens:", "num_token:", "VPT has no option 'num_token'; did you mean num_tokens"),
+        ("class_path: VPT", "class_path: VTP", "no class 'VTP'; did you mean VPT"),
+        ("max_epochs", "max_epoch", "trainer has no option 'max_epoch'"),
+        ("\ndata:", "\ndat:", "no option 'dat.init_args.task'; did you mean data"),
+        ("trainer:", "trainer: [", "is not valid YAML"),
+    ],
+)
+def test_wrong_configuration_file(old, new, said, capsys, tmp_path):
+    text = find_config("vtab_vpt.yaml").read_text()
+    assert old in text
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text.replace(old, new))
+    assert fit.main(["--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_gpu_asked_for_and_absent(capsys):
+    assert fit.main([*VPT, "--trainer.accelerator", "gpu"]) == 2
+    assert "no usable CUDA GPU" in capsys.readouterr().err
+
+
+def test_evaluate_needs_a_run(capsys):
+    assert evaluate.main(["--data.task", "cifar"]) == 2
+    assert "name the run directory first" in capsys.readouterr().err
+
+
+def test_local_configuration_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("vtab_vpt.yaml").parent != tmp_path
+    assert find_config("vtab_vpt") == find_config("vtab_vpt.yaml")
+    (tmp_path / "vtab_vpt.yaml").write_text("{}")
+    assert find_config("vtab_vpt.yaml").resolve().parent == tmp_path
+    with pytest.raises(ConfigurationError, match="vit_b16_in21k"):
+        find_config("backbones/vit_b16_in21.yaml")
+
+
+@pytest.mark.slow
+def test_error_of_a_process(tmp_path):
+    command = [sys.executable, "-m", "visionpeft.fit", "--config", "vtab_vpt.yaml", "--model.method", "Lora"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no class 'Lora'; did you mean LoRA?\n"
+    assert done.stdout == ""

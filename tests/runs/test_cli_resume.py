@@ -1,0 +1,171 @@
+"""Interrupted runs: an error, kill -9, Ctrl-C; resuming gives what the uninterrupted run gives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from small_runs import arguments, draw_images, results, run
+
+from visionpeft import fit
+from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.tasks import ImageClassification
+
+DROPOUT = ["--model.method", "VPT", "--model.method.num_tokens", "2", "--model.method.dropout", "0.3"]
+MIXED = [*DROPOUT, "--model.mixup", "0.4", "--model.head", "batchnorm_linear"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("data") / "squares")
+
+
+def without_seconds(history):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
+
+
+def test_resumed_run_equals_uninterrupted(tmp_path, images, monkeypatch):
+    whole = run(tmp_path / "whole", images, *MIXED, epochs=5)
+
+    def fail_in_third_epoch(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise ZeroDivisionError
+        return original(self, trainer, pl_module)
+
+    original = EpochHistory.on_train_epoch_end
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochHistory, "on_train_epoch_end", fail_in_third_epoch)
+        with pytest.raises(ZeroDivisionError):
+            fit.main([*arguments(images, *MIXED, epochs=5), "--output", str(tmp_path / "parts")])
+    (part,) = (tmp_path / "parts").iterdir()
+    assert not (part / "results.json").exists()
+    assert fit.main(["--resume", str(part)]) == 0
+    assert without_seconds(read_history(part / "metrics.csv")) == without_seconds(read_history(whole / "metrics.csv"))
+    assert results(part)["test"] == results(whole)["test"]
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, images):
+    made = run(tmp_path, images, epochs=2)
+    before = results(made)
+    assert fit.main(["--resume", str(made)]) == 0
+    assert results(made)["test"] == before["test"]
+    assert 0 < results(made)["training_seconds"] <= before["training_seconds"]  # as of the checkpoint
+    assert len(read_history(made / "metrics.csv")) == 2
+
+
+def test_resuming_with_another_method_is_refused(tmp_path, images, capsys):
+    made = run(tmp_path, images, epochs=1)
+    assert fit.main(["--resume", str(made), "--model.method", "BitFit"]) == 2
+    assert "does not belong to this method" in capsys.readouterr().err
+
+
+def test_loss_that_is_not_a_number(tmp_path, images, monkeypatch, capsys):
+    forward = ImageClassification.forward
+
+    def diverging(self, batch):
+        return forward(self, batch) * (float("nan") if self.training and self.current_epoch == 2 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageClassification, "forward", diverging)
+        assert fit.main([*arguments(images, epochs=4), "--output", str(tmp_path)]) == 2
+    assert "the training loss became nan in epoch 2, step 6" in capsys.readouterr().err
+    (made,) = tmp_path.iterdir()
+    checkpoint = torch.load(made / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 1
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+    assert fit.main(["--resume", str(made)]) == 0
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, images, monkeypatch, capsys):
+    end = EpochHistory.on_train_epoch_end
+
+    def break_weights(self, trainer, pl_module):
+        end(self, trainer, pl_module)
+        if trainer.current_epoch == 1:
+            with torch.no_grad():
+                next(pl_module.adapter.parameters()).fill_(float("inf"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochHistory, "on_train_epoch_end", break_weights)
+        assert fit.main([*arguments(images, epochs=3), "--output", str(tmp_path)]) == 2
+    assert "is not finite after epoch 1" in capsys.readouterr().err
+    (made,) = tmp_path.iterdir()
+    assert torch.load(made / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, images, monkeypatch, capsys):
+    replace = os.replace
+    calls = []
+
+    def full(source, target):
+        if str(target).endswith("last.ckpt"):
+            calls.append(target)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert fit.main([*arguments(images, epochs=3), "--output", str(tmp_path)]) == 2
+    assert "no space is left" in capsys.readouterr().err
+    (made,) = tmp_path.iterdir()
+    assert torch.load(made / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
+    assert not list((made / "checkpoints").glob(".*"))
+
+
+def start_and_stop(tmp_path, images, signal_number, epochs):
+    """Start a run in a process, send it a signal after three epochs, and return its directory, exit code and output."""
+    command = [sys.executable, "-m", "visionpeft.fit", *arguments(images, *DROPOUT, epochs=epochs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, "--output", "parts"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            tables = list((tmp_path / "parts").glob("*/metrics.csv"))
+            if tables and len(tables[0].read_text().splitlines()) > 3:
+                process.send_signal(signal_number)
+                break
+            time.sleep(0.01)
+        output, _ = process.communicate(timeout=60)
+    (part,) = (tmp_path / "parts").iterdir()
+    assert not (part / "results.json").exists(), output
+    return part, process.returncode, output
+
+
+@pytest.mark.slow
+def test_killed_run_resumes(tmp_path, images):
+    part, code, _ = start_and_stop(tmp_path, images, signal.SIGKILL, epochs=40)
+    assert code == -signal.SIGKILL
+    assert (part / "checkpoints" / "last.ckpt").is_file()
+    assert fit.main(["--resume", str(part)]) == 0
+    whole = run(tmp_path / "whole", images, *DROPOUT, epochs=40)
+    assert without_seconds(read_history(part / "metrics.csv")) == without_seconds(read_history(whole / "metrics.csv"))
+    assert results(part)["test"] == results(whole)["test"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_cleanly(tmp_path, images):
+    part, code, output = start_and_stop(tmp_path, images, signal.SIGINT, epochs=200)
+    assert code == 130
+    assert "Traceback" not in output
+    assert f"--resume {part.relative_to(tmp_path)}" in output
+    assert (part / "checkpoints" / "last.ckpt").is_file()

@@ -1,0 +1,175 @@
+"""What a run leaves behind, and evaluating and predicting with it."""
+
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from small_runs import COLOURS, arguments, draw_images, results, run
+
+import visionpeft as vp
+from visionpeft import evaluate, fit, predict
+from visionpeft.runs.history import read_history
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("data") / "squares")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, images):
+    return run(tmp_path_factory.mktemp("runs"), images, "--model.optimisation.lr", "0.02", epochs=8)
+
+
+def test_run_directory_is_complete(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        *("config.yaml", "environment.json", "metrics.csv", "tensorboard", "checkpoints", "adapter", "results.json"),
+        *("curves.png", "confusion_matrix.png", "wrong_predictions.png"),
+    }
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+
+
+def test_results_say_what_was_measured(finished):
+    found = results(finished)
+    assert found["test"]["top1"] > 0.6
+    assert found["data"]["sizes"] == {"train": 21, "val": 3, "test": 6}
+    assert found["data"]["normalisation"]["source"] == "pretrained"
+    assert found["backbone"]["name"] == "test_vit"
+    assert found["parameters"]["trainable"] == found["parameters"]["adapter"] + 3 * 64 + 3
+    assert found["training_seconds"] > 0
+    assert found["peak_memory_bytes"] > 2**20
+
+
+def test_confusion_counts_agree_with_accuracy(finished):
+    found = results(finished)["test"]
+    assert found["mean_per_class"] == pytest.approx(found["top1"])  # two test images in every class
+
+
+def test_metrics_has_one_row_for_each_epoch(finished):
+    rows = read_history(finished / "metrics.csv")
+    assert [row["epoch"] for row in rows] == list(range(8))
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"]
+    assert rows[-1]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_checkpoint_holds_no_backbone(finished):
+    checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]
+    assert all(key.startswith("model.peft.") for key in checkpoint["state_dict"])
+    saved = sum(value.numel() for value in checkpoint["state_dict"].values())
+    assert saved == results(finished)["parameters"]["trainable"]
+
+
+def test_adapter_folder_loads_into_the_plain_backbone(finished):
+    metadata = vp.read_metadata(finished / "adapter")
+    assert metadata["class_names"] == list(COLOURS)
+    assert metadata["preprocessing"]["input_size"] == [32, 32]
+
+
+def test_evaluate_repeats_the_test(finished, capsys):
+    assert evaluate.main([str(finished)]) == 0
+    again = json.loads((finished / "evaluation.json").read_text())
+    assert again["test"] == results(finished)["test"]
+    assert "test top-1 accuracy" in capsys.readouterr().out
+
+
+def test_evaluate_takes_other_data(finished, images):
+    assert evaluate.main([str(finished), "--data.test_fraction", "0.5"]) == 0
+    assert json.loads((finished / "evaluation.json").read_text())["data"]["sizes"]["test"] == 15
+
+
+def test_predict_csv(finished, images, tmp_path, capsys):
+    output = tmp_path / "out.csv"
+    assert predict.main([str(finished), str(images), "--top-k", "2", "--output", str(output)]) == 0
+    with output.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30
+    assert list(rows[0]) == ["path", "class_1", "probability_1", "class_2", "probability_2"]
+    assert sum(row["class_1"] in row["path"] for row in rows) > 20
+    assert all(float(row["probability_1"]) >= float(row["probability_2"]) for row in rows)
+
+
+def test_predict_json_of_one_file(finished, images, tmp_path):
+    output = tmp_path / "out.json"
+    assert predict.main([str(finished), str(images / "red" / "0.png"), "--output", str(output)]) == 0
+    (row,) = json.loads(output.read_text())
+    assert sorted(row["classes"]) == sorted(COLOURS)  # fewer than five classes: all of them
+    assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-4)
+
+
+def test_predict_damaged_image(finished, images, tmp_path, capsys):
+    folder = draw_images(tmp_path / "mixed", per_class=1)
+    (folder / "broken.png").write_bytes(b"no image")
+    assert predict.main([str(finished), str(folder)]) == 2
+    assert "broken.png" in capsys.readouterr().err
+    output = tmp_path / "out.json"
+    assert predict.main([str(finished), str(folder), "--skip-corrupt", "--output", str(output)]) == 0
+    assert len(json.loads(output.read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["nowhere.png"], "nowhere.png does not exist"),
+        (["--top-k", "0", "."], "--top-k must be at least 1"),
+        (["--output", "x.txt", "."], "must end in .csv or .json"),
+        ([], "arguments are required"),
+    ],
+)
+def test_predict_refuses(finished, more, said, capsys):
+    assert predict.main([str(finished), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert said in error
+
+
+def test_unfinished_run_is_refused(finished, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text((finished / "config.yaml").read_text())
+    assert evaluate.main([str(tmp_path)]) == 2
+    assert "has not finished" in capsys.readouterr().err
+    assert predict.main([str(tmp_path / "none"), "x.png"]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_two_runs_have_two_directories(tmp_path, images):
+    first, second = (run(tmp_path, images, "--trainer.fast_dev_run", "false", epochs=1) for _ in range(2))
+    assert first != second
+    assert results(first)["test"] == results(second)["test"]  # same seed, same numbers
+
+
+def test_last_epoch_can_be_reported(tmp_path, images):
+    made = run(tmp_path, images, "--report", "last", epochs=1)
+    assert results(made)["reported"] == "last of 1 epochs"
+
+
+def test_config_of_a_run_runs_again(finished, images, tmp_path):
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["model"]["init_args"]["optimisation"]["lr"] == 0.02
+    assert fit.main(["--config", str(finished / "config.yaml"), "--output", str(tmp_path)]) == 0
+    (again,) = tmp_path.iterdir()
+    assert results(again)["test"] == results(finished)["test"]
+
+
+def test_further_loggers_by_option(tmp_path, images):
+    """TensorBoard's files are always there; others are added under their Lightning names."""
+    folder = tmp_path / "csv"
+    made = run(
+        tmp_path / "runs",
+        images,
+        *("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(folder), "--trainer.logger.name", "mine"),
+        epochs=1,
+    )
+    (written,) = folder.rglob("metrics.csv")
+    columns = next(csv.reader(written.open()))
+    assert {"train/loss", "val/top1", "test/top1"} <= set(columns)
+    assert list((made / "tensorboard").iterdir())
+
+
+def test_a_logger_whose_package_is_missing_is_one_sentence(tmp_path, images, capsys):
+    command = [*arguments(images, epochs=1), "--trainer.logger", "WandbLogger", "--output", str(tmp_path)]
+    assert fit.main(command) == 2
+    assert "wandb" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,260 @@
+"""Every shipped configuration parses and builds what it names, without a download."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from small_learner_runs import CLIP
+from small_runs import draw_images
+
+import visionpeft as vp
+from visionpeft import methods
+from visionpeft.clip import learners
+from visionpeft.runs.cli import CLI, silence
+from visionpeft.files import shipped
+from visionpeft.tasks import prompt_learning
+
+CONFIGS = shipped("configs")
+WHOLE = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name.split("_")[0] in ("vtab", "fgvc", "images"))
+OF_CLIP = ("backbones/clip_rn50_openai.yaml", "backbones/clip_vit_b16_openai.yaml", "backbones/nano_clip.yaml")
+OF_LEARNERS_ALONE = (OF_CLIP[0], OF_CLIP[2])
+OVERLAYS = sorted(
+    {path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("backbones/*.yaml")} - set(OF_LEARNERS_ALONE)
+)
+PROTOCOLS = {
+    "fewshot": (
+        *("zero_shot", "linear_probe", "coop", "cocoop", "prograd", "kgcoop", "maple", "ivlp", "promptsrc", "tpt"),
+        *("clip_adapter", "tip_adapter", "tip_adapter_f", "clip_lora"),
+    ),
+    **dict.fromkeys(
+        ("base_to_new", "cross_dataset"),
+        ("zero_shot", "tpt", "coop", "cocoop", "kgcoop", "prograd", "maple", "promptsrc", "ivlp", "clip_lora"),
+    ),
+}
+# Learners without training images, and those for whose protocol there are no published numbers.
+WITHOUT_IMAGES = {f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in ("zero_shot", "tpt")}
+UNPUBLISHED = {
+    *("base_to_new_tpt.yaml", "base_to_new_clip_lora.yaml", "cross_dataset_ivlp.yaml", "cross_dataset_clip_lora.yaml"),
+}
+LEARNERS = [f"{protocol}_{name}.yaml" for protocol, names in PROTOCOLS.items() for name in names]
+WITHOUT_BENCHMARK_NUMBERS = (
+    *("dora", "vera", "adalora", "krona", "kadaptation", "compacter", "mam", "unipelt", "lora_plus"),
+    *("ia3", "layer_norm_tuning", "pafi", "fish_mask", "child_tuning_f", "child_tuning_d"),
+)
+UNPUBLISHED |= {f"{benchmark}_{name}.yaml" for benchmark in ("vtab", "fgvc") for name in WITHOUT_BENCHMARK_NUMBERS}
+UNPUBLISHED |= {f"fgvc_{name}.yaml" for name in ("rep_adapter", "convpass", "fact_tt", "fact_tk")}
+NAMES = (
+    *WITHOUT_BENCHMARK_NUMBERS,
+    *("vpt", "vpt_shallow", "lora", "adaptformer", "adapter", "adapter_plus", "ssf", "bitfit", "prefix_tuning"),
+    *("linear_probe", "full", "last_blocks", "gated_vpt", "rep_adapter", "convpass", "fact_tt", "fact_tk"),
+    *("spt_lora", "spt_adapter"),
+)
+VIDEOS = sorted(path.name for path in CONFIGS.glob("video_*.yaml"))
+VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
+VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Arguments that give each configuration data of its kind."""
+    images = draw_images(tmp_path_factory.mktemp("data") / "photos", per_class=6)
+    cub = tmp_path_factory.mktemp("fgvc") / "cub"
+    cub.mkdir()
+    for split in ("train", "val", "test"):
+        rows = {f"{split}/{label}.png": label for label in range(200)}
+        (cub / f"{split}.json").write_text(json.dumps(rows))
+    return {
+        "vtab": [],
+        "images": ["--data.root", str(images)],
+        "fgvc": ["--data.root", str(cub.parent)],
+    }
+
+
+def build(*arguments: str) -> CLI:
+    silence()
+    return CLI(list(arguments))
+
+
+def test_every_method_has_a_configuration_for_each_benchmark():
+    assert {f"{benchmark}_{name}.yaml" for benchmark in ("vtab", "fgvc") for name in NAMES} <= set(WHOLE)
+    named = {method_of(name)["class_path"] for name in WHOLE}
+    of_videos = {method_of(name)["class_path"] for name in VIDEOS}
+    assert set(VIDEOS) == {f"video_{name}.yaml" for name in VIDEO_NAMES}
+    assert of_videos - named == {"STAdapter", "AIM"}  # these act across frames
+    assert named | of_videos == set(methods.__all__) - {"Method"}
+
+
+def method_of(name):
+    return yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["method"]
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_video_configuration_builds(name):
+    cli = build("--config", name, "--trainer.accelerator", "cpu")
+    assert cli.model.backbone_name == "nano_vit"
+    (method,) = cli.model.methods
+    assert type(method).__name__ == method_of(name)["class_path"]
+    for field, value in method_of(name).get("init_args", {}).items():
+        assert (
+            list(value) == list(getattr(method, field)) if isinstance(value, list) else value == getattr(method, field)
+        )
+    assert type(cli.datamodule).__name__ == "Motion"
+    frames = cli.datamodule.sampling.num_frames
+    with torch.no_grad():
+        assert cli.model.eval()(torch.zeros(1, 2, 3, frames, 32, 32)).shape == (1, 8)  # two views
+    assert vp.trainable_parameters(cli.model.model)
+
+
+@pytest.mark.parametrize("overlay", VIDEO_SETS)
+def test_video_set_overlay(overlay):
+    """The overlay's options are those of its data module, and its frames are the model's."""
+    content = yaml.safe_load((CONFIGS / overlay).read_text())
+    given = content["data"]
+    assert content["model"]["init_args"]["num_frames"] == given["init_args"]["sampling"]["num_frames"]
+    with pytest.raises(vp.DataError, match=given["init_args"]["root"]):  # parsed; the videos are not there
+        build("--config", "video_st_adapter.yaml", "--config", overlay)
+
+
+def test_clip_tower_overlay_of_videos():
+    overlay = "backbones/clip_vit_b16_openai.yaml"
+    more = ["--model.backbone_kwargs", "null", "--model.pretrained", "false", "--data.num_workers", "0"]
+    cli = build("--config", "video_aim.yaml", "--config", overlay, *more)
+    assert cli.model.model.num_features == 768  # in front of the projection
+    assert cli.model.preprocessing.input_size == (224, 224)
+    assert cli.config.trainer.precision == "bf16-mixed"
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_configuration_builds(name, data):
+    cli = build("--config", name, *data[name.split("_")[0]], "--trainer.accelerator", "cpu")
+    assert cli.model.backbone_name == "nano_vit"
+    given = method_of(name)
+    (method,) = cli.model.methods
+    assert type(method).__name__ == given["class_path"]
+    if cli.model.adapter.pending:
+        vp.allocate(cli.model.model, [(torch.zeros(1, 3, 64, 64), torch.tensor([0]))])
+    assert cli.model(torch.zeros(2, 3, 64, 64)).shape == (2, len(cli.datamodule.class_names))
+    assert vp.trainable_parameters(cli.model.model)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_header_says_what_a_reader_needs(name):
+    header = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
+    text = " ".join(header)
+    assert "python -m visionpeft.fit --config" in text
+    if name.startswith(("vtab_", "fgvc_", "video_")) or name in LEARNERS:
+        assert "https://arxiv.org/abs/" in text
+        assert ("Published (" in text) == (name not in UNPUBLISHED)
+        assert f"--config {name}" in text
+        assert "easured" in text
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_backbone_overlay(overlay):
+    cli = build(
+        "--config", "vtab_vpt.yaml", "--config", overlay, "--model.pretrained", "false", "--data.num_workers", "0"
+    )
+    assert cli.model.backbone_name == yaml.safe_load((CONFIGS / overlay).read_text())["model"]["init_args"]["backbone"]
+    assert type(cli.model.methods[0]).__name__ == "VPT"
+    if "nano" not in overlay:
+        assert overlay in OF_CLIP or cli.config.trainer.max_epochs == 100
+        assert cli.config.trainer.precision == "bf16-mixed"
+        assert cli.datamodule.description()["sizes"]["test"] == 73_728
+        assert cli.model.preprocessing.input_size == (224, 224)
+
+
+def test_clip_art_overlay():
+    cli = build("--config", "vtab_lora.yaml", "--config", "clipart.yaml")
+    assert type(cli.datamodule).__name__ == "ClipArt"
+    assert len(cli.model.class_names) == len(cli.datamodule.class_names) >= 20
+
+
+def test_overrides_and_stacked_methods():
+    cli = build("--config", "vtab_vpt.yaml", "--model.method", "LoRA", "--model.method.rank", "4")
+    # A field that both methods have keeps the value the configuration gave it.
+    assert cli.model.methods == [vp.LoRA(rank=4, dropout=cli.config.model.init_args.method.init_args.dropout)]
+    stacked = "[{class_path: VPT, init_args: {num_tokens: 2, dropout: 0}}, {class_path: BitFit}]"
+    cli = build("--config", "vtab_vpt.yaml", "--model.method", stacked)
+    assert cli.model.methods == [vp.VPT(num_tokens=2), vp.BitFit()]
+
+
+def test_print_config(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        build("--config", "vtab_vpt.yaml", "--data.task", "dsprites_ori", "--print_config")
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["init_args"]["task"] == "dsprites_ori"
+    assert printed["model"]["init_args"]["method"]["class_path"].endswith("VPT")
+
+
+@pytest.fixture
+def small_nano_clip(monkeypatch):
+    """A tiny CLIP in the place of the one whose weights are in the package."""
+
+    def create(name, **options):
+        return create_clip(CLIP[1], pretrained=False)
+
+    create_clip = prompt_learning.create_clip
+    monkeypatch.setattr(prompt_learning, "create_clip", create)
+
+
+def test_every_configuration_of_a_learner_is_known():
+    kinds = {path.name for path in CONFIGS.glob("*.yaml")} - set(WHOLE) - {"clipart.yaml"}
+    assert {name for name in kinds if name.startswith(tuple(PROTOCOLS))} == set(LEARNERS)
+    named = {learner_of(name)["class_path"] for name in LEARNERS}
+    assert named == {name for name in learners.__all__ if is_learner(getattr(learners, name))}
+
+
+def is_learner(value):
+    return isinstance(value, type) and issubclass(value, learners.Learner) and value is not learners.Learner
+
+
+def learner_of(name):
+    return yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["learner"]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_configuration_of_a_learner_builds(name, small_nano_clip):
+    # The tiny CLIP has two blocks.
+    depth = ["--model.learner.depth", "2"] if "depth" in learner_of(name).get("init_args", {}) else []
+    cli = build("--config", name, *depth, "--trainer.accelerator", "cpu")
+    assert cli.model.backbone_name == "nano_clip"
+    learner, given = cli.model.learner, learner_of(name)
+    assert type(learner).__name__ == given["class_path"]
+    for option, value in given.get("init_args", {}).items():
+        if option not in ("depth", "allow_duplicates"):
+            assert learner.options[option] == value
+    assert learner.allow_duplicates == name.startswith("cross_dataset")  # ImageNet has two names twice
+    description = cli.datamodule.description()
+    assert description["task"] == "clipart"
+    assert description["class_subset"] == ("base" if name.startswith("base_to_new") else "all")
+    assert ("train" in description["sizes"]) == (name not in WITHOUT_IMAGES)
+    # Learners that have nothing to train by gradient steps say so in the number of epochs.
+    trains = learner.by_gradient
+    assert (cli.config.trainer.max_epochs > 0) == trains
+    if trains and not isinstance(learner, learners.TipAdapter | learners.CLIPLoRA):
+        recipe = cli.model.optimisation
+        assert (recipe.optimizer, recipe.schedule, recipe.weight_decay, recipe.decay_all, recipe.warmup_epochs) == (
+            *("sgd", "epoch_cosine", 5e-4, True, 1),
+        )
+    with torch.no_grad():
+        if not isinstance(learner, learners.TipAdapter):  # which has seen no images yet
+            assert cli.model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, len(cli.datamodule.class_names))
+
+
+@pytest.mark.parametrize("overlay", OF_CLIP)
+def test_clip_overlay_of_learners(overlay, small_nano_clip):
+    cli = build("--config", "fewshot_coop.yaml", "--config", overlay)
+    assert cli.model.backbone_name == yaml.safe_load((CONFIGS / overlay).read_text())["model"]["init_args"]["backbone"]
+    alone = build("--config", "fewshot_coop.yaml")
+    assert cli.config.trainer.max_epochs == alone.config.trainer.max_epochs
+    assert cli.model.optimisation == alone.model.optimisation
+    assert cli.datamodule.batch_size == alone.datamodule.batch_size
+    if "nano" not in overlay:
+        assert cli.config.trainer.precision == "bf16-mixed"
+
+
+def test_learner_and_method_configurations_do_not_mix(capsys):
+    with pytest.raises(vp.ConfigurationError, match="PromptLearning"):
+        build("--config", "fewshot_coop.yaml", "--model.method", "LoRA")

@@ -1,0 +1,347 @@
+"""PromptLearning: what is trained, when features are kept, what the learner is told and when."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from small_learner_runs import CLIP
+from small_runs import draw_images
+
+from visionpeft.clip.learner import Learner
+from visionpeft.clip.learners import IVLP, TPT, CLIPAdapter, CLIPLinearProbe, CoOp, KgCoOp, MaPLe, TipAdapter, ZeroShot
+from visionpeft.data import FewShot
+from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.tasks import PromptLearning
+from visionpeft.tasks.optimisation import Optimisation
+
+NAMES = ["blue", "green", "red"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("data") / "squares", per_class=8)
+
+
+def make(learner=CoOp, class_names=NAMES, options=None, **fields):
+    fields = {"backbone": CLIP[1], "pretrained": False} | fields
+    return PromptLearning(lambda *given: learner(*given, **(options or {})), class_names, **fields)
+
+
+def data(images, **fields):
+    fields = {"shots": 4, "batch_size": 4, "augmentation": "random_resized_crop", "views": 2} | fields
+    return FewShot("folder", images, **fields)
+
+
+def trainer(folder: Path, **options):
+    options = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False} | options
+    return pl.Trainer(
+        default_root_dir=folder,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+def counted(task, monkeypatch):
+    """Numbers of images that go through the image tower."""
+    rows = []
+    encode = task.learner.clip.encode_image
+
+    def count(images, *args, **kwargs):
+        rows.append(len(images))
+        return encode(images, *args, **kwargs)
+
+    monkeypatch.setattr(task.learner.clip, "encode_image", count)
+    return rows
+
+
+def test_only_the_learner_is_trained(tmp_path, images):
+    task = make()
+    before = {name: value.clone() for name, value in task.state_dict().items()}
+    trainer(tmp_path).fit(task, data(images))
+    changed = {name for name, value in task.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"learner.vectors"}
+    assert not task.learner.clip.training
+
+
+def test_kept_features_change_nothing(tmp_path, images, monkeypatch):
+    vectors, numbers = [], []
+    for cache in (True, False):
+        task = make(cache_features=cache)
+        rows = counted(task, monkeypatch)
+        fitted = trainer(tmp_path)
+        fitted.fit(task, data(images))
+        vectors.append(task.learner.vectors.detach())
+        numbers.append(fitted.callback_metrics["val/loss"].item())
+        # 12 images in 2 views, and the 3 for validation; or 12 and 3 in each of 3 epochs
+        assert sum(rows) == (12 * 2 + 3 if cache else 3 * (12 + 3))
+    assert torch.allclose(*vectors, atol=1e-6)
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
+
+
+def test_fresh_augmentations_are_not_kept(tmp_path, images, monkeypatch):
+    task = make()
+    rows = counted(task, monkeypatch)
+    trainer(tmp_path).fit(task, data(images, views=None))
+    assert sum(rows) == 3 * 12 + 3  # validation images are never augmented
+    assert len(task.cache.kept) == 3
+
+
+def test_no_more_views_than_epochs_are_worked_out(tmp_path, images, monkeypatch):
+    task = make()
+    rows = counted(task, monkeypatch)
+    trainer(tmp_path, max_epochs=1).fit(task, data(images, views=5))
+    assert sum(rows) == 12 + 3
+
+
+@pytest.mark.parametrize("learner", [MaPLe, IVLP, TPT])
+def test_features_that_depend_on_what_is_learnt_are_not_kept(tmp_path, images, learner):
+    task = make(learner, options={"num_views": 2} if learner is TPT else {})
+    fitted = trainer(tmp_path, max_epochs=1)
+    fitted.fit(task, data(images))
+    fitted.test(task, data(images), verbose=False)
+    assert not task.cache.kept
+
+
+def test_metrics_equal_their_definitions(tmp_path, images):
+    task, module = make(KgCoOp), data(images)
+    measured = trainer(tmp_path)
+    measured.test(task, module, verbose=False)
+    batches = list(module.test_dataloader())
+    pictures, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with torch.no_grad():
+        logits = task.learner(pictures)
+    assert measured.callback_metrics["test/loss"].item() == pytest.approx(
+        F.cross_entropy(logits, labels).item(), abs=1e-5
+    )
+    share = (logits.argmax(1) == labels).float().mean().item()
+    assert measured.callback_metrics["test/top1"].item() == pytest.approx(share)
+
+
+def test_default_recipe(tmp_path, images):
+    rates, groups = [], []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+            groups.extend(optimizer.param_groups[:1] if not groups else ())
+
+    trainer(tmp_path, max_epochs=5, callbacks=[Watch()]).fit(make(CLIPAdapter), data(images))
+    assert rates[::3] == pytest.approx([1e-5, 0.002, 0.00180902, 0.00130902, 0.00069098], rel=1e-5)
+    assert rates[1::3] == rates[::3]
+    assert (groups[0]["momentum"], groups[0]["weight_decay"]) == (0.9, 5e-4)
+
+
+class Told(ZeroShot):
+    """Records what the task tells it."""
+
+    by_gradient = True
+
+    def __init__(self, *given, **options):
+        super().__init__(*given, **options)
+        self.calls = []
+        self.vector = torch.nn.Parameter(torch.zeros(3))
+
+    def loss(self, images, labels, features=None):
+        self.calls.append("loss")
+        logits = self.classify(self.image_features(images) if features is None else features) + self.vector
+        return F.cross_entropy(logits, labels), logits
+
+    def end_epoch(self, epoch, num_epochs):
+        self.calls.append(("end_epoch", epoch, num_epochs))
+
+    def end_training(self):
+        self.calls.append("end_training")
+        return {"alpha": 1.5}
+
+    def fit_features(self, train, validation=None):
+        self.calls.append("fit_features")
+        self.train_split, self.validation_split = train, validation
+        return {}
+
+
+def test_what_a_learner_is_told(tmp_path, images):
+    task = make(Told)
+    trainer(tmp_path, max_epochs=2).fit(task, data(images))
+    steps = ["loss"] * 3
+    assert task.learner.calls == [
+        "fit_features",
+        *steps,
+        ("end_epoch", 0, 2),
+        *steps,
+        ("end_epoch", 1, 2),
+        "end_training",
+    ]
+    assert task.describe()["chosen"] == {"alpha": 1.5}
+
+
+def test_limited_steps_have_epochs(tmp_path, images):
+    task = make(Told)
+    trainer(tmp_path, max_epochs=-1, max_steps=7).fit(task, data(images))
+    assert [call for call in task.learner.calls if "end_epoch" in call] == [
+        ("end_epoch", epoch, 3) for epoch in range(3)
+    ]
+
+
+def test_dropout_is_drawn_while_training(tmp_path, images):
+    modes = []
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            learner = pl_module.learner
+            modes.append((learner.training, learner.clip.training, learner.clip.visual.training))
+
+    trainer(tmp_path, max_epochs=2, callbacks=[Watch()]).fit(make(CLIPAdapter), data(images))
+    assert set(modes) == {(True, False, False)}
+
+
+@pytest.mark.parametrize("views", [None, 1, 3])
+def test_features_that_are_fitted(tmp_path, images, views):
+    task, module = make(Told), data(images, views=views)
+    trainer(tmp_path, max_epochs=1).fit(task, module)
+    features, labels = task.learner.train_split
+    assert labels.tolist() == module.sources["train"].labels
+    dataset = module.dataset("train")
+    with torch.no_grad():
+        by_view = [
+            task.learner.image_features(torch.stack([dataset[index, view][0] for index in range(12)]))
+            for view in range(views or 1)
+        ]
+    expected = by_view[0] if len(by_view) == 1 else torch.stack(by_view, dim=1)
+    assert torch.allclose(features, expected, atol=1e-5)
+    validation, names = task.learner.validation_split
+    assert (len(validation), names.tolist()) == (3, module.sources["val"].labels)
+
+
+def test_no_validation_split(tmp_path, images):
+    task, module = make(Told), data(images)
+    del module.sources["val"]
+    trainer(tmp_path, max_epochs=1).fit(task, module)
+    assert task.learner.validation_split is None
+
+
+@pytest.mark.parametrize("learner", [ZeroShot, TipAdapter, CLIPLinearProbe])
+def test_training_without_gradient_steps(tmp_path, images, learner):
+    task = make(learner)
+    fitted = trainer(tmp_path)
+    fitted.fit(task, data(images))
+    assert fitted.current_epoch == fitted.global_step == 0
+    fitted.test(task, data(images), verbose=False)
+    assert fitted.callback_metrics["test/loss"].isfinite()
+
+
+def test_fitting_needs_a_data_module(tmp_path):
+    with pytest.raises(ConfigurationError, match="give a data module"):
+        trainer(tmp_path).fit(make(TipAdapter), train_dataloaders=[(torch.zeros(1, 3, 32, 32), torch.zeros(1).long())])
+
+
+def test_views_are_classified_in_inference_mode(tmp_path, images):
+    task = make(TPT, options={"selection": 0.5})
+    measured = trainer(tmp_path, inference_mode=True)
+    measured.test(task, data(images, test_views=4, test_batch_size=2), verbose=False)
+    assert measured.callback_metrics["test/loss"].isfinite()
+    with torch.inference_mode():
+        views = torch.randn(2, 4, 3, 32, 32)
+        assert torch.equal(task(views), task.learner(views))
+
+
+def test_template_of_the_data(tmp_path, images):
+    class Styled(FewShot):
+        def template_for(self, style):
+            return {"zero_shot": "a drawing of {}.", "kgcoop": "{} it is"}[style]
+
+    for learner, options, templates in (
+        (ZeroShot, {}, ("a drawing of {}.",)),
+        (ZeroShot, {"template": "my {}"}, ("my {}",)),
+        (KgCoOp, {}, ("{} it is",)),
+        (CoOp, {}, ()),
+    ):
+        task = make(learner, options=options)
+        task.connect(Styled("folder", images, shots=4))
+        assert task.learner.templates == templates
+        assert task.describe()["template"] == (list(templates) or None)
+
+
+def test_data_is_told_the_preprocessing(tmp_path, images):
+    task, module = make(), data(images)
+    task.connect(module)
+    assert module.preprocessing == task.preprocessing
+    assert module.preprocessing.input_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("learner", "keys"),
+    [
+        (CoOp, {"vectors"}),
+        (ZeroShot, set()),
+        (CLIPAdapter, {"adapter.0.weight", "adapter.2.weight"}),
+        (TipAdapter, {"alpha", "beta", "keys", "labels"}),
+    ],
+)
+def test_checkpoints_keep_what_is_learnt(learner, keys):
+    assert make(learner).trained_keys() == {f"learner.{key}" for key in keys}
+
+
+def test_checkpoints_keep_adapters_of_the_towers(tmp_path, images):
+    task = make(MaPLe)
+    assert len(task.trained_keys()) == sum(1 for _ in task.learner.trainable_parameters())
+    assert all(key.startswith("learner.clip.peft.") for key in task.trained_keys())
+    fitted = trainer(tmp_path, max_epochs=1)
+    fitted.fit(task, data(images))
+    fitted.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == task.trained_keys()
+    with pytest.raises(StorageError, match="differ in name or shape"):
+        trainer(tmp_path, max_epochs=2).fit(make(), data(images), ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_seed_decides_the_first_values():
+    first, again, other = (make(seed=seed).learner.vectors for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_first_values_do_not_depend_on_how_the_clip_was_made():
+    first, other = (make(backbone=f"open_clip/{name}").learner.vectors for name in ("tiny_clip", "other_tiny_clip"))
+    assert torch.equal(first, other)
+
+
+def test_class_chunks_have_the_same_gradient():
+    gradients = []
+    for chunk in (None, 2):
+        task = make(chunk_size=chunk, class_names=["a", "b c", "d e f", "g", "h"])
+        loss, _ = task.training_loss(torch.ones(2, 3, 32, 32), torch.tensor([0, 3]))
+        loss.backward()
+        gradients.append(task.learner.vectors.grad)
+    assert torch.allclose(*gradients, rtol=0, atol=1e-5 * gradients[0].abs().max().item())
+
+
+def test_saved_and_loaded(tmp_path, images):
+    task, module = make(MaPLe), data(images)
+    trainer(tmp_path, max_epochs=1).fit(task, module)
+    task.save(tmp_path / "learner", module)
+    other = make(MaPLe, class_names=["x", "y", "z", "w"])
+    other.load(tmp_path / "learner")
+    assert other.learner.class_names == ["x", "y", "z", "w"]
+    other.learner.set_class_names(NAMES)
+    pictures = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(other(pictures), task.eval()(pictures), atol=1e-6)
+
+
+def test_refusals():
+    with pytest.raises(ConfigurationError, match="at least two classes"):
+        make(class_names=["one"])
+    with pytest.raises(ConfigurationError, match="chunk_size must be at least 1"):
+        make(chunk_size=0)
+    with pytest.raises(ConfigurationError, match="are both 'a b'"):
+        make(class_names=["a b", "a_b"])
+
+
+def test_nothing_to_train_is_no_error_of_the_optimiser(tmp_path, images):
+    task = make(ZeroShot, optimisation=Optimisation())
+    assert isinstance(task.learner, Learner)
+    assert task.configure_optimizers() is None

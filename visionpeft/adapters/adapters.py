@@ -1,0 +1,267 @@
+"""What attaching creates: one module tree for each adapter, and the container of all of them on the model's root."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn as nn
+
+from visionpeft.adapters.economies import Economies
+from visionpeft.backbones.quantised import is_quantised
+from visionpeft.backbones.tower import Backbone, Tower
+from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.methods.parts.base import Method, select_towers
+from visionpeft.naming import nearest
+from visionpeft.sites import Placement
+
+
+class AttachedAdapter(nn.Module):
+    """The trained modules and parameters of one adapter.
+
+    Parameter paths: `<method>.<tower>.<block>.<site>.<parameter>`, `<method>.<tower>.<layer>.<parameter>` outside the
+    blocks, `trained.<name in the model>` for trained copies of the backbone's own parameters, and the path of each
+    head. A path is the same in `state_dict`, in the saved file and in error messages.
+
+    Args:
+        methods: the methods of the adapter, in order.
+        backbone: the described model.
+        head: whether the adapter has its own copies of the model's heads, to be trained.
+        train: names of further parameters of the model to train: a parameter, a module, or a pattern such as "*.norm1".
+    """
+
+    def __init__(self, methods: tuple[Method, ...], backbone: Backbone, head: bool, train: tuple[str, ...] = ()):
+        super().__init__()
+        self.methods = methods
+        self.train_names = tuple(train)
+        self.placements: list[tuple[int, Placement]] = []  # (index of the method, placement)
+        self.method_keys = method_keys(methods)
+        self.masked: dict[str, Method] = {}  # trained parameter -> the method that masks its gradient
+        trained: dict[str, None] = dict.fromkeys(_named_to_train(train, backbone))
+        for index, (key, method) in enumerate(zip(self.method_keys, methods, strict=True)):
+            towers = select_towers(method, backbone)
+            if method.pending:
+                self.placements.append((index, Placement(towers[0].name, 0, "stream_in", Pending(method))))
+                continue
+            self._place(index, key, method, towers)
+            for tower in towers:
+                names = [join(tower.path, name) for name in method.trains(tower)]
+                trained |= dict.fromkeys(names)
+                if type(method).mask_gradient is not Method.mask_gradient:
+                    self.masked |= dict.fromkeys(names, method)
+        self.trained_names = tuple(trained)
+        for name in self.trained_names:
+            nest(self, f"trained.{name}", nn.Parameter(_trainable(backbone.model, name).detach().clone()))
+        self.heads = backbone.heads if head else ()
+        for path in self.heads:
+            for name, _ in backbone.model.get_submodule(path).named_parameters():
+                _trainable(backbone.model, f"{path}.{name}")
+            nest(self, path, copy.deepcopy(backbone.model.get_submodule(path)).requires_grad_(True))
+        self._mask_gradients()
+
+    def __setstate__(self, state: dict):
+        super().__setstate__(state)
+        self._mask_gradients()  # hooks are lost when parameters are copied or pickled
+
+    def _mask_gradients(self) -> None:
+        def masking(method: Method) -> Callable:
+            return lambda gradient: method.mask_gradient(gradient) if self.training else gradient
+
+        for name, method in self.masked.items():
+            self.get_parameter(f"trained.{name}").register_hook(masking(method))
+
+    def _place(self, index: int, key: str, method: Method, towers: list[Tower]) -> None:
+        references = {tower.name: next(tower.module.parameters()) for tower in towers}
+        for item in method.place_all(towers):
+            reference = references[item.tower]
+            item.module.to(reference.device, torch.float64 if reference.dtype == torch.float64 else torch.float32)
+            if isinstance(item, Placement):
+                name = item.name or item.site
+                where = [name] if item.block is None else [str(item.block), name]
+                self.placements.append((index, item))
+            else:
+                where = [item.name]
+            nest(self, ".".join([key, item.tower, *where]), item.module)
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names in the model and trained copies of parameters of the backbone."""
+        for name in self.trained_names:
+            yield name, self.get_parameter(f"trained.{name}")
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the adapter's heads."""
+        return [parameter for path in self.heads for parameter in self.get_submodule(path).parameters()]
+
+    @property
+    def pending(self) -> bool:
+        """Whether one of the methods waits for data."""
+        return any(method.pending for method in self.methods)
+
+    def num_parameters(self) -> int:
+        """Number of trained values without the heads."""
+        return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.head_parameters())
+
+
+class Pending(nn.Module):
+    """Stands where a method will act once it has seen data, and refuses to compute.
+
+    Args:
+        method: the method.
+    """
+
+    def __init__(self, method: Method):
+        super().__init__()
+        self.method = type(method).__name__
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Refuse.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        raise ConfigurationError(
+            f"{self.method} chooses what it trains by the data and has seen none; call "
+            "visionpeft.allocate(model, batches) first"
+        )
+
+
+class Adapters(nn.ModuleDict):
+    """All adapters of a model, which of them act, and what was replaced in the model to make them act.
+
+    While adapters act, the originals live here and nowhere else, so they move between devices with this module.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.route: tuple[str | None, ...] | None = None
+        self.was_trainable: tuple[str, ...] = ()
+        self.economies = Economies()
+        self.recomputing: list[nn.Module] = []
+        self.swapped: list[tuple[nn.Module, type]] = []
+        self.replaced: list[tuple[nn.Module, str, nn.Parameter | nn.Module | None]] = []
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for _, _, original in self.replaced:
+            if isinstance(original, nn.Parameter):
+                original.data = fn(original.data)
+            elif isinstance(original, nn.Module):
+                original._apply(fn)
+        return self
+
+    def train(self, mode: bool = True):
+        """Set the mode of the adapters and of what they have replaced."""
+        for _, _, original in self.replaced:
+            if isinstance(original, nn.Module):
+                original.train(mode)
+        return super().train(mode)
+
+    def replace(self, owner: nn.Module, name: str, new: nn.Parameter | nn.Module | None) -> None:
+        """Put a parameter or module in the place of another and keep the original."""
+        slots = owner._modules if name in owner._modules else owner._parameters
+        self.replaced.append((owner, name, slots.get(name)))
+        slots[name] = new
+
+    def recompute_blocks(self, model: nn.Module) -> None:
+        """Let the library work out blocks again in the backward pass, if that is asked for."""
+        for module in model.modules() if self.economies.recompute == "block" else ():
+            if getattr(module, "grad_checkpointing", None) is False:
+                module.grad_checkpointing = True
+                self.recomputing.append(module)
+
+    def restore(self) -> None:
+        """Give the model back its own classes, parameters and heads."""
+        self.restore_classes()
+        while self.replaced:
+            owner, name, original = self.replaced.pop()
+            slots = owner._modules if name in owner._modules else owner._parameters
+            slots[name] = original
+
+    def require_whole(self) -> None:
+        """Refuse a model that `fully_shard` has given classes of its own, which must stay.
+
+        Raises:
+            UnsupportedError: if it has.
+        """
+        if any(cls.__name__ == "FSDPModule" for module, _ in self.swapped for cls in type(module).__mro__):
+            raise UnsupportedError(
+                "the model is sharded, so that its adapters cannot be changed; do it before fully_shard, or load the "
+                "full state dict into a model that is not sharded"
+            )
+
+    def restore_classes(self) -> None:
+        """Give the modules of the model back their own classes, and keep activations as the model did."""
+        self.require_whole()
+        while self.recomputing:
+            self.recomputing.pop().grad_checkpointing = False
+        while self.swapped:
+            module, original = self.swapped.pop()
+            module.__class__ = original
+            for attribute in ("sites", "acting", "entering", "forward_intermediates"):
+                module.__dict__.pop(attribute, None)
+
+
+def check_allocated(adapter: AttachedAdapter) -> None:
+    """Refuse an adapter whose method waits for data.
+
+    Raises:
+        ConfigurationError: naming the method.
+    """
+    for _, placement in adapter.placements:
+        if isinstance(placement.module, Pending):
+            placement.module(None)
+
+
+def method_keys(methods: Iterable[Method]) -> list[str]:
+    """First word of the parameter paths of each method of an adapter; a second method of one name gets its number."""
+    keys: list[str] = []
+    for index, method in enumerate(methods):
+        keys.append(method.name if method.name not in keys else f"{method.name}_{index}")
+    return keys
+
+
+def nest(root: nn.Module, path: str, item: nn.Module | nn.Parameter) -> None:
+    """Register a module or parameter under a dotted path, making the modules on the way.
+
+    Raises:
+        ConfigurationError: if the path is taken.
+    """
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.ModuleDict())
+        root = root._modules[parent]
+    if name in root._modules or name in root._parameters:
+        raise ConfigurationError(f"two parts of one adapter would both be called {path!r}")
+    if isinstance(item, nn.Parameter):
+        root.register_parameter(name, item)
+    else:
+        root.add_module(name, item)
+
+
+def join(path: str, name: str) -> str:
+    """A dotted path of two parts, the first of which may be empty."""
+    return f"{path}.{name}" if path else name
+
+
+def _trainable(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of this name, unless no copy of it can be trained."""
+    parameter = model.get_parameter(name)
+    if is_quantised(parameter):
+        raise UnsupportedError(
+            f"{name} is quantised and cannot be trained; quantise the frozen layers only, such as those of the blocks"
+        )
+    return parameter
+
+
+def _named_to_train(names: Iterable[str], backbone: Backbone) -> Iterator[str]:
+    heads = tuple(f"{path}." for path in (*backbone.heads, "peft"))
+    parameters = [name for name, _ in backbone.model.named_parameters() if not name.startswith(heads)]
+    for name in names:
+        matches = [p for p in parameters if p == name or p.startswith(f"{name}.") or fnmatchcase(p, name)]
+        matches += [p for p in parameters if p not in matches and fnmatchcase(p.rpartition(".")[0], name)]
+        if not matches:
+            near = nearest(name, {*parameters, *(p.rpartition(".")[0] for p in parameters)} - {""})
+            raise ConfigurationError(f"train={name!r} matches no parameter of the backbone; near names are {near}")
+        yield from matches

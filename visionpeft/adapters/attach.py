@@ -1,0 +1,328 @@
+"""Attach adapters to a model, choose which of them act, and take them off again."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch.nn as nn
+
+from visionpeft.adapters.adapters import Adapters, AttachedAdapter
+from visionpeft.adapters.economies import Economies
+from visionpeft.adapters.install import install
+from visionpeft.adapters.selfcheck import check_tower
+from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.quantised import is_quantised
+from visionpeft.backbones.tower import Backbone
+from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, one_line
+from visionpeft.methods.parts.base import Method
+from visionpeft.naming import nearest
+
+
+def attach(
+    model: nn.Module,
+    method: Method | Sequence[Method],
+    name: str = "default",
+    *,
+    head: bool = True,
+    train: Iterable[str] = (),
+) -> nn.Module:
+    """Attach a method, or several stacked ones, to a model in place. The new adapter acts beside those already active.
+
+    The first adapter freezes the model. Nothing is changed if anything is refused.
+
+    Args:
+        model: a timm or OpenCLIP model, not compiled.
+        method: one method, or several that make one adapter together.
+        name: name of the adapter, for `activate`, `route`, `save`.
+        head: train a copy of the model's classification head with the adapter; the model's own head comes back when
+            the adapter is switched off or detached.
+        train: names of further parameters to train, as copies: a parameter ("cls_token"), a module ("norm"), or a
+            pattern ("*.norm1"). They travel with the adapter.
+
+    Returns:
+        The model.
+
+    Raises:
+        UnsupportedError: if the model or a site the method needs is not supported.
+        ConfigurationError: if the name is taken, or a target, block range or tower matches nothing.
+    """
+    methods = tuple(method) if isinstance(method, Sequence) else (method,)
+    for each in methods:
+        if not isinstance(each, Method):
+            raise ConfigurationError(f"attach needs a method such as LoRA(rank=8), not {each!r}")
+        if getattr(each, "entries", None) is not None:  # which of them, only a saved adapter says
+            raise ConfigurationError(f"{type(each).__name__}: entries are found, not given; leave them out")
+    words = " and ".join(type(each).__name__ for each in methods)
+    with plain(model):
+        backbone = describe(model)
+        try:
+            adapter = AttachedAdapter(methods, backbone, head, tuple([train] if isinstance(train, str) else train))
+        except (UserError, NotImplementedError, RecursionError):  # sentences of ours, and defects of a method's code
+            raise
+        except (RuntimeError, ValueError, MemoryError) as error:  # sizes and values torch refuses
+            raise ConfigurationError(f"{words} cannot be made here ({one_line(error)}); choose other values") from error
+    if not adapter.pending and not any(True for _ in adapter.parameters()):
+        raise ConfigurationError(f"{words} trains nothing here: the model has no head, or head=False was asked for")
+    register(model, name, adapter, backbone)
+    return model
+
+
+def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
+    """Add a made adapter to the model and let it act beside the active ones. Nothing is changed if it is refused."""
+    _check_name(model, name)
+    with plain(model):
+        _check_sites(adapter, backbone)
+    if not has_adapters(model):
+        model.add_module("peft", Adapters())
+        model.peft.was_trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
+        model.requires_grad_(False)
+    peft: Adapters = model.peft
+    before = peft.active, peft.route
+    peft[name] = adapter
+    adapter.train(model.training)
+    peft.active, peft.route = (*peft.active, name), None
+    try:
+        install(model)
+    except Exception:  # whatever failed: leave the model as it was, then raise
+        detach(model, name)
+        peft.active, peft.route = before
+        if has_adapters(model):
+            install(model)
+        raise
+
+
+def exchange(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
+    """Put an adapter in the place of the attached one of this name. Nothing is changed if it is refused."""
+    peft, old = attached(model), attached(model)[name]
+    with plain(model):
+        _check_sites(adapter, backbone)
+    peft[name] = adapter
+    adapter.train(old.training)
+    try:
+        install(model)
+    except Exception:  # whatever failed: leave the model as it was, then raise
+        peft[name] = old
+        install(model)
+        raise
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take off one adapter, or all of them; without any the model is what it was before the first, byte for byte."""
+    peft = model.__dict__.get("merged_peft") or attached(model)
+    peft.require_whole()
+    if name is not None:
+        known(peft, name)
+    if "merged_peft" in model.__dict__:
+        reattach(model)
+    for each in list(peft) if name is None else [name]:
+        del peft[each]
+    peft.active, peft.route = tuple(each for each in peft.active if each in peft), None
+    if len(peft) > 0:
+        install(model)
+        return model
+    peft.restore()
+    del model.peft
+    trainable = set(peft.was_trainable)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name in trainable)
+    return model
+
+
+def activate(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
+    """Let exactly these adapters act. Of several with a head, the last one's head is used."""
+    _choose(model, names, None)
+    return model
+
+
+def disable(model: nn.Module) -> nn.Module:
+    """Let no adapter act: the model computes as it did before the first was attached."""
+    _choose(model, (), None)
+    return model
+
+
+def economise(
+    model: nn.Module, *, class_token_only: bool = False, recompute: Literal["mlp", "block"] | None = None
+) -> nn.Module:
+    """Choose exact economies for a model with adapters; without arguments, none. Outputs and gradients stay the same.
+
+    They hold while adapters act, whichever they are.
+
+    Args:
+        model: the model.
+        class_token_only: in the last block of an image tower that pools its class token, work out queries, projection
+            and MLP for this token alone. What the blocks give, such as timm's `forward_features`, is then that token.
+            It stands aside, and all tokens are there, while a hook sees them, while a batch is routed, and if an active
+            method mixes tokens behind the attention of this block; `forward_intermediates` is refused.
+        recompute: "mlp" works out the hidden activations of every MLP again in the backward pass instead of keeping
+            them, "block" all activations of every block, by the library's own gradient checkpointing.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigurationError: if the model has no adapters, or there is no such choice.
+        UnsupportedError: if the image tower pools its tokens in another way.
+    """
+    peft, chosen = attached(model), Economies(class_token_only, recompute)
+    with plain(model):
+        towers = describe(model).towers
+        chosen.check(towers)
+        for tower in towers.values():
+            check_tower(tower, {index: set() for index in range(tower.depth) if chosen.need(tower, index)})
+    peft.economies = chosen
+    install(model)
+    return model
+
+
+@contextmanager
+def use(model: nn.Module, names: str | Sequence[str] | None):
+    """Within the context, let exactly these adapters act, or none for None. Call `backward` inside it, too."""
+    with _restoring(model):
+        _choose(model, names or (), None)
+        yield model
+
+
+@contextmanager
+def route(model: nn.Module, names: Sequence[str | None]):
+    """Within the context, sample i of a batch goes through adapter names[i], or through the plain backbone for None.
+
+    Row i of the result is what that adapter alone gives. Call `backward` inside the context, too.
+
+    Raises:
+        ConfigurationError: if no names are given.
+        UnsupportedError: if an adapter cannot act on single rows exactly.
+    """
+    route = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else ()
+    if not route:
+        raise ConfigurationError(
+            f"route needs a list with the name of an adapter, or None, for each sample of the batch, not {names!r}; to "
+            "let one adapter, or none, act on a whole batch call use"
+        )
+    with _restoring(model):
+        _choose(model, (), route)
+        yield model
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the active adapters and of the head in use, for an optimiser."""
+    peft = attached(model)
+    heads = {id(p) for name in peft.active for p in peft[name].head_parameters()}
+    paths = {path for name in peft.active for path in peft[name].heads}
+    used = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
+    parameters = {id(p): p for name in peft.active for p in peft[name].parameters() if p.requires_grad}
+    return [p for key, p in parameters.items() if key not in heads or key in used]
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether adapters are attached to this model."""
+    return isinstance(getattr(model, "peft", None), Adapters)
+
+
+def attached(model: nn.Module) -> Adapters:
+    """The adapters of a model.
+
+    Raises:
+        ConfigurationError: if it has none, or they are merged.
+    """
+    if not has_adapters(model):
+        merged = "merged_peft" in model.__dict__
+        raise ConfigurationError(
+            "the adapters are merged; call unmerge first" if merged else "no adapter is attached to this model"
+        )
+    return model.peft
+
+
+def known(peft: Adapters, name: str) -> str:
+    """The name, if an adapter has it.
+
+    Raises:
+        ConfigurationError: if none has.
+    """
+    if name not in peft:
+        raise ConfigurationError(f"there is no adapter {name!r}; attached are {nearest(name, peft)}")
+    return name
+
+
+def reattach(model: nn.Module) -> None:
+    """Make merged adapters part of the model again; the next `install` gives it back its own weights.
+
+    Raises:
+        ConfigurationError: if no adapters are merged.
+    """
+    peft: Adapters | None = model.__dict__.pop("merged_peft", None)
+    if peft is None:
+        raise ConfigurationError("the model has no merged adapters")
+    # Merged adapters are not registered, so they did not follow the model to another device.
+    peft.to(next(model.parameters()).device)
+    for owner, name, original in peft.replaced:  # nor to another precision
+        now = getattr(owner, name)
+        if isinstance(original, nn.Module) and any(True for _ in now.parameters()):
+            original.to(next(now.parameters()).dtype)
+        elif isinstance(original, nn.Parameter) and not is_quantised(original):
+            original.data = original.data.to(now.dtype)
+    model.add_module("peft", peft)
+
+
+def _choose(model: nn.Module, names: str | Sequence[str], route: tuple[str | None, ...] | None) -> None:
+    peft = attached(model)
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in (*names, *filter(None, route or ())):
+        known(peft, name)
+    before = peft.active, peft.route
+    peft.active, peft.route = tuple(dict.fromkeys(names)), route
+    try:
+        install(model)
+    except Exception:  # whatever failed: leave the model as it was, then raise
+        peft.active, peft.route = before
+        install(model)
+        raise
+
+
+@contextmanager
+def plain(model: nn.Module):
+    """Within the context the model computes without adapters, whether it has any or not."""
+    if not has_adapters(model):
+        yield model
+        return
+    with use(model, None):
+        yield model
+
+
+@contextmanager
+def _restoring(model: nn.Module):
+    peft = attached(model)
+    before = peft.active, peft.route
+    try:
+        yield
+    finally:
+        peft.active, peft.route = before
+        install(model)
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if "merged_peft" in model.__dict__:
+        raise ConfigurationError("the model's adapters are merged; unmerge or detach them before attaching another")
+    for path, module in model.named_modules():
+        if path and path != "peft" and isinstance(module, Adapters) and not path.startswith("peft."):
+            raise ConfigurationError(
+                f"an adapter is already attached to the part {path.rpartition('.')[0]!r} of this model; "
+                "attach all adapters to the same module"
+            )
+    if not has_adapters(model) and hasattr(model, "peft"):
+        raise UnsupportedError("the model already has an attribute 'peft' that is not ours")
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise ConfigurationError(f"{name!r} cannot name an adapter; use a plain word without dots")
+    if has_adapters(model) and name in model.peft:
+        raise ConfigurationError(f"an adapter {name!r} is already attached; detach it or choose another name")
+
+
+def _check_sites(adapter: AttachedAdapter, backbone: Backbone) -> None:
+    used: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for _, placement in adapter.placements:
+        if placement.block is not None:
+            used[placement.tower][placement.block].update(filter(None, (placement.site, placement.add)))
+        elif placement.site == "tokens" and "norm_pre" not in backbone.towers[placement.tower].layers:
+            used[placement.tower][0].add("stream_in")
+    for tower, sites in used.items():
+        check_tower(backbone.towers[tower], sites)

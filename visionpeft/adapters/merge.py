@@ -1,0 +1,128 @@
+"""Merge adapters into the weights, exactly where the algebra allows it, and take them out again."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+
+from visionpeft.adapters.adapters import Adapters, check_allocated
+from visionpeft.adapters.attach import attached, reattach
+from visionpeft.adapters.install import install, plan_of, replace_everywhere
+from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.quantised import full_precision
+from visionpeft.backbones.tower import READS, Layer, Tower
+from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.sites import Order, order_of
+
+# Token sites that linear layers read. A module that acts there has `merge_input(weight, bias)`: weight and bias with
+# which such a layer computes from the tokens as they were what it computes from the module's.
+INPUTS = frozenset(READS.values())
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Merge the active adapters: the model becomes a plain timm or OpenCLIP model that computes the same.
+
+    Its classes and `state_dict` keys are the library's own, so that the library saves and loads it without us. The
+    original weights are kept aside for `unmerge` and `detach`.
+
+    Raises:
+        UnsupportedError: if an active method adds something no weight of the backbone can hold; nothing is changed.
+    """
+    peft = attached(model)
+    if not peft.active or peft.route is not None:
+        raise ConfigurationError("merge merges the active adapters, but none is active; call activate first")
+    _check_mergeable(peft)
+    peft.restore()
+    try:
+        changes = _merged_parameters(model, peft)
+    finally:
+        install(model)
+    peft.restore_classes()
+    for owner, name, value in changes:
+        current = getattr(owner, name)
+        replace_everywhere(peft, model, current, nn.Parameter(value, requires_grad=False))
+    del model.peft
+    # Not registered, so that the model's state_dict is the library's own.
+    model.__dict__["merged_peft"] = peft
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo `merge`: the original weights come back byte for byte and the adapters act again."""
+    reattach(model)
+    install(model)
+    return model
+
+
+def _check_mergeable(peft: Adapters) -> None:
+    for name in peft.active:
+        check_allocated(peft[name])
+        for index, placement in peft[name].placements:
+            folds = placement.site in INPUTS and placement.add is None
+            if not hasattr(placement.module, "merge_input" if folds else "merge"):
+                method = type(peft[name].methods[index]).__name__
+                raise UnsupportedError(
+                    f"{method} (adapter {name!r}) cannot be merged: what it adds at {placement.site} is no change of a "
+                    "weight of the backbone; keep it attached"
+                )
+    for (_, block, site, _), modules in plan_of(peft, peft.active).items():
+        if sum(order_of(module) == Order.RENEW for module in modules) > 1:
+            raise UnsupportedError(
+                f"two methods at {site} in block {block} make its weight anew from that of the backbone, and no one "
+                "weight computes what both do; merge with one of their adapters active"
+            )
+
+
+def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module, str, torch.Tensor]]:
+    """New values of the parameters that the active adapters change, as (owner, name, value)."""
+    trained = {id(model.get_parameter(n)): p for a in peft.active for n, p in peft[a].trained_parameters()}
+    values: dict[tuple[int, str], tuple[nn.Module, str, torch.Tensor]] = {}
+
+    def value(owner: nn.Module, name: str) -> torch.Tensor:
+        parameter = getattr(owner, name)
+        start = full_precision(trained.get(id(parameter), parameter).detach()).double().clone()
+        return values.setdefault((id(owner), name), (owner, name, start))[2]
+
+    towers = describe(model).towers
+    methods = dict.fromkeys(type(method).__name__ for name in peft.active for method in peft[name].methods)
+    # What acts on the input of a layer is folded into what its output has become.
+    plan = sorted(plan_of(peft, peft.active).items(), key=lambda entry: entry[0][2] in INPUTS)
+    for (tower_name, block, site, _), modules in plan:
+        tower = towers[tower_name]
+        place = f"{' and '.join(methods)} at {_place(tower, block, site)}"
+        if site not in INPUTS:
+            _merge_layer(tower.layer(block, site), [module.merge for module in modules], value, place)
+            continue
+        readers = [layer for layer in tower.blocks[block].layers.values() if layer.reads == site]
+        if not readers:
+            raise UnsupportedError(f"{place} cannot be merged: no linear layer reads it directly")
+        for layer in readers:
+            _merge_layer(layer, [module.merge_input for module in reversed(modules)], value, place)
+    return [(owner, name, v.to(getattr(owner, name).dtype)) for owner, name, v in values.values()]
+
+
+def _merge_layer(layer: Layer, merges: list[Callable], value, place: str) -> None:
+    weight = value(layer.owner, layer.weight)
+    weight_rows = weight if layer.rows is None else weight[layer.rows]
+    bias_rows = None
+    if layer.bias_owner is not None:
+        bias = value(layer.bias_owner, layer.bias)
+        bias_rows = bias if layer.bias_rows is None else bias[layer.bias_rows]
+    new_weight, new_bias = weight_rows, bias_rows
+    for merged in merges:
+        new_weight, new_bias = merged(new_weight, new_bias)
+    weight_rows.copy_(new_weight)
+    if bias_rows is not None:
+        bias_rows.copy_(new_bias)
+    elif new_bias is not None and not layer.shift_is_void:
+        if layer.shift_sink is None:
+            raise UnsupportedError(f"{place} cannot be merged: the layer has no bias that could hold a shift")
+        owner, name, index = layer.shift_sink
+        value(owner, name)[index] += new_bias
+
+
+def _place(tower: Tower, block: int | None, site: str) -> str:
+    return (
+        f"{site} of the {tower.name} tower" if block is None else f"{site} in block {block} of the {tower.name} tower"
+    )

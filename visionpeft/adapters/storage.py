@@ -1,0 +1,231 @@
+"""Save an adapter in a folder and load it again: `adapter.safetensors` and `adapter.json`."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import jsonargparse
+import torch
+import torch.nn as nn
+
+from visionpeft import methods as method_classes
+from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, method_keys, nest
+from visionpeft.adapters.attach import activate, attached, known, plain, register
+from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
+from visionpeft.adapters.head_layout import head_from_layout, head_layout
+from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.backbones.quantised import full_precision
+from visionpeft.errors import ConfigurationError, StorageError, UserError
+from visionpeft.methods.parts.base import Method
+from visionpeft.naming import nearest
+
+FORMAT = 1
+STEM = "adapter"
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    class_names: list[str] | None = None,
+    preprocessing: Preprocessing | None = None,
+    metadata: Mapping | None = None,
+) -> None:
+    """Write one adapter with its heads, the parameters it trained and the buffers of its heads.
+
+    The old files stay valid until the new tensors are completely on disk.
+
+    Args:
+        model: a model with adapters.
+        folder: where to write `adapter.safetensors` and `adapter.json`.
+        name: which adapter; may be left out if there is only one.
+        class_names: names of the classes, in the order of the logits.
+        preprocessing: how images were prepared.
+        metadata: anything else that JSON can hold, such as data set and result.
+    """
+    peft = attached(model)
+    if name is None and len(peft) != 1:
+        raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to save with name=")
+    adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
+    check_allocated(adapter)
+    methods, tensors = folded(adapter)
+    description = {
+        "format": FORMAT,
+        "methods": [{"class": type(m).__name__, "fields": dataclasses.asdict(m)} for m in methods],
+        "train": list(adapter.train_names),
+        "heads": {path: head_layout(adapter.get_submodule(path)) for path in adapter.heads},
+        "backbone": backbone_record(model),
+        "class_names": class_names,
+        "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
+        "metadata": dict(metadata or {}),
+        "versions": package_versions(),
+    }
+    write_described(folder, STEM, tensors, description)
+
+
+def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check_fingerprint: bool = True) -> str:
+    """Attach the adapter of a folder to the backbone it was trained on, and activate it alone.
+
+    Args:
+        model: the backbone; its head may have any number of classes, or be missing.
+        folder: what `save` wrote.
+        name: name of the attached adapter, by default "default".
+        check_fingerprint: refuse a backbone whose weights differ from those the adapter was trained on.
+
+    Returns:
+        The name of the adapter.
+
+    Raises:
+        StorageError: if the folder is damaged or edited, or belongs to another backbone; nothing is changed.
+    """
+    description, tensors = read_described(folder, STEM, _check_description)
+    methods = tuple(method_from(entry) for entry in description["methods"])
+    name = name or "default"
+    check_backbone(description["backbone"], backbone_record(model, check_fingerprint), f"the adapter in {folder}")
+    with plain(model):
+        backbone = describe(model)
+        try:
+            adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
+            adapter.heads = tuple(description["heads"])
+            for path, layout in description["heads"].items():
+                nest(adapter, path, head_from_layout(layout))
+        except UserError:
+            raise
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:  # sizes and names torch refuses
+            reason = str(error).splitlines()[0]
+            raise StorageError(f"what the adapter in {folder} describes cannot be made: {reason}") from None
+    reference = next(model.parameters())
+    adapter.to(reference.device)
+    check_tensors(tensors, adapter.state_dict(), f"the adapter in {folder}")
+    adapter.load_state_dict(tensors)
+    register(model, name, adapter, backbone)
+    activate(model, name)
+    return name
+
+
+def read_metadata(folder: str | Path) -> dict:
+    """What `save` wrote about an adapter, checked.
+
+    Raises:
+        StorageError: if the folder holds no intact adapter.
+    """
+    return read_described(folder, STEM, _check_description)[0]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the frozen parameters without heads and adapters: names, shapes and values rounded to bfloat16.
+
+    The rounding makes it the same for a backbone kept in float32 and in bfloat16.
+    """
+    backbone = describe(model)
+    heads = tuple(f"{path}." for path in (*backbone.heads, *backbone.unused_heads))
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        if name.startswith(("peft.", *heads)):
+            continue
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        values = full_precision(parameter.detach()).to("cpu", torch.bfloat16).contiguous()
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tensor]]:
+    """Methods and tensors of an adapter as they are saved; a method may be saved as another one, such as LoRA."""
+    parts = [adapter._modules.get(key, nn.ModuleDict()) for key in adapter.method_keys]
+    saved = [method.fold(part) for method, part in zip(adapter.methods, parts, strict=True)]
+    methods = [method for method, _ in saved]
+    own = tuple(f"{key}." for key in adapter.method_keys)
+    tensors = {key: value for key, value in adapter.state_dict().items() if not key.startswith(own)}
+    for key, (_, part) in zip(method_keys(methods), saved, strict=True):
+        tensors |= {f"{key}.{name}": value for name, value in part.state_dict().items()}
+    return methods, {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a saved file depends on."""
+    return {package: version(package) for package in ("visionpeft", "torch", "timm", "open_clip_torch")}
+
+
+def backbone_record(model: nn.Module, with_fingerprint: bool = True) -> dict:
+    """Where a backbone comes from, what it is and, unless left out, the fingerprint of its weights."""
+    backbone = describe(model)
+    source = getattr(model, "backbone_source", None) or {"library": backbone.library, "name": backbone.name}
+    record = {"source": source, "class": type(model).__name__, "architecture": backbone.name}
+    if not with_fingerprint:
+        return record | {"fingerprint": None}
+    with plain(model):
+        return record | {"fingerprint": fingerprint(model)}
+
+
+def check_backbone(saved: dict, actual: dict, what: str) -> None:
+    """Refuse a backbone that is not the one something was trained on.
+
+    Raises:
+        StorageError: another class, architecture or fingerprint.
+    """
+    for key in ("class", "architecture"):
+        if saved[key] != actual[key]:
+            raise StorageError(
+                f"{what} belongs to {saved['architecture']} ({saved['class']}), "
+                f"not to {actual['architecture']} ({actual['class']})"
+            )
+    if actual["fingerprint"] is not None and saved["fingerprint"] != actual["fingerprint"]:
+        raise StorageError(
+            f"{what} was trained on other weights of {saved['architecture']} than this model has (fingerprint "
+            f"{saved['fingerprint']}, here {actual['fingerprint']}); load the weights named in its .json file (on the "
+            "command line with --model.backbone and --model.checkpoint), or in Python pass check_fingerprint=False"
+        )
+
+
+def method_from(entry: dict) -> Method:
+    """The method that `describe_method` described.
+
+    Raises:
+        StorageError: this version has no such method, or it has other fields.
+    """
+    names = [name for name in method_classes.__all__ if name != "Method"]
+    if entry["class"] not in names:
+        raise StorageError(
+            f"the adapter was made by a method {entry['class']!r} this version does not have; "
+            f"near names are {nearest(entry['class'], names)}"
+        )
+    cls = getattr(method_classes, entry["class"])
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "method")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"method": entry["fields"]})).method
+    except (jsonargparse.ArgumentError, ConfigurationError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise StorageError(f"the saved fields of {entry['class']} do not fit this version: {reason}") from None
+
+
+def _check_description(description: object, path: Path) -> None:
+    types = {"format": int, "methods": list, "train": list, "heads": dict, "backbone": dict, "metadata": dict}
+    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
+        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
+    if description["format"] != FORMAT:
+        raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
+    entries = all(
+        isinstance(e, dict) and isinstance(e.get("class"), str) and isinstance(e.get("fields"), dict)
+        for e in description["methods"]
+    )
+    lists = (description["train"], description.get("class_names") or [])
+    names = all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in lists)
+    names = names and {"class_names", "preprocessing"} <= description.keys()
+    preprocessing = description.get("preprocessing")
+    backbone = all(isinstance(description["backbone"].get(k), str) for k in ("class", "architecture", "fingerprint"))
+    if not (entries and names and backbone and (preprocessing is None or _is_preprocessing(preprocessing))):
+        raise StorageError(f"the description in {path} is not what save writes")
+
+
+def _is_preprocessing(entry: object) -> bool:
+    lengths = {"input_size": 2, "mean": 3, "std": 3}
+    if not isinstance(entry, dict) or entry.keys() != {field.name for field in dataclasses.fields(Preprocessing)}:
+        return False
+    lists = all(isinstance(entry[key], list) and len(entry[key]) == length for key, length in lengths.items())
+    numbers = [entry["crop_pct"], *(value for key in lengths for value in entry[key])] if lists else [None]
+    return all(isinstance(value, int | float) for value in numbers) and isinstance(entry["interpolation"], str)

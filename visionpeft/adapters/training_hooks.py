@@ -1,0 +1,51 @@
+"""What some methods do while they are trained, besides having gradients: add to the loss, act behind a step.
+
+The tasks do it by themselves. In a training loop of your own:
+
+    loss = criterion(model(images), labels) + visionpeft.penalty(model)
+    loss.backward()
+    optimizer.step()
+    visionpeft.after_step(model, step, total_steps)
+    optimizer.zero_grad()
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from visionpeft.adapters.attach import attached
+from visionpeft.errors import ConfigurationError
+from visionpeft.methods.parts.base import Method
+
+
+def penalty(model: nn.Module) -> torch.Tensor | float:
+    """What the methods of the active adapters add to the loss, such as AdaLoRA's orthogonality; 0 if nothing."""
+    return sum(method.penalty(part) for method, part in _acting(model))
+
+
+@torch.no_grad()
+def after_step(model: nn.Module, step: int, total_steps: int) -> None:
+    """Let the methods of the active adapters act behind an optimiser step, while its gradients are still there.
+
+    Args:
+        model: a model with adapters.
+        step: number of steps made, this one included: 1 behind the first.
+        total_steps: steps of the whole training.
+
+    Raises:
+        ConfigurationError: a step outside the training, or gradients that are gone already.
+    """
+    if not 1 <= step <= total_steps:
+        raise ConfigurationError(f"after_step: step {step} is none of the steps 1 to {total_steps} of the training")
+    for method, part in _acting(model):
+        method.after_step(part, step, total_steps)
+
+
+def _acting(model: nn.Module) -> Iterator[tuple[Method, nn.Module]]:
+    """Methods of the active adapters with their modules."""
+    peft = attached(model)
+    for name in peft.active:
+        adapter = peft[name]
+        for key, method in zip(adapter.method_keys, adapter.methods, strict=True):
+            yield method, adapter._modules.get(key, nn.ModuleDict())

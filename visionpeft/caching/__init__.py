@@ -1,0 +1,1 @@
+"""What frozen parts compute, kept by content."""

@@ -1,0 +1,33 @@
+"""CLIP with learned prompts and few-shot adapters: the text tower, and one file for each learner."""
+
+from visionpeft.clip.learner import Learner
+from visionpeft.clip.learners.clip_adapter import CLIPAdapter
+from visionpeft.clip.learners.clip_linear_probe import CLIPLinearProbe
+from visionpeft.clip.learners.clip_lora import CLIPLoRA
+from visionpeft.clip.learners.cocoop import CoCoOp
+from visionpeft.clip.learners.coop import CoOp
+from visionpeft.clip.learners.ivlp import IVLP
+from visionpeft.clip.learners.kgcoop import KgCoOp
+from visionpeft.clip.learners.maple import MaPLe
+from visionpeft.clip.learners.prograd import ProGrad
+from visionpeft.clip.learners.promptsrc import PromptSRC
+from visionpeft.clip.learners.tip_adapter import TipAdapter
+from visionpeft.clip.learners.tpt import TPT
+from visionpeft.clip.learners.zero_shot import ZeroShot
+
+__all__ = [
+    "IVLP",
+    "TPT",
+    "CLIPAdapter",
+    "CLIPLinearProbe",
+    "CLIPLoRA",
+    "CoCoOp",
+    "CoOp",
+    "KgCoOp",
+    "Learner",
+    "MaPLe",
+    "ProGrad",
+    "PromptSRC",
+    "TipAdapter",
+    "ZeroShot",
+]

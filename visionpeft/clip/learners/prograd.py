@@ -1,0 +1,139 @@
+"""ProGrad: Prompt-aligned Gradient for Prompt Tuning (Zhu et al., 2023), https://arxiv.org/abs/2205.14865."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from visionpeft.clip.layout import Tokens
+from visionpeft.clip.learner import Learner
+from visionpeft.clip.learners.coop import Position, check_context_length, context_prompts
+from visionpeft.clip.templates import PHOTO, check_templates
+from visionpeft.errors import ConfigurationError
+
+
+def project(gradient: torch.Tensor, general: torch.Tensor, strength: float) -> torch.Tensor:
+    """`gradient` without what runs against `general`: g - strength <g, h> / |h|^2 h if <g, h> < 0, else g."""
+    along, length = (gradient * general).sum(), general.square().sum()
+    against = (along < 0) & (length > 0)
+    step = torch.where(against, strength * along / length.where(against, 1), 0)
+    return gradient - step * general
+
+
+class ProGrad(Learner):
+    """CoOp that gives up the part of its gradient that would unlearn zero-shot CLIP.
+
+    With g the gradient of the cross-entropy and h that of T^2 KL(softmax(zero-shot / T), softmax(learner / T)) for
+    logits and a temperature T, the context is trained with g where <g, h> >= 0, and with g - strength <g, h> / |h|^2 h
+    otherwise. The teacher is frozen CLIP with a template. The last context vectors start at the token embeddings of the
+    template's words in front of the class name, those before them at zero. Trainable: M d, with text width d.
+    Source: Zhu et al., Prompt-aligned Gradient for Prompt Tuning, 2023.
+
+    Args:
+        clip: an OpenCLIP model.
+        tokenizer: its tokenizer.
+        class_names: names of the classes.
+        context_length: number M of context vectors.
+        init: a phrase to start from; None is what the (first) template has in front of the class name, or
+            "a photo of a" if that is nothing.
+        position: where the class name stands: "end", "middle" or "front".
+        strength: how much of the opposing part is taken away; 1 leaves none, 0 is CoOp.
+        temperature: temperature of the comparison with the teacher.
+        template: one template or several for the teacher, with {} for the class name; None is the data set's own in a
+            run, and "a photo of a {}." otherwise.
+        allow_duplicates: accept two classes of one name.
+
+    Raises:
+        ConfigurationError: an unknown position, a temperature that is not positive, a strength outside 0 to 1, a
+            context shorter than the phrase, or a prompt longer than the text tower reads.
+    """
+
+    template_style = "prograd"
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Callable,
+        class_names: Sequence[str],
+        context_length: int = 16,
+        init: str | None = None,
+        position: Position = "end",
+        strength: float = 1.0,
+        temperature: float = 1.0,
+        template: str | list[str] | None = None,
+        allow_duplicates: bool = False,
+    ):
+        if not 0 < temperature < math.inf:
+            raise ConfigurationError(f"temperature must be positive and finite, but is {temperature}")
+        if not 0 <= strength <= 1:
+            raise ConfigurationError(f"strength must be between 0 (CoOp) and 1, but is {strength}")
+        check_context_length(context_length)
+        options = {"context_length": context_length, "init": init, "position": position, "strength": strength}
+        options |= {"temperature": temperature, "template": template}
+        super().__init__(
+            clip,
+            tokenizer,
+            class_names,
+            options=options,
+            templates=PHOTO if template is None else template,
+            allow_duplicates=allow_duplicates,
+        )
+        self.init, self.position, self.context_length = init, position, context_length
+        self.strength, self.temperature = strength, temperature
+        vectors = self.initial_vectors(self.templates[0])
+        self.set_class_names(class_names)
+        self.vectors = nn.Parameter(vectors)
+
+    def initial_vectors(self, template: str) -> torch.Tensor:
+        """First context vectors (vectors, width).
+
+        Raises:
+            ConfigurationError: the phrase has more tokens than there are context vectors.
+        """
+        phrase = (template.split("{}")[0] if self.init is None else self.init.replace("_", " ")).strip()
+        (tokens,) = self.tokenizer.contents([phrase or "a photo of a"])
+        if not 0 < len(tokens) <= self.context_length:
+            raise ConfigurationError(
+                f"the phrase {phrase!r} ProGrad starts from has {len(tokens)} tokens, and context_length="
+                f"{self.context_length}; a longer context or another phrase as init is needed"
+            )
+        dtype = torch.float64 if self.text.dtype == torch.float64 else torch.float32
+        words = self.text.embed(tokens).to(dtype)
+        return F.pad(words, (0, 0, self.context_length - len(words), 0))
+
+    def set_template(self, template: str | Sequence[str]) -> None:
+        """Use the template of a data set where none was given; an untrained context starts anew from its words."""
+        if self.options["template"] is not None:
+            return
+        vectors = self.vectors.detach()
+        if torch.equal(vectors, self.initial_vectors(self.templates[0])):
+            vectors = self.initial_vectors(check_templates(template)[0])
+        super().set_template(template)
+        self.vectors.data.copy_(vectors)
+
+    def prompts(self, names: Sequence[str]) -> list[Tokens]:
+        """[v_1 .. v_M, name, "."], with the name moved as `position` says."""
+        return context_prompts(self.tokenizer, names, self.context_length, self.position)
+
+    def context(self) -> torch.Tensor:
+        """Context vectors (1, vectors, width)."""
+        return self.vectors[None]
+
+    def loss(
+        self, images: torch.Tensor | None, labels: torch.Tensor, features: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A loss with the value of the cross-entropy and the projected gradient, and logits (batch, classes)."""
+        features = self.image_features(images) if features is None else features
+        logits = self.classify(features)
+        cross_entropy = F.cross_entropy(logits, labels)
+        if not torch.is_grad_enabled():
+            return cross_entropy, logits
+        taught = (self.logits(features, self.template_features()) / self.temperature).softmax(dim=-1)
+        # Cross-entropy against the teacher has the gradient of the KL divergence.
+        general = self.temperature**2 * F.cross_entropy(logits / self.temperature, taught)
+        gradient = self.gradient(cross_entropy, self.vectors, keep_graph=True)
+        gradient = project(gradient, self.gradient(general, self.vectors), self.strength)
+        # A term that is zero and has the projected gradient: any optimiser, loss scaler or hook sees this one alone.
+        return cross_entropy.detach() + ((self.vectors - self.vectors.detach()) * gradient).sum(), logits.detach()

@@ -1,0 +1,194 @@
+"""Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification (2022), https://arxiv.org/abs/2207.09519."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn as nn
+
+from visionpeft.clip.layout import Tokens
+from visionpeft.clip.learner import Learner
+from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.clip.text import unit
+from visionpeft.errors import ConfigurationError, StorageError
+
+NUM_BETAS, NUM_ALPHAS = 200, 20
+
+
+class TipAdapter(Learner):
+    """Frozen zero-shot CLIP, plus the votes of labelled training images that resemble the image.
+
+    logits = scale f t^T + alpha exp(-beta (1 - f F^T)) L, with unit image features f, unit text features t of a
+    template, the cache of unit training features F (images, features), and their labels L (images, classes) as one-hot
+    rows. `fit_features` fills the cache; where a validation split is given, alpha and beta are those of a grid of 20
+    times 200 values up to `max_alpha` and `max_beta` that classify it best (the first of equals), else the values given
+    here. Tip-Adapter trains nothing. Tip-Adapter-F (`train_keys`) trains F, so call `fit_features` before an optimiser
+    is made; it chooses alpha and beta in `end_training`. Trainable: images * features.
+    Source: Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, 2022.
+
+    Args:
+        clip: an OpenCLIP model.
+        tokenizer: its tokenizer.
+        class_names: names of the classes.
+        train_keys: train the cached features (Tip-Adapter-F).
+        alpha: weight of the votes.
+        beta: how fast a vote fades with the distance.
+        max_alpha: largest alpha of the grid, which starts at 0.1.
+        max_beta: largest beta of the grid, which starts at 0.1.
+        template: one template or several for the texts, with {} for the class name; None is the data set's own in a
+            run, and "a photo of a {}." otherwise.
+        allow_duplicates: accept two classes of one name.
+    """
+
+    class_bound = True
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Callable,
+        class_names: Sequence[str],
+        train_keys: bool = False,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        max_alpha: float = 3.0,
+        max_beta: float = 7.0,
+        template: str | list[str] | None = None,
+        allow_duplicates: bool = False,
+    ):
+        options = {"train_keys": train_keys, "alpha": alpha, "beta": beta}
+        options |= {"max_alpha": max_alpha, "max_beta": max_beta, "template": template}
+        super().__init__(
+            clip,
+            tokenizer,
+            class_names,
+            options=options,
+            templates=PHOTO if template is None else template,
+            allow_duplicates=allow_duplicates,
+        )
+        if alpha < 0 or beta < 0 or max_alpha < 0.1 or max_beta < 0.1:
+            raise ConfigurationError(
+                f"alpha and beta must not be negative and max_alpha and max_beta not below 0.1, not {alpha}, {beta}, "
+                f"{max_alpha} and {max_beta}"
+            )
+        self.train_keys = self.by_gradient = train_keys
+        self.max_alpha, self.max_beta = max_alpha, max_beta
+        self.set_class_names(class_names)
+        device, dtype = self.text.device, torch.float64 if self.text.dtype == torch.float64 else torch.float32
+        self.register_buffer("alpha", torch.tensor(alpha, dtype=dtype, device=device))
+        self.register_buffer("beta", torch.tensor(beta, dtype=dtype, device=device))
+        self.register_buffer("labels", torch.empty(0, dtype=torch.long, device=device))
+        self._set_keys(torch.empty(0, self.text.num_features, dtype=dtype, device=device))
+        self._validation: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def _set_keys(self, keys: torch.Tensor) -> None:
+        if self.train_keys:
+            self.keys = nn.Parameter(keys)
+        else:
+            self.register_buffer("keys", keys)
+
+    def prompts(self, names: Sequence[str]) -> list[Tokens]:
+        """The first template with each name."""
+        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
+
+    def text_features(self) -> torch.Tensor:
+        """Unit text features (classes, features), frozen."""
+        return self.template_features()
+
+    @torch.no_grad()
+    def fit_features(
+        self,
+        train: tuple[torch.Tensor, torch.Tensor],
+        validation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> dict:
+        """Fill the cache, and choose alpha and beta on the validation split; Tip-Adapter-F does that behind training.
+
+        Args:
+            train: unit image features (images, features), or (images, views, features) of several augmented views,
+                whose mean is normalised and cached; labels (images,).
+            validation: unit image features (images, features) and labels (images,).
+
+        Returns:
+            alpha, beta and, of what was chosen, the accuracy on the validation split.
+
+        Raises:
+            ConfigurationError: a label that no class has.
+        """
+        features, labels = (tensor.to(self.alpha.device) for tensor in train)
+        if labels.numel() == 0 or labels.min() < 0 or labels.max() >= len(self.class_names):
+            raise ConfigurationError(
+                f"Tip-Adapter needs training images with labels 0 to {len(self.class_names) - 1} for its "
+                f"{len(self.class_names)} class names"
+            )
+        features = features.to(self.alpha.dtype)
+        features = features if features.ndim == 2 else features.mean(dim=1)
+        # Inference tensors could not be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            self._set_keys(unit(features).clone())
+            self.labels = labels.long().clone()
+        self._validation = validation
+        return {} if self.train_keys or validation is None else self._choose()
+
+    def end_training(self) -> dict:
+        """Choose alpha and beta of Tip-Adapter-F on the validation split."""
+        return self._choose() if self.train_keys and self._validation is not None else {}
+
+    @torch.no_grad()
+    def _choose(self) -> dict:
+        features, labels = (tensor.to(self.alpha.device) for tensor in self._validation)
+        features = features.to(self.keys.dtype)
+        zero_shot = self.logits(features, self.text_features())
+        affinities = features @ self.keys.T
+        best, alpha, beta = -1, None, None
+        for b in torch.linspace(0.1, self.max_beta, NUM_BETAS).tolist():
+            votes = self._votes(affinities, b)
+            for a in torch.linspace(0.1, self.max_alpha, NUM_ALPHAS).tolist():
+                correct = int(((zero_shot + a * votes).argmax(dim=1) == labels).sum())
+                if correct > best:
+                    best, alpha, beta = correct, a, b
+        self.alpha.fill_(alpha)
+        self.beta.fill_(beta)
+        return {"alpha": alpha, "beta": beta, "validation_accuracy": best / len(labels)}
+
+    def _votes(self, affinities: torch.Tensor, beta: float | torch.Tensor) -> torch.Tensor:
+        """exp(-beta (1 - affinities)) L (batch, classes) of affinities (batch, images)."""
+        votes = affinities.new_zeros(len(affinities), len(self.class_names))
+        return votes.index_add(1, self.labels, (-beta * (1 - affinities)).exp())
+
+    def classify(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes) of unit image features (batch, features).
+
+        Raises:
+            ConfigurationError: the cache is empty.
+        """
+        if len(self.keys) == 0:
+            raise ConfigurationError("Tip-Adapter has no training images yet; call fit_features first")
+        features = features.to(self.keys.dtype)
+        # Under autocast a distance of 0.01 would be lost in the rounding.
+        with torch.autocast(features.device.type, enabled=False):
+            votes = self._votes(features @ self.keys.T, self.beta)
+        return self.logits(features, self.text_features()) + self.alpha * votes
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """Cache, alpha and beta, by name."""
+        return {"keys": self.keys, "labels": self.labels, "alpha": self.alpha, "beta": self.beta}
+
+    @torch.no_grad()
+    def load_trained_state(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
+        """Take over a saved cache of any number of images.
+
+        Raises:
+            StorageError: the tensors do not fit each other or this learner; nothing is changed.
+        """
+        keys, labels = tensors.get("keys"), tensors.get("labels")
+        if keys is None or labels is None or len(keys) != len(labels) or labels.dtype != torch.long:
+            raise StorageError(f"the tensors of {what} do not fit: it needs as many labels as cached features")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
+            raise StorageError(f"the tensors of {what} have labels that none of its classes has")
+        old = self.keys, self.labels
+        self._set_keys(self.keys.new_empty(len(keys), self.keys.shape[1]))
+        self.labels = labels.to(self.labels.device)
+        try:
+            super().load_trained_state(tensors, what)
+        except StorageError:
+            self._set_keys(old[0].detach())
+            self.labels = old[1]
+            raise

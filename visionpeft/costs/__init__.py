@@ -1,0 +1,1 @@
+"""What a method costs: trained values, saved bytes, multiply-adds, time."""

@@ -1,0 +1,1 @@
+"""Few-shot CLIP benchmarks: definitions, splits, draws."""

@@ -1,0 +1,128 @@
+"""Drawing a few images of each class as CoOp does, and restricting a draw to the base or the new classes.
+
+The rule (Zhou et al. 2022, arXiv 2109.01134): one generator of Python's `random` seeded with the run's seed samples k
+images of each class from the train split, classes in the order in which they first appear there, then goes on to sample
+min(k, 4) of each from the val split. Only then are classes left out.
+"""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from visionpeft.data.annotations import read_json, write_json
+from visionpeft.data.few_shot.splits import Splits
+from visionpeft.data.records import Row
+from visionpeft.errors import DataError
+
+Classes = Literal["all", "base", "new"]
+VAL_SHOTS = 4
+
+
+def draw_indices(splits: dict[str, Sequence[int]], shots: int, seed: int) -> dict[str, list[int]]:
+    """Positions drawn in each split.
+
+    Args:
+        splits: Labels of the images of "train" and, where there is one, "val".
+        shots: Images of each class in train; val gets min(shots, 4). A class with fewer gives all it has, in order.
+        seed: Of the draw.
+    """
+    generator = random.Random(seed)
+    drawn: dict[str, list[int]] = {}
+    for split, count in (("train", shots), ("val", min(shots, VAL_SHOTS))):
+        if split not in splits:
+            continue
+        groups: dict[int, list[int]] = {}
+        for position, label in enumerate(splits[split]):
+            groups.setdefault(label, []).append(position)
+        drawn[split] = []
+        for members in groups.values():
+            drawn[split] += generator.sample(members, count) if len(members) >= count else members
+    return drawn
+
+
+def class_subset(classes: int, part: Classes) -> range:
+    """Labels of "all" classes, of the "base" half (the first ceil(K / 2)) or of the "new" half (the others)."""
+    base = math.ceil(classes / 2)
+    return {"all": range(classes), "base": range(base), "new": range(base, classes)}[part]
+
+
+def restrict(rows: Sequence[Row], kept: range) -> list[Row]:
+    """Rows of the labels in `kept`, numbered from 0."""
+    return [Row(row.path, row.label - kept.start, row.where) for row in rows if row.label in kept]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which images were drawn.
+
+    Args:
+        dataset: Key of the data set.
+        shots: Images of each class.
+        seed: Of the draw.
+        split_sha256: Hash of the split drawn from.
+        train: Paths of the training images, relative to the image folder, in the order of drawing.
+        val: Paths of the images for selection.
+    """
+
+    dataset: str
+    shots: int
+    seed: int
+    split_sha256: str
+    train: list[str]
+    val: list[str]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the paths drawn."""
+        return hashlib.sha256(json.dumps([self.train, self.val]).encode()).hexdigest()
+
+    def rows(self, splits: Splits) -> dict[str, list[Row]]:
+        """The rows drawn, by split."""
+        chosen = {}
+        for split, paths in (("train", self.train), ("val", self.val)):
+            if split in splits.rows:
+                known = {row.path: row for row in splits.rows[split]}
+                chosen[split] = [known[path] for path in paths]
+        return chosen
+
+    def write(self, file: str | Path) -> None:
+        """Write as JSON, at once; raises DataError when the file cannot be written."""
+        write_json(Path(file), asdict(self))
+
+
+def draw(dataset: str, splits: Splits, shots: int, seed: int) -> Draw:
+    """Draw `shots` images of each class by `seed`."""
+    labels = {split: [row.label for row in rows] for split, rows in splits.rows.items() if split != "test"}
+    drawn = draw_indices(labels, shots, seed)
+    paths = {split: [splits.rows[split][position].path for position in chosen] for split, chosen in drawn.items()}
+    return Draw(dataset, shots, seed, splits.sha256, paths["train"], paths.get("val", []))
+
+
+def read_draw(file: Path, dataset: str, splits: Splits, shots: int, seed: int) -> Draw:
+    """The draw stored in a file.
+
+    Raises:
+        DataError: it is malformed, or of another data set, split, seed or number of shots.
+    """
+    content = read_json(file)
+    try:
+        stored = Draw(**content)
+    except TypeError as error:
+        raise DataError(f"{file} is not a stored draw (dataset, shots, seed, split_sha256, train, val)") from error
+    for key, asked in (("dataset", dataset), ("shots", shots), ("seed", seed), ("split_sha256", splits.sha256)):
+        if getattr(stored, key) != asked:
+            raise DataError(
+                f"{file} is a draw with {key} {getattr(stored, key)!r}, but {asked!r} is asked for; name another file "
+                "in store, or remove this one"
+            )
+    for split in ("train", "val"):
+        listed = {row.path for row in splits.rows.get(split, ())}
+        strangers = [path for path in getattr(stored, split) if path not in listed]
+        if strangers:
+            raise DataError(f"{file}: image '{strangers[0]}' is not in the {split} split; remove the file to draw anew")
+    return stored

@@ -1,0 +1,1 @@
+"""Published archives, unpacked into the folders that the data modules read."""

@@ -1,0 +1,73 @@
+"""A folder that appears when it is complete: archives unpacked, the layout written beside it, then one rename."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from visionpeft.data.annotations import write_json
+from visionpeft.data.preparation.download import Archive, digest, fetch
+from visionpeft.data.preparation.unpack import unpack
+from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.runs.run_directory import claim
+
+PACKED = (".zip", ".tar", ".tgz", ".tar.gz")
+
+
+def prepare_folder(
+    target: Path,
+    archives: Sequence[Archive],
+    write: Callable[[Path, Path], dict],
+    given: Path | None = None,
+    mirror: str | None = None,
+) -> dict:
+    """Build `target` from archives.
+
+    Downloads stay in `.downloads` beside it, for other tasks of the same archive; they may be removed.
+
+    Args:
+        target: the new folder.
+        archives: what it is built from.
+        write: takes the folder of the unpacked archives and the folder to write into; returns what is to be recorded.
+        given: a folder that may have archives already.
+        mirror: address of a folder with the archives.
+
+    Returns:
+        The content of `target/prepared.json`.
+
+    Raises:
+        DataError: the folder exists, or an archive cannot be had or used.
+        ConfigurationError: another process is preparing here.
+    """
+    if target.exists():
+        raise DataError(f"{target} exists; remove it to build it again")
+    downloads = target.parent / ".downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    with claim(downloads / "lock") as mine:
+        if not mine:
+            raise ConfigurationError(f"another process is preparing data in {target.parent}; wait for it")
+        staging, unpacked = target.with_name(f".{target.name}.partial"), downloads / f"{target.name}.unpacked"
+        try:
+            for folder in (staging, unpacked):
+                shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+                folder.mkdir()
+            files = [fetch(archive, downloads, given, mirror) for archive in archives]
+            for file in files:
+                if file.name.endswith(PACKED):
+                    print(f"unpacking {file}", flush=True)
+                    unpack(file, unpacked)
+                else:
+                    (unpacked / file.name).symlink_to(file.resolve())
+            record = {
+                "made_by": "visionpeft",
+                **write(unpacked, staging),
+                "archives": {
+                    archive.name: {"sha256": digest(file), "checksum_published": bool(archive.md5 or archive.sha256)}
+                    for archive, file in zip(archives, files, strict=True)
+                },
+            }
+            write_json(staging / "prepared.json", record)
+            staging.rename(target)
+        finally:
+            for folder in (staging, unpacked):
+                shutil.rmtree(folder, ignore_errors=True)
+    return record

@@ -1,0 +1,1 @@
+"""Videos: reading, clips, published and own sets."""

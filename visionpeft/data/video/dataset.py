@@ -1,0 +1,90 @@
+"""Labelled videos as clips: frames chosen, decoded, augmented and normalised."""
+
+import numpy as np
+import torch
+
+from visionpeft.data.dataset import LabelledDataset
+from visionpeft.data.ordering import mix
+from visionpeft.data.video.files import VideoFiles
+from visionpeft.data.video.reading import FrameIndex, open_video
+from visionpeft.data.video.transforms import ClipTransform
+from visionpeft.models.video_sampling import FrameSampling
+
+INDEX_BYTES = 64 * 2**20
+
+
+class VideoDataset(LabelledDataset):
+    """Clips of labelled videos.
+
+    In training a clip is float32 (3, T, H, W), and an index may be a pair `(index, epoch)`, which seeds the choice of
+    frames and the augmentation. Else it is the middle clip's centre, or with `crops` all views of the video,
+    (V, 3, T, H, W): for each of the sampling's clips its crops.
+
+    Args:
+        source: Labelled videos.
+        sampling: Which frames make a clip.
+        transform: What is done to them.
+        seed: Of frames and augmentation, together with the epoch and the index.
+        crops: Crops of each test clip, 1 or 3; absent for a single view.
+        shuffle_frames: Put the frames of each video's clips in a random order, fixed by the seed and the index.
+    """
+
+    def __init__(
+        self,
+        source: VideoFiles,
+        sampling: FrameSampling,
+        transform: ClipTransform,
+        *,
+        seed: int = 0,
+        crops: int | None = None,
+        shuffle_frames: bool = False,
+    ):
+        self.source = source
+        self.sampling = sampling
+        self.transform = transform
+        self.seed = seed
+        self.crops = crops
+        self.shuffle_frames = shuffle_frames
+        self.free_bytes = INDEX_BYTES
+        self.indices: dict[int, FrameIndex] = {}
+
+    def _input(self, index: int, epoch: int) -> torch.Tensor:
+        trains = self.transform.augmentation is not None
+        return self._train_clip(index, epoch) if trains else self._views(index)
+
+    def _train_clip(self, index: int, epoch: int) -> torch.Tensor:
+        """Random frames and augmentation: uint8 (T, 3, H, W)."""
+        video = self._open(index)
+        draws = uniform_draws(self.sampling.num_frames, self.seed, epoch, index)
+        chosen = self.sampling.train(len(video), draws)
+        frames = video.read(chosen.tolist(), self.transform.prepare)
+        clip = torch.stack([frames[frame] for frame in chosen.tolist()])
+        return self.transform.augment(clip, self.seed, epoch, index)
+
+    def _views(self, index: int) -> torch.Tensor:
+        """Fixed frames: uint8 (T, 3, H, W), or (V, T, 3, H, W) with `crops`."""
+        video = self._open(index)
+        chosen = self.sampling.test(len(video), clips=1 if self.crops is None else None)
+        if self.shuffle_frames:
+            order = np.argsort(mix(self.seed, index, np.arange(self.sampling.num_frames)), kind="stable")
+            chosen = chosen[:, order]
+        frames = video.read(np.unique(chosen).tolist(), self.transform.prepare)
+        views = [
+            self.transform.crops(torch.stack([frames[frame] for frame in clip]), self.crops or 1)
+            for clip in chosen.tolist()
+        ]
+        views = torch.cat(views)
+        return views[0] if self.crops is None else views
+
+    def _open(self, index: int):
+        video = open_video(self.source.paths[index], self.indices.get(index))
+        if video.index is not None and index not in self.indices and video.index.nbytes <= self.free_bytes:
+            self.free_bytes -= video.index.nbytes
+            self.indices[index] = video.index
+        return video
+
+
+def uniform_draws(count: int, *seeds: int) -> np.ndarray:
+    """Numbers in [0, 1) that depend on the seeds alone: float64 (count,)."""
+    # 53 bits fill a float64 exactly, so that 1 is never reached.
+    return (mix(*seeds, np.arange(count)) >> np.uint64(11)) / 2.0**53

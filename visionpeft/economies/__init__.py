@@ -1,1 +1,0 @@
-"""What a frozen backbone makes unnecessary: less work and less memory, with the same results."""

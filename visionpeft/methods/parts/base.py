@@ -1,0 +1,191 @@
+"""What every method is: hyper-parameters, and the modules it puts at the sites of a tower."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import get_type_hints
+
+import torch
+import torch.nn as nn
+
+from visionpeft.backbones.frames import Frames
+from visionpeft.backbones.tower import Backbone, Tower
+from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.methods.parts.addressing import select_blocks
+from visionpeft.methods.parts.field_types import fits, in_words
+from visionpeft.methods.parts.sparse_delta import Candidate
+from visionpeft.sites import Placement, Shared
+
+# (candidates, samples, whether it is each sample or each batch whose gradient is squared) -> sums by name
+Squares = Callable[[Mapping[str, Candidate], int, bool], dict[str, torch.Tensor]]
+
+
+class Method:
+    """Base of all methods, which are frozen dataclasses of hyper-parameters.
+
+    A method implements `place` (modules at sites), `trains` (parameters of the backbone to train) or both; one whose
+    modules couple two towers implements `place_all`. Every method has the fields `towers` and, unless it has no blocks
+    to choose, `blocks`. The values of its fields must be of the types they are annotated with; a method that checks
+    more of them does so in a `__post_init__` that begins with this one.
+    """
+
+    towers: str | list[str] | None = None
+
+    def __post_init__(self):
+        try:
+            types = get_type_hints(type(self))  # those of a file that leaves annotations as strings, too
+        except NameError:  # of a class in a function, whose strings only that function can read
+            types = {}
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), types.get(field.name, field.type)
+            if not fits(value, kind):
+                raise ConfigurationError(f"{type(self).__name__}: {field.name} must be {in_words(kind)}, not {value!r}")
+
+    def place(self, tower: Tower) -> Iterable[Placement | Shared]:
+        """Make the modules that act in one tower, initialised as the paper does."""
+        return ()
+
+    def place_all(self, towers: Sequence[Tower]) -> Iterable[Placement | Shared]:
+        """Make the modules that act in all towers of the method: by default, in each tower for itself."""
+        return chain.from_iterable(self.place(tower) for tower in towers)
+
+    def trains(self, tower: Tower) -> Iterable[str]:
+        """Names, as the tower knows them, of the parameters that are trained themselves."""
+        return ()
+
+    @property
+    def pending(self) -> bool:
+        """Whether the method must see data before it can act, by `visionpeft.allocate`."""
+        return False
+
+    def allocate(self, towers: Sequence[Tower], squares: Squares) -> tuple["Method", dict[str, torch.Tensor]]:
+        """For a pending method, the method that knows where it acts, and values of buffers of the modules it places.
+
+        Args:
+            towers: the towers of the method.
+            squares: measures sums of squared gradients on the data.
+        """
+        raise TypeError(f"{type(self).__name__} needs no data to know where it acts")
+
+    def mask_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """What a parameter of `trains` gets for its gradient in training mode."""
+        return gradient
+
+    def penalty(self, part: nn.Module) -> torch.Tensor | float:
+        """What the method adds to the loss, given its modules of one adapter; see `visionpeft.penalty`."""
+        return 0.0
+
+    def after_step(self, part: nn.Module, step: int, total_steps: int) -> None:
+        """Act on its modules behind an optimiser step; see `visionpeft.after_step`."""
+
+    def fold(self, part: nn.Module) -> tuple["Method", nn.Module]:
+        """The method and its modules as they are saved: without what only training needs."""
+        return self, part
+
+    def combine(
+        self, methods: Sequence["Method"], parts: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
+    ) -> tuple["Method", dict[str, torch.Tensor]]:
+        """Method and tensors of a weighted combination: by default, the weighted mean of the tensors.
+
+        Args:
+            methods: this method as it is in each adapter, as saved.
+            parts: its tensors in each of them.
+            weights: weight of each.
+
+        Raises:
+            ConfigurationError: if they cannot be combined.
+        """
+        require_same(methods)
+        require(
+            not any(parts) or math.isclose(sum(weights), 1, abs_tol=1e-6),
+            self,
+            f"its parameters are averaged, so the weights must add up to 1, not {sum(weights):g}",
+        )
+        return self, weighted_sum(parts, weights)
+
+    @property
+    def name(self) -> str:
+        """Name in parameter paths and files: the class name in snake case."""
+        return snake_case(type(self).__name__)
+
+
+def snake_case(name: str) -> str:
+    """`AdaptFormer` -> `adapt_former`, `VPT` -> `vpt`, `LoRA` -> `lora`, `BitFit` -> `bit_fit`."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+def select_towers(method: Method, backbone: Backbone) -> list[Tower]:
+    """The towers a method names: its `towers`, or by default the image tower, or else the only one.
+
+    Raises:
+        ConfigurationError: if the model has no such tower.
+        UnsupportedError: if the tower exists but has no sited blocks.
+    """
+    names = method.towers
+    if names is None:
+        every = [*backbone.towers, *backbone.refused]
+        names = ["visual" if "visual" in every else every[0]]
+    elif isinstance(names, str):
+        names = [names]
+    require(len(names) > 0, method, f"towers names none; this model has {', '.join(backbone.towers)}")
+    for name in names:
+        if name in backbone.refused:
+            raise UnsupportedError(f"{type(method).__name__} cannot act on the {name} tower: {backbone.refused[name]}")
+        if name not in backbone.towers:
+            raise ConfigurationError(
+                f"{type(method).__name__}(towers={method.towers!r}): this model has no tower {name!r}, "
+                f"it has {', '.join(backbone.towers)}"
+            )
+    return [backbone.towers[name] for name in dict.fromkeys(names)]
+
+
+def require(condition: bool, method: Method, sentence: str) -> None:
+    """Raise a ConfigurationError that names the method unless the condition holds."""
+    if not condition:
+        raise ConfigurationError(f"{type(method).__name__}: {sentence}")
+
+
+def require_same(methods: Sequence[Method], but: Sequence[str] = ()) -> None:
+    """Raise a ConfigurationError unless all are the same method with the same fields, but for some of them."""
+    fields = [{k: v for k, v in dataclasses.asdict(method).items() if k not in but} for method in methods]
+    for name, value in fields[0].items():
+        # as JSON, where the tuple of a default is the list of a file
+        same = len({json.dumps(each[name]) for each in fields}) == 1
+        require(same, methods[0], f"adapters that differ in {name} ({value} and others) cannot be combined")
+
+
+def weighted_sum(parts: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]) -> dict[str, torch.Tensor]:
+    """Sum of the tensors of each name times their weights; whole numbers are those of the first part."""
+    return {
+        name: sum(w * part[name].double() for part, w in zip(parts, weights, strict=True)).to(first.dtype)
+        if first.is_floating_point()
+        else first
+        for name, first in parts[0].items()
+    }
+
+
+def frames_of(method: Method, tower: Tower) -> Frames:
+    """How clips lie in the batches of a tower, for methods that act across the frames of a clip.
+
+    Raises:
+        UnsupportedError: if the tower takes images that are samples of their own.
+    """
+    if tower.frames is None:
+        raise UnsupportedError(
+            f"{type(method).__name__} acts across the frames of clips, but this model takes single images; attach it "
+            "to a VideoClassifier of the model"
+        )
+    return tower.frames
+
+
+def describe_method(method: Method) -> dict:
+    """Class name and fields of a method as plain values."""
+    return {"class": type(method).__name__, "fields": dataclasses.asdict(method)}
+
+
+def blocks_of(method: Method, tower: Tower) -> list[int]:
+    """Indices of the blocks the method's `blocks` names in this tower."""
+    return select_blocks(method.blocks, tower.depth)

@@ -1,0 +1,44 @@
+"""The layers whose weights a method changes, named by its `targets`."""
+
+from collections.abc import Sequence
+
+from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.errors import ConfigurationError
+from visionpeft.methods.parts.base import Method, blocks_of, require
+from visionpeft.naming import nearest
+
+
+def target_layers(method: Method, tower: Tower, kinds: Sequence[str] = ("linear",)) -> list[tuple[int | None, Layer]]:
+    """The layers of the method's blocks that its `targets` name, each with the index of its block or None outside.
+
+    Args:
+        method: has the fields `targets` and `blocks`.
+        tower: where it is to act.
+        kinds: kinds of layers the method can act on.
+
+    Raises:
+        ConfigurationError: if a target names no such layer.
+    """
+    blocks = blocks_of(method, tower)
+    layers = [(i, layer) for i, layer in tower.all_layers() if layer.kind in kinds and (i is None or i in blocks)]
+    available = {layer.target for _, layer in layers}
+    for target in method.targets:
+        if target not in available:
+            raise ConfigurationError(
+                f"{type(method).__name__}: target {target!r} matches no layer; this backbone has "
+                f"{nearest(target, available)}"
+            )
+    return [(index, layer) for index, layer in layers if layer.target in method.targets]
+
+
+def require_targets(method: Method) -> None:
+    """Refuse `targets` that names none."""
+    require(len(method.targets) > 0, method, "targets must be a list of names")
+
+
+def require_low_rank(method: Method) -> None:
+    """Refuse fields `rank`, `overrides`, `dropout` and `targets` that make no low-rank change of layers."""
+    ranks = [method.rank, *method.overrides.values()]
+    require(all(rank > 0 for rank in ranks), method, "rank must be a positive integer")
+    require(0 <= method.dropout < 1, method, f"dropout must be in [0, 1), not {method.dropout}")
+    require_targets(method)

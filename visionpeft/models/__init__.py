@@ -1,0 +1,1 @@
+"""Models made ready: backbones with weights, CLIP, clips of video."""

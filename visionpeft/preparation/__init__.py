@@ -1,1 +1,0 @@
-"""Builds the published folder layout of a data set from its archives."""

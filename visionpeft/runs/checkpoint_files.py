@@ -1,0 +1,36 @@
+"""Lightning checkpoints on disk: written whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from visionpeft.runs.run_directory import RunDirectory
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write beside the old checkpoint, then replace it, so that a crash or a full disk leaves the old one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Save to `path`."""
+        partial = Path(path).with_name(f".{Path(path).name}.partial")
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def checkpoint_callbacks(run: RunDirectory, has_validation: bool) -> list[ModelCheckpoint]:
+    """Keep the last epoch and, where there is a validation split, the one with the best validation accuracy."""
+    here = {"dirpath": run.checkpoints, "enable_version_counter": False, "save_top_k": 1}
+    callbacks = [ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **here)]
+    if has_validation:
+        callbacks.append(
+            ModelCheckpoint(filename="best", monitor="val/top1", mode="max", save_on_train_epoch_end=False, **here)
+        )
+    return callbacks

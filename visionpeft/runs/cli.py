@@ -1,0 +1,251 @@
+"""The command line: how a configuration is found, parsed and refused, and how errors are shown."""
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from visionpeft import data, methods
+from visionpeft.clip import learners
+from visionpeft.data import ImageDataModule
+from visionpeft.errors import ConfigurationError, UserError
+from visionpeft.runs.explain import explain, missing_package, user_error
+from visionpeft.naming import did_you_mean
+from visionpeft.files import shipped
+from visionpeft.runs.run_directory import RunDirectory
+from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, VideoClassification
+
+CLASSES = [
+    ImageClassification,
+    PromptLearning,
+    VideoClassification,
+    *(value for module in (learners, data, methods) for value in vars(module).values() if isinstance(value, type)),
+]
+
+
+class Options(argparse.ArgumentParser):
+    """The options of a command that reads no configuration; `prog` is how it is called."""
+
+    def error(self, message: str):
+        """Raise what the user can act on."""
+        raise ConfigurationError(f"{message}; see {self.prog} --help")
+
+
+class Interrupted(Exception):
+    """The user pressed Ctrl-C; the message says how to go on."""
+
+
+class ConfigFile(ActionConfigFile):
+    """A path, or the name of a shipped configuration. A file in the working directory wins."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        """Resolve the name, then read the file."""
+        path = find_config(value)
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
+        super().__call__(parser, namespace, str(path), option_string)
+
+
+def find_config(name: str) -> Path:
+    """The file of a configuration.
+
+    Raises:
+        ConfigurationError: there is no such file, here or among the shipped ones.
+    """
+    folder = shipped("configs")
+    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    found = (path.relative_to(folder) for path in sorted(folder.rglob("*.yaml")))
+    names = [path.as_posix() for path in found if path.parts[0] != "recipes"]
+    raise ConfigurationError(f"there is no configuration {name!r}{did_you_mean(name, names)}")
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None):
+        """Raise what the user can act on."""
+        if not self.exit_on_error:  # nested parsers try alternatives
+            super().error(message, ex)
+        raise user_error(ex) or ConfigurationError(explain(message, self, CLASSES)) from ex
+
+
+class CLI(LightningCLI):
+    """Parse `--config`, `--model.*`, `--data.*` and `--trainer.*`, and build task, data and trainer.
+
+    Args:
+        arguments: the command line without the program's name.
+    """
+
+    def __init__(self, arguments: list[str]):
+        self.arguments = arguments
+        super().__init__(
+            ImageTask,
+            ImageDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            save_config_callback=None,
+            parser_class=Parser,
+            parser_kwargs={"allow_abbrev": False},
+            run=False,
+        )
+
+    def init_parser(self, **kwargs) -> Parser:
+        """LightningCLI's parser, with configurations found by name."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="a path, or the name of a shipped configuration")
+        return parser
+
+    def add_default_arguments_to_parser(self, parser: Parser) -> None:
+        """The seed."""
+        parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and augmentation")
+
+    def add_arguments_to_parser(self, parser: Parser) -> None:
+        """What belongs to a run and not to model, data or trainer."""
+        parser.add_argument("--output", type=str, default="runs", help="folder in which the run directory is made")
+        parser.add_argument("--resume", type=str, default=None, help="run directory of an interrupted run to continue")
+        parser.add_argument(
+            "--report",
+            type=Literal["last", "best", "best_test"],
+            default="last",
+            help="which epoch is tested and kept: the last, or the best on the validation split; best_test selects on "
+            "the test split, as some papers did, and the results say so",
+        )
+        parser.add_argument(
+            "--test", type=bool, default=True, help="test once, after training; false while hyper-parameters are chosen"
+        )
+        parser.add_argument("--figures", type=bool, default=True, help="draw what the run has seen and mistaken")
+        parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.init_args.seed")
+        parser.set_defaults(
+            {"trainer.num_sanity_val_steps": 0, "trainer.enable_model_summary": False, "trainer.devices": 1}
+        )
+
+    def parse_arguments(self, parser: Parser, args) -> None:
+        """Parse this CLI's arguments; `--resume RUN` starts from the configuration of that run."""
+        self.config = parser.parse_args(_with_resumed_config(self.arguments))
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a missing accelerator before anything is built."""
+        accelerator, devices = self.config.trainer.accelerator, self.config.trainer.devices
+        if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+            raise ConfigurationError(
+                f"--trainer.accelerator {accelerator} was asked for, but this machine has no usable CUDA GPU; "
+                "leave it out (auto) or use cpu"
+            )
+        # Lightning would start this program once more for each further device.
+        if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
+            raise ConfigurationError(
+                f"--trainer.devices {devices}: this command trains on one device; use 1, or [2] for the GPU of index 2"
+            )
+
+    def instantiate_classes(self) -> None:
+        """Build data and task; the trainer is built by `build_trainer`."""
+        try:
+            self.config_init = self.parser.instantiate_classes(self.config)
+            self.config_init.model.connect(self.config_init.data)
+        except Exception as error:
+            meant = user_error(error) or missing_package(error)
+            if meant is None:
+                raise
+            raise meant from None
+        self.datamodule: ImageDataModule = self.config_init.data
+        self.model: ImageTask = self.config_init.model
+        self.build_trainer([], logger=False, enable_checkpointing=False)  # refuse wrong options before a run exists
+
+    def build_trainer(self, callbacks: list[pl.Callback], **own) -> pl.Trainer:
+        """Lightning's Trainer with the options given under `trainer`, and ours."""
+        given = dict(self.config_init.trainer)
+        callbacks = [*(given.pop("callbacks", None) or []), *callbacks]
+        if own.get("logger") and isinstance(given["logger"], Logger | list):
+            further = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]
+            own["logger"] = [own["logger"], *further]
+        try:
+            return pl.Trainer(**given | own, callbacks=callbacks)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise ConfigurationError(f"trainer: {error}") from error
+
+    def save_config(self, path: Path) -> None:
+        """Write the resolved configuration, which is enough to build task and data again; at once, or not at all."""
+        config = self.config.clone()
+        for key in ("config", "resume"):
+            config.pop(key, None)
+        partial = path.with_name(f".{path.name}.partial")
+        self.parser.save(config, partial, skip_none=False, skip_validation=True, overwrite=True)
+        os.replace(partial, path)
+
+
+def _with_resumed_config(arguments: list[str]) -> list[str]:
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--resume"):
+            path = argument.partition("=")[2] or "".join(arguments[index + 1 : index + 2])
+            return ["--config", str(RunDirectory.existing(path).config), *arguments]
+    return arguments
+
+
+def command(function: Callable[[list[str]], None], arguments: list[str] | None = None) -> int:
+    """Run a command; what the user can act on becomes one line on stderr and exit code 2, Ctrl-C 130.
+
+    Args:
+        function: takes the command line without the program's name.
+        arguments: that command line; by default this process's.
+    """
+    silence()
+    try:
+        function(sys.argv[1:] if arguments is None else arguments)
+    except (UserError, MisconfigurationException) as error:
+        return _fail(str(error), 2)
+    except Interrupted as error:
+        return _fail(str(error), 130)
+    except KeyboardInterrupt:
+        return _fail("interrupted before training began", 130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail("no space is left on the device; what was saved before is intact", 2)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def silence() -> None:
+    """Leave out the libraries' remarks that a user of this command line cannot act on; others take one line."""
+    warnings.formatwarning = lambda message, *where, **line: f"warning: {message}\n"
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "jsonargparse"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
+    for message in (
+        r".*does not have many workers.*",
+        r".*number of training batches .* is smaller than the logging interval.*",
+        r".*Checkpoint directory .* exists and is not empty.*",
+        r".*GPU available but not used.*",
+        r".*LeafSpec.*",
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r".*Experiment logs directory .* exists.*",
+        r".*Total length of `list` across ranks is zero.*",  # no validation split
+        r".*You defined a `validation_step` but have no `val_dataloader`.*",
+        r".*configure_optimizers` returned `None`.*",  # nothing is trained
+        r".*in eval mode at the start of training.*",  # they are frozen
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,1 @@
+"""Files and names that others understand: the Hub, model cards, HF peft."""

@@ -1,0 +1,148 @@
+"""Write an adapter in the format of HF peft."""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors.torch import save as serialise
+
+from visionpeft.adapters.adapters import AttachedAdapter
+from visionpeft.adapters.attach import attached, known, plain
+from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
+from visionpeft.methods.dora import DoRA
+from visionpeft.methods.ia3 import IA3
+from visionpeft.methods.lora import LoRA
+from visionpeft.sharing import peft_ia3, peft_lora
+from visionpeft.sharing.peft_config import expression
+from visionpeft.sharing.peft_import import FORMATS, PREFIX
+from visionpeft.sharing.peft_modules import PeftModule, peft_modules
+
+METHODS = {LoRA: peft_lora, DoRA: peft_lora, IA3: peft_ia3}
+
+
+def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> None:
+    """Write a LoRA, DoRA or IA3 adapter with which peft's `PeftModel.from_pretrained` gives equal logits.
+
+    peft adapts a fused qkv as one matrix. Changes of q, k and v that still share their A (after `import_peft`) become
+    one of the same rank; others become one whose rank is the sum of theirs, B being zero outside their rows. peft then
+    trains those zeros, too. For IA3 the rows of q get the scale 1. The head and modules trained whole become
+    `modules_to_save`; peft needs a backbone made with a head for as many classes.
+
+    Args:
+        model: a model with adapters.
+        folder: a folder that does not exist yet, or is empty; it appears complete or not at all.
+        name: which adapter; may be left out if there is only one.
+
+    Raises:
+        UnsupportedError: peft has no such method, or is wrong at one of its modules; nothing is written.
+        StorageError: the folder holds files, or cannot be written.
+    """
+    peft = attached(model)
+    if name is None and len(peft) != 1:
+        raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to export with name=")
+    adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
+    form = _format(adapter)
+    with plain(model):
+        changes = _by_module(model, adapter)
+        whole = _modules_to_save(model, adapter)
+        tensors, fields = form.join(changes)
+    for module, _ in changes:
+        if trained := [path for path in whole if f"{module.path}.".startswith(f"{path}.")]:
+            raise UnsupportedError(f"peft does not adapt {module.path}, because {trained[0]} is trained whole")
+    config = {
+        "peft_type": next(kind for kind, each in FORMATS.items() if each is form),
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "target_modules": "|".join(expression(module.path) for module, _ in changes),
+        "modules_to_save": list(whole) or None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+        "base_model_name_or_path": None,
+    } | fields
+    tensors |= {f"{path}.{key}": value for path, state in whole.items() for key, value in state.items()}
+    content = {PREFIX + key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    files = {
+        "adapter_model.safetensors": serialise(content, metadata={"format": "pt"}),
+        "adapter_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    _write_new(Path(folder), files)
+
+
+def _format(adapter: AttachedAdapter):
+    """The one format that all methods of an adapter have in peft."""
+    kinds = dict.fromkeys(type(method) for method in adapter.methods)
+    for kind in kinds:
+        if kind not in METHODS:
+            raise UnsupportedError(
+                f"peft has no {kind.__name__} for this backbone; {', '.join(each.__name__ for each in METHODS)} can be "
+                "exported, everything can be saved with save"
+            )
+    if len(kinds) != 1:
+        names = " and ".join(kind.__name__ for kind in kinds)
+        raise UnsupportedError(f"an adapter of peft is one method, not {names}; attach and export them one by one")
+    return METHODS[next(iter(kinds))]
+
+
+def _by_module(model: nn.Module, adapter: AttachedAdapter) -> list[tuple[PeftModule, list[tuple[slice, nn.Module]]]]:
+    """The changes of each module, as (rows of its weight, module of the adapter)."""
+    _, modules = peft_modules(model)
+    owners = {(m.tower, m.block, site): (m, layer.rows) for m in modules.values() for site, layer in m.layers.items()}
+    changes: dict[str, tuple[PeftModule, list]] = {}
+    for _, placement in adapter.placements:
+        site = "fc2" if placement.site == "hidden" else placement.site
+        owner, rows = owners[placement.tower, placement.block, site]
+        owner.require()
+        changes.setdefault(owner.path, (owner, []))[1].append((rows or slice(None), placement.module))
+    return list(changes.values())
+
+
+def _modules_to_save(model: nn.Module, adapter: AttachedAdapter) -> dict[str, dict[str, torch.Tensor]]:
+    """State of the modules that are trained whole, by name."""
+    whole: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for path in adapter.heads:
+        head = adapter.get_submodule(path)
+        if type(head) is not nn.Linear:
+            raise UnsupportedError(
+                f"the head {path} is a {type(head).__name__}, but peft keeps the class of the backbone's; use a linear "
+                "head, or head=False"
+            )
+        whole[path] |= head.state_dict()
+    for name, parameter in adapter.trained_parameters():
+        path, _, key = name.rpartition(".")
+        whole[path][key] = parameter
+    for path, state in whole.items():
+        missing = dict(model.get_submodule(path).named_parameters()).keys() - state.keys()
+        if not path or (missing and path not in adapter.heads):
+            raise UnsupportedError(
+                f"peft trains whole modules, not {path or 'the model'}'s {', '.join(state)} alone; this adapter can be "
+                "saved with save"
+            )
+        if also := [n for n, _ in model.named_modules() if n.endswith(path) and n != path and not n.startswith("peft")]:
+            raise UnsupportedError(
+                f"peft finds modules to save by the end of their names, and {path} would also be {also[0]}; this "
+                "adapter can be saved with save"
+            )
+    return whole
+
+
+def _write_new(folder: Path, files: dict[str, bytes]) -> None:
+    """Make a folder with these files, complete or not at all."""
+    partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise StorageError(f"{folder} is not empty; export into a new folder")
+        partial.mkdir(parents=True)
+        for name, content in files.items():
+            with open(partial / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, folder)
+    except OSError as error:
+        raise StorageError(f"{folder} could not be written ({error.strerror}); nothing was changed") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,172 @@
+"""Attach an adapter that HF peft wrote for the same backbone."""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+
+from visionpeft.adapters.adapters import AttachedAdapter, nest
+from visionpeft.adapters.attach import activate, plain, register
+from visionpeft.errors import StorageError
+from visionpeft.sharing import peft_ia3, peft_lora
+from visionpeft.sharing.peft_config import PeftConfig, read_config
+from visionpeft.sharing.peft_modules import peft_modules
+
+PREFIX = "base_model.model."
+TENSOR = re.compile(r"(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|ia3_l)(\.weight)?")
+
+
+# peft_type -> how its changes are split into the sites of methods
+FORMATS = {"LORA": peft_lora, "IA3": peft_ia3}
+
+
+def import_peft(model: nn.Module, folder: str | Path, name: str = "default") -> str:
+    """Attach the LoRA, DoRA or IA3 that peft's `save_pretrained` wrote, and activate it alone: equal logits.
+
+    Where peft adapts a fused qkv with one A, the sites q, k and v each get a copy of it and their rows of B. They
+    compute the same, but are trained separately from here on, so that there are more parameters. Modules that peft
+    trained whole (`modules_to_save`) become the adapter's head and trained copies. The file does not say which weights
+    the backbone had: give the ones the adapter was trained on.
+
+    Args:
+        model: the backbone, as it was given to peft.
+        folder: with `adapter_config.json` and `adapter_model.safetensors`.
+        name: name of the attached adapter.
+
+    Returns:
+        The name of the adapter.
+
+    Raises:
+        StorageError: the files are damaged, contradict each other, do not fit the backbone, or ask for something that
+            is not computed here; nothing is changed.
+        UnsupportedError: peft is wrong at a module, so that there is nothing right to be equal to.
+    """
+    what = f"the peft adapter in {folder}"
+    config, tensors = read_peft(folder)
+    with plain(model):
+        made_for = config.auto_mapping.get("base_model_class", type(model).__name__)
+        if made_for != type(model).__name__:
+            raise StorageError(f"{what} was made for a {made_for}, not for a {type(model).__name__}")
+        backbone, modules = peft_modules(model)
+        changes, whole = _sort(tensors, what)
+        _check_targets(model, config, changes, modules, what)
+        _check_whole(model, config, whole, what)
+        form = FORMATS[config.peft_type]
+        parts = [part for path in changes for part in form.split(config, modules[path], changes[path], what)]
+        heads = {path: _head(model, path, whole, what) for path in backbone.heads if f"{path}.weight" in whole}
+        trained = [name for name in whole if not name.startswith(tuple(f"{path}." for path in heads))]
+        methods = tuple(form.methods(config, backbone, parts, what))
+        adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(trained))
+    for path, head in heads.items():
+        nest(adapter, path, head)
+    adapter.heads = tuple(heads)
+    adapter.to(next(model.parameters()).device)
+    state = {part.place: part.tensors for part in parts}
+    for _, placement in adapter.placements:
+        placement.module.load_state_dict(state[placement.tower, placement.block, placement.site])
+    with torch.no_grad():
+        for parameter_name, parameter in adapter.trained_parameters():
+            parameter.copy_(whole[parameter_name])
+    register(model, name, adapter, backbone)
+    activate(model, name)
+    return name
+
+
+def read_peft(folder: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Configuration and tensors of an adapter that peft wrote; the tensors by their names in the model.
+
+    Raises:
+        StorageError: the files are missing or damaged, or the tensors are in a pickle.
+    """
+    folder = Path(folder)
+    description, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+        raise StorageError(
+            f"{folder} holds adapter_model.bin, a pickle that can run code when it is read; write it again with peft's "
+            "save_pretrained, which makes adapter_model.safetensors"
+        )
+    for file in (description, path):
+        if not file.is_file():
+            raise StorageError(f"{folder} holds no {file.name}; give the folder that peft's save_pretrained wrote")
+    try:
+        config = read_config(json.loads(description.read_text(encoding="utf-8")), str(description))
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+    except StorageError:
+        raise
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
+        raise StorageError(f"the peft adapter in {folder} is damaged: {error}") from None
+    for key, value in tensors.items():
+        if not key.startswith(PREFIX) or not value.is_floating_point():
+            raise StorageError(f"{path} holds {key!r} of type {value.dtype}, which peft does not write for a model")
+    return config, {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+
+
+def _sort(tensors: dict[str, torch.Tensor], what: str) -> tuple[dict, dict]:
+    """Tensors of changes, by module and part of the method, and those of modules trained whole, by name."""
+    changes: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    whole = {}
+    for key, value in tensors.items():
+        if found := TENSOR.fullmatch(key):
+            changes[found["path"]][found["part"]] = value
+        else:
+            whole[key] = value
+    if not changes:
+        raise StorageError(f"{what} changes no layer")
+    return dict(changes), whole
+
+
+def _check_targets(model: nn.Module, config: PeftConfig, changes: dict, modules: dict, what: str) -> None:
+    """What has tensors must be what peft would wrap, and something we can adapt."""
+    for path in changes:
+        if path not in modules:
+            raise StorageError(
+                f"{what} changes {path}, which is no linear layer or convolution in or before the blocks of this "
+                "backbone; a classification head is trained whole (modules_to_save) instead"
+            )
+        modules[path].require()
+    linear = {p for p, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not p.startswith("peft.")}
+    targeted = {path for path in linear if config.targets(path)}
+    if wrong := sorted(targeted ^ changes.keys()):
+        has = "no tensors" if wrong[0] in targeted else "tensors"
+        raise StorageError(
+            f"{what} has {has} for {wrong[0]}, which its adapter_config.json "
+            f"{'targets' if wrong[0] in targeted else 'does not target'}: one of the two files was changed"
+        )
+
+
+def _check_whole(model: nn.Module, config: PeftConfig, whole: dict[str, torch.Tensor], what: str) -> None:
+    """Tensors of whole modules must be those of `modules_to_save`, which peft matches by the ends of names."""
+    saved = [
+        f"{path}."
+        for path, _ in model.named_modules()
+        if not path.startswith("peft") and any(path.endswith(name) for name in config.modules_to_save or ())
+    ]
+    parameters = dict(model.named_parameters())
+    expected = {name for name in parameters if name.startswith(tuple(saved))}
+    if wrong := sorted(expected ^ whole.keys()):
+        place = "is missing in" if wrong[0] in expected else "is not expected in"
+        raise StorageError(f"{wrong[0]} {place} {what}, by modules_to_save={config.modules_to_save}")
+    heads = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.Linear))
+    for name, value in whole.items():
+        if value.shape != parameters[name].shape and not name.startswith(heads):
+            raise StorageError(
+                f"{name} of {what} is {tuple(value.shape)}, in this backbone {tuple(parameters[name].shape)}"
+            )
+
+
+def _head(model: nn.Module, path: str, whole: dict[str, torch.Tensor], what: str) -> nn.Linear:
+    """A linear head with its tensors; it may have another number of classes than the model's own."""
+    own = model.get_submodule(path)
+    weight, bias = whole[f"{path}.weight"], whole.get(f"{path}.bias")
+    if not isinstance(own, nn.Linear) or weight.dim() != 2 or weight.shape[1] != own.in_features:
+        raise StorageError(f"{path}.weight of {what} is {tuple(weight.shape)}, which is no linear head for this model")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise StorageError(f"{path}.bias of {what} is {tuple(bias.shape)} for {weight.shape[0]} classes")
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    head.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    return head

@@ -1,0 +1,150 @@
+"""What a finished run has trained, ready to classify images or videos."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from visionpeft.adapters.storage import load, read_metadata
+from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.clip.description import read_learner
+from visionpeft.clip.storage import load_learner
+from visionpeft.data import FrameSampling
+from visionpeft.data.transforms import Resize
+from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.models.create import create_backbone
+from visionpeft.models.create_clip import create_clip
+from visionpeft.models.video_classifier import VideoClassifier
+from visionpeft.runs.run_directory import RunDirectory
+
+
+@dataclass
+class TrainedModel:
+    """A model and how it is used.
+
+    Args:
+        model: images (batch, 3, height, width), or clips (batch, 3, frames, height, width) -> logits (batch, classes).
+        class_names: names of the classes, in the order of the logits; None if they were not recorded.
+        preprocessing: how the model wants its images, None if that was not recorded.
+        resize: of images, as in training; None for videos.
+        sampling: which frames make a clip, as in the test of the run; None for images.
+        crops: crops of each clip in that test.
+    """
+
+    model: nn.Module
+    class_names: list[str] | None
+    preprocessing: Preprocessing | None = None
+    resize: Resize | None = None
+    sampling: FrameSampling | None = None
+    crops: int = 1
+
+
+def open_run(run: RunDirectory, class_names: Sequence[str] | None = None) -> TrainedModel:
+    """The model of a finished run.
+
+    Args:
+        run: its directory.
+        class_names: classes to tell apart in place of those it was trained for.
+
+    Raises:
+        StorageError: the run has not finished, or its files are damaged or belong to another backbone.
+        ConfigurationError: what was trained belongs to its own classes, or the new names cannot be used.
+    """
+    # A backbone without pretrained weights is drawn again.
+    torch.manual_seed(run.read_results()["seed"])
+    return open_saved(run.learner if run.learner.is_dir() else run.adapter, class_names)
+
+
+def open_saved(
+    folder: Path,
+    class_names: Sequence[str] | None = None,
+    model: nn.Module | None = None,
+    tokenizer: Callable | None = None,
+) -> TrainedModel:
+    """The model of a folder that `save` or `save_learner` wrote.
+
+    Args:
+        folder: the folder.
+        class_names: classes to tell apart in place of those it was trained for.
+        model: the backbone, or CLIP; by default it is made as the description says.
+        tokenizer: that of the CLIP, if `model` is one.
+
+    Raises:
+        StorageError: the files are damaged or belong to another backbone.
+        ConfigurationError: what was trained belongs to its own classes, or the backbone cannot be made.
+    """
+    description = read_description(folder)
+    if stem_of(folder) == "learner":
+        if model is None:
+            model, tokenizer = create_clip(**_arguments(description, "the CLIP and its tokenizer"))
+        elif tokenizer is None:
+            raise ConfigurationError(f"{folder} holds a learner; give the tokenizer of its CLIP, too")
+        model = load_learner(folder, model, tokenizer, class_names)
+        names = model.class_names
+    else:
+        names = description["class_names"]
+        if class_names is not None:
+            raise ConfigurationError(
+                f"{folder} holds a head for its own {len(names or ())} classes and knows no others; "
+                "a learner on a CLIP, such as that of fewshot_coop.yaml, takes any class names"
+            )
+        model = _classifier(description) if model is None else model
+        load(model, folder)
+    trained = TrainedModel(model.eval(), names)
+    if preprocessing := description["preprocessing"]:
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()}
+        trained.preprocessing = Preprocessing(**values)
+    data = description["metadata"].get("data", {})
+    trained.resize = data.get("resize")
+    if "sampling" in data:
+        trained.sampling, trained.crops = FrameSampling(**data["sampling"]), data["test_crops"]
+    return trained
+
+
+def read_description(folder: Path) -> dict:
+    """What `save` or `save_learner` wrote about an adapter or a learner, checked."""
+    return read_learner(folder) if stem_of(folder) == "learner" else read_metadata(folder)
+
+
+def stem_of(folder: Path) -> str:
+    """What a folder holds: "learner" or "adapter".
+
+    Raises:
+        StorageError: neither.
+    """
+    for stem in ("learner", "adapter"):
+        if (folder / f"{stem}.safetensors").is_file():
+            return stem
+    raise StorageError(
+        f"{folder} holds neither adapter.safetensors nor learner.safetensors; give a folder that save or save_learner "
+        "wrote"
+    )
+
+
+def _classifier(description: dict) -> nn.Module:
+    """The model that an adapter belongs to."""
+    arguments, data = _arguments(description, "the model"), description["metadata"].get("data", {})
+    names = description["class_names"]
+    if "sampling" not in data:
+        return create_backbone(**arguments, num_classes=len(names or ()))
+    images = create_backbone(**arguments)
+    model = VideoClassifier(images, num_frames=data["sampling"]["num_frames"], num_classes=len(names))
+    model.set_num_frames(model.num_frames, interpolate=True)  # whether it may be, the training has decided
+    return model
+
+
+def _arguments(description: dict, what: str) -> dict:
+    """Arguments with which the backbone was created.
+
+    Raises:
+        ConfigurationError: it was not created by us, so they are not known.
+    """
+    source = description["backbone"]["source"]
+    if "kwargs" not in source:
+        raise ConfigurationError(
+            f"it is not recorded how {source['name']} was made, as visionpeft.create_backbone or create_clip would; "
+            f"give {what} yourself with model="
+        )
+    return {key: source[key] for key in ("name", "pretrained", "checkpoint")} | source["kwargs"]

@@ -1,0 +1,394 @@
+"""Sites: the named points of a transformer block at which the modules of an adapter act.
+
+A sited block computes what the library's block computes, written out with a site at every point where the literature
+puts something. This file knows neither methods nor block families. In the order in which tokens meet them, behind the
+site `tokens` of the tower, where embedded tokens with their positions have not yet met the norm in front of the blocks:
+
+    stream_in -> norm1 -> attn_in -> q k v -> kv -> attention -> proj -> attn_out -> (+) stream_mid
+              -> norm2 -> mlp_in -> fc1 -> hidden -> fc2 -> mlp_out -> (+) stream_out
+
+Three kinds of modules act:
+
+* at a token site, `module(x) -> x` on tokens x (batch, tokens, width); at `hidden`, on what fc2 reads of each token;
+* as a branch, `module(x) -> delta`: reads one token site, and delta is added at a later one of the same block, or goes
+  to `module.join(x, delta) -> x` there if the module has it;
+* at a layer site, `module(x, y, weight, bias) -> y`, where y = layer(x) was made by the given rows of weight and bias.
+  What it does may be done in a cheaper way if it says what it changes (see `frozen_layers.linear`), or, at a norm, if
+  it has `merge(weight, bias) -> weight, bias`, which the norm is then given;
+* at `kv`, `module(k, v) -> k, v` on (batch, heads, tokens, head width), after rotary position and key normalisation.
+
+What acts on tokens may declare, for those who run fewer tokens than the library does: `tokenwise = True`, it treats
+every token by itself; `replaced_tokens = (first, stop)`, it overwrites these tokens and leaves the others alone.
+
+What acts at a token site may also declare `patches_only = True`: it is called on the patches (batch, patches, width),
+and the class, register and prompt tokens in front of them stay as they are. Or it may declare `located_at`: it is
+called with the index of the first of some tokens as one more argument, of the patches for `located_at = "patches"`, or
+of the prompts that the module `located_at` has inserted. What inserts prompts that leave behind the same block may
+offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see `economies/key_prompts.py`.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+import torch.nn as nn
+from timm.layers import DropPath, PatchDropout
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import checkpoint
+
+from visionpeft.errors import UnsupportedError
+import visionpeft.sites.frozen_layers as frozen_layers
+
+TOKEN_SITES = ("stream_in", "attn_in", "attn_out", "stream_mid", "mlp_in", "mlp_out", "stream_out")
+
+
+class Order(IntEnum):
+    """Law of order among the modules of one site: it, and not the order of attaching, decides who acts first."""
+
+    REPLACE = 0  # what overwrites tokens of the backbone by their position
+    ENTER_SPAN = 1  # prompts that stay for several blocks
+    ENTER = 2  # prompts of this block alone
+    RENEW = 3  # what makes the weight of a layer anew from that of the backbone; only one at a layer can be merged
+    WEIGHT = 4  # what changes the weight or bias of a layer
+    OUTPUT = 5  # what rescales or shifts the output of a layer
+    TOKENS = 6  # everything else
+    LEAVE = 7
+    LEAVE_SPAN = 8
+
+
+def order_of(module: nn.Module) -> Order:
+    """The place of a module in the law of order."""
+    return getattr(module, "order", Order.TOKENS)
+
+
+def is_drawn(module: nn.Module) -> bool:
+    """Whether a module is a dropout at work: `nn.Dropout` for each value, any other for whole channels, tokens or
+    samples.
+    """
+    names = {DropPath: "drop_prob", PatchDropout: "prob", _DropoutNd: "p"}
+    rates = [getattr(module, name) for kind, name in names.items() if isinstance(module, kind)]
+    return module.training and any(rate is not None and rate > 0 for rate in rates)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One module of an adapter at one site.
+
+    Args:
+        tower: name of the tower, "visual" or "text".
+        block: index of the block, or None for a layer of the tower itself (patch embedding, final norm).
+        site: a token site, a layer site such as "q", or "kv".
+        module: what acts there; owned by the adapter.
+        add: for a branch, the later token site of the same block at which the module's output is added.
+        name: name of the module in the adapter, for a second one of a method at one site; by default that of the site.
+    """
+
+    tower: str
+    block: int | None
+    site: str
+    module: nn.Module
+    add: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A module that several placements of one tower use; the adapter owns it under this name."""
+
+    tower: str
+    name: str
+    module: nn.Module
+
+
+class Sites:
+    """What acts inside one block while the active adapters are in force.
+
+    Args:
+        num_prefix_tokens: class and register tokens, which stay in front of inserted prompts.
+        causal: whether the tower masks the future, so that inserted tokens must keep to it.
+    """
+
+    def __init__(self, num_prefix_tokens: int, causal: bool):
+        self.num_prefix_tokens = num_prefix_tokens
+        self.causal = causal
+        self.extra_tokens = 0  # prompts among the tokens between stream_in and stream_out
+        self.acting: dict[str, tuple[nn.Module, ...]] = {}
+        self.branches: dict[str, tuple[tuple[nn.Module, str], ...]] = {}
+        self.key_prompts: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.class_token_only: ClassTokenOnly | None = None
+        self.recompute_mlp = False
+
+    def enter(self) -> "Flow":
+        """Start one pass through the block."""
+        return Flow(self)
+
+    @property
+    def first_patch(self) -> int:
+        """Number of tokens in front of the patches while they are in the block."""
+        return self.num_prefix_tokens + self.extra_tokens
+
+    def call(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Call a layer of the block, with what acts on its output."""
+        return layer(x)
+
+    def without(self, left_out: Callable[[nn.Module], bool]) -> "Sites":
+        """The same sites without some of the modules that act on tokens."""
+        sites = Sites(self.num_prefix_tokens, self.causal)
+        sites.branches = self.branches
+        sites.acting = {site: tuple(m for m in modules if not left_out(m)) for site, modules in self.acting.items()}
+        return sites
+
+    def prompts(self, x: torch.Tensor) -> torch.Tensor | None:
+        """What the attention reads of prompts that are no tokens, or None; x is what it reads of tokens."""
+        return None if self.key_prompts is None else self.key_prompts(x)
+
+    @property
+    def kept(self) -> slice | None:
+        """The tokens that ask in the attention of this block and go on behind it, None for all."""
+        only = self.class_token_only is not None and not self.class_token_only.watched()
+        return slice(0, 1) if only else None
+
+    def followed(self, x: torch.Tensor) -> torch.Tensor:
+        """Those of tokens x (batch, tokens, width) that ask in the attention of this block and go on behind it."""
+        return x if self.kept is None else x[:, self.kept]
+
+    def mlp(self, branch: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """The MLP branch of the stream x, of which only x is kept for the backward pass where that is asked for."""
+        if self.recompute_mlp and torch.is_grad_enabled():
+            return checkpoint(branch, x, use_reentrant=False)
+        return branch(x)
+
+    def kv(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply what acts on keys and values (batch, heads, tokens, head width)."""
+        for module in self.acting.get("kv", ()):
+            k, v = module(k, v)
+        return k, v
+
+    def mask(self, mask: torch.Tensor | None, is_causal: bool = False) -> torch.Tensor | None:
+        """An attention mask or bias (..., N, N) for the tokens of this block, as (..., tokens that ask, tokens)."""
+        if is_causal and self.class_token_only is not None:
+            raise UnsupportedError("class_token_only is for attention without is_causal; switch it off with economise")
+        mask = self.widen(mask)
+        return mask if mask is None or self.kept is None else mask[..., self.kept, :]
+
+    def widen(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Widen an attention mask or bias (..., N, N) by the prompts that travel through this block.
+
+        The new rows and columns sit behind the prefix tokens. They are open (0, or True for a boolean mask); in a
+        causal tower a prompt sees the prefix and the prompts before it, and the prefix does not see prompts.
+        """
+        extra, at = self.extra_tokens, self.num_prefix_tokens
+        if mask is None or extra == 0:
+            return mask
+        boolean = mask.dtype == torch.bool
+        opened, closed = (True, False) if boolean else (0.0, float("-inf"))
+        columns = mask.new_full((*mask.shape[:-1], extra), opened)
+        rows = mask.new_full((*mask.shape[:-2], extra, mask.shape[-1] + extra), opened)
+        if self.causal:
+            columns[..., :at, :] = closed
+            rows[..., at + extra :] = closed
+            future = torch.ones(extra, extra, dtype=torch.bool, device=mask.device).triu(1)
+            rows[..., at : at + extra].masked_fill_(future, closed)
+        mask = torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
+        return torch.cat((mask[..., :at, :], rows, mask[..., at:, :]), dim=-2)
+
+
+class ClassTokenOnly:
+    """Says of the last block of a tower that behind its attention only the class token is followed.
+
+    Args:
+        tower: the tower.
+        block: its last block.
+        norms: the norms behind it.
+    """
+
+    def __init__(self, tower: nn.Module, block: nn.Module, norms: list[nn.Module]):
+        around = [m for m in tower.modules() if m is not tower and any(inner is block for inner in m.modules())]
+        self.seeing = [*block.modules(), *norms, *around]
+
+    def watched(self) -> bool:
+        """Whether a hook sees the tokens of the block, so that all have to be there."""
+        return any(map(frozen_layers.is_hooked, self.seeing))
+
+
+class Untouched(Sites):
+    """Sites at which nothing acts, also not on the outputs of layers whose class is swapped."""
+
+    def call(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Compute a layer as the library does."""
+        return super(SitedLayer, layer).forward(x) if isinstance(layer, SitedLayer) else layer(x)
+
+
+UNTOUCHED = Untouched(num_prefix_tokens=0, causal=False)
+
+
+class Unseen(Sites):
+    """Sites whose layers act on prompts that are no tokens: hooks, which see the tokens, are not called for them."""
+
+    def call(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Compute a layer, with what acts on its output."""
+        return layer.forward(x)
+
+
+UNSEEN = Unseen(num_prefix_tokens=0, causal=False)
+
+
+class OnPatches:
+    """Lets a module act on the patches alone.
+
+    Args:
+        module: maps patches (batch, patches, width) to the same shape.
+        first: number of tokens in front of the patches.
+    """
+
+    def __init__(self, module: nn.Module, first: int):
+        self.module = module
+        self.first = first
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to the same shape."""
+        return torch.cat((x[:, : self.first], self.module(x[:, self.first :])), dim=1)
+
+
+class Located:
+    """Tells a module where the tokens begin that it treats apart.
+
+    Args:
+        module: maps (x, first), or as a branch with `join` also (x, delta, first).
+        first: index of the first of those tokens.
+    """
+
+    def __init__(self, module: nn.Module, first: int):
+        self.module = module
+        self.first = first
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Act on tokens (batch, tokens, width)."""
+        return self.module(x, self.first)
+
+    def join(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """End the branch of the module."""
+        return self.module.join(x, delta, self.first) if hasattr(self.module, "join") else x + delta
+
+
+def join(module: nn.Module | OnPatches | Located, x: torch.Tensor, delta) -> torch.Tensor:
+    """Let the branch of a module end in x (batch, tokens, width)."""
+    return module.join(x, delta) if hasattr(module, "join") else x + delta
+
+
+class Flow:
+    """One pass of tokens through one block. Carries each branch from where it reads to where it is added."""
+
+    def __init__(self, sites: Sites):
+        self.sites = sites
+        self.carried: dict[str, list[tuple[nn.Module, torch.Tensor]]] = {}
+
+    def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
+        """End the branches that end at this site, the last to start first, then act on x (batch, tokens, width), then
+        start new branches.
+        """
+        for module, delta in reversed(self.carried.pop(site, ())):
+            x = join(module, x, delta)
+        for module in self.sites.acting.get(site, ()):
+            x = module(x)
+        for module, add in self.sites.branches.get(site, ()):
+            self.carried.setdefault(add, []).append((module, module(x)))
+        return x
+
+
+class SitedLayer:
+    """Mixed into the class of a layer that is called (linear, convolution, normalisation): each module of `entering`
+    maps its input, y = layer(x), then each module of `acting` maps (x, y, weight, bias) to the next y.
+    """
+
+    acting: tuple[nn.Module, ...] = ()
+    entering: tuple[nn.Module, ...] = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the layer and what acts on its input and output."""
+        for module in self.entering:
+            x = module(x)
+        y, acting = self.economical(x)
+        bias = getattr(self, "bias", None)
+        for module in acting:
+            y = module(x, y, self.weight, bias)
+        return y
+
+    def economical(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[nn.Module, ...]]:
+        """The layer's output, with as much of what acts as is cheaper together with it, and what is left to act."""
+        return super().forward(x), self.acting
+
+    def __reduce_ex__(self, protocol):
+        # The class is made on demand, so it is pickled as the class it was made from.
+        original = type(self).__bases__[1]
+        return _empty_sited_layer, (original,), self.__dict__
+
+
+class SitedLinear(SitedLayer):
+    """A linear layer."""
+
+    def economical(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[nn.Module, ...]]:
+        """Leave out what `frozen_layers.linear` does."""
+        y, ((_, acting),) = frozen_layers.linear(x, self.weight, self.bias, [(None, self.acting)])
+        return y, acting
+
+
+class SitedPointwise(SitedLayer):
+    """A normalisation or activation: cheap to run again."""
+
+    def economical(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[nn.Module, ...]]:
+        """Leave out what can act as another weight and bias, and remember what the output is made from."""
+        if frozen_layers.traced():
+            return super().economical(x)
+        parameters = self._parameters
+        folded = self._folded() if self.acting else None
+        if folded is not None:
+            parameters = {"weight": folded[0], "bias": folded[1]}
+        run = functools.partial(_run_with, type(self).__bases__[1], self, tuple(parameters))
+        y = run(x, *parameters.values())
+        if not getattr(self, "inplace", False):
+            y = frozen_layers.remember(y, run, x, *parameters.values())
+        return y, (self.acting if folded is None else ())
+
+    def _folded(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        weight, bias = self.weight, getattr(self, "bias", None)
+        for module in self.acting:
+            same = all(parameter.dtype == weight.dtype for parameter in _parameters_of(module))
+            if bias is None or not (same and hasattr(module, "merge")):
+                return None
+            weight, bias = module.merge(weight, bias)
+        return weight, bias
+
+
+def _parameters_of(module) -> tuple[nn.Parameter, ...]:
+    return tuple(module.parameters()) if isinstance(module, nn.Module) else ()
+
+
+def _run_with(
+    original: type[nn.Module], layer: nn.Module, names: tuple[str, ...], x: torch.Tensor, *values: torch.Tensor
+) -> torch.Tensor:
+    """What the library's layer computes with other parameters. It may no longer be sited when it is run again."""
+    twin = original.__new__(original)
+    twin.__dict__ = {**layer.__dict__, "_parameters": dict(zip(names, values, strict=True))}
+    if getattr(layer, "inplace", False):
+        twin.inplace = False  # x may be kept for the backward pass of what made it
+    return original.forward(twin, x)
+
+
+@functools.cache
+def sited_layer_class(original: type[nn.Module]) -> type[nn.Module]:
+    """The class of a layer with `SitedLayer` mixed in."""
+    if original.forward is nn.Linear.forward:
+        mixed_in = SitedLinear
+    elif issubclass(original, nn.Linear | nn.Conv2d):
+        mixed_in = SitedLayer
+    else:
+        mixed_in = SitedPointwise
+    return type(f"Sited{original.__name__}", (mixed_in, original), {})
+
+
+def _empty_sited_layer(original: type[nn.Module]) -> nn.Module:
+    cls = sited_layer_class(original)
+    return cls.__new__(cls)

@@ -1,0 +1,159 @@
+"""Image classification with a frozen, adapted backbone."""
+
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from torch import Tensor
+
+from visionpeft.adapters.attach import attach, economise
+from visionpeft.backbones.preprocessing import preprocessing_of
+from visionpeft.caching.content_cache import ContentCache, FolderCache
+from visionpeft.caching.trunk import CachedTrunk
+from visionpeft.errors import ConfigurationError
+from visionpeft.methods import Method
+from visionpeft.models.create import create_backbone
+from visionpeft.tasks.adapted_task import AdaptedTask
+from visionpeft.tasks.heads import Head, HeadInit, replace_head
+from visionpeft.tasks.optimisation import Optimisation
+from visionpeft.tasks.passes import in_order
+
+
+class ImageClassification(AdaptedTask):
+    """Cross-entropy on the logits of a backbone with a method attached.
+
+    The frozen modules stay in evaluation mode while training; adapter and head are in training mode. Batches are
+    (images (batch, 3, height, width), labels (batch,)).
+
+    Args:
+        method: the method, or several that are stacked in order.
+        class_names: one name for each class; taken from the data.
+        backbone: `nano_vit`, a timm name, or `open_clip/<model>/<tag>`; see `visionpeft.create_backbone`.
+        pretrained: load the backbone's published weights.
+        checkpoint: a local file with the backbone's weights (.safetensors, .pth or .npz).
+        backbone_kwargs: further arguments of the library's function that creates the backbone.
+        head: "linear", or with a normalisation in front: "batchnorm_linear" (no scale and shift), "layernorm_linear".
+        head_init: initialisation of the head: "truncated_normal", "zeros", "kaiming" or "uniform".
+        train: names of further backbone parameters to train, such as "cls_token"; they travel with the adapter.
+        drop_path: rate of the backbone's stochastic depth while training, rising linearly with depth.
+        class_token_only: in the last block follow the class token alone, if it is all that is read; exact and cheaper.
+        recompute: work out "mlp" (hidden activations) or "block" (all activations) again in the backward pass instead
+            of keeping them; exact, for less memory.
+        cache: keep what the frozen part in front of the first trained block gives for each image, in "memory" or in a
+            folder on disk of this name, so that an epoch costs the trained blocks alone; for data without random
+            augmentation, or with a number of `views`.
+        cache_mib: most MiB that are kept.
+        label_smoothing: probability mass spread evenly over all classes.
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of CutMix, 0 for none; with both, one of the two is drawn for each batch.
+        optimisation: optimiser, learning rates and schedule.
+        seed: the randomness of an epoch (dropout, mixup) is a function of the seed and the epoch.
+    """
+
+    def __init__(
+        self,
+        method: Method | list[Method],
+        class_names: list[str],
+        backbone: str = "nano_vit",
+        pretrained: bool = True,
+        checkpoint: str | None = None,
+        backbone_kwargs: dict | None = None,
+        head: Head = "linear",
+        head_init: HeadInit = "truncated_normal",
+        train: list[str] | None = None,
+        drop_path: float = 0.0,
+        class_token_only: bool = False,
+        recompute: Literal["mlp", "block"] | None = None,
+        cache: str | None = None,
+        cache_mib: int = 2048,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        optimisation: Optimisation = Optimisation(),  # noqa: B008  (frozen)
+        seed: int = 0,
+    ):
+        super().__init__(method, class_names, backbone, label_smoothing, optimisation, seed)
+        num_classes = len(class_names)
+        random = {"drop_path": drop_path, "mixup": mixup, "cutmix": cutmix}
+        for name, value in random.items():
+            if cache and value:
+                raise ConfigurationError(
+                    f"cache keeps what the frozen part gives for an image, which {name} {value} changes each time; set "
+                    f"{name} to 0, or leave cache out"
+                )
+
+        kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
+        torch.manual_seed(seed)
+        self.model = create_backbone(
+            backbone, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes, **kwargs
+        )
+        replace_head(self.model, head, num_classes, head_init)
+        self.preprocessing = preprocessing_of(self.model)
+        attach(self.model, self.methods, name=self.adapter_name, train=tuple(train or ()))
+        self.economies = {"class_token_only": class_token_only, "recompute": recompute}
+        economise(self.model, **self.economies)
+        self.trunk: CachedTrunk | None = None
+        if cache:
+            if self.adapter.pending:
+                raise ConfigurationError(f"{self.label} chooses what it trains by the data; leave cache out")
+            size = cache_mib * 2**20
+            kept = ContentCache(size) if cache == "memory" else FolderCache(cache, size)
+            self.trunk = CachedTrunk(self.model, kept)
+
+        self.mix = None
+        if mixup or cutmix:
+            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+
+    def connect(self, datamodule: pl.LightningDataModule) -> None:
+        """Tell the data how this backbone wants its images.
+
+        Raises:
+            ConfigurationError: the data has videos, or shows images in ever new ways, so that nothing can be kept.
+        """
+        super().connect(datamodule)
+        if self.trunk is not None and getattr(datamodule, "deterministic_views", None) is None:
+            raise ConfigurationError(
+                "cache keeps what the frozen part gives for an image, but the data augments images anew in each epoch; "
+                "set augmentation to none or views to a number (--data.views 4), or leave cache out"
+            )
+
+    def setup(self, stage: str) -> None:
+        """Connect task and data; before training, run the frozen part on all training images if it is kept.
+
+        Always in the same order, so that a resumed run, which may have nothing kept yet, gets the very same numbers.
+        """
+        super().setup(stage)
+        if self.trunk is None:
+            return
+        self.trunk.hash_again()
+        if stage == "fit" and self.trainer.datamodule is not None:
+            self._fill_cache(min(self.trainer.datamodule.deterministic_views, self.num_epochs))
+            self.train()
+
+    def _fill_cache(self, views: int) -> None:
+        for view in range(views):
+            for _ in in_order(self, "train", view, self.trunk.output):
+                if self.trunk.cache.full:
+                    return
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes)."""
+        return super().forward(images) if self.trunk is None else self.trunk(images)
+
+    def load(self, folder: Path) -> None:
+        """Read an adapter in the place of the attached one."""
+        super().load(folder)
+        economise(self.model, **self.economies)
+        if self.trunk is not None:
+            self.trunk = CachedTrunk(self.model, self.trunk.cache)
+
+    def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and logits; mixed images are judged by their mixed labels."""
+        if self.mix is None or len(images) % 2:  # timm mixes in pairs; an odd last batch stays as it is
+            return super().training_loss(images, labels)
+        images, targets = self.mix(images, labels)
+        logits = self(images)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=0.0), logits  # they are smoothed already
