@@ -118,7 +118,7 @@ def test_the_card_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         if path.name == "README.md":
             raise StorageError("the disk is full")
 
-    monkeypatch.setattr("visionpeft.hub.write_whole", full)
+    monkeypatch.setattr("visionpeft.sharing.hub.write_whole", full)
     with pytest.raises(StorageError, match="disk is full"):
         vp.save_pretrained(adapted(), tmp_path, repo_id="someone/second")
     assert (tmp_path / "README.md").read_bytes() == before
