@@ -1,154 +1,129 @@
-"""Parameter-efficient fine-tuning of Vision Transformers and CLIP."""
+"""Parameter-efficient fine-tuning of Vision Transformers and CLIP.
 
-from visionpeft.adapters.allocate import allocate
-from visionpeft.adapters.attach import activate, attach, detach, disable, economise, route, trainable_parameters, use
-from visionpeft.adapters.combine import combine
-from visionpeft.adapters.merge import merge, unmerge
-from visionpeft.adapters.soup import feature_mean, similar_adapters
-from visionpeft.adapters.storage import load, read_metadata, save
-from visionpeft.adapters.training_hooks import after_step, penalty
-from visionpeft.backbones import describe
-from visionpeft.clip.description import read_learner
-from visionpeft.clip.learners import (
-    IVLP,
-    TPT,
-    CLIPAdapter,
-    CLIPLinearProbe,
-    CLIPLoRA,
-    CoCoOp,
-    CoOp,
-    KgCoOp,
-    Learner,
-    MaPLe,
-    ProGrad,
-    PromptSRC,
-    TipAdapter,
-    ZeroShot,
-)
-from visionpeft.clip.storage import load_learner, save_learner
-from visionpeft.costs.counts import summary
-from visionpeft.errors import ConfigurationError, DataError, StorageError, UnsupportedError, UserError
-from visionpeft.methods import (
-    AIM,
-    IA3,
-    MAM,
-    SPT,
-    SSF,
-    VPT,
-    AdaLoRA,
-    Adapter,
-    AdaptFormer,
-    BitFit,
-    ChildTuning,
-    Compacter,
-    Convpass,
-    DoRA,
-    FacT,
-    FishMask,
-    FullFineTuning,
-    GatedVPT,
-    KAdaptation,
-    KronA,
-    LastBlocks,
-    LayerNormTuning,
-    LinearProbe,
-    LoRA,
-    Method,
-    PaFi,
-    PrefixTuning,
-    RepAdapter,
-    STAdapter,
-    UniPELT,
-    VeRA,
-)
-from visionpeft.models.create import create_backbone
-from visionpeft.models.create_clip import create_clip
-from visionpeft.models.video_classifier import VideoClassifier
-from visionpeft.sharing.hub import from_pretrained, push_to_hub, save_pretrained
-from visionpeft.sharing.peft_export import export_peft
-from visionpeft.sharing.peft_import import import_peft
+Every public name is here: `import visionpeft as vp`, then `vp.attach(model, vp.LoRA(rank=8))`. A name is imported when
+it is first used (PEP 562), so that what acts on timm models costs torch and timm alone: OpenCLIP is imported with the
+first learner, and Lightning only by the commands `python -m visionpeft.fit` and its kin.
+"""
 
-__all__ = [
-    "AIM",
-    "IA3",
-    "IVLP",
-    "MAM",
-    "SPT",
-    "SSF",
-    "TPT",
-    "VPT",
-    "AdaLoRA",
-    "AdaptFormer",
-    "Adapter",
-    "BitFit",
-    "CLIPAdapter",
-    "CLIPLinearProbe",
-    "CLIPLoRA",
-    "ChildTuning",
-    "CoCoOp",
-    "CoOp",
-    "Compacter",
-    "ConfigurationError",
-    "Convpass",
-    "DataError",
-    "DoRA",
-    "FacT",
-    "FishMask",
-    "FullFineTuning",
-    "GatedVPT",
-    "KAdaptation",
-    "KgCoOp",
-    "KronA",
-    "LastBlocks",
-    "LayerNormTuning",
-    "Learner",
-    "LinearProbe",
-    "LoRA",
-    "MaPLe",
-    "Method",
-    "PaFi",
-    "PrefixTuning",
-    "ProGrad",
-    "PromptSRC",
-    "RepAdapter",
-    "STAdapter",
-    "StorageError",
-    "TipAdapter",
-    "UniPELT",
-    "UnsupportedError",
-    "UserError",
-    "VeRA",
-    "VideoClassifier",
-    "ZeroShot",
-    "activate",
-    "after_step",
-    "allocate",
-    "attach",
-    "combine",
-    "create_backbone",
-    "create_clip",
-    "describe",
-    "detach",
-    "disable",
-    "economise",
-    "export_peft",
-    "feature_mean",
-    "from_pretrained",
-    "import_peft",
-    "load",
-    "load_learner",
-    "merge",
-    "penalty",
-    "push_to_hub",
-    "read_learner",
-    "read_metadata",
-    "route",
-    "save",
-    "save_learner",
-    "save_pretrained",
-    "similar_adapters",
-    "summary",
-    "trainable_parameters",
-    "unmerge",
-    "use",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
+    from visionpeft.adapters.allocate import allocate as allocate
+    from visionpeft.adapters.attach import activate as activate
+    from visionpeft.adapters.attach import attach as attach
+    from visionpeft.adapters.attach import detach as detach
+    from visionpeft.adapters.attach import disable as disable
+    from visionpeft.adapters.attach import economise as economise
+    from visionpeft.adapters.attach import route as route
+    from visionpeft.adapters.attach import trainable_parameters as trainable_parameters
+    from visionpeft.adapters.attach import use as use
+    from visionpeft.adapters.combine import combine as combine
+    from visionpeft.adapters.combine import feature_mean as feature_mean
+    from visionpeft.adapters.combine import similar_adapters as similar_adapters
+    from visionpeft.adapters.merge import merge as merge
+    from visionpeft.adapters.merge import unmerge as unmerge
+    from visionpeft.adapters.storage import load as load
+    from visionpeft.adapters.storage import read_metadata as read_metadata
+    from visionpeft.adapters.storage import save as save
+    from visionpeft.adapters.training_hooks import after_step as after_step
+    from visionpeft.adapters.training_hooks import penalty as penalty
+    from visionpeft.backbones import describe as describe
+    from visionpeft.clip.description import read_learner as read_learner
+    from visionpeft.clip.learners import *  # noqa: F403
+    from visionpeft.clip.storage import load_learner as load_learner
+    from visionpeft.clip.storage import save_learner as save_learner
+    from visionpeft.costs.counts import summary as summary
+    from visionpeft.errors import ConfigurationError as ConfigurationError
+    from visionpeft.errors import DataError as DataError
+    from visionpeft.errors import StorageError as StorageError
+    from visionpeft.errors import UnsupportedError as UnsupportedError
+    from visionpeft.errors import UserError as UserError
+    from visionpeft.methods import *  # noqa: F403
+    from visionpeft.models.create import create_backbone as create_backbone
+    from visionpeft.models.create_clip import create_clip as create_clip
+    from visionpeft.models.video_classifier import VideoClassifier as VideoClassifier
+    from visionpeft.sharing.hub import from_pretrained as from_pretrained
+    from visionpeft.sharing.hub import push_to_hub as push_to_hub
+    from visionpeft.sharing.hub import save_pretrained as save_pretrained
+    from visionpeft.sharing.peft_export import export_peft as export_peft
+    from visionpeft.sharing.peft_import import import_peft as import_peft
+
+# Methods and learners are not in this table: the packages that list them are asked.
+_HOMES = {
+    "visionpeft.adapters.allocate": ("allocate",),
+    "visionpeft.adapters.attach": (
+        "activate",
+        "attach",
+        "detach",
+        "disable",
+        "economise",
+        "route",
+        "trainable_parameters",
+        "use",
+    ),
+    "visionpeft.adapters.combine": (
+        "combine",
+        "feature_mean",
+        "similar_adapters",
+    ),
+    "visionpeft.adapters.merge": (
+        "merge",
+        "unmerge",
+    ),
+    "visionpeft.adapters.storage": (
+        "load",
+        "read_metadata",
+        "save",
+    ),
+    "visionpeft.adapters.training_hooks": (
+        "after_step",
+        "penalty",
+    ),
+    "visionpeft.backbones": ("describe",),
+    "visionpeft.clip.description": ("read_learner",),
+    "visionpeft.clip.storage": (
+        "load_learner",
+        "save_learner",
+    ),
+    "visionpeft.costs.counts": ("summary",),
+    "visionpeft.errors": (
+        "ConfigurationError",
+        "DataError",
+        "StorageError",
+        "UnsupportedError",
+        "UserError",
+    ),
+    "visionpeft.models.create": ("create_backbone",),
+    "visionpeft.models.create_clip": ("create_clip",),
+    "visionpeft.models.video_classifier": ("VideoClassifier",),
+    "visionpeft.sharing.hub": (
+        "from_pretrained",
+        "push_to_hub",
+        "save_pretrained",
+    ),
+    "visionpeft.sharing.peft_export": ("export_peft",),
+    "visionpeft.sharing.peft_import": ("import_peft",),
+}
+_LISTS = ("visionpeft.methods", "visionpeft.clip.learners")
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str):
+    if name == "__all__":
+        return __dir__()
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+    else:
+        package = next((package for package in map(import_module, _LISTS) if name in package.__all__), None)
+        if package is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(package, name)
+    globals()[name] = value  # asked once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*_HOME, *(name for package in map(import_module, _LISTS) for name in package.__all__)})

@@ -1,4 +1,10 @@
-"""Errors a user can act on. The command line prints their one sentence without a traceback and exits with code 2."""
+"""Errors a user can act on. The command line prints their one sentence without a traceback and exits with code 2.
+
+Also what such sentences are made of: the nearest valid names, the first line of another library's error.
+"""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -25,3 +31,24 @@ def one_line(error: Exception) -> str:
     """The first line of what another library's error says, to be quoted in a sentence of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[0][:200].rstrip(" .")
+
+
+def near(name: str, allowed: Iterable[str]) -> list[str]:
+    """At most three allowed names that resemble a wrong one, first those that differ in capitals only."""
+    allowed = sorted(allowed)
+    same = [other for other in allowed if other.lower() == name.lower()]
+    return list(dict.fromkeys([*same, *difflib.get_close_matches(name, allowed, n=3, cutoff=0.6)]))[:3]
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """The nearest allowed names separated by commas, or all if none is near."""
+    allowed = sorted(allowed)
+    return ", ".join(near(name, allowed) or allowed)
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """The end of a sentence about a wrong name: "; did you mean X?", or all allowed names if none is near."""
+    allowed = sorted(allowed)
+    if found := near(name, allowed):
+        return f"; did you mean {' or '.join(found)}?"
+    return f"; it can be {', '.join(allowed)}" if allowed else ""

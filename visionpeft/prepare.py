@@ -1,96 +1,13 @@
 """`python -m visionpeft.prepare vtab1k|fgvc|few_shot`: builds what a data set lacks, from its archives or from disk."""
 
-import argparse
 import sys
-from pathlib import Path
 
-from visionpeft.data.annotations import write_json
-from visionpeft.data.few_shot.definitions import few_shot_datasets, find_few_shot
-from visionpeft.data.few_shot.own_splits import build_split
-from visionpeft.data.few_shot.place import Place
-from visionpeft.data.preparation.fgvc import prepare_fgvc
-from visionpeft.data.preparation.vtab import prepare_vtab1k
-from visionpeft.errors import ConfigurationError, DataError
-from visionpeft.runs.cli import command
-
-
-def prepare(arguments: list[str]) -> None:
-    """Build what was asked for, and say where it is."""
-    options = _parse(arguments)
-    options.build(options)
-
-
-def _few_shot(options: argparse.Namespace) -> None:
-    key = find_few_shot(options.dataset)
-    place = Place(options.root, options.folder, options.image_folder)
-    file, content = build_split(key, few_shot_datasets()[key], place, options.seed)
-    if file.exists():
-        raise DataError(f"{file} exists; remove it to build the split again")
-    write_json(file, content)
-    sizes = ", ".join(f"{len(content[split]):,} {split}" for split in ("train", "val", "test"))
-    print(f"{sizes} images listed in {file}")
-    print(f"this split is our own, not the published one; read it with --data.dataset {key} --data.split own")
-
-
-def _vtab1k(options: argparse.Namespace) -> None:
-    folder, record = prepare_vtab1k(options.task, options.root, options.seed, options.given, options.mirror)
-    _say(folder, record)
-    if record["official_test"]:
-        print("the test images are the published ones; train800 and val200 are not those of TensorFlow Datasets")
-
-
-def _fgvc(options: argparse.Namespace) -> None:
-    _say(
-        *prepare_fgvc(options.task, options.root, options.seed, options.given, options.mirror, options.published_splits)
-    )
-
-
-def _say(folder: Path, record: dict) -> None:
-    print(f"{folder} is complete; split: {record['split']} ({record['rule']})")
-    if record.get("left_out"):
-        print(f"damaged images left out: {', '.join(record['left_out'])}")
-    if record["split"] == "own":
-        print("accuracies on this split are not comparable, image by image, with published ones; every run notes it")
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m visionpeft.prepare", description="Build what a data set lacks.")
-    what = parser.add_subparsers(dest="what", required=True, metavar="vtab1k|fgvc|few_shot")
-
-    few_shot = what.add_parser("few_shot", help="a train/val/test split of a set of the few-shot benchmark")
-    few_shot.set_defaults(build=_few_shot)
-    few_shot.add_argument("--dataset", required=True, help="such as eurosat")
-    few_shot.add_argument("--folder", help="the data set's folder in the root, in place of the usual names")
-    few_shot.add_argument("--image-folder", help="folder of the images in that, in place of the usual ones")
-
-    vtab1k = what.add_parser("vtab1k", help="a task of VTAB-1k from its published archive")
-    vtab1k.set_defaults(build=_vtab1k)
-    fgvc = what.add_parser("fgvc", help="a fine-grained set from its published archive")
-    fgvc.set_defaults(build=_fgvc)
-    fgvc.add_argument("--published-splits", type=Path, help="folder with the VPT authors' train, val and test.json")
-    for parts, example in ((vtab1k, "cifar"), (fgvc, "cub")):
-        parts.add_argument("--task", required=True, help=f"such as {example}")
-        parts.add_argument("--from", dest="given", type=Path, help="folder that has archives already")
-        parts.add_argument("--mirror", help="address of a folder with the archives, in place of the publishers'")
-    for parts, seed in ((few_shot, 1), (vtab1k, 0), (fgvc, 0)):
-        parts.add_argument("--root", type=Path, required=True, help="folder in which the data sets lie or will lie")
-        parts.add_argument("--seed", type=int, default=seed, help=f"of the draws ({seed})")
-
-        def refuse(message: str, name: str = parts.prog):
-            raise ConfigurationError(f"{message}; see {name} --help")
-
-        parts.error = refuse
-
-    def refuse_all(message: str):
-        raise ConfigurationError(f"{message}; see python -m visionpeft.prepare --help")
-
-    parser.error = refuse_all
-    return parser.parse_args(arguments)
+from visionpeft.runs.command import command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command `python -m visionpeft.prepare`; returns the exit code."""
-    return command(prepare, arguments)
+    return command("visionpeft.data.preparation.prepare:prepare", arguments)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ matrices of the blocks are trained with Muon (https://arxiv.org/abs/2502.16982),
 
     python nano_clip.py --data emoji --output nano_clip --minutes 60
 
-writes ``open_clip_config.json`` and ``model.safetensors``, which ``visionpeft.models.nano_clip`` loads. The run continues from
-its checkpoint when it is started again.
+writes ``open_clip_config.json`` and ``model.safetensors``, which ``visionpeft.models.nano_clip`` loads. The run
+continues from its checkpoint when it is started again.
 """
 
 import argparse

@@ -8,8 +8,8 @@ import timm
 import torch
 
 import visionpeft as vp
-from visionpeft import summary as command_line
 from visionpeft.costs.cost import measure
+from visionpeft.summary import main as summarise
 
 WIDTH, DEPTH, TOKENS, CLASSES = 192, 12, 197, 10
 
@@ -60,7 +60,7 @@ def test_what_cannot_be_merged_says_why(backbone):
 
 def test_command(capsys):
     options = "--backbone test_vit --method LoRA --method.rank 2 --batch_size 1 --rounds 1"
-    assert command_line.main(options.split()) == 0
+    assert summarise(options.split()) == 0
     printed = capsys.readouterr().out
     for part in ("trained values", "multiply-adds of an image", "kept for backward", "forwards of the", "mergeable"):
         assert part in printed
@@ -84,7 +84,7 @@ def test_module_runs_without_remarks():
     ],
 )
 def test_bad_choices_are_one_sentence(arguments, said, capsys):
-    assert command_line.main(arguments.split()) == 2
+    assert summarise(arguments.split()) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1

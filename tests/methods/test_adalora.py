@@ -11,7 +11,7 @@ from small_runs import arguments, draw_images, results, run
 import visionpeft as vp
 from visionpeft import fit
 from visionpeft.runs.history import EpochHistory, read_history
-from visionpeft.runs.run_directory import RunDirectory
+from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification
 
 HOST = next(host for host in HOSTS if host.name == "vit_cls")

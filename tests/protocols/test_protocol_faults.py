@@ -16,8 +16,8 @@ from small_runs import draw_images
 from small_runs import run as run_fit
 
 from visionpeft import fit, protocol
+from visionpeft.files import claim, write_json
 from visionpeft.protocols.method_runs import Trial
-from visionpeft.runs.run_directory import claim, write_json
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from visionpeft import evaluate, fit
-from visionpeft.runs.cli import find_config
 from visionpeft.errors import ConfigurationError
+from visionpeft.runs.cli import find_config
 
 VPT = ["--config", "vtab_vpt.yaml"]
 

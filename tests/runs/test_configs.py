@@ -11,8 +11,9 @@ from small_runs import draw_images
 import visionpeft as vp
 from visionpeft import methods
 from visionpeft.clip import learners
-from visionpeft.runs.cli import CLI, silence
 from visionpeft.files import shipped
+from visionpeft.runs.cli import CLI
+from visionpeft.runs.command import silence
 from visionpeft.tasks import prompt_learning
 
 CONFIGS = shipped("configs")

@@ -16,9 +16,16 @@ from safetensors.torch import load_file, save_file
 import visionpeft as vp
 from visionpeft.data.annotations import read_list, read_split_lines
 from visionpeft.data.few_shot.place import Place
-from visionpeft.data.image_list import ImageList
 from visionpeft.data.few_shot.split_zhou import read_split_zhou
-from visionpeft.data.video.annotations import read_hmdb51, read_kinetics, read_something, read_something_classes, read_ucf101, read_video_list
+from visionpeft.data.image_list import ImageList
+from visionpeft.data.video.annotations import (
+    read_hmdb51,
+    read_kinetics,
+    read_something,
+    read_something_classes,
+    read_ucf101,
+    read_video_list,
+)
 from visionpeft.errors import DataError, UserError
 
 HOST = next(host for host in HOSTS if host.name == "vit_cls")

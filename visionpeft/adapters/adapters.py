@@ -10,9 +10,8 @@ import torch.nn as nn
 from visionpeft.adapters.economies import Economies
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Backbone, Tower
-from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.errors import ConfigurationError, UnsupportedError, nearest
 from visionpeft.methods.parts.base import Method, select_towers
-from visionpeft.naming import nearest
 from visionpeft.sites import Placement
 
 

@@ -14,9 +14,8 @@ from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Backbone
-from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, one_line
+from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
-from visionpeft.naming import nearest
 
 
 def attach(

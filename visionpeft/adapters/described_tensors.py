@@ -9,7 +9,6 @@ order of the names, the line "name dtype shape" and the bytes of each. A descrip
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
 from visionpeft.errors import StorageError
+from visionpeft.files import write_whole
 
 
 def write_described(folder: str | Path, stem: str, tensors: Mapping[str, torch.Tensor], description: dict) -> None:
@@ -135,20 +135,3 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, to
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise StorageError(f"the tensors of {what} do not fit its description and this backbone: {min(wrong)}{more}")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a crash or a full disk leaves the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise StorageError(
-            f"{path} could not be written ({error.strerror}); what was there before is unchanged"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_type_hints
 
-import jsonargparse
 import torch
 import torch.nn as nn
 
@@ -18,11 +19,12 @@ from visionpeft.adapters.head_layout import head_from_layout, head_layout
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.backbones.quantised import full_precision
-from visionpeft.errors import ConfigurationError, StorageError, UserError
+from visionpeft.errors import ConfigurationError, StorageError, UserError, nearest
 from visionpeft.methods.parts.base import Method
-from visionpeft.naming import nearest
+from visionpeft.methods.parts.field_types import from_json
 
 FORMAT = 1
+_MODULES = {"open_clip_torch": "open_clip"}  # packages whose module has another name
 STEM = "adapter"
 
 
@@ -146,8 +148,9 @@ def folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tens
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what a saved file depends on."""
-    return {package: version(package) for package in ("visionpeft", "torch", "timm", "open_clip_torch")}
+    """Versions of what a saved file depends on; OpenCLIP may not be installed."""
+    packages = ("visionpeft", "torch", "timm", "open_clip_torch")
+    return {package: version(package) for package in packages if find_spec(_MODULES.get(package, package))}
 
 
 def backbone_record(model: nn.Module, with_fingerprint: bool = True) -> dict:
@@ -194,11 +197,10 @@ def method_from(entry: dict) -> Method:
             f"near names are {nearest(entry['class'], names)}"
         )
     cls = getattr(method_classes, entry["class"])
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "method")
     try:
-        return parser.instantiate_classes(parser.parse_object({"method": entry["fields"]})).method
-    except (jsonargparse.ArgumentError, ConfigurationError, TypeError) as error:
+        types = get_type_hints(cls)
+        return cls(**{name: from_json(value, types.get(name)) for name, value in entry["fields"].items()})
+    except (ConfigurationError, TypeError) as error:  # TypeError: a field that this version does not have
         reason = str(error).splitlines()[0]
         raise StorageError(f"the saved fields of {entry['class']} do not fit this version: {reason}") from None
 

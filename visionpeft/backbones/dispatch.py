@@ -3,6 +3,8 @@
 A family registers the classes it knows; code outside the package can register more. `describe` is the way in.
 """
 
+import importlib
+import sys
 from collections.abc import Callable
 from functools import singledispatch
 
@@ -24,6 +26,8 @@ def describe(model: nn.Module) -> Backbone:
         )
     if any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__):
         raise UnsupportedError(f"{type(model).__name__} is already sharded; attach before fully_shard")
+    if "open_clip" in sys.modules:  # no model of OpenCLIP is there without it; importing it takes seconds
+        importlib.import_module("visionpeft.backbones.open_clip")
     return describe_model(model)
 
 

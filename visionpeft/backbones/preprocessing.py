@@ -1,11 +1,14 @@
 """How a backbone wants its images: size, normalisation and interpolation, read from its pretrained configuration."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import timm.data
 from torch import nn
 
 from visionpeft.errors import UnsupportedError
+
+Resize = Literal["squash", "crop"]  # how an image of any shape becomes one of the input size
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from visionpeft.adapters.described_tensors import write_whole
 from visionpeft.errors import StorageError
+from visionpeft.files import write_whole
 
 DEFAULT_BYTES = 512 * 2**20
 

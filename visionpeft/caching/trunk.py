@@ -3,13 +3,13 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from itertools import takewhile
 
 from torch import Tensor, nn
 
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.attach import attached
+from visionpeft.adapters.storage import package_versions
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
 from visionpeft.caching.content_cache import ContentCache, Fingerprint, arithmetic
@@ -154,7 +154,7 @@ class CachedTrunk:
         self.cache = cache
         self._weights = Fingerprint()
         self._options = self.trunk.options()
-        self._software = " ".join(version(name) for name in ("torch", "timm", "open_clip_torch", "visionpeft"))
+        self._software = " ".join(package_versions().values())
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (batch, classes) of images (batch, 3, height, width)."""

@@ -15,8 +15,7 @@ from visionpeft.clip import learners as learner_classes
 from visionpeft.clip.description import FORMAT, STEM, read_saved
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import acting_adapters, check_clip
-from visionpeft.errors import StorageError, UserError
-from visionpeft.naming import nearest
+from visionpeft.errors import StorageError, UserError, nearest
 
 
 def save_learner(

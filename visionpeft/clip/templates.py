@@ -3,9 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, did_you_mean
 from visionpeft.files import shipped
-from visionpeft.naming import did_you_mean
 
 PHOTO = "a photo of a {}."
 

@@ -1,15 +1,20 @@
 """A table of what is attached to a model and how much of it is trained."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.nn as nn
-from rich.console import Console
-from rich.table import Table
 
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.attach import attached, trainable_parameters
 from visionpeft.backbones.dispatch import describe
 from visionpeft.methods.parts.sparse_delta import entries_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+COLUMNS = ("adapter", "method", "site", "tensors", "trainable")
+NUMBERS = ("tensors", "trainable")
 
 
 @dataclass(frozen=True)
@@ -37,26 +42,42 @@ class Summary:
         """Size of the trained values in float32."""
         return 4 * self.trainable
 
-    def __rich__(self) -> Table:
+    @property
+    def caption(self) -> str:
+        """The totals in one line."""
         share = 100 * self.trainable / self.total
         size = f"{self.bytes / 2**20:.2f} MiB"
         if self.indices:
             size += f"; with them {self.indices:,} indices are saved"
-        table = Table(
-            title=self.backbone,
-            caption=f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %), {size}",
-        )
-        for column in ("adapter", "method", "site", "tensors", "trainable"):
-            table.add_column(column, justify="right" if column in ("tensors", "trainable") else "left")
-        for adapter, method, site, tensors, values in self.rows:
-            table.add_row(adapter, method, site, str(tensors), f"{values:,}")
+        return f"trainable {self.trainable:,} of {self.total:,} ({share:.2f} %), {size}"
+
+    def _cells(self) -> list[tuple[str, str, str, str, str]]:
+        return [
+            (adapter, method, site, str(tensors), f"{values:,}") for adapter, method, site, tensors, values in self.rows
+        ]
+
+    def __rich__(self) -> "Table":
+        from rich.table import Table  # only the lab shows tables in colour
+
+        table = Table(title=self.backbone, caption=self.caption)
+        for column in COLUMNS:
+            table.add_column(column, justify="right" if column in NUMBERS else "left")
+        for row in self._cells():
+            table.add_row(*row)
         return table
 
     def __str__(self) -> str:
-        console = Console(width=100, color_system=None)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        rows = [COLUMNS, *self._cells()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        rule = "  ".join("-" * width for width in widths)
+        lines = [
+            "  ".join(
+                cell.rjust(width) if name in NUMBERS else cell.ljust(width)
+                for cell, width, name in zip(row, widths, COLUMNS, strict=True)
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([self.backbone, "", lines[0], rule, *lines[1:], "", self.caption])
 
 
 def summary(model: nn.Module) -> Summary:

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from visionpeft.errors import ConfigurationError
-from visionpeft.naming import near
+from visionpeft.errors import ConfigurationError, near
 
 
 def choose(name: str, aliases: Mapping[str, Sequence[str]], kind: str) -> str:

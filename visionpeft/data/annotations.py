@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import re
 from io import StringIO
 from pathlib import Path
@@ -64,22 +63,6 @@ def read_csv(file: Path) -> tuple[list[str], list[tuple[int, dict]]]:
         return list(reader.fieldnames or ()), [(reader.line_num, entry) for entry in reader]
     except csv.Error as error:
         raise DataError(f"{file} behind line {reader.line_num} is not CSV: {error}") from None
-
-
-def write_json(file: Path, content: object) -> None:
-    """Write a JSON file at once: whenever the process is killed, the file is whole or as it was.
-
-    Raises:
-        DataError: the folder is missing or not writable.
-    """
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, file)
-    except OSError as error:
-        raise DataError(f"{file} cannot be written: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_split_lines(file: Path, classes: int) -> list[Row]:

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from visionpeft.backbones.preprocessing import Resize
 from visionpeft.data.aliases import choose
 from visionpeft.data.annotations import read_json
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.prepared import prepared_notes
 from visionpeft.data.records import ImageFiles, ImageSet, Row, check_disjoint, path_inside
-from visionpeft.data.transforms import Augmentation, Resize
+from visionpeft.data.transforms import Augmentation
 from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.files import shipped
 

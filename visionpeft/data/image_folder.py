@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from visionpeft.backbones.preprocessing import Resize
 from visionpeft.data.class_folders import read_class_folders
 from visionpeft.data.images import list_images
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import ImageFiles
-from visionpeft.data.transforms import Augmentation, Resize
+from visionpeft.data.transforms import Augmentation
 
 
 class ImageFolder(ImageDataModule):

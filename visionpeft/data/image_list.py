@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+from visionpeft.backbones.preprocessing import Resize
 from visionpeft.data.annotations import read_list
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import Files, ImageFiles, ImageSet, Row, check_disjoint, path_inside, without_duplicates
-from visionpeft.data.transforms import Augmentation, Resize
+from visionpeft.data.transforms import Augmentation
 from visionpeft.errors import DataError
 from visionpeft.files import shipped
 

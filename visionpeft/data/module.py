@@ -8,11 +8,11 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_batch
 from visionpeft.data.ordering import EpochSampler, subset
 from visionpeft.data.records import Files, ImageSet, Source
-from visionpeft.data.transforms import Augmentation, ImageTransform, Resize
+from visionpeft.data.transforms import Augmentation, ImageTransform
 from visionpeft.data.views import ImageViews
 from visionpeft.errors import ConfigurationError, DataError
 

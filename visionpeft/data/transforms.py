@@ -8,11 +8,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.ordering import mix
 from visionpeft.errors import ConfigurationError
 
-Resize = Literal["squash", "crop"]
 Augmentation = Literal["none", "crop_flip", "random_resized_crop"]
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.dataset import ImageDataset, ImageLoader, as_batch
 from visionpeft.data.images import list_images
 from visionpeft.data.records import ImageFiles
-from visionpeft.data.transforms import ImageTransform, Resize
+from visionpeft.data.transforms import ImageTransform
 from visionpeft.errors import DataError
 
 

@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.ordering import mix
-from visionpeft.data.transforms import ImageTransform, Resize
+from visionpeft.data.transforms import ImageTransform
 from visionpeft.errors import ConfigurationError
 
 CHAINS = 3

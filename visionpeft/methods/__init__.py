@@ -11,16 +11,18 @@ from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.dora import DoRA
 from visionpeft.methods.fact import FacT
 from visionpeft.methods.fish_mask import FishMask
+from visionpeft.methods.full_fine_tuning import FullFineTuning
 from visionpeft.methods.gated_vpt import GatedVPT
 from visionpeft.methods.ia3 import IA3
 from visionpeft.methods.kadaptation import KAdaptation
 from visionpeft.methods.krona import KronA
+from visionpeft.methods.last_blocks import LastBlocks
 from visionpeft.methods.layer_norm_tuning import LayerNormTuning
+from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
-from visionpeft.methods.parts.selective import FullFineTuning, LastBlocks, LinearProbe
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.rep_adapter import RepAdapter
 from visionpeft.methods.spt import SPT

@@ -10,10 +10,9 @@ from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.adapter import PLACEMENTS
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, blocks_of, require
+from visionpeft.methods.parts.base import Method, blocks_of, require, to_parameter_dtype
 from visionpeft.methods.parts.bottleneck import ACTIVATIONS
 from visionpeft.methods.parts.kronecker_sum import Rule, kronecker_sum
-from visionpeft.methods.parts.precision import to_parameter_dtype
 from visionpeft.sites import Placement, Shared
 
 SERIAL = ("houlsby", "pfeiffer")

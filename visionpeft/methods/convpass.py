@@ -10,8 +10,7 @@ from timm.layers import DropPath
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, blocks_of, require
-from visionpeft.methods.parts.precision import to_parameter_dtype
+from visionpeft.methods.parts.base import Method, blocks_of, require, to_parameter_dtype
 from visionpeft.sites import Placement
 
 # position -> (site it reads, site it is added at)

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, blocks_of, require
-from visionpeft.methods.parts.precision import to_parameter_dtype
+from visionpeft.methods.parts.base import Method, blocks_of, require, to_parameter_dtype
 from visionpeft.sites import Order, Placement, Shared
 
 TARGETS = ("q", "k", "v", "proj", "fc1", "fc2")

@@ -12,7 +12,8 @@ import torch.nn as nn
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, require
-from visionpeft.methods.vpt import VPT, Prompts
+from visionpeft.methods.parts.prompts import Prompts
+from visionpeft.methods.vpt import VPT
 from visionpeft.sites import Placement
 
 TEMPERATURES = (0.01, 10.0)

@@ -12,9 +12,8 @@ import torch.nn as nn
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, require
+from visionpeft.methods.parts.base import Method, require, to_parameter_dtype
 from visionpeft.methods.parts.kronecker_sum import Rule, kronecker_sum, kronecker_sum_weight
-from visionpeft.methods.parts.precision import to_parameter_dtype
 from visionpeft.methods.parts.targets import require_targets, target_layers
 from visionpeft.sites import Order, Placement, Shared
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.methods.parts.addressing import Blocks, Overrides
-from visionpeft.methods.parts.base import Method, require_same
-from visionpeft.methods.parts.precision import to_parameter_dtype
+from visionpeft.methods.parts.base import Method, require_same, to_parameter_dtype
 from visionpeft.methods.parts.targets import require_low_rank, target_layers
 from visionpeft.sites import Order, Placement
 

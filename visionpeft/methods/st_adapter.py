@@ -14,8 +14,7 @@ from visionpeft.backbones.frames import Frames
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, blocks_of, frames_of, require
-from visionpeft.methods.parts.precision import to_parameter_dtype
+from visionpeft.methods.parts.base import Method, blocks_of, frames_of, require, to_parameter_dtype
 from visionpeft.sites import Placement
 
 # position -> site

@@ -12,9 +12,8 @@ import torch.nn as nn
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.lora import LowRank
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, blocks_of, require
+from visionpeft.methods.parts.base import Method, blocks_of, require, to_parameter_dtype
 from visionpeft.methods.parts.bottleneck import Bottleneck
-from visionpeft.methods.parts.precision import to_parameter_dtype
 from visionpeft.methods.parts.targets import require_targets, target_layers
 from visionpeft.methods.prefix_tuning import Prefix
 from visionpeft.sites import Order, Placement

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, require
-from visionpeft.methods.parts.precision import to_parameter_dtype
+from visionpeft.methods.parts.base import Method, require, to_parameter_dtype
 from visionpeft.methods.parts.targets import require_targets, target_layers
 from visionpeft.sites import Order, Placement, Shared
 

@@ -7,8 +7,8 @@ import open_clip
 import torch.nn as nn
 
 from visionpeft.errors import ConfigurationError, StorageError
-from visionpeft.models.create import create_open_clip
 from visionpeft.models.nano_clip import load_nano_clip
+from visionpeft.models.open_clip import create_open_clip
 
 
 def create_clip(

@@ -1,7 +1,7 @@
 """The image tower of an OpenCLIP model followed by a classification head."""
 
-from open_clip.timm_model import TimmModel
-from open_clip.transformer import VisionTransformer
+import sys
+
 from torch import Tensor, nn
 
 from visionpeft.backbones.dispatch import describe_model
@@ -51,15 +51,25 @@ def _(model: ImageClassifier) -> Backbone:
     return Backbone("open_clip", visual.name, model, {"visual": tower}, heads)
 
 
+def is_native(tower: nn.Module) -> bool:
+    """Whether this is an image tower of OpenCLIP's own blocks; of a library that is not imported there is no model."""
+    return "open_clip" in sys.modules and isinstance(tower, sys.modules["open_clip.transformer"].VisionTransformer)
+
+
+def has_trunk(tower: nn.Module) -> bool:
+    """Whether this is an image tower of OpenCLIP around a timm model."""
+    return "open_clip" in sys.modules and isinstance(tower, sys.modules["open_clip.timm_model"].TimmModel)
+
+
 def output_width(visual: nn.Module) -> int:
     """Width of what an OpenCLIP image tower returns, with or without its projection.
 
     Raises:
         UnsupportedError: this is no such tower.
     """
-    if isinstance(visual, VisionTransformer):
+    if is_native(visual):
         return visual.ln_post.normalized_shape[0] if visual.proj is None else visual.proj.shape[1]
-    if isinstance(visual, TimmModel):
+    if has_trunk(visual):
         trunk = visual.trunk
         layers = [layer for layer in (trunk.get_classifier(), *visual.head.modules()) if isinstance(layer, nn.Linear)]
         return layers[-1].out_features if layers else getattr(trunk, "head_hidden_size", trunk.num_features)
@@ -70,9 +80,9 @@ def output_width(visual: nn.Module) -> int:
 
 def _remove_projection(visual: nn.Module) -> None:
     """Take the projection off an OpenCLIP image tower."""
-    if isinstance(visual, VisionTransformer):
+    if is_native(visual):
         visual.proj = None
-    elif isinstance(visual, TimmModel):
+    elif has_trunk(visual):
         # It is the head, or where there is none, as for EVA-02 and Perception Encoder, the classifier of the trunk.
         visual.head = nn.Identity()
         visual.trunk.reset_classifier(0)

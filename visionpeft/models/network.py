@@ -2,11 +2,14 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
+from torch import nn
+
+from visionpeft.errors import ConfigurationError, one_line
 
 
 @contextmanager
@@ -33,3 +36,22 @@ def _reachable(timeout: float) -> bool:
     except OSError:
         return False
     return True
+
+
+def fetched(name: str, create: Callable[[], nn.Module]) -> nn.Module:
+    """Run `create`, which may fetch weights; without network only weights in the cache can be had.
+
+    Raises:
+        ConfigurationError: they cannot be loaded.
+    """
+    with offline_if_unreachable() as offline:
+        try:
+            return create()
+        except TypeError:
+            raise
+        except Exception as error:
+            reason = "no network, and they are not in the cache" if offline else one_line(error)
+            raise ConfigurationError(
+                f"the weights of {name} could not be loaded ({reason}); give a local file of them with checkpoint=, "
+                "or use the backbone nano_vit, whose weights are in the package"
+            ) from error

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-import open_clip.transformer
 import torch
-from open_clip.timm_model import TimmModel
 from torch import nn
 
 from visionpeft.adapters.attach import attach
@@ -13,7 +11,7 @@ from visionpeft.backbones.frames import Frames
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.base import Method
-from visionpeft.models.image_classifier import ImageClassifier, output_width
+from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native, output_width
 
 
 class VideoClassifier(nn.Module):
@@ -146,7 +144,7 @@ def _num_features(backbone: nn.Module) -> int:
         return backbone.num_features
     if hasattr(backbone, "forward_head"):
         return getattr(backbone, "head_hidden_size", backbone.num_features)
-    if isinstance(backbone, open_clip.transformer.VisionTransformer | TimmModel):
+    if is_native(backbone) or has_trunk(backbone):
         return output_width(backbone)
     advice = "; give its image tower, .visual" if hasattr(backbone, "visual") else ""
     raise UnsupportedError(

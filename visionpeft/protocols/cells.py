@@ -9,11 +9,12 @@ from pathlib import Path
 import yaml
 
 from visionpeft.errors import ConfigurationError, StorageError
-from visionpeft.fit import fit
+from visionpeft.files import write_json
 from visionpeft.protocols import work
 from visionpeft.protocols.learner_candidates import Candidate, on
 from visionpeft.runs.cli import find_config
-from visionpeft.runs.run_directory import RunDirectory, write_json
+from visionpeft.runs.fit import fit
+from visionpeft.sharing.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import yaml
 
 from visionpeft.errors import ConfigurationError
+from visionpeft.files import write_json
 from visionpeft.protocols.cells import Cell
 from visionpeft.protocols.learner_candidates import Candidate, dataset_keys, only_test
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import setting, test_numbers
-from visionpeft.runs.run_directory import RunDirectory, write_json
 from visionpeft.runs.test_record import TestRecord
+from visionpeft.sharing.run_directory import RunDirectory
 
 PROTOCOLS = ("base_to_new", "cross_dataset", "domain_shift")
 

@@ -9,9 +9,8 @@ import yaml
 
 from visionpeft.adapters.allocate import allocate
 from visionpeft.costs.saved_bytes import saved_bytes, storages
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, did_you_mean
 from visionpeft.files import shipped
-from visionpeft.naming import did_you_mean
 from visionpeft.runs.cli import CLI, find_config
 
 MEASURED_IMAGES = 2

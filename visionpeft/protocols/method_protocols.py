@@ -14,12 +14,12 @@ from visionpeft.data.aliases import choose as choose_name
 from visionpeft.data.fgvc import fgvc_datasets
 from visionpeft.data.vtab import vtab1k_tasks
 from visionpeft.errors import ConfigurationError
+from visionpeft.files import write_json
 from visionpeft.protocols import work
 from visionpeft.protocols.cells import Training, find_run, train
 from visionpeft.protocols.method_candidates import MethodCandidate, measure, method_candidates
 from visionpeft.protocols.method_runs import CLIP_ART, Benchmark, available
 from visionpeft.protocols.search import choose, pieces
-from visionpeft.runs.run_directory import write_json
 
 SEEDS = (1, 2, 3)
 BUDGET = 20

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from visionpeft.data.fgvc import fgvc_datasets
 from visionpeft.data.vtab import vtab1k_tasks
+from visionpeft.files import write_json
 from visionpeft.protocols.cells import Training, find_run
 from visionpeft.protocols.method_candidates import MethodCandidate
 from visionpeft.protocols.recipes import REPORTS, Recipe, as_arguments, find_recipe, paper_recipe
 from visionpeft.runs.history import read_history
-from visionpeft.runs.run_directory import write_json
 from visionpeft.tasks.checkpointing import DivergedError
 
 CLIP_ART = "clipart"

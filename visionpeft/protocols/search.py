@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visionpeft.errors import ConfigurationError
+from visionpeft.files import write_json
 from visionpeft.protocols.method_candidates import MethodCandidate
 from visionpeft.protocols.method_runs import Benchmark, Chosen, Trial
 from visionpeft.protocols.work import work_through
-from visionpeft.runs.run_directory import write_json
 
 LR = "model.optimisation.lr"
 STARTUP_TRIALS = 10

@@ -4,7 +4,6 @@ A row is one measured accuracy: a dictionary with, at least, `learner`, `dataset
 `tested_on`, `classes` ("all", "base" or "new"), `template` and `top1`, a share.
 """
 
-import os
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 from rich.table import Table as RichTable
+
+from visionpeft.files import write_whole
 
 AVERAGE = "average"
 
@@ -111,13 +112,13 @@ def write_table(table: Table, folder: Path) -> None:
     lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
     cells = [" | ".join(str(cell).replace("|", r"\|") for cell in line) for line in lines]
     markdown = "\n".join([f"{table.title}.", "", *(f"| {line} |" for line in cells)])
-    _write(folder / "table.md", f"{markdown}\n")
-    _write(folder / "table.csv", table.frame.to_csv(index=False))
+    write_whole(folder / "table.md", f"{markdown}\n".encode())
+    write_whole(folder / "table.csv", table.frame.to_csv(index=False).encode())
 
 
 def write_rows(rows: list[dict], path: Path) -> None:
     """Write the rows as CSV, unrounded."""
-    _write(path, pd.DataFrame(rows).to_csv(index=False))
+    write_whole(path, pd.DataFrame(rows).to_csv(index=False).encode())
 
 
 def print_table(table: Table) -> None:
@@ -193,9 +194,3 @@ def _what(rows: list[dict]) -> str:
 def _shots(scores: pd.DataFrame) -> str:
     numbers = [number for number in scores["shots"].unique() if number]
     return f" with {numbers[0]} shot{'' if numbers[0] == 1 else 's'}" if len(numbers) == 1 else ""
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -12,9 +12,9 @@ import torch
 from rich.console import Console
 
 from visionpeft.errors import ConfigurationError, UserError
+from visionpeft.files import claim
 from visionpeft.protocols.ray_cluster import map_on_cluster
-from visionpeft.runs.cli import silence
-from visionpeft.runs.run_directory import claim
+from visionpeft.runs.command import silence
 
 Workers = int | Literal["ray"]
 

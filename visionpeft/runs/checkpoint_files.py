@@ -1,13 +1,13 @@
 """Lightning checkpoints on disk: written whole or not at all."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from visionpeft.runs.run_directory import RunDirectory
+from visionpeft.files import replacing
+from visionpeft.sharing.run_directory import RunDirectory
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -15,14 +15,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save to `path`."""
-        partial = Path(path).with_name(f".{Path(path).name}.partial")
-        try:
+        with replacing(Path(path)) as partial:
             super().save_checkpoint(checkpoint, partial, storage_options)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def checkpoint_callbacks(run: RunDirectory, has_validation: bool) -> list[ModelCheckpoint]:

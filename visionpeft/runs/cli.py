@@ -1,12 +1,5 @@
 """The command line: how a configuration is found, parsed and refused, and how errors are shown."""
 
-import argparse
-import errno
-import logging
-import os
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from visionpeft import data, methods
 from visionpeft.clip import learners
 from visionpeft.data import ImageDataModule
-from visionpeft.errors import ConfigurationError, UserError
+from visionpeft.errors import ConfigurationError, did_you_mean
+from visionpeft.files import replacing, shipped
 from visionpeft.runs.explain import explain, missing_package, user_error
-from visionpeft.naming import did_you_mean
-from visionpeft.files import shipped
-from visionpeft.runs.run_directory import RunDirectory
+from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, VideoClassification
 
 CLASSES = [
@@ -34,18 +26,6 @@ CLASSES = [
     VideoClassification,
     *(value for module in (learners, data, methods) for value in vars(module).values() if isinstance(value, type)),
 ]
-
-
-class Options(argparse.ArgumentParser):
-    """The options of a command that reads no configuration; `prog` is how it is called."""
-
-    def error(self, message: str):
-        """Raise what the user can act on."""
-        raise ConfigurationError(f"{message}; see {self.prog} --help")
-
-
-class Interrupted(Exception):
-    """The user pressed Ctrl-C; the message says how to go on."""
 
 
 class ConfigFile(ActionConfigFile):
@@ -188,9 +168,8 @@ class CLI(LightningCLI):
         config = self.config.clone()
         for key in ("config", "resume"):
             config.pop(key, None)
-        partial = path.with_name(f".{path.name}.partial")
-        self.parser.save(config, partial, skip_none=False, skip_validation=True, overwrite=True)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            self.parser.save(config, partial, skip_none=False, skip_validation=True, overwrite=True)
 
 
 def _with_resumed_config(arguments: list[str]) -> list[str]:
@@ -199,53 +178,3 @@ def _with_resumed_config(arguments: list[str]) -> list[str]:
             path = argument.partition("=")[2] or "".join(arguments[index + 1 : index + 2])
             return ["--config", str(RunDirectory.existing(path).config), *arguments]
     return arguments
-
-
-def command(function: Callable[[list[str]], None], arguments: list[str] | None = None) -> int:
-    """Run a command; what the user can act on becomes one line on stderr and exit code 2, Ctrl-C 130.
-
-    Args:
-        function: takes the command line without the program's name.
-        arguments: that command line; by default this process's.
-    """
-    silence()
-    try:
-        function(sys.argv[1:] if arguments is None else arguments)
-    except (UserError, MisconfigurationException) as error:
-        return _fail(str(error), 2)
-    except Interrupted as error:
-        return _fail(str(error), 130)
-    except KeyboardInterrupt:
-        return _fail("interrupted before training began", 130)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return _fail("no space is left on the device; what was saved before is intact", 2)
-    return 0
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
-def silence() -> None:
-    """Leave out the libraries' remarks that a user of this command line cannot act on; others take one line."""
-    warnings.formatwarning = lambda message, *where, **line: f"warning: {message}\n"
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "jsonargparse"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
-    for message in (
-        r".*does not have many workers.*",
-        r".*number of training batches .* is smaller than the logging interval.*",
-        r".*Checkpoint directory .* exists and is not empty.*",
-        r".*GPU available but not used.*",
-        r".*LeafSpec.*",
-        r".*isinstance\(treespec, LeafSpec\).*",
-        r".*Experiment logs directory .* exists.*",
-        r".*Total length of `list` across ranks is zero.*",  # no validation split
-        r".*You defined a `validation_step` but have no `val_dataloader`.*",
-        r".*configure_optimizers` returned `None`.*",  # nothing is trained
-        r".*in eval mode at the start of training.*",  # they are frozen
-    ):
-        warnings.filterwarnings("ignore", message=message)

@@ -8,8 +8,7 @@ from typing import get_args
 
 from jsonargparse import ArgumentParser
 
-from visionpeft.errors import ConfigurationError, UserError
-from visionpeft.naming import did_you_mean
+from visionpeft.errors import ConfigurationError, UserError, did_you_mean
 
 _NOT_ACCEPTED = re.compile(r"(?:Problem with given class_path '([\w.]+)':\s*)?Option '([\w.]+)' is not accepted")
 _GROUP = re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'")

@@ -1,11 +1,12 @@
 """metrics.csv: one row for each epoch, continued when a run resumes."""
 
 import csv
-import os
 import time
 from pathlib import Path
 
 import lightning.pytorch as pl
+
+from visionpeft.files import replacing
 
 
 def read_history(path: Path) -> list[dict[str, float]]:
@@ -55,9 +56,7 @@ class EpochHistory(pl.Callback):
         self.rows.append(row)
         if trainer.is_global_zero:
             names = list(dict.fromkeys(name for row in self.rows for name in row))
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            with partial.open("w", newline="") as file:
+            with replacing(self.path) as partial, partial.open("w", newline="") as file:
                 writer = csv.DictWriter(file, names)
                 writer.writeheader()
                 writer.writerows(self.rows)
-            os.replace(partial, self.path)  # never half a row, whenever the process is killed

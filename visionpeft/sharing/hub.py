@@ -1,5 +1,6 @@
 """Share an adapter or a learner on the Hugging Face Hub, with a model card, and load it from there."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,15 +9,14 @@ import torch.nn as nn
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from visionpeft.adapters.described_tensors import copy_described, write_whole
+from visionpeft.adapters.described_tensors import copy_described
 from visionpeft.adapters.storage import save
 from visionpeft.backbones.preprocessing import Preprocessing
-from visionpeft.clip.learners import Learner
-from visionpeft.clip.storage import save_learner
 from visionpeft.errors import ConfigurationError, one_line
+from visionpeft.files import write_whole
 from visionpeft.models.network import offline_if_unreachable
-from visionpeft.runs.run_directory import RunDirectory
 from visionpeft.sharing.model_card import model_card
+from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import TrainedModel, open_saved, read_description, stem_of
 
 FILES = ["adapter.*", "learner.*", "README.md"]
@@ -43,7 +43,9 @@ def save_pretrained(
         preprocessing: how images were prepared.
         metadata: anything else that JSON can hold, such as data set and result.
     """
-    if isinstance(model, Learner):
+    if _is_learner(model):
+        from visionpeft.clip.storage import save_learner  # a CLIP is touched, so OpenCLIP is there
+
         if name is not None or class_names is not None:
             raise ConfigurationError("a learner is saved whole and knows its class names; leave name= and class_names=")
         save_learner(model, folder, preprocessing=preprocessing, metadata=metadata)
@@ -146,6 +148,12 @@ def push_to_hub(
                 "your login (hf auth login, or token=) and the network"
             ) from error
     return info.commit_url
+
+
+def _is_learner(model: nn.Module) -> bool:
+    """Whether a model is a learner; where the module of learners is not imported, there is none."""
+    learner = sys.modules.get("visionpeft.clip.learner")
+    return learner is not None and isinstance(model, learner.Learner)
 
 
 def _stage(source: Path, staged: Path, repo_id: str) -> None:

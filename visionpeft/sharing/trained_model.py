@@ -8,16 +8,13 @@ import torch
 from torch import nn
 
 from visionpeft.adapters.storage import load, read_metadata
-from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.clip.description import read_learner
-from visionpeft.clip.storage import load_learner
-from visionpeft.data import FrameSampling
-from visionpeft.data.transforms import Resize
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.models.create import create_backbone
-from visionpeft.models.create_clip import create_clip
 from visionpeft.models.video_classifier import VideoClassifier
-from visionpeft.runs.run_directory import RunDirectory
+from visionpeft.models.video_sampling import FrameSampling
+from visionpeft.sharing.run_directory import RunDirectory
 
 
 @dataclass
@@ -77,6 +74,10 @@ def open_saved(
     """
     description = read_description(folder)
     if stem_of(folder) == "learner":
+        # imported here, because OpenCLIP takes seconds and an adapter of a timm model does not need it
+        from visionpeft.clip.storage import load_learner
+        from visionpeft.models.create_clip import create_clip
+
         if model is None:
             model, tokenizer = create_clip(**_arguments(description, "the CLIP and its tokenizer"))
         elif tokenizer is None:

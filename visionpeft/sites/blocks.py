@@ -24,82 +24,18 @@ What acts at a token site may also declare `patches_only = True`: it is called o
 and the class, register and prompt tokens in front of them stay as they are. Or it may declare `located_at`: it is
 called with the index of the first of some tokens as one more argument, of the patches for `located_at = "patches"`, or
 of the prompts that the module `located_at` has inserted. What inserts prompts that leave behind the same block may
-offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see `economies/key_prompts.py`.
+offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see `adapters/key_prompts.py`.
 """
 
-import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 import torch.nn as nn
-from timm.layers import DropPath, PatchDropout
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
 from visionpeft.errors import UnsupportedError
-import visionpeft.sites.frozen_layers as frozen_layers
-
-TOKEN_SITES = ("stream_in", "attn_in", "attn_out", "stream_mid", "mlp_in", "mlp_out", "stream_out")
-
-
-class Order(IntEnum):
-    """Law of order among the modules of one site: it, and not the order of attaching, decides who acts first."""
-
-    REPLACE = 0  # what overwrites tokens of the backbone by their position
-    ENTER_SPAN = 1  # prompts that stay for several blocks
-    ENTER = 2  # prompts of this block alone
-    RENEW = 3  # what makes the weight of a layer anew from that of the backbone; only one at a layer can be merged
-    WEIGHT = 4  # what changes the weight or bias of a layer
-    OUTPUT = 5  # what rescales or shifts the output of a layer
-    TOKENS = 6  # everything else
-    LEAVE = 7
-    LEAVE_SPAN = 8
-
-
-def order_of(module: nn.Module) -> Order:
-    """The place of a module in the law of order."""
-    return getattr(module, "order", Order.TOKENS)
-
-
-def is_drawn(module: nn.Module) -> bool:
-    """Whether a module is a dropout at work: `nn.Dropout` for each value, any other for whole channels, tokens or
-    samples.
-    """
-    names = {DropPath: "drop_prob", PatchDropout: "prob", _DropoutNd: "p"}
-    rates = [getattr(module, name) for kind, name in names.items() if isinstance(module, kind)]
-    return module.training and any(rate is not None and rate > 0 for rate in rates)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One module of an adapter at one site.
-
-    Args:
-        tower: name of the tower, "visual" or "text".
-        block: index of the block, or None for a layer of the tower itself (patch embedding, final norm).
-        site: a token site, a layer site such as "q", or "kv".
-        module: what acts there; owned by the adapter.
-        add: for a branch, the later token site of the same block at which the module's output is added.
-        name: name of the module in the adapter, for a second one of a method at one site; by default that of the site.
-    """
-
-    tower: str
-    block: int | None
-    site: str
-    module: nn.Module
-    add: str | None = None
-    name: str | None = None
-
-
-@dataclass(frozen=True)
-class Shared:
-    """A module that several placements of one tower use; the adapter owns it under this name."""
-
-    tower: str
-    name: str
-    module: nn.Module
+from visionpeft.sites import frozen_layers
+from visionpeft.sites.layers import SitedLayer
 
 
 class Sites:
@@ -296,99 +232,3 @@ class Flow:
         for module, add in self.sites.branches.get(site, ()):
             self.carried.setdefault(add, []).append((module, module(x)))
         return x
-
-
-class SitedLayer:
-    """Mixed into the class of a layer that is called (linear, convolution, normalisation): each module of `entering`
-    maps its input, y = layer(x), then each module of `acting` maps (x, y, weight, bias) to the next y.
-    """
-
-    acting: tuple[nn.Module, ...] = ()
-    entering: tuple[nn.Module, ...] = ()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the layer and what acts on its input and output."""
-        for module in self.entering:
-            x = module(x)
-        y, acting = self.economical(x)
-        bias = getattr(self, "bias", None)
-        for module in acting:
-            y = module(x, y, self.weight, bias)
-        return y
-
-    def economical(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[nn.Module, ...]]:
-        """The layer's output, with as much of what acts as is cheaper together with it, and what is left to act."""
-        return super().forward(x), self.acting
-
-    def __reduce_ex__(self, protocol):
-        # The class is made on demand, so it is pickled as the class it was made from.
-        original = type(self).__bases__[1]
-        return _empty_sited_layer, (original,), self.__dict__
-
-
-class SitedLinear(SitedLayer):
-    """A linear layer."""
-
-    def economical(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[nn.Module, ...]]:
-        """Leave out what `frozen_layers.linear` does."""
-        y, ((_, acting),) = frozen_layers.linear(x, self.weight, self.bias, [(None, self.acting)])
-        return y, acting
-
-
-class SitedPointwise(SitedLayer):
-    """A normalisation or activation: cheap to run again."""
-
-    def economical(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[nn.Module, ...]]:
-        """Leave out what can act as another weight and bias, and remember what the output is made from."""
-        if frozen_layers.traced():
-            return super().economical(x)
-        parameters = self._parameters
-        folded = self._folded() if self.acting else None
-        if folded is not None:
-            parameters = {"weight": folded[0], "bias": folded[1]}
-        run = functools.partial(_run_with, type(self).__bases__[1], self, tuple(parameters))
-        y = run(x, *parameters.values())
-        if not getattr(self, "inplace", False):
-            y = frozen_layers.remember(y, run, x, *parameters.values())
-        return y, (self.acting if folded is None else ())
-
-    def _folded(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        weight, bias = self.weight, getattr(self, "bias", None)
-        for module in self.acting:
-            same = all(parameter.dtype == weight.dtype for parameter in _parameters_of(module))
-            if bias is None or not (same and hasattr(module, "merge")):
-                return None
-            weight, bias = module.merge(weight, bias)
-        return weight, bias
-
-
-def _parameters_of(module) -> tuple[nn.Parameter, ...]:
-    return tuple(module.parameters()) if isinstance(module, nn.Module) else ()
-
-
-def _run_with(
-    original: type[nn.Module], layer: nn.Module, names: tuple[str, ...], x: torch.Tensor, *values: torch.Tensor
-) -> torch.Tensor:
-    """What the library's layer computes with other parameters. It may no longer be sited when it is run again."""
-    twin = original.__new__(original)
-    twin.__dict__ = {**layer.__dict__, "_parameters": dict(zip(names, values, strict=True))}
-    if getattr(layer, "inplace", False):
-        twin.inplace = False  # x may be kept for the backward pass of what made it
-    return original.forward(twin, x)
-
-
-@functools.cache
-def sited_layer_class(original: type[nn.Module]) -> type[nn.Module]:
-    """The class of a layer with `SitedLayer` mixed in."""
-    if original.forward is nn.Linear.forward:
-        mixed_in = SitedLinear
-    elif issubclass(original, nn.Linear | nn.Conv2d):
-        mixed_in = SitedLayer
-    else:
-        mixed_in = SitedPointwise
-    return type(f"Sited{original.__name__}", (mixed_in, original), {})
-
-
-def _empty_sited_layer(original: type[nn.Module]) -> nn.Module:
-    cls = sited_layer_class(original)
-    return cls.__new__(cls)

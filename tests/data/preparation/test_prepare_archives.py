@@ -23,7 +23,7 @@ from visionpeft.data.preparation.download import Archive, fetch, published_archi
 from visionpeft.data.preparation.unpack import unpack
 from visionpeft.data.vtab import vtab1k_tasks
 from visionpeft.errors import DataError
-from visionpeft.runs.run_directory import claim
+from visionpeft.files import claim
 
 
 @pytest.fixture(autouse=True)

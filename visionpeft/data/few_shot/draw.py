@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from visionpeft.data.annotations import read_json, write_json
+from visionpeft.data.annotations import read_json
 from visionpeft.data.few_shot.splits import Splits
 from visionpeft.data.records import Row
 from visionpeft.errors import DataError
+from visionpeft.files import write_json
 
 Classes = Literal["all", "base", "new"]
 VAL_SHOTS = 4

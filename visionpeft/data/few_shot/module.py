@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from visionpeft.backbones.preprocessing import Resize
 from visionpeft.clip.templates import PHOTO, check_templates
 from visionpeft.data.few_shot.definitions import few_shot_datasets, find_few_shot
 from visionpeft.data.few_shot.draw import Classes, Draw, class_subset, draw, read_draw, restrict
@@ -11,7 +12,7 @@ from visionpeft.data.few_shot.splits import Place, Splits, read_image_folder, re
 from visionpeft.data.few_shot.templates import dataset_template
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import ImageFiles, ImageSet, Row, path_inside
-from visionpeft.data.transforms import Augmentation, Resize
+from visionpeft.data.transforms import Augmentation
 from visionpeft.errors import ConfigurationError, DataError
 
 OWN = {"folder": [], "list": ["csv"]}

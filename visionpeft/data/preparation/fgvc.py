@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from visionpeft.data.aliases import choose
-from visionpeft.data.annotations import read_json, write_json
+from visionpeft.data.annotations import read_json
 from visionpeft.data.fgvc import SPLITS, fgvc_datasets
 from visionpeft.data.ordering import permutation
 from visionpeft.data.preparation.annotations import matlab, numbered
@@ -16,6 +16,7 @@ from visionpeft.data.preparation.download import Archive, published_archives
 from visionpeft.data.preparation.staging import prepare_folder
 from visionpeft.data.records import path_inside
 from visionpeft.errors import DataError
+from visionpeft.files import write_json
 
 HELD_OUT = 0.1
 Labels = dict[str, int]  # path in the image folder -> class id

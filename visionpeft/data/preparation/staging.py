@@ -4,11 +4,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from visionpeft.data.annotations import write_json
 from visionpeft.data.preparation.download import Archive, digest, fetch
 from visionpeft.data.preparation.unpack import unpack
 from visionpeft.errors import ConfigurationError, DataError
-from visionpeft.runs.run_directory import claim
+from visionpeft.files import claim, write_json
 
 PACKED = (".zip", ".tar", ".tgz", ".tar.gz")
 

@@ -189,3 +189,8 @@ def describe_method(method: Method) -> dict:
 def blocks_of(method: Method, tower: Tower) -> list[int]:
     """Indices of the blocks the method's `blocks` names in this tower."""
     return select_blocks(method.blocks, tower.depth)
+
+
+def to_parameter_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """x in the dtype of a float32 parameter, unless autocast chooses the dtype of each operation itself."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)

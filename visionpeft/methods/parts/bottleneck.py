@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from timm.layers import DropPath
 
-from visionpeft.methods.parts.precision import to_parameter_dtype
+from visionpeft.methods.parts.base import to_parameter_dtype
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "identity": nn.Identity}
 INITS = ("houlsby", "lora", "bert")

@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.base import Method, require
-from visionpeft.methods.vpt import RemovePrompts
+from visionpeft.methods.parts.prompts import RemovePrompts
 from visionpeft.sites import Order, Placement
 
 

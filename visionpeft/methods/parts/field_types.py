@@ -34,6 +34,19 @@ def fits(value: object, annotation: object) -> bool:
     return kind not in ONE or isinstance(value, kind)
 
 
+def from_json(value: object, annotation: object) -> object:
+    """A value that JSON has kept, which knows lists but no tuples, as its annotation wants it."""
+    kind, parts = get_origin(annotation) or annotation, get_args(annotation)
+    if kind in UNIONS:
+        wanted = [from_json(value, part) for part in parts if fits(value, part)]
+        return wanted[0] if wanted else value
+    if kind in (list, tuple) and parts and isinstance(value, list):
+        kinds = parts if kind is tuple and _length(annotation) is not None else (parts[0],) * len(value)
+        if len(kinds) == len(value):
+            return kind(from_json(each, part) for each, part in zip(value, kinds, strict=True))
+    return value
+
+
 def in_words(annotation: object) -> str:
     """A type in words, such as "an integer or None" or "a list of 2 integers"."""
     kind, parts = get_origin(annotation) or annotation, get_args(annotation)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, nearest
 from visionpeft.methods.parts.base import Method, blocks_of, require
-from visionpeft.naming import nearest
 
 
 def target_layers(method: Method, tower: Tower, kinds: Sequence[str] = ("linear",)) -> list[tuple[int | None, Layer]]:

@@ -1,21 +1,11 @@
 """One folder for each run: configuration, environment, checkpoints, adapter, results and figures."""
 
-import fcntl
 import json
-import os
-import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 from visionpeft.errors import ConfigurationError, StorageError
-
-_RECORDED = ("visionpeft", "torch", "torchvision", "timm", "open_clip_torch", "lightning", "torchmetrics", "numpy")
 
 
 @dataclass(frozen=True)
@@ -112,45 +102,3 @@ class RunDirectory:
                 f"python -m visionpeft.fit --resume {self.path}"
             )
         return json.loads(self.results.read_text())
-
-
-@contextmanager
-def claim(file: Path) -> Iterator[bool]:
-    """Hold the lock of a file; False where another process holds it. It ends with the process, however that ends.
-
-    Raises:
-        StorageError: the file system has no locks.
-    """
-    with file.open("a") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        except OSError as error:
-            raise StorageError(
-                f"{file} cannot be locked ({error.strerror}); write to a file system with locks, or nothing would keep "
-                "two processes out of one folder"
-            ) from error
-        else:
-            yield True
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file so that a crash leaves the old one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def environment() -> dict:
-    """Versions and hardware of this process."""
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: version(name) for name in _RECORDED},
-        "cpu_cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
-        "cuda": torch.version.cuda if cuda else None,
-    }

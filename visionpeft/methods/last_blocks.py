@@ -1,30 +1,10 @@
-"""Baselines that add nothing: train the head alone, the last blocks, or everything."""
+"""Partial fine-tuning: train the last blocks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.base import Method, require
-
-
-@dataclass(frozen=True)
-class LinearProbe(Method):
-    """Trains the head alone, on the frozen features of the backbone. Nothing is added."""
-
-
-@dataclass(frozen=True)
-class FullFineTuning(Method):
-    """Trains every parameter of the backbone; the frozen ones are kept and come back on detaching.
-
-    Args:
-        towers: which towers, "visual" or "text" or both; by default the image tower.
-    """
-
-    towers: str | list[str] | None = None
-
-    def trains(self, tower: Tower) -> Iterator[str]:
-        """All parameters of the tower."""
-        yield from tower.parameter_names()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,22 @@
+"""Full fine-tuning: train everything."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from visionpeft.backbones.tower import Tower
+from visionpeft.methods.parts.base import Method
+
+
+@dataclass(frozen=True)
+class FullFineTuning(Method):
+    """Trains every parameter of the backbone; the frozen ones are kept and come back on detaching.
+
+    Args:
+        towers: which towers, "visual" or "text" or both; by default the image tower.
+    """
+
+    towers: str | list[str] | None = None
+
+    def trains(self, tower: Tower) -> Iterator[str]:
+        """All parameters of the tower."""
+        yield from tower.parameter_names()

@@ -1,0 +1,48 @@
+"""Tokens that enter a block after the prefix tokens, and leave a block again."""
+
+import torch
+import torch.nn as nn
+
+from visionpeft.sites import Order
+
+
+class Prompts(nn.Module):
+    """Inserts learned tokens behind the prefix tokens: [prefix; dropout(projection(P)); patches].
+
+    P (num_tokens, width) carries no position. It is shared by the batch; its dropout is drawn for each sample.
+    """
+
+    def __init__(self, prompts: torch.Tensor, at: int, dropout: float, projection: nn.Linear | None, spanning: bool):
+        super().__init__()
+        self.prompts = nn.Parameter(prompts)
+        self.num_tokens = len(prompts)
+        self.at = at
+        self.dropout = nn.Dropout(dropout)
+        self.order = Order.ENTER_SPAN if spanning else Order.ENTER
+        self._projection = (projection,)  # in a tuple, because the adapter owns it once for all blocks
+
+    def prompts_for(self, x: torch.Tensor) -> torch.Tensor:
+        """The prompts (1, num_tokens, width) of a batch x, or (batch, num_tokens, width) where dropout is drawn."""
+        (projection,) = self._projection
+        prompts = self.prompts if projection is None else projection(self.prompts)
+        drawn = self.training and self.dropout.p > 0
+        return self.dropout(prompts.expand(x.shape[0] if drawn else 1, -1, -1)).to(x.dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to (batch, tokens + num_tokens, width)."""
+        prompts = self.prompts_for(x).expand(x.shape[0], -1, -1)
+        return torch.cat((x[:, : self.at], prompts, x[:, self.at :]), dim=1)
+
+
+class RemovePrompts(nn.Module):
+    """Removes the `num_tokens` tokens behind the prefix tokens."""
+
+    def __init__(self, num_tokens: int, at: int, spanning: bool):
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.at = at
+        self.order = Order.LEAVE_SPAN if spanning else Order.LEAVE
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens + num_tokens, width) to (batch, tokens, width)."""
+        return torch.cat((x[:, : self.at], x[:, self.at + self.num_tokens :]), dim=1)

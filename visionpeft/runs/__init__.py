@@ -1,0 +1,1 @@
+"""One run: command line, run directory, checkpoints, history, tables and figures."""

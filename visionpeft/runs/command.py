@@ -1,0 +1,81 @@
+"""How a command of `python -m visionpeft` is run: errors become one line, and libraries' remarks are left out."""
+
+import argparse
+import errno
+import importlib
+import logging
+import sys
+import warnings
+
+from visionpeft.errors import ConfigurationError, UserError
+
+
+class Options(argparse.ArgumentParser):
+    """The options of a command that reads no configuration; `prog` is how it is called."""
+
+    def error(self, message: str):
+        """Raise what the user can act on."""
+        raise ConfigurationError(f"{message}; see {self.prog} --help")
+
+
+class Interrupted(Exception):
+    """The user pressed Ctrl-C; the message says how to go on."""
+
+
+def command(function: str, arguments: list[str] | None = None) -> int:
+    """Run a command; what the user can act on becomes one line on stderr and exit code 2, Ctrl-C 130.
+
+    Args:
+        function: "module:name" of what takes the command line without the program's name. It is imported here, so that
+            a command costs the imports that it needs.
+        arguments: that command line; by default this process's.
+    """
+    module, _, name = function.partition(":")
+    try:
+        run = getattr(importlib.import_module(module), name)
+        silence()  # after the imports, because libraries set the levels of their loggers then
+        run(sys.argv[1:] if arguments is None else arguments)
+    except Interrupted as error:
+        return _fail(str(error), 130)
+    except KeyboardInterrupt:
+        return _fail("interrupted before training began", 130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail("no space is left on the device; what was saved before is intact", 2)
+    except (UserError, *_errors_of_lightning()) as error:
+        return _fail(str(error), 2)
+    return 0
+
+
+def _errors_of_lightning() -> tuple[type[Exception], ...]:
+    """The error of Lightning's that says what a user can change, if Lightning has been imported."""
+    exceptions = sys.modules.get("lightning.pytorch.utilities.exceptions")
+    return () if exceptions is None else (exceptions.MisconfigurationException,)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def silence() -> None:
+    """Leave out the libraries' remarks that a user of this command line cannot act on; others take one line."""
+    warnings.formatwarning = lambda message, *where, **line: f"warning: {message}\n"
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "jsonargparse"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())
+    for message in (
+        r".*does not have many workers.*",
+        r".*number of training batches .* is smaller than the logging interval.*",
+        r".*Checkpoint directory .* exists and is not empty.*",
+        r".*GPU available but not used.*",
+        r".*LeafSpec.*",
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r".*Experiment logs directory .* exists.*",
+        r".*Total length of `list` across ranks is zero.*",  # no validation split
+        r".*You defined a `validation_step` but have no `val_dataloader`.*",
+        r".*configure_optimizers` returned `None`.*",  # nothing is trained
+        r".*in eval mode at the start of training.*",  # they are frozen
+    ):
+        warnings.filterwarnings("ignore", message=message)

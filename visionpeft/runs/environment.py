@@ -1,0 +1,23 @@
+"""What a run was made with: versions of packages, hardware."""
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+_RECORDED = ("visionpeft", "torch", "torchvision", "timm", "open_clip_torch", "lightning", "torchmetrics", "numpy")
+
+
+def environment() -> dict:
+    """Versions and hardware of this process."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in _RECORDED},
+        "cpu_cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda if cuda else None,
+    }

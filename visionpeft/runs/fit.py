@@ -1,0 +1,122 @@
+"""`python -m visionpeft.fit --config vtab_vpt.yaml`: train, test once, and leave everything in a run directory."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from visionpeft.errors import ConfigurationError
+from visionpeft.files import claim, write_json
+from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
+from visionpeft.runs.cli import CLI
+from visionpeft.runs.command import Interrupted
+from visionpeft.runs.environment import environment
+from visionpeft.runs.figures import draw_confusion, draw_curves, draw_mistakes
+from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.runs.progress import TrainingProgress
+from visionpeft.runs.results import setting, test_numbers
+from visionpeft.runs.tables import print_results, print_setting
+from visionpeft.runs.test_record import TestRecord
+from visionpeft.runs.training_cost import Cost
+from visionpeft.sharing.run_directory import RunDirectory
+from visionpeft.tasks import ImageTask
+
+
+def fit(arguments: list[str]) -> None:
+    """Train, test and report, as the command line says."""
+    cli = CLI(arguments)
+    datamodule, report = cli.datamodule, cli.config.report
+    if report == "best_test":
+        datamodule.select_on_test()
+    has_validation = "val" in datamodule.description()["sizes"]
+    if report == "best" and not has_validation:
+        raise ConfigurationError(
+            "--report best needs a validation split; VTAB-1k has one with --data.train_on train800, published sets of "
+            "videos with --data.val_fraction 0.1"
+        )
+    datamodule.setup()  # a missing file is refused before there is a run directory
+    run = _run_directory(cli)
+    with claim(run.config) as mine:
+        if not mine:
+            raise ConfigurationError(f"another process is training in {run.path}; wait for it, or stop it first")
+        _train_and_test(cli, run, has_validation)
+
+
+def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
+    task, datamodule = cli.model, cli.datamodule
+    print_setting(setting(task, datamodule), run.path)
+
+    cost, record = Cost(), TestRecord(len(task.class_names))
+    trainer = cli.build_trainer(
+        [cost, EpochHistory(run.metrics), record, TrainingProgress(), *checkpoint_callbacks(run, has_validation)],
+        logger=TensorBoardLogger(run.path, name="", version="tensorboard"),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=run.path,
+        enable_progress_bar=False,
+    )
+    _train(trainer, task, datamodule, run)
+    reported = f"last of {trainer.current_epoch} epochs" if trainer.current_epoch else "without gradient steps"
+    if cli.config.report != "last":
+        split = "validation" if cli.config.report == "best" else "test"
+        reported = f"epoch {_load_best(task, run) + 1} of {trainer.current_epoch}, best on the {split} split"
+    task.save(run.path / task.folder, datamodule)
+    if cli.config.test:
+        trainer.test(task, datamodule, verbose=False)
+
+    results = setting(task, datamodule) | {
+        **({"test": test_numbers(trainer, record)} if cli.config.test else {}),
+        "reported": reported,
+        "training_seconds": round(cost.seconds, 2),
+        "peak_memory_bytes": cost.peak_memory,
+        "memory_kind": cost.memory_kind,
+        "precision": str(trainer.precision),
+        "run_directory": str(run.path),
+    }
+    write_json(run.results, results)
+    if cli.config.figures:
+        _draw(run, record, task.class_names, tested=cli.config.test)
+    print_results(results)
+
+
+def _draw(run: RunDirectory, record: TestRecord, class_names: list[str], tested: bool) -> None:
+    if history := read_history(run.metrics):
+        draw_curves(history, run.path / "curves.png")
+    if tested:
+        draw_confusion(record.confusion, class_names, run.path / "confusion_matrix.png")
+        draw_mistakes(record.mistakes, class_names, run.path / "wrong_predictions.png")
+
+
+def _run_directory(cli: CLI) -> RunDirectory:
+    """The directory of the resumed run, or a new one with the configuration in it."""
+    if cli.config.resume is not None:
+        return RunDirectory.existing(cli.config.resume)
+    run = RunDirectory.create(Path(cli.config.output), f"{cli.datamodule.description()['task']}-{cli.model.label}")
+    write_json(run.path / "environment.json", environment())
+    if draw := getattr(cli.datamodule, "draw", None):  # which images of a few-shot set were drawn
+        draw.write(run.path / "draw.json")
+    cli.save_config(run.config)  # last, as it is what makes the folder that of a run
+    return run
+
+
+def _train(trainer: pl.Trainer, task: ImageTask, datamodule: pl.LightningDataModule, run: RunDirectory):
+    """Train from the last checkpoint of the run directory, or from the beginning if there is none."""
+    checkpoint = run.last_checkpoint if run.last_checkpoint.is_file() else None
+    try:
+        trainer.fit(task, datamodule, ckpt_path=checkpoint)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        if not trainer.interrupted:
+            raise
+        raise Interrupted(
+            f"interrupted in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}; finished epochs are kept. "
+            f"Continue with: python -m visionpeft.fit --resume {run.path}"
+        ) from None
+
+
+def _load_best(task: ImageTask, run: RunDirectory) -> int:
+    """Load the best checkpoint into the task and return its epoch."""
+    if not run.best_checkpoint.is_file():
+        raise ConfigurationError("--report best found no validated epoch; train longer, or use --report last")
+    checkpoint = AtomicCheckpointIO().load_checkpoint(run.best_checkpoint)
+    task.on_load_checkpoint(checkpoint)
+    task.load_state_dict(checkpoint["state_dict"], strict=False)
+    return checkpoint["epoch"]

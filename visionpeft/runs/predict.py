@@ -1,0 +1,141 @@
+"""`python -m visionpeft.predict RUN FILES...`: the most probable classes of image or video files."""
+
+import argparse
+import csv
+import json
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from visionpeft.data import files_dataloader, find_images, find_videos, videos_dataloader
+from visionpeft.data.dataset import ImageLoader
+from visionpeft.data.images import EXTENSIONS as IMAGE_EXTENSIONS
+from visionpeft.data.video.reading import EXTENSIONS as VIDEO_EXTENSIONS
+from visionpeft.errors import ConfigurationError
+from visionpeft.models.video_views import over_views
+from visionpeft.runs.command import Options
+from visionpeft.sharing.run_directory import RunDirectory
+from visionpeft.sharing.trained_model import TrainedModel, open_run
+
+SHOWN = 30
+
+
+def predict(arguments: list[str]) -> None:
+    """Predict, print a table and write the file that was asked for."""
+    options = _parse(arguments)
+    trained = open_run(RunDirectory.existing(options.run), options.class_names)
+    loader, files = _loader(trained, options)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = trained.model.to(device)
+
+    def logits(batch: torch.Tensor) -> torch.Tensor:
+        return model(batch) if trained.sampling is None else over_views(model, batch)
+
+    with torch.inference_mode():
+        probabilities = torch.cat([logits(batch.to(device)).float().softmax(dim=-1).cpu() for batch, _ in loader])
+    rows = _rows(files, probabilities, trained.class_names, options.top_k)
+    kind = "image" if trained.sampling is None else "video"
+    _print(rows, kind)
+    if options.output is not None:
+        _write(rows, options.output, kind)
+
+
+def _loader(trained: TrainedModel, options: argparse.Namespace) -> tuple[ImageLoader, list[Path]]:
+    """Batches of the files and folders named, and the files that are in them."""
+    if trained.sampling is None:
+        files = find_images(options.files)
+        if wrong := [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS - IMAGE_EXTENSIONS]:
+            raise ConfigurationError(
+                f"{wrong[0]} is a video, but the run in {options.run} classifies images; name images, or a run of "
+                "videos, such as one of video_st_adapter.yaml"
+            )
+        return files_dataloader(files, trained.preprocessing, resize=trained.resize, skip_corrupt=options.skip_corrupt)
+    files = find_videos(options.files)
+    if wrong := [file for file in files if file.suffix.lower() in IMAGE_EXTENSIONS - VIDEO_EXTENSIONS]:
+        raise ConfigurationError(
+            f"{wrong[0]} is an image, but the run in {options.run} classifies videos; name video files, or folders "
+            "whose images are the frames"
+        )
+    return videos_dataloader(
+        files, trained.preprocessing, trained.sampling, crops=trained.crops, skip_corrupt=options.skip_corrupt
+    )
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = Options("python -m visionpeft.predict", description="Predict the classes of files.")
+    parser.add_argument("run", help="directory of a finished run")
+    parser.add_argument("files", nargs="+", help="image files, for a run of videos video files, or folders of them")
+    parser.add_argument("--top-k", type=int, default=5, help="classes for each file (5)")
+    parser.add_argument(
+        "--class-names",
+        help="classes to tell apart in place of the trained ones, separated by commas, or a text file with one a line; "
+        "for runs of a learner on a CLIP",
+    )
+    parser.add_argument("--output", type=Path, help="a .csv or .json file to write")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged files out instead of stopping")
+    options = parser.parse_args(arguments)
+    if options.top_k < 1:
+        raise ConfigurationError(f"--top-k must be at least 1, not {options.top_k}")
+    if options.output is not None and options.output.suffix not in (".csv", ".json"):
+        raise ConfigurationError(f"--output must end in .csv or .json, not {options.output.name!r}")
+    if options.output is not None and not options.output.parent.is_dir():
+        raise ConfigurationError(f"--output: folder {options.output.parent} does not exist; make it first")
+    if options.class_names is not None:
+        options.class_names = _class_names(options.class_names)
+    return options
+
+
+def _class_names(text: str) -> list[str]:
+    """Class names out of a file, if there is one of that name, or a list with commas."""
+    is_file = os.path.isfile(text)  # pathlib raises for a text too long to be a path
+    if text.endswith(".txt") and not is_file:
+        raise ConfigurationError(f"--class-names: file {text} does not exist")
+    try:
+        parts = Path(text).read_text(encoding="utf-8-sig").splitlines() if is_file else text.split(",")
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"--class-names: {text} is no text file in UTF-8") from None
+    names = [part.strip() for part in parts if part.strip()]
+    if len(names) < 2:
+        raise ConfigurationError(f"--class-names {text!r} names {len(names)}; give at least two classes")
+    return names
+
+
+def _rows(files: list[Path], probabilities: torch.Tensor, class_names: list[str], top_k: int) -> list[dict]:
+    values, indices = probabilities.topk(min(top_k, len(class_names)), dim=-1)
+    return [
+        {
+            "path": str(file),
+            "classes": [class_names[index] for index in row_indices],
+            "probabilities": [round(value, 6) for value in row_values],
+        }
+        for file, row_indices, row_values in zip(files, indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _print(rows: list[dict], kind: str) -> None:
+    table = Table(kind, "class", "probability", "then")
+    for row in rows[:SHOWN]:
+        (first, *others), (probability, *rest) = row["classes"], row["probabilities"]
+        then = ", ".join(f"{name} {100 * value:.1f} %" for name, value in zip(others, rest, strict=True))
+        table.add_row(row["path"], first, f"{100 * probability:.1f} %", then)
+    console = Console()
+    console.print(table, highlight=False)
+    if len(rows) > SHOWN:
+        console.print(f"and {len(rows) - SHOWN:,} more {kind}s; --output predictions.csv writes them all")
+
+
+def _write(rows: list[dict], path: Path, kind: str) -> None:
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=2) + "\n")
+    else:
+        ranks = range(1, len(rows[0]["classes"]) + 1)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
+            for row in rows:
+                pairs = zip(row["classes"], row["probabilities"], strict=True)
+                writer.writerow([row["path"], *(value for pair in pairs for value in pair)])
+    print(f"predictions of {len(rows):,} {kind}s written to {path}")
