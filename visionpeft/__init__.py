@@ -112,7 +112,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 def __getattr__(name: str):
     if name == "__all__":
         return __dir__()
-    if name.startswith("_"):
+    if name not in _HOME and not name[0].isupper():  # methods and learners are classes; `from visionpeft import data`
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _HOME:
         value = getattr(import_module(_HOME[name]), name)

@@ -8,7 +8,7 @@ import torch
 
 from visionpeft import evaluate, fit
 from visionpeft.errors import ConfigurationError
-from visionpeft.runs.cli import find_config
+from visionpeft.runs.config_files import find_config
 
 VPT = ["--config", "vtab_vpt.yaml"]
 

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.files import write_json
 from visionpeft.protocols import work
 from visionpeft.protocols.learner_candidates import Candidate, on
-from visionpeft.runs.cli import find_config
+from visionpeft.runs.config_files import config_content, config_name
 from visionpeft.runs.fit import fit
 from visionpeft.sharing.run_directory import RunDirectory
 
@@ -83,7 +81,7 @@ class Training:
 
 def _hash(config: str) -> str:
     """Of the content, whatever its comments say."""
-    content = yaml.safe_load(find_config(config).read_text(encoding="utf-8"))
+    content = config_content(config)
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
@@ -108,7 +106,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        stem = Path(self.learner.config).stem
+        stem = config_name(self.learner.config)
         return f"{stem}-{self.dataset}-{self.classes}-{self.shots}-shots-seed-{self.seed}"
 
     @property

@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import yaml
-
 from visionpeft import tasks
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.zero_shot import ZeroShot
 from visionpeft.data.few_shot.definitions import find_few_shot
 from visionpeft.data.few_shot.module import OWN
 from visionpeft.errors import ConfigurationError
-from visionpeft.runs.cli import CLI, find_config
+from visionpeft.runs.cli import CLI
+from visionpeft.runs.config_files import config_content, config_name
 from visionpeft.tasks import PromptLearning
 
 # Options of the data that are about one data set, and what they are where nothing is given.
@@ -86,7 +85,7 @@ def candidates(
     """
     if not configs:
         raise ConfigurationError("name at least one configuration of a learner, such as fewshot_coop.yaml")
-    stems = [find_config(config).stem for config in configs]
+    stems = [config_name(config) for config in configs]
     if len(set(stems)) < len(stems):
         raise ConfigurationError(f"each configuration needs a name of its own, but got {', '.join(configs)}")
     for config in configs:
@@ -110,11 +109,7 @@ def candidates(
 
 def _check_trains_learner(config: str) -> None:
     """Refuse the configuration of another task, to whose data the options of a protocol would mean nothing."""
-    try:
-        content = yaml.safe_load(find_config(config).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return  # the command line says where the mistake is
-    match content:
+    match config_content(config):
         case {"model": {"class_path": str(path)}}:
             task = getattr(tasks, path.rpartition(".")[2], PromptLearning)
             if not issubclass(task, PromptLearning):

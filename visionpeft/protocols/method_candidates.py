@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
+from visionpeft import methods
 from visionpeft.adapters.allocate import allocate
 from visionpeft.costs.saved_bytes import saved_bytes, storages
 from visionpeft.errors import ConfigurationError, did_you_mean
-from visionpeft.files import shipped
-from visionpeft.runs.cli import CLI, find_config
+from visionpeft.methods.parts.base import snake_case
+from visionpeft.runs.cli import CLI
+from visionpeft.runs.config_files import config_content, config_name, find_config, shipped_configs
 
 MEASURED_IMAGES = 2
 
@@ -46,13 +47,19 @@ def configs_of_methods(names: Sequence[str], prefix: str) -> list[str]:
     Raises:
         ConfigurationError: there is none of that name.
     """
-    known = {path.stem.removeprefix(prefix): path for path in sorted(shipped("configs").glob(f"{prefix}*.yaml"))}
-    if list(names) == ["all"]:
-        return [path.name for path in known.values()]
-    by_name = {_plain(name): path.name for name, path in known.items()}
+    known = {name.removeprefix(prefix).removesuffix(".yaml"): name for name in shipped_configs(prefix)}
     by_class: dict[str, list[str]] = {}
-    for path in known.values():
-        by_class.setdefault(_plain(_method_class(path)), []).append(path.name)
+    for config in known.values():
+        by_class.setdefault(_plain(_method_class(config)), []).append(config)
+    of_clips = {_plain(_method_class(config)) for config in shipped_configs("video_")}
+    for method in methods.__all__:  # those without a configuration take the benchmark's default
+        if method != "Method" and _plain(method) not in by_class.keys() | of_clips:
+            config = f"{prefix}{snake_case(method)}.yaml"
+            known[snake_case(method)] = config
+            by_class[_plain(method)] = [config]
+    if list(names) == ["all"]:
+        return list(known.values())
+    by_name = {_plain(name): config for name, config in known.items()}
     found = []
     for name in names:
         if _plain(name) in by_name:
@@ -79,15 +86,14 @@ def method_candidates(configs: Sequence[str], prefix: str, data: Sequence[str]) 
         raise ConfigurationError("name at least one configuration (--configs) or method (--method)")
     found = []
     for config in configs:
-        path = find_config(config)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = config_content(config)
         model, module = (_class(content, part) for part in ("model", "data"))
         if model != "ImageClassification" or module not in data:
             raise ConfigurationError(
                 f"{config} trains {model} on {module}, and this protocol compares methods of ImageClassification on "
                 f"{' or '.join(data)}; name such configurations, as {prefix}lora.yaml is"
             )
-        found.append(MethodCandidate(path.stem.removeprefix(prefix), config, module))
+        found.append(MethodCandidate(config_name(config).removeprefix(prefix), config, module))
     names = [candidate.name for candidate in found]
     if len(set(names)) < len(names):
         raise ConfigurationError(f"each configuration needs a name of its own, but got {', '.join(configs)}")
@@ -119,8 +125,8 @@ def _class(content: object, part: str) -> str:
         return f"no {part}"
 
 
-def _method_class(path: Path) -> str:
-    method = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["method"]
+def _method_class(config: str) -> str:
+    method = config_content(config)["model"]["init_args"]["method"]
     return method["class_path"] if isinstance(method, dict) else ""
 
 

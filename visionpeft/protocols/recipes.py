@@ -72,7 +72,7 @@ def paper_recipe(config: Path) -> Recipe:
     if recipe.paper is None:
         known = sorted(
             path.name
-            for path in (shipped("configs") / "recipes").glob(f"{config.stem.partition('_')[0]}_*.yaml")
+            for path in (config.parent / "recipes").glob("*.yaml")
             if yaml.safe_load(path.read_text(encoding="utf-8")).get("paper") is not None
         )
         raise ConfigurationError(f"no paper's rule is known for {config.name}; --paper has {', '.join(known)}")

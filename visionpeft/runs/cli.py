@@ -14,9 +14,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from visionpeft import data, methods
 from visionpeft.clip import learners
 from visionpeft.data import ImageDataModule
-from visionpeft.errors import ConfigurationError, did_you_mean
-from visionpeft.files import replacing, shipped
+from visionpeft.errors import ConfigurationError
+from visionpeft.files import replacing
+from visionpeft.runs.config_files import config_content
 from visionpeft.runs.explain import explain, missing_package, user_error
+from visionpeft.runs.trainer import Trainer
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, VideoClassification
 
@@ -32,28 +34,22 @@ class ConfigFile(ActionConfigFile):
     """A path, or the name of a shipped configuration. A file in the working directory wins."""
 
     def __call__(self, parser, namespace, value, option_string=None):
-        """Resolve the name, then read the file."""
-        path = find_config(value)
-        try:
-            yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
-        super().__call__(parser, namespace, str(path), option_string)
+        """Find the configuration and read it; classes are named without their modules, which may have moved."""
+        content = yaml.safe_dump(_short_names(config_content(value)), sort_keys=False)
+        super().__call__(parser, namespace, content, option_string)
 
 
-def find_config(name: str) -> Path:
-    """The file of a configuration.
-
-    Raises:
-        ConfigurationError: there is no such file, here or among the shipped ones.
-    """
-    folder = shipped("configs")
-    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    found = (path.relative_to(folder) for path in sorted(folder.rglob("*.yaml")))
-    names = [path.as_posix() for path in found if path.parts[0] != "recipes"]
-    raise ConfigurationError(f"there is no configuration {name!r}{did_you_mean(name, names)}")
+def _short_names(content: object) -> object:
+    """A configuration in which classes of ours are named by their names alone, as one of an older version is read."""
+    if isinstance(content, list):
+        return [_short_names(each) for each in content]
+    if not isinstance(content, dict):
+        return content
+    content = {key: _short_names(value) for key, value in content.items()}
+    module, _, name = str(content.get("class_path", "")).rpartition(".")
+    if module.partition(".")[0] == "visionpeft" and name in {cls.__name__ for cls in CLASSES}:
+        content["class_path"] = name
+    return content
 
 
 class Parser(LightningArgumentParser):
@@ -83,6 +79,7 @@ class CLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             save_config_callback=None,
+            trainer_class=Trainer,
             parser_class=Parser,
             parser_kwargs={"allow_abbrev": False},
             run=False,
@@ -159,7 +156,7 @@ class CLI(LightningCLI):
             further = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]
             own["logger"] = [own["logger"], *further]
         try:
-            return pl.Trainer(**given | own, callbacks=callbacks)
+            return Trainer(**given | own, callbacks=callbacks)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
 

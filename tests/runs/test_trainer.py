@@ -1,0 +1,37 @@
+"""Options of Lightning's Trainer: a whole number stays one, whatever other libraries have annotated before."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+from typing import Optional, Union
+
+from jsonargparse import ArgumentParser
+from visionpeft.runs.trainer import Trainer
+
+Optional[Union[float, int]], Union[float, int], Optional[Union[float, int, str]]  # what another library may say
+
+
+class AsLightning:
+    def __init__(
+        self, limit_val_batches: Optional[Union[int, float]] = None, overfit_batches: Union[int, float] = 0.0,
+        limit_test_batches: Optional[Union[int, float]] = None,
+    ):
+        pass
+
+
+for trainer in (AsLightning, Trainer):
+    parser = ArgumentParser()
+    parser.add_class_arguments(trainer, "trainer")
+    given = ["--trainer.limit_val_batches=1", "--trainer.overfit_batches=2", "--trainer.limit_test_batches=0.5"]
+    options = parser.parse_args(given).trainer
+    print(*map(repr, (options.limit_val_batches, options.overfit_batches, options.limit_test_batches)))
+"""
+
+
+def test_one_batch_is_not_all_batches():
+    """The annotations of Lightning 2.6.6, read by jsonargparse 4.53, are what another library made of the same types."""
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    as_lightning, ours = run.stdout.splitlines()
+    assert as_lightning.split()[0] == "1.0"  # the fault is there, so that this test can fail
+    assert ours.split() == ["1", "2", "0.5"]

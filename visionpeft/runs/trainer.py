@@ -1,0 +1,48 @@
+"""Lightning's Trainer, as the command line reads its options."""
+
+from datetime import timedelta
+
+import lightning.pytorch as pl
+from jsonargparse.typing import NonNegativeInt
+
+# A type of its own, because no other library has put it into a union in another order.
+Share = NonNegativeInt | float | None
+
+
+class Trainer(pl.Trainer):
+    """Lightning's Trainer. A whole number of an option below is a number of batches, one with a point a share of them.
+
+    Lightning annotates them as `Optional[Union[int, float]]`. The `typing` module keeps what it has made and finds
+    `Union[float, int]` equal to `Union[int, float]`, so if any library has made the other one before, that is what the
+    annotation is, and jsonargparse reads `1`, one batch, as `1.0`, all batches.
+
+    Args:
+        limit_train_batches: of an epoch of training.
+        limit_val_batches: of a validation.
+        limit_test_batches: of a test.
+        limit_predict_batches: of a prediction.
+        overfit_batches: of the training data, on which alone it trains.
+        val_check_interval: batches or share of an epoch after which it validates, or a time.
+        options: all others of Lightning's.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit_train_batches: Share = None,
+        limit_val_batches: Share = None,
+        limit_test_batches: Share = None,
+        limit_predict_batches: Share = None,
+        overfit_batches: NonNegativeInt | float = 0.0,
+        val_check_interval: NonNegativeInt | float | str | timedelta | dict[str, int] | None = None,
+        **options,
+    ):
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            overfit_batches=overfit_batches,
+            val_check_interval=val_check_interval,
+            **options,
+        )
