@@ -33,7 +33,7 @@ for trainer in (AsLightning, Trainer):
 
 
 def test_one_batch_is_not_all_batches():
-    """Annotations as those of Lightning 2.6.6, read by jsonargparse 4.53, are what another library made of the types."""
+    """Lightning 2.6.6 annotates like the first class; what jsonargparse 4.53 reads is another library's order."""
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     as_lightning, ours = run.stdout.splitlines()
     assert as_lightning.split()[0] == "1.0"  # the fault is there, so that this test can fail
