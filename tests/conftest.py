@@ -1,6 +1,7 @@
 """The two lists of the matrix, hosts and cases, and what its tests share."""
 
 import dataclasses
+import gc
 import itertools
 import os
 
@@ -35,6 +36,12 @@ def cell(request):
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
     items[:] = shared_cells.in_cells(items)
+
+
+def pytest_collection_finish():
+    # what is there now stays to the end, and need not be searched by every later collection of garbage
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -15,6 +15,8 @@ from conftest import (
     CASES,
     FEW_CASES,
     FEW_HOSTS,
+    FEW_NAMES,
+    MECHANISMS,
     MERGE_REFUSALS,
     TRAINED_ALONE,
     adapted,
@@ -416,7 +418,13 @@ def test_low_precision_backbone(host, case):
     assert same_bytes(base_state(model), before)
 
 
-@cells([BY_HOST["vit_cls"], BY_HOST["clip_visual"]], CASES)
+# every method on one host; on another, whose library is not the same, what differs is the mechanism
+TRAINING = [(BY_HOST["vit_cls"], c) for c in CASES] + [
+    (BY_HOST["clip_visual"], c) for c in CASES if c.name in MECHANISMS
+]
+
+
+@pytest.mark.parametrize(("host", "case"), TRAINING, ids=repr)
 def test_training_lowers_the_loss(host, case):
     """Every method learns: 16 random images, random targets, some steps of Adam."""
     torch.manual_seed(4)
@@ -719,44 +727,78 @@ def test_refusal_keeps_what_is_attached(host):
 # compiling
 
 
-def compiled_loss(host, model, function):
+def compiled_loss(host, model, function, dtype):
     """Output and gradients of the adapter through `function`."""
     model.zero_grad()
-    inputs = host.inputs()
+    inputs = host.inputs(dtype=dtype)
     output = function(*inputs) if host.takes == "both" else function(inputs)
     output = torch.cat(output[:2], dim=-1) if host.takes == "both" else output
     output.square().sum().backward()
     return output.detach(), {n: p.grad.clone() for n, p in adapter_tensors(model).items() if p.grad is not None}
 
 
-def same_when_compiled(host, case, backend):
-    """Compile without graph breaks; forward and backward equal those of the model as it is."""
+def shallow(host, depth):
+    """The host with so many blocks: tracing takes time for each of them, and all of them run the same lines."""
+
+    def make():
+        model = host.make()
+        for part in model.modules():
+            for name in ("blocks", "resblocks"):
+                if isinstance(getattr(part, name, None), torch.nn.ModuleList):
+                    setattr(part, name, getattr(part, name)[:depth])
+        return model
+
+    return dataclasses.replace(host, make=make)
+
+
+def same_when_compiled(host, cases, backend="aot_eager", depth=2, dtype=torch.float64, tolerance=1e-10):
+    """Compile without graph breaks; forward and backward equal those of the model as it is.
+
+    In float64, because the rounding of float32 grows with every method in a graph.
+    """
     torch._dynamo.reset()
-    model = adapted(host, case)
-    plain, gradients = compiled_loss(host, model, model)
-    output, others = compiled_loss(host, model, torch.compile(model, backend=backend, fullgraph=True))
-    assert distance(output, plain) < 1e-5
+    host = shallow(host, depth)
+    torch.manual_seed(1)
+    model = vp.attach(host.build(dtype), [case.on(host) for case in cases]).eval()
+    randomise(model.peft["default"])
+    plain, gradients = compiled_loss(host, model, model, dtype)
+    output, others = compiled_loss(host, model, torch.compile(model, backend=backend, fullgraph=True), dtype)
+    assert distance(output, plain) < 0.1 * tolerance
     assert gradients.keys() == others.keys()
     for name, gradient in gradients.items():
-        assert (gradient - others[name]).norm() <= 1e-4 * gradient.norm() + 1e-5, name
+        assert (gradient - others[name]).norm() <= tolerance * (gradient.norm() + 0.1), name
 
 
-# tracing takes seconds: every method on one host, two methods on every host
-COMPILED = [(h, c) for h in FEW_HOSTS for c in FEW_CASES if h.name == "vit_cls" or c.name in ("lora_all", "vpt_deep")]
+# Tracing takes seconds: every method once, several in one graph, and two methods on every host.
+IN_ONE_GRAPH = (
+    ("vpt_deep", "lora_all", "houlsby", "ssf"),
+    ("prefix", "adapt_former", "ia3", "bit_fit", "pafi"),
+    ("dora", "rep_adapter", "convpass"),
+    ("unipelt",),
+    ("vpt_gated",),
+)
+COMPILED = [(BY_HOST["vit_cls"], names) for names in IN_ONE_GRAPH]
+COMPILED += [(host, ("vpt_deep", "lora_all")) for host in FEW_HOSTS if host.name != "vit_cls"]
+
+
+def test_every_method_is_in_a_graph():
+    assert sorted(name for names in IN_ONE_GRAPH for name in names) == sorted(FEW_NAMES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("host", "case"), COMPILED, ids=repr)
-def test_compile(host, case):
+@pytest.mark.parametrize(
+    ("host", "names"), COMPILED, ids=lambda value: value.name if hasattr(value, "name") else "-".join(value)
+)
+def test_compile(host, names):
     """`torch.compile(fullgraph=True)` traces the adapted model and its backward pass."""
-    same_when_compiled(host, case, "aot_eager")
+    same_when_compiled(host, [BY_NAME[name] for name in names])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
 def test_compile_with_inductor():
     """The default compiler, once."""
-    same_when_compiled(BY_HOST["vit_cls"], BY_NAME["lora_all"], "inductor")
+    same_when_compiled(BY_HOST["vit_cls"], [BY_NAME["lora_all"]], "inductor", 1, torch.float32, 1e-4)
 
 
 def test_compiled_model_is_refused():
