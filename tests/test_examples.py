@@ -47,7 +47,8 @@ def few_drawings(monkeypatch):
 
     def small(self, *arguments, **options):
         create(self, *arguments, **options)
-        self.sources = {split: source.subset(range(0, len(source), 6)) for split, source in self.sources.items()}
+        for split, source in self.sources.items():
+            self.sources[split] = source.subset(range(0, len(source), 6))
 
     monkeypatch.setattr(ClipArt, "__init__", small)
 

@@ -34,7 +34,7 @@ from conftest import (
     spread,
     spread_pairs,
 )
-from reference.hosts import HOSTS, lively
+from reference.hosts import HOSTS, lively, shallow
 from shared_cells import plain, plain_output, shared, untouched_output
 
 import visionpeft as vp
@@ -735,20 +735,6 @@ def compiled_loss(host, model, function, dtype):
     output = torch.cat(output[:2], dim=-1) if host.takes == "both" else output
     output.square().sum().backward()
     return output.detach(), {n: p.grad.clone() for n, p in adapter_tensors(model).items() if p.grad is not None}
-
-
-def shallow(host, depth):
-    """The host with so many blocks: tracing takes time for each of them, and all of them run the same lines."""
-
-    def make():
-        model = host.make()
-        for part in model.modules():
-            for name in ("blocks", "resblocks"):
-                if isinstance(getattr(part, name, None), torch.nn.ModuleList):
-                    setattr(part, name, getattr(part, name)[:depth])
-        return model
-
-    return dataclasses.replace(host, make=make)
 
 
 def same_when_compiled(host, cases, backend="aot_eager", depth=2, dtype=torch.float64, tolerance=1e-10):

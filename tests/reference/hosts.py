@@ -9,7 +9,7 @@ import functools
 import io
 import math
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import timm.layers
 import torch
@@ -71,6 +71,21 @@ class Host:
     def head_paths(self):
         """Names of the classification heads, none for CLIP."""
         return () if self.name.startswith("clip") else ("head",)
+
+
+@functools.cache
+def shallow(host, depth):
+    """The host with so many blocks: tracing takes time for each of them, and all of them run the same lines."""
+
+    def make():
+        model = host.make()
+        for part in model.modules():
+            for name in ("blocks", "resblocks"):
+                if isinstance(getattr(part, name, None), nn.ModuleList):
+                    setattr(part, name, getattr(part, name)[:depth])
+        return model
+
+    return replace(host, make=make)
 
 
 @functools.cache
