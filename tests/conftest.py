@@ -1,19 +1,59 @@
 """The two lists of the matrix, hosts and cases, and what its tests share."""
 
 import dataclasses
+import gc
+import itertools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the machine, and tiny models gain nothing
 
 import pytest
+import shared_cells
 import torch
+
+# also for the tests, which take what they share from here
+from observing import anatomy as anatomy
+from observing import base_state as base_state
+from observing import distance as distance
+from observing import loss_of as loss_of
+from observing import output_of as output_of
+from observing import same_bytes as same_bytes
 from reference import edits_of, forward, shapes_of, trained_weights
 from reference.hosts import HOSTS
 from safetensors.torch import load_file
 
 import visionpeft as vp
 from visionpeft.errors import UserError
+
+
+@pytest.fixture
+def cell(request):
+    """A model with a method attached that the tests of one cell of the matrix share and only read."""
+    return shared_cells.cell_of(request.param, adapted)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items[:] = shared_cells.in_cells(items)
+
+
+def pytest_collection_finish():
+    # what is there now stays to the end, and need not be searched by every later collection of garbage
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    item.has_failed = getattr(item, "has_failed", False) or report.failed
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    shared_cells.leave(item, nextitem, item.has_failed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +196,19 @@ def cells(hosts=HOSTS, cases=CASES):
 
 def spread(cases=CASES):
     """Parametrise a test over a part of the matrix: a case of each mechanism on every host, every case on two hosts."""
+    return pytest.mark.parametrize(("host", "case"), spread_pairs(cases), ids=repr)
+
+
+def every_pair(hosts=HOSTS, cases=CASES):
+    """Every (host, case)."""
+    return list(itertools.product(hosts, cases))
+
+
+def spread_pairs(cases=CASES):
+    """The (host, case) pairs of `spread`."""
     two = ("vit_cls", "clip_whole")
     found = [(h, c) for h in HOSTS for c in cases if h.name in two or c.name in MECHANISMS]
-    found += [(h, c) for h in FEW_HOSTS for c in FEW_CASES if c in cases and (h, c) not in found]
-    return pytest.mark.parametrize(("host", "case"), found, ids=repr)
+    return found + [(h, c) for h in FEW_HOSTS for c in FEW_CASES if c in cases and (h, c) not in found]
 
 
 def attach(model, host, case, name="default", **options):
@@ -203,23 +252,6 @@ def randomise(adapter, seed=1):
         parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
 
 
-def base_state(model):
-    """Copies of the state of the model without what attaching adds."""
-    return {k: v.detach().clone() for k, v in model.state_dict().items() if not k.startswith("peft.")}
-
-
-def same_bytes(left, right):
-    """Whether two state dicts are equal in keys, types and bytes."""
-    return left.keys() == right.keys() and all(
-        left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
-    )
-
-
-def distance(left, right):
-    """Relative distance of two tensors, by norm."""
-    return ((left - right).norm() / right.norm()).item()
-
-
 def adapter_tensors(model, name="default"):
     """The tensors of an adapter by name, with their gradients."""
     return dict(model.peft[name].state_dict(keep_vars=True))
@@ -233,7 +265,7 @@ def saved_tensors(model, folder):
 
 def expected_output(host, case, tensors, inputs):
     """What the reference computes for a case with these tensors on a fresh host, in float64."""
-    plain = host.build(torch.float64)
+    plain = shared_cells.plain(host, torch.float64)
     method = case.on(host)
     edits = edits_of(tensors, {method.name: dataclasses.asdict(method)}, shapes_of(plain))
     output = forward(plain, inputs, edits, trained_weights(plain.state_dict(), tensors))

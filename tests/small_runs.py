@@ -24,8 +24,8 @@ def draw_images(folder: Path, per_class: int = 10) -> Path:
     return folder
 
 
-def arguments(images: Path, *more: str, epochs: int = 3) -> list[str]:
-    """Command line of a run of LoRA on such images."""
+def arguments(images: Path, *more: str, epochs: int = 3, figures: bool = False) -> list[str]:
+    """Command line of a run of LoRA on such images; figures take longer than the run."""
     return [
         *("--config", "images_lora.yaml", *BACKBONE, "--data.root", str(images), "--data.batch_size", "8"),
         *(
@@ -36,14 +36,15 @@ def arguments(images: Path, *more: str, epochs: int = 3) -> list[str]:
             "--trainer.accelerator",
             "cpu",
         ),
+        *("--figures", str(figures).lower()),
         *more,
     ]
 
 
-def run(folder: Path, images: Path, *more: str, epochs: int = 3) -> Path:
+def run(folder: Path, images: Path, *more: str, epochs: int = 3, figures: bool = False) -> Path:
     """Train in this process and return the new run directory."""
     before = set(folder.glob("*"))
-    assert fit.main([*arguments(images, *more, epochs=epochs), "--output", str(folder)]) == 0
+    assert fit.main([*arguments(images, *more, epochs=epochs, figures=figures), "--output", str(folder)]) == 0
     (made,) = set(folder.glob("*")) - before
     return made
 

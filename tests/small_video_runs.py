@@ -21,7 +21,7 @@ def draw_videos(folder: Path, per_class: int = 7, frames: int = 8) -> Path:
     return folder
 
 
-def video_arguments(videos: Path, *more: str, epochs: int = 2) -> list[str]:
+def video_arguments(videos: Path, *more: str, epochs: int = 2, figures: bool = False) -> list[str]:
     """Command line of a run of ST-Adapter on such videos, three frames a clip and two test clips."""
     return [
         *("--config", "video_st_adapter.yaml", *BACKBONE, "--model.num_frames", "3", "--model.method.bottleneck", "8"),
@@ -29,13 +29,14 @@ def video_arguments(videos: Path, *more: str, epochs: int = 2) -> list[str]:
         *("--data.sampling", "{kind: dense, num_frames: 3, stride: 2, test_clips: 2}"),
         *("--data.augmentation", "{crop: jitter}", "--model.optimisation.warmup_epochs", "1"),
         *("--trainer.max_epochs", str(epochs), "--trainer.accelerator", "cpu"),
+        *("--figures", str(figures).lower()),
         *more,
     ]
 
 
-def run_videos(folder: Path, videos: Path, *more: str, epochs: int = 2) -> Path:
+def run_videos(folder: Path, videos: Path, *more: str, epochs: int = 2, figures: bool = False) -> Path:
     """Train in this process and return the new run directory."""
     before = set(folder.glob("*"))
-    assert fit.main([*video_arguments(videos, *more, epochs=epochs), "--output", str(folder)]) == 0
+    assert fit.main([*video_arguments(videos, *more, epochs=epochs, figures=figures), "--output", str(folder)]) == 0
     (made,) = set(folder.glob("*")) - before
     return made

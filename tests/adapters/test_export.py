@@ -5,11 +5,11 @@ import onnxruntime
 import pytest
 import torch
 from conftest import CASES, FEW_CASES, adapted, distance
-from reference.hosts import HOSTS
+from reference.hosts import HOSTS, shallow
 
 import visionpeft as vp
 
-HOST = {host.name: host for host in HOSTS}
+HOST = {host.name: shallow(host, 2) for host in HOSTS}
 CASE = {case.name: case for case in CASES}
 EXPORTED = [(HOST["vit_cls"], case) for case in CASES if case in FEW_CASES or case.name in ("vpt_shallow", "ada_lora")]
 EXPORTED += [(HOST[name], CASE[case]) for name in ("beit", "eva_split") for case in ("vpt_deep", "lora_all", "ssf")]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import itertools
 import shutil
@@ -14,19 +15,27 @@ from conftest import (
     CASES,
     FEW_CASES,
     FEW_HOSTS,
+    FEW_NAMES,
+    MECHANISMS,
     MERGE_REFUSALS,
     TRAINED_ALONE,
     adapted,
     adapter_tensors,
+    anatomy,
     attach,
     base_state,
     cells,
     distance,
+    every_pair,
+    loss_of,
+    output_of,
     randomise,
     same_bytes,
     spread,
+    spread_pairs,
 )
-from reference.hosts import HOSTS, lively
+from reference.hosts import HOSTS, lively, shallow
+from shared_cells import plain, plain_output, shared, untouched_output
 
 import visionpeft as vp
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError, UserError
@@ -37,34 +46,6 @@ BY_NAME = {c.name: c for c in CASES}
 BY_HOST = {h.name: h for h in HOSTS}
 
 
-def output_of(host, model, batch=2, dtype=torch.float32):
-    """The model's output without gradients."""
-    with torch.no_grad():
-        return host.run(model, host.inputs(batch, dtype))
-
-
-def frozen(host):
-    """The plain model, frozen: `nn.MultiheadAttention` rounds differently when its parameters require gradients."""
-    return host.build().requires_grad_(False)
-
-
-def loss_of(host, model, dtype=torch.float32):
-    """A scalar that depends on all of the output."""
-    output = host.run(model, host.inputs(dtype=dtype))
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return (output * weights.to(output.dtype)).sum()
-
-
-def anatomy(model):
-    """Everything about a module tree that detaching has to put back, except the values."""
-    found = {}
-    for name, module in model.named_modules():
-        hooks = [len(value) for key, value in vars(module).items() if key.endswith("hooks")]
-        names = {k: tuple(vars(module)[k]) for k in ("_parameters", "_buffers", "_modules")}
-        found[name] = type(module), sorted(vars(module)), names, hooks, module.training
-    return found, {n: p.requires_grad for n, p in model.named_parameters()}
-
-
 # attaching
 
 
@@ -72,14 +53,13 @@ def anatomy(model):
 def test_identity_at_start(host, case):
     """A method whose change is zero at the start leaves the output as it was."""
     model = attach(host.build(), host, case).eval()
-    assert distance(output_of(host, model), output_of(host, host.build())) <= 1e-6
+    assert distance(output_of(host, model), untouched_output(host)) <= 1e-6
 
 
-@spread()
-def test_noise_has_an_effect(host, case):
+@shared(spread_pairs())
+def test_noise_has_an_effect(cell):
     """Moving the adapter's tensors moves the output."""
-    model = adapted(host, case)
-    assert distance(output_of(host, model), output_of(host, host.build())) > 1e-3
+    assert distance(cell.output, untouched_output(cell.host)) > 1e-3
 
 
 def without_gradient(host, case, name):
@@ -94,35 +74,32 @@ def without_gradient(host, case, name):
     return name.endswith(".k.shift") and not rotated and not normalised
 
 
-@cells()
-def test_every_tensor_is_live(host, case):
+@shared(every_pair(), torch.float64)
+def test_every_tensor_is_live(cell):
     """Each trainable tensor gets a gradient that is not zero."""
-    model = adapted(host, case, torch.float64)
-    loss_of(host, model, torch.float64).backward()
-    sizes = {n: p.grad.abs().max().item() for n, p in adapter_tensors(model).items() if p.requires_grad}
+    loss_of(cell.host, cell.model, torch.float64).backward()
+    sizes = {n: p.grad.abs().max().item() for n, p in adapter_tensors(cell.model).items() if p.requires_grad}
     dead = {n for n, size in sizes.items() if size < 1e-9 * max(sizes.values())}
-    assert dead == {n for n in dead if without_gradient(host, case, n)}
+    assert dead == {n for n in dead if without_gradient(cell.host, cell.case, n)}
 
 
-@spread()
-def test_only_the_adapter_gets_gradients(host, case):
+@shared(spread_pairs())
+def test_only_the_adapter_gets_gradients(cell):
     """No parameter of the backbone is trainable or gets a gradient."""
-    model = adapted(host, case)
-    trainable = {id(p) for p in vp.trainable_parameters(model)}
-    assert trainable <= {id(p) for p in model.peft["default"].parameters()}
+    trainable = {id(p) for p in vp.trainable_parameters(cell.model)}
+    assert trainable <= {id(p) for p in cell.model.peft["default"].parameters()}
     if trainable:
-        loss_of(host, model).backward()
-    for name, parameter in model.named_parameters():
+        loss_of(cell.host, cell.model).backward()
+    for name, parameter in cell.model.named_parameters():
         assert parameter.requires_grad == (id(parameter) in trainable), name
         assert parameter.grad is None or id(parameter) in trainable, name
 
 
-@spread()
-def test_base_keys_stay(host, case):
+@shared(spread_pairs())
+def test_base_keys_stay(cell):
     """Every key of the plain model is still there, with its shape; everything else is under `peft.`."""
-    model, plain = attach(host.build(), host, case), host.build()
-    found = {k: v.shape for k, v in model.state_dict().items() if not k.startswith("peft.")}
-    assert found == {k: v.shape for k, v in plain.state_dict().items()}
+    found = {k: v.shape for k, v in cell.model.state_dict().items() if not k.startswith("peft.")}
+    assert found == {k: v.shape for k, v in plain(cell.host).state_dict().items()}
 
 
 @spread()
@@ -149,32 +126,31 @@ def test_base_is_never_written(host, case):
 # switching
 
 
-@spread()
-def test_disable_and_activate(host, case):
+@shared(spread_pairs())
+def test_disable_and_activate(cell):
     """Disabled, the model is the backbone to the bit; active again, it is what it was before."""
-    model = adapted(host, case)
-    active = output_of(host, model)
-    plain = output_of(host, frozen(host))
+    host, model, active = cell.host, cell.model, cell.output
+    unchanged = plain_output(host)
     vp.disable(model)
-    assert torch.equal(output_of(host, model), plain)
+    assert torch.equal(output_of(host, model), unchanged)
     vp.activate(model, "default")
     assert torch.equal(output_of(host, model), active)
     with vp.use(model, None):
-        assert torch.equal(output_of(host, model), plain)
+        assert torch.equal(output_of(host, model), unchanged)
     assert torch.equal(output_of(host, model), active)
 
 
-@cells(FEW_HOSTS, FEW_CASES)
-def test_use_survives_an_exception(host, case):
+@shared(every_pair(FEW_HOSTS, FEW_CASES))
+def test_use_survives_an_exception(cell):
     """Leaving `use` by an exception restores what was active."""
-    model = adapted(host, case)
-    active = output_of(host, model)
-    with pytest.raises(ZeroDivisionError), vp.use(model, None):
+    active = cell.output
+    with pytest.raises(ZeroDivisionError), vp.use(cell.model, None):
         _ = 1 / 0
-    assert torch.equal(output_of(host, model), active)
+    assert torch.equal(output_of(cell.host, cell.model), active)
 
 
-@cells()
+# what detaching undoes depends on where a method acts: `spread` has each mechanism on every host, every case on two
+@spread()
 def test_detach_leaves_the_original(host, case):
     """After detaching, classes, attributes, hooks, flags and output are those of a model never touched."""
     model, twin = host.build(), host.build()
@@ -183,18 +159,17 @@ def test_detach_leaves_the_original(host, case):
     output_of(host, model)
     vp.detach(model)
     assert anatomy(model) == anatomy(twin)
-    assert torch.equal(output_of(host, model), output_of(host, twin))
+    assert torch.equal(output_of(host, model), untouched_output(host))
     assert same_bytes(dict(model.state_dict()), dict(twin.state_dict()))
 
 
 # copies
 
 
-@spread()
-def test_deepcopy_follows_its_own_parameters(host, case):
+@shared(spread_pairs())
+def test_deepcopy_follows_its_own_parameters(cell):
     """A copy has its own adapter; changing and detaching it leaves the original as it was."""
-    model = adapted(host, case)
-    before = output_of(host, model)
+    host, model, before = cell.host, cell.model, cell.output
     twin = copy.deepcopy(model)
     assert torch.equal(output_of(host, twin), before)
     randomise(twin.peft["default"], seed=9)
@@ -202,46 +177,43 @@ def test_deepcopy_follows_its_own_parameters(host, case):
     if adapter_tensors(model):
         assert distance(output_of(host, twin), before) > 1e-4
     vp.detach(twin)
-    assert torch.equal(output_of(host, twin), output_of(host, host.build()))
+    assert torch.equal(output_of(host, twin), untouched_output(host))
     assert torch.equal(output_of(host, model), before)
 
 
-@spread()
-def test_pickle(host, case):
+@shared(spread_pairs())
+def test_pickle(cell):
     """The whole adapted model goes through `torch.save` and comes back the same, and detaches."""
-    model = adapted(host, case)
     file = io.BytesIO()
-    torch.save(model, file)
+    torch.save(cell.model, file)
     file.seek(0)
     twin = torch.load(file, weights_only=False)
-    assert torch.equal(output_of(host, twin), output_of(host, model))
+    assert torch.equal(output_of(cell.host, twin), cell.output)
     vp.detach(twin)
-    assert torch.equal(output_of(host, twin), output_of(host, host.build()))
+    assert torch.equal(output_of(cell.host, twin), untouched_output(cell.host))
 
 
 # storage
 
 
-@spread()
-def test_save_and_load(host, case, tmp_path):
+@shared(spread_pairs())
+def test_save_and_load(cell, tmp_path):
     """A saved adapter on a fresh backbone gives the same output to the bit."""
-    model = adapted(host, case)
-    if not adapter_tensors(model):
+    if not adapter_tensors(cell.model):
         pytest.skip("nothing to save")
-    vp.save(model, tmp_path / "adapter")
-    fresh = host.build()
+    vp.save(cell.model, tmp_path / "adapter")
+    fresh = cell.host.build()
     name = vp.load(fresh, tmp_path / "adapter")
     assert name == "default"
-    assert torch.equal(output_of(host, fresh.eval()), output_of(host, model))
+    assert torch.equal(output_of(cell.host, fresh.eval()), cell.output)
 
 
-@cells(cases=ADDING[:1] + [c for c in FEW_CASES if c.name in ("lora_all", "vpt_deep")])
-def test_load_refuses_another_backbone(host, case, tmp_path):
+@shared(every_pair(cases=ADDING[:1] + [c for c in FEW_CASES if c.name in ("lora_all", "vpt_deep")]))
+def test_load_refuses_another_backbone(cell, tmp_path):
     """The same architecture with other weights is not the backbone the adapter was trained on."""
-    model = adapted(host, case)
-    vp.save(model, tmp_path / "adapter")
+    vp.save(cell.model, tmp_path / "adapter")
     torch.manual_seed(77)
-    other = lively(host.build())
+    other = lively(cell.host.build())
     before, state = anatomy(other), base_state(other)
     with pytest.raises(StorageError):
         vp.load(other, tmp_path / "adapter")
@@ -254,47 +226,67 @@ def test_load_refuses_another_backbone(host, case, tmp_path):
 STACK = ("vpt_deep", "lora_all", "houlsby", "ssf")
 
 
+@functools.cache
+def stack_tensors(host):
+    """The tensors of each method of the stack, by its name."""
+    return {
+        name: {
+            n: t.detach()
+            for n, t in adapter_tensors(adapted(host, BY_NAME[name], torch.float64)).items()
+            if not n.startswith("head.")
+        }
+        for name in STACK
+    }
+
+
+def put(host, adapter, names):
+    """Give an adapter the tensors of some methods of the stack."""
+    own = {n: t for name in names for n, t in stack_tensors(host)[name].items()}
+    missing, unexpected = adapter.load_state_dict(own, strict=False)
+    assert not unexpected
+    assert all(n.startswith("head.") for n in missing)
+
+
+def stacked(host, names):
+    """The output under one adapter of these methods, in this order."""
+    model = vp.attach(host.build(torch.float64), [BY_NAME[n].on(host) for n in names])
+    put(host, model.peft["default"], names)
+    return output_of(host, model.eval(), dtype=torch.float64)
+
+
+@functools.cache
+def stacked_in_order_of_the_list(host, names):
+    """Likewise in the order in which `STACK` has them."""
+    return stacked(host, sorted(names, key=STACK.index))
+
+
+def separate(host, names):
+    """A model with an adapter for each of these methods, attached in this order, all active."""
+    model = host.build(torch.float64)
+    for name in names:
+        vp.attach(model, BY_NAME[name].on(host), name=name)
+        put(host, model.peft[name], [name])
+    vp.activate(model, list(names))
+    return model.eval()
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(STACK))[1::6], ids="-".join)
 @pytest.mark.parametrize("host", FEW_HOSTS, ids=repr)
 def test_stacking_in_any_order(host, order):
     """Four methods give one output in whatever order they are stacked, and detach in any order."""
-    tensors = {}
-    for name in STACK:
-        model = adapted(host, BY_NAME[name], torch.float64)
-        tensors[name] = {n: t.detach() for n, t in adapter_tensors(model).items() if not n.startswith("head.")}
-
-    def put(adapter, names):
-        own = {n: t for name in names for n, t in tensors[name].items()}
-        missing, unexpected = adapter.load_state_dict(own, strict=False)
-        assert not unexpected
-        assert all(n.startswith("head.") for n in missing)
-
-    def stacked(names):
-        model = vp.attach(host.build(torch.float64), [BY_NAME[n].on(host) for n in names])
-        put(model.peft["default"], names)
-        return output_of(host, model.eval(), dtype=torch.float64)
-
-    def separate(names):
-        model = host.build(torch.float64)
-        for name in names:
-            vp.attach(model, BY_NAME[name].on(host), name=name)
-            put(model.peft[name], [name])
-        vp.activate(model, list(names))
-        return model.eval()
-
-    expected = stacked(STACK)
-    assert distance(stacked(order), expected) < 1e-12
-    model = separate(order)
+    expected = stacked_in_order_of_the_list(host, frozenset(STACK))
+    assert distance(stacked(host, order), expected) < 1e-12
+    model = separate(host, order)
     assert distance(output_of(host, model, dtype=torch.float64), expected) < 1e-12
-    left = list(order)
+    left = set(order)
     for name in sorted(order, key=STACK[::-1].index):
         vp.detach(model, name)
         left.remove(name)
         if left:
-            assert distance(output_of(host, model, dtype=torch.float64), stacked(left)) < 1e-12
+            rest = stacked_in_order_of_the_list(host, frozenset(left))
+            assert distance(output_of(host, model, dtype=torch.float64), rest) < 1e-12
     assert anatomy(model) == anatomy(host.build(torch.float64))
-    plain = output_of(host, host.build(torch.float64), dtype=torch.float64)
-    assert torch.equal(output_of(host, model, dtype=torch.float64), plain)
+    assert torch.equal(output_of(host, model, dtype=torch.float64), untouched_output(host, torch.float64))
 
 
 @spread()
@@ -351,12 +343,12 @@ def test_switching_equals_one_alone(host, case):
 UPSTREAM_FAULTS = {"clip_custom": "OpenCLIP passes five positional arguments to its custom blocks when checkpointing"}
 
 
-@spread()
-def test_activation_checkpointing(host, case):
+@shared(spread_pairs(), torch.float64)
+def test_activation_checkpointing(cell):
     """The library's own activation checkpointing gives the same gradients."""
+    host, model = cell.host, cell.model
     if host.name in UPSTREAM_FAULTS:
         pytest.skip(UPSTREAM_FAULTS[host.name])
-    model = adapted(host, case, torch.float64)
     if not vp.trainable_parameters(model):
         pytest.skip("nothing to train")
     gradients = []
@@ -365,32 +357,35 @@ def test_activation_checkpointing(host, case):
         model.zero_grad()
         loss_of(host, model, torch.float64).backward()
         gradients.append({n: p.grad.clone() for n, p in adapter_tensors(model).items() if p.grad is not None})
+    model.set_grad_checkpointing(False)
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert (gradient - gradients[1][name]).norm() <= 1e-10 * gradient.norm() + 1e-12, name
 
 
-@spread()
-def test_no_grad_gives_the_same(host, case):
+@shared(spread_pairs())
+def test_no_grad_gives_the_same(cell):
     """Without gradients, and without gradients in the adapter, no faster path changes the output."""
-    model = adapted(host, case)
+    host, model = cell.host, cell.model
     with torch.enable_grad():
         graded = host.run(model, host.inputs()).detach()
-    assert distance(output_of(host, model), graded) < 1e-6
+    assert distance(cell.output, graded) < 1e-6
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     assert distance(output_of(host, model), graded) < 1e-6
+    for parameter in trained:
+        parameter.requires_grad_()
 
 
-@spread()
-def test_autocast(host, case):
+@shared(spread_pairs())
+def test_autocast(cell):
     """Under bfloat16 autocast the output is finite and close, and gradients keep the adapter's precision."""
-    model = adapted(host, case)
-    full = output_of(host, model)
+    host, model = cell.host, cell.model
     with torch.autocast("cpu", torch.bfloat16):
         output = host.run(model, host.inputs())
         loss = output.float().square().sum()
     assert output.isfinite().all()
-    assert distance(output.detach().float(), full) < 0.25
+    assert distance(output.detach().float(), cell.output) < 0.25
     if vp.trainable_parameters(model):
         loss.backward()
     for name, parameter in adapter_tensors(model).items():
@@ -423,7 +418,13 @@ def test_low_precision_backbone(host, case):
     assert same_bytes(base_state(model), before)
 
 
-@cells([BY_HOST["vit_cls"], BY_HOST["clip_visual"]], CASES)
+# every method on one host; on another, whose library is not the same, what differs is the mechanism
+TRAINING = [(BY_HOST["vit_cls"], c) for c in CASES] + [
+    (BY_HOST["clip_visual"], c) for c in CASES if c.name in MECHANISMS
+]
+
+
+@pytest.mark.parametrize(("host", "case"), TRAINING, ids=repr)
 def test_training_lowers_the_loss(host, case):
     """Every method learns: 16 random images, random targets, some steps of Adam."""
     torch.manual_seed(4)
@@ -527,10 +528,10 @@ def test_the_other_tower_is_untouched(case, tower):
     randomise(model.peft["default"])
     model.eval()
     with torch.no_grad():
-        features, plain = model(*host.inputs()), frozen(host)(*host.inputs())
+        features, unchanged = model(*host.inputs()), plain(host)(*host.inputs())
     own = ["visual", "text"].index(tower)
-    assert torch.equal(features[1 - own], plain[1 - own])
-    assert distance(features[own], plain[own]) > 1e-3
+    assert torch.equal(features[1 - own], unchanged[1 - own])
+    assert distance(features[own], unchanged[own]) > 1e-3
 
 
 @cells(FEW_HOSTS, [c for c in FEW_CASES if c.name not in ("bit_fit", "ssf")])
@@ -538,7 +539,7 @@ def test_only_the_chosen_blocks_change(host, case):
     """With `blocks="last:1"` what enters the last block is what enters it in the backbone."""
     method = dataclasses.replace(case.on(host), blocks="last:1")
     seen = []
-    for model in (vp.attach(host.build(), method), frozen(host)):
+    for model in (vp.attach(host.build(), method), host.build().requires_grad_(False)):
         if hasattr(model, "peft"):
             randomise(model.peft["default"])
         tower = getattr(model, "visual", model)
@@ -551,27 +552,32 @@ def test_only_the_chosen_blocks_change(host, case):
     assert distance(seen[1], seen[3]) > 1e-3
 
 
-@cells(FEW_HOSTS, FEW_CASES)
-def test_hooks_of_others_keep_firing(host, case):
+@shared(every_pair(FEW_HOSTS, FEW_CASES))
+def test_hooks_of_others_keep_firing(cell):
     """A forward hook put on a block's attention or MLP is still called, once for each forward."""
-    model = adapted(host, case)
-    tower = getattr(model, "visual", model)
+    tower = getattr(cell.model, "visual", cell.model)
     block = (tower.blocks if hasattr(tower, "blocks") else tower.transformer.resblocks)[0]
     calls = []
-    for module in (block.attn, block.mlp):
-        module.register_forward_hook(lambda module, *_: calls.append(module))
-    output_of(host, model)
+    handles = [
+        module.register_forward_hook(lambda module, *_: calls.append(module)) for module in (block.attn, block.mlp)
+    ]
+    output_of(cell.host, cell.model)
+    for handle in handles:
+        handle.remove()
     assert calls == [block.attn, block.mlp]
 
 
-@cells([h for h in HOSTS if h.name.startswith(("vit", "eva", "beit", "dinov3"))], [c for c in CASES if "vpt" in c.name])
-def test_prompts_do_not_leak_into_intermediates(host, case):
+PROMPTED = [h for h in HOSTS if h.name.startswith(("vit", "eva", "beit", "dinov3"))]
+
+
+@shared(every_pair(PROMPTED, [c for c in CASES if "vpt" in c.name]))
+def test_prompts_do_not_leak_into_intermediates(cell):
     """Feature maps taken between the blocks have the shape they have without prompts, or are refused."""
-    model, plain = adapted(host, case), host.build()
+    inputs = cell.host.inputs()
     with torch.no_grad():
-        expected = [x.shape for x in plain.forward_intermediates(host.inputs(), intermediates_only=True)]
+        expected = [x.shape for x in plain(cell.host).forward_intermediates(inputs, intermediates_only=True)]
         try:
-            found = model.forward_intermediates(host.inputs(), intermediates_only=True)
+            found = cell.model.forward_intermediates(inputs, intermediates_only=True)
         except UnsupportedError:
             return
     assert [x.shape for x in found] == expected
@@ -642,16 +648,15 @@ def test_a_route_that_names_no_samples_is_refused(names):
     assert torch.equal(output_of(HOSTS[0], model), before)
 
 
-@spread([c for c in CASES if not c.mergeable])
-def test_merge_refuses_by_name(host, case):
+@shared(spread_pairs([c for c in CASES if not c.mergeable]))
+def test_merge_refuses_by_name(cell):
     """A method that is not linear in the weights says so, and nothing changes."""
-    model = adapted(host, case)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    active = output_of(host, model)
-    with pytest.raises(UserError, match=type(case.method).__name__):
-        vp.merge(model)
-    assert same_bytes(dict(model.state_dict()), before)
-    assert torch.equal(output_of(host, model), active)
+    before = {k: v.clone() for k, v in cell.model.state_dict().items()}
+    active = cell.output
+    with pytest.raises(UserError, match=type(cell.case.method).__name__):
+        vp.merge(cell.model)
+    assert same_bytes(dict(cell.model.state_dict()), before)
+    assert torch.equal(output_of(cell.host, cell.model), active)
 
 
 # refusing
@@ -722,44 +727,64 @@ def test_refusal_keeps_what_is_attached(host):
 # compiling
 
 
-def compiled_loss(host, model, function):
+def compiled_loss(host, model, function, dtype):
     """Output and gradients of the adapter through `function`."""
     model.zero_grad()
-    inputs = host.inputs()
+    inputs = host.inputs(dtype=dtype)
     output = function(*inputs) if host.takes == "both" else function(inputs)
     output = torch.cat(output[:2], dim=-1) if host.takes == "both" else output
     output.square().sum().backward()
     return output.detach(), {n: p.grad.clone() for n, p in adapter_tensors(model).items() if p.grad is not None}
 
 
-def same_when_compiled(host, case, backend):
-    """Compile without graph breaks; forward and backward equal those of the model as it is."""
+def same_when_compiled(host, cases, backend="aot_eager", depth=2, dtype=torch.float64, tolerance=1e-10):
+    """Compile without graph breaks; forward and backward equal those of the model as it is.
+
+    In float64, because the rounding of float32 grows with every method in a graph.
+    """
     torch._dynamo.reset()
-    model = adapted(host, case)
-    plain, gradients = compiled_loss(host, model, model)
-    output, others = compiled_loss(host, model, torch.compile(model, backend=backend, fullgraph=True))
-    assert distance(output, plain) < 1e-5
+    host = shallow(host, depth)
+    torch.manual_seed(1)
+    model = vp.attach(host.build(dtype), [case.on(host) for case in cases]).eval()
+    randomise(model.peft["default"])
+    plain, gradients = compiled_loss(host, model, model, dtype)
+    output, others = compiled_loss(host, model, torch.compile(model, backend=backend, fullgraph=True), dtype)
+    assert distance(output, plain) < 0.1 * tolerance
     assert gradients.keys() == others.keys()
     for name, gradient in gradients.items():
-        assert (gradient - others[name]).norm() <= 1e-4 * gradient.norm() + 1e-5, name
+        assert (gradient - others[name]).norm() <= tolerance * (gradient.norm() + 0.1), name
 
 
-# tracing takes seconds: every method on one host, two methods on every host
-COMPILED = [(h, c) for h in FEW_HOSTS for c in FEW_CASES if h.name == "vit_cls" or c.name in ("lora_all", "vpt_deep")]
+# Tracing takes seconds: every method once, several in one graph, and two methods on every host.
+IN_ONE_GRAPH = (
+    ("vpt_deep", "lora_all", "houlsby", "ssf"),
+    ("prefix", "adapt_former", "ia3", "bit_fit", "pafi"),
+    ("dora", "rep_adapter", "convpass"),
+    ("unipelt",),
+    ("vpt_gated",),
+)
+COMPILED = [(BY_HOST["vit_cls"], names) for names in IN_ONE_GRAPH]
+COMPILED += [(host, ("vpt_deep", "lora_all")) for host in FEW_HOSTS if host.name != "vit_cls"]
+
+
+def test_every_method_is_in_a_graph():
+    assert sorted(name for names in IN_ONE_GRAPH for name in names) == sorted(FEW_NAMES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("host", "case"), COMPILED, ids=repr)
-def test_compile(host, case):
+@pytest.mark.parametrize(
+    ("host", "names"), COMPILED, ids=lambda value: value.name if hasattr(value, "name") else "-".join(value)
+)
+def test_compile(host, names):
     """`torch.compile(fullgraph=True)` traces the adapted model and its backward pass."""
-    same_when_compiled(host, case, "aot_eager")
+    same_when_compiled(host, [BY_NAME[name] for name in names])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
 def test_compile_with_inductor():
     """The default compiler, once."""
-    same_when_compiled(BY_HOST["vit_cls"], BY_NAME["lora_all"], "inductor")
+    same_when_compiled(BY_HOST["vit_cls"], [BY_NAME["lora_all"]], "inductor", 1, torch.float32, 1e-4)
 
 
 def test_compiled_model_is_refused():

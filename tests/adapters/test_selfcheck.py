@@ -1,13 +1,17 @@
 """Negative controls of the check at attach: a drifted block and a dead site are refused before anything is touched."""
 
+import functools
+
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import Block
 
 import visionpeft as vp
+from visionpeft.backbones import timm_layers
 from visionpeft.backbones.timm_layers import SitedAttention
 from visionpeft.backbones.timm_vit import SitedBlock
+from visionpeft.sites import Sites
 
 
 @pytest.fixture
@@ -39,6 +43,118 @@ def test_site_that_reaches_nothing(model, monkeypatch):
 
     monkeypatch.setattr(SitedAttention, "forward", forgetful)
     refuse(model, vp.LoRA(targets=("q",)), "nothing done at site 'q'")
+
+
+def sited_forward(body):
+    """A forward of a sited timm block, as the library's but for where `body` puts the sites."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return body(self, x, self.sites.enter())
+
+    return forward
+
+
+def no_mlp_in(block, x, at):
+    x = at("stream_in", x)
+    x = at("stream_mid", x + at("attn_out", block.attn(at("attn_in", block.norm1(x)))))
+    return at("stream_out", x + at("mlp_out", block.mlp(block.norm2(x))))
+
+
+def branches_exchanged(block, x, at):
+    x = at("stream_in", x)
+    x = at("stream_mid", x + at("mlp_out", block.attn(at("mlp_in", block.norm1(x)))))
+    return at("stream_out", x + at("attn_out", block.mlp(at("attn_in", block.norm2(x)))))
+
+
+def middle_before_the_branch(block, x, at):
+    x = at("stream_mid", at("stream_in", x))
+    x = x + at("attn_out", block.attn(at("attn_in", block.norm1(x))))
+    return at("stream_out", x + at("mlp_out", block.mlp(at("mlp_in", block.norm2(x)))))
+
+
+def entered_twice(block, x, at):
+    x = at("stream_in", at("stream_in", x))
+    x = at("stream_mid", x + at("attn_out", block.attn(at("attn_in", block.norm1(x)))))
+    return at("stream_out", x + at("mlp_out", block.mlp(at("mlp_in", block.norm2(x)))))
+
+
+def entered_behind_the_norm(block, x, at):
+    h = block.attn(at("attn_in", at("stream_in", block.norm1(x))))
+    x = at("stream_mid", x + at("attn_out", h))
+    return at("stream_out", x + at("mlp_out", block.mlp(at("mlp_in", block.norm2(x)))))
+
+
+def left_before_the_sum(block, x, at):
+    x = at("stream_in", x)
+    x = at("stream_mid", x + at("attn_out", block.attn(at("attn_in", block.norm1(x)))))
+    return x + at("stream_out", at("mlp_out", block.mlp(at("mlp_in", block.norm2(x)))))
+
+
+def reached_by_a_copy(block, x, at):
+    x = at("stream_in", x)
+    h = block.norm1(x)
+    at("attn_in", h)
+    x = at("stream_mid", x + at("attn_out", block.attn(h)))
+    return at("stream_out", x + at("mlp_out", block.mlp(at("mlp_in", block.norm2(x)))))
+
+
+WRONG_BLOCKS = {
+    no_mlp_in: "nothing done at site 'mlp_in'",
+    reached_by_a_copy: "nothing done at site 'attn_in'",
+    branches_exchanged: "in the order",
+    middle_before_the_branch: "in the order",
+    entered_twice: "'stream_in' of .* more than once",
+    entered_behind_the_norm: "'stream_in' of .* at another tensor",
+    left_before_the_sum: "'stream_out' of .* at another tensor",
+}
+
+
+@pytest.mark.parametrize("body", WRONG_BLOCKS, ids=lambda body: body.__name__)
+def test_sites_that_are_not_where_they_belong(model, monkeypatch, body):
+    """Each of these blocks computes what the library's block computes, and has one site missing or at a wrong place."""
+    monkeypatch.setattr(SitedBlock, "forward", sited_forward(body))
+    methods = {"'attn_in'": vp.RepAdapter(4, positions=("attention",)), "'mlp_in'": vp.RepAdapter(4)}
+    method = next((m for site, m in methods.items() if site in WRONG_BLOCKS[body]), vp.LoRA())
+    refuse(model, method, WRONG_BLOCKS[body])
+
+
+def test_unused_sites_may_be_missing(model, monkeypatch):
+    """The control of the test above: a block without a site serves the methods that do not use it."""
+    monkeypatch.setattr(SitedBlock, "forward", sited_forward(no_mlp_in))
+    vp.attach(model, vp.LoRA())
+
+
+@pytest.mark.parametrize("site", ["q", "k", "v"])
+@pytest.mark.parametrize("wrong", ["rows", "input", "output"])
+def test_linear_sites_at_other_tensors(model, monkeypatch, site, wrong):
+    """What acts at q must be given the rows, the input and the output of the queries; likewise for keys and values."""
+    original = timm_layers.fused_qkv
+
+    def moved(sites, x, layer, weight, bias):
+        probe = sites.acting.get(site, ())
+        sites.acting[site] = tuple(functools.partial(exchanged, module) for module in probe)
+        outputs = original(sites, x, layer, weight, bias)
+        sites.acting[site] = probe
+        return outputs
+
+    def exchanged(module, x, y, weight, bias):
+        if wrong == "rows":
+            weight = weight.flip(0)
+        elif wrong == "input":
+            x = 2 * x
+        else:
+            return y + (module(x, 2 * y, weight, bias) - 2 * y)
+        return module(x, y, weight, bias)
+
+    monkeypatch.setattr(timm_layers, "fused_qkv", moved)
+    refuse(model, vp.LoRA(), f"site '{site}' of .* at another tensor")
+
+
+def test_keys_that_reach_nothing(model, monkeypatch):
+    """Prompts among keys and values need both; an attention that uses the values alone is refused."""
+    kv = Sites.kv
+    monkeypatch.setattr(Sites, "kv", lambda sites, k, v: (k, kv(sites, k, v)[1]))
+    refuse(model, vp.PrefixTuning(num_tokens=2), "nothing done at site 'kv'")
 
 
 def test_users_subclass_of_a_block(model):

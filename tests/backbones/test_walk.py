@@ -1,10 +1,22 @@
 """Every ViT-like architecture of timm and every OpenCLIP configuration: supported, exact and live, or refused.
 
 Architectures keep their kind of block, attention, MLP, pooling and position code, and are built small.
+
+By default one architecture runs for each set of kinds of modules (`kinds_of`), as `architectures_alike.json` has them,
+and every architecture that the table does not know. All of them run, and the table is compared with the libraries, by
+
+    pytest -m walk_all tests/backbones/test_walk.py
+
+When a library changes what its architectures are made of, write the table anew:
+
+    python tests/backbones/test_walk.py
 """
 
 import copy
 import dataclasses
+import json
+from collections import defaultdict
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -17,6 +29,9 @@ MODULES = ("vision_transformer", "vision_transformer_hybrid", "eva", "beit", "de
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "mlp_ratio": 4.0}
 REFUSED_BLOCKS = ("ParallelScalingBlock", "ParallelThingsBlock", "DiffParallelScalingBlock", "DiffAttention")
 OTHERS = ("swin_tiny_patch4_window7_224", "convnext_atto", "resnet18", "naflexvit_base_patch16_gap", "cait_xxs24_224")
+
+# library -> the architecture that runs by default -> those that are made of the same kinds of modules
+ALIKE = Path(__file__).with_name("architectures_alike.json")
 
 IDENTITY = [
     vp.LoRA(rank=2, targets=("q", "k", "v", "proj", "fc1", "fc2")),
@@ -36,6 +51,60 @@ OTHER_METHODS = [
 
 def vit_like() -> list[str]:
     return sorted(name for module in MODULES for name in timm.list_models(module=module))
+
+
+def walked(library: str, names: list[str]) -> list:
+    """The architectures as parameters of a test; those which another one of the table stands for only in `walk_all`."""
+    stood_for = {name for others in json.loads(ALIKE.read_text())[library].values() for name in others}
+    return [pytest.param(name, marks=[pytest.mark.walk_all] * (name in stood_for)) for name in names]
+
+
+def kinds_of(model: torch.nn.Module) -> frozenset:
+    """The kinds of modules in a model: class, names of its own parameters, and names and classes of its children."""
+    containers = torch.nn.ModuleList | torch.nn.Sequential | torch.nn.Identity
+    return frozenset(
+        (
+            type(module).__qualname__,
+            tuple(sorted(name for name, parameter in module._parameters.items() if parameter is not None)),
+            tuple(
+                sorted(
+                    (name, type(child).__qualname__)
+                    for name, child in module.named_children()
+                    if not isinstance(child, torch.nn.ModuleList | torch.nn.Sequential)
+                )
+            ),
+        )
+        for module in model.modules()
+        if not isinstance(module, containers)
+    )
+
+
+def alike(library: str) -> dict[str, list[str]]:
+    """One library's part of the table, from the library itself."""
+    groups = defaultdict(list)
+    for name in vit_like() if library == "timm" else open_clip.list_models():
+        with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+            model = small(name) if library == "timm" else small_clip(open_clip.get_model_config(name), patch)
+        groups[kinds_of(model)].append(name)
+    return {first: others for first, *others in groups.values()}
+
+
+@pytest.mark.walk_all
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+def test_the_table_is_that_of_the_library(library):
+    """Otherwise an architecture of a new kind would not run by default."""
+    assert json.loads(ALIKE.read_text())[library] == alike(library)
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+def test_the_table_names_what_there_is(library):
+    """Each architecture that stands for others runs, and none is in the table twice."""
+    names = vit_like() if library == "timm" else open_clip.list_models()
+    table = json.loads(ALIKE.read_text())[library]
+    stood_for = [name for others in table.values() for name in others]
+    assert not set(stood_for) & set(table)
+    assert len(stood_for) == len(set(stood_for))
+    assert set(table) <= set(names)
 
 
 def small(name: str) -> torch.nn.Module:
@@ -86,7 +155,7 @@ def replace_towers(method: vp.Method, towers: list[str]) -> vp.Method:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", vit_like())
+@pytest.mark.parametrize("name", walked("timm", vit_like()))
 def test_timm(name):
     torch.manual_seed(0)
     model = lively(small(name))
@@ -110,7 +179,7 @@ def test_refused(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", open_clip.list_models())
+@pytest.mark.parametrize("name", walked("open_clip", open_clip.list_models()))
 def test_open_clip(name, monkeypatch):
     torch.manual_seed(0)
     config = open_clip.get_model_config(name)
@@ -187,3 +256,7 @@ def small_choices() -> list[dict]:
     fixed = ((), ("patch_size",), ("embed_dim", "num_heads", "patch_size"), ("patch_size", "img_size"))
     choices = [{key: value for key, value in SMALL.items() if key not in drop} for drop in fixed]
     return [*choices, {**SMALL, "num_kv_heads": (1, 2)}]
+
+
+if __name__ == "__main__":
+    ALIKE.write_text(json.dumps({library: alike(library) for library in ("timm", "open_clip")}, indent=1) + "\n")

@@ -9,7 +9,7 @@ from visionpeft.adapters.attach import attach, disable
 from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learners import ZeroShot
 from visionpeft.methods import LoRA
-from visionpeft.models.create import create_open_clip
+from visionpeft.models.open_clip import create_open_clip
 
 FEATURE_BYTES = 4 * 32
 

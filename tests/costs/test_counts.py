@@ -6,8 +6,9 @@ import open_clip
 import pytest
 import timm
 import torch
-from conftest import CASES, TRAINED_ALONE, attach, cells
+from conftest import CASES, TRAINED_ALONE, every_pair
 from reference import addresses_of, shapes_of
+from shared_cells import plain, shared
 
 import visionpeft as vp
 from visionpeft.errors import ConfigurationError
@@ -284,16 +285,19 @@ def tower_shapes(method, tower, weights, sites, shape):
     return found
 
 
-@cells(cases=[c for c in CASES if c.name not in (*TRAINED_ALONE, "prefix_mlp") and not c.method.pending])
-def test_names_and_shapes(host, case):
+NAMED = [c for c in CASES if c.name not in (*TRAINED_ALONE, "prefix_mlp") and not c.method.pending]
+
+
+@shared(every_pair(cases=NAMED), torch.float64)
+def test_names_and_shapes(cell):
     """The tensors of an adapter have the published names and the shapes of the closed form, none more."""
-    plain = host.build()
-    weights, expected = plain.state_dict(), {}
+    host, case, model, expected = cell.host, cell.case, cell.model, {}
+    unchanged = plain(host, torch.float64)
+    weights = unchanged.state_dict()
     for tower in host.towers:
         if tower == "visual" or (host.takes != "images" and not case.image_only):
-            sites = addresses_of(plain, tower)
-            expected |= tower_shapes(case.on(host), tower, weights, sites, shapes_of(plain)[tower])
-    model = attach(host.build(), host, case)
+            sites = addresses_of(unchanged, tower)
+            expected |= tower_shapes(case.on(host), tower, weights, sites, shapes_of(unchanged)[tower])
     head = {n: p for n, p in model.peft["default"].named_parameters() if n.startswith("head.")}
     found = {n: tuple(p.shape) for n, p in model.peft["default"].named_parameters() if n not in head}
     assert found == expected

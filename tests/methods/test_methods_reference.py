@@ -10,17 +10,17 @@ from conftest import (
     MERGE_REFUSALS,
     TRAINED_ALONE,
     VIDEO_CASES,
-    adapted,
     adapter_tensors,
-    cells,
     distance,
+    every_pair,
     expected_output,
     saved_tensors,
-    spread,
+    spread_pairs,
 )
 from reference import METHODS, edits_of, forward, merged_weights, shapes_of
 from reference.hosts import HOSTS
 from reference.video import VIDEO_METHODS
+from shared_cells import plain, shared
 
 import visionpeft as vp
 from visionpeft.errors import UserError
@@ -50,23 +50,20 @@ def test_reference_is_the_library(host):
         assert distance(ours, theirs) < 1e-12
 
 
-@cells()
-def test_output(host, case, tmp_path):
+@shared(every_pair(), torch.float64)
+def test_output(cell, tmp_path):
     """The adapted model computes what the paper says."""
-    model = adapted(host, case, torch.float64)
-    inputs = host.inputs(dtype=torch.float64)
-    folded = case.name == "prefix_mlp"
+    folded = cell.case.name == "prefix_mlp"
     with torch.no_grad():
-        output = host.run(model, inputs)
-        tensors = saved_tensors(model, tmp_path) if folded else adapter_tensors(model)
-        expected = expected_output(host, case, tensors, inputs)
-    assert distance(output, expected) < 1e-11
+        tensors = saved_tensors(cell.model, tmp_path) if folded else adapter_tensors(cell.model)
+        expected = expected_output(cell.host, cell.case, tensors, cell.host.inputs(dtype=torch.float64))
+    assert distance(cell.output, expected) < 1e-11
 
 
-@spread([c for c in CASES if c.name not in (*TRAINED_ALONE, "prefix_mlp")])
-def test_gradients(host, case):
+@shared(spread_pairs([c for c in CASES if c.name not in (*TRAINED_ALONE, "prefix_mlp")]), torch.float64)
+def test_gradients(cell):
     """Every tensor of the adapter gets the gradient the formula has."""
-    model = adapted(host, case, torch.float64)
+    host, case, model = cell.host, cell.case, cell.model
     inputs = host.inputs(dtype=torch.float64)
     direction = torch.randn(2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)[:, None]
     tensors = {n: t for n, t in adapter_tensors(model).items() if t.requires_grad}
@@ -79,21 +76,22 @@ def test_gradients(host, case):
         assert (found[name] - copy.grad).norm() < 1e-11 * largest, name
 
 
-@cells(cases=MERGEABLE)
-def test_merged_weights(host, case):
+@shared(every_pair(cases=MERGEABLE), torch.float64)
+def test_merged_weights(cell):
     """Merging leaves W0 + dW, the formula of the paper, in the model's own parameters."""
-    model = adapted(host, case, torch.float64)
+    host, model = cell.host, cell.model
     tensors = {n: t.detach() for n, t in adapter_tensors(model).items()}
-    method = case.on(host)
-    if (host.name, case.name) in MERGE_REFUSALS:
+    method = cell.case.on(host)
+    if (host.name, cell.case.name) in MERGE_REFUSALS:
         with pytest.raises(UserError):
             vp.merge(model)
         return
     vp.merge(model)
-    plain = host.build(torch.float64)
-    expected = merged_weights(plain, tensors, {method.name: dataclasses.asdict(method)})
+    merged = dict(model.state_dict())
+    vp.unmerge(model)  # for the other readers, who compare its bytes
+    fields = {method.name: dataclasses.asdict(method)}
+    expected = merged_weights(plain(host, torch.float64), tensors, fields)
     expected |= {n.removeprefix("trained."): t for n, t in tensors.items() if n.startswith(("head.", "trained."))}
-    merged = model.state_dict()
     for name, weight in expected.items():
         if name.startswith("missing.") and name.endswith(".k"):
             continue  # adds the same to all scores of a query where keys are neither rotated nor normalised
@@ -106,19 +104,24 @@ MOVED = (
 )
 
 
-@cells(cases=[c for c in CASES if c.name in MOVED])
-def test_reference_merges_to_itself(host, case):
+# No line of the product runs here, so two hosts are enough, one of either library: the transcriptions of the others are
+# compared with the product above, both by outputs and by merged weights.
+@shared(
+    every_pair([h for h in HOSTS if h.name in ("vit_cls", "clip_whole")], [c for c in CASES if c.name in MOVED]),
+    torch.float64,
+)
+def test_reference_merges_to_itself(cell):
     """The two transcriptions, edits and merged weights, agree where the merged model has a place for every bias."""
-    model = adapted(host, case, torch.float64)
-    tensors = {n: t.detach() for n, t in adapter_tensors(model).items() if not n.startswith("head.")}
-    method = case.on(host)
+    host = cell.host
+    tensors = {n: t.detach() for n, t in adapter_tensors(cell.model).items() if not n.startswith("head.")}
+    method = cell.case.on(host)
     inputs = host.inputs(dtype=torch.float64)
-    plain = host.build(torch.float64)
+    model = plain(host, torch.float64)
     fields = {method.name: dataclasses.asdict(method)}
-    weights = merged_weights(plain, tensors, fields)
+    weights = merged_weights(model, tensors, fields)
     if any(name.startswith("missing.") for name in weights):
         pytest.skip("the plain model has no such bias")
-    merged = forward(plain, inputs, weights=weights)
-    edited = forward(plain, inputs, edits_of(tensors, fields, shapes_of(plain)))
+    merged = forward(model, inputs, weights=weights)
+    edited = forward(model, inputs, edits_of(tensors, fields, shapes_of(model)))
     for left, right in zip(*((merged, edited) if host.takes == "both" else ((merged,), (edited,))), strict=True):
         assert distance(left, right) < 1e-12

@@ -9,10 +9,21 @@ import pytest
 import test_invariants as matrix
 import timm
 import torch
-from conftest import FEW_CASES, VIDEO_CASES, adapted, adapter_tensors, cells, distance, randomise
+from conftest import (
+    FEW_CASES,
+    MECHANISMS,
+    VIDEO_CASES,
+    adapter_tensors,
+    cells,
+    distance,
+    every_pair,
+    loss_of,
+    randomise,
+)
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from reference.hosts import HOSTS, Host, clip, eva, vit
 from reference.video import frame_features
+from shared_cells import shared
 from timm.models.vision_transformer import Block
 
 import visionpeft as vp
@@ -51,41 +62,70 @@ VIDEO_HOSTS = [
 IMAGE_HOSTS = [host for host in HOSTS if host.takes != "text"]
 BY_NAME = {host.name: host for host in HOSTS}
 
-INVARIANTS = [
+# Methods of images act in each frame by themselves, so what a classifier of clips can break is one mechanism or another
+# of acting and not one method or another: one of each, as the matrix of images has all of them.
+MIXED = [*VIDEO_CASES, *(case for case in FEW_CASES if case.name in MECHANISMS)]
+
+READING = [
     matrix.test_noise_has_an_effect,
     matrix.test_only_the_adapter_gets_gradients,
     matrix.test_base_keys_stay,
-    matrix.test_base_is_never_written,
     matrix.test_disable_and_activate,
     matrix.test_use_survives_an_exception,
-    matrix.test_detach_leaves_the_original,
     matrix.test_deepcopy_follows_its_own_parameters,
     matrix.test_pickle,
     matrix.test_save_and_load,
     matrix.test_load_refuses_another_backbone,
-    matrix.test_routed_rows_are_those_of_each_adapter,
-    matrix.test_activation_checkpointing,
     matrix.test_no_grad_gives_the_same,
     matrix.test_autocast,
+]
+READING_EXACTLY = [matrix.test_activation_checkpointing]
+WRITING = [
+    matrix.test_base_is_never_written,
+    matrix.test_detach_leaves_the_original,
+    matrix.test_routed_rows_are_those_of_each_adapter,
     matrix.test_low_precision_backbone,
     matrix.test_training_lowers_the_loss,
     matrix.test_one_seed_gives_one_start,
 ]
 
 
-@pytest.mark.parametrize("invariant", INVARIANTS, ids=lambda test: test.__name__)
-@cells(VIDEO_HOSTS, [*VIDEO_CASES, *FEW_CASES])
-def test_invariant(invariant, host, case, tmp_path):
+def each(invariants):
+    """Parametrise a test over invariants of the matrix."""
+    return pytest.mark.parametrize("invariant", invariants, ids=lambda test: test.__name__)
+
+
+def with_folder(invariant, tmp_path):
+    """The folder as an argument, for an invariant that needs one."""
+    return {"tmp_path": tmp_path} if "tmp_path" in inspect.signature(invariant).parameters else {}
+
+
+@each(READING)
+@shared(every_pair(VIDEO_HOSTS, MIXED))
+def test_invariant(invariant, cell, tmp_path):
     """What holds for every method on every model of images holds on classifiers of clips."""
-    needs_folder = "tmp_path" in inspect.signature(invariant).parameters
-    invariant(host, case, **({"tmp_path": tmp_path} if needs_folder else {}))
+    invariant(cell, **with_folder(invariant, tmp_path))
 
 
-@cells(VIDEO_HOSTS, VIDEO_CASES)
-def test_every_tensor_is_live(host, case):
+@each(READING_EXACTLY)
+@shared(every_pair(VIDEO_HOSTS, MIXED), torch.float64)
+def test_invariant_in_float64(invariant, cell, tmp_path):
+    """Likewise for what is compared in float64."""
+    invariant(cell, **with_folder(invariant, tmp_path))
+
+
+@each(WRITING)
+@cells(VIDEO_HOSTS, MIXED)
+def test_invariant_of_a_model_of_its_own(invariant, host, case, tmp_path):
+    """Likewise for what changes the model."""
+    invariant(host, case, **with_folder(invariant, tmp_path))
+
+
+@shared(every_pair(VIDEO_HOSTS, VIDEO_CASES), torch.float64)
+def test_every_tensor_is_live(cell):
     """Each tensor has a gradient, but for patches behind the last attention where the class token alone is read."""
-    model = adapted(host, case, torch.float64)
-    matrix.loss_of(host, model, torch.float64).backward()
+    host, model = cell.host, cell.model
+    loss_of(host, model, torch.float64).backward()
     sizes = {n: p.grad.abs().max().item() for n, p in adapter_tensors(model).items()}
     dead = {n for n, size in sizes.items() if size < 1e-9 * max(sizes.values())}
     last = {n for n in sizes if n.startswith("st_adapter.visual.2.stream_mid.")}
@@ -107,10 +147,10 @@ def test_two_adapters_with_one_trained_norm():
     vp.attach(model, vp.AIM(num_frames=3), "second")
 
 
-@cells(VIDEO_HOSTS, VIDEO_CASES)
-def test_merge_is_refused(host, case):
+@shared(every_pair(VIDEO_HOSTS, VIDEO_CASES))
+def test_merge_is_refused(cell):
     """Neither method is a change of weights."""
-    matrix.test_merge_refuses_by_name(host, case)
+    matrix.test_merge_refuses_by_name(cell)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5)])
@@ -120,11 +160,16 @@ def test_image_methods_merge(host, case, dtype, tolerance):
     matrix.test_merge(host, case, dtype, tolerance)
 
 
+# every method on one host, and one of either kind on the block classes of the others
+COMPILED = [(VIDEO_HOSTS[0], case) for case in VIDEO_CASES]
+COMPILED += [(VIDEO_HOSTS[1], VIDEO_CASES[3]), (VIDEO_HOSTS[2], VIDEO_CASES[0])]
+
+
 @pytest.mark.slow
-@cells(VIDEO_HOSTS, VIDEO_CASES)
+@pytest.mark.parametrize(("host", "case"), COMPILED, ids=repr)
 def test_compile(host, case):
     """No graph breaks."""
-    matrix.test_compile(host, case)
+    matrix.same_when_compiled(host, [case])
 
 
 # published numbers

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CASES, adapted, distance, randomise
+from conftest import CASES, adapted, adapter_tensors, distance, randomise
 from reference.hosts import HOSTS
 from safetensors.torch import load_file
 
@@ -243,3 +243,24 @@ def test_gates_of_unipelt_are_set_by_each_image():
     scores = x @ gate.linear.weight[0] + gate.linear.bias
     assert torch.allclose(values.flatten(), (1 / (1 + (-scores).exp())).mean(1), rtol=1e-13)
     assert values.std() > 1e-3
+
+
+def test_alpha_is_divided_by_the_rank_of_each_layer():
+    """Where `overrides` gives a layer another rank, its scale is alpha over that rank, acting and merged."""
+    host = HOST["vit_cls"]
+    model = host.build(torch.float64)
+    before = model.blocks[0].attn.qkv.weight.detach().clone()
+    vp.attach(model, vp.LoRA(rank=4, alpha=6, overrides={"v": 2}))
+    randomise(model.peft["default"])
+    inputs = host.inputs(dtype=torch.float64)
+    with torch.no_grad():
+        active = model.eval()(inputs)
+    tensors = {name: tensor.detach().clone() for name, tensor in adapter_tensors(model).items()}
+    vp.merge(model)
+    for site, rank, rows in (("q", 4, slice(0, 32)), ("v", 2, slice(64, 96))):
+        a, b = (tensors[f"lora.visual.0.{site}.{name}"] for name in "AB")
+        assert len(a) == rank
+        change = model.blocks[0].attn.qkv.weight[rows] - before[rows]
+        assert distance(change, 6 / rank * b @ a) < 1e-12
+    with torch.no_grad():
+        assert distance(model(inputs), active) < 1e-12

@@ -105,9 +105,9 @@ def test_a_kill_between_the_score_and_the_removal_of_its_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills(tmp_path, whole):
-    killed = sum(kill_and_resume(tmp_path / str(seed), whole, kills=5, seed=seed) for seed in range(1, 5))
-    assert killed >= 10
+def test_ten_more_kills(tmp_path, whole):
+    killed = sum(kill_and_resume(tmp_path / str(seed), whole, kills=5, seed=seed) for seed in range(1, 3))
+    assert killed >= 5
 
 
 def test_two_processes_on_one_folder_lose_nothing_and_share_nothing(tmp_path, whole):
@@ -178,7 +178,7 @@ def test_a_claim_ends_with_its_process(tmp_path):
 
 def test_runs_started_at_once_have_directories_of_their_own(tmp_path):
     images = draw_images(tmp_path / "squares")
-    command = [*small_arguments(images, epochs=1), "--output", str(tmp_path / "runs"), "--figures", "false"]
+    command = [*small_arguments(images, epochs=1), "--output", str(tmp_path / "runs")]
     children = [start(fit.main, command) for _ in range(4)]
     assert [wait(child) for child in children] == [0] * 4
     runs = sorted((tmp_path / "runs").iterdir())

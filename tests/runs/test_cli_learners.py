@@ -14,7 +14,7 @@ from small_runs import COLOURS, draw_images, results, run
 from visionpeft import evaluate, fit, predict
 from visionpeft.clip.description import read_learner
 from visionpeft.clip.storage import load_learner
-from visionpeft.models.create import create_open_clip
+from visionpeft.models.open_clip import create_open_clip
 from visionpeft.runs.history import EpochHistory, read_history
 
 TRAINED = {
@@ -52,7 +52,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, images):
-    return run_learner(tmp_path_factory.mktemp("runs"), images)
+    return run_learner(tmp_path_factory.mktemp("runs"), images, figures=True)
 
 
 def without_seconds(history):
@@ -178,7 +178,7 @@ def test_resumed_run_equals_uninterrupted(learner, tmp_path, images, monkeypatch
 
 @pytest.mark.parametrize("learner", FITTED)
 def test_learner_without_gradient_steps(learner, tmp_path, images):
-    made = run_learner(tmp_path, images, *FITTED[learner], learner=learner)
+    made = run_learner(tmp_path, images, *FITTED[learner], learner=learner, figures=True)
     found = results(made)
     assert found["reported"] == "without gradient steps"
     assert not (made / "checkpoints").exists()

@@ -153,11 +153,11 @@ def start_and_stop(tmp_path, images, signal_number, epochs):
 
 @pytest.mark.slow
 def test_killed_run_resumes(tmp_path, images):
-    part, code, _ = start_and_stop(tmp_path, images, signal.SIGKILL, epochs=40)
+    part, code, _ = start_and_stop(tmp_path, images, signal.SIGKILL, epochs=20)
     assert code == -signal.SIGKILL
     assert (part / "checkpoints" / "last.ckpt").is_file()
     assert fit.main(["--resume", str(part)]) == 0
-    whole = run(tmp_path / "whole", images, *DROPOUT, epochs=40)
+    whole = run(tmp_path / "whole", images, *DROPOUT, epochs=20)
     assert without_seconds(read_history(part / "metrics.csv")) == without_seconds(read_history(whole / "metrics.csv"))
     assert results(part)["test"] == results(whole)["test"]
 

@@ -20,7 +20,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, images):
-    return run(tmp_path_factory.mktemp("runs"), images, "--model.optimisation.lr", "0.02", epochs=8)
+    return run(tmp_path_factory.mktemp("runs"), images, "--model.optimisation.lr", "0.02", epochs=8, figures=True)
 
 
 def test_run_directory_is_complete(finished):

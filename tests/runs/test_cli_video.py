@@ -35,7 +35,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, videos):
-    return run_videos(tmp_path_factory.mktemp("runs"), videos, "--seed_everything", "1", epochs=6)
+    return run_videos(tmp_path_factory.mktemp("runs"), videos, "--seed_everything", "1", epochs=6, figures=True)
 
 
 @pytest.fixture(scope="module")

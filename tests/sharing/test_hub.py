@@ -125,7 +125,7 @@ def test_the_card_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_the_card_of_a_run_has_its_result(hub, tmp_path, capsys):
-    finished = run(tmp_path / "runs", draw_images(tmp_path / "squares"), epochs=1)
+    finished = run(tmp_path / "runs", draw_images(tmp_path / "squares"), epochs=1, figures=True)
     capsys.readouterr()
     assert push.main([str(finished), REPO]) == 0
     assert f"huggingface.co/{REPO}" in capsys.readouterr().out

@@ -1,12 +1,13 @@
 """Before a model is touched: does a sited block compute what the library's block computes, and is every site live?
 
-A written-out forward can drift from the library. Each distinct kind of block is copied, run in float64 on random tokens
-as the library wrote it and as its sited class, with a module that changes nothing at every site; then each site that
-an adapter uses is disturbed and must change the output.
+A written-out forward can drift from the library. Each distinct kind of block is copied and run in float64 on random
+tokens, once as the library wrote it and once as its sited class, with a probe at every site. The two outputs must
+agree. At the sites an adapter uses the probes add shifts of zero, and one backward pass gives the gradients of all of
+them: where a gradient is zero, nothing done at that site reaches the output. The probes also see what passes through
+them, so that the order of the sites and the tensor each of them stands for are checked in the same pass.
 """
 
 import copy
-from collections.abc import Iterable
 from importlib.metadata import version
 
 import torch
@@ -45,7 +46,7 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
             _check_block(examples[kind], tower, sites)
 
 
-def _check_block(block: BlockSites, tower: Tower, used: Iterable[str]) -> None:
+def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:
     # Copied together, so that the layers still refer to the copied block.
     block = copy.deepcopy(block)
     module = dequantise(block.module).cpu().double().eval().requires_grad_(False)
@@ -57,8 +58,8 @@ def _check_block(block: BlockSites, tower: Tower, used: Iterable[str]) -> None:
     sites = Sites(tower.num_prefix_tokens, tower.causal)
     module.__class__, block.attention.__class__ = block.sited_class, block.sited_attention_class
     module.sites = block.attention.sites = sites
-    names = [*TOKEN_SITES, "kv", "hidden", *block.layers]
-    probes = {site: Probe(site) for site in names}
+    met: list[str] = []
+    probes = {site: Probe(site, met, shifts=site in used) for site in (*TOKEN_SITES, "kv", "hidden", *block.layers)}
     for site, probe in probes.items():
         layer = block.layers.get("fc2" if site == "hidden" else site)
         if layer is not None and layer.called:
@@ -68,11 +69,10 @@ def _check_block(block: BlockSites, tower: Tower, used: Iterable[str]) -> None:
         else:
             sites.acting[site] = (probe,)
 
-    def difference(y: torch.Tensor) -> float:
-        return ((y - expected).norm() / (expected - x).norm().clamp_min(1e-30)).item()
-
+    with torch.enable_grad():
+        y = module(x, **arguments)
     original = f"{block.sited_class.__mro__[1].__module__}.{block.sited_class.__mro__[1].__name__}"
-    drift = difference(module(x, **arguments))
+    drift = _distance(y.detach(), expected, expected - x)
     if not drift <= TOLERANCE:
         library = original.partition(".")[0]
         package = {"open_clip": "open_clip_torch"}.get(library, library)
@@ -80,27 +80,92 @@ def _check_block(block: BlockSites, tower: Tower, used: Iterable[str]) -> None:
             f"{original} of {library} {version(package)} does not compute what its sited form computes "
             f"(relative difference {drift:.1e}); use a supported version of {library}"
         )
-    for site in used:
-        probes[site].disturb = True
-        effect = difference(module(x, **arguments))
-        probes[site].disturb = False
-        if not effect > 0:
+    _check_reach(y, [(site, probes[site]) for site in used], original)
+    _check_order(met, original)
+    _check_tensors(block, probes, x, y, original)
+
+
+def _check_reach(y: torch.Tensor, used: list[tuple[str, "Probe"]], original: str) -> None:
+    """Every shift of a used site must have a gradient; of `kv`, that of the keys and that of the values."""
+    shifts = [shift for _, probe in used for shift in probe.shifts]
+    # A random direction, because a sum over the output is constant behind a norm.
+    if shifts and y.requires_grad:
+        grads = torch.autograd.grad(y, shifts, torch.randn_like(y), allow_unused=True)
+    else:
+        grads = [None] * len(shifts)
+    live = {id(shift) for shift, grad in zip(shifts, grads, strict=True) if grad is not None and bool(grad.any())}
+    for site, probe in used:
+        if not probe.shifts or any(id(shift) not in live for shift in probe.shifts):
             raise UnsupportedError(f"nothing done at site {site!r} of {original} reaches its output")
 
 
-class Probe:
-    """Changes nothing at its site, or adds noise to what passes through it."""
+def _check_order(met: list[str], original: str) -> None:
+    """Tokens meet the token sites once each and in their order, on which prompts and branches rely."""
+    twice = {site for site in met if met.count(site) > 1}
+    if twice:
+        raise UnsupportedError(f"tokens meet site {min(twice)!r} of {original} more than once")
+    expected = [site for site in TOKEN_SITES if site in met]
+    if met != expected:
+        raise UnsupportedError(f"tokens meet the sites of {original} in the order {met} and not in that of {expected}")
 
-    def __init__(self, site: str):
+
+def _check_tensors(block: BlockSites, probes: dict[str, "Probe"], x: torch.Tensor, y: torch.Tensor, original: str):
+    """Each site must stand for what its name says, as far as that is the same in every family.
+
+    The first site is the input and the last one the output of the block; the output at a linear site is made from its
+    input by the weight rows and bias rows that are described, which merging writes to.
+    """
+    wrong = [
+        site
+        for site, tokens in (("stream_in", x), ("stream_out", y))
+        if probes[site].seen and not torch.equal(probes[site].seen[0], tokens.detach())
+    ]
+    for site, layer in block.layers.items():
+        if layer.kind != "linear" or not probes[site].seen:
+            continue
+        read, output, weight, bias = probes[site].seen
+        own = layer.weight_tensor, layer.bias_tensor
+        # A bias that is not stored, such as that of BEiT's keys, is one of zeros.
+        same = torch.equal(weight, own[0]) and (own[1] is None or (bias is not None and torch.equal(bias, own[1])))
+        made = torch.nn.functional.linear(read, weight, bias)
+        if not (same and _distance(output, made, made) <= TOLERANCE):
+            wrong.append(site)
+    if wrong:
+        raise UnsupportedError(f"site {wrong[0]!r} of {original} is put at another tensor than its name says")
+
+
+def _distance(left: torch.Tensor, right: torch.Tensor, scale: torch.Tensor) -> float:
+    return ((left - right).norm() / scale.norm().clamp_min(1e-30)).item()
+
+
+class Probe:
+    """Changes nothing at its site, and keeps what it saw.
+
+    Args:
+        site: name of the site.
+        met: where the names of the token sites are noted as tokens meet them.
+        shifts: add zeros to what passes through, and keep them for their gradient.
+    """
+
+    def __init__(self, site: str, met: list[str], shifts: bool):
         self.site = site
-        self.disturb = False
+        self.met = met
+        self.adds = shifts
+        self.shifts: list[torch.Tensor] = []
+        self.seen: tuple[torch.Tensor | None, ...] = ()
 
     def __call__(self, *inputs):
         """Act as a module at a token site (x), a layer site (x, y, weight, bias) or `kv` (k, v)."""
+        if self.site in TOKEN_SITES:
+            self.met.append(self.site)
+        self.seen = tuple(None if tensor is None else tensor.detach() for tensor in inputs)
         if len(inputs) == 2:
             k, v = inputs
-            return k, self._noisy(v)
-        return self._noisy(inputs[1] if len(inputs) == 4 else inputs[0])
+            return self._shifted(k), self._shifted(v)
+        return self._shifted(inputs[1] if len(inputs) == 4 else inputs[0])
 
-    def _noisy(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.randn_like(x) if self.disturb else x
+    def _shifted(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.adds:
+            return x
+        self.shifts.append(torch.zeros_like(x, requires_grad=True))
+        return x + self.shifts[-1]

@@ -1,0 +1,394 @@
+"""Does the suite find faults? Each planted fault is a textual change of the package which some test must notice.
+
+    python tests/power/planted_faults.py                      # every fault
+    python tests/power/planted_faults.py lora_scale ssf_shift # some of them
+    python tests/power/planted_faults.py --root ../old --wide # another working tree, the wide selection of tests
+
+For each fault the package and the tests are copied, the text is changed, which must occur exactly once in the whole
+package, and the tests nearest to it run until the first failure. With --wide all tests of the mechanism, the methods and
+storage run in their place, minutes for each fault that survives. Not part of `pytest`: without --wide it takes about ten
+minutes.
+
+What was found is in `planted_faults.md`, which this script writes with --write.
+"""
+
+# ruff: noqa: E501, a fault is easier to read in lines as long as those of the package
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).with_suffix(".md")
+WIDE = (
+    *("test_invariants", "test_selfcheck", "test_methods_reference", "test_counts", "test_storage", "test_combine"),
+    *("test_allocation", "test_block_economies", "test_layer_economies", "test_gated_vpt", "test_weight_methods"),
+    *("test_input_merging", "test_clip_storage", "test_addressing"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A change of the source that makes it wrong.
+
+    Attributes:
+        name: a word for it.
+        says: what is wrong then.
+        old: text that occurs once in the package.
+        new: what takes its place.
+        tests: names of test files that are nearest to it.
+        keyword: which of their tests to run first, as pytest's -k.
+    """
+
+    name: str
+    says: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = ("test_invariants", "test_methods_reference")
+    keyword: str = ""
+
+
+FAULTS = [
+    # methods
+    Fault(
+        "lora_scale", "LoRA's own product has its scale twice",
+        "z = self.scaling * F.linear(self.dropout", "z = self.scaling * self.scaling * F.linear(self.dropout",
+        ("test_methods_reference", "test_weight_methods", "test_layer_economies"), "lora or dora or dropout",
+    ),
+    Fault(
+        "lora_said_scale", "LoRA tells the frozen layer a scale of one",
+        "return None if drawn else (self.A, self.B, self.scaling)", "return None if drawn else (self.A, self.B, 1.0)",
+        keyword="lora and vit_cls",
+    ),
+    Fault(
+        "lora_merge_scale", "merging LoRA forgets alpha / rank",
+        "return weight + self.scaling * (self.B.to(weight)", "return weight + (self.B.to(weight)",
+        keyword="lora_all and vit_cls",
+    ),
+    Fault(
+        "lora_alpha", "alpha is divided by the largest rank and not by that of the layer",
+        "scaling = 1.0 if self.alpha is None else self.alpha / rank\n        if layer.kind",
+        "scaling = 1.0 if self.alpha is None else self.alpha / self.rank\n        if layer.kind",
+        ("test_weight_methods",), "alpha",
+    ),
+    Fault(
+        "ssf_shift", "SSF multiplies its shift by its scale",
+        "return scale_shift(y, self.scale, self.shift)", "return scale_shift(y, self.scale, self.scale * self.shift)",
+        keyword="ssf and vit_cls",
+    ),
+    Fault(
+        "ssf_site", "SSF leaves out the final norm",
+        "list(tower.final_norms) if tower.depth - 1 in blocks else []", "[]",
+        ("test_counts", "test_methods_reference"), "ssf or SSF",
+    ),
+    Fault(
+        "ssf_merge_bias", "merging SSF does not scale the bias",
+        "shift if bias is None else scale * bias + shift", "shift if bias is None else bias + shift",
+        keyword="ssf and vit_cls",
+    ),
+    Fault(
+        "ia3_bias", "merging IA3 does not scale the bias",
+        "None if bias is None else scale * bias\n", "bias\n",
+        keyword="ia3 and vit_cls",
+    ),
+    Fault(
+        "ia3_input", "merging IA3 scales rows and not columns of fc2",
+        "return weight * self.scale.to(weight), bias", "return weight * self.scale.to(weight).flip(0), bias",
+        keyword="ia3 and vit_cls",
+    ),
+    Fault(
+        "adapter_serial", "a serial adapter forgets its input",
+        "return x + delta if self.serial else delta", "return delta",
+        keyword="houlsby and vit_cls or adapter and vit_cls",
+    ),
+    Fault(
+        "prefix_values", "the re-parameterised prefix gives its keys as values",
+        "return prepend(keys, k), prepend(values, v)\n\n    def folded", "return prepend(keys, k), prepend(keys, v)\n\n    def folded",
+        keyword="prefix_mlp",
+    ),
+    Fault(
+        "gate_sign", "the gate keeps what it should change",
+        "mixed = (before + self.logit.sigmoid() * (after - before))",
+        "mixed = (after + self.logit.sigmoid() * (before - after))",
+        keyword="vpt_gated and vit_cls",
+    ),
+    Fault(
+        "temperature", "the temperature multiplies keys",
+        "return (k / (self.temperature - excess)).to(k.dtype), v", "return (k * (self.temperature - excess)).to(k.dtype), v",
+        keyword="vpt_gated and vit_cls",
+    ),
+    Fault(
+        "dora_bias", "DoRA scales the bias with the weight",
+        "changed = y * factor if bias is None else torch.addcmul((1 - factor) * bias, y, factor)", "changed = y * factor",
+        keyword="dora and vit_cls",
+    ),
+    Fault(
+        "vpt_bound", "the paper's bound for prompts with one channel instead of three",
+        "bound = math.sqrt(6 / (3 * height * breadth + width))\n        return torch.empty(num_tokens, width).uniform_",
+        "bound = math.sqrt(6 / (height * breadth + width))\n        return torch.empty(num_tokens, width).uniform_",
+        ("test_methods_reference", "test_method_fields", "test_weight_methods", "test_gated_vpt", "test_initial_values"),
+        "vpt or bound or start or initial",
+    ),
+    Fault(
+        "sparse_transposed", "indices of sparse changes count columns first",
+        "return values.new_zeros(shape).flatten().scatter(0, index.long(), values).view(shape)",
+        "return values.new_zeros(shape).flatten().scatter(0, index.long(), values).view(*shape[::-1]).t().reshape(shape)"
+        " if len(shape) == 2 else values.new_zeros(shape).scatter(0, index.long(), values)",
+        keyword="pafi and vit_cls",
+    ),
+    Fault(
+        "sparse_bias", "merging a sparse change forgets the bias",
+        "return weight, bias if self.bias is None else bias + self.dense(\"bias\").to(bias)", "return weight, bias",
+        keyword="pafi and vit_cls or fish and vit_cls",
+    ),
+    Fault(
+        "prompts_before_cls", "VPT inserts its prompts before the class token",
+        "        at = tower.num_prefix_tokens\n        spans", "        at = 0\n        spans",
+        keyword="vpt_deep",
+    ),
+    # sites
+    Fault(
+        "mask_prefix", "the masks of a causal tower take prompts to be one token earlier",
+        "extra, at = self.extra_tokens, self.num_prefix_tokens", "extra, at = self.extra_tokens, self.num_prefix_tokens - 1",
+        keyword="vpt_deep and clip or vpt_shallow and clip",
+    ),
+    Fault(
+        "causal_prompts", "a prompt of a causal tower sees prompts behind it",
+        "rows[..., at : at + extra].masked_fill_(future, closed)", "pass",
+        keyword="vpt_deep and clip or vpt_shallow and clip",
+    ),
+    Fault(
+        "site_twice", "modules at a token site act twice",
+        "        for module in self.sites.acting.get(site, ()):\n            x = module(x)\n        for module, add",
+        "        for module in 2 * self.sites.acting.get(site, ()):\n            x = module(x)\n        for module, add",
+        keyword="vit_cls",
+    ),
+    Fault(
+        "branch_at_once", "branches that end at a site do not see each other's order",
+        "for module, delta in reversed(self.carried.pop(site, ())):", "for module, delta in self.carried.pop(site, ()):",
+        keyword="unipelt or mam or stacking or gated",
+    ),
+    Fault(
+        "first_patch", "prompts count as patches",
+        "return self.num_prefix_tokens + self.extra_tokens", "return self.num_prefix_tokens",
+        ("test_invariants", "test_methods_reference", "test_convpass", "test_block_economies"),
+        "convpass or stacking or located or vpt_gated",
+    ),
+    Fault(
+        "stream_mid", "a timm block has stream_mid on the attention branch",
+        'x = at("stream_mid", self.sites.followed(x) + self.drop_path1(self.ls1(h)))\n        h = at("mlp_out", self.sites.mlp(lambda x: self.mlp(at("mlp_in", self.norm2(x))), x))',
+        'h = self.sites.followed(x) + self.drop_path1(self.ls1(at("stream_mid", h)))\n        x = h\n        h = at("mlp_out", self.sites.mlp(lambda x: self.mlp(at("mlp_in", self.norm2(x))), x))',
+        keyword="vit_cls and pre or vit_cls and adapt_former or vit_cls and parallel",
+    ),
+    Fault(
+        "class_token_mask", "with the class token alone the mask keeps all rows",
+        "return mask if mask is None or self.kept is None else mask[..., self.kept, :]", "return mask",
+        ("test_block_economies",), "class_token",
+    ),
+    Fault(
+        "scale_shift_gradient", "the gradient of SSF's scale forgets the shift",
+        "        result, scale, shift = ctx.saved_tensors\n", "        result, scale, shift = ctx.saved_tensors\n        shift = 0 * shift\n",
+        keyword="ssf and vit_cls",
+    ),
+    Fault(
+        "linear_gradient_rows", "the gradient of B sums over the wrong scale",
+        "parts = zip(ctx.scalings, grads, up, strict=True)\n            grad_zs = [scaling * (part",
+        "parts = zip(ctx.scalings, grads, up, strict=True)\n            grad_zs = [(part",
+        keyword="lora_all and vit_cls",
+    ),
+    # adapters
+    Fault(
+        "not_frozen", "the backbone stays trainable",
+        "        model.requires_grad_(False)\n    peft: Adapters = model.peft", "    peft: Adapters = model.peft",
+        ("test_invariants",), "gradients and vit_cls or base and vit_cls",
+    ),
+    Fault(
+        "base_written", "trained copies of the backbone's parameters are the parameters themselves",
+        "nn.Parameter(_trainable(backbone.model, name).detach().clone())",
+        "nn.Parameter(_trainable(backbone.model, name).detach())",
+        ("test_invariants",), "bit_fit and vit_cls or full and vit_cls or extra_parameters",
+    ),
+    Fault(
+        "head_shared", "the head is trained in place",
+        "nest(self, path, copy.deepcopy(backbone.model.get_submodule(path)).requires_grad_(True))",
+        "nest(self, path, backbone.model.get_submodule(path).requires_grad_(True))",
+        ("test_invariants",), "vit_cls",
+    ),
+    Fault(
+        "detach_class", "detaching leaves the attribute of the sites",
+        'for attribute in ("sites", "acting", "entering", "forward_intermediates"):',
+        'for attribute in ("acting", "entering", "forward_intermediates"):',
+        ("test_invariants",), "detach and vit_cls",
+    ),
+    Fault(
+        "detach_trainable", "detaching leaves the backbone frozen",
+        "        parameter.requires_grad_(parameter_name in trainable)\n", "        parameter.requires_grad_(False)\n",
+        ("test_invariants",), "detach and vit_cls",
+    ),
+    Fault(
+        "restore_last", "of two replacements of one slot the first is kept",
+        "owner, name, original = self.replaced.pop()\n", "owner, name, original = self.replaced.pop(0)\n",
+        ("test_invariants", "test_storage", "test_combine"), "",
+    ),
+    Fault(
+        "unmerge", "unmerging gives back the merged weights",
+        "    reattach(model)\n    install(model)\n    return model\n", "    reattach(model)\n    model.peft.replaced.clear()\n    install(model)\n    return model\n",
+        ("test_invariants", "test_methods_reference"), "merge and vit_cls",
+    ),
+    Fault(
+        "merge_sink", "a shift that goes into the position embedding is put there, not added",
+        "value(owner, name)[index] += new_bias", "value(owner, name)[index] = new_bias",
+        keyword="merge",
+    ),
+    Fault(
+        "merge_void", "merging refuses shifts of keys that change nothing",
+        "elif new_bias is not None and not layer.shift_is_void:", "elif new_bias is not None:",
+        keyword="merge",
+    ),
+    Fault(
+        "merge_bias_rows", "merging writes the bias of the queries for all three",
+        "bias_rows = bias if layer.bias_rows is None else bias[layer.bias_rows]",
+        "bias_rows = bias if layer.bias_rows is None else bias[: layer.bias_rows.stop - layer.bias_rows.start]",
+        keyword="merge and vit_cls",
+    ),
+    Fault(
+        "route_index", "routing gives the rows of the first group to the next sample",
+        "rows = [[row for row, name in enumerate(peft.route) if (name,) == group] for group in groups]",
+        "rows = [[(row + 1) % len(peft.route) for row, name in enumerate(peft.route) if (name,) == group] for group in groups]",
+        ("test_invariants",), "routed",
+    ),
+    Fault(
+        "disabled_head", "a switched-off adapter keeps its head",
+        "        with_head = [adapter for adapter in peft.active if path in peft[adapter].heads]",
+        "        with_head = [adapter for adapter in peft if path in peft[adapter].heads]",
+        ("test_invariants",), "switching or disable or exception",
+    ),
+    Fault(
+        "order", "what acts at a site follows the order of attaching",
+        "return {key: [module for _, module in sorted(acting, key=lambda e: e[0])] for key, acting in entries.items()}",
+        "return {key: [module for _, module in acting] for key, acting in entries.items()}",
+        ("test_invariants",), "stacking",
+    ),
+    Fault(
+        "key_prompts_norm", "prompts that are keys are normalised twice",
+        "prompts = self.block.attention_input(prompts, UNSEEN)",
+        "prompts = self.block.attention_input(self.block.attention_input(prompts, UNSEEN), UNSEEN)",
+        keyword="vpt_deep",
+    ),
+    Fault(
+        "key_prompts_entrance", "what acts on tokens behind the prompts' entrance leaves prompts that are keys alone",
+        "        for module in self.at_entrance:\n            prompts = module(prompts)\n", "",
+        ("test_block_economies", "test_invariants"), "prompts_as_keys or stacking",
+    ),
+    Fault(
+        "forward_intermediates", "shallow prompts leak into intermediate features",
+        '        _refuse_intermediates(peft, tower, "shallow prompts travel', '        (lambda *_: None)(peft, tower, "shallow prompts travel',
+        ("test_invariants",), "intermediates",
+    ),
+    # the self-check
+    Fault(
+        "selfcheck_drift", "a block that computes something else is accepted",
+        "if not drift <= TOLERANCE:", "if False:",
+        ("test_selfcheck",), "",
+    ),
+    Fault(
+        "selfcheck_reach", "a dead site is accepted",
+        "        if not probe.shifts or any(id(shift) not in live for shift in probe.shifts):", "        if False:",
+        ("test_selfcheck",), "",
+    ),
+    # storage
+    Fault(
+        "fingerprint", "an adapter loads on any weights",
+        'if actual["fingerprint"] is not None and saved["fingerprint"] != actual["fingerprint"]:', "if False:",
+        ("test_invariants", "test_storage"), "load",
+    ),
+    Fault(
+        "fingerprint_names", "the fingerprint does not see values",
+        "        digest.update(values.view(torch.int16).numpy().tobytes())\n", "        values.view(torch.int16)\n",
+        ("test_invariants", "test_storage"), "load",
+    ),
+    Fault(
+        "hash", "damaged tensors are loaded",
+        "if recorded is not None and recorded != _hash_of(tensors):", "if False:",
+        ("test_storage", "test_clip_storage"), "",
+    ),
+    Fault(
+        "saved_heads", "the head of an adapter is not saved",
+        "tensors = {key: value for key, value in adapter.state_dict().items() if not key.startswith(own)}",
+        "tensors = {key: value for key, value in adapter.state_dict().items() if not key.startswith((*own, \"head.\"))}",
+        ("test_invariants", "test_storage"), "save or load",
+    ),
+]  # fmt: skip
+
+
+def copy_with(fault: Fault, root: Path, folder: Path) -> None:
+    """A copy of the tree with the fault in it."""
+    for entry in root.iterdir():
+        if entry.name in ("visionpeft", "tests"):
+            shutil.copytree(entry, folder / entry.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif not entry.name.startswith("."):
+            (folder / entry.name).symlink_to(entry.resolve())
+    holding = [path for path in (folder / "visionpeft").rglob("*.py") if fault.old in path.read_text()]
+    if len(holding) != 1 or holding[0].read_text().count(fault.old) != 1:
+        raise SystemExit(f"{fault.name}: its text must occur once in the package, but is in {len(holding)} files")
+    holding[0].write_text(holding[0].read_text().replace(fault.old, fault.new))
+
+
+def first_failure(folder: Path, files: tuple[str, ...], keyword: str) -> str | None:
+    """The name of the first test that fails, or None."""
+    found = [str(path) for name in files for path in sorted((folder / "tests").rglob(f"{name}.py"))]
+    more = ["-k", keyword] if keyword else []
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *more, *found],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode in (0, 5):  # 5: no test has this keyword
+        return None
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if not lines:
+        return f"pytest stopped: {(done.stdout + done.stderr)[-300:]}"
+    return lines[0].split(" - ")[0].removeprefix("FAILED ").removeprefix("ERROR ").removeprefix("tests/")
+
+
+def main(names: list[str], root: Path, wide: bool, write: bool) -> None:
+    rows = []
+    for fault in FAULTS:
+        if names and fault.name not in names:
+            continue
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            copy_with(fault, root, Path(folder))
+            tests, keyword = (WIDE, "not compile") if wide else (fault.tests, fault.keyword)
+            found = first_failure(Path(folder), tests, keyword)
+        rows.append((fault, found))
+        print(f"{fault.name}: {found or 'SURVIVED'} ({time.monotonic() - started:.0f} s)", flush=True)
+    killed = sum(found is not None for _, found in rows)
+    print(f"{killed} of {len(rows)} killed")
+    if write:
+        lines = [
+            f"{killed} of {len(rows)} planted faults are found by a test.",
+            "",
+            "| fault | what is wrong | found first by |",
+        ]
+        lines += ["| --- | --- | --- |"]
+        lines += [f"| {fault.name} | {fault.says} | {f'`{found}`' if found else 'nothing'} |" for fault, found in rows]
+        RESULTS.write_text("\n".join(["# Planted faults", "", *lines]) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="faults to plant; all by default")
+    parser.add_argument("--root", type=Path, default=ROOT, help="working tree whose tests are tried")
+    parser.add_argument("--wide", action="store_true", help="run the wide selection at once")
+    parser.add_argument("--write", action="store_true", help="write the table")
+    main(**vars(parser.parse_args()))
