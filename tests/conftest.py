@@ -24,6 +24,7 @@ from reference.hosts import HOSTS
 from safetensors.torch import load_file
 
 import visionpeft as vp
+from visionpeft import methods
 from visionpeft.errors import UserError
 
 
@@ -144,6 +145,17 @@ CASES = [
     Case("unipelt", vp.UniPELT(rank=2, alpha=6, num_tokens=3, bottleneck=4)),
 ]
 
+
+def can_be_merged(method):
+    """Whether a method can be merged into a small ViT."""
+    model = vp.attach(HOSTS[0].build(), method)
+    try:
+        vp.merge(model)
+    except vp.UnsupportedError:
+        return False
+    return True
+
+
 # methods for clips, which models of single images refuse
 VIDEO_CASES = [
     Case("st_adapter", vp.STAdapter(bottleneck=6), identity=True),
@@ -151,6 +163,15 @@ VIDEO_CASES = [
     Case("st_adapter_spatial", vp.STAdapter(4, kernel=(3, 3, 3), positions=("before_mlp",)), identity=True),
     Case("aim", vp.AIM(num_frames=3), identity=True),
     Case("aim_two", vp.AIM(num_frames=3, num_temporal=2, scale=1.0, ratio=0.5), identity=True),
+]
+
+# a listed method without a small case of its own is tested as it is by default
+NAMED = {type(case.method) for case in [*CASES, *VIDEO_CASES]}
+UNNAMED = [getattr(methods, name) for name in methods.__all__ if name != "Method"]
+CASES += [
+    Case(method.__name__.lower(), method(), mergeable=can_be_merged(method()))
+    for method in UNNAMED
+    if method not in NAMED
 ]
 
 # one host of each block and attention class, and one case of each method: for the dearer invariants

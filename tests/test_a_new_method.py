@@ -1,0 +1,119 @@
+"""A new method costs two files: its module, and its line in the list of `visionpeft/methods/__init__.py`.
+
+Everything else finds it there: public names, the command line, a configuration, the protocols, the matrix of tests.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+METHOD = '''"""A learned vector on what the MLP gives."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from visionpeft.backbones.tower import Tower
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, blocks_of
+from visionpeft.sites import Placement
+
+
+class Shift(nn.Module):
+    """x + b."""
+
+    tokenwise = True
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.b = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to the same shape."""
+        return x + self.b.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class BranchShift(Method):
+    """x + b after the MLP of every block, b zero at the start.
+
+    Args:
+        blocks: which blocks.
+        towers: which towers.
+    """
+
+    blocks: Blocks = "all"
+    towers: str | list[str] | None = None
+
+    def place(self, tower: Tower) -> Iterator[Placement]:
+        """One `Shift` at `mlp_out` of each block."""
+        for index in blocks_of(self, tower):
+            yield Placement(tower.name, index, "mlp_out", Shift(tower.width))
+'''
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the project with one method more."""
+    folder = tmp_path_factory.mktemp("copy")
+    ignored = shutil.ignore_patterns("__pycache__", "written_by_0_1_0")
+    for part in ("visionpeft", "configs", "datasets", "tests", "docs"):
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, folder / file)
+    (folder / "visionpeft/methods/branch_shift.py").write_text(METHOD)
+    listed = folder / "visionpeft/methods/__init__.py"
+    text = listed.read_text().replace(
+        "\n__all__ = [", '\nfrom visionpeft.methods.branch_shift import BranchShift\n\n__all__ = [\n    "BranchShift",'
+    )
+    listed.write_text(text)
+    return folder
+
+
+def run(folder, *command):
+    """What a command prints that runs in the copy."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-2000:]
+    return process.stdout
+
+
+def test_it_is_on_the_command_line(copy):
+    for config in ("vtab_branch_shift.yaml", "fgvc_branch_shift.yaml"):
+        printed = yaml.safe_load(run(copy, "-m", "visionpeft.fit", "--config", config, "--print_config"))
+        assert printed["model"]["init_args"]["method"]["class_path"].endswith("BranchShift")
+    script = "from visionpeft.protocols.method_candidates import configs_of_methods as f\n"
+    script += (
+        "import visionpeft as vp\nprint(vp.BranchShift().name, *f(['BranchShift'], 'vtab_'), len(f(['all'], 'vtab_')))"
+    )
+    name, config, count = run(copy, "-c", script).split()
+    assert (name, config) == ("branch_shift", "vtab_branch_shift.yaml")
+    here = [path for path in (ROOT / "configs/vtab").glob("*.yaml") if path.stem != "default"]
+    assert int(count) == len(here) + 1
+
+
+def test_it_is_in_the_matrix(copy):
+    """And every property of a method holds for it on a host, without a word in the tests."""
+    arguments = ("-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "tests/adapters/test_invariants.py")
+    collected = run(copy, *arguments, "--collect-only", "-k", "branchshift")
+    assert collected.count("branchshift") > 20
+    passed = run(copy, *arguments, "-k", "branchshift and (vit_cls or clip_whole)")
+    assert " passed" in passed
+    assert "failed" not in passed
+
+
+def test_a_method_that_is_not_there_is_not_found(copy):
+    """The negative control: the copy has the method because of its two files."""
+    script = "import visionpeft as vp; print(hasattr(vp, 'BranchShift'), hasattr(vp, 'BranchShifts'))"
+    assert run(copy, "-c", script) == "True False\n"
+    assert run(ROOT, "-c", script) == "False False\n"
