@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 # what acts on which rows of the output of a layer; None for all rows
 Acting = Sequence[tuple[slice | None, tuple[Callable, ...]]]
@@ -28,15 +29,17 @@ SMALLEST_SCALE = 1 / 16  # relative to max(1, |shift|): dividing by less would c
 
 
 def traced() -> bool:
-    """Whether a graph is being made of what runs, or it is transformed by `torch.func`."""
+    """Whether a graph is being made of what runs (compiled, exported, traced by jit or fx), or `torch.func` transforms
+    it.
+    """
     transformed = torch._C._are_functorch_transforms_active()
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_fx_symbolic_tracing() or transformed
 
 
 def is_plain(layer: Callable) -> bool:
     """Whether calling a layer is `F.linear` with its weight and bias and nothing else."""
     own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
-    return own and not is_hooked(layer)
+    return own and not is_hooked(layer) and (traced() or not nn.modules.module._has_any_global_hook())
 
 
 def is_hooked(module: nn.Module) -> bool:
