@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block
 
 import visionpeft as vp
 from visionpeft.backbones import timm_layers
+from visionpeft.backbones.dispatch import describe_block, pre_norm_block
 from visionpeft.backbones.timm_layers import SitedAttention
 from visionpeft.backbones.timm_vit import SitedBlock
 from visionpeft.sites import Sites
@@ -167,8 +168,6 @@ def test_users_subclass_of_a_block(model):
 
 
 def test_users_family_can_be_registered(model):
-    from visionpeft.backbones.dispatch import describe_block, pre_norm_block
-
     class MyBlock(Block):
         """A block that doubles its MLP."""
 
@@ -210,3 +209,128 @@ def test_the_check_draws_no_random_numbers(model):
     vp.detach(model)
     torch.manual_seed(3)
     assert torch.equal(torch.rand(1), expected)
+
+
+def collected(model, register):
+    """Hooks of every kind on every module of the blocks; what they have seen."""
+    seen = []
+    for module in model.blocks.modules():
+        register(module, seen)
+    return seen
+
+
+WATCHERS = {
+    "forward": lambda m, seen: m.register_forward_hook(lambda m, i, o: seen.append(m)),
+    "with keywords": lambda m, seen: m.register_forward_hook(lambda m, i, k, o: seen.append(m), with_kwargs=True),
+    "before": lambda m, seen: m.register_forward_pre_hook(lambda m, i: seen.append(m)),
+    "backward": lambda m, seen: m.register_full_backward_hook(lambda m, i, o: seen.append(m)),
+}  # fmt: skip
+
+
+class Recorder:
+    """A hook that has collected what cannot be copied."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __deepcopy__(self, memo):
+        raise AssertionError("a hook was copied")
+
+    def watch(self, module, inputs, output):
+        self.seen.append(module)
+
+
+@pytest.mark.parametrize("method", [vp.LoRA(), vp.VPT(num_tokens=2)], ids=["lora", "vpt"])
+@pytest.mark.parametrize("watcher", WATCHERS)
+def test_users_hooks_do_not_run(model, method, watcher):
+    seen = collected(model, WATCHERS[watcher])
+    vp.attach(model, method)
+    assert seen == []
+    model(torch.randn(1, 3, 224, 224)).sum().backward()
+    assert any(each is model.blocks[0].mlp for each in seen)  # and the user's model still has them
+
+
+def test_users_hooks_are_not_copied(model):
+    recorder = Recorder()
+    collected(model, lambda module, _: module.register_forward_hook(recorder.watch))
+    vp.attach(model, vp.LoRA())
+    assert recorder.seen == []
+
+
+def test_hooks_on_every_module_of_the_program_do_not_run(model):
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        vp.attach(model, vp.LoRA())
+        assert seen == []
+        model(torch.randn(1, 3, 224, 224))
+        assert len(seen) > 0
+    finally:
+        handle.remove()
+
+
+def test_asking_what_peft_could_wrap_runs_no_hooks(model):
+    from visionpeft.sharing.peft_modules import peft_modules
+
+    seen = collected(model, WATCHERS["forward"])
+    _, found = peft_modules(model)
+    assert found["blocks.0.attn.qkv"].refused is None
+    assert seen == []
+
+
+class DoublingBlock(Block):
+    """A block whose sited form, below, has drifted from it."""
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        """Twice the MLP."""
+        x = x + self.attn(self.norm1(x))
+        return x + 2 * self.mlp(self.norm2(x))
+
+
+class SitedDoublingBlock(DoublingBlock):
+    """The MLP but once."""
+
+    forward = SitedBlock.forward
+
+
+describe_block.register(DoublingBlock, lambda block: pre_norm_block(block, SitedDoublingBlock))
+
+
+def with_odd_block(index):
+    model = timm.create_model("vit_tiny_patch16_224", depth=4, embed_dim=32, num_heads=2, num_classes=3).eval()
+    model.blocks[index].__class__ = DoublingBlock
+    return model
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2, 3])
+def test_a_block_through_which_prompts_travel_is_checked(odd):
+    """With shallow prompts nothing acts in the blocks in between, but they are swapped, too."""
+    refuse(with_odd_block(odd), vp.VPT(num_tokens=2, deep=False), "does not compute what its sited form computes")
+
+
+def test_the_odd_block_is_left_alone_where_no_prompt_travels():
+    model = with_odd_block(3)
+    vp.attach(model, vp.VPT(num_tokens=2, deep=False, blocks="0:3"))
+    assert type(model.blocks[3]) is DoublingBlock
+
+
+def test_what_was_set_by_hand_makes_a_kind_of_its_own(model, monkeypatch):
+    """Two blocks with one description: the one whose attention drifts is found although another stands for its kind."""
+    model.blocks[1].attn.scale = 1.0
+    model.blocks[1].attn.fused_attn = False
+    monkeypatch.setattr(SitedAttention, "forward", drifting(SitedAttention.forward))
+    refuse(model, vp.LoRA(), "does not compute what its sited form computes")
+
+
+def drifting(forward):
+    def drifted(self, *args, **kwargs):
+        return forward(self, *args, **kwargs) * (1.0 if self.fused_attn else 1.01)
+
+    return drifted
+
+
+@pytest.mark.parametrize("part", ["block", "attention"])
+def test_a_forward_on_the_object_is_refused(model, part):
+    module = model.blocks[1] if part == "block" else model.blocks[1].attn
+    module.forward = module.forward
+    refuse(model, vp.LoRA(), "replaced on the object itself")

@@ -52,6 +52,55 @@ def number_of_values(model):
     return sum(int((p != 0).sum()) for p in values(model).values())
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_skipped_step_leaves_no_trace_in_the_importance(bad):
+    """As under fp16, where the gradient scaler skips a step whose gradients overflow in one layer."""
+
+    def trained(overflow):
+        model, step = attached(), 0
+        optimiser = loop(model, METHOD, 3)
+        if overflow:
+            before = {name: b.clone() for name, b in model.peft["default"].named_buffers()}
+            optimiser.zero_grad()
+            (model(HOST.inputs(4, torch.float64, seed=9)).square().mean() + vp.penalty(model)).backward()
+            next(iter(values(model).values())).grad[0] = bad
+            step = 1  # the optimiser's is not made
+            vp.after_step(model, 3, TOTAL)
+            after = dict(model.peft["default"].named_buffers())
+            assert all(torch.equal(before[n], after[n]) for n in before if not n.endswith("kept"))
+        loop(model, METHOD, 6 - step, first=3 + step, optimiser=optimiser)
+        return model
+
+    model = trained(overflow=True)
+    buffers = dict(model.peft["default"].named_buffers())
+    assert all(b.isfinite().all() for b in buffers.values())
+    spread = torch.cat([b.flatten() for n, b in buffers.items() if n.endswith("sensitivity")])
+    assert spread.unique().numel() > 100  # ranks are chosen by something
+    finite = trained(overflow=False)
+    assert all(b.isfinite().all() for _, b in finite.peft["default"].named_buffers())
+
+
+def test_under_a_gradient_scaler():
+    """torch's own scaler, whose scale overflows at first: importance stays finite, and follows the steps made."""
+    model = attached().float()
+    optimiser = torch.optim.SGD(vp.trainable_parameters(model), lr=0.01)
+    scaler, skipped = torch.amp.GradScaler("cpu", init_scale=1e37, backoff_factor=1e-4, growth_interval=100), []
+    for step in range(1, TOTAL + 1):
+        optimiser.zero_grad()
+        loss = model(HOST.inputs(4, seed=step)).square().mean() * 1e3 + vp.penalty(model)
+        scaler.scale(loss).backward()
+        before = scaler.get_scale()
+        scaler.step(optimiser)
+        scaler.update()
+        skipped.append(scaler.get_scale() < before)
+        vp.after_step(model, step, TOTAL)
+    assert any(skipped)
+    assert not all(skipped)
+    buffers = dict(model.peft["default"].named_buffers())
+    assert all(b.isfinite().all() for b in buffers.values())
+    assert max(b.max() for n, b in buffers.items() if n.endswith("sensitivity")) > 0
+
+
 def test_budget_is_the_papers_cubic():
     method = vp.AdaLoRA(rank=4, initial_rank=12, start=0.1, end=0.6)
     first, last, total = 100, 600, 1000

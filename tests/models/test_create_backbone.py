@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import visionpeft as vp
 from visionpeft.backbones.preprocessing import Preprocessing, preprocessing_of
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
+from visionpeft.models.checkpoints import load_timm_checkpoint
 from visionpeft.models.image_classifier import ImageClassifier
 from visionpeft.models.video_classifier import VideoClassifier
 
@@ -221,3 +222,34 @@ def test_preprocessing_of_resized_and_unknown_models():
     assert found == Preprocessing((224, 224), (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9)
     with pytest.raises(vp.UnsupportedError, match="does not say how"):
         preprocessing_of(torch.nn.Linear(2, 2))
+
+
+SMALL = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize("num_classes", [3, 0])
+def test_a_distilled_model_takes_weights_with_other_heads(tmp_path, num_classes):
+    """It has two heads, and timm names both; the rest is loaded to the bit, and the heads that fit, too."""
+    name = "deit_tiny_distilled_patch16_224"
+    saved = timm.create_model(name, num_classes=10, **SMALL).state_dict()
+    save_file(saved, tmp_path / "deit.safetensors")
+    model = timm.create_model(name, num_classes=num_classes, **SMALL)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    load_timm_checkpoint(model, tmp_path / "deit.safetensors")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if key.startswith("head") else saved[key]), key
+    same = timm.create_model(name, num_classes=10, **SMALL)
+    load_timm_checkpoint(same, tmp_path / "deit.safetensors")
+    assert all(torch.equal(value, saved[key]) for key, value in same.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"reg_tokens": 4}, {"reg_tokens": 4, "no_embed_class": True}])
+def test_weights_without_register_tokens_are_refused_in_words(tmp_path, options):
+    sizes = SMALL | {"patch_size": 8}
+    save_file(timm.create_model("vit_tiny_patch16_224", **sizes).state_dict(), tmp_path / "vit.safetensors")
+    model = timm.create_model("vit_tiny_patch16_224", **sizes, **options)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(StorageError, match=r"vit\.safetensors does not fit VisionTransformer: ") as caught:
+        load_timm_checkpoint(model, tmp_path / "vit.safetensors")
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -8,11 +8,13 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from small_learner_runs import CLIP, learner_arguments, run_learner
 from small_runs import COLOURS, draw_images, results, run
 
 from visionpeft import evaluate, fit, predict
 from visionpeft.clip.description import read_learner
+from visionpeft.clip.learners import TipAdapter
 from visionpeft.clip.storage import load_learner
 from visionpeft.models.open_clip import create_open_clip
 from visionpeft.runs.history import EpochHistory, read_history
@@ -227,6 +229,28 @@ def test_tuning_from_a_trained_context(finished, tmp_path, images):
 def test_best_epoch_can_be_reported(tmp_path, images):
     made = run_learner(tmp_path, images, "--report", "best")
     assert "best on the validation split" in results(made)["reported"]
+
+
+def test_what_is_chosen_is_chosen_for_the_epoch_that_is_reported(tmp_path, images, monkeypatch):
+    """alpha and beta of Tip-Adapter-F belong to the keys that are tested and saved, not to those of the last epoch."""
+    seen, choose = [], TipAdapter.choose
+
+    def watched(learner):
+        chosen = choose(learner)
+        seen.append((learner.keys.detach().clone(), chosen))
+        return chosen
+
+    monkeypatch.setattr(TipAdapter, "choose", watched)
+    options = ["--report", "best", "--model.learner.train_keys", "true", "--model.learner.max_alpha", "20"]
+    made = run_learner(tmp_path, images, *options, learner="TipAdapter", epochs=4)
+    saved = load_file(next((made / "learner").glob("*.safetensors")))
+    (last_keys, _), (keys, chosen) = seen
+    assert torch.equal(saved["keys"], keys)
+    assert not torch.equal(keys, last_keys)  # another epoch than the last was the best
+    assert torch.isclose(saved["alpha"], torch.tensor(chosen["alpha"]))
+    assert torch.isclose(saved["beta"], torch.tensor(chosen["beta"]))
+    assert (chosen["alpha"], chosen["beta"]) != (1.0, 1.0)
+    assert chosen.items() <= results(made)["chosen"].items()
 
 
 def test_evaluate_on_other_classes(finished, tmp_path):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import visionpeft as vp
 from visionpeft.costs.saved_bytes import saved_bytes, storages
@@ -294,13 +295,110 @@ def test_a_source_changed_in_place_is_refused():
         y.square().sum().backward()
 
 
-def test_differentiating_twice_is_refused():
-    """A gradient of a gradient is not silently wrong."""
-    model = adapted([lora(*EVERY_MATRIX)])
-    parameters = vp.trainable_parameters(model)
-    gradients = torch.autograd.grad(model(images()).square().sum(), parameters, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(g.square().sum() for g in gradients).backward()
+TWICE = CASES | {  # not DoRA, which by its definition holds its norm fixed in the gradient
+    "vpt": [vp.VPT(num_tokens=2)],
+    "adaptformer": [vp.AdaptFormer(bottleneck=4)],
+    "fish_mask": [vp.ChildTuning("F", share=0.6)],
+    "bitfit": [vp.BitFit()],
+}
+
+
+def directional(function, tensors, directions, step=1e-6):
+    """Derivative of a function of tensors along directions, by central differences."""
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for tensor, direction in zip(tensors, directions, strict=True):
+                tensor.add_(direction, alpha=sign * step)
+        values.append(function())
+        with torch.no_grad():
+            for tensor, direction in zip(tensors, directions, strict=True):
+                tensor.sub_(direction, alpha=sign * step)
+    return [(plus - minus) / (2 * step) for plus, minus in zip(*values, strict=True)]
+
+
+@sdpa_kernel(SDPBackend.MATH)  # PyTorch refuses to differentiate its flash attention twice
+def twice(model, tensors, x):
+    """Relative errors of Hessian times direction, tensor by tensor, against differences of plain gradients."""
+    generator = torch.Generator().manual_seed(5)
+    directions = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in tensors]
+
+    def gradients(create_graph=False):
+        loss = (model(x) * torch.arange(1.0, 13.0).view(3, 4)).sin().sum()
+        return torch.autograd.grad(loss, tensors, create_graph=create_graph)
+
+    product = sum((g * d).sum() for g, d in zip(gradients(True), directions, strict=True))
+    found = torch.autograd.grad(product, tensors)
+    expected = directional(gradients, tensors, directions)
+    # What a shift of keys gives is zero up to rounding.
+    least = 1e-4 * torch.stack([e.norm() for e in expected]).norm()
+    return [((f - e).norm() / max(e.norm(), least)).item() for f, e in zip(found, expected, strict=True)]
+
+
+RECOMPUTED = [(case, part) for case in ("lora_and_ssf", "pafi_two_lora_ssf") for part in ("mlp", "block")]
+
+
+@pytest.mark.parametrize(("case", "recompute"), [*((case, None) for case in TWICE), *RECOMPUTED])
+def test_second_derivatives_are_those_of_finite_differences(case, recompute):
+    """Of adapters, of trained norms, whose output is made again, and of the images."""
+    model = adapted(TWICE[case], train=("*.norm1",) if case.startswith("lora") else ())
+    vp.economise(model, recompute=recompute)
+    x = images().requires_grad_()
+    assert max(twice(model, [*vp.trainable_parameters(model), x], x)) <= 2e-6
+
+
+@pytest.mark.parametrize("case", ["lora_all", "lora_and_ssf"])
+def test_a_gradient_without_its_graph_would_be_seen(case, monkeypatch):
+    """The comparison is not blind: sources that do not know where they come from give another second derivative."""
+    remember = frozen_layers.remember
+
+    def detached(y, function, *tensors):
+        return remember(y, function, *(None if t is None else t.detach() for t in tensors))
+
+    monkeypatch.setattr(frozen_layers, "remember", detached)
+    model = adapted(TWICE[case])
+    x = images().requires_grad_()
+    assert max(twice(model, [*vp.trainable_parameters(model), x], x)) > 1e-2
+
+
+def test_gradients_of_gradients_by_torch():
+    """torch's own check in float64 of each function of ours, for every input that may need a gradient."""
+    generator = torch.Generator().manual_seed(2)
+
+    def some(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    weight, index = some(5, 4).detach(), torch.tensor([1, 7], dtype=torch.int32)
+
+    def linear(x, bias, a, b, c, d, values):
+        rows = (slice(0, 2), slice(3, 5))
+        return frozen_layers._FrozenLinear.apply(
+            x, weight, bias, None, rows, (0.5, 2.0), ((slice(1, 4), index),), a, b, c, d, values
+        )
+
+    inputs = (some(2, 3, 4), some(5), some(2, 4), some(1, 4), some(2, 2), some(2, 1), some(2))
+    assert torch.autograd.gradgradcheck(linear, inputs)
+    values = (some(2, 3, 4), some(4).detach().abs().add(0.5).requires_grad_(), some(4))
+    assert torch.autograd.gradgradcheck(frozen_layers.scale_shift, values)
+    assert torch.autograd.gradgradcheck(
+        lambda x, v: frozen_layers.sparse_product(x, v, index, (5, 4), torch.float64), (some(3, 4), some(2))
+    )
+
+
+@sdpa_kernel(SDPBackend.MATH)
+@pytest.mark.parametrize("case", ["lora_all", "ssf"])
+def test_second_derivatives_under_autocast(case):
+    """In bfloat16 they are those of float32 within its rounding."""
+    products = []
+    for enabled in (False, True):
+        model = adapted(CASES[case], torch.float32)
+        tensors = vp.trainable_parameters(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(images(torch.float32)).float().square().sum()
+        gradients = torch.autograd.grad(loss, tensors, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors)
+        products.append(torch.cat([g.flatten() for g in second]))
+    assert (products[0] - products[1]).norm() <= 0.1 * products[0].norm()
 
 
 class Doubled(LowRank):

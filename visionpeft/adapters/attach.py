@@ -16,6 +16,9 @@ from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
+from visionpeft.sites import Order, order_of
+
+SPANNING = (Order.ENTER_SPAN, Order.LEAVE_SPAN)
 
 
 def attach(
@@ -324,4 +327,7 @@ def _check_sites(adapter: AttachedAdapter, backbone: Backbone) -> None:
         elif placement.site == "tokens" and "norm_pre" not in backbone.towers[placement.tower].layers:
             used[placement.tower][0].add("stream_in")
     for tower, sites in used.items():
+        spans = [p for _, p in adapter.placements if p.tower == tower and order_of(p.module) in SPANNING]
+        for index in range(min((p.block for p in spans), default=0), max((p.block for p in spans), default=-1) + 1):
+            sites[index].update()  # prompts travel through it, so that it is swapped although nothing acts in it
         check_tower(backbone.towers[tower], sites)

@@ -7,13 +7,13 @@ them: where a gradient is zero, nothing done at that site reaches the output. Th
 them, so that the order of the sites and the tensor each of them stands for are checked in the same pass.
 """
 
-import copy
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from visionpeft.backbones.quantised import dequantise
 from visionpeft.backbones.tower import BlockSites, Tower
+from visionpeft.backbones.unwatched import unwatched_copy, without_global_hooks
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import TOKEN_SITES, SitedLayer, Sites, sited_layer_class
 
@@ -26,7 +26,7 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
 
     Args:
         tower: the tower.
-        used: sites an adapter acts at, by index of the block.
+        used: sites an adapter acts at, by index of the block; none for a block that is swapped for another reason.
 
     Raises:
         UnsupportedError: if a sited block computes something else than the original, or a used site has no effect.
@@ -37,18 +37,42 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
         block = tower.blocks[index]
         if next(block.module.parameters()).is_meta:
             continue
-        kind = (repr(block.module),)
+        _require_class_forward(block)
+        kind = _kind(block.module)
         kinds.setdefault(kind, set()).update(sites)
         examples.setdefault(kind, block)
     # The check draws random numbers, and must not change what the caller draws next.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), without_global_hooks():
         for kind, sites in kinds.items():
             _check_block(examples[kind], tower, sites)
 
 
+def _require_class_forward(block: BlockSites) -> None:
+    """Refuse a block or attention with a forward of its own, which hides that of any class it is given."""
+    for module in (block.module, block.attention):
+        if "forward" in vars(module):
+            raise UnsupportedError(
+                f"the forward of a {type(module).__name__} was replaced on the object itself, so that its sited form "
+                "would never run; attach first, or make it a class and register it with visionpeft.backbones.dispatch"
+            )
+
+
+def _kind(block: torch.nn.Module) -> tuple:
+    """What two blocks have in common that compute the same but for their weights.
+
+    Their description does not say which of two classes of one name a part is, nor what was set on it by hand, such as
+    `fused_attn` or a forward of its own.
+    """
+    settings = []
+    for path, part in block.named_modules():
+        own = {k: v for k, v in vars(part).items() if k != "training" and isinstance(v, bool | int | float | str)}
+        settings.append((path, type(part), vars(part).get("forward"), tuple(sorted(own.items()))))
+    return repr(block), *settings
+
+
 def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:
     # Copied together, so that the layers still refer to the copied block.
-    block = copy.deepcopy(block)
+    block = unwatched_copy(block, block.module)
     module = dequantise(block.module).cpu().double().eval().requires_grad_(False)
     arguments = block.probe(tower.num_prefix_tokens + 4)
     tokens = arguments.pop("num_tokens", tower.num_prefix_tokens + 4)
@@ -75,10 +99,14 @@ def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:
     drift = _distance(y.detach(), expected, expected - x)
     if not drift <= TOLERANCE:
         library = original.partition(".")[0]
-        package = {"open_clip": "open_clip_torch"}.get(library, library)
+        try:
+            release = version({"open_clip": "open_clip_torch"}.get(library, library))
+            where, remedy = f" of {library} {release}", f"use a supported version of {library}"
+        except PackageNotFoundError:  # a family that the user has registered
+            where, remedy = "", "correct the sited form that is registered for it"
         raise UnsupportedError(
-            f"{original} of {library} {version(package)} does not compute what its sited form computes "
-            f"(relative difference {drift:.1e}); use a supported version of {library}"
+            f"{original}{where} does not compute what its sited form computes (relative difference {drift:.1e}); "
+            f"{remedy}"
         )
     _check_reach(y, [(site, probes[site]) for site in used], original)
     _check_order(met, original)

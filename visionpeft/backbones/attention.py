@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -30,26 +31,54 @@ def attend(
     attn_mask: torch.Tensor | None = None,
     is_causal: bool = False,
     dropout: float = 0.0,
-    fused: bool = True,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(d) + mask) v for heads (batch, heads, tokens, d); keys may be more than queries."""
-    if k.shape[-2] != q.shape[-2]:
-        attn_mask, is_causal = open_in_front(attn_mask, is_causal, q.shape[-2], k.shape[-2], q)
+    attn_mask, is_causal = _for_all_keys(attn_mask, is_causal, q, k)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
+
+
+def attend_as(
+    attention: nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+    fused: bool = True,
+) -> torch.Tensor:
+    """`attend` with the scale and dropout of an attention module.
+
+    Not fused, the weights (batch, heads, tokens that ask, keys) go through its `attn_drop`, which is called as the
+    library calls it: a hook there reads the attention maps. Keys of prompts that are no tokens come first.
+    """
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        dropout = attention.attn_drop.p if attention.training else 0.0
+        return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout)
+    attn_mask, is_causal = _for_all_keys(attn_mask, is_causal, q, k)
+    scores = (q * attention.scale) @ k.transpose(-2, -1)
+    return attention.attn_drop(_masked(scores, attn_mask, is_causal).softmax(dim=-1)) @ v
+
+
+# Traced by torch.fx, a mask that is not there cannot be told from one that is: the next two are kept whole.
+@torch.fx.wrap
+def _masked(scores: torch.Tensor, mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+    """Scores (batch, heads, queries, keys) with a mask (True where open) or bias (..., queries, keys)."""
     if is_causal:
-        attn_mask = scores.new_full(scores.shape[-2:], float("-inf")).triu_(1)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, float("-inf"))
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+        mask = scores.new_full(scores.shape[-2:], float("-inf")).triu_(1)
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
 
 
-def dropout_of(attention: nn.Module) -> float:
-    """The attention dropout in force."""
-    return attention.attn_drop.p if attention.training else 0.0
+@torch.fx.wrap
+def _for_all_keys(
+    mask: torch.Tensor | None, is_causal: bool, q: torch.Tensor, k: torch.Tensor
+) -> tuple[torch.Tensor | None, bool]:
+    """The mask, widened where there are more keys than queries. Without a mask there is nothing to ask of shapes."""
+    if (mask is None and not is_causal) or k.shape[-2] == q.shape[-2]:
+        return mask, is_causal
+    return open_in_front(mask, is_causal, q.shape[-2], k.shape[-2], q)
 
 
 class AttendsBehindNorm:
@@ -148,7 +177,7 @@ def in_front(prompts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _part(sites: Sites, site: str, x: torch.Tensor, weight: torch.Tensor, bias) -> torch.Tensor:
-    rows = thirds(len(weight) // 3)[site]
+    rows = thirds(weight.shape[0] // 3)[site]
     weight, bias = weight[rows], None if bias is None else bias[rows]
     y, ((_, acting),) = frozen_layers.linear(x, weight, bias, [(None, sites.acting.get(site, ()))])
     for module in acting:
@@ -160,13 +189,14 @@ def apply_fused(
     sites: Sites, x: torch.Tensor, layer: Callable[[torch.Tensor], torch.Tensor] | None, weight: torch.Tensor, bias
 ) -> tuple[torch.Tensor, ...]:
     """q, k, v (batch, tokens, w) of tokens x (batch, tokens, width), with what acts at each; see `fused_qkv`."""
-    acting = [(rows, sites.acting.get(site, ())) for site, rows in thirds(len(weight) // 3).items()]
+    acting = [(rows, sites.acting.get(site, ())) for site, rows in thirds(weight.shape[0] // 3).items()]
     if layer is None or frozen_layers.is_plain(layer):
         y, acting = frozen_layers.linear(x, weight, bias, acting)
     else:
         y = layer(x)
-    outputs = []
-    for (rows, modules), output in zip(acting, y.chunk(3, dim=-1), strict=True):
+    outputs, parts = [], y.chunk(3, dim=-1)
+    for index, (rows, modules) in enumerate(acting):
+        output = parts[index]  # and not by iterating, which torch.fx cannot trace
         for module in modules:
             output = module(x, output, weight[rows], None if bias is None else bias[rows])
         outputs.append(output)

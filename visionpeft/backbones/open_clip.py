@@ -14,7 +14,7 @@ from open_clip.transformer import (
     VisionTransformer,
 )
 
-from visionpeft.backbones.attention import attend, dropout_of, fused_qkv, fused_qkv_layers, thirds
+from visionpeft.backbones.attention import attend, attend_as, fused_qkv, fused_qkv_layers, thirds
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, norm_layers
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.errors import UnsupportedError
@@ -69,7 +69,7 @@ class SitedMultiheadAttention(nn.MultiheadAttention):
             raise UnsupportedError("attention with an adapter attached computes self-attention without weights only")
         q, k, v = project(self, query)
         k, v = self.sites.kv(k, v)
-        mask = by_head(attn_mask, len(query), self.num_heads)
+        mask = by_head(attn_mask, query.shape[0], self.num_heads)
         x = attend(q, k, v, attn_mask=mask, dropout=self.dropout if self.training else 0.0)
         return join_heads(self, x), None
 
@@ -88,12 +88,12 @@ class SitedCustomAttention(Attention):
         """Attend over tokens (batch, tokens, width)."""
         q, k, v = project(self, x)
         k, v = self.sites.kv(k, v)
-        mask = by_head(attn_mask, len(x), self.num_heads)
-        return join_heads(self, attend(q, k, v, attn_mask=mask, dropout=dropout_of(self), fused=self.use_fsdpa))
+        mask = by_head(attn_mask, x.shape[0], self.num_heads)
+        return join_heads(self, attend_as(self, q, k, v, attn_mask=mask, fused=self.use_fsdpa))
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Attend over tokens (batch, tokens, width) without a mask and without what acts at the sites."""
-        x = attend(*project(self, x, UNTOUCHED), dropout=dropout_of(self), fused=self.use_fsdpa)
+        x = attend_as(self, *project(self, x, UNTOUCHED), fused=self.use_fsdpa)
         return join_heads(self, x, UNTOUCHED)
 
 

@@ -6,8 +6,7 @@ from timm.models.beit import Attention, Beit, Block
 
 from visionpeft.backbones.attention import (
     AttendsBehindNorm,
-    attend,
-    dropout_of,
+    attend_as,
     fused_qkv,
     fused_qkv_layers,
     with_bias,
@@ -37,7 +36,7 @@ class SitedBeitAttention(Attention):
         parts = fused_qkv(sites, x, layer, self.qkv.weight, bias)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         k, v = sites.kv(k, v)
-        x = attend(q, k, v, attn_mask=position_bias, dropout=dropout_of(self), fused=self.fused_attn)
+        x = attend_as(self, q, k, v, attn_mask=position_bias, fused=self.fused_attn)
         return self.proj_drop(sites.call(self.proj, x.transpose(1, 2).flatten(2)))
 
     def position_bias(self, shared: torch.Tensor | None) -> torch.Tensor | None:

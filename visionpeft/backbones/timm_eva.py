@@ -1,6 +1,7 @@
 """timm `Eva`: EVA, EVA-02, DINOv3, Perception Encoder and ViT-RoPE, with rotary positions and fused or split qkv."""
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.layers import apply_rot_embed_cat
 from timm.layers.attention import AttentionRope
@@ -9,8 +10,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from visionpeft.backbones.attention import (
     AttendsBehindNorm,
     AttendsToStream,
-    attend,
-    dropout_of,
+    attend_as,
     fused_qkv,
     fused_qkv_layers,
     in_front,
@@ -91,6 +91,7 @@ def split_qkv(attention, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, .
     return q, *kv
 
 
+@torch.fx.wrap  # traced by torch.fx, the number of patches cannot be compared
 def rotated(x: torch.Tensor, rope: torch.Tensor, patches: int, half: bool) -> torch.Tensor:
     """Rotate the last tokens of x (batch, heads, tokens, head width), as many as there are patches."""
     if patches == 0:
@@ -114,9 +115,7 @@ def rotary_attention(attention, x, sites, rope=None, attn_mask=None, is_causal=F
     groups = heads[0] // heads[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    x = attend(
-        q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout_of(attention), fused=attention.fused_attn
-    )
+    x = attend_as(attention, q, k, v, attn_mask=attn_mask, is_causal=is_causal, fused=attention.fused_attn)
     x = sites.call(attention.norm, x.transpose(1, 2).flatten(2))
     if gate is not None:
         x = x * gate

@@ -5,7 +5,7 @@ import torch.nn as nn
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.models.vitamin import GeGluMlp
 
-from visionpeft.backbones.attention import attend, dropout_of, fused_qkv, fused_qkv_layers, thirds
+from visionpeft.backbones.attention import attend_as, fused_qkv, fused_qkv_layers, thirds
 from visionpeft.backbones.dispatch import describe_attention, describe_mlp, norm_layers
 from visionpeft.backbones.tower import Layer
 from visionpeft.errors import UnsupportedError
@@ -33,8 +33,7 @@ def plain_attention(attention, x, sites, attn_mask=None, is_causal=False) -> tor
     q, k, v = (part.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for part in qkv)
     q, k = sites.call(attention.q_norm, q), sites.call(attention.k_norm, k)
     k, v = sites.kv(k, v)
-    dropout, fused = dropout_of(attention), attention.fused_attn
-    x = attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout, fused=fused)
+    x = attend_as(attention, q, k, v, attn_mask=attn_mask, is_causal=is_causal, fused=attention.fused_attn)
     x = sites.call(attention.norm, x.transpose(1, 2).flatten(2))
     if gate is not None:
         x = x * gate

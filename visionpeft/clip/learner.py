@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -286,10 +286,20 @@ class Learner(nn.Module):
         """Called behind training epoch `epoch` of 0 .. num_epochs - 1."""
 
     def end_training(self) -> dict:
-        """Called behind the last epoch.
+        """Called after the last epoch.
 
         Returns:
             What was chosen on the validation split, for the record of a run.
+        """
+        return self.choose()
+
+    def choose(self) -> dict:
+        """Choose on the validation split what depends on the trained values as they are now.
+
+        Called after the last epoch, and again where another epoch than the last is reported and has been loaded.
+
+        Returns:
+            What was chosen, for the record of a run.
         """
         return {}
 
@@ -331,6 +341,7 @@ class Learner(nn.Module):
         compute: Callable[[], Kept],
         depends_on: Iterable[torch.Tensor] = (),
         with_graph: bool = False,
+        adapters: Iterable[str] | None = None,
     ) -> Kept:
         """Features worked out by `compute`, again only when something they depend on has changed.
 
@@ -341,10 +352,11 @@ class Learner(nn.Module):
             compute: works them out.
             depends_on: tensors of the learner on whose values they depend, beside the CLIP and the class names.
             with_graph: compute them with gradients.
+            adapters: the adapters of the CLIP that act when they are worked out; by default those that act now.
         """
         current = [tensor.detach() for tensor in depends_on]
-        adapters = self.clip.peft.parameters() if has_adapters(self.clip) else ()
-        state = {id(p): p._version for p in (*self.text.module.parameters(), *adapters)}
+        acting = acting_adapters(self.clip) if adapters is None else adapters
+        state = {id(p): p._version for p in self._parameters_of_text(acting)}
         device = self.text.device
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         others = (state, acting_adapters(self.clip), autocast, self.text.dtype, device, self.training, self.fast_text)
@@ -357,6 +369,16 @@ class Learner(nn.Module):
             features = compute()
             self._kept[key] = (features, others, [tensor.clone() for tensor in current])
         return features
+
+    def _parameters_of_text(self, adapters: Iterable[str]) -> Iterator[nn.Parameter]:
+        """What text features depend on: the text tower, and what these adapters have in it; nothing of the images."""
+        for name, parameter in self.text.module.named_parameters():
+            if not name.startswith(("visual.", "peft.")):  # a plain CLIP is its own text tower
+                yield parameter
+        for adapter in adapters:
+            for name, parameter in self.clip.peft[adapter].named_parameters():
+                if not name.partition(".")[2].startswith("visual."):  # <method>.<tower>. ...
+                    yield parameter
 
     def __deepcopy__(self, memo):
         raise UnsupportedError(

@@ -60,15 +60,26 @@ class Triplets(LowRank):
             products = self.P.t() @ self.P, self.Q @ self.Q.t()
             return sum((product - identity).square().sum() for product in products)
 
+    def gradients_are_finite(self) -> bool:
+        """Whether the gradients of the step just made are numbers.
+
+        Raises:
+            ConfigurationError: they are gone already.
+        """
+        return all(bool(self._gradient(name).isfinite().all()) for name in TRIPLET)
+
+    def _gradient(self, name: str) -> torch.Tensor:
+        gradient = getattr(self, name).grad
+        if gradient is None:
+            raise ConfigurationError(
+                "AdaLoRA measures gradients after a step: call after_step between optimizer.step() and zero_grad()"
+            )
+        return gradient
+
     def measure(self, beta1: float, beta2: float) -> None:
         """Follow the sensitivity of every entry, from the gradients of the step just made."""
         for name in TRIPLET:
-            parameter = getattr(self, name)
-            if parameter.grad is None:
-                raise ConfigurationError(
-                    "AdaLoRA measures gradients after a step: call after_step between optimizer.step() and zero_grad()"
-                )
-            now = (parameter * parameter.grad).abs()
+            now = (getattr(self, name) * self._gradient(name)).abs()
             sensitivity = getattr(self, f"{name}_sensitivity").lerp_(now, 1 - beta1)
             getattr(self, f"{name}_variation").lerp_((now - sensitivity).abs(), 1 - beta2)
 
@@ -100,7 +111,8 @@ class AdaLoRA(Method):
     Between `start` and `end`, every `interval` steps only the most important triplets keep their value, the others' is
     set to zero, from which they may grow again until the next time; their number falls along
     b1 + (b0 - b1) (1 - progress)^3 from b0 = initial_rank to b1 = rank, times the number of layers. From `end` on the
-    choice is fixed. As in the authors' code, |w dL/dw| has w behind the step and the gradient in front of it.
+    choice is fixed. As in the authors' code, |w dL/dw| has w after the step and the gradient before it. Steps whose
+    gradients are not finite, which a gradient scaler skips, are not followed.
 
     The tasks do this by themselves, and checkpoints hold the state. A training loop of your own must add
     `penalty(model)` to the loss and call `after_step(model, step, total_steps)` between `optimizer.step()` and
@@ -161,8 +173,11 @@ class AdaLoRA(Method):
     def after_step(self, part: nn.Module, step: int, total_steps: int) -> None:
         """Follow the importance and keep as many triplets as the budget of the step allows."""
         layers = list(_triplets_of(part).values())
-        for layer in layers:
-            layer.measure(self.beta1, self.beta2)
+        # A step that a gradient scaler skipped was not made, and says nothing of importance: one infinite value would
+        # stay in the smoothed statistics for good.
+        if all(layer.gradients_are_finite() for layer in layers):
+            for layer in layers:
+                layer.measure(self.beta1, self.beta2)
         first, last = round(self.start * total_steps), round(self.end * total_steps)
         if step == last or (first <= step < last and step % self.interval == 0):
             self._choose(layers, round(len(layers) * self.budget(step, total_steps)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.methods.parts.addressing import Blocks, Overrides
@@ -36,7 +37,7 @@ class LowRank(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""
         z = self.scaling * F.linear(self.dropout(to_parameter_dtype(x, self.A)), self.A)
-        if z.dtype != y.dtype:
+        if is_fx_symbolic_tracing() or z.dtype != y.dtype:
             return y + F.linear(z, self.B).to(y.dtype)
         # One pass over the wide output instead of a product, a scaling and a sum.
         return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), self.B.to(z.dtype).t()).view(y.shape)

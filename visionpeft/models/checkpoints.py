@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from visionpeft.errors import StorageError
+from visionpeft.errors import StorageError, one_line
 
 # Where training scripts put the weights inside a checkpoint, and tensors of theirs that no classifier has.
 _NESTED = ("state_dict", "model", "model_state", "teacher", "module")
@@ -31,9 +31,16 @@ def load_timm_checkpoint(model: nn.Module, path: Path) -> None:
     state = _read(path)
     filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's key conversion
     if filter_fn is not None:
-        state = filter_fn(state, model)
+        try:
+            state = filter_fn(state, model)
+        except Exception as error:  # timm resizes positions and the like, and fails on sizes it does not expect
+            raise StorageError(
+                f"{path} does not fit {type(model).__name__}: its tensors, such as position embeddings, cannot be "
+                f"converted to {getattr(model, 'num_prefix_tokens', 'these')} prefix tokens and this patch grid "
+                f"({one_line(error)})"
+            ) from error
     own = model.state_dict()
-    head = _head_prefix(model)
+    head = _head_prefixes(model)
     misfits = [key for key in state if key.startswith(head) and (key not in own or own[key].shape != state[key].shape)]
     state = {key: value for key, value in state.items() if key not in misfits}
 
@@ -85,9 +92,11 @@ def _load_npz(model: nn.Module, path: Path) -> None:
         raise StorageError(f"{path} does not fit {type(model).__name__}: {str(error).splitlines()[0]}") from error
 
 
-def _head_prefix(model: nn.Module) -> str:
-    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
-    return f"{classifier}."
+def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of the head's tensors; a distilled DeiT has two heads."""
+    classifiers = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    return tuple(f"{classifier}." for classifier in classifiers)
 
 
 def _some(items: list[str]) -> str:

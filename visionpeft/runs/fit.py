@@ -119,4 +119,5 @@ def _load_best(task: ImageTask, run: RunDirectory) -> int:
     checkpoint = AtomicCheckpointIO().load_checkpoint(run.best_checkpoint)
     task.on_load_checkpoint(checkpoint)
     task.load_state_dict(checkpoint["state_dict"], strict=False)
+    task.choose()  # what was chosen at the end of the training was chosen for the last epoch
     return checkpoint["epoch"]

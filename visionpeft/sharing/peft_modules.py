@@ -1,6 +1,5 @@
 """The modules of a backbone as HF peft sees them: it wraps whole modules, and acts only where they are called."""
 
-import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +8,7 @@ import torch.nn as nn
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import dequantise
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
+from visionpeft.backbones.unwatched import unwatched_copy, without_global_hooks
 from visionpeft.errors import UnsupportedError
 
 
@@ -111,12 +111,13 @@ class _CalledOwners:
 
     @torch.no_grad()
     def _run(self, block: BlockSites) -> set[str]:
-        block = copy.deepcopy(block)
+        block = unwatched_copy(block, block.module)
         module = dequantise(block.module).cpu().double().eval()
         called: set[str] = set()
         for site, layer in block.layers.items():
             layer.owner.register_forward_pre_hook(lambda *_, site=site: called.add(site))
         arguments = block.probe(self.tower.num_prefix_tokens + 4)
         tokens = arguments.pop("num_tokens", self.tower.num_prefix_tokens + 4)
-        module(torch.zeros(1, tokens, self.tower.width, dtype=torch.float64), **arguments)
+        with without_global_hooks():
+            module(torch.zeros(1, tokens, self.tower.width, dtype=torch.float64), **arguments)
         return called

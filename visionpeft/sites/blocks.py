@@ -30,6 +30,7 @@ offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see
 from collections.abc import Callable
 
 import torch
+import torch.fx
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
@@ -104,7 +105,7 @@ class Sites:
 
     def mask(self, mask: torch.Tensor | None, is_causal: bool = False) -> torch.Tensor | None:
         """An attention mask or bias (..., N, N) for the tokens of this block, as (..., tokens that ask, tokens)."""
-        if is_causal and self.class_token_only is not None:
+        if self.class_token_only is not None and is_causal:
             raise UnsupportedError("class_token_only is for attention without is_causal; switch it off with economise")
         mask = self.widen(mask)
         return mask if mask is None or self.kept is None else mask[..., self.kept, :]
@@ -115,20 +116,27 @@ class Sites:
         The new rows and columns sit behind the prefix tokens. They are open (0, or True for a boolean mask); in a
         causal tower a prompt sees the prefix and the prompts before it, and the prefix does not see prompts.
         """
-        extra, at = self.extra_tokens, self.num_prefix_tokens
-        if mask is None or extra == 0:
+        if self.extra_tokens == 0:
             return mask
-        boolean = mask.dtype == torch.bool
-        opened, closed = (True, False) if boolean else (0.0, float("-inf"))
-        columns = mask.new_full((*mask.shape[:-1], extra), opened)
-        rows = mask.new_full((*mask.shape[:-2], extra, mask.shape[-1] + extra), opened)
-        if self.causal:
-            columns[..., :at, :] = closed
-            rows[..., at + extra :] = closed
-            future = torch.ones(extra, extra, dtype=torch.bool, device=mask.device).triu(1)
-            rows[..., at : at + extra].masked_fill_(future, closed)
-        mask = torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
-        return torch.cat((mask[..., :at, :], rows, mask[..., at:, :]), dim=-2)
+        return widened(mask, self.extra_tokens, self.num_prefix_tokens, self.causal)
+
+
+@torch.fx.wrap  # traced by torch.fx, a mask that is not there has no shape to ask for
+def widened(mask: torch.Tensor | None, extra: int, at: int, causal: bool) -> torch.Tensor | None:
+    """A mask with rows and columns for `extra` tokens from index `at` on; see `Sites.widen`."""
+    if mask is None:
+        return None
+    boolean = mask.dtype == torch.bool
+    opened, closed = (True, False) if boolean else (0.0, float("-inf"))
+    columns = mask.new_full((*mask.shape[:-1], extra), opened)
+    rows = mask.new_full((*mask.shape[:-2], extra, mask.shape[-1] + extra), opened)
+    if causal:
+        columns[..., :at, :] = closed
+        rows[..., at + extra :] = closed
+        future = torch.ones(extra, extra, dtype=torch.bool, device=mask.device).triu(1)
+        rows[..., at : at + extra].masked_fill_(future, closed)
+    mask = torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
+    return torch.cat((mask[..., :at, :], rows, mask[..., at:, :]), dim=-2)
 
 
 class ClassTokenOnly:

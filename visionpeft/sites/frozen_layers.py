@@ -9,7 +9,8 @@
 * `own`: a part of a tensor that does not keep the whole.
 
 Where a graph is traced (`torch.compile`, `torch.export`), the compiler decides what is kept, and the formulas run as
-they are. These gradients cannot be differentiated again; PyTorch says so when asked to.
+they are. The gradients can be differentiated again (`create_graph=True`): whatever the backward pass reads is an input
+or output of its function, or is made again from those, so that it knows where it comes from.
 """
 
 import functools
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 # what acts on which rows of the output of a layer; None for all rows
 Acting = Sequence[tuple[slice | None, tuple[Callable, ...]]]
@@ -28,15 +29,17 @@ SMALLEST_SCALE = 1 / 16  # relative to max(1, |shift|): dividing by less would c
 
 
 def traced() -> bool:
-    """Whether a graph is being made of what runs, or it is transformed by `torch.func`."""
+    """Whether a graph is being made of what runs (compiled, exported, traced by jit or fx), or `torch.func` transforms
+    it.
+    """
     transformed = torch._C._are_functorch_transforms_active()
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_fx_symbolic_tracing() or transformed
 
 
 def is_plain(layer: Callable) -> bool:
     """Whether calling a layer is `F.linear` with its weight and bias and nothing else."""
     own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
-    return own and not is_hooked(layer)
+    return own and not is_hooked(layer) and (traced() or not nn.modules.module._has_any_global_hook())
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -74,8 +77,8 @@ class Origin:
 def remember(y: torch.Tensor, function: Callable, *tensors: torch.Tensor | None) -> torch.Tensor:
     """Mark y = function(*tensors); the first of the tensors is kept for the backward pass anyway."""
     if torch.is_grad_enabled() and not _shares(y, tensors[0]):
-        sources = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
-        y.origin = Origin(function, sources, _autocast_dtype(y), y._version)
+        # Not detached: a gradient that is differentiated again follows the remade tensor back through its sources.
+        y.origin = Origin(function, tensors, _autocast_dtype(y), y._version)
     return y
 
 
@@ -210,7 +213,6 @@ class _FrozenLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         number = 2 * len(ctx.rows) + len(ctx.places)
         weight, *tensors = ctx.saved_tensors
@@ -227,6 +229,9 @@ class _FrozenLinear(torch.autograd.Function):
         x = (sources[0] if ctx.origin is None else ctx.origin.remake(*sources)) if sources else None
         if down:
             z = kept[0]
+            if x is not None and torch.is_grad_enabled():  # a graph of this pass is made, in which z must have a place
+                own_z = _parts(x.to(z.dtype).flatten(0, -2) @ torch.cat(down).to(z.dtype).t(), down)
+                z = torch.cat([scaling * part for scaling, part in zip(ctx.scalings, own_z, strict=True)], dim=1)
             grads = [grad[:, rows].to(z.dtype) for rows in ctx.rows]
             parts = zip(ctx.scalings, grads, up, strict=True)
             grad_zs = [scaling * (part @ b.to(z.dtype)) for scaling, part, b in parts]
@@ -302,7 +307,6 @@ class _ScaleShift(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         result, scale, shift = ctx.saved_tensors
         grad_y = (grad * scale).to(grad.dtype) if ctx.needs_input_grad[0] else None

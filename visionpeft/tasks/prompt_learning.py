@@ -146,6 +146,10 @@ class PromptLearning(ImageTask):
         if self.trained_parameters():
             self.chosen = self.learner.end_training() or self.chosen
 
+    def choose(self) -> None:
+        """Let the learner choose for the epoch that is reported."""
+        self.chosen = self.learner.choose() or self.chosen
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the learner trains."""
         return self.learner.trainable_parameters()

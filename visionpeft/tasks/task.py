@@ -94,6 +94,9 @@ class ImageTask(pl.LightningModule):
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, in the place of what the task has."""
 
+    def choose(self) -> None:
+        """Choose on the validation split what depends on the trained values, after those to report were loaded."""
+
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how this backbone wants its images.
 

@@ -28,6 +28,7 @@ from open_clip.model import convert_weights_to_lp
 
 from visionpeft.clip import packing
 from visionpeft.clip.learners import (
+    IVLP,
     TPT,
     CLIPAdapter,
     CLIPLinearProbe,
@@ -36,6 +37,7 @@ from visionpeft.clip.learners import (
     CoOp,
     KgCoOp,
     ProGrad,
+    PromptSRC,
     TipAdapter,
     ZeroShot,
     prograd,
@@ -144,7 +146,7 @@ def test_logits_loss_and_gradients_are_the_formula(name, kind):
 
 @pytest.mark.parametrize("template", ["a photo of a {}.", ["a photo of a {}.", "{} texture.", "art of the {}"]])
 def test_zero_shot_is_the_formula(template):
-    learner = ZeroShot(clip_model(), tokenizer(), NAMES, template=template)
+    learner = ZeroShot(clip_model(), tokenizer(), NAMES, num_text=2, template=template)
     templates = [template] if isinstance(template, str) else template
     each = [plain_features(learner.clip, [t.format(name) for name in CLEAN]) for t in templates]
     mean = sum(each) / len(each)
@@ -652,6 +654,50 @@ def count_encodings(learner):
     run = learner.text.encode
     learner.text.encode = lambda *args, **options: calls.append(1) or run(*args, **options)
     return calls
+
+
+TEACHERS = {
+    "promptsrc": (lambda clip: PromptSRC(clip, tokenizer(), NAMES, template=["a {}.", "the {}.", "one {}."]), 1),
+    "ivlp without text": (lambda clip: IVLP(clip, tokenizer(), NAMES, num_text=0), 0),
+    "lora of images": (lambda clip: CLIPLoRA(clip, tokenizer(), NAMES, towers=["visual"]), 0),
+}
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_frozen_texts_are_encoded_once_while_images_are_learned(teacher):
+    """Only what the text features depend on makes them new: a step on the image side does not."""
+    make, per_step = TEACHERS[teacher]
+    learner = make(clip_model(dtype=torch.float32)).train()
+    calls = count_encodings(learner)
+    optimizer = torch.optim.SGD(learner.trainable_parameters(), lr=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        learner.loss(images().float(), LABELS)[0].backward()
+        optimizer.step()
+        made = len(calls)
+        calls.clear()
+        return made
+
+    first = step()
+    assert first == (4 if teacher == "promptsrc" else 1)
+    assert [step() for _ in range(3)] == [per_step] * 3
+    with torch.no_grad():
+        learner.text.module.ln_final.weight.mul_(1.5)  # a change of the text tower is noticed
+    assert step() == first
+
+
+def test_texts_with_adapters_of_their_own_are_encoded_anew():
+    learner = CLIPLoRA(clip_model(dtype=torch.float32), tokenizer(), NAMES, towers=["visual", "text"]).eval()
+    calls = count_encodings(learner)
+    with torch.no_grad():
+        kept = [learner.text_features() for _ in range(2)]
+        assert len(calls) == 1
+        for name, parameter in learner.clip.peft.named_parameters():
+            if ".text." in name and name.endswith(".B"):
+                parameter.add_(0.1)
+        assert (learner.text_features() - kept[0]).abs().max() > 1e-3
+    assert len(calls) == 2
 
 
 def test_text_features_are_kept_until_something_changes():

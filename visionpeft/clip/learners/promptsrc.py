@@ -101,7 +101,8 @@ class PromptSRC(IndependentPrompts):
                 features = [self.encode(layout)[0] for layout in self.frozen_layouts]
             return unit(torch.stack(features).mean(dim=0))
 
-        return self.kept("templates", compute)
+        others = [name for name in self.acting if name != self.adapter_name]
+        return self.kept("templates", compute, adapters=others)
 
     def frozen_image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Image features f0 (batch, features) of the CLIP without prompts."""

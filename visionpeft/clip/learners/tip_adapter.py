@@ -22,7 +22,7 @@ class TipAdapter(Learner):
     rows. `fit_features` fills the cache; where a validation split is given, alpha and beta are those of a grid of 20
     times 200 values up to `max_alpha` and `max_beta` that classify it best (the first of equals), else the values given
     here. Tip-Adapter trains nothing. Tip-Adapter-F (`train_keys`) trains F, so call `fit_features` before an optimiser
-    is made; it chooses alpha and beta in `end_training`. Trainable: images * features.
+    is made; it chooses alpha and beta in `choose`, for the keys that are reported. Trainable: images * features.
     Source: Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, 2022.
 
     Args:
@@ -127,7 +127,7 @@ class TipAdapter(Learner):
         self._validation = validation
         return {} if self.train_keys or validation is None else self._choose()
 
-    def end_training(self) -> dict:
+    def choose(self) -> dict:
         """Choose alpha and beta of Tip-Adapter-F on the validation split."""
         return self._choose() if self.train_keys and self._validation is not None else {}
 

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import get_type_hints
 
 import torch
+import torch.fx
 import torch.nn as nn
 
 from visionpeft.backbones.frames import Frames
@@ -193,4 +194,9 @@ def blocks_of(method: Method, tower: Tower) -> list[int]:
 
 def to_parameter_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """x in the dtype of a float32 parameter, unless autocast chooses the dtype of each operation itself."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
+    return _to_unless_autocast(x, parameter.dtype)
+
+
+@torch.fx.wrap  # traced by torch.fx, tokens have no device to ask for
+def _to_unless_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
