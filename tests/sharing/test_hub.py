@@ -124,6 +124,25 @@ def test_the_card_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "README.md").read_bytes() == before
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_page_of_the_users_stays(changed, tmp_path):
+    """A README.md written by hand, or a card that was edited; one that nobody touched follows what is saved."""
+    readme = tmp_path / "README.md"
+    if changed:
+        vp.save_pretrained(adapted(), tmp_path, repo_id="someone/first")
+        readme.write_text(readme.read_text().replace("trained with", "trained by me with"))
+    else:
+        readme.write_text("# My project\n")
+    mine = readme.read_bytes()
+    with pytest.warns(UserWarning, match="stays as it is"):
+        vp.save_pretrained(adapted(), tmp_path, repo_id="someone/second")
+    assert readme.read_bytes() == mine
+    readme.unlink()
+    for name in ("third", "fourth"):
+        vp.save_pretrained(adapted(), tmp_path, repo_id=f"someone/{name}")
+        assert f"# {name}\n" in readme.read_text()
+
+
 def test_the_card_of_a_run_has_its_result(hub, tmp_path, capsys):
     finished = run(tmp_path / "runs", draw_images(tmp_path / "squares"), epochs=1)
     capsys.readouterr()

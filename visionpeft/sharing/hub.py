@@ -1,5 +1,7 @@
 """Share an adapter or a learner on the Hugging Face Hub, with a model card, and load it from there."""
 
+import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +21,9 @@ from visionpeft.runs.run_directory import RunDirectory
 from visionpeft.sharing.model_card import model_card
 from visionpeft.sharing.trained_model import TrainedModel, open_saved, read_description, stem_of
 
+# The last line of a model card, which Markdown does not show: by it a card that nobody has changed is known.
+SEAL = b"\n<!-- written by visionpeft, SHA-256 of the above: %s -->\n"
+
 FILES = ["adapter.*", "learner.*", "README.md"]
 
 
@@ -33,6 +38,8 @@ def save_pretrained(
     metadata: Mapping | None = None,
 ) -> None:
     """Write what `visionpeft.save` or `save_learner` writes, and a model card.
+
+    A README.md that was written or changed by hand stays as it is, with a warning.
 
     Args:
         model: a model with adapters, or a learner.
@@ -160,8 +167,20 @@ def _stage(source: Path, staged: Path, repo_id: str) -> None:
 
 
 def _write_card(folder: Path, repo_id: str, results: Mapping | None) -> None:
-    card = model_card(read_description(folder), results, repo_id)
-    write_whole(folder / "README.md", card.content.encode())
+    """Write README.md, unless it is there and is not exactly what this wrote before: a page of the user's stays."""
+    path = folder / "README.md"
+    if path.exists() and not _is_our_card(path.read_bytes()):
+        warnings.warn(
+            f"{path} was written or changed by hand and stays as it is; remove it to get a new model card", stacklevel=3
+        )
+        return
+    text = model_card(read_description(folder), results, repo_id).content.encode()
+    write_whole(path, text + SEAL % hashlib.sha256(text).hexdigest().encode())
+
+
+def _is_our_card(content: bytes) -> bool:
+    text, seal, _ = content.rpartition(SEAL.partition(b"%s")[0])
+    return bool(seal) and content == text + SEAL % hashlib.sha256(text).hexdigest().encode()
 
 
 def _download(repo_id: str, options: dict) -> Path:
