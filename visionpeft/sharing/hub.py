@@ -24,7 +24,8 @@ from visionpeft.sharing.trained_model import TrainedModel, open_saved, read_desc
 # The last line of a model card, which Markdown does not show: by it a card that nobody has changed is known.
 SEAL = b"\n<!-- written by visionpeft, SHA-256 of the above: %s -->\n"
 
-FILES = ["adapter.*", "learner.*", "README.md"]
+# Exactly what is read; anything else in a repository is never downloaded.
+FILES = ["adapter.safetensors", "adapter.json", "learner.safetensors", "learner.json"]
 
 
 def save_pretrained(
@@ -72,6 +73,9 @@ def from_pretrained(
 ) -> TrainedModel:
     """Load an adapter or a learner, with its backbone, from a folder or a repository of the Hub.
 
+    Only the four files that `save` and `save_learner` write are downloaded. Of the backbone their description chooses
+    what the model is, never what is loaded or where from: `checkpoint` and other paths in a download are refused.
+
     Args:
         source: a folder that `save_pretrained`, `save` or `save_learner` wrote, or `user/name` on the Hub.
         model: the backbone, or CLIP, if it is already there; by default it is made as the description says.
@@ -90,10 +94,11 @@ def from_pretrained(
         StorageError: the files are damaged or belong to another backbone.
     """
     folder = Path(source)
-    if not folder.is_dir():
+    downloaded = not folder.is_dir()
+    if downloaded:
         options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = _download(str(source), options)
-    return open_saved(folder, class_names, model, tokenizer)
+    return open_saved(folder, class_names, model, tokenizer, downloaded=downloaded)
 
 
 def push_to_hub(
