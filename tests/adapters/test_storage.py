@@ -293,3 +293,21 @@ def test_full_disk_keeps_the_old_adapter(saved, monkeypatch, failing):
     monkeypatch.undo()
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == old
     vp.load(build(), folder)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter.json"])
+def test_files_of_others_are_not_replaced(name, tmp_path):
+    """A tensor file without our description, and a JSON file that is none of ours; what save wrote is replaced."""
+    model = vp.attach(vp.create_backbone("nano_vit", num_classes=3), vp.LoRA(rank=2))
+    if name.endswith(".json"):
+        (tmp_path / name).write_text('{"adapter": "of a laptop"}')
+    else:
+        save_file({"weight": torch.ones(2)}, tmp_path / name)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(vp.StorageError, match="was not written by visionpeft"):
+        vp.save(model, tmp_path)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, before)]
+    for _ in range(2):
+        vp.save(model, tmp_path / "new")
+    (tmp_path / "new" / "adapter.safetensors").unlink()  # its description alone is still ours
+    vp.save(model, tmp_path / "new")

@@ -1,6 +1,8 @@
 """The frozen trunk runs once for each image: the same numbers, never stale, bounded, whole files."""
 
+import contextlib
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -298,7 +300,7 @@ def test_a_killed_writer_leaves_no_half_file(tmp_path):
     """The process dies before its file is complete: nothing is there under its name."""
     code = f"""
 import os, torch
-from visionpeft.economies.content_cache import FolderCache
+from visionpeft.caching.content_cache import FolderCache
 os.replace = lambda *_: os._exit(1)
 FolderCache({str(tmp_path / "kept")!r}).rows("a", torch.ones(1, 3), lambda images: images)
 """
@@ -322,6 +324,115 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be made"):
         FolderCache(tmp_path / "file" / "kept")
+
+
+def tree(folder):
+    """Everything below a folder: what a link points to, or the bytes of a file."""
+    return {
+        path.relative_to(folder): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
+
+
+def test_a_full_cache_deletes_only_its_own_rows(tmp_path):
+    """The folder is the user's: photos, other safetensors files and links in it outlive any number of full caches."""
+    home, images = tmp_path / "home", pictures(3)
+    for path in ("photos/cat.jpg", "photos/raw/dog.jpg", "models/model.safetensors", f"{'0' * 32}/weights.safetensors"):
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        (home / path).write_bytes(b"mine" * 1000)
+    before = tree(home)
+    FolderCache(home, 3 * 144).rows("a", images, squares)
+    rows = home / "visionpeft-rows"
+    (own,) = [path for path in rows.iterdir() if path.is_dir()]
+    # Beside the rows themselves: a foreign file in a source's folder, and a link with the name of a source.
+    (own / "notes.txt").write_text("mine")
+    (rows / ("f" * 32)).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / f"{'1' * 32}.safetensors").write_bytes(b"mine")
+    for source in "bcde":
+        cache = FolderCache(home, 3 * 144)
+        cache.rows(source, images, squares)
+        assert not cache.full
+    after = tree(home)
+    assert {path: after.get(path) for path in before} == before
+    assert (own / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "elsewhere" / f"{'1' * 32}.safetensors").read_bytes() == b"mine"
+    # The negative control: rows of other sources did make room.
+    assert [path for path in own.iterdir() if path.suffix == ".safetensors"] == []
+    assert len(list(rows.glob(f"[!f]*/{'[0-9a-f]' * 32}.safetensors"))) == 3
+
+
+WRITER = """
+import sys, torch
+from visionpeft.caching.content_cache import FolderCache
+folder, name = sys.argv[1:]
+cache = FolderCache(folder, 20 * 136)
+print("ready", flush=True)
+sys.stdin.readline()
+images = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(int(name)), dtype=torch.float64)
+for image in images:
+    cache.rows(name, image[None], lambda rows: rows.flatten(1)[:, :8])
+"""
+
+
+def test_the_bound_holds_for_all_processes_together(tmp_path):
+    """Two processes that both began with an empty folder fill it once, not twice."""
+    folder = tmp_path / "kept"
+    command = [sys.executable, "-c", WRITER, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writers = [subprocess.Popen([*command, name], **pipes) for name in "12"]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    most = 0
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    while any(writer.poll() is None for writer in writers):
+        with contextlib.suppress(FileNotFoundError):  # a source made room while we looked
+            most = max(most, len(list(folder.rglob("*.safetensors"))))
+    for writer in writers:
+        writer.communicate()
+        assert writer.returncode == 0
+    kept = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    row = 136  # 64 bytes and a header
+    assert kept == 20 * row
+    assert 0 < most <= 20
+    assert FolderCache(folder).bytes == kept
+
+
+def test_what_a_killed_writer_left_is_counted_and_removed(tmp_path):
+    """A sum that says too much is counted again, and a half-written row goes."""
+    cache = FolderCache(tmp_path, 3 * 144)
+    cache.rows("a", pictures(2), squares)
+    (source,) = cache._sources()
+    (source / f".{'0' * 32}.safetensors.17").write_bytes(b"half")
+    (cache.folder / "bytes").write_text(str(3 * 144))
+    cache.rows("a", pictures(3, seed=1)[:1], squares)
+    assert not cache.full
+    assert sorted(path.suffix for path in source.iterdir()) == [".safetensors"] * 3
+
+
+def test_a_folder_that_may_only_be_read_still_gives_its_rows(tmp_path, monkeypatch):
+    FolderCache(tmp_path).rows("a", pictures(1), squares)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    cache = FolderCache(tmp_path)
+    assert cache.bytes == 136
+    assert torch.equal(cache.rows("a", pictures(1), lambda images: pytest.fail("not found")), squares(pictures(1)))
+    assert torch.equal(cache.rows("a", pictures(2, seed=1), squares), squares(pictures(2, seed=1)))
+    assert cache.full
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with pytest.raises(StorageError, match="without locks"):
+        FolderCache(tmp_path)
 
 
 def test_rows_from_inference_mode_can_be_trained_on(make):

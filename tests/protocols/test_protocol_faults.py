@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -95,13 +96,43 @@ def test_a_protocol_killed_at_random_points_ends_as_if_it_had_not_been(tmp_path,
 
 def test_a_kill_between_the_score_and_the_removal_of_its_run(tmp_path):
     trial = Trial("trial", "a trial", ())
-    run = tmp_path / "trial/squares-LoRA-1"
-    run.mkdir(parents=True)
-    (run / "config.yaml").write_text("{}")
-    write_json(tmp_path / "trial/score.json", {"val_top1": 0.25})
+    run, mine, copy = (tmp_path / "trial" / name for name in ("squares-LoRA-1", "my-project", "a-copy-of-the-run"))
+    for folder, files in ((run, ("config.yaml", "environment.json")), (mine, ("config.yaml",))):
+        folder.mkdir(parents=True)
+        for name in files:
+            (folder / name).write_text("{}")
+    shutil.copytree(run, copy)
+    write_json(tmp_path / "trial/score.json", {"val_top1": 0.25, "run": run.name})
     assert trial.done(tmp_path / "trial")
     assert trial.score(tmp_path) == 0.25
-    assert [path.name for path in (tmp_path / "trial").iterdir()] == ["score.json"]
+    # What else is there is not what the trial made.
+    assert {path.name for path in (tmp_path / "trial").iterdir()} == {"score.json", mine.name, copy.name}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../elsewhere", "linked", "my-project"])
+def test_a_score_names_nothing_else_to_be_removed(name, tmp_path):
+    """Whatever its file says, only a run in the folder of the trial goes."""
+    folder, elsewhere = tmp_path / "trial", tmp_path / "elsewhere"
+    for each in (folder / "my-project", elsewhere):
+        each.mkdir(parents=True)
+    for path in (elsewhere / "config.yaml", elsewhere / "environment.json", folder / "my-project" / "config.yaml"):
+        path.write_text("{}")
+    (folder / "linked").symlink_to(elsewhere)
+    write_json(folder / "score.json", {"val_top1": 0.25, "run": name})
+    before = sorted(tmp_path.rglob("*"))
+    assert Trial("trial", "a trial", ()).score(tmp_path) == 0.25
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_protocol_does_not_replace_tables_of_others(tmp_path, capsys):
+    (tmp_path / "results.csv").write_text("mine")
+    command = ["vtab1k", "--method", "LoRA", "--tasks", "dsprites_loc", "--output", str(tmp_path)]
+    assert protocol.main(command) == 2
+    assert "which no protocol wrote" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv"]
+    assert (tmp_path / "results.csv").read_text() == "mine"
+    assert protocol.main([*command[:-1], str(tmp_path / "results.csv")]) == 2
+    assert "is a file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -355,6 +355,22 @@ def test_names_in_a_file_with_a_byte_order_mark(finished, images, tmp_path):
     assert set(json.loads(output.read_text())[0]["classes"]) == {"sky", "grass"}
 
 
+@pytest.mark.parametrize("name", ["train.csv", "data.json"])
+def test_predict_replaces_predictions_and_nothing_else(name, finished, images, tmp_path, capsys):
+    output = tmp_path / name
+    output.write_text("path,label\ncat.jpg,cat\n" if name.endswith("csv") else '{"cat.jpg": "cat"}')
+    before = output.read_bytes()
+    command = [str(finished), str(images / "red"), "--output", str(output)]
+    assert predict.main(command) == 2
+    assert "something else than predictions" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    output.unlink()
+    assert predict.main(command) == 0
+    written = output.read_bytes()
+    assert predict.main(command) == 0  # its own predictions are replaced
+    assert output.read_bytes() == written
+
+
 def test_predict_refuses_an_output_folder_that_is_not_there(finished, images, tmp_path, capsys):
     assert predict.main([str(finished), str(images), "--output", f"{tmp_path}/none/out.csv"]) == 2
     assert "none does not exist" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Sharing on the Hugging Face Hub: what is uploaded, the card, and loading from the Hub's own cache."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,10 @@ from timm.data import resolve_model_data_config
 import visionpeft as vp
 from visionpeft import push
 from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.sharing import hub as sharing
+from visionpeft.sharing import trained_model
+from visionpeft.sharing.described_backbone import _allowed, described_arguments
+from visionpeft.sharing.run_directory import RunDirectory
 
 REPO = "somebody/small-birds"
 
@@ -124,13 +129,32 @@ def test_the_card_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert (tmp_path / "README.md").read_bytes() == before
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_page_of_the_users_stays(changed, tmp_path):
+    """A README.md written by hand, or a card that was edited; one that nobody touched follows what is saved."""
+    readme = tmp_path / "README.md"
+    if changed:
+        vp.save_pretrained(adapted(), tmp_path, repo_id="someone/first")
+        readme.write_text(readme.read_text().replace("trained with", "trained by me with"))
+    else:
+        readme.write_text("# My project\n")
+    mine = readme.read_bytes()
+    with pytest.warns(UserWarning, match="stays as it is"):
+        vp.save_pretrained(adapted(), tmp_path, repo_id="someone/second")
+    assert readme.read_bytes() == mine
+    readme.unlink()
+    for name in ("third", "fourth"):
+        vp.save_pretrained(adapted(), tmp_path, repo_id=f"someone/{name}")
+        assert f"# {name}\n" in readme.read_text()
+
+
 def test_the_card_of_a_run_has_its_result(hub, tmp_path, capsys):
     finished = run(tmp_path / "runs", draw_images(tmp_path / "squares"), epochs=1, figures=True)
     capsys.readouterr()
     assert push.main([str(finished), REPO]) == 0
     assert f"huggingface.co/{REPO}" in capsys.readouterr().out
     text = hub.files["README.md"].decode()
-    results = vp.hub.RunDirectory.existing(finished).read_results()
+    results = RunDirectory.existing(finished).read_results()
     card = ModelCard(text)
     (evaluation,) = card.data.eval_results
     assert evaluation.metric_value == pytest.approx(100 * results["test"]["top1"], abs=0.005)
@@ -200,3 +224,84 @@ def test_a_learner_comes_back_with_new_classes(tmp_path):
     learner.set_class_names(["owl", "wren", "robin"])
     images = torch.randn(2, 3, *trained.model.clip.visual.image_size)
     torch.testing.assert_close(trained.model(images), learner.eval()(images))
+
+
+def described(folder, model, **source):
+    """What `save` writes of a model whose backbone says this of itself."""
+    model.backbone_source = model.backbone_source | source
+    vp.save(model, folder, class_names=["wren", "robin", "owl"])
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"kwargs": {"checkpoint_path": "weights.pth"}}, "checkpoint_path"),
+        ({"kwargs": {"cache_dir": "somewhere"}}, "cache_dir"),
+        ({"kwargs": {"pretrained_cfg": {"file": "weights.pth"}}}, "pretrained_cfg"),
+        ({"kwargs": {"pretrained_cfg_overlay": {"url": "http://127.0.0.1:9/x"}}}, "pretrained_cfg_overlay"),
+        ({"kwargs": {"weights_only": False}}, "weights_only"),
+        ({"kwargs": {"scriptable": True}}, "scriptable"),
+        ({"kwargs": {"features_only": True}}, "features_only"),
+        ({"kwargs": {"act_layer": "a/b"}}, "act_layer"),
+        ({"checkpoint": "weights.safetensors"}, "no path is taken from a download"),
+        ({"name": "local-dir:somewhere"}, "no path is taken from a download"),
+    ],
+)
+def test_a_download_chooses_what_the_model_is_and_nothing_else(source, said, tmp_path, monkeypatch):
+    """Refused before anything is created; the same files without it come back."""
+    monkeypatch.setattr(trained_model, "create_backbone", lambda *_, **__: pytest.fail("created"))
+    as_cached(described(tmp_path / "saved", adapted(), **source), tmp_path / "cache")
+    with pytest.raises(ConfigurationError, match=said) as raised:
+        vp.from_pretrained(REPO, cache_dir=tmp_path / "cache", local_files_only=True)
+    assert "model=" in str(raised.value)
+    monkeypatch.undo()
+    as_cached(described(tmp_path / "right", adapted(), kwargs={"drop_path_rate": 0.1}), tmp_path / "again")
+    trained = vp.from_pretrained(REPO, cache_dir=tmp_path / "again", local_files_only=True)
+    assert trained.class_names == ["wren", "robin", "owl"]
+    # With a model of their own, people need nothing of what the description says.
+    model = vp.create_backbone("nano_vit", num_classes=3)
+    assert vp.from_pretrained(REPO, model, cache_dir=tmp_path / "cache", local_files_only=True).model is model
+
+
+@pytest.mark.parametrize("key", ["jit", "cache_dir", "pretrained_image_path", "pretrained_text_path", "weights_only",
+                                 "pretrained_hf", "device", "text_cfg", "vision_cfg"])  # fmt: skip
+def test_open_clip_takes_no_argument_that_loads(key):
+    source = {"name": "open_clip/ViT-B-32/openai", "pretrained": True, "checkpoint": None}
+    with pytest.raises(ConfigurationError, match=key):
+        described_arguments({"backbone": {"source": source | {"kwargs": {key: "x"}}}}, "the CLIP", False, False)
+    right = described_arguments(
+        {"backbone": {"source": source | {"kwargs": {"force_image_size": 96}}}}, "the CLIP", False, True
+    )
+    assert right == source | {"force_image_size": 96}
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224"])
+def test_arguments_that_may_be_set_are_those_of_the_model(name):
+    allowed = _allowed(name)
+    assert {"img_size", "drop_path_rate", "in_chans"} <= allowed
+    assert not any(word in key for key in allowed for word in ("checkpoint", "cache", "cfg", "weights_only"))
+
+
+@pytest.mark.parametrize("change", [{"pretrained": "weights.pth"}, {"kwargs": []}, {"name": 3}, {"checkpoint": 1}])
+def test_a_description_of_another_type_is_one_sentence(change, tmp_path):
+    described(tmp_path, adapted())
+    description = json.loads((tmp_path / "adapter.json").read_text())
+    description["backbone"]["source"] |= change
+    with pytest.raises(StorageError, match="lacks one of name, pretrained"):
+        described_arguments(description, "the model", True, False)
+
+
+def test_exactly_what_is_read_is_downloaded(tmp_path, monkeypatch):
+    asked = {}
+
+    def download(repo, **options):
+        asked.update(options)
+        return tmp_path
+
+    monkeypatch.setattr(sharing, "snapshot_download", download)
+    vp.save(adapted(), tmp_path)
+    vp.from_pretrained(REPO)
+    assert sorted(asked["allow_patterns"]) == [
+        "adapter.json", "adapter.safetensors", "learner.json", "learner.safetensors",
+    ]  # fmt: skip

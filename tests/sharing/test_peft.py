@@ -456,6 +456,27 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, failing):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failed_export_deletes_nothing_of_others(tmp_path, monkeypatch, failing):
+    """Also what has the name that a folder in the making used to have."""
+    model = vp.attach(HOST["vit_cls"].build(), vp.LoRA(rank=2))
+    mine = tmp_path / f".ours.{os.getpid()}"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, failing, full)
+        with pytest.raises(vp.StorageError, match="No space left"):
+            vp.export_peft(model, tmp_path / "ours")
+    assert [path.name for path in tmp_path.rglob("*")] == [mine.name, "notes.txt"]
+    vp.export_peft(model, tmp_path / "ours")
+    assert (tmp_path / "ours" / "adapter_config.json").is_file()
+    assert (mine / "notes.txt").read_text() == "mine"
+
+
 def test_export_never_overwrites(theirs, tmp_path):
     model = vp.attach(HOST["vit_cls"].build(), vp.LoRA(rank=2))
     folder = changed(theirs, tmp_path / "copy")

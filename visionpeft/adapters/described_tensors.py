@@ -7,6 +7,7 @@ The entry `sha256` of the description is a hash of the tensors, by which damage 
 order of the names, the line "name dtype shape" and the bytes of each. A description without it is not checked so.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -24,8 +25,10 @@ def write_described(folder: str | Path, stem: str, tensors: Mapping[str, torch.T
     """Write tensors and description; the old files stay valid until the new tensors are completely on disk.
 
     Raises:
-        StorageError: the disk is full or the folder cannot be written; what was there is unchanged.
+        StorageError: the disk is full, the folder cannot be written, or it has files of these names that were not
+            written by this; what was there is unchanged.
     """
+    _refuse_foreign(Path(folder), stem)
     content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     text = json.dumps(description | {"sha256": _hash_of(content)}, indent=2)
     folder = Path(folder)
@@ -74,6 +77,24 @@ def read_described(
             "or save again"
         )
     return description, tensors
+
+
+def _refuse_foreign(folder: Path, stem: str) -> None:
+    """Refuse to replace files of these names that something else wrote; damaged tensors may be replaced."""
+    path, copy = folder / f"{stem}.safetensors", folder / f"{stem}.json"
+    foreign = None
+    if path.is_file():
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            foreign = None if "visionpeft" in (file.metadata() or {}) else path
+    elif copy.is_file():
+        try:
+            description = json.loads(copy.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, OSError):
+            description = None
+        ours = isinstance(description, dict) and {"format", "backbone", "versions"} <= description.keys()
+        foreign = None if ours else copy
+    if foreign is not None:
+        raise StorageError(f"{foreign} was not written by visionpeft and would be replaced; save into another folder")
 
 
 def _header(file, path: Path, stem: str) -> str:

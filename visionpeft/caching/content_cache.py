@@ -1,19 +1,27 @@
 """What frozen modules make of images, kept by what it depends on: the content of the image and of the modules."""
 
+import contextlib
 import hashlib
-import shutil
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from visionpeft.errors import StorageError
 from visionpeft.files import write_whole
 
 DEFAULT_BYTES = 512 * 2**20
+
+OWN_FOLDER = "visionpeft-rows"
+SOURCE = re.compile(r"[0-9a-f]{32}")
+ROW = re.compile(r"[0-9a-f]{32}\.safetensors")
+PARTIAL_ROW = re.compile(r"\.[0-9a-f]{32}\.safetensors\..+")  # as `write_whole` names it until it is complete
 
 
 class ContentCache:
@@ -71,24 +79,37 @@ class ContentCache:
 class FolderCache(ContentCache):
     """`ContentCache` on disk: a folder for each source, a file for each row, written whole or not at all.
 
-    Several processes may use one folder. When it is full, the sources make room that were not written to for longest.
+    All of it is in `folder/visionpeft-rows`, and only files that have the names of rows are ever deleted, so that
+    `folder` may hold anything else. Several processes may use one folder, and the bound holds for all of them together:
+    the file `bytes` has the sum of what is kept, and is changed under the lock of the file `lock`. When the folder is
+    full, the sources make room that were not written to for longest.
 
     Args:
-        folder: where the files are; nothing else belongs there.
+        folder: where `visionpeft-rows` is, or is made.
         max_bytes: most bytes of rows that are kept.
 
     Raises:
-        StorageError: the folder cannot be made.
+        StorageError: the folder cannot be made, or its file system has no locks.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int = DEFAULT_BYTES):
         super().__init__(max_bytes)
-        self.folder = Path(folder)
+        self.folder = Path(folder) / OWN_FOLDER
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror}); name another folder to keep") from None
-        self.bytes = sum(path.stat().st_size for path in self.folder.glob("*/*.safetensors"))
+        self._no_room: tuple[Path, int] | None = None  # source and sum of bytes at which nothing else could make room
+        try:
+            with FileLock(self.folder / "lock"):
+                self._count()
+        except NotImplementedError:
+            raise StorageError(
+                f"{folder} is on a file system without locks, so that several processes could fill it beyond its "
+                "bound; name another folder to keep"
+            ) from None
+        except OSError:  # one that may only be read still gives what it has
+            self.bytes = sum(path.stat().st_size for path in self._rows())
 
     def _find(self, key: tuple[str, bytes], device: torch.device) -> Tensor | None:
         try:
@@ -99,29 +120,66 @@ class FolderCache(ContentCache):
     def _keep(self, key: tuple[str, bytes], row: Tensor) -> None:
         path = self._path(key)
         content = safetensors.torch.save({"row": row.detach().cpu().contiguous()})
-        if self.bytes + len(content) > self.max_bytes:
-            self._make_room(path.parent, len(content))
-        self.full = self.bytes + len(content) > self.max_bytes
-        if not self.full:
-            try:
-                path.parent.mkdir(exist_ok=True)
-                write_whole(path, content)
-            except (OSError, StorageError):  # a full disk, or another process has just made room
-                self.full = True
-                return
-            self.bytes += len(content)
+        try:
+            with FileLock(self.folder / "lock"):
+                self.full = not self._has_room(path, len(content))
+                if not self.full:
+                    # The sum is written first: a kill between the two leaves it too high, which the next count mends.
+                    self._record(self.bytes + len(content))
+                    path.parent.mkdir(exist_ok=True)
+                    write_whole(path, content)
+        except (OSError, StorageError):  # a full disk, or a folder that may only be read
+            self.full = True
 
     def _path(self, key: tuple[str, bytes]) -> Path:
         source, content = key
         return self.folder / hashlib.sha256(source.encode()).hexdigest()[:32] / f"{content.hex()}.safetensors"
 
+    def _has_room(self, path: Path, wanted: int) -> bool:
+        """Whether a row may be written; deletes other sources for it where it must. Under the lock."""
+        try:
+            self.bytes = int((self.folder / "bytes").read_text())
+        except (OSError, ValueError):
+            self._count()
+        if self.bytes + wanted > self.max_bytes and self._no_room != (path.parent, self.bytes):
+            self._count()  # a replaced row, or one whose writer was killed, was counted twice
+            self._make_room(path.parent, wanted)
+            self._no_room = (path.parent, self.bytes) if self.bytes + wanted > self.max_bytes else None
+        return self.bytes + wanted <= self.max_bytes
+
+    def _count(self) -> None:
+        """Sum what is there anew, and delete what killed writers left. Under the lock, so that nobody is writing."""
+        for path in self._rows(PARTIAL_ROW):
+            path.unlink()
+        self._record(sum(path.stat().st_size for path in self._rows()))
+
+    def _record(self, total: int) -> None:
+        self.bytes = total
+        (self.folder / "bytes").write_text(str(total))  # a kill in between leaves no number, and the next one counts
+
+    def _rows(self, pattern: re.Pattern = ROW, folders: Iterable[Path] | None = None) -> Iterator[Path]:
+        """Files of the cache: by their names, and never by way of a link."""
+        for folder in self._sources() if folders is None else folders:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if pattern.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                        yield Path(entry.path)
+
+    def _sources(self) -> list[Path]:
+        with os.scandir(self.folder) as entries:
+            return [Path(e.path) for e in entries if SOURCE.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+
     def _make_room(self, own: Path, wanted: int) -> None:
-        others = [path for path in self.folder.iterdir() if path.is_dir() and path != own]
-        for other in sorted(others, key=lambda path: path.stat().st_mtime):
+        others = sorted((path for path in self._sources() if path != own), key=lambda path: path.stat().st_mtime)
+        for other in others:
             if self.bytes + wanted <= self.max_bytes:
                 return
-            self.bytes -= sum(path.stat().st_size for path in other.glob("*.safetensors"))
-            shutil.rmtree(other, ignore_errors=True)
+            for path in self._rows(folders=[other]):
+                self.bytes -= path.stat().st_size
+                path.unlink()
+            self._record(self.bytes)
+            with contextlib.suppress(OSError):  # it holds something else, which stays
+                other.rmdir()
 
 
 class Fingerprint:

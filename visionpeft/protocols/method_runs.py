@@ -14,6 +14,7 @@ from visionpeft.protocols.cells import Training, find_run
 from visionpeft.protocols.method_candidates import MethodCandidate
 from visionpeft.protocols.recipes import REPORTS, Recipe, as_arguments, find_recipe, paper_recipe
 from visionpeft.runs.history import read_history
+from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks.checkpointing import DivergedError
 
 CLIP_ART = "clipart"
@@ -21,7 +22,7 @@ CLIP_ART = "clipart"
 
 @dataclass(frozen=True)
 class Trial(Training):
-    """A training on the smaller split. Its folder keeps `score.json`; the run itself is deleted."""
+    """A training on the smaller split. Its folder keeps `score.json`; the run that this names is deleted."""
 
     def done(self, folder: Path) -> bool:
         """Whether it has a score."""
@@ -36,7 +37,8 @@ class Trial(Training):
         else:
             rows = [row for row in read_history(find_run(folder).metrics) if "val/top1" in row]
             score = {"val_top1": rows[-1]["val/top1"], "epochs": round(rows[-1]["epoch"]) + 1}
-        write_json(folder / "score.json", score)
+        trained = find_run(folder)
+        write_json(folder / "score.json", score | {"run": trained.path.name})
         self._clear(folder)
 
     def score(self, output: Path) -> float:
@@ -48,8 +50,12 @@ class Trial(Training):
 
     @staticmethod
     def _clear(folder: Path) -> None:
-        for run in folder.glob("*/config.yaml"):
-            shutil.rmtree(run.parent, ignore_errors=True)
+        """Delete the run that was scored, and nothing else that may be in the folder."""
+        name = json.loads((folder / "score.json").read_text()).get("run", "")
+        run = RunDirectory(folder / Path(name).name)
+        # A run has both files; the folder of the trial itself, which an empty name would give, has neither.
+        if run.config.is_file() and (run.path / "environment.json").is_file() and not run.path.is_symlink():
+            shutil.rmtree(run.path, ignore_errors=True)
 
 
 @dataclass(frozen=True)

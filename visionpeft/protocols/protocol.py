@@ -8,7 +8,7 @@ from visionpeft.protocols import base_to_new, cross_dataset, domain_shift, few_s
 from visionpeft.protocols.learner_protocols import SEEDS, SHOTS
 from visionpeft.protocols.method_candidates import configs_of_methods
 from visionpeft.protocols.method_protocols import BUDGET, PREFIXES
-from visionpeft.protocols.report import report
+from visionpeft.protocols.report import REPORT_FILES, report
 from visionpeft.protocols.work import Workers, check_workers
 from visionpeft.runs.command import Interrupted, Options
 
@@ -54,6 +54,7 @@ def run_protocol(arguments: list[str]) -> None:
         near = did_you_mean(given, PROTOCOLS) if given else f"; it can be {', '.join(PROTOCOLS)}"
         raise ConfigurationError(f"name the protocol first, not {given!r}{near}")
     output, chosen = (_of_methods if given in OF_METHODS else _of_learners)(given, arguments[1:])
+    _check_output(output)
     try:
         rows = PROTOCOLS[given](**chosen, output=output)
     except (Interrupted, KeyboardInterrupt, SystemExit):  # Lightning leaves by SystemExit when a test is interrupted
@@ -61,6 +62,23 @@ def run_protocol(arguments: list[str]) -> None:
             f"interrupted; finished cells and epochs are kept in {output}. Give the same command again to go on"
         ) from None
     report(given, rows, output)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder in which tables and figures would take the place of somebody else's files.
+
+    Raises:
+        ConfigurationError: it is one.
+    """
+    if output.exists() and not output.is_dir():
+        raise ConfigurationError(f"--output {output} is a file; name a folder")
+    made_here = ("protocol.json", "*/cell.json", "*/*/cell.json", "*/lock", "*/*/lock")
+    if any(next(output.glob(pattern), None) for pattern in made_here):
+        return
+    if taken := [name for name in REPORT_FILES if (output / name).exists()]:
+        raise ConfigurationError(
+            f"{output} holds {taken[0]}, which no protocol wrote and this one would replace; name another --output"
+        )
 
 
 def _of_methods(protocol: str, arguments: list[str]) -> tuple[Path, dict]:

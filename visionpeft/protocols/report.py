@@ -18,6 +18,7 @@ from visionpeft.protocols.tables import (
     write_table,
 )
 
+REPORT_FILES = ("results.csv", "table.csv", "table.md", "figure.png")
 OF_METHODS = ("vtab1k", "fgvc")
 
 

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import os
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from visionpeft.data.dataset import ImageLoader
 from visionpeft.data.images import EXTENSIONS as IMAGE_EXTENSIONS
 from visionpeft.data.video.reading import EXTENSIONS as VIDEO_EXTENSIONS
 from visionpeft.errors import ConfigurationError
+from visionpeft.files import write_whole
 from visionpeft.models.video_views import over_views
 from visionpeft.runs.command import Options
 from visionpeft.sharing.run_directory import RunDirectory
@@ -83,6 +85,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         raise ConfigurationError(f"--output must end in .csv or .json, not {options.output.name!r}")
     if options.output is not None and not options.output.parent.is_dir():
         raise ConfigurationError(f"--output: folder {options.output.parent} does not exist; make it first")
+    if options.output is not None and options.output.exists() and not _is_predictions(options.output):
+        raise ConfigurationError(f"--output: {options.output} exists and holds something else than predictions")
     if options.class_names is not None:
         options.class_names = _class_names(options.class_names)
     return options
@@ -127,15 +131,26 @@ def _print(rows: list[dict], kind: str) -> None:
         console.print(f"and {len(rows) - SHOWN:,} more {kind}s; --output predictions.csv writes them all")
 
 
+def _is_predictions(path: Path) -> bool:
+    """Whether a file begins as `_write` begins one."""
+    begins = b'[\n  {\n    "path": ' if path.suffix == ".json" else b"path,class_1,probability_1"
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(begins)) == begins
+
+
 def _write(rows: list[dict], path: Path, kind: str) -> None:
     if path.suffix == ".json":
-        path.write_text(json.dumps(rows, indent=2) + "\n")
+        text = json.dumps(rows, indent=2) + "\n"
     else:
         ranks = range(1, len(rows[0]["classes"]) + 1)
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
-            for row in rows:
-                pairs = zip(row["classes"], row["probabilities"], strict=True)
-                writer.writerow([row["path"], *(value for pair in pairs for value in pair)])
+        file = StringIO(newline="")
+        writer = csv.writer(file)
+        writer.writerow(["path", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
+        for row in rows:
+            pairs = zip(row["classes"], row["probabilities"], strict=True)
+            writer.writerow([row["path"], *(value for pair in pairs for value in pair)])
+        text = file.getvalue()
+    write_whole(path, text.encode("utf-8", errors="surrogateescape"))  # names of files need not be UTF-8
     print(f"predictions of {len(rows):,} {kind}s written to {path}")

@@ -1,6 +1,8 @@
 """Share an adapter or a learner on the Hugging Face Hub, with a model card, and load it from there."""
 
+import hashlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +21,11 @@ from visionpeft.sharing.model_card import model_card
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import TrainedModel, open_saved, read_description, stem_of
 
-FILES = ["adapter.*", "learner.*", "README.md"]
+# The last line of a model card, which Markdown does not show: by it a card that nobody has changed is known.
+SEAL = b"\n<!-- written by visionpeft, SHA-256 of the above: %s -->\n"
+
+# Exactly what is read; anything else in a repository is never downloaded.
+FILES = ["adapter.safetensors", "adapter.json", "learner.safetensors", "learner.json"]
 
 
 def save_pretrained(
@@ -33,6 +39,8 @@ def save_pretrained(
     metadata: Mapping | None = None,
 ) -> None:
     """Write what `visionpeft.save` or `save_learner` writes, and a model card.
+
+    A README.md that was written or changed by hand stays as it is, with a warning.
 
     Args:
         model: a model with adapters, or a learner.
@@ -67,6 +75,9 @@ def from_pretrained(
 ) -> TrainedModel:
     """Load an adapter or a learner, with its backbone, from a folder or a repository of the Hub.
 
+    Only the four files that `save` and `save_learner` write are downloaded. Of the backbone their description chooses
+    what the model is, never what is loaded or where from: `checkpoint` and other paths in a download are refused.
+
     Args:
         source: a folder that `save_pretrained`, `save` or `save_learner` wrote, or `user/name` on the Hub.
         model: the backbone, or CLIP, if it is already there; by default it is made as the description says.
@@ -85,10 +96,11 @@ def from_pretrained(
         StorageError: the files are damaged or belong to another backbone.
     """
     folder = Path(source)
-    if not folder.is_dir():
+    downloaded = not folder.is_dir()
+    if downloaded:
         options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = _download(str(source), options)
-    return open_saved(folder, class_names, model, tokenizer)
+    return open_saved(folder, class_names, model, tokenizer, downloaded=downloaded)
 
 
 def push_to_hub(
@@ -168,8 +180,20 @@ def _stage(source: Path, staged: Path, repo_id: str) -> None:
 
 
 def _write_card(folder: Path, repo_id: str, results: Mapping | None) -> None:
-    card = model_card(read_description(folder), results, repo_id)
-    write_whole(folder / "README.md", card.content.encode())
+    """Write README.md, unless it is there and is not exactly what this wrote before: a page of the user's stays."""
+    path = folder / "README.md"
+    if path.exists() and not _is_our_card(path.read_bytes()):
+        warnings.warn(
+            f"{path} was written or changed by hand and stays as it is; remove it to get a new model card", stacklevel=3
+        )
+        return
+    text = model_card(read_description(folder), results, repo_id).content.encode()
+    write_whole(path, text + SEAL % hashlib.sha256(text).hexdigest().encode())
+
+
+def _is_our_card(content: bytes) -> bool:
+    text, seal, _ = content.rpartition(SEAL.partition(b"%s")[0])
+    return bool(seal) and content == text + SEAL % hashlib.sha256(text).hexdigest().encode()
 
 
 def _download(repo_id: str, options: dict) -> Path:

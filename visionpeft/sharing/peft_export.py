@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -131,18 +132,22 @@ def _modules_to_save(model: nn.Module, adapter: AttachedAdapter) -> dict[str, di
 
 def _write_new(folder: Path, files: dict[str, bytes]) -> None:
     """Make a folder with these files, complete or not at all."""
-    partial = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}")
+    target, partial = folder.absolute(), None
     try:
         if folder.exists() and any(folder.iterdir()):
             raise StorageError(f"{folder} is not empty; export into a new folder")
-        partial.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A new name, so that what is deleted in the end is nothing that was there before.
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        partial.chmod(0o755)
         for name, content in files.items():
             with open(partial / name, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(partial, folder)
+        os.replace(partial, target)
     except OSError as error:
         raise StorageError(f"{folder} could not be written ({error.strerror}); nothing was changed") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)

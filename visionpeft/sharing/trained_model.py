@@ -14,6 +14,7 @@ from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.models.create import create_backbone
 from visionpeft.models.video_classifier import VideoClassifier
 from visionpeft.models.video_sampling import FrameSampling
+from visionpeft.sharing.described_backbone import described_arguments
 from visionpeft.sharing.run_directory import RunDirectory
 
 
@@ -51,7 +52,7 @@ def open_run(run: RunDirectory, class_names: Sequence[str] | None = None) -> Tra
     """
     # A backbone without pretrained weights is drawn again.
     torch.manual_seed(run.read_results()["seed"])
-    return open_saved(run.learner if run.learner.is_dir() else run.adapter, class_names)
+    return open_saved(run.learner if run.learner.is_dir() else run.adapter, class_names, own=True)
 
 
 def open_saved(
@@ -59,6 +60,9 @@ def open_saved(
     class_names: Sequence[str] | None = None,
     model: nn.Module | None = None,
     tokenizer: Callable | None = None,
+    *,
+    own: bool = False,
+    downloaded: bool = False,
 ) -> TrainedModel:
     """The model of a folder that `save` or `save_learner` wrote.
 
@@ -67,6 +71,8 @@ def open_saved(
         class_names: classes to tell apart in place of those it was trained for.
         model: the backbone, or CLIP; by default it is made as the description says.
         tokenizer: that of the CLIP, if `model` is one.
+        own: the folder is of a run of this user, whose description is taken as it is.
+        downloaded: the folder comes from the Hub, and its description may name no path.
 
     Raises:
         StorageError: the files are damaged or belong to another backbone.
@@ -79,7 +85,9 @@ def open_saved(
         from visionpeft.models.create_clip import create_clip
 
         if model is None:
-            model, tokenizer = create_clip(**_arguments(description, "the CLIP and its tokenizer"))
+            model, tokenizer = create_clip(
+                **described_arguments(description, "the CLIP and its tokenizer", own, downloaded)
+            )
         elif tokenizer is None:
             raise ConfigurationError(f"{folder} holds a learner; give the tokenizer of its CLIP, too")
         model = load_learner(folder, model, tokenizer, class_names)
@@ -91,7 +99,8 @@ def open_saved(
                 f"{folder} holds a head for its own {len(names or ())} classes and knows no others; "
                 "a learner on a CLIP, such as that of fewshot_coop.yaml, takes any class names"
             )
-        model = _classifier(description) if model is None else model
+        if model is None:
+            model = _classifier(description, described_arguments(description, "the model", own, downloaded))
         load(model, folder)
     trained = TrainedModel(model.eval(), names)
     if preprocessing := description["preprocessing"]:
@@ -124,9 +133,9 @@ def stem_of(folder: Path) -> str:
     )
 
 
-def _classifier(description: dict) -> nn.Module:
-    """The model that an adapter belongs to."""
-    arguments, data = _arguments(description, "the model"), description["metadata"].get("data", {})
+def _classifier(description: dict, arguments: dict) -> nn.Module:
+    """The model that an adapter belongs to, made with the arguments of its backbone."""
+    data = description["metadata"].get("data", {})
     names = description["class_names"]
     if "sampling" not in data:
         return create_backbone(**arguments, num_classes=len(names or ()))
@@ -134,18 +143,3 @@ def _classifier(description: dict) -> nn.Module:
     model = VideoClassifier(images, num_frames=data["sampling"]["num_frames"], num_classes=len(names))
     model.set_num_frames(model.num_frames, interpolate=True)  # whether it may be, the training has decided
     return model
-
-
-def _arguments(description: dict, what: str) -> dict:
-    """Arguments with which the backbone was created.
-
-    Raises:
-        ConfigurationError: it was not created by us, so they are not known.
-    """
-    source = description["backbone"]["source"]
-    if "kwargs" not in source:
-        raise ConfigurationError(
-            f"it is not recorded how {source['name']} was made, as visionpeft.create_backbone or create_clip would; "
-            f"give {what} yourself with model="
-        )
-    return {key: source[key] for key in ("name", "pretrained", "checkpoint")} | source["kwargs"]

@@ -256,11 +256,76 @@ def test_a_kill_leaves_nothing_half_written(archives, tmp_path, monkeypatch):
         patch.setattr(staging, "write_json", kill)  # when all images are written
         assert run("vtab1k", "cifar", tmp_path / "root", *given) == 130
     assert left(tmp_path / "root") == []
-    (tmp_path / "root/.cifar.partial/images").mkdir(parents=True)  # as kill -9 leaves it
+    (tmp_path / "root/.cifar.partial/folder/images").mkdir(parents=True)  # as kill -9 leaves it
+    (tmp_path / "root/.cifar.partial/made-by-visionpeft").touch()
     assert staging.write_json is write_json
     assert run("vtab1k", "cifar", tmp_path / "root", *given) == 0
     assert left(tmp_path / "root") == ["cifar"]
     assert len(VTAB1k("cifar", tmp_path / "root").sources["train"]) == 25
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_was_not_made_here_is_not_deleted(kind, archives, tmp_path, capsys):
+    """Something of the user's that has the name of the folder we unpack in."""
+    archives.publish("vtab1k", "cifar", cifar(archives.folder))
+    root, mine = tmp_path / "root", tmp_path / "mine"
+    (mine / "photos").mkdir(parents=True)
+    (mine / "photos" / "cat.jpg").write_bytes(b"mine")
+    root.mkdir()
+    taken = root / ".cifar.partial"
+    if kind == "folder":
+        (mine).rename(taken)
+    elif kind == "link":
+        taken.symlink_to(mine)
+    else:
+        taken.write_bytes(b"mine")
+    assert run("vtab1k", "cifar", root, "--from", archives.folder) == 2
+    assert "was not made by visionpeft" in capsys.readouterr().err
+    kept = taken if kind == "file" else taken / "photos" / "cat.jpg"
+    assert kept.read_bytes() == b"mine"
+    assert not (root / "cifar").exists()
+    # The negative control: out of the way, the same command builds the task and leaves it alone.
+    taken.rename(root / "elsewhere")
+    assert run("vtab1k", "cifar", root, "--from", archives.folder) == 0
+
+
+def test_a_target_made_in_the_meantime_stays(archives, tmp_path, monkeypatch, capsys):
+    archives.publish("vtab1k", "cifar", cifar(archives.folder))
+    write_json = staging.write_json
+
+    def while_we_write(*arguments):
+        write_json(*arguments)
+        (tmp_path / "root/cifar").mkdir()
+        (tmp_path / "root/cifar/mine").write_text("mine")
+
+    monkeypatch.setattr(staging, "write_json", while_we_write)
+    assert run("vtab1k", "cifar", tmp_path / "root", "--from", archives.folder) == 2
+    assert "has been made in the meantime" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "root/cifar").iterdir()] == ["mine"]
+    assert left(tmp_path / "root") == ["cifar"]
+
+
+def test_a_member_never_writes_through_a_link(tmp_path):
+    """An archive given with --from is linked into the folder; a member of its name must not reach the file itself."""
+    given, folder = tmp_path / "labels.mat", tmp_path / "unpacked"
+    given.write_bytes(b"mine")
+    folder.mkdir()
+    (folder / "labels.mat").symlink_to(given)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("labels.mat", "theirs")
+        file.writestr("other.txt", "theirs")
+    unpack(tmp_path / "a.zip", folder)
+    assert given.read_bytes() == b"mine"
+    assert (folder / "labels.mat").read_bytes() == b"theirs"
+    assert not (folder / "labels.mat").is_symlink()
+
+
+def test_a_name_that_is_a_file_and_a_folder(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("a", "file")
+        file.writestr("a/b", "file")
+    with pytest.raises(DataError, match="both a file and a folder"):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
 
 
 def test_two_at_a_time_are_refused(archives, tmp_path, capsys):

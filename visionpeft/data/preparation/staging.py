@@ -1,5 +1,6 @@
 """A folder that appears when it is complete: archives unpacked, the layout written beside it, then one rename."""
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from visionpeft.data.preparation.unpack import unpack
 from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.files import claim, write_json
 
+MARK = "made-by-visionpeft"  # an empty file that says that a folder may be deleted
 PACKED = (".zip", ".tar", ".tgz", ".tar.gz")
 
 
@@ -37,18 +39,20 @@ def prepare_folder(
         DataError: the folder exists, or an archive cannot be had or used.
         ConfigurationError: another process is preparing here.
     """
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere, too
         raise DataError(f"{target} exists; remove it to build it again")
     downloads = target.parent / ".downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     with claim(downloads / "lock") as mine:
         if not mine:
             raise ConfigurationError(f"another process is preparing data in {target.parent}; wait for it")
-        staging, unpacked = target.with_name(f".{target.name}.partial"), downloads / f"{target.name}.unpacked"
+        # Beside the target, so that it is on the same disk and one rename moves it.
+        work = target.with_name(f".{target.name}.partial")
+        staging, unpacked = work / "folder", work / "unpacked"
+        _make_work_folder(work)
         try:
-            for folder in (staging, unpacked):
-                shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
-                folder.mkdir()
+            staging.mkdir()
+            unpacked.mkdir()
             files = [fetch(archive, downloads, given, mirror) for archive in archives]
             for file in files:
                 if file.name.endswith(PACKED):
@@ -65,8 +69,29 @@ def prepare_folder(
                 },
             }
             write_json(staging / "prepared.json", record)
-            staging.rename(target)
+            try:
+                staging.rename(target)
+            except OSError as error:
+                if not os.path.lexists(target):
+                    raise
+                raise DataError(f"{target} has been made in the meantime ({error.strerror}); it is as it was") from None
         finally:
-            for folder in (staging, unpacked):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
     return record
+
+
+def _make_work_folder(folder: Path) -> None:
+    """Make an empty folder with `MARK` in it; one of an earlier attempt, which has the mark too, is removed first.
+
+    Raises:
+        DataError: there is something of that name that was not made here; it is left alone.
+    """
+    if os.path.lexists(folder):
+        if folder.is_symlink() or not (folder / MARK).is_file():
+            raise DataError(
+                f"{folder} is where this would unpack, and it was not made by visionpeft; rename it, or remove it "
+                "yourself"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / MARK).touch()

@@ -22,8 +22,14 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         for name, content in _members(archive):
             target = path_inside(folder, name.replace("\\", "/"), str(archive), "unpacked")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with content, target.open("wb") as file:
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # What is there under that name is replaced, never written to: a link would lead out of the folder.
+                target.unlink(missing_ok=True)
+                file = target.open("xb")
+            except (FileExistsError, NotADirectoryError, IsADirectoryError):
+                raise DataError(f"{archive}: {name} is both a file and a folder in it; get it again") from None
+            with content, file:
                 shutil.copyfileobj(content, file)
     # zipfile raises NotImplementedError for a compression it does not know.
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
