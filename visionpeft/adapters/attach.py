@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
 from visionpeft.adapters.economies import Economies
-from visionpeft.adapters.install import install
+from visionpeft.adapters.install import install, parameters_in_use
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import is_quantised
@@ -206,12 +206,7 @@ def route(model: nn.Module, names: Sequence[str | None]):
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of the active adapters and of the head in use, for an optimiser."""
-    peft = attached(model)
-    heads = {id(p) for name in peft.active for p in peft[name].head_parameters()}
-    paths = {path for name in peft.active for path in peft[name].heads}
-    used = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
-    parameters = {id(p): p for name in peft.active for p in peft[name].parameters() if p.requires_grad}
-    return [p for key, p in parameters.items() if key not in heads or key in used]
+    return [parameter for parameter in parameters_in_use(attached(model)) if parameter.requires_grad]
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -1,21 +1,21 @@
-"""Puts the modules of the active adapters where they act: swaps classes, fills sites, swaps parameters and heads.
+"""Puts the modules of the active adapters where they act: swaps classes, fills sites, lets trained copies be read.
 
-A model without active adapters has its original classes, parameters and heads.
+A model without active adapters has its original classes; its parameters and heads stay its own all the time.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch.nn as nn
 
-from visionpeft.adapters.adapters import Adapters, AttachedAdapter
+from visionpeft.adapters.adapters import Adapters, AttachedAdapter, own_parameter
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.route import Routed, RoutedHead, check_routable
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Located, OnPatches, Order, SitedLayer, Sites, order_of, sited_layer_class
-from visionpeft.sites.frozen_layers import own
+from visionpeft.sites.stand_ins import attributes_of, reads_copies, routes_heads, uses_head
 
 # (tower, block, site, where the result is added) -> modules in the order in which they act
 Plan = dict[tuple[str, int | None, str, str | None], list[nn.Module]]
@@ -202,44 +202,64 @@ def _refuse_intermediates(peft: Adapters, tower: Tower, reason: str) -> None:
 
 def _install_parameters(peft: Adapters, model: nn.Module) -> None:
     by_parameter: dict[str, str] = {}
+    copies: dict[nn.Module, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
     for name in peft.active if peft.route is None else ():
-        for parameter_name, trained in peft[name].trained_parameters():
+        for parameter_name in peft[name].trained_names:
             if parameter_name in by_parameter:
                 raise ConfigurationError(
                     f"adapters {by_parameter[parameter_name]!r} and {name!r} both train {parameter_name!r}; "
                     "activate only one of them"
                 )
             by_parameter[parameter_name] = name
-            replace_everywhere(peft, model, model.get_parameter(parameter_name), trained)
+            path, _, last = f"trained.{parameter_name}".rpartition(".")
+            for module, slot in holders(model, own_parameter(model, parameter_name)):
+                copies[module][slot] = peft[name].get_submodule(path), last
+    for module, read in copies.items():
+        peft.stand_in(module, reads_copies(type(module), tuple(read))).copies = read
 
 
-def replace_everywhere(peft: Adapters, model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Replace a parameter in every module that holds it, so that tied parameters stay tied."""
+def holders(model: nn.Module, parameter: nn.Parameter) -> Iterator[tuple[nn.Module, str]]:
+    """Every module of the model that has a parameter, and the name it has there; several where it is tied."""
     for path, module in model.named_modules():
-        if path == "peft" or path.startswith("peft."):
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is old:
-                peft.replace(module, name, new)
+        if path != "peft" and not path.startswith("peft."):
+            yield from ((module, name) for name, each in module._parameters.items() if each is parameter)
 
 
 def _install_heads(peft: Adapters, model: nn.Module, heads: tuple[str, ...], groups: list[tuple[str, ...]]) -> None:
     acting = [name for names in groups for name in names]
     for path in dict.fromkeys((*heads, *(path for name in acting for path in peft[name].heads))):
-        parent, _, name = path.rpartition(".")
-        owner = model.get_submodule(parent)
+        own = model.get_submodule(path)
         if peft.route is not None:
-            peft.replace(owner, name, RoutedHead(_head_of(peft, model, path), peft.route))
-            continue
-        with_head = [adapter for adapter in peft.active if path in peft[adapter].heads]
-        if with_head:
-            head = peft[with_head[-1]].get_submodule(path)
-            peft.replace(owner, name, head)
-            if isinstance(head, nn.Linear):
-                # Trained, it keeps its input, which must not keep the tokens it was taken from.
-                swap_layer(peft, head).entering = (own,)
+            peft.stand_in(own, routes_heads(type(own))).routed = RoutedHead(_head_of(peft, path), peft.route)
+        elif head_in_use(peft, path) is not None:
+            _use_head(peft, own, peft[head_in_use(peft, path)].get_submodule(path))
 
 
-def _head_of(peft: Adapters, model: nn.Module, path: str) -> Callable[[str | None], nn.Module]:
-    original = model.get_submodule(path)
-    return lambda name: peft[name].get_submodule(path) if name and path in peft[name].heads else original
+def head_in_use(peft: Adapters, path: str) -> str | None:
+    """Which active adapter's head is used: that of the last one."""
+    return next((name for name in reversed(peft.active) if path in peft[name].heads), None)
+
+
+def parameters_in_use(peft: Adapters) -> list[nn.Parameter]:
+    """Parameters of the adapters that act or are routed, without heads that another one's head stands in for."""
+    names = peft.active if peft.route is None else tuple(dict.fromkeys(filter(None, peft.route)))
+    unused = set()
+    for name in names if peft.route is None else ():
+        for path in peft[name].heads:
+            if head_in_use(peft, path) != name:
+                unused |= set(peft[name].get_submodule(path).parameters())
+    return [*dict.fromkeys(p for name in names for p in peft[name].parameters() if p not in unused)]
+
+
+def _use_head(peft: Adapters, own: nn.Module, head: nn.Module) -> None:
+    """Let a head compute with another one, layer by layer where they are built alike, so that hooks see each layer."""
+    alike = type(own) is type(head) is nn.Sequential and own._modules.keys() == head._modules.keys()
+    if alike:
+        for mine, other in zip(own, head, strict=True):
+            _use_head(peft, mine, other)
+    else:
+        peft.stand_in(own, uses_head(type(own), attributes_of(head))).acting = (head,)
+
+
+def _head_of(peft: Adapters, path: str) -> Callable[[str | None], nn.Module | None]:
+    return lambda name: peft[name].get_submodule(path) if name and path in peft[name].heads else None

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 
 from visionpeft import methods as method_classes
-from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, method_keys, nest
+from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, method_keys, nest, training_dtype
 from visionpeft.adapters.attach import activate, attached, known, plain, register
 from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
 from visionpeft.adapters.head_layout import head_from_layout, head_layout
@@ -100,6 +100,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
             raise StorageError(f"what the adapter in {folder} describes cannot be made: {reason}") from None
     reference = next(model.parameters())
     adapter.to(reference.device)
+    for path in adapter.heads:
+        adapter.get_submodule(path).to(training_dtype(reference))
     check_tensors(tensors, adapter.state_dict(), f"the adapter in {folder}")
     adapter.load_state_dict(tensors)
     register(model, name, adapter, backbone)
