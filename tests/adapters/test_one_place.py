@@ -216,3 +216,10 @@ def test_hooks_on_the_head_see_each_call(layers):
             output = model(IMAGES)
         assert len(calls) == 1
         assert torch.equal(calls.pop(), output)
+
+
+def test_counts_leave_out_what_does_not_compute():
+    """The total is that of the values that compute: those of the plain model and of the adapter beside its copies."""
+    model, plain = trained(), build()
+    added = sum(p.numel() for name, p in model.peft["default"].named_parameters() if name.startswith("lora."))
+    assert vp.summary(model).total == sum(p.numel() for p in plain.parameters()) + added

@@ -55,6 +55,7 @@ class AttachedAdapter(nn.Module):
         for name in self.trained_names:
             value = _trainable(backbone.model, name).detach()
             nest(self, f"trained.{name}", nn.Parameter(value.to(training_dtype(value), copy=True)))
+        self.hosts: dict[str, tuple[nn.Module]] = {}  # path of a head -> the model's own, when this one was attached
         self.heads = backbone.heads if head else ()
         for path in self.heads:
             for name, _ in backbone.model.get_submodule(path).named_parameters():
@@ -151,17 +152,19 @@ class Adapters(nn.ModuleDict):
         self.active: tuple[str, ...] = ()
         self.route: tuple[str | None, ...] | None = None
         self.was_trainable: tuple[str, ...] = ()
+        self.resting: frozenset[tuple[str, str]] = frozenset()  # (adapter, parameter) frozen until it is used again
         self.economies = Economies()
         self.recomputing: list[nn.Module] = []
         self.swapped: list[tuple[nn.Module, type]] = []
-        self.replaced: list[tuple[nn.Module, str, nn.Parameter | nn.Module | None]] = []
+        # (owner, name, original, what is there now)
+        self.replaced: list[tuple[nn.Module, str, nn.Parameter | nn.Module, nn.Parameter | nn.Module]] = []
 
     def _apply(self, fn: Callable, recurse: bool = True):
         super()._apply(fn, recurse)
-        for _, _, original in self.replaced:
+        for _, _, original, _ in self.replaced:
             if isinstance(original, nn.Parameter):
                 original.data = fn(original.data)
-            elif isinstance(original, nn.Module):
+            else:
                 original._apply(fn)
         return self
 
@@ -172,10 +175,10 @@ class Adapters(nn.ModuleDict):
         module.__class__ = new_class
         return module
 
-    def replace(self, owner: nn.Module, name: str, new: nn.Parameter | nn.Module | None) -> None:
+    def replace(self, owner: nn.Module, name: str, new: nn.Parameter | nn.Module) -> None:
         """Put a parameter or module in the place of another and keep the original."""
         slots = owner._modules if name in owner._modules else owner._parameters
-        self.replaced.append((owner, name, slots.get(name)))
+        self.replaced.append((owner, name, slots[name], new))
         slots[name] = new
 
     def recompute_blocks(self, model: nn.Module) -> None:
@@ -189,11 +192,11 @@ class Adapters(nn.ModuleDict):
         """Give the model back its own classes, parameters and heads."""
         self.restore_classes()
         while self.replaced:
-            owner, name, original = self.replaced.pop()
-            slots = owner._modules if name in owner._modules else owner._parameters
-            if isinstance(original, nn.Module):
-                original.train(slots[name].training)
-            slots[name] = original
+            owner, name, original, new = self.replaced.pop()
+            if isinstance(original, nn.Parameter):
+                owner._parameters[name] = original
+            elif owner._modules.get(name) is new:  # and no other head, which somebody has given the model since
+                owner._modules[name] = original.train(new.training)
 
     def require_whole(self) -> None:
         """Refuse a model that `fully_shard` has given classes of its own, which must stay.

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
 from visionpeft.adapters.economies import Economies
-from visionpeft.adapters.install import install, parameters_in_use
+from visionpeft.adapters.install import check_unchanged, install, parameters_in_use, remember_hosts
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import is_quantised
@@ -80,6 +80,7 @@ def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
     peft: Adapters = model.peft
     before = peft.active, peft.route
     peft[name] = adapter
+    remember_hosts(model, adapter)
     adapter.train(model.training)
     peft.active, peft.route = (*peft.active, name), None
     try:
@@ -95,9 +96,11 @@ def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
 def exchange(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
     """Put an adapter in the place of the attached one of this name. Nothing is changed if it is refused."""
     peft, old = attached(model), attached(model)[name]
+    check_unchanged(model, (name,))
     with plain(model):
         _check_sites(adapter, backbone)
     peft[name] = adapter
+    remember_hosts(model, adapter)
     adapter.train(old.training)
     try:
         install(model)
@@ -118,6 +121,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in list(peft) if name is None else [name]:
         del peft[each]
     peft.active, peft.route = tuple(each for each in peft.active if each in peft), None
+    peft.resting = frozenset((owner, path) for owner, path in peft.resting if owner in peft)
     if len(peft) > 0:
         install(model)
         return model
@@ -205,8 +209,14 @@ def route(model: nn.Module, names: Sequence[str | None]):
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the active adapters and of the head in use, for an optimiser."""
-    return [parameter for parameter in parameters_in_use(attached(model)) if parameter.requires_grad]
+    """Parameters of the active adapters and of the head in use, for an optimiser. All others have requires_grad=False.
+
+    Raises:
+        ConfigurationError: the model's head or a trained parameter was exchanged after the adapter was attached.
+    """
+    peft = attached(model)
+    check_unchanged(model, peft.active)
+    return [parameter for parameter in parameters_in_use(peft) if parameter.requires_grad]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -250,11 +260,11 @@ def reattach(model: nn.Module) -> None:
         raise ConfigurationError("the model has no merged adapters")
     # Merged adapters are not registered, so they did not follow the model to another device.
     peft.to(next(model.parameters()).device)
-    for owner, name, original in peft.replaced:  # nor to another precision
+    for owner, name, original, _ in peft.replaced:  # nor to another precision
         now = getattr(owner, name)
-        if isinstance(original, nn.Module) and any(True for _ in now.parameters()):
-            original.to(next(now.parameters()).dtype)
-        elif isinstance(original, nn.Parameter) and not is_quantised(original):
+        if isinstance(original, nn.Module):
+            original.to(next((parameter.dtype for parameter in now.parameters()), None))
+        elif not is_quantised(original):
             original.data = original.data.to(now.dtype)
     model.add_module("peft", peft)
 

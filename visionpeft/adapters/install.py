@@ -4,7 +4,7 @@ A model without active adapters has its original classes; its parameters and hea
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch.nn as nn
 
@@ -26,8 +26,10 @@ def install(model: nn.Module) -> None:
     peft: Adapters = model.peft
     peft.restore()
     groups = [(name,) for name in dict.fromkeys(peft.route) if name] if peft.route else [peft.active]
+    _freeze_unused(peft)
     if not any(groups):
         return
+    check_unchanged(model, [name for names in groups for name in names])
     backbone = describe(model)
     plans = [plan_of(peft, names) for names in groups]
     routed = None
@@ -249,6 +251,72 @@ def parameters_in_use(peft: Adapters) -> list[nn.Parameter]:
             if head_in_use(peft, path) != name:
                 unused |= set(peft[name].get_submodule(path).parameters())
     return [*dict.fromkeys(p for name in names for p in peft[name].parameters() if p not in unused)]
+
+
+def _freeze_unused(peft: Adapters) -> None:
+    """Let `requires_grad` follow what acts: DDP waits for gradients of everything that has it.
+
+    What was frozen before it came to rest stays frozen when it acts again.
+    """
+    in_use, resting = set(parameters_in_use(peft)), set(peft.resting)
+    for name, adapter in peft.items():
+        for path, parameter in adapter.named_parameters():
+            if parameter not in in_use and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                resting.add((name, path))
+            elif parameter in in_use and (name, path) in resting:
+                parameter.requires_grad_(True)
+                resting.remove((name, path))
+    peft.resting = frozenset(resting)
+
+
+def stood_in_for(model: nn.Module) -> set[nn.Parameter]:
+    """The model's own parameters that do not compute now, because copies of them do."""
+    active = [model.peft[name] for name in model.peft.active]
+    heads = {parameter for each in active for (host,) in each.hosts.values() for parameter in host.parameters()}
+    return heads | {own_parameter(model, name) for each in active for name in each.trained_names}
+
+
+def remember_hosts(model: nn.Module, adapter: AttachedAdapter) -> None:
+    """Remember in the place of which modules the heads of an adapter will compute.
+
+    Raises:
+        ConfigurationError: the model has no such module.
+    """
+    hosts = {path: _at(model, path) for path in adapter.heads}
+    if missing := [path for path, host in hosts.items() if not isinstance(host, nn.Module)]:
+        raise ConfigurationError(f"the adapter has a head {missing[0]!r}, but the model has no module of this name")
+    adapter.hosts = {path: (host,) for path, host in hosts.items()}
+
+
+def check_unchanged(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse adapters whose head or trained copies are those of another head or parameter than the model has now.
+
+    Raises:
+        ConfigurationError: naming what was changed.
+    """
+    for name in names:
+        adapter: AttachedAdapter = model.peft[name]
+        changed = [path for path, (host,) in adapter.hosts.items() if _at(model, path) is not host]
+        for path, trained in adapter.trained_parameters():
+            if getattr(_at(model, path), "shape", None) != trained.shape:
+                changed.append(path)
+        if changed:
+            raise ConfigurationError(
+                f"{changed[0]!r} of the model was exchanged after adapter {name!r}, which trains a copy of the old "
+                "one, was attached; detach the adapter, then change the model (reset_classifier, set_input_size), then "
+                "attach it"
+            )
+
+
+def _at(model: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
+    """The module or the model's own parameter of this name."""
+    path, _, last = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return owner._modules.get(last, owner._parameters.get(last))
 
 
 def _use_head(peft: Adapters, own: nn.Module, head: nn.Module) -> None:

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, check_allocated, own_parameter
 from visionpeft.adapters.attach import attached, reattach
-from visionpeft.adapters.install import head_in_use, holders, install, plan_of
+from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install, plan_of
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import full_precision
 from visionpeft.backbones.tower import READS, Layer, Tower
@@ -34,6 +34,7 @@ def merge(model: nn.Module) -> nn.Module:
     if not peft.active or peft.route is not None:
         raise ConfigurationError("merge merges the active adapters, but none is active; call activate first")
     _check_mergeable(peft)
+    check_unchanged(model, peft.active)
     peft.restore()
     try:
         changes = _merged_parameters(model, peft)

@@ -15,6 +15,7 @@ from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, metho
 from visionpeft.adapters.attach import activate, attached, known, plain, register
 from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
 from visionpeft.adapters.head_layout import head_from_layout, head_layout
+from visionpeft.adapters.install import check_unchanged
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.backbones.quantised import full_precision
@@ -52,6 +53,7 @@ def save(
         raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to save with name=")
     adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
     check_allocated(adapter)
+    check_unchanged(model, [each for each in peft if peft[each] is adapter])
     methods, tensors = folded(adapter)
     description = {
         "format": FORMAT,
