@@ -6,8 +6,9 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
+from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import Adapters, check_allocated, own_parameter
-from visionpeft.adapters.attach import attached, reattach
+from visionpeft.adapters.attach import attached, reattach, unfreeze
 from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install, plan_of
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import full_precision
@@ -20,16 +21,25 @@ from visionpeft.sites import Order, order_of
 INPUTS = frozenset(READS.values())
 
 
+@on_model
 @torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, keep: bool = True) -> nn.Module:
     """Merge the active adapters: the model becomes a plain timm or OpenCLIP model that computes the same.
 
     Its classes and `state_dict` keys are the library's own, so that the library saves and loads it without us. The
     original weights are kept aside for `unmerge` and `detach`.
 
+    Args:
+        model: a model with adapters; with `keep=False` also one whose adapters are merged already.
+        keep: keep the original weights and all adapters. Otherwise the merged weights are the model's own from now on:
+            what was trainable before the first adapter is so again, and other adapters can be attached.
+
     Raises:
         UnsupportedError: if an active method adds something no weight of the backbone can hold; nothing is changed.
     """
+    if not keep and "merged_peft" in model.__dict__:
+        unfreeze(model, model.__dict__.pop("merged_peft"))
+        return model
     peft = attached(model)
     if not peft.active or peft.route is not None:
         raise ConfigurationError("merge merges the active adapters, but none is active; call activate first")
@@ -50,11 +60,15 @@ def merge(model: nn.Module) -> nn.Module:
         parent, _, name = path.rpartition(".")
         peft.replace(model.get_submodule(parent), name, head)
     del model.peft
+    if not keep:
+        unfreeze(model, peft)
+        return model
     # Not registered, so that the model's state_dict is the library's own.
     model.__dict__["merged_peft"] = peft
     return model
 
 
+@on_model
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: the original weights come back byte for byte and the adapters act again."""
     reattach(model)

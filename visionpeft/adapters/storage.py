@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from visionpeft import methods as method_classes
+from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, method_keys, nest, training_dtype
 from visionpeft.adapters.attach import activate, attached, known, plain, register
 from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
@@ -26,6 +27,7 @@ FORMAT = 1
 STEM = "adapter"
 
 
+@on_model
 def save(
     model: nn.Module,
     folder: str | Path,

@@ -6,6 +6,7 @@ import torch.nn as nn
 from rich.console import Console
 from rich.table import Table
 
+from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.attach import attached, trainable_parameters
 from visionpeft.adapters.install import stood_in_for
@@ -60,6 +61,7 @@ class Summary:
         return capture.get()
 
 
+@on_model
 def summary(model: nn.Module) -> Summary:
     """Count what is trained, site by site."""
     peft = attached(model)
