@@ -153,6 +153,7 @@ class Adapters(nn.ModuleDict):
         self.route: tuple[str | None, ...] | None = None
         self.was_trainable: tuple[str, ...] = ()
         self.resting: frozenset[tuple[str, str]] = frozenset()  # (adapter, parameter) frozen until it is used again
+        self.distances: dict[str, int] = {}  # of each parameter of the model from the output, in layers
         self.economies = Economies()
         self.recomputing: list[nn.Module] = []
         self.swapped: list[tuple[nn.Module, type]] = []
@@ -218,7 +219,15 @@ class Adapters(nn.ModuleDict):
         while self.swapped:
             module, original = self.swapped.pop()
             module.__class__ = original
-            for attribute in ("sites", "acting", "entering", "copies", "routed", "forward_intermediates"):
+            for attribute in (
+                "sites",
+                "acting",
+                "entering",
+                "copies",
+                "routed",
+                "forward_intermediates",
+                "group_matcher",
+            ):
                 module.__dict__.pop(attribute, None)
 
 

@@ -211,8 +211,8 @@ def use(model: nn.Module, names: str | Sequence[str] | None):
 def route(model: nn.Module, names: Sequence[str | None]):
     """Within the context, sample i of a batch goes through adapter names[i], or through the plain backbone for None.
 
-    Row i of the result is what that adapter alone gives. Call `backward` inside the context, too. Other threads wait, as
-    in `use`.
+    Row i of the result is what that adapter alone gives. Call `backward` inside the context, too. Other threads wait,
+    as in `use`.
 
     Raises:
         ConfigurationError: if no names are given.
@@ -239,6 +239,17 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     peft = attached(model)
     check_unchanged(model, peft.active)
     return [parameter for parameter in parameters_in_use(peft) if parameter.requires_grad]
+
+
+@on_model
+def layer_distances(model: nn.Module) -> dict[nn.Parameter, int]:
+    """How many layers from the output each parameter in use acts: 0 the head, 1 the last block, L the first of L.
+
+    For learning rates that decay from layer to layer: lr * decay ** distance.
+    """
+    by_name, parameters = model.peft.distances, dict(model.peft.named_parameters())
+    in_use = set(parameters_in_use(attached(model)))
+    return {p: by_name[f"peft.{name}"] for name, p in parameters.items() if p in in_use}
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter, own_parameter
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
+from visionpeft.adapters.layer_decay import GroupMatcher, distances
 from visionpeft.adapters.route import Routed, RoutedHead, check_routable
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
@@ -40,6 +41,10 @@ def install(model: nn.Module) -> None:
     for tower in backbone.towers.values():
         _install_tower(peft, tower, plans, routed)
     peft.recompute_blocks(model)
+    peft.distances = distances(backbone, peft)
+    if hasattr(model, "group_matcher"):
+        model.__dict__["group_matcher"] = GroupMatcher(model, peft.distances)
+        peft.swapped.append((model, type(model)))
     _install_parameters(peft, model)
     _install_heads(peft, model, backbone.heads, groups)
 

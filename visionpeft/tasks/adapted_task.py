@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import allocate, remake
-from visionpeft.adapters.attach import detach, trainable_parameters
+from visionpeft.adapters.attach import detach, layer_distances, trainable_parameters
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.storage import load, method_from, save
 from visionpeft.adapters.training_hooks import after_step, penalty
@@ -143,6 +143,10 @@ class AdaptedTask(ImageTask):
     def trained_parameters(self) -> list[nn.Parameter]:
         """Adapter and head."""
         return trainable_parameters(self.model)
+
+    def layer_distances(self) -> dict[nn.Parameter, int]:
+        """How many layers from the output each trained parameter acts."""
+        return layer_distances(self.model)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The head."""
