@@ -36,6 +36,8 @@ class AttachedAdapter(nn.Module):
         self.placements: list[tuple[int, Placement]] = []  # (index of the method, placement)
         self.method_keys = method_keys(methods)
         self.masked: dict[str, Method] = {}  # trained parameter -> the method that masks its gradient
+        self.masking: list[nn.Parameter] = []  # those whose gradient is masked so far
+        self.register_load_state_dict_post_hook(_mask_again)
         trained: dict[str, None] = dict.fromkeys(_named_to_train(train, backbone))
         for index, (key, method) in enumerate(zip(self.method_keys, methods, strict=True)):
             towers = select_towers(method, backbone)
@@ -50,30 +52,38 @@ class AttachedAdapter(nn.Module):
                     self.masked |= dict.fromkeys(names, method)
         self.trained_names = tuple(trained)
         for name in self.trained_names:
-            nest(self, f"trained.{name}", nn.Parameter(_trainable(backbone.model, name).detach().clone()))
+            value = _trainable(backbone.model, name).detach()
+            nest(self, f"trained.{name}", nn.Parameter(value.to(training_dtype(value), copy=True)))
+        self.hosts: dict[str, tuple[nn.Module]] = {}  # path of a head -> the model's own, when this one was attached
         self.heads = backbone.heads if head else ()
         for path in self.heads:
             for name, _ in backbone.model.get_submodule(path).named_parameters():
                 _trainable(backbone.model, f"{path}.{name}")
-            nest(self, path, copy.deepcopy(backbone.model.get_submodule(path)).requires_grad_(True))
+            nest(self, path, own_copy(backbone.model.get_submodule(path)))
         self._mask_gradients()
 
     def __setstate__(self, state: dict):
         super().__setstate__(state)
-        self._mask_gradients()  # hooks are lost when parameters are copied or pickled
+        self.masking = []  # hooks are lost when parameters are copied or pickled
+        self._mask_gradients()
 
     def _mask_gradients(self) -> None:
+        """Mask the gradients of parameters that are new."""
+
         def masking(method: Method) -> Callable:
             return lambda gradient: method.mask_gradient(gradient) if self.training else gradient
 
         for name, method in self.masked.items():
-            self.get_parameter(f"trained.{name}").register_hook(masking(method))
+            parameter = self.get_parameter(f"trained.{name}")
+            if not any(each is parameter for each in self.masking):
+                parameter.register_hook(masking(method))
+        self.masking = [self.get_parameter(f"trained.{name}") for name in self.masked]
 
     def _place(self, index: int, key: str, method: Method, towers: list[Tower]) -> None:
         references = {tower.name: next(tower.module.parameters()) for tower in towers}
         for item in method.place_all(towers):
             reference = references[item.tower]
-            item.module.to(reference.device, torch.float64 if reference.dtype == torch.float64 else torch.float32)
+            item.module.to(reference.device, training_dtype(reference))
             if isinstance(item, Placement):
                 name = item.name or item.site
                 where = [name] if item.block is None else [str(item.block), name]
@@ -99,6 +109,11 @@ class AttachedAdapter(nn.Module):
     def num_parameters(self) -> int:
         """Number of trained values without the heads."""
         return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.head_parameters())
+
+
+def _mask_again(adapter: AttachedAdapter, _) -> None:
+    # `load_state_dict(assign=True)` has put other parameters in the place of those that had hooks.
+    adapter._mask_gradients()
 
 
 class Pending(nn.Module):
@@ -127,7 +142,8 @@ class Pending(nn.Module):
 class Adapters(nn.ModuleDict):
     """All adapters of a model, which of them act, and what was replaced in the model to make them act.
 
-    While adapters act, the originals live here and nowhere else, so they move between devices with this module.
+    While adapters act, modules of the model have other classes, and their own parameters and heads stay where they are.
+    While adapters are merged, the originals live here and nowhere else, so they move between devices with this module.
     """
 
     def __init__(self):
@@ -135,31 +151,34 @@ class Adapters(nn.ModuleDict):
         self.active: tuple[str, ...] = ()
         self.route: tuple[str | None, ...] | None = None
         self.was_trainable: tuple[str, ...] = ()
+        self.resting: frozenset[tuple[str, str]] = frozenset()  # (adapter, parameter) frozen until it is used again
+        self.distances: dict[str, int] = {}  # of each parameter of the model from the output, in layers
         self.economies = Economies()
         self.recomputing: list[nn.Module] = []
         self.swapped: list[tuple[nn.Module, type]] = []
-        self.replaced: list[tuple[nn.Module, str, nn.Parameter | nn.Module | None]] = []
+        # (owner, name, original, what is there now)
+        self.replaced: list[tuple[nn.Module, str, nn.Parameter | nn.Module, nn.Parameter | nn.Module]] = []
 
     def _apply(self, fn: Callable, recurse: bool = True):
         super()._apply(fn, recurse)
-        for _, _, original in self.replaced:
+        for _, _, original, _ in self.replaced:
             if isinstance(original, nn.Parameter):
                 original.data = fn(original.data)
-            elif isinstance(original, nn.Module):
+            else:
                 original._apply(fn)
         return self
 
-    def train(self, mode: bool = True):
-        """Set the mode of the adapters and of what they have replaced."""
-        for _, _, original in self.replaced:
-            if isinstance(original, nn.Module):
-                original.train(mode)
-        return super().train(mode)
+    def stand_in(self, module: nn.Module, new_class: type[nn.Module]) -> nn.Module:
+        """Give a module a class on top of the one it has, sited or not."""
+        if not any(swapped is module for swapped, _ in self.swapped):
+            self.swapped.append((module, type(module)))
+        module.__class__ = new_class
+        return module
 
-    def replace(self, owner: nn.Module, name: str, new: nn.Parameter | nn.Module | None) -> None:
+    def replace(self, owner: nn.Module, name: str, new: nn.Parameter | nn.Module) -> None:
         """Put a parameter or module in the place of another and keep the original."""
         slots = owner._modules if name in owner._modules else owner._parameters
-        self.replaced.append((owner, name, slots.get(name)))
+        self.replaced.append((owner, name, slots[name], new))
         slots[name] = new
 
     def recompute_blocks(self, model: nn.Module) -> None:
@@ -173,9 +192,11 @@ class Adapters(nn.ModuleDict):
         """Give the model back its own classes, parameters and heads."""
         self.restore_classes()
         while self.replaced:
-            owner, name, original = self.replaced.pop()
-            slots = owner._modules if name in owner._modules else owner._parameters
-            slots[name] = original
+            owner, name, original, new = self.replaced.pop()
+            if isinstance(original, nn.Parameter):
+                owner._parameters[name] = original
+            elif owner._modules.get(name) is new:  # and no other head, which somebody has given the model since
+                owner._modules[name] = original.train(new.training)
 
     def require_whole(self) -> None:
         """Refuse a model that `fully_shard` has given classes of its own, which must stay.
@@ -197,7 +218,15 @@ class Adapters(nn.ModuleDict):
         while self.swapped:
             module, original = self.swapped.pop()
             module.__class__ = original
-            for attribute in ("sites", "acting", "entering", "forward_intermediates"):
+            for attribute in (
+                "sites",
+                "acting",
+                "entering",
+                "copies",
+                "routed",
+                "forward_intermediates",
+                "group_matcher",
+            ):
                 module.__dict__.pop(attribute, None)
 
 
@@ -242,6 +271,28 @@ def nest(root: nn.Module, path: str, item: nn.Module | nn.Parameter) -> None:
 def join(path: str, name: str) -> str:
     """A dotted path of two parts, the first of which may be empty."""
     return f"{path}.{name}" if path else name
+
+
+def training_dtype(of: torch.Tensor) -> torch.dtype:
+    """In which precision something is trained beside a tensor of the backbone: float32, or float64 beside float64."""
+    return torch.float64 if of.dtype == torch.float64 else torch.float32
+
+
+def own_copy(head: nn.Module) -> nn.Module:
+    """A trainable copy of a head, which nobody watches."""
+    made = copy.deepcopy(head)
+    for module in made.modules():
+        for name, value in vars(module).items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                value.clear()
+    dtypes = {training_dtype(tensor) for tensor in head.parameters()}
+    return made.to(dtype=torch.float64 if torch.float64 in dtypes else torch.float32).requires_grad_(True)
+
+
+def own_parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """The model's own parameter of this name, also while a copy of it acts."""
+    path, _, last = name.rpartition(".")
+    return model.get_submodule(path)._parameters[last]
 
 
 def _trainable(model: nn.Module, name: str) -> nn.Parameter:

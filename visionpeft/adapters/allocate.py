@@ -158,9 +158,7 @@ def _without_pending(model: nn.Module, name: str):
 @contextmanager
 def evaluating(model: nn.Module):
     """Within the context the model is in evaluation mode; afterwards each module is in the mode it was in."""
-    replaced = [original for _, _, original in getattr(getattr(model, "peft", None), "replaced", ())]
-    roots = [model, *(original for original in replaced if isinstance(original, nn.Module))]  # they follow its mode
-    training = [module for root in roots for module in root.modules() if module.training]
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield

@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch.nn as nn
 
+from visionpeft.adapters.access import alone_with, on_model, uncompiled
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
 from visionpeft.adapters.economies import Economies
-from visionpeft.adapters.install import install
+from visionpeft.adapters.install import check_unchanged, install, parameters_in_use, remember_hosts
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import is_quantised
@@ -72,6 +73,11 @@ def attach(
 
 def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
     """Add a made adapter to the model and let it act beside the active ones. Nothing is changed if it is refused."""
+    with alone_with(model):
+        _register(model, name, adapter, backbone)
+
+
+def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
     _check_name(model, name)
     with plain(model):
         _check_sites(adapter, backbone)
@@ -82,6 +88,7 @@ def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
     peft: Adapters = model.peft
     before = peft.active, peft.route
     peft[name] = adapter
+    remember_hosts(model, adapter)
     adapter.train(model.training)
     peft.active, peft.route = (*peft.active, name), None
     try:
@@ -94,12 +101,15 @@ def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
         raise
 
 
+@on_model
 def exchange(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
     """Put an adapter in the place of the attached one of this name. Nothing is changed if it is refused."""
     peft, old = attached(model), attached(model)[name]
+    check_unchanged(model, (name,))
     with plain(model):
         _check_sites(adapter, backbone)
     peft[name] = adapter
+    remember_hosts(model, adapter)
     adapter.train(old.training)
     try:
         install(model)
@@ -109,6 +119,7 @@ def exchange(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
         raise
 
 
+@on_model
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take off one adapter, or all of them; without any the model is what it was before the first, byte for byte."""
     peft = model.__dict__.get("merged_peft") or attached(model)
@@ -120,29 +131,38 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in list(peft) if name is None else [name]:
         del peft[each]
     peft.active, peft.route = tuple(each for each in peft.active if each in peft), None
+    peft.resting = frozenset((owner, path) for owner, path in peft.resting if owner in peft)
     if len(peft) > 0:
         install(model)
         return model
     peft.restore()
     del model.peft
-    trainable = set(peft.was_trainable)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter_name in trainable)
+    unfreeze(model, peft)
     return model
 
 
+def unfreeze(model: nn.Module, peft: Adapters) -> None:
+    """Make trainable again what the first adapter has frozen."""
+    trainable = set(peft.was_trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+
+@on_model
 def activate(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     """Let exactly these adapters act. Of several with a head, the last one's head is used."""
     _choose(model, names, None)
     return model
 
 
+@on_model
 def disable(model: nn.Module) -> nn.Module:
     """Let no adapter act: the model computes as it did before the first was attached."""
     _choose(model, (), None)
     return model
 
 
+@on_model
 def economise(
     model: nn.Module, *, class_token_only: bool = False, recompute: Literal["mlp", "block"] | None = None
 ) -> nn.Module:
@@ -179,9 +199,13 @@ def economise(
 
 @contextmanager
 def use(model: nn.Module, names: str | Sequence[str] | None):
-    """Within the context, let exactly these adapters act, or none for None. Call `backward` inside it, too."""
+    """Within the context, let exactly these adapters act, or none for None. Call `backward` inside it, too.
+
+    Other threads that call `use` or `route` wait until the context ends; one that calls the model outside of any such
+    context is not held up, and computes with whatever acts.
+    """
     with _restoring(model):
-        _choose(model, names or (), None)
+        _choose(uncompiled(model), names or (), None)
         yield model
 
 
@@ -189,7 +213,8 @@ def use(model: nn.Module, names: str | Sequence[str] | None):
 def route(model: nn.Module, names: Sequence[str | None]):
     """Within the context, sample i of a batch goes through adapter names[i], or through the plain backbone for None.
 
-    Row i of the result is what that adapter alone gives. Call `backward` inside the context, too.
+    Row i of the result is what that adapter alone gives. Call `backward` inside the context, too. Other threads wait,
+    as in `use`.
 
     Raises:
         ConfigurationError: if no names are given.
@@ -202,18 +227,31 @@ def route(model: nn.Module, names: Sequence[str | None]):
             "let one adapter, or none, act on a whole batch call use"
         )
     with _restoring(model):
-        _choose(model, (), route)
+        _choose(uncompiled(model), (), route)
         yield model
 
 
+@on_model
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the active adapters and of the head in use, for an optimiser."""
+    """Parameters of the active adapters and of the head in use, for an optimiser. All others have requires_grad=False.
+
+    Raises:
+        ConfigurationError: the model's head or a trained parameter was exchanged after the adapter was attached.
+    """
     peft = attached(model)
-    heads = {id(p) for name in peft.active for p in peft[name].head_parameters()}
-    paths = {path for name in peft.active for path in peft[name].heads}
-    used = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
-    parameters = {id(p): p for name in peft.active for p in peft[name].parameters() if p.requires_grad}
-    return [p for key, p in parameters.items() if key not in heads or key in used]
+    check_unchanged(model, peft.active)
+    return [parameter for parameter in parameters_in_use(peft) if parameter.requires_grad]
+
+
+@on_model
+def layer_distances(model: nn.Module) -> dict[nn.Parameter, int]:
+    """How many layers from the output each parameter in use acts: 0 the head, 1 the last block, L the first of L.
+
+    For learning rates that decay from layer to layer: lr * decay ** distance.
+    """
+    by_name, parameters = model.peft.distances, dict(model.peft.named_parameters())
+    in_use = set(parameters_in_use(attached(model)))
+    return {p: by_name[f"peft.{name}"] for name, p in parameters.items() if p in in_use}
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -257,11 +295,11 @@ def reattach(model: nn.Module) -> None:
         raise ConfigurationError("the model has no merged adapters")
     # Merged adapters are not registered, so they did not follow the model to another device.
     peft.to(next(model.parameters()).device)
-    for owner, name, original in peft.replaced:  # nor to another precision
+    for owner, name, original, _ in peft.replaced:  # nor to another precision
         now = getattr(owner, name)
-        if isinstance(original, nn.Module) and any(True for _ in now.parameters()):
-            original.to(next(now.parameters()).dtype)
-        elif isinstance(original, nn.Parameter) and not is_quantised(original):
+        if isinstance(original, nn.Module):
+            original.to(next((parameter.dtype for parameter in now.parameters()), None))
+        elif not is_quantised(original):
             original.data = original.data.to(now.dtype)
     model.add_module("peft", peft)
 
@@ -284,27 +322,33 @@ def _choose(model: nn.Module, names: str | Sequence[str], route: tuple[str | Non
 @contextmanager
 def plain(model: nn.Module):
     """Within the context the model computes without adapters, whether it has any or not."""
-    if not has_adapters(model):
-        yield model
-        return
-    with use(model, None):
-        yield model
+    with alone_with(model):
+        if not has_adapters(model):
+            yield model
+            return
+        with use(model, None):
+            yield model
 
 
 @contextmanager
 def _restoring(model: nn.Module):
-    peft = attached(model)
-    before = peft.active, peft.route
-    try:
-        yield
-    finally:
-        peft.active, peft.route = before
-        install(model)
+    model = uncompiled(model)
+    with alone_with(model):
+        peft = attached(model)
+        before = peft.active, peft.route
+        try:
+            yield
+        finally:
+            peft.active, peft.route = before
+            install(model)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
     if "merged_peft" in model.__dict__:
-        raise ConfigurationError("the model's adapters are merged; unmerge or detach them before attaching another")
+        raise ConfigurationError(
+            "the model's adapters are merged; unmerge or detach them before attaching another, or keep the merged "
+            "weights for good with merge(model, keep=False)"
+        )
     for path, module in model.named_modules():
         if path and path != "peft" and isinstance(module, Adapters) and not path.startswith("peft."):
             raise ConfigurationError(

@@ -3,7 +3,6 @@
 import torch.nn as nn
 
 from visionpeft.errors import StorageError
-from visionpeft.sites import SitedLayer
 
 # layer class -> attributes that its constructor takes
 LAYERS = {
@@ -21,7 +20,7 @@ def head_layout(head: nn.Module) -> dict:
     Raises:
         StorageError: for any other class.
     """
-    kind = type(head).__bases__[1] if isinstance(head, SitedLayer) else type(head)
+    kind = type(head)
     if kind is nn.Sequential:
         return {"class": "Sequential", "layers": {name: head_layout(layer) for name, layer in head.named_children()}}
     for cls, names in LAYERS.items():

@@ -1,21 +1,22 @@
-"""Puts the modules of the active adapters where they act: swaps classes, fills sites, swaps parameters and heads.
+"""Puts the modules of the active adapters where they act: swaps classes, fills sites, lets trained copies be read.
 
-A model without active adapters has its original classes, parameters and heads.
+A model without active adapters has its original classes; its parameters and heads stay its own all the time.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch.nn as nn
 
-from visionpeft.adapters.adapters import Adapters, AttachedAdapter
+from visionpeft.adapters.adapters import Adapters, AttachedAdapter, own_parameter
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
+from visionpeft.adapters.layer_decay import GroupMatcher, distances
 from visionpeft.adapters.route import Routed, RoutedHead, check_routable
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Located, OnPatches, Order, SitedLayer, Sites, order_of, sited_layer_class
-from visionpeft.sites.frozen_layers import own
+from visionpeft.sites.stand_ins import attributes_of, reads_copies, routes_heads, uses_head
 
 # (tower, block, site, where the result is added) -> modules in the order in which they act
 Plan = dict[tuple[str, int | None, str, str | None], list[nn.Module]]
@@ -26,8 +27,10 @@ def install(model: nn.Module) -> None:
     peft: Adapters = model.peft
     peft.restore()
     groups = [(name,) for name in dict.fromkeys(peft.route) if name] if peft.route else [peft.active]
+    _freeze_unused(peft)
     if not any(groups):
         return
+    check_unchanged(model, [name for names in groups for name in names])
     backbone = describe(model)
     plans = [plan_of(peft, names) for names in groups]
     routed = None
@@ -38,6 +41,10 @@ def install(model: nn.Module) -> None:
     for tower in backbone.towers.values():
         _install_tower(peft, tower, plans, routed)
     peft.recompute_blocks(model)
+    peft.distances = distances(backbone, peft)
+    if hasattr(model, "group_matcher"):
+        model.__dict__["group_matcher"] = GroupMatcher(model, peft.distances)
+        peft.swapped.append((model, type(model)))
     _install_parameters(peft, model)
     _install_heads(peft, model, backbone.heads, groups)
 
@@ -202,44 +209,130 @@ def _refuse_intermediates(peft: Adapters, tower: Tower, reason: str) -> None:
 
 def _install_parameters(peft: Adapters, model: nn.Module) -> None:
     by_parameter: dict[str, str] = {}
+    copies: dict[nn.Module, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
     for name in peft.active if peft.route is None else ():
-        for parameter_name, trained in peft[name].trained_parameters():
+        for parameter_name in peft[name].trained_names:
             if parameter_name in by_parameter:
                 raise ConfigurationError(
                     f"adapters {by_parameter[parameter_name]!r} and {name!r} both train {parameter_name!r}; "
                     "activate only one of them"
                 )
             by_parameter[parameter_name] = name
-            replace_everywhere(peft, model, model.get_parameter(parameter_name), trained)
+            path, _, last = f"trained.{parameter_name}".rpartition(".")
+            for module, slot in holders(model, own_parameter(model, parameter_name)):
+                copies[module][slot] = peft[name].get_submodule(path), last
+    for module, read in copies.items():
+        peft.stand_in(module, reads_copies(type(module), tuple(read))).copies = read
 
 
-def replace_everywhere(peft: Adapters, model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Replace a parameter in every module that holds it, so that tied parameters stay tied."""
+def holders(model: nn.Module, parameter: nn.Parameter) -> Iterator[tuple[nn.Module, str]]:
+    """Every module of the model that has a parameter, and the name it has there; several where it is tied."""
     for path, module in model.named_modules():
-        if path == "peft" or path.startswith("peft."):
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is old:
-                peft.replace(module, name, new)
+        if path != "peft" and not path.startswith("peft."):
+            yield from ((module, name) for name, each in module._parameters.items() if each is parameter)
 
 
 def _install_heads(peft: Adapters, model: nn.Module, heads: tuple[str, ...], groups: list[tuple[str, ...]]) -> None:
     acting = [name for names in groups for name in names]
     for path in dict.fromkeys((*heads, *(path for name in acting for path in peft[name].heads))):
-        parent, _, name = path.rpartition(".")
-        owner = model.get_submodule(parent)
+        own = model.get_submodule(path)
         if peft.route is not None:
-            peft.replace(owner, name, RoutedHead(_head_of(peft, model, path), peft.route))
-            continue
-        with_head = [adapter for adapter in peft.active if path in peft[adapter].heads]
-        if with_head:
-            head = peft[with_head[-1]].get_submodule(path)
-            peft.replace(owner, name, head)
-            if isinstance(head, nn.Linear):
-                # Trained, it keeps its input, which must not keep the tokens it was taken from.
-                swap_layer(peft, head).entering = (own,)
+            peft.stand_in(own, routes_heads(type(own))).routed = RoutedHead(_head_of(peft, path), peft.route)
+        elif head_in_use(peft, path) is not None:
+            _use_head(peft, own, peft[head_in_use(peft, path)].get_submodule(path))
 
 
-def _head_of(peft: Adapters, model: nn.Module, path: str) -> Callable[[str | None], nn.Module]:
-    original = model.get_submodule(path)
-    return lambda name: peft[name].get_submodule(path) if name and path in peft[name].heads else original
+def head_in_use(peft: Adapters, path: str) -> str | None:
+    """Which active adapter's head is used: that of the last one."""
+    return next((name for name in reversed(peft.active) if path in peft[name].heads), None)
+
+
+def parameters_in_use(peft: Adapters) -> list[nn.Parameter]:
+    """Parameters of the adapters that act or are routed, without heads that another one's head stands in for."""
+    names = peft.active if peft.route is None else tuple(dict.fromkeys(filter(None, peft.route)))
+    unused = set()
+    for name in names if peft.route is None else ():
+        for path in peft[name].heads:
+            if head_in_use(peft, path) != name:
+                unused |= set(peft[name].get_submodule(path).parameters())
+    return [*dict.fromkeys(p for name in names for p in peft[name].parameters() if p not in unused)]
+
+
+def _freeze_unused(peft: Adapters) -> None:
+    """Let `requires_grad` follow what acts: DDP waits for gradients of everything that has it.
+
+    What was frozen before it came to rest stays frozen when it acts again.
+    """
+    in_use, resting = set(parameters_in_use(peft)), set(peft.resting)
+    for name, adapter in peft.items():
+        for path, parameter in adapter.named_parameters():
+            if parameter not in in_use and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                resting.add((name, path))
+            elif parameter in in_use and (name, path) in resting:
+                parameter.requires_grad_(True)
+                resting.remove((name, path))
+    peft.resting = frozenset(resting)
+
+
+def stood_in_for(model: nn.Module) -> set[nn.Parameter]:
+    """The model's own parameters that do not compute now, because copies of them do."""
+    active = [model.peft[name] for name in model.peft.active]
+    heads = {parameter for each in active for (host,) in each.hosts.values() for parameter in host.parameters()}
+    return heads | {own_parameter(model, name) for each in active for name in each.trained_names}
+
+
+def remember_hosts(model: nn.Module, adapter: AttachedAdapter) -> None:
+    """Remember in the place of which modules the heads of an adapter will compute.
+
+    Raises:
+        ConfigurationError: the model has no such module.
+    """
+    hosts = {path: _at(model, path) for path in adapter.heads}
+    if missing := [path for path, host in hosts.items() if not isinstance(host, nn.Module)]:
+        raise ConfigurationError(f"the adapter has a head {missing[0]!r}, but the model has no module of this name")
+    adapter.hosts = {path: (host,) for path, host in hosts.items()}
+
+
+def check_unchanged(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse adapters whose head or trained copies are those of another head or parameter than the model has now.
+
+    Raises:
+        ConfigurationError: naming what was changed.
+    """
+    for name in names:
+        adapter: AttachedAdapter = model.peft[name]
+        changed = [path for path, (host,) in adapter.hosts.items() if _at(model, path) is not host]
+        for path, trained in adapter.trained_parameters():
+            if getattr(_at(model, path), "shape", None) != trained.shape:
+                changed.append(path)
+        if changed:
+            raise ConfigurationError(
+                f"{changed[0]!r} of the model was exchanged after adapter {name!r}, which trains a copy of the old "
+                "one, was attached; detach the adapter, then change the model (reset_classifier, set_input_size), then "
+                "attach it"
+            )
+
+
+def _at(model: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
+    """The module or the model's own parameter of this name."""
+    path, _, last = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return owner._modules.get(last, owner._parameters.get(last))
+
+
+def _use_head(peft: Adapters, own: nn.Module, head: nn.Module) -> None:
+    """Let a head compute with another one, layer by layer where they are built alike, so that hooks see each layer."""
+    alike = type(own) is type(head) is nn.Sequential and own._modules.keys() == head._modules.keys()
+    if alike:
+        for mine, other in zip(own, head, strict=True):
+            _use_head(peft, mine, other)
+    else:
+        peft.stand_in(own, uses_head(type(own), attributes_of(head))).acting = (head,)
+
+
+def _head_of(peft: Adapters, path: str) -> Callable[[str | None], nn.Module | None]:
+    return lambda name: peft[name].get_submodule(path) if name and path in peft[name].heads else None

@@ -1,13 +1,15 @@
 """Merge adapters into the weights, exactly where the algebra allows it, and take them out again."""
 
+import copy
 from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 
-from visionpeft.adapters.adapters import Adapters, check_allocated
-from visionpeft.adapters.attach import attached, reattach
-from visionpeft.adapters.install import install, plan_of, replace_everywhere
+from visionpeft.adapters.access import on_model
+from visionpeft.adapters.adapters import Adapters, check_allocated, own_parameter
+from visionpeft.adapters.attach import attached, reattach, unfreeze
+from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install, plan_of
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import full_precision
 from visionpeft.backbones.tower import READS, Layer, Tower
@@ -19,35 +21,54 @@ from visionpeft.sites import Order, order_of
 INPUTS = frozenset(READS.values())
 
 
+@on_model
 @torch.no_grad()
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, keep: bool = True) -> nn.Module:
     """Merge the active adapters: the model becomes a plain timm or OpenCLIP model that computes the same.
 
     Its classes and `state_dict` keys are the library's own, so that the library saves and loads it without us. The
     original weights are kept aside for `unmerge` and `detach`.
 
+    Args:
+        model: a model with adapters; with `keep=False` also one whose adapters are merged already.
+        keep: keep the original weights and all adapters. Otherwise the merged weights are the model's own from now on:
+            what was trainable before the first adapter is so again, and other adapters can be attached.
+
     Raises:
         UnsupportedError: if an active method adds something no weight of the backbone can hold; nothing is changed.
     """
+    if not keep and "merged_peft" in model.__dict__:
+        unfreeze(model, model.__dict__.pop("merged_peft"))
+        return model
     peft = attached(model)
     if not peft.active or peft.route is not None:
         raise ConfigurationError("merge merges the active adapters, but none is active; call activate first")
     _check_mergeable(peft)
+    check_unchanged(model, peft.active)
     peft.restore()
     try:
         changes = _merged_parameters(model, peft)
-    finally:
+        heads = _merged_heads(model, peft)
+    except Exception:  # whatever failed: leave the model as it was, then raise
         install(model)
-    peft.restore_classes()
+        raise
     for owner, name, value in changes:
-        current = getattr(owner, name)
-        replace_everywhere(peft, model, current, nn.Parameter(value, requires_grad=False))
+        merged = nn.Parameter(value, requires_grad=False)
+        for holder, slot in [*holders(model, owner._parameters[name])]:
+            peft.replace(holder, slot, merged)
+    for path, head in heads.items():
+        parent, _, name = path.rpartition(".")
+        peft.replace(model.get_submodule(parent), name, head)
     del model.peft
+    if not keep:
+        unfreeze(model, peft)
+        return model
     # Not registered, so that the model's state_dict is the library's own.
     model.__dict__["merged_peft"] = peft
     return model
 
 
+@on_model
 def unmerge(model: nn.Module) -> nn.Module:
     """Undo `merge`: the original weights come back byte for byte and the adapters act again."""
     reattach(model)
@@ -76,7 +97,8 @@ def _check_mergeable(peft: Adapters) -> None:
 
 def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module, str, torch.Tensor]]:
     """New values of the parameters that the active adapters change, as (owner, name, value)."""
-    trained = {id(model.get_parameter(n)): p for a in peft.active for n, p in peft[a].trained_parameters()}
+    copies = {n: p for a in peft.active for n, p in peft[a].trained_parameters()}
+    trained = {id(own_parameter(model, name)): copy for name, copy in copies.items()}
     values: dict[tuple[int, str], tuple[nn.Module, str, torch.Tensor]] = {}
 
     def value(owner: nn.Module, name: str) -> torch.Tensor:
@@ -84,6 +106,8 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
         start = full_precision(trained.get(id(parameter), parameter).detach()).double().clone()
         return values.setdefault((id(owner), name), (owner, name, start))[2]
 
+    for path, _, name in (each.rpartition(".") for each in copies):
+        value(model.get_submodule(path), name)
     towers = describe(model).towers
     methods = dict.fromkeys(type(method).__name__ for name in peft.active for method in peft[name].methods)
     # What acts on the input of a layer is folded into what its output has become.
@@ -100,6 +124,15 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
         for layer in readers:
             _merge_layer(layer, [module.merge_input for module in reversed(modules)], value, place)
     return [(owner, name, v.to(getattr(owner, name).dtype)) for owner, name, v in values.values()]
+
+
+def _merged_heads(model: nn.Module, peft: Adapters) -> dict[str, nn.Module]:
+    """Frozen copies of the heads in use, by path, in the precision of the model."""
+    heads, dtype = {}, next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    for path in dict.fromkeys(path for name in peft.active for path in peft[name].heads):
+        head = copy.deepcopy(peft[head_in_use(peft, path)].get_submodule(path))
+        heads[path] = head.to(dtype=dtype).requires_grad_(False)
+    return heads
 
 
 def _merge_layer(layer: Layer, merges: list[Callable], value, place: str) -> None:

@@ -8,6 +8,7 @@ import torch.nn as nn
 from visionpeft.backbones.frames import Frames
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import join
+from visionpeft.sites.stand_ins import in_own_precision
 
 
 class Routed:
@@ -104,25 +105,24 @@ class Routed:
         return result
 
 
-class RoutedHead(nn.Module):
+class RoutedHead:
     """The head of each sample's adapter.
 
     Args:
-        head_of: gives the head for the name of an adapter, or for None.
+        head_of: gives the head for the name of an adapter, or None for the model's own.
         route: name of an adapter, or None, for each sample.
     """
 
-    def __init__(self, head_of: Callable[[str | None], nn.Module], route: tuple[str | None, ...]):
-        super().__init__()
+    def __init__(self, head_of: Callable[[str | None], nn.Module | None], route: tuple[str | None, ...]):
         names = list(dict.fromkeys(route))
         self._heads = tuple((head_of(name), [r for r, n in enumerate(route) if n == name]) for name in names)
         self._names = tuple(names)
         self._batch = len(route)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map pooled features (batch, width) to logits (batch, classes)."""
+    def __call__(self, x: torch.Tensor, own: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Map pooled features (batch, width) to logits (batch, classes); `own` is the model's own head."""
         _check_batch(self._batch, len(x))
-        parts = [head(x[rows]) for head, rows in self._heads]
+        parts = [own(x[rows]) if head is None else in_own_precision(head, x[rows]) for head, rows in self._heads]
         classes = {part.shape[-1] for part in parts}
         if len(classes) > 1:
             raise UnsupportedError(

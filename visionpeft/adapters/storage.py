@@ -1,7 +1,6 @@
 """Save an adapter in a folder and load it again: `adapter.safetensors` and `adapter.json`."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -12,13 +11,15 @@ import torch
 import torch.nn as nn
 
 from visionpeft import methods as method_classes
-from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, method_keys, nest
+from visionpeft.adapters.access import on_model
+from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, method_keys, nest, training_dtype
 from visionpeft.adapters.attach import activate, attached, known, plain, register
 from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
+from visionpeft.adapters.fingerprint import differences, same_weights, weights_record
 from visionpeft.adapters.head_layout import head_from_layout, head_layout
+from visionpeft.adapters.install import check_unchanged
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
-from visionpeft.backbones.quantised import full_precision
 from visionpeft.errors import ConfigurationError, StorageError, UserError, nearest
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.parts.field_types import from_json
@@ -28,6 +29,7 @@ _MODULES = {"open_clip_torch": "open_clip"}  # packages whose module has another
 STEM = "adapter"
 
 
+@on_model
 def save(
     model: nn.Module,
     folder: str | Path,
@@ -54,6 +56,7 @@ def save(
         raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to save with name=")
     adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
     check_allocated(adapter)
+    check_unchanged(model, [each for each in peft if peft[each] is adapter])
     methods, tensors = folded(adapter)
     description = {
         "format": FORMAT,
@@ -87,7 +90,9 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
     description, tensors = read_described(folder, STEM, _check_description)
     methods = tuple(method_from(entry) for entry in description["methods"])
     name = name or "default"
-    check_backbone(description["backbone"], backbone_record(model, check_fingerprint), f"the adapter in {folder}")
+    check_backbone(
+        model, description["backbone"], backbone_record(model, check_fingerprint), f"the adapter in {folder}"
+    )
     with plain(model):
         backbone = describe(model)
         try:
@@ -102,6 +107,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
             raise StorageError(f"what the adapter in {folder} describes cannot be made: {reason}") from None
     reference = next(model.parameters())
     adapter.to(reference.device)
+    for path in adapter.heads:
+        adapter.get_submodule(path).to(training_dtype(reference))
     check_tensors(tensors, adapter.state_dict(), f"the adapter in {folder}")
     adapter.load_state_dict(tensors)
     register(model, name, adapter, backbone)
@@ -116,23 +123,6 @@ def read_metadata(folder: str | Path) -> dict:
         StorageError: if the folder holds no intact adapter.
     """
     return read_described(folder, STEM, _check_description)[0]
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the frozen parameters without heads and adapters: names, shapes and values rounded to bfloat16.
-
-    The rounding makes it the same for a backbone kept in float32 and in bfloat16.
-    """
-    backbone = describe(model)
-    heads = tuple(f"{path}." for path in (*backbone.heads, *backbone.unused_heads))
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in sorted(model.named_parameters()):
-        if name.startswith(("peft.", *heads)):
-            continue
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        values = full_precision(parameter.detach()).to("cpu", torch.bfloat16).contiguous()
-        digest.update(values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tensor]]:
@@ -161,10 +151,10 @@ def backbone_record(model: nn.Module, with_fingerprint: bool = True) -> dict:
     if not with_fingerprint:
         return record | {"fingerprint": None}
     with plain(model):
-        return record | {"fingerprint": fingerprint(model)}
+        return record | weights_record(model)
 
 
-def check_backbone(saved: dict, actual: dict, what: str) -> None:
+def check_backbone(model: nn.Module, saved: dict, actual: dict, what: str) -> None:
     """Refuse a backbone that is not the one something was trained on.
 
     Raises:
@@ -176,11 +166,16 @@ def check_backbone(saved: dict, actual: dict, what: str) -> None:
                 f"{what} belongs to {saved['architecture']} ({saved['class']}), "
                 f"not to {actual['architecture']} ({actual['class']})"
             )
-    if actual["fingerprint"] is not None and saved["fingerprint"] != actual["fingerprint"]:
+    if actual["fingerprint"] is None:
+        return
+    with plain(model):
+        same = same_weights(model, saved, actual)
+    if not same:
+        reason = differences(saved, actual) or f"fingerprint {saved['fingerprint']}, here {actual['fingerprint']}"
         raise StorageError(
-            f"{what} was trained on other weights of {saved['architecture']} than this model has (fingerprint "
-            f"{saved['fingerprint']}, here {actual['fingerprint']}); load the weights named in its .json file (on the "
-            "command line with --model.backbone and --model.checkpoint), or in Python pass check_fingerprint=False"
+            f"{what} was trained on other weights of {saved['architecture']} than this model has ({reason}); load the "
+            "weights named in its .json file (on the command line with --model.backbone and --model.checkpoint), "
+            "or in Python pass check_fingerprint=False"
         )
 
 

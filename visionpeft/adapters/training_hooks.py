@@ -14,16 +14,19 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from visionpeft.adapters.access import on_model
 from visionpeft.adapters.attach import attached
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method
 
 
+@on_model
 def penalty(model: nn.Module) -> torch.Tensor | float:
     """What the methods of the active adapters add to the loss, such as AdaLoRA's orthogonality; 0 if nothing."""
     return sum(method.penalty(part) for method, part in _acting(model))
 
 
+@on_model
 @torch.no_grad()
 def after_step(model: nn.Module, step: int, total_steps: int) -> None:
     """Let the methods of the active adapters act behind an optimiser step, while its gradients are still there.

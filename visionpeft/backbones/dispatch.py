@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer
 from visionpeft.errors import UnsupportedError
+from visionpeft.sites.stand_ins import class_below
 
 
 def describe(model: nn.Module) -> Backbone:
@@ -71,7 +72,7 @@ def pre_norm_block(
     """Describe a block with timm's attribute names: norm1, attn, norm2, mlp."""
     sited_attention_class, layers = describe_attention(block.attn)
     for original, sited in ((block, sited_class), (block.attn, sited_attention_class)):
-        if not issubclass(sited, type(original)):
+        if not issubclass(sited, class_below(original)):
             raise UnsupportedError(
                 f"{type(original).__name__} is a subclass of {sited.__mro__[1].__name__} with its own code; "
                 "register a sited form of it with visionpeft.backbones.dispatch"

@@ -7,7 +7,7 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from visionpeft.adapters.adapters import AttachedAdapter
+from visionpeft.adapters.adapters import AttachedAdapter, own_parameter
 from visionpeft.adapters.attach import attached
 from visionpeft.adapters.storage import package_versions
 from visionpeft.backbones.dispatch import describe
@@ -34,13 +34,14 @@ class FrozenTrunk:
 
     def __init__(self, model: nn.Module):
         backbone = describe(model)
-        if list(backbone.towers) != ["visual"] or len(backbone.heads) != 1:
-            raise UnsupportedError("a frozen trunk is kept of image classifiers with one head only")
         self.model = model
-        self.head = backbone.heads[0]
+        self.acting = self._acting()
+        heads = [*dict.fromkeys((*backbone.heads, *(path for adapter in self.acting for path in adapter.heads)))]
+        if list(backbone.towers) != ["visual"] or len(heads) != 1:
+            raise UnsupportedError("a frozen trunk is kept of image classifiers with one head only")
+        self.head = heads[0]
         tower = backbone.towers["visual"]
         self.blocks = [block.module for block in tower.blocks]
-        self.acting = self._acting()
         starts = [start for adapter in self.acting for start in _starts(adapter, model, tower)]
         self.first = min(starts, default=None)
         if self.first == 0:
@@ -201,4 +202,4 @@ def _starts(adapter: AttachedAdapter, model: nn.Module, tower: Tower) -> Iterato
         behind = tower.depth if placement.site in tower.final_norms else 0
         yield behind if placement.block is None else placement.block
     for name in adapter.trained_names:
-        yield places.get(id(model.get_parameter(name)), 0)
+        yield places.get(id(own_parameter(model, name)), 0)

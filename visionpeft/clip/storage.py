@@ -72,7 +72,7 @@ def load_learner(
     description, tensors = read_saved(folder)
     check_clip(clip)
     what = f"the learner in {folder}"
-    check_backbone(description["backbone"], backbone_record(clip, check_fingerprint), what)
+    check_backbone(clip, description["backbone"], backbone_record(clip, check_fingerprint), what)
     entry = description["learner"]
     names = [name for name in learner_classes.__all__ if _is_learner(getattr(learner_classes, name))]
     if entry["class"] not in names:

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 
 import torch.nn as nn
 
+from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.attach import attached, trainable_parameters
+from visionpeft.adapters.install import stood_in_for
 from visionpeft.backbones.dispatch import describe
 from visionpeft.methods.parts.sparse_delta import entries_of
 
@@ -80,17 +82,18 @@ class Summary:
         return "\n".join([self.backbone, "", lines[0], rule, *lines[1:], "", self.caption])
 
 
+@on_model
 def summary(model: nn.Module) -> Summary:
     """Count what is trained, site by site."""
     peft = attached(model)
     trainable = trainable_parameters(model)
-    acting = {id(p) for p in trainable}
-    frozen = [p for name, p in model.named_parameters() if not name.startswith("peft.") and id(p) not in acting]
+    unused = stood_in_for(model)
+    own = [p for name, p in model.named_parameters() if not name.startswith("peft.") and p not in unused]
     heads = {id(p) for name in peft.active for p in peft[name].head_parameters()}
     count = sum(p.numel() for p in trainable)
     return Summary(
         backbone=describe(model).name,
-        total=sum(p.numel() for p in frozen) + count,
+        total=sum(p.numel() for p in own) + count,
         trainable=count,
         adapter=sum(p.numel() for p in trainable if id(p) not in heads),
         indices=sum(sum(entries_of(peft[name]).values()) for name in peft.active),

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save as serialise
 
+from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.attach import attached, known, plain
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
@@ -25,6 +26,7 @@ from visionpeft.sharing.peft_modules import PeftModule, peft_modules
 METHODS = {LoRA: peft_lora, DoRA: peft_lora, IA3: peft_ia3}
 
 
+@on_model
 def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> None:
     """Write a LoRA, DoRA or IA3 adapter with which peft's `PeftModel.from_pretrained` gives equal logits.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from visionpeft.adapters.adapters import AttachedAdapter, nest
+from visionpeft.adapters.adapters import AttachedAdapter, nest, training_dtype
 from visionpeft.adapters.attach import activate, plain, register
 from visionpeft.errors import StorageError
 from visionpeft.sharing import peft_ia3, peft_lora
@@ -62,7 +62,7 @@ def import_peft(model: nn.Module, folder: str | Path, name: str = "default") -> 
         methods = tuple(form.methods(config, backbone, parts, what))
         adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(trained))
     for path, head in heads.items():
-        nest(adapter, path, head)
+        nest(adapter, path, head.to(training_dtype(next(model.parameters()))))
     adapter.heads = tuple(heads)
     adapter.to(next(model.parameters()).device)
     state = {part.place: part.tensors for part in parts}

@@ -13,6 +13,7 @@ class SitedLayer:
     maps its input, y = layer(x), then each module of `acting` maps (x, y, weight, bias) to the next y.
     """
 
+    original: type[nn.Module]  # the library's class of the layer
     acting: tuple[nn.Module, ...] = ()
     entering: tuple[nn.Module, ...] = ()
 
@@ -32,7 +33,7 @@ class SitedLayer:
 
     def __reduce_ex__(self, protocol):
         # The class is made on demand, so it is pickled as the class it was made from.
-        original = type(self).__bases__[1]
+        original = self.original
         return _empty_sited_layer, (original,), self.__dict__
 
 
@@ -52,11 +53,12 @@ class SitedPointwise(SitedLayer):
         """Leave out what can act as another weight and bias, and remember what the output is made from."""
         if frozen_layers.traced():
             return super().economical(x)
-        parameters = self._parameters
+        # by attribute, as a trained copy may be read instead of the layer's own
+        parameters = {name: getattr(self, name) for name in self._parameters}
         folded = self._folded() if self.acting else None
         if folded is not None:
             parameters = {"weight": folded[0], "bias": folded[1]}
-        run = functools.partial(_run_with, type(self).__bases__[1], self, tuple(parameters))
+        run = functools.partial(_run_with, self.original, self, tuple(parameters))
         y = run(x, *parameters.values())
         if not getattr(self, "inplace", False):
             y = frozen_layers.remember(y, run, x, *parameters.values())
@@ -96,7 +98,7 @@ def sited_layer_class(original: type[nn.Module]) -> type[nn.Module]:
         mixed_in = SitedLayer
     else:
         mixed_in = SitedPointwise
-    return type(f"Sited{original.__name__}", (mixed_in, original), {})
+    return type(f"Sited{original.__name__}", (mixed_in, original), {"original": original})
 
 
 def _empty_sited_layer(original: type[nn.Module]) -> nn.Module:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import allocate, remake
-from visionpeft.adapters.attach import detach, trainable_parameters
+from visionpeft.adapters.attach import detach, layer_distances, trainable_parameters
+from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.storage import load, method_from, save
 from visionpeft.adapters.training_hooks import after_step, penalty
 from visionpeft.errors import ConfigurationError
@@ -64,7 +65,8 @@ class AdaptedTask(ImageTask):
 
     def describe(self) -> dict:
         """Methods, backbone and parameter counts, `waiting` while what else is trained is to be chosen by the data."""
-        total = sum(parameter.numel() for parameter in self.model.parameters())
+        unused = stood_in_for(self.model)
+        total = sum(parameter.numel() for parameter in self.model.parameters() if parameter not in unused)
         trainable = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         return {
             "method": [describe_method(method) for method in self.methods],
@@ -141,6 +143,10 @@ class AdaptedTask(ImageTask):
     def trained_parameters(self) -> list[nn.Parameter]:
         """Adapter and head."""
         return trainable_parameters(self.model)
+
+    def layer_distances(self) -> dict[nn.Parameter, int]:
+        """How many layers from the output each trained parameter acts."""
+        return layer_distances(self.model)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The head."""

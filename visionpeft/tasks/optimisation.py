@@ -1,7 +1,7 @@
 """Optimiser and learning-rate schedule of what is trained: adapters, head and extra parameters."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +30,8 @@ class Optimisation:
         min_lr_ratio: the rate at the end of "cosine", as a share of the peak.
         eps: the term of AdamW that keeps it from dividing by zero.
         lora_plus: the rate of LoRA's B as a multiple of `lr`, 2 to 32 in LoRA+; so that of P in AdaLoRA and b in VeRA.
+        layer_decay: multiply the rates by layer_decay ** n, n layers from the output: 0 for the head, 1 for the last
+            block, L for the first of L; 1 leaves them (Bao et al., BEiT, 2021, https://arxiv.org/abs/2106.08254).
         scale_lr_by_batch: multiply the rates by batch size / this number, 256 in many papers; None leaves them.
     """
 
@@ -44,6 +46,7 @@ class Optimisation:
     min_lr_ratio: float = 0.0
     eps: float = 1e-8
     lora_plus: float = 1.0
+    layer_decay: float = 1.0
     scale_lr_by_batch: int | None = None
 
     def __post_init__(self):
@@ -52,6 +55,8 @@ class Optimisation:
             raise ConfigurationError("optimisation: lr, head_lr, warmup_lr and weight_decay must not be negative")
         if self.eps <= 0 or self.lora_plus <= 0:
             raise ConfigurationError("optimisation: eps and lora_plus must be positive")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigurationError(f"optimisation: layer_decay lies in (0, 1], not {self.layer_decay}")
         if self.warmup_epochs < 0 or not 0 <= self.min_lr_ratio <= 1:
             raise ConfigurationError("optimisation: warmup_epochs must not be negative, min_lr_ratio lies in [0, 1]")
         if self.scale_lr_by_batch is not None and self.scale_lr_by_batch <= 0:
@@ -69,6 +74,7 @@ def parameter_groups(
     optimisation: Optimisation,
     batch_size: int,
     output_side: Iterable[nn.Parameter] = (),
+    distances: Mapping[nn.Parameter, int] | None = None,
 ) -> list[dict]:
     """Split parameters into adapter and head, each with and without decay; empty groups are left out.
 
@@ -81,9 +87,10 @@ def parameter_groups(
         optimisation: rates and decay.
         batch_size: samples per optimiser step, for `scale_lr_by_batch`.
         output_side: those of them that `lora_plus` is about.
+        distances: how many layers from the output each acts, for `layer_decay`; each distance has groups of its own.
 
     Raises:
-        ConfigurationError: `lora_plus` without anything it is about.
+        ConfigurationError: `lora_plus` or `layer_decay` without anything it is about.
     """
     trainable = list(trainable)
     scale = batch_size / optimisation.scale_lr_by_batch if optimisation.scale_lr_by_batch else 1.0
@@ -101,16 +108,23 @@ def parameter_groups(
                 "optimisation: lora_plus is about the rate of LoRA's B and the like, which this method has not; leave "
                 "it at 1"
             )
+    if optimisation.layer_decay != 1 and not distances:
+        raise ConfigurationError(
+            "optimisation: layer_decay is about adapters in the blocks of a backbone, which are not trained here; "
+            "leave it at 1"
+        )
     groups = {}
     for parameter in trainable:
         part = parts.get(id(parameter), "adapter")
         decays = parameter.ndim > 1 or optimisation.decay_all
+        distance = distances[parameter] if optimisation.layer_decay != 1 else 0
         group = groups.setdefault(
-            (part, decays),
+            (part, decays, distance),
             {
-                "name": f"{part}, {'decayed' if decays else 'not decayed'}",
+                "name": f"{part}, {'decayed' if decays else 'not decayed'}"
+                + (f", {distance} layers from the output" if distance else ""),
                 "params": [],
-                "lr": scale * rates[part],
+                "lr": scale * rates[part] * optimisation.layer_decay**distance,
                 "weight_decay": optimisation.weight_decay if decays else 0.0,
             },
         )

@@ -178,12 +178,21 @@ class ImageTask(pl.LightningModule):
         self._check_end()
         batch_size = getattr(trainer.datamodule, "batch_size", 1) * trainer.accumulate_grad_batches * trainer.world_size
         groups = parameter_groups(
-            self.trained_parameters(), self.head_parameters(), self.optimisation, batch_size, output_side(self)
+            self.trained_parameters(),
+            self.head_parameters(),
+            self.optimisation,
+            batch_size,
+            output_side(self),
+            self.layer_distances(),
         )
         optimizer = build_optimizer(groups, self.optimisation)
         total_steps = int(trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, self.optimisation, self.steps_per_epoch, self.num_epochs, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def layer_distances(self) -> dict[nn.Parameter, int] | None:
+        """How many layers from the output each trained parameter acts, None where there are no such layers."""
+        return None
 
     @property
     def steps_per_epoch(self) -> int:

@@ -198,7 +198,7 @@ def read_context(folder: str, clip: nn.Module) -> tuple[torch.Tensor, Position]:
     if description["learner"]["class"] != "CoOp" or "vectors" not in tensors:
         raise StorageError(f"TPT can start from a CoOp learner, and in {folder} is a {description['learner']['class']}")
     check_clip(clip)
-    check_backbone(description["backbone"], backbone_record(clip), f"the learner in {folder}")
+    check_backbone(clip, description["backbone"], backbone_record(clip), f"the learner in {folder}")
     return tensors["vectors"], description["learner"]["options"].get("position", "end")
 
 

@@ -1,0 +1,130 @@
+"""Compiled models and several threads: what is done to a model is done to the model itself, by one thread at a time."""
+
+import threading
+
+import pytest
+import timm
+import torch
+
+import visionpeft as vp
+from visionpeft.adapters import access
+from visionpeft.errors import ConfigurationError
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def build():
+    torch.manual_seed(0)
+    options = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 3}
+    return timm.create_model("vit_tiny_patch16_224", **options).eval()
+
+
+def adapted(model=None, name="default"):
+    model = vp.attach(model or build(), vp.LoRA(rank=2), name)
+    with torch.no_grad():
+        for parameter in model.peft[name].parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def test_compiled_models(tmp_path):
+    """Counted, saved, switched and merged as the model they were compiled from; compiled, they follow."""
+    model = adapted()
+    compiled = torch.compile(model, backend="eager")
+    expected = model(IMAGES)
+    assert torch.allclose(compiled(IMAGES), expected, atol=1e-5)
+    assert str(vp.summary(compiled)) == str(vp.summary(model))
+    vp.save(compiled, tmp_path / "adapter")
+    other = build()
+    vp.load(other, tmp_path / "adapter")
+    assert torch.equal(other(IMAGES), expected)
+    with vp.use(compiled, None):
+        assert torch.allclose(compiled(IMAGES), build()(IMAGES), atol=1e-5)
+    assert torch.allclose(compiled(IMAGES), expected, atol=1e-5)
+    assert vp.merge(compiled) is compiled
+    assert model.state_dict().keys() == build().state_dict().keys()
+    assert torch.allclose(compiled(IMAGES), expected, atol=1e-5)
+    vp.unmerge(compiled)
+    assert torch.equal(model(IMAGES), expected)
+    vp.detach(compiled)
+    assert torch.equal(model(IMAGES), build()(IMAGES))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_merge_can_be_final(twice):
+    """The merged weights are the model's own, as in a plain model that loads them, and another adapter is attached."""
+    model = adapted()
+    expected = model(IMAGES)
+    if twice:
+        vp.merge(model)
+        with pytest.raises(ConfigurationError, match=r"with merge\(model, keep=False\)"):
+            vp.attach(model, vp.LoRA(rank=2))
+    vp.merge(model, keep=False)
+    plain = build()
+    plain.load_state_dict(model.state_dict())
+    assert vars(model).keys() == vars(plain).keys()
+    assert torch.allclose(model(IMAGES), expected, atol=1e-5)
+    assert torch.equal(model(IMAGES), plain(IMAGES))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ConfigurationError):
+        vp.unmerge(model)
+    adapted(model)
+    assert not torch.allclose(model(IMAGES), expected, atol=1e-3)
+    vp.detach(model)
+    assert torch.equal(model(IMAGES), plain(IMAGES))
+
+
+@torch.no_grad()
+def answers(model, alone, threads=4, times=20):
+    """How many answers of several threads that switch one model are those of the adapter they chose, of how many."""
+    right, failed = [], []
+
+    def work(number):
+        for turn in range(times):
+            name = [*alone][(number + turn) % len(alone)]
+            try:
+                with torch.no_grad(), vp.use(model, name) if turn % 2 else vp.route(model, [name] * 2):
+                    right.append(torch.allclose(model(IMAGES), alone[name], atol=1e-5))
+            except Exception as error:
+                failed.append(error)
+
+    started = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join(timeout=120)
+    return sum(right), threads * times
+
+
+@pytest.fixture
+def shared():
+    """A model with two adapters, and the answers of each alone."""
+    model = adapted(adapted(name="a"), "b")
+    alone = {}
+    with torch.no_grad():
+        for name in ("a", "b"):
+            with vp.use(model, name):
+                alone[name] = model(IMAGES)
+    return model, alone
+
+
+def test_threads_take_turns(shared):
+    right, every = answers(*shared)
+    assert right == every
+
+
+def test_without_turns_answers_are_wrong(shared, monkeypatch):
+    """The negative control: threads that do not wait get answers of each other's adapter, or none."""
+
+    class NoLock:
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setitem(access._LOCKS, shared[0], NoLock())
+    right, every = answers(*shared)
+    assert right < every

@@ -1,0 +1,142 @@
+"""Modules that compute with what an adapter holds, while their own tensors stay where they are, under their own names.
+
+A head and a parameter that an adapter trains are copies below `model.peft`. The model's own module keeps its own
+tensors, so that every tensor is in `state_dict()` and `named_parameters()` once: while the adapter acts, the module has
+a class that reads the copy. It asks for the copy at each use, by the module that holds it. So whatever exchanges the
+tensors of that module (`torch.func.functional_call`, `load_state_dict(assign=True)`) exchanges what computes.
+"""
+
+import functools
+
+import torch
+from torch import nn
+
+from visionpeft.errors import UnsupportedError
+from visionpeft.sites.layers import SitedLayer, sited_layer_class
+from visionpeft.sites.frozen_layers import own
+
+# What says which layer a head is, besides its tensors.
+SIZES = ("in_features", "out_features", "num_features", "normalized_shape")
+
+
+class StandIn(nn.Module):
+    """Mixed into the class of a module of the model while an adapter's tensors are used instead of its own."""
+
+    below: type[nn.Module]  # its class otherwise
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Give the module another tensor of its own, which must fit the copy that is trained.
+
+        Raises:
+            UnsupportedError: it has another shape, as after `set_input_size`.
+        """
+        before = self._parameters.get(name)
+        if before is not None and (param is None or param.shape != before.shape):
+            raise UnsupportedError(
+                f"{name} of {type(self).__name__} cannot change its shape from {tuple(before.shape)}: an adapter "
+                "trains a copy of it; detach the adapters, change the model and attach them again"
+            )
+        super().register_parameter(name, param)
+
+    def __reduce_ex__(self, protocol):
+        # The class is made on demand, so what is pickled is how to make it.
+        sited = issubclass(self.below, SitedLayer)
+        original = self.below.original if sited else self.below
+        return _empty, (type(self).make, original, sited, type(self).arguments), self.__dict__
+
+
+class ReadsCopies(StandIn):
+    """A module some of whose parameters are read from `copies`: name -> (module with the copy, its name there)."""
+
+    copies: dict[str, tuple[nn.Module, str]]
+
+
+class UsesHead(StandIn):
+    """A head that computes with another one, the only entry of `acting`."""
+
+    acting: tuple[nn.Module]  # in a tuple, so that it is not registered here as well
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map pooled features (batch, width) to what the other head gives."""
+        # Trained, a linear layer keeps its input, which must not keep the tokens it was taken from.
+        return in_own_precision(self.acting[0], own(x) if isinstance(self.acting[0], nn.Linear) else x)
+
+
+class RoutesHeads(StandIn):
+    """A head that gives each row of a batch to the head of the row's adapter, by a `RoutedHead`."""
+
+    routed: object
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map pooled features (batch, width) to logits (batch, classes)."""
+        return self.routed(x, super().forward)
+
+
+def in_own_precision(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """head(x) computed in the precision of the head, in the dtype of x; autocast chooses where it is on."""
+    dtype = next((t.dtype for t in (*head.parameters(), *head.buffers()) if t.is_floating_point()), x.dtype)
+    if dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return head(x)
+    return head(x.to(dtype)).to(x.dtype)
+
+
+@functools.cache
+def reads_copies(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The class of a module that reads these of its parameters from `copies`."""
+
+    def copied(name: str) -> property:
+        def read(self):
+            holder, key = self.copies[name]
+            value, mine = getattr(holder, key), self._parameters[name]
+            return value if value.dtype == mine.dtype else value.to(mine.dtype)
+
+        return property(read)
+
+    properties = {name: copied(name) for name in names}
+    if "pos_embed" in names and hasattr(below, "set_input_size"):
+        properties["set_input_size"] = _refuse_input_size  # before it has changed the half of the model
+    return _made(reads_copies, ReadsCopies, below, names, properties)
+
+
+@functools.cache
+def uses_head(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The class of a head that computes with another one, and has these attributes of it."""
+
+    def of_head(name: str) -> property:
+        return property(lambda self: getattr(self.acting[0], name))
+
+    return _made(uses_head, UsesHead, below, names, {name: of_head(name) for name in names})
+
+
+@functools.cache
+def routes_heads(below: type[nn.Module], names: tuple[str, ...] = ()) -> type[nn.Module]:
+    """The class of a head that gives rows to the heads of their adapters."""
+    return _made(routes_heads, RoutesHeads, below, names, {})
+
+
+def attributes_of(head: nn.Module) -> tuple[str, ...]:
+    """The attributes of a head that are seen at the module it stands in for."""
+    return (*head._parameters, *(name for name in SIZES if name in vars(head)))
+
+
+def class_below(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without what is mixed in here."""
+    return module.below if isinstance(module, StandIn) else type(module)
+
+
+def _refuse_input_size(self, *args, **kwargs) -> None:
+    raise UnsupportedError(
+        "set_input_size cannot be used while an adapter trains pos_embed; detach the adapters, set the input size and "
+        "attach them again"
+    )
+
+
+def _made(make, mixed_in: type[StandIn], below: type[nn.Module], names: tuple[str, ...], properties: dict) -> type:
+    about = {"below": below, "make": staticmethod(make), "arguments": names}
+    about |= {key: getattr(below, key) for key in ("__module__", "__qualname__", "__doc__")}
+    return type(below.__name__, (mixed_in, below), {**about, **properties})
+
+
+def _empty(make, original: type[nn.Module], sited: bool, names: tuple[str, ...]) -> nn.Module:
+    cls = make(sited_layer_class(original) if sited else original, names)
+    return cls.__new__(cls)
