@@ -234,7 +234,7 @@ FAULTS = [
     Fault(
         "restore_last", "of two replacements of one slot the first is kept",
         "owner, name, original = self.replaced.pop()\n", "owner, name, original = self.replaced.pop(0)\n",
-        ("test_invariants",), "merge and vit_cls",
+        ("test_weight_methods",), "merging_into",
     ),
     Fault(
         "unmerge", "unmerging gives back the merged weights",
@@ -284,7 +284,7 @@ FAULTS = [
     Fault(
         "key_prompts_entrance", "what acts on tokens behind the prompts' entrance leaves prompts that are keys alone",
         "        for module in self.at_entrance:\n            prompts = module(prompts)\n", "",
-        ("test_block_economies", "test_invariants"), "prompts_as_keys or stacking",
+        ("test_block_economies",), "prompts_as_keys and stream",
     ),
     Fault(
         "forward_intermediates", "shallow prompts leak into intermediate features",
