@@ -76,9 +76,13 @@ def same_state(left, right):
     return left[0] == right[0] and same_bytes(left[1], right[1])
 
 
-@functools.cache
 def plain(host, dtype=torch.float32):
     """The backbone of a host, frozen, for those who only read it; the same object at every call."""
+    return _plain(host, dtype)
+
+
+@functools.cache
+def _plain(host, dtype):  # without a default, which would be another key than the same precision given
     return host.build(dtype).requires_grad_(False)
 
 

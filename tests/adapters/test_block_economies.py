@@ -53,6 +53,29 @@ class Mixing(Method):
         return [Placement(tower.name, index, self.site, Mean(self.share), add=self.add) for index in range(tower.depth)]
 
 
+class Scaling(torch.nn.Module):
+    """Scales every token by itself, prompts as well."""
+
+    tokenwise = True
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledStream(Method):
+    """Scales what enters each block, behind the prompts' entrance."""
+
+    towers: str | list[str] | None = None
+
+    def place(self, tower):
+        return [Placement(tower.name, index, "stream_in", Scaling(tower.width)) for index in range(tower.depth)]
+
+
 def all_sites(model):
     """The sites of every block of the image tower."""
     found = [block.module.__dict__.get("sites") for block in describe(model).towers["visual"].blocks]
@@ -107,6 +130,7 @@ STACKS = {
     "prefix": (vp.VPT(3), vp.PrefixTuning(2)),
     "ia3": (vp.VPT(3), vp.IA3()),
     "norms": (vp.VPT(3), vp.LayerNormTuning()),
+    "stream": (vp.VPT(3), ScaledStream()),
     "adapters": (vp.VPT(3), vp.Adapter(4, placement="houlsby"), vp.AdaptFormer(4, dropout=0.0)),
     "some blocks": (vp.VPT(3, blocks="last:2", overrides={"last:1": 5}),),
 }

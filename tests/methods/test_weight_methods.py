@@ -264,3 +264,21 @@ def test_alpha_is_divided_by_the_rank_of_each_layer():
         assert distance(change, 6 / rank * b @ a) < 1e-12
     with torch.no_grad():
         assert distance(model(inputs), active) < 1e-12
+
+
+def test_merging_into_weights_that_are_trained_is_undone():
+    """Where a weight is trained itself and changed by LoRA, merging replaces it twice; all of that is taken back."""
+    model = HOST["vit_cls"].build(torch.float64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    vp.attach(model, [vp.LastBlocks(1), vp.LoRA(rank=2, targets=("q", "fc2"))])
+    randomise(model.peft["default"])
+    active = output_of(model.eval())
+    vp.merge(model)
+    assert distance(output_of(model), active) < 1e-12
+    vp.unmerge(model)
+    assert torch.equal(output_of(model), active)
+    vp.merge(model)
+    vp.detach(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)

@@ -29,7 +29,7 @@ RESULTS = Path(__file__).with_suffix(".md")
 WIDE = (
     *("test_invariants", "test_selfcheck", "test_methods_reference", "test_counts", "test_storage", "test_combine"),
     *("test_allocation", "test_block_economies", "test_layer_economies", "test_gated_vpt", "test_weight_methods"),
-    *("test_input_merging", "test_clip_storage", "test_addressing"),
+    *("test_input_merging", "test_clip_storage", "test_addressing", "test_flow"),
 )
 
 
@@ -154,9 +154,9 @@ FAULTS = [
     ),
     # sites
     Fault(
-        "mask_prefix", "the masks of a causal tower take prompts to be one token earlier",
+        "mask_prefix", "attention biases take prompts to be one token earlier",
         "extra, at = self.extra_tokens, self.num_prefix_tokens", "extra, at = self.extra_tokens, self.num_prefix_tokens - 1",
-        keyword="vpt_deep and clip or vpt_shallow and clip",
+        keyword="vpt and beit",
     ),
     Fault(
         "causal_prompts", "a prompt of a causal tower sees prompts behind it",
@@ -172,7 +172,7 @@ FAULTS = [
     Fault(
         "branch_at_once", "branches that end at a site do not see each other's order",
         "for module, delta in reversed(self.carried.pop(site, ())):", "for module, delta in self.carried.pop(site, ()):",
-        keyword="unipelt or mam or stacking or gated",
+        tests=("test_flow",),
     ),
     Fault(
         "first_patch", "prompts count as patches",
@@ -234,7 +234,7 @@ FAULTS = [
     Fault(
         "restore_last", "of two replacements of one slot the first is kept",
         "owner, name, original = self.replaced.pop()\n", "owner, name, original = self.replaced.pop(0)\n",
-        ("test_invariants", "test_storage", "test_combine"), "",
+        ("test_weight_methods",), "merging_into",
     ),
     Fault(
         "unmerge", "unmerging gives back the merged weights",
@@ -284,7 +284,7 @@ FAULTS = [
     Fault(
         "key_prompts_entrance", "what acts on tokens behind the prompts' entrance leaves prompts that are keys alone",
         "        for module in self.at_entrance:\n            prompts = module(prompts)\n", "",
-        ("test_block_economies", "test_invariants"), "prompts_as_keys or stacking",
+        ("test_block_economies",), "prompts_as_keys and stream",
     ),
     Fault(
         "forward_intermediates", "shallow prompts leak into intermediate features",
