@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from visionpeft.errors import UnsupportedError
-from visionpeft.sites.layers import SitedLayer, sited_layer_class
 from visionpeft.sites.frozen_layers import own
+from visionpeft.sites.layers import SitedLayer, sited_layer_class
 
 # What says which layer a head is, besides its tensors.
 SIZES = ("in_features", "out_features", "num_features", "normalized_shape")
