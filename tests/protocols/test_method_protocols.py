@@ -25,9 +25,10 @@ from visionpeft.protocols.method_table import method_table
 from visionpeft.protocols.recipes import find_recipe, paper_recipe
 from visionpeft.protocols.search import best, choose, grid_points
 from visionpeft.runs.cli import CLI
+from visionpeft.runs.config_files import find_config, shipped_configs
 from visionpeft.runs.history import read_history
 
-RECIPES = sorted(path.name for path in (shipped("configs") / "recipes").glob("*_*.yaml"))
+RECIPES = sorted(f"{path.parts[-3]}_{path.name}" for path in shipped("configs").glob("*/recipes/*.yaml"))
 
 
 # Recipes
@@ -65,18 +66,18 @@ def test_grids_and_rules_of_the_papers():
     assert size("vtab_bitfit", paper=True) == 4
     assert size("vtab_ssf") == 5
     assert size("vtab_ssf", paper=True) == size("vtab_lora", paper=True) == 1  # the authors say what it is
-    rules = {name: paper_recipe(shipped("configs") / f"vtab_{name}.yaml") for name in ("vpt", "adapter_plus", "ssf")}
+    rules = {name: paper_recipe(find_config(f"vtab_{name}.yaml")) for name in ("vpt", "adapter_plus", "ssf")}
     assert [rules[name].report for name in rules] == ["last", "last", "best_test"]
     assert rules["vpt"].seeds == (42, 44, 82, 100, 800)
     assert rules["ssf"].tasks["svhn"]["model.optimisation.lr"] == 0.01
-    convpass = paper_recipe(shipped("configs") / "vtab_convpass.yaml")
+    convpass = paper_recipe(find_config("vtab_convpass.yaml"))
     assert convpass.paper["model.method.drop_path"] == 0.1  # its bypasses are dropped, too
     assert "bypasses" in convpass.differs
     lengths = [entry["model.method.num_tokens"] for entry in rules["vpt"].tasks.values()]
     assert np.mean(lengths) == pytest.approx(60.9, abs=0.05)  # 0.56 M on average, as published
 
     def ranks(name):
-        tasks = find_recipe(shipped("configs") / f"vtab_{name}.yaml").tasks.values()
+        tasks = find_recipe(find_config(f"vtab_{name}.yaml")).tasks.values()
         return np.array([entry["model.method.rank"] for entry in tasks])
 
     # parameters on ViT-B/16 by the paper's formulas, on average over the tasks
@@ -118,7 +119,7 @@ def test_what_a_paper_leaves_open_is_not_said_to_be_its_choice(tmp_path):
 def test_methods_by_name():
     assert configs_of_methods(["VPT", "vpt_shallow"], "vtab_") == ["vtab_vpt.yaml", "vtab_vpt_shallow.yaml"]
     assert configs_of_methods(["LoRA", "FullFineTuning"], "fgvc_") == ["fgvc_lora.yaml", "fgvc_full.yaml"]
-    assert len(configs_of_methods(["all"], "vtab_")) == len(list(shipped("configs").glob("vtab_*.yaml")))
+    assert len(configs_of_methods(["all"], "vtab_")) == len(shipped_configs("vtab_"))
     with pytest.raises(ConfigurationError, match="did you mean lora"):
         configs_of_methods(["Lorra"], "vtab_")
 

@@ -13,11 +13,13 @@ from visionpeft import methods
 from visionpeft.clip import learners
 from visionpeft.files import shipped
 from visionpeft.runs.cli import CLI
+from visionpeft.runs.config_files import config_content, find_config, shipped_configs
 from visionpeft.runs.command import silence
 from visionpeft.tasks import prompt_learning
 
 CONFIGS = shipped("configs")
-WHOLE = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name.split("_")[0] in ("vtab", "fgvc", "images"))
+SHIPPED = shipped_configs()
+WHOLE = [name for name in SHIPPED if name.split("_")[0] in ("vtab", "fgvc", "images")]
 OF_CLIP = ("backbones/clip_rn50_openai.yaml", "backbones/clip_vit_b16_openai.yaml", "backbones/nano_clip.yaml")
 OF_LEARNERS_ALONE = (OF_CLIP[0], OF_CLIP[2])
 OVERLAYS = sorted(
@@ -51,7 +53,7 @@ NAMES = (
     *("linear_probe", "full", "last_blocks", "gated_vpt", "rep_adapter", "convpass", "fact_tt", "fact_tk"),
     *("spt_lora", "spt_adapter"),
 )
-VIDEOS = sorted(path.name for path in CONFIGS.glob("video_*.yaml"))
+VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
 
@@ -87,7 +89,7 @@ def test_every_method_has_a_configuration_for_each_benchmark():
 
 
 def method_of(name):
-    return yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["method"]
+    return config_content(name)["model"]["init_args"]["method"]
 
 
 @pytest.mark.parametrize("name", VIDEOS)
@@ -139,9 +141,9 @@ def test_configuration_builds(name, data):
     assert vp.trainable_parameters(cli.model.model)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", [name for name in SHIPPED if "/" not in name])
 def test_header_says_what_a_reader_needs(name):
-    header = [line for line in (CONFIGS / name).read_text().splitlines() if line.startswith("#")]
+    header = [line for line in find_config(name).read_text().splitlines() if line.startswith("#")]
     text = " ".join(header)
     assert "python -m visionpeft.fit --config" in text
     if name.startswith(("vtab_", "fgvc_", "video_")) or name in LEARNERS:
@@ -201,7 +203,7 @@ def small_nano_clip(monkeypatch):
 
 
 def test_every_configuration_of_a_learner_is_known():
-    kinds = {path.name for path in CONFIGS.glob("*.yaml")} - set(WHOLE) - {"clipart.yaml"}
+    kinds = set(SHIPPED) - set(WHOLE) - {"clipart.yaml"}
     assert {name for name in kinds if name.startswith(tuple(PROTOCOLS))} == set(LEARNERS)
     named = {learner_of(name)["class_path"] for name in LEARNERS}
     assert named == {name for name in learners.__all__ if is_learner(getattr(learners, name))}
@@ -212,7 +214,7 @@ def is_learner(value):
 
 
 def learner_of(name):
-    return yaml.safe_load((CONFIGS / name).read_text())["model"]["init_args"]["learner"]
+    return config_content(name)["model"]["init_args"]["learner"]
 
 
 @pytest.mark.parametrize("name", LEARNERS)

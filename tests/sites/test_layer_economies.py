@@ -256,7 +256,8 @@ def test_base_weights_keep_their_precision():
     before = copy.deepcopy({n: p for n, p in model.named_parameters() if not n.startswith("peft.")})
     with torch.autocast("cpu", torch.bfloat16):
         model(images(torch.float32)).float().sum().backward()
-    assert all(torch.equal(model.get_parameter(name), value) for name, value in before.items())
+    after = dict(model.named_parameters())  # not by attribute: `head.weight` is what computes, the trained copy
+    assert all(torch.equal(after[name], value) for name, value in before.items())
     with torch.no_grad():
         expected = model(images(torch.float32))
         vp.merge(model)
@@ -486,7 +487,7 @@ def test_nothing_is_kept_but_by_the_graph(recompute):
     assert tokens() == before
 
 
-@pytest.mark.parametrize("after", ["disable", "detach", "merge"])
+@pytest.mark.parametrize("after", ["detach", "merge"])
 def test_backward_behind_a_change_of_adapters(after):
     """The gradients of a forward pass are the same when its adapters no longer act."""
     model = adapted([lora(*EVERY_MATRIX)])

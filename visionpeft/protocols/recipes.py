@@ -12,6 +12,7 @@ import yaml
 
 from visionpeft.errors import ConfigurationError
 from visionpeft.files import shipped
+from visionpeft.runs.config_files import config_name
 
 REPORTS = {
     "last": "last epoch",
@@ -70,12 +71,14 @@ def paper_recipe(config: Path) -> Recipe:
     """
     recipe = find_recipe(config)
     if recipe.paper is None:
+        name = config_name(str(config))
+        folder = shipped("configs") / name.partition("_")[0]
         known = sorted(
-            path.name
-            for path in (config.parent / "recipes").glob("*.yaml")
+            f"{folder.name}_{path.name}"
+            for path in (folder / "recipes").glob("*.yaml")
             if yaml.safe_load(path.read_text(encoding="utf-8")).get("paper") is not None
         )
-        raise ConfigurationError(f"no paper's rule is known for {config.name}; --paper has {', '.join(known)}")
+        raise ConfigurationError(f"no paper's rule is known for {name}.yaml; --paper has {', '.join(known)}")
     return recipe
 
 

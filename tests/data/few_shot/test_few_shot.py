@@ -15,7 +15,7 @@ from visionpeft.data import FewShot
 from visionpeft.data.few_shot.definitions import few_shot_class_names, few_shot_datasets
 from visionpeft.data.few_shot.draw import class_subset, draw_indices, restrict
 from visionpeft.data.records import Row
-from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.errors import ConfigurationError, DataError, StorageError
 
 EUROSAT_TRAIN = [1500, 1500, 1500, 1250, 1250, 1000, 1250, 1500, 1250, 1500]
 EUROSAT_VAL = [600, 600, 600, 500, 500, 400, 500, 600, 500, 600]
@@ -414,7 +414,7 @@ def test_nothing_is_stored_when_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="batch_size 0"):
         FewShot("eurosat", tmp_path, shots=2, batch_size=0, store=tmp_path / "draw.json")
     assert not (tmp_path / "draw.json").exists()
-    with pytest.raises(DataError, match=r"nowhere/draw\.json cannot be written: No such file"):
+    with pytest.raises(StorageError, match=r"nowhere/draw\.json could not be written \(No such file"):
         FewShot("eurosat", tmp_path, shots=2, store=tmp_path / "nowhere/draw.json")
     with pytest.raises(ConfigurationError, match="store keeps a draw, but nothing is drawn"):
         FewShot("eurosat", tmp_path, shots=None, store=tmp_path / "draw.json")
