@@ -147,6 +147,19 @@ def test_lora_plus_reaches_the_optimizer(tmp_path):
         assert rates[id(parameter)] == pytest.approx(0.08 if name.endswith(".B") else 0.01), name
 
 
+def test_layer_decay_reaches_the_optimizer(tmp_path):
+    """lr * decay ** (L - block) for L blocks, and the whole rate for the head."""
+    task = make(optimisation=Optimisation(lr=0.01, layer_decay=0.5, warmup_epochs=0, schedule="epoch_cosine"))
+    fitted = trainer(tmp_path)
+    fitted.fit(task, Random())
+    (optimizer,) = fitted.optimizers
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    depth = len(task.model.blocks)
+    for name, parameter in task.adapter.named_parameters():
+        distance = 0 if name.startswith("head.") else depth - int(name.split(".")[2])
+        assert rates[id(parameter)] == pytest.approx(0.01 * 0.5**distance), name
+
+
 def test_extra_parameters_travel_in_the_checkpoint(tmp_path):
     task = make(train=["cls_token"])
     fitted = trainer(tmp_path)
