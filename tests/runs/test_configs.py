@@ -13,8 +13,8 @@ from visionpeft import methods
 from visionpeft.clip import learners
 from visionpeft.files import shipped
 from visionpeft.runs.cli import CLI
-from visionpeft.runs.config_files import config_content, find_config, shipped_configs
 from visionpeft.runs.command import silence
+from visionpeft.runs.config_files import config_content, find_config, shipped_configs
 from visionpeft.tasks import prompt_learning
 
 CONFIGS = shipped("configs")

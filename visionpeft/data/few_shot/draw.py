@@ -92,7 +92,7 @@ class Draw:
         return chosen
 
     def write(self, file: str | Path) -> None:
-        """Write as JSON, at once; raises DataError when the file cannot be written."""
+        """Write as JSON, at once; raises StorageError when the file cannot be written."""
         write_json(Path(file), asdict(self))
 
 
