@@ -7,7 +7,7 @@ an adapter uses is disturbed and must change the output.
 
 import copy
 from collections.abc import Iterable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -75,9 +75,8 @@ def _check_block(block: BlockSites, tower: Tower, used: Iterable[str]) -> None:
     drift = difference(module(x, **arguments))
     if not drift <= TOLERANCE:
         library = original.partition(".")[0]
-        package = {"open_clip": "open_clip_torch"}.get(library, library)
         raise UnsupportedError(
-            f"{original} of {library} {version(package)} does not compute what its sited form computes "
+            f"{original} of {_with_version(library)} does not compute what its sited form computes "
             f"(relative difference {drift:.1e}); use a supported version of {library}"
         )
     for site in used:
@@ -86,6 +85,14 @@ def _check_block(block: BlockSites, tower: Tower, used: Iterable[str]) -> None:
         probes[site].disturb = False
         if not effect > 0:
             raise UnsupportedError(f"nothing done at site {site!r} of {original} reaches its output")
+
+
+def _with_version(library: str) -> str:
+    """The name of a library and its version; a family may also come from a module that was never installed."""
+    try:
+        return f"{library} {version({'open_clip': 'open_clip_torch'}.get(library, library))}"
+    except PackageNotFoundError:
+        return library
 
 
 class Probe:
