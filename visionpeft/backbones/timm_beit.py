@@ -5,7 +5,7 @@ import torch.nn as nn
 from timm.models.beit import Attention, Beit, Block
 
 from visionpeft.backbones.attention import (
-    AttendsBehindNorm,
+    AttendsAfterNorm,
     attend,
     dropout_of,
     fused_qkv,
@@ -48,7 +48,7 @@ class SitedBeitAttention(Attention):
         return own if shared is None else own + shared
 
 
-class SitedBeitBlock(Block, AttendsBehindNorm):
+class SitedBeitBlock(Block, AttendsAfterNorm):
     """timm BEiT `Block` with sites: like the ViT block, with the layer scales gamma_1 and gamma_2."""
 
     sites: Sites

@@ -100,7 +100,7 @@ class AdaLoRA(Method):
     Between `start` and `end`, every `interval` steps only the most important triplets keep their value, the others' is
     set to zero, from which they may grow again until the next time; their number falls along
     b1 + (b0 - b1) (1 - progress)^3 from b0 = initial_rank to b1 = rank, times the number of layers. From `end` on the
-    choice is fixed. As in the authors' code, |w dL/dw| has w behind the step and the gradient in front of it.
+    choice is fixed. As in the authors' code, |w dL/dw| has w after the step and the gradient before it.
 
     The tasks do this by themselves, and checkpoints hold the state. A training loop of your own must add
     `penalty(model)` to the loss and call `after_step(model, step, total_steps)` between `optimizer.step()` and
