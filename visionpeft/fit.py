@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from visionpeft.errors import ConfigurationError
+from visionpeft.runs.before_training import check_before_training
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI, Interrupted, command
 from visionpeft.runs.figures import draw_confusion, draw_curves, draw_mistakes
@@ -27,12 +28,8 @@ def fit(arguments: list[str]) -> None:
     if report == "best_test":
         datamodule.select_on_test()
     has_validation = "val" in datamodule.description()["sizes"]
-    if report == "best" and not has_validation:
-        raise ConfigurationError(
-            "--report best needs a validation split; VTAB-1k has one with --data.train_on train800, published sets of "
-            "videos with --data.val_fraction 0.1"
-        )
     datamodule.setup()  # a missing file is refused before there is a run directory
+    check_before_training(cli.model, datamodule, cli.config.trainer, report, cli.config.test)
     run = _run_directory(cli)
     with claim(run.config) as mine:
         if not mine:

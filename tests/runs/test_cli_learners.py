@@ -12,9 +12,9 @@ from small_learner_runs import CLIP, learner_arguments, run_learner
 from small_runs import COLOURS, draw_images, results, run
 
 from visionpeft import evaluate, fit, predict
-from visionpeft.models.create import create_open_clip
 from visionpeft.clip.description import read_learner
 from visionpeft.clip.storage import load_learner
+from visionpeft.models.create import create_open_clip
 from visionpeft.runs.history import EpochHistory, read_history
 
 TRAINED = {

@@ -109,9 +109,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self._preprocessing: Preprocessing | None = None
         self._checked = False
         images.check()
-        trained = len(images.sources.get("train", ()))
-        if drop_last and trained < batch_size:
-            raise ConfigurationError(f"drop_last leaves no batch: batch_size {batch_size}, {trained} training images")
+        self._check_batches()
         if test_samples is not None and test_samples < len(images.sources.get("test", ())):
             test = images.sources["test"]
             images.sources["test"] = test.subset(subset(len(test), test_samples, TEST_SUBSET_SEED))
@@ -164,6 +162,7 @@ class ImageDataModule(lightning.LightningDataModule):
 
         Raises:
             DataError: a file is missing, or skipping leaves a split or a class without any.
+            ConfigurationError: skipping leaves less than the one batch that `drop_last` asks for.
         """
         if self._checked:
             return
@@ -175,7 +174,15 @@ class ImageDataModule(lightning.LightningDataModule):
                     self.skipped[split] = len(source) - len(readable)
                     self.sources[split] = source.subset(readable)
         self.images.check()
+        self._check_batches()
         self._checked = True
+
+    def _check_batches(self) -> None:
+        trained = len(self.sources.get("train", ()))
+        if self.drop_last and trained < self.batch_size:
+            raise ConfigurationError(
+                f"drop_last leaves no batch: batch_size {self.batch_size}, {trained} training {self.images.kind}s"
+            )
 
     def _readable(self, source: Files) -> list[int]:
         return source.readable()
