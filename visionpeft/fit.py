@@ -13,7 +13,7 @@ from visionpeft.runs.cli import CLI, Interrupted, command
 from visionpeft.runs.figures import draw_confusion, draw_curves, draw_mistakes
 from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.runs.progress import TrainingProgress
-from visionpeft.runs.results import setting, test_numbers
+from visionpeft.runs.results import classes_tested, setting, test_numbers
 from visionpeft.runs.run_directory import RunDirectory, claim, environment, write_json
 from visionpeft.runs.tables import print_results, print_setting
 from visionpeft.runs.test_record import TestRecord
@@ -58,8 +58,11 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     if cli.config.test:
         trainer.test(task, datamodule, verbose=False)
 
+    tested = (
+        {"test": test_numbers(trainer, record), "classes_tested": classes_tested(record)} if cli.config.test else {}
+    )
     results = setting(task, datamodule) | {
-        **({"test": test_numbers(trainer, record)} if cli.config.test else {}),
+        **tested,
         "reported": reported,
         "training_seconds": round(cost.seconds, 2),
         "peak_memory_bytes": cost.peak_memory,

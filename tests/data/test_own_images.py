@@ -95,6 +95,15 @@ class TestImageFolder:
                 ImageFolder(root)
             assert "\n" not in str(raised.value)
 
+    def test_folders_without_images_beside_the_splits(self, tmp_path):
+        for name in ("train", "test"):
+            write_class_folders(tmp_path / name, {"b": 3, "a": 2})
+        (tmp_path / "annotations").mkdir()
+        (tmp_path / "annotations" / "boxes.xml").write_text("")
+        data = ImageFolder(tmp_path)
+        assert set(data.sources) == {"train", "test"}
+        assert "annotations/boxes.xml" in data.description()["notes"][0]
+
     @pytest.mark.parametrize(
         ("names", "said"),
         [(("val", "test"), "no train folder"), (("train", "val", "valid"), "val and valid both"),

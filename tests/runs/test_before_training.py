@@ -60,7 +60,16 @@ def test_the_command_for_lists_in_the_readme(lists, capsys):
 
 
 def test_no_test_split_is_noticed_before_training(lists, capsys):
-    command = ["--config", "images_lora.yaml", "--data", "ImageList", "--data.root", "auto", "--data.train", "train.csv"]
+    command = [
+        "--config",
+        "images_lora.yaml",
+        "--data",
+        "ImageList",
+        "--data.root",
+        "auto",
+        "--data.train",
+        "train.csv",
+    ]
     command += ["--data.val", "val.csv", *BACKBONE, *QUICK]
     said = refused(capsys, *command, output=lists / "out")
     assert "no test split" in said
@@ -88,7 +97,10 @@ def test_a_root_that_is_not_there_is_named(lists, capsys):
         (["--trainer.limit_val_batches", "0"], "limit_val_batches 0 leaves no epoch"),
         (["--trainer.limit_test_batches", "0"], "limit_test_batches 0 leaves nothing to test"),
         (["--model.backbone_kwargs", "{img_size: 32, in_chans: 1}"], "does not take colour images of 32 x 32 pixels"),
-        (["--model.head", "batchnorm_linear", "--data.batch_size", "5"], "21 training images in batches of 5 leave one"),
+        (
+            ["--model.head", "batchnorm_linear", "--data.batch_size", "5"],
+            "21 training images in batches of 5 leave",
+        ),
         (["--model.head", "batchnorm_linear", "--data.batch_size", "1"], "leave one alone in a batch"),
     ],
 )

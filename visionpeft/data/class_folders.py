@@ -43,7 +43,7 @@ def read_class_folders(
         raise ConfigurationError(
             f"val_fraction {val_fraction} and test_fraction {test_fraction} must not be negative and sum below 1"
         )
-    if given := _split_folders(root, files.kind):
+    if given := _split_folders(root, find, files.kind):
         splits = {split: _class_files(folder, find, files.kind) for split, folder in given.items()}
         division = "folders"
     else:
@@ -62,7 +62,7 @@ def read_class_folders(
     return ImageSet(sources, class_names, about, notes=[remark] if remark else [], kind=files.kind)
 
 
-def _split_folders(root: Path, kind: str) -> dict[str, Path]:
+def _split_folders(root: Path, find: Find, kind: str) -> dict[str, Path]:
     """The folder of each split, in the order of training, selection and test; none where folders are classes.
 
     Raises:
@@ -77,7 +77,8 @@ def _split_folders(root: Path, kind: str) -> dict[str, Path]:
     named = [folder for of_split in found.values() for folder in of_split]
     if not named:
         return {}
-    if others := [folder.name for folder in folders if folder not in named]:
+    # A folder beside them in which nothing is found, such as one of annotations, is no class.
+    if others := [folder.name for folder in folders if folder not in named and find(folder)]:
         # A class may be called train; only a folder of folders could be either.
         if not any(_visible_folders(folder) for folder in named):
             return {}
