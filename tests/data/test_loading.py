@@ -10,6 +10,7 @@ import torch
 from data_layouts import SMALL, truncate, write_class_folders, write_image
 
 from visionpeft.data import ImageFolder, VTAB1k
+from visionpeft.data.module import CACHE_BYTES
 from visionpeft.data.ordering import mix, permutation, subset
 from visionpeft.errors import ConfigurationError, DataError
 
@@ -150,6 +151,12 @@ def test_cache_stops_at_its_size(folders):
         dataset[index]
     assert sorted(dataset.prepared) == [0, 1, 2]
     assert module(folders, cache_in_memory=False).dataset("train").free_bytes == 0
+    # All splits and workers together keep no more than one bound.
+    for workers in (0, 1, 3):
+        several = module(folders, num_workers=workers)
+        kept = [several.dataset(split).free_bytes for split in ("train", "val")]
+        assert min(kept) > 0
+        assert CACHE_BYTES - 10 < sum(kept) * max(1, workers) <= CACHE_BYTES
     assert data.dataset("test").free_bytes == 0
 
 

@@ -2,11 +2,15 @@
 
 import csv
 import json
+import warnings
 
+import numpy as np
 import pytest
 from data_layouts import SMALL, truncate, write_class_folders, write_image
+from PIL import Image
 
 from visionpeft.data import ClipArt, ImageFolder, ImageList, files_dataloader, find_images
+from visionpeft.data.images import list_images, open_image
 from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.files import shipped
 
@@ -64,6 +68,88 @@ class TestImageFolder:
         assert set(data.sources) == ({"train", "val", "test"} if val else {"train", "test"})
         assert data.sources["train"].labels == [0, 0, 1, 1, 1]
         assert data.description()["split"] == "folders"
+
+    @pytest.mark.parametrize(
+        "names",
+        [("Train", "Val", "Test"), ("training", "validation", "testing"), ("TRAINING", "dev", "TEST"), ("trn", "tst")],
+    )
+    def test_split_folders_of_other_spellings(self, names, tmp_path):
+        for name in names:
+            write_class_folders(tmp_path / name, {"b": 3, "a": 2})
+        data = ImageFolder(tmp_path)
+        assert data.class_names == ["a", "b"]
+        assert {split: len(source) for split, source in data.sources.items()} == dict.fromkeys(
+            ("train", "val", "test") if len(names) == 3 else ("train", "test"), 5
+        )
+        assert data.sources["train"].paths[0].parent.parent.name == names[0]
+
+    def test_a_class_called_train_beside_others(self, tmp_path):
+        """Files in it: three classes. Folders in it: either, so that it is refused, in any order of names."""
+        write_class_folders(tmp_path / "flat", {"airplane": 10, "bus": 10, "train": 10})
+        assert ImageFolder(tmp_path / "flat").class_names == ["airplane", "bus", "train"]
+        for other in ("airplane", "zebra"):
+            root = tmp_path / other
+            write_class_folders(root, {other: 5, "bus": 5})
+            write_class_folders(root / "train", {"steam": 5, "diesel": 5})
+            with pytest.raises(DataError, match="is ambiguous: train would be a split") as raised:
+                ImageFolder(root)
+            assert "\n" not in str(raised.value)
+
+    def test_folders_without_images_beside_the_splits(self, tmp_path):
+        for name in ("train", "test"):
+            write_class_folders(tmp_path / name, {"b": 3, "a": 2})
+        (tmp_path / "annotations").mkdir()
+        (tmp_path / "annotations" / "boxes.xml").write_text("")
+        data = ImageFolder(tmp_path)
+        assert set(data.sources) == {"train", "test"}
+        assert "annotations/boxes.xml" in data.description()["notes"][0]
+
+    @pytest.mark.parametrize(
+        ("names", "said"),
+        [(("val", "test"), "no train folder"), (("train", "val", "valid"), "val and valid both"),
+         (("train", "Training"), "both name the train split")],
+    )  # fmt: skip
+    def test_splits_that_cannot_be_told(self, names, said, tmp_path):
+        for name in names:
+            write_class_folders(tmp_path / name, {"b": 3, "a": 2})
+        with pytest.raises(DataError, match=said):
+            ImageFolder(tmp_path)
+
+    def test_what_is_left_out_is_counted_and_named(self, folders):
+        """A mix as cameras and converters leave it: HEIC is not read, AVIF, JPEG 2000 and TGA are."""
+        assert ImageFolder(folders).description()["notes"] == []
+        picture = Image.fromarray(np.full((24, 32, 3), (200, 30, 90), np.uint8))
+        for suffix in ("avif", "jp2", "tga"):
+            picture.save(folders / "dog" / f"own.{suffix}")
+        (folders / "dog" / "phone.HEIC").write_bytes(b"0")
+        (folders / "cat" / "phone.heic").write_bytes(b"0")
+        (folders / "cat" / "notes.txt").write_text("")
+        (folders / "cat" / ".hidden").write_text("")
+        data = ImageFolder(folders, skip_corrupt=True)
+        data.setup()
+        assert sum(source.labels.count(2) for source in data.sources.values()) == 4 + 3
+        assert data.skipped == {"train": 0, "val": 0, "test": 0}
+        (note,) = data.description()["notes"]
+        assert note.startswith("3 files in")
+        for part in ("2 .heic", "1 .txt", "cat/phone.heic", "dog/phone.HEIC", "cat/notes.txt"):
+            assert part in note
+        assert "hidden" not in note
+
+    @pytest.mark.parametrize("suffix", ["avif", "jp2", "tga"])
+    def test_further_formats_have_their_colours(self, suffix, tmp_path):
+        """The uniform colour comes back; a codec may round it by a few levels."""
+        picture = np.full((24, 32, 3), (200, 30, 90), np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"own.{suffix}")
+        assert list_images(tmp_path) == [tmp_path / f"own.{suffix}"]
+        found = np.asarray(open_image(tmp_path / f"own.{suffix}")).astype(int)
+        assert found.shape == picture.shape
+        assert abs(found - picture).max() <= 3
+
+    def test_a_class_of_unreadable_files_says_so(self, folders):
+        (folders / "phone").mkdir()
+        (folders / "phone" / "a.heic").write_bytes(b"0")
+        with pytest.raises(DataError, match=r"phone holds no images; 1 files in .*1 \.heic"):
+            ImageFolder(folders)
 
     def test_class_in_test_that_is_not_in_train(self, tmp_path):
         write_class_folders(tmp_path / "train", {"a": 2, "b": 2})
@@ -251,3 +337,14 @@ class TestUnlabelled:
             find_images([tmp_path / "gone"])
         with pytest.raises(DataError, match="no images to predict"):
             find_images([])
+
+
+def test_files_left_out_of_a_prediction_are_counted_and_named(tmp_path):
+    write_image(tmp_path / "a.png", 1)
+    (tmp_path / "phone.heic").write_bytes(b"0")
+    with pytest.warns(UserWarning, match=r"1 files in .* are left out.*1 \.heic.*phone\.heic"):
+        assert find_images([tmp_path]) == [tmp_path / "a.png"]
+    (tmp_path / "phone.heic").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_images([tmp_path]) == [tmp_path / "a.png"]

@@ -3,11 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from visionpeft.data.images import left_out
 from visionpeft.data.ordering import permutation
 from visionpeft.data.records import Files, ImageSet
 from visionpeft.errors import ConfigurationError, DataError
 
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_FOLDERS = {
+    "train": ("train", "training", "trn"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing", "tst"),
+}
 
 Find = Callable[[Path], list[Path]]
 
@@ -23,11 +28,13 @@ def read_class_folders(
 ) -> ImageSet:
     """The splits under `root/{train,val,test}/<class>/`, or of `root/<class>/` divided by the fractions.
 
+    The first layout is taken where every folder has the name of a split (`SPLIT_FOLDERS`, in any case).
+
     Args as of `ImageFolder`; `dataset` is the name recorded, `files` what a split becomes, and `find` lists a folder.
 
     Raises:
         ConfigurationError: fractions that leave nothing to train on.
-        DataError: a folder that is missing or empty, or too few files for a split.
+        DataError: a folder that is missing or empty, names of splits beside others, or too few files for a split.
     """
     root = Path(root)
     if not root.is_dir():
@@ -36,12 +43,8 @@ def read_class_folders(
         raise ConfigurationError(
             f"val_fraction {val_fraction} and test_fraction {test_fraction} must not be negative and sum below 1"
         )
-    given = {
-        split: next((root / name for name in names if (root / name).is_dir()), None)
-        for split, names in SPLIT_FOLDERS.items()
-    }
-    if given["train"]:
-        splits = {split: _class_files(folder, find, files.kind) for split, folder in given.items() if folder}
+    if given := _split_folders(root, find, files.kind):
+        splits = {split: _class_files(folder, find, files.kind) for split, folder in given.items()}
         division = "folders"
     else:
         splits = _divided(_class_files(root, find, files.kind), val_fraction, test_fraction, seed, files.kind)
@@ -55,7 +58,51 @@ def read_class_folders(
         "selected_on": "val" if "val" in sources else None,
         "split": division,
     }
-    return ImageSet(sources, class_names, about, kind=files.kind)
+    remark = left_out(root, [path for source in sources.values() for path in source.paths], files.kind)
+    return ImageSet(sources, class_names, about, notes=[remark] if remark else [], kind=files.kind)
+
+
+def _split_folders(root: Path, find: Find, kind: str) -> dict[str, Path]:
+    """The folder of each split, in the order of training, selection and test; none where folders are classes.
+
+    Raises:
+        DataError: some folders have names of splits and others do not, two are of one split, or there is none to train
+            on.
+    """
+    folders = _visible_folders(root)
+    found: dict[str, list[Path]] = {}
+    for split, names in SPLIT_FOLDERS.items():
+        if of_split := [folder for folder in folders if folder.name.casefold() in names]:
+            found[split] = of_split
+    named = [folder for of_split in found.values() for folder in of_split]
+    if not named:
+        return {}
+    # A folder beside them in which nothing is found, such as one of annotations, is no class.
+    if others := [folder.name for folder in folders if folder not in named and find(folder)]:
+        # A class may be called train; only a folder of folders could be either.
+        if not any(_visible_folders(folder) for folder in named):
+            return {}
+        raise DataError(
+            f"{root} is ambiguous: {', '.join(folder.name for folder in named)} would be a split with class folders, "
+            f"but {others[0]} is no name of a split. Leave only folders of splits ({', '.join(SPLIT_FOLDERS)}) in it; "
+            "or, if all of these are classes, rename the first, or put its files into it without further folders"
+        )
+    for split, of_split in found.items():
+        if len(of_split) > 1:
+            raise DataError(
+                f"{root} is ambiguous: {' and '.join(folder.name for folder in of_split)} both name the {split} split; "
+                "leave one"
+            )
+    if "train" not in found:
+        raise DataError(
+            f"{root} holds {' and '.join(folder.name for folder in named)}, which are names of splits, and no train "
+            f"folder with {kind}s to train on; add it, or rename what is a class"
+        )
+    return {split: folder for split, (folder,) in found.items()}
+
+
+def _visible_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _class_files(folder: Path, find: Find, kind: str) -> dict[str, list[Path]]:
@@ -64,13 +111,14 @@ def _class_files(folder: Path, find: Find, kind: str) -> dict[str, list[Path]]:
     Raises:
         DataError: no class folders, or one without files.
     """
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = _visible_folders(folder)
     if not folders:
         raise DataError(f"{kind} folder {folder} holds no class folders; {kind}s must lie in {folder}/<class>/")
     classes = {path.name: find(path) for path in folders}
     for name, paths in classes.items():
         if not paths:
-            raise DataError(f"class folder {folder / name} holds no {kind}s")
+            remark = left_out(folder / name, [], kind)
+            raise DataError(f"class folder {folder / name} holds no {kind}s" + (f"; {remark}" if remark else ""))
     return classes
 
 

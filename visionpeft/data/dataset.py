@@ -63,7 +63,7 @@ class ImageDataset(LabelledDataset):
         source: Labelled images.
         transform: What is done to them.
         seed: Seed of the augmentation, together with the epoch and the index.
-        cache_bytes: Prepared images are kept until they fill this much memory (in each process that loads).
+        cache_bytes: Prepared images are kept until they fill this much memory, in each process that loads.
         views: Number of different augmentations of each image, which come round again with the epochs; as many as
             epochs when absent.
     """

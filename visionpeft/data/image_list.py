@@ -105,6 +105,11 @@ def read_lists(
     check_disjoint(splits, files.kind)
     names, index = _class_index([row for rows in splits.values() for row in rows], class_names)
     folder = lists["train"].parent if root == "auto" else root
+    if folder is not None and not Path(folder).is_dir():
+        raise DataError(
+            f"root {folder} of the {files.kind}s in the lists does not exist; their paths are relative to it (with "
+            "--data.root auto, to the folder of the training list)"
+        )
 
     def place(row: Row) -> Path:
         return Path(row.path) if folder is None else path_inside(Path(folder), row.path, row.where, files.kind)

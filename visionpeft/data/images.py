@@ -1,14 +1,24 @@
 """Opening image files that people have: any mode, rotation flags, transparency, and files that are broken."""
 
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from visionpeft.errors import DataError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif"})
+# A build of Pillow may lack a codec; what it cannot read is counted among the files left out.
+EXTENSIONS = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+        *((".avif",) if features.check("avif") else ()),
+        *((".jp2", ".j2k", ".j2c", ".jpf", ".jpx") if features.check("jpg_2000") else ()),
+    }
+)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -45,9 +55,35 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if _is_listed(path, folder))
 
 
+def left_out(folder: Path, found: Iterable[Path], kind: str = "image") -> str | None:
+    """One sentence that counts and names the visible files under `folder` that are not among those found.
+
+    Args:
+        folder: what was listed.
+        found: files, and folders that are taken whole.
+        kind: what was looked for.
+    """
+    taken = set(found)
+    others = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not is_hidden(path, folder) and path.is_file() and not taken & {path, path.parent}
+    ]
+    if not others:
+        return None
+    counts = Counter(path.suffix.lower() or "without ending" for path in others)
+    by_ending = ", ".join(f"{count} {ending}" for ending, count in counts.most_common())
+    names = ", ".join(path.relative_to(folder).as_posix() for path in others[:5]) + ", ..." * (len(others) > 5)
+    return f"{len(others)} files in {folder} are left out, being no {kind}s that can be read ({by_ending}): {names}"
+
+
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Whether the name of a path below `folder`, or of a folder on the way to it, begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def _is_listed(path: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.suffix.lower() in EXTENSIONS and not hidden and path.is_file()
+    return path.suffix.lower() in EXTENSIONS and not is_hidden(path, folder) and path.is_file()
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -41,7 +41,8 @@ class ImageDataModule(lightning.LightningDataModule):
         augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
         normalisation: "pretrained" (the backbone's), "imagenet", "half" (mean and std 0.5) or "none".
         drop_last: Leave out the last incomplete training batch of each epoch.
-        cache_in_memory: Keep resized train and val images, up to 512 MiB a split, so that epochs cost no decoding.
+        cache_in_memory: Keep resized train and val images, so that epochs cost no decoding: up to 512 MiB for both
+            splits and all workers together (each process of distributed training has as much of its own).
         test_samples: Score a fixed random subset of the test split, this large; all of it when absent.
         skip_corrupt: Leave damaged images out (each is opened once before training, counted and reported) instead of
             stopping at the first one.
@@ -109,9 +110,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self._preprocessing: Preprocessing | None = None
         self._checked = False
         images.check()
-        trained = len(images.sources.get("train", ()))
-        if drop_last and trained < batch_size:
-            raise ConfigurationError(f"drop_last leaves no batch: batch_size {batch_size}, {trained} training images")
+        self._check_batches()
         if test_samples is not None and test_samples < len(images.sources.get("test", ())):
             test = images.sources["test"]
             images.sources["test"] = test.subset(subset(len(test), test_samples, TEST_SUBSET_SEED))
@@ -164,6 +163,7 @@ class ImageDataModule(lightning.LightningDataModule):
 
         Raises:
             DataError: a file is missing, or skipping leaves a split or a class without any.
+            ConfigurationError: skipping leaves less than the one batch that `drop_last` asks for.
         """
         if self._checked:
             return
@@ -175,7 +175,15 @@ class ImageDataModule(lightning.LightningDataModule):
                     self.skipped[split] = len(source) - len(readable)
                     self.sources[split] = source.subset(readable)
         self.images.check()
+        self._check_batches()
         self._checked = True
+
+    def _check_batches(self) -> None:
+        trained = len(self.sources.get("train", ()))
+        if self.drop_last and trained < self.batch_size:
+            raise ConfigurationError(
+                f"drop_last leaves no batch: batch_size {self.batch_size}, {trained} training {self.images.kind}s"
+            )
 
     def _readable(self, source: Files) -> list[int]:
         return source.readable()
@@ -198,9 +206,17 @@ class ImageDataModule(lightning.LightningDataModule):
             transform,
             seed=self._seed(),
             # The test split is read once.
-            cache_bytes=CACHE_BYTES if self.cache_in_memory and split != "test" else 0,
+            cache_bytes=self._cache_bytes(split),
             views=self.views,
         )
+
+    def _cache_bytes(self, split: str) -> int:
+        """What one process may keep of a split, so that all splits and workers together keep `CACHE_BYTES` at most."""
+        if not self.cache_in_memory or split == "test":
+            return 0
+        total = sum(len(self.sources[kept]) for kept in ("train", "val") if kept in self.sources)
+        # Each worker is a process with images of its own.
+        return CACHE_BYTES * len(self.sources[split]) // total // max(1, self.num_workers)
 
     def _check_ready(self, split: str) -> None:
         if split not in self.sources:

@@ -1,11 +1,12 @@
 """Images to predict: files and folders that people name, as batches in that order."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.dataset import ImageDataset, ImageLoader, as_batch
-from visionpeft.data.images import list_images
+from visionpeft.data.images import left_out, list_images
 from visionpeft.data.records import ImageFiles
 from visionpeft.data.transforms import ImageTransform
 from visionpeft.errors import DataError
@@ -21,13 +22,19 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def find_files(paths: Sequence[str | Path], list_folder: Callable[[Path], list[Path]], kind: str) -> list[Path]:
-    """The files named and those that `list_folder` finds in the folders named, each once; messages call them `kind`."""
+    """The files named and those that `list_folder` finds in the folders named, each once; messages call them `kind`.
+
+    What else lies in such a folder is counted and named in a warning.
+    """
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
             listed = list_folder(path)
             if not listed:
-                raise DataError(f"folder {path} holds no {kind}s")
+                remark = left_out(path, [], kind)
+                raise DataError(f"folder {path} holds no {kind}s" + (f"; {remark}" if remark else ""))
+            if remark := left_out(path, listed, kind):
+                warnings.warn(remark, stacklevel=3)
             found += listed
         elif path.is_file():
             found.append(path)

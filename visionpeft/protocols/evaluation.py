@@ -11,7 +11,7 @@ from visionpeft.protocols.cells import Cell
 from visionpeft.protocols.learner_candidates import Candidate, dataset_keys, only_test
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.progress import TrainingProgress
-from visionpeft.runs.results import setting, test_numbers
+from visionpeft.runs.results import classes_tested, setting, test_numbers
 from visionpeft.runs.test_record import TestRecord
 from visionpeft.sharing.run_directory import RunDirectory
 
@@ -41,7 +41,8 @@ def evaluate_again(run: RunDirectory, arguments: Sequence[str]) -> dict:
         [record, TrainingProgress()], logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     trainer.test(task, datamodule, verbose=False)
-    return trained | setting(task, datamodule) | {"test": test_numbers(trainer, record), "run_directory": str(run.path)}
+    tested = {"test": test_numbers(trainer, record), "classes_tested": classes_tested(record)}
+    return trained | setting(task, datamodule) | tested | {"run_directory": str(run.path)}
 
 
 def evaluate_elsewhere(run: RunDirectory, dataset: str, classes: str, source: str) -> dict:

@@ -7,6 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from visionpeft.errors import ConfigurationError
 from visionpeft.files import claim, write_json
+from visionpeft.runs.before_training import check_before_training
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import Interrupted
@@ -14,7 +15,7 @@ from visionpeft.runs.environment import environment
 from visionpeft.runs.figures import draw_confusion, draw_curves, draw_mistakes
 from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.runs.progress import TrainingProgress
-from visionpeft.runs.results import setting, test_numbers
+from visionpeft.runs.results import classes_tested, setting, test_numbers
 from visionpeft.runs.tables import print_results, print_setting
 from visionpeft.runs.test_record import TestRecord
 from visionpeft.runs.training_cost import Cost
@@ -29,12 +30,8 @@ def fit(arguments: list[str]) -> None:
     if report == "best_test":
         datamodule.select_on_test()
     has_validation = "val" in datamodule.description()["sizes"]
-    if report == "best" and not has_validation:
-        raise ConfigurationError(
-            "--report best needs a validation split; VTAB-1k has one with --data.train_on train800, published sets of "
-            "videos with --data.val_fraction 0.1"
-        )
     datamodule.setup()  # a missing file is refused before there is a run directory
+    check_before_training(cli.model, datamodule, cli.config.trainer, report, cli.config.test)
     run = _run_directory(cli)
     with claim(run.config) as mine:
         if not mine:
@@ -63,8 +60,11 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     if cli.config.test:
         trainer.test(task, datamodule, verbose=False)
 
+    tested = (
+        {"test": test_numbers(trainer, record), "classes_tested": classes_tested(record)} if cli.config.test else {}
+    )
     results = setting(task, datamodule) | {
-        **({"test": test_numbers(trainer, record)} if cli.config.test else {}),
+        **tested,
         "reported": reported,
         "training_seconds": round(cost.seconds, 2),
         "peak_memory_bytes": cost.peak_memory,

@@ -16,7 +16,9 @@ def print_results(results: dict, title: str = "") -> None:
         if name in test:
             table.add_row(label, f"[bold]{percent(test[name])}[/bold]" if name == "top1" else percent(test[name]))
     if test:
-        table.add_row("mean over classes", percent(test["mean_per_class"]))
+        tested = results.get("classes_tested")
+        over = f"mean over {tested['occurring']:,} classes tested" if tested else "mean over classes tested"
+        table.add_row(over, percent(test["mean_per_class"]))
         table.add_row(f"test {counted(data)}", test_size(data))
     if "test_views" in data and "sampling" in data:
         table.add_row("views of each", f"{data['test_views']} of {data['sampling']['num_frames']} frames")
@@ -49,6 +51,7 @@ def print_setting(setting: dict, run_directory: Path) -> None:
         f"[bold]{trained}[/bold] on {setting['backbone']['name']}: {parameters['trainable']:,} of "
         f"{parameters['total']:,} parameters are trained ({percent(parameters['share'])}){outside}",
         f"{data['dataset']} {data['task']}: {sizes} {counted(data)}, {data['classes']} classes",
+        *(f"note: {note}" for note in data.get("notes", ())),
         f"run directory {run_directory}",
     ):
         console.print(line, highlight=False, soft_wrap=True)

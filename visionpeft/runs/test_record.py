@@ -75,3 +75,15 @@ class TestRecord(pl.Callback):
         support = self.confusion.sum(dim=1)
         present = support > 0
         return (self.confusion.diagonal()[present] / support[present]).mean().item()
+
+    @property
+    def macro_top1(self) -> float:
+        """As `mean_per_class`, with 0 for each class that is predicted and does not occur."""
+        support = self.confusion.sum(dim=1)
+        seen = (support > 0) | (self.confusion.sum(dim=0) > 0)
+        return (self.confusion.diagonal()[seen] / support[seen].clamp(min=1)).mean().item()
+
+    @property
+    def occurring(self) -> int:
+        """Number of classes that occur."""
+        return int((self.confusion.sum(dim=1) > 0).sum())

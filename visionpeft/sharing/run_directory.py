@@ -20,9 +20,22 @@ class RunDirectory:
 
     @classmethod
     def create(cls, parent: Path, label: str) -> "RunDirectory":
-        """Make `<parent>/<label>-<counter>` with the first free counter; two runs never get the same folder."""
+        """Make `<parent>/<label>-<counter>` with the first free counter; two runs never get the same folder.
+
+        Raises:
+            ConfigurationError: no folder can be made there.
+        """
         label = re.sub(r"[^\w.+-]+", "_", label)
-        parent.mkdir(parents=True, exist_ok=True)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            return cls._first_free(parent, label)
+        except OSError as error:
+            raise ConfigurationError(
+                f"no run directory can be made in {parent} ({error.strerror}); name another folder with --output"
+            ) from None
+
+    @classmethod
+    def _first_free(cls, parent: Path, label: str) -> "RunDirectory":
         counter = 1
         while True:
             path = parent / f"{label}-{counter}"

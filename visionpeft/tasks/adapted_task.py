@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import lightning.pytorch as pl
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from visionpeft.adapters.attach import detach, layer_distances, trainable_parame
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.storage import load, method_from, save
 from visionpeft.adapters.training_hooks import after_step, penalty
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, UserError, one_line
 from visionpeft.methods import Method
 from visionpeft.methods.parts.base import describe_method
 from visionpeft.tasks.optimisation import Optimisation
@@ -83,6 +84,58 @@ class AdaptedTask(ImageTask):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
         return self.model(images)
+
+    def example(self) -> Tensor:
+        """A batch of one input, of zeros."""
+        return torch.zeros(1, 3, *self.preprocessing.input_size)
+
+    def check_before_training(self, datamodule: pl.LightningDataModule) -> None:
+        """Show the model one input, as the first batch would, and look at the size of the last batch.
+
+        Raises:
+            ConfigurationError: the model does not take inputs of this size and number of channels, or a batch of one
+                would meet a head that takes statistics of a batch.
+        """
+        self._check_last_batch(datamodule)
+        example = self.example()
+        if next(self.model.parameters()).dtype != example.dtype:
+            return  # the trainer's precision decides
+        try:
+            with torch.no_grad():
+                self.model.eval()(example)
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            height, width = example.shape[-2:]
+            raise ConfigurationError(
+                f"{self.backbone_name} with these arguments does not take colour {self.kind} of {height} x {width} "
+                f"pixels: {one_line(error)}"
+            ) from error
+
+    def setup(self, stage: str) -> None:
+        """As for every task; before training, check its last batch."""
+        super().setup(stage)
+        if stage == "fit" and self.trainer.datamodule is not None:
+            self._check_last_batch(self.trainer.datamodule)
+
+    def _check_last_batch(self, datamodule: pl.LightningDataModule) -> None:
+        """Refuse a last batch of one where statistics of a batch are taken.
+
+        Raises:
+            ConfigurationError: it would be such a batch.
+        """
+        images = getattr(datamodule, "sources", {}).get("train", ())
+        if getattr(datamodule, "drop_last", False) or not any(
+            isinstance(module, nn.BatchNorm1d) for module in self.adapter.modules()
+        ):
+            return
+        count, size = len(images), datamodule.batch_size
+        if count and (size == 1 or count % size == 1):
+            raise ConfigurationError(
+                f"{count} training {self.kind} in batches of {size} leave one alone in a batch, of which the batch "
+                "normalisation of the head can take no statistics; set --data.drop_last true, or another "
+                "--data.batch_size"
+            )
 
     def train(self, mode: bool = True):
         """Training mode for adapter, head and active stochastic depth; the frozen rest stays in evaluation mode."""

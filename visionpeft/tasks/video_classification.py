@@ -85,6 +85,10 @@ class VideoClassification(AdaptedTask):
                 f"{self.model.num_frames} (--model.num_frames); give both the same number"
             )
 
+    def example(self) -> Tensor:
+        """A batch of one clip, of zeros."""
+        return torch.zeros(1, 3, self.model.num_frames, *self.preprocessing.input_size)
+
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (batch, classes) of clips; of several views of each video, the log of the mean probabilities."""
         return over_views(self.model, clips) if clips.ndim == 6 else self.model(clips)

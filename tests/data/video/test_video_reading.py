@@ -103,6 +103,152 @@ def test_rotated_video_is_upright(tmp_path, matrix, corner):
     assert max(corners, key=corners.get) == corner
 
 
+def write_corners(path, degrees=None, hflip=False, vflip=False):
+    """Five equal frames of 64 x 48 whose corners tell them apart, with a display matrix that PyAV 18.1 writes."""
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:24, 32:], pixels[24:, :32], pixels[24:, 32:] = 80, 150, 250
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        if degrees is not None:
+            if not hasattr(stream, "set_display_rotation"):
+                pytest.skip("this PyAV writes no display matrix")
+            stream.set_display_rotation(degrees, hflip=hflip, vflip=vflip)
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return pixels
+
+
+def corners(pixels):
+    return [[int(round(pixels[row, column].mean(), -1)) for column in (4, -4)] for row in (4, -4)]
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "video.mov"])
+@pytest.mark.parametrize("hflip", [False, True])
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_all_eight_orientations_are_shown_as_a_player_shows_them(tmp_path, name, degrees, hflip):
+    """Turned counter-clockwise, then mirrored: what PyAV documents for `set_display_rotation`, done by NumPy."""
+    stored = write_corners(tmp_path / name, degrees, hflip)
+    expected = np.rot90(stored, degrees // 90)
+    expected = expected[:, ::-1] if hflip else expected
+    shown = EncodedVideo(tmp_path / name).read([0, 4], np.asarray)
+    for pixels in shown.values():
+        assert pixels.shape == expected.shape
+        assert corners(pixels) == corners(expected)
+
+
+def test_a_mirrored_video_is_not_turned_upside_down(tmp_path):
+    """As selfie recorders write it: PyAV 18.1 calls it a rotation by -180 degrees."""
+    write_corners(tmp_path / "mirrored.mp4", 0, hflip=True)
+    with av.open(str(tmp_path / "mirrored.mp4")) as container:
+        assert abs(next(container.decode(video=0)).rotation) == 180
+    assert corners(EncodedVideo(tmp_path / "mirrored.mp4").read([0], np.asarray)[0]) == [[80, 0], [250, 150]]
+    write_corners(tmp_path / "plain.mp4")
+    assert corners(EncodedVideo(tmp_path / "plain.mp4").read([0], np.asarray)[0]) == [[0, 80], [150, 250]]
+    write_corners(tmp_path / "flipped.mp4", 0, vflip=True)
+    assert corners(EncodedVideo(tmp_path / "flipped.mp4").read([0], np.asarray)[0]) == [[150, 250], [0, 80]]
+
+
+IRREGULAR = np.cumsum(np.random.default_rng(0).integers(1, 10, 12) * 40).tolist()  # milliseconds: 1.9 seconds in all
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mpeg4.avi", {"codec": "mpeg4"}),
+        ("mpeg4_b.avi", {"codec": "mpeg4", "options": {"bf": "2"}}),
+        ("h264_b.avi", {"codec": "libx264"}),
+        ("mjpeg.avi", {"codec": "mjpeg", "pixels": "yuvj420p"}),
+    ],
+)
+def test_an_avi_of_variable_rate_is_whole(tmp_path, name, options):
+    """Its header counts ticks of its rate, 1800 of them for 12 frames (PyAV 18.1, FFmpeg 8)."""
+    path = write_video(tmp_path / name, 12, times=IRREGULAR, rate=25, **options)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].frames > 10 * 12
+    video = EncodedVideo(path)
+    video.check()
+    assert video.read(range(12), number_of) == {index: index for index in range(12)}
+    assert video.read([7], number_of) == {7: 7}
+    # The negative control: with half of its frames it is refused.
+    data = path.read_bytes()
+    path.write_bytes(data[: (data.index(b"movi") + data.index(b"idx1")) // 2])
+    with pytest.raises(DataError, match=r"cut off|damaged|no frames"):
+        EncodedVideo(path).check()
+
+
+TIMES = np.cumsum(np.random.default_rng(1).integers(40, 400, 30)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("b_frames.mp4", {}),
+        ("b_frames.mkv", {}),
+        ("b_frames.flv", {}),
+        ("b_frames.ts", {}),
+        ("fragmented.mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}}),
+        ("each_frame.mp4", {"container_options": {"movflags": "frag_every_frame+empty_moov"}}),
+    ],
+)
+def test_at_a_time_the_frame_that_a_player_shows(tmp_path, name, options):
+    """Variable rate with B-frames, whose average rate and guessed rate both mislead, and fragments.
+
+    The frame at a time is the last whose time stamp is not later, by the times that were written.
+    """
+    path = write_video(tmp_path / name, 30, times=TIMES, **options)
+    video = EncodedVideo(path)
+    assert video.read(range(30), number_of) == {index: index for index in range(30)}
+    written = (np.array(TIMES) - TIMES[0]) / 1000
+    # Halfway between, so that a container's own rounding of times does not matter.
+    halfway = (written[1:] + written[:-1]) / 2
+    assert video.at(halfway.tolist()) == list(range(29))
+    assert video.at([-1.0, 0.0, 1e6]) == [0, 0, 29]
+    shown = video.read(video.at(halfway.tolist()), number_of)
+    assert [shown[index] for index in video.at(halfway.tolist())] == list(range(29))
+    # The negative control: at a constant rate, the average, other frames would be taken.
+    assert [int(second * 29 / written[-1]) for second in halfway] != list(range(29))
+
+
+def test_a_fragmented_file_begins_with_its_first_frame(tmp_path):
+    """Its header counts 0 frames, and its first time stamp is 0.08 s (PyAV 18.1: H.264, two frames of delay at 25)."""
+    options = {"movflags": "frag_keyframe+empty_moov"}
+    path = write_video(tmp_path / "fragmented.mp4", 30, rate=25, container_options=options)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.frames == 0
+        assert float(stream.start_time * stream.time_base) == pytest.approx(0.08)
+    video = EncodedVideo(path)
+    assert len(video) == 30
+    assert video.at([0.0, 0.04, 0.08, 0.5, 1.16, 9.0]) == [0, 1, 2, 12, 29, 29]
+    assert video.read([0, 29], number_of) == {0: 0, 29: 29}
+
+
+@pytest.mark.parametrize("name", ["video.h264", "video.avi"])
+def test_without_time_stamps_frames_have_numbers_only(tmp_path, name):
+    """Raw H.264 has none at all; those of an AVI with B-frames are in the order of decoding."""
+    video = EncodedVideo(write_video(tmp_path / name, 30))
+    assert video.read([0, 13, 29], number_of) == {0: 0, 13: 13, 29: 29}
+    with pytest.raises(DataError, match="no time stamps"):
+        video.at([0.5])
+
+
+def test_an_edit_list_trims(tmp_path):
+    """An MP4 trimmed without encoding again: 20 of its 30 frames are shown (a list is written for times below 0)."""
+    source = write_video(tmp_path / "whole.mp4", 30, keyframe_every=30)
+    options = {"avoid_negative_ts": "disabled"}
+    with av.open(str(source)) as given, av.open(str(tmp_path / "trimmed.mp4"), "w", container_options=options) as made:
+        stream = made.add_stream_from_template(given.streams.video[0])
+        frame = round(1 / 12 / given.streams.video[0].time_base)
+        for packet in given.demux(given.streams.video[0]):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - 10 * frame, packet.dts - 10 * frame, stream
+                made.mux(packet)
+    video = EncodedVideo(tmp_path / "trimmed.mp4")
+    assert list(video.read(range(len(video)), number_of).values()) == list(range(10, 30))
+
+
 @pytest.mark.parametrize("name", ["cut.mp4", "cut.mkv", "cut.ts"])
 def test_cut_inside_a_group_of_pictures_without_encoding_again(tmp_path, name):
     """Frames up to the first keyframe cannot be decoded; the first that can stands for them."""

@@ -10,7 +10,7 @@ from visionpeft.data.video.reading import FrameIndex, open_video
 from visionpeft.data.video.transforms import ClipTransform
 from visionpeft.models.video_sampling import FrameSampling
 
-INDEX_BYTES = 64 * 2**20
+INDEX_BYTES = 64 * 2**20  # for all workers together
 
 
 class VideoDataset(LabelledDataset):
@@ -27,6 +27,7 @@ class VideoDataset(LabelledDataset):
         seed: Of frames and augmentation, together with the epoch and the index.
         crops: Crops of each test clip, 1 or 3; absent for a single view.
         shuffle_frames: Put the frames of each video's clips in a random order, fixed by the seed and the index.
+        num_workers: Processes that load, which share the memory for what was found of the files.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class VideoDataset(LabelledDataset):
         seed: int = 0,
         crops: int | None = None,
         shuffle_frames: bool = False,
+        num_workers: int = 0,
     ):
         self.source = source
         self.sampling = sampling
@@ -45,7 +47,7 @@ class VideoDataset(LabelledDataset):
         self.seed = seed
         self.crops = crops
         self.shuffle_frames = shuffle_frames
-        self.free_bytes = INDEX_BYTES
+        self.free_bytes = INDEX_BYTES // max(1, num_workers)
         self.indices: dict[int, FrameIndex] = {}
 
     def _input(self, index: int, epoch: int) -> torch.Tensor:

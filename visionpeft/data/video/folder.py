@@ -14,6 +14,10 @@ from visionpeft.data.video.reading import list_videos
 class VideoFolder(VideoDataModule):
     """A folder for each class: `root/{train,val,test}/<class>/`, or `root/<class>/` which is split at random.
 
+    The first layout is taken where every folder in the root that holds any has the name of a split, in any case, also
+    `training`, `valid`, `validation`, `dev` and `testing`; where only some have, the folder is refused as ambiguous.
+    Files that are left out are counted and named in the description of a run.
+
     The class names are the folder names, sorted. Videos are encoded files or folders of frames. In the first layout
     `val` and `test` may be absent. In the second the videos of each class are split by the fractions, at least one
     staying in the train split.

@@ -112,6 +112,7 @@ class VideoDataModule(ImageDataModule):
             seed=self._seed(),
             crops=self.test_crops if tested else None,
             shuffle_frames=self.shuffle_test_frames and tested,
+            num_workers=self.num_workers,
         )
 
     def sampler(self, dataset: VideoDataset, **options) -> EpochSampler:

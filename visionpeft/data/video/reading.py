@@ -4,11 +4,13 @@ A frame is known by its place in order of presentation, whatever the frame rate 
 frame of a video and what is made of the frames asked for, however long the video is.
 """
 
+import math
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,11 +43,13 @@ class FrameIndex:
         times: Time stamp of each frame in order of presentation, int64 (frames,); empty where the file has none that
             can be relied on, and frames can only be counted from the beginning.
         keyframes: Time stamps of the keyframes, int64, ascending.
+        time_base: Seconds of one unit of the time stamps.
     """
 
     frames: int
     times: np.ndarray
     keyframes: np.ndarray
+    time_base: Fraction
 
     @property
     def nbytes(self) -> int:
@@ -143,6 +147,25 @@ class EncodedVideo:
             raise DataError(f"video file {self.path} cannot be read (no frame {missing} of {len(self)}); {REMEDY}")
         return found
 
+    def at(self, seconds: Sequence[float]) -> list[int]:
+        """Index of the frame that a player shows at each of these times, counted from the first frame.
+
+        A frame is shown from its own time stamp until that of the next one, whatever the file says of its rate; at
+        times before the first frame that is the first, after the last the last.
+
+        Raises:
+            DataError: the file has no time stamps that can be relied on.
+        """
+        if not len(self.index.times):
+            raise DataError(
+                f"video file {self.path} has no time stamps, so that nobody knows when a frame is shown; name its "
+                "frames by their numbers"
+            )
+        # In integers: a product of floats could fall just below the time stamp that it names.
+        ticks = [math.floor(Fraction(second).limit_denominator(10**9) / self.index.time_base) for second in seconds]
+        places = np.searchsorted(self.index.times, np.array(ticks, np.int64) + self.index.times[0], side="right") - 1
+        return np.clip(places, 0, len(self) - 1).tolist()
+
     def _read(
         self, wanted: Sequence[int], prepare: Callable[[Image.Image], Prepared], seeks: bool
     ) -> dict[int, Prepared]:
@@ -198,7 +221,7 @@ def _moves(stream: av.VideoStream) -> bool:
 def _index(path: Path) -> FrameIndex:
     """Time stamps and keyframes from the packets, without decoding."""
     times, keyframes = array("q"), array("q")
-    frames, same, end = 0, True, 0.0
+    frames, ticks, same, end = 0, 0, True, 0.0
     with _opened(path) as (container, stream):
         for packet in container.demux():
             if packet.size == 0 or packet.is_discard:
@@ -212,6 +235,7 @@ def _index(path: Path) -> FrameIndex:
                 continue
             frames += 1
             same &= packet.pts == packet.dts
+            ticks = max(ticks, (packet.dts or 0) + 1)
             if packet.pts is not None:
                 times.append(packet.pts)
                 if packet.is_keyframe:
@@ -219,18 +243,21 @@ def _index(path: Path) -> FrameIndex:
         declared = (container.duration or 0) / 1e6
         begin = (container.start_time or 0) / 1e6
         # AVI has no time stamps of presentation; those that are reported follow the order of decoding.
-        reliable = "avi" not in container.format.name or (same and not stream.codec_context.has_b_frames)
-        promised = stream.frames if "avi" in container.format.name else 0
+        is_avi = "avi" in container.format.name
+        reliable = not is_avi or (same and not stream.codec_context.has_b_frames)
+        # What it counts are not frames but ticks of its rate, most of which are empty where the rate varies.
+        promised = stream.frames if is_avi else 0
+        time_base = stream.time_base
     if frames == 0:
         raise DataError(f"video file {path} holds no frames; {REMEDY}")
     # What is declared is a length or, in Matroska, the last time stamp.
     length = end - min(begin, 0.0)
-    if declared - length > max(1.0, 0.1 * declared) or frames < 0.9 * promised:
+    if declared - length > max(1.0, 0.1 * declared) or max(frames, ticks) < 0.9 * promised:
         raise DataError(f"video file {path} is cut off after {length:.1f} of {declared:.1f} seconds; {REMEDY}")
     stamps = np.unique(np.frombuffer(times, np.int64)) if times else np.zeros(0, np.int64)
     if len(stamps) < frames or len(keyframes) == 0 or not reliable:
         stamps = np.zeros(0, np.int64)
-    return FrameIndex(frames, stamps, np.sort(np.array(keyframes, np.int64)))
+    return FrameIndex(frames, stamps, np.sort(np.array(keyframes, np.int64)), time_base)
 
 
 class _Overshot(Exception):
@@ -322,14 +349,27 @@ def _position(index: FrameIndex, frame: av.VideoFrame) -> int:
 
 
 def _upright(frame: av.VideoFrame, converter: VideoReformatter) -> Image.Image:
-    """RGB image, turned as the file asks for in quarters of a turn."""
+    """RGB image as a player shows it: turned in quarters of a turn and mirrored, as the display matrix asks for.
+
+    The matrix (a b u; c d v; x y w) takes a pixel to (a x + c y, b x + d y), y pointing down. PyAV's `rotation` is the
+    angle alone and calls a mirrored picture one that is turned by 180 degrees.
+    """
     # Without a converter of its own, each frame would start threads to be converted.
     image = converter.reformat(frame, format="rgb24", threads=1).to_image()
-    turn = round(frame.rotation / 90) % 4  # counter-clockwise, as Pillow's
-    if turn == 0:
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
         return image
-    turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
-    return image.transpose(turns[turn - 1])
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(np.int64).tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        image = image.transpose(Image.Transpose.TRANSPOSE)
+        horizontal, vertical = c, b
+    else:
+        horizontal, vertical = a, d
+    if horizontal < 0:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if vertical < 0:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return image
 
 
 def _numbered(file: Path) -> list[tuple[int, int | str]]:

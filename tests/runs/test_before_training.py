@@ -1,0 +1,156 @@
+"""First commands work as they are written, and what can be known before training is refused before it."""
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import BACKBONE, COLOURS, arguments, draw_images, results
+
+from visionpeft import fit
+from visionpeft.data import ImageFolder
+from visionpeft.errors import ConfigurationError
+from visionpeft.methods import LoRA
+from visionpeft.sharing.run_directory import RunDirectory
+from visionpeft.tasks import ImageClassification
+
+QUICK = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--model.optimisation.warmup_epochs", "0"]
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("data") / "squares")
+
+
+@pytest.fixture
+def lists(images, tmp_path, monkeypatch):
+    """train.csv, val.csv and test.csv in the working directory, with the images beside them."""
+    (tmp_path / "squares").symlink_to(images)
+    for name, numbers in (("train", range(6)), ("val", range(6, 8)), ("test", range(8, 10))):
+        with open(tmp_path / f"{name}.csv", "w", newline="") as file:
+            rows = [(f"squares/{colour}/{number}.png", colour) for colour in COLOURS for number in numbers]
+            csv.writer(file).writerows([("path", "label"), *rows])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys, *command, output):
+    """What is said; nothing has been trained or made."""
+    assert fit.main([*command, "--output", str(output)]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert not output.exists()
+    return said.err
+
+
+def test_the_command_for_lists_in_the_readme(lists, capsys):
+    """As it is written, and without a list to select on as the sentence beside it says."""
+    (command,) = re.findall(r"^python -m visionpeft\.fit (.*ImageList.*)$", README.read_text(), re.MULTILINE)
+    assert fit.main([*command.split(), *BACKBONE, *QUICK]) == 0
+    (run,) = (lists / "runs").iterdir()
+    assert results(run)["data"]["sizes"] == {"train": 18, "val": 6, "test": 6}
+    assert results(run)["reported"].startswith("epoch 1")
+    without = command.replace(" --data.val val.csv", "").split()
+    said = refused(capsys, *without, *BACKBONE, *QUICK, output=lists / "other")
+    assert "--data.val val.csv" in said
+    assert "--report last" in said
+    assert fit.main([*without, "--report", "last", *BACKBONE, *QUICK, "--output", str(lists / "other")]) == 0
+
+
+def test_no_test_split_is_noticed_before_training(lists, capsys):
+    command = [
+        "--config",
+        "images_lora.yaml",
+        "--data",
+        "ImageList",
+        "--data.root",
+        "auto",
+        "--data.train",
+        "train.csv",
+    ]
+    command += ["--data.val", "val.csv", *BACKBONE, *QUICK]
+    said = refused(capsys, *command, output=lists / "out")
+    assert "no test split" in said
+    assert "--data.test test.csv" in said
+    assert "--test false" in said
+    assert fit.main([*command, "--test", "false", "--output", str(lists / "out")]) == 0
+    (run,) = (lists / "out").iterdir()
+    assert "test" not in results(run)
+
+
+def test_a_root_that_is_not_there_is_named(lists, capsys):
+    """The folder of images_lora.yaml stays where only the class of the data is changed."""
+    command = ["--config", "images_lora.yaml", "--data", "ImageList", "--data.train", "train.csv"]
+    command += ["--data.val", "val.csv", "--data.test", "test.csv", *BACKBONE, *QUICK]
+    assert "--data.root auto" in refused(capsys, *command, output=lists / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data.val_fraction", "0"], "ImageFolder has none here: give a folder val/"),
+        (["--data.test_fraction", "0"], "ImageFolder has no test split here"),
+        (["--trainer.max_epochs", "0"], "max_epochs 0 leaves no epoch"),
+        (["--trainer.check_val_every_n_epoch", "4"], "check_val_every_n_epoch 4 with 3 epochs"),
+        (["--trainer.limit_val_batches", "0"], "limit_val_batches 0 leaves no epoch"),
+        (["--trainer.limit_test_batches", "0"], "limit_test_batches 0 leaves nothing to test"),
+        (["--model.backbone_kwargs", "{img_size: 32, in_chans: 1}"], "does not take colour images of 32 x 32 pixels"),
+        (
+            ["--model.head", "batchnorm_linear", "--data.batch_size", "5"],
+            "21 training images in batches of 5 leave",
+        ),
+        (["--model.head", "batchnorm_linear", "--data.batch_size", "1"], "leave one alone in a batch"),
+    ],
+)
+def test_what_would_fail_later_is_refused_first(options, said, images, tmp_path, capsys):
+    assert said in refused(capsys, *arguments(images, *options), output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.head", "batchnorm_linear", "--data.batch_size", "5", "--data.drop_last", "true"],
+        ["--model.head", "batchnorm_linear", "--data.batch_size", "6"],
+        ["--data.batch_size", "5"],
+        ["--trainer.limit_val_batches", "0", "--report", "last"],
+    ],
+)
+def test_what_is_near_to_it_is_trained(options, images, tmp_path):
+    assert fit.main([*arguments(images, *options, epochs=1), "--output", str(tmp_path / "out")]) == 0
+
+
+def test_a_look_at_the_model_changes_nothing(images):
+    """The check before training moves neither weights, nor statistics, nor the generator."""
+    data = ImageFolder(images)
+    task = ImageClassification(
+        LoRA(2), data.class_names, backbone="test_vit", pretrained=False, backbone_kwargs={"img_size": 32},
+        head="batchnorm_linear",
+    )  # fmt: skip
+    task.connect(data)
+    before, state = {key: value.clone() for key, value in task.state_dict().items()}, torch.get_rng_state()
+    task.check_before_training(data)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in task.state_dict().items())
+    task.preprocessing = task.preprocessing.__class__(**(vars(task.preprocessing) | {"input_size": (40, 40)}))
+    with pytest.raises(ConfigurationError, match="40 x 40"):
+        task.check_before_training(data)
+
+
+def test_an_output_that_is_a_file(images, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "runs"):
+        assert fit.main([*arguments(images), "--output", str(output)]) == 2
+        assert "no run directory can be made" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+    assert RunDirectory.create(tmp_path / "new", "a b").path.name == "a_b-1"
+
+
+def test_skipping_damaged_images_can_leave_no_batch(images, tmp_path):
+    folder = draw_images(tmp_path / "squares")
+    for path in sorted(folder.glob("*/*.png"))[::2]:
+        path.write_bytes(b"damaged")
+    data = ImageFolder(folder, skip_corrupt=True, batch_size=16, drop_last=True)
+    with pytest.raises(ConfigurationError, match="drop_last leaves no batch"):
+        data.setup()

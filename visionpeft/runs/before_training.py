@@ -1,0 +1,84 @@
+"""What can be known to fail before hours of training are spent on it."""
+
+from collections.abc import Mapping
+
+from visionpeft.data import ImageDataModule
+from visionpeft.errors import ConfigurationError
+from visionpeft.tasks import ImageTask
+
+# How data sets that have no split of their own for selection, or for the test, get one.
+OPTIONS = {
+    "val": {
+        "ImageFolder": "a folder val/, or --data.val_fraction 0.1 where the folder has no splits",
+        "VideoFolder": "a folder val/, or --data.val_fraction 0.1 where the folder has no splits",
+        "ImageList": "--data.val val.csv",
+        "VideoList": "--data.val val.csv",
+        "VTAB-1k": "--data.train_on train800",
+    },
+    "test": {
+        "ImageFolder": "a folder test/, or --data.test_fraction 0.2 where the folder has no splits",
+        "VideoFolder": "a folder test/, or --data.test_fraction 0.2 where the folder has no splits",
+        "ImageList": "--data.test test.csv",
+        "VideoList": "--data.test test.csv",
+    },
+}
+
+
+def check_before_training(
+    task: ImageTask, datamodule: ImageDataModule, trainer: Mapping, report: str, tests: bool
+) -> None:
+    """Refuse a run that would stop after its last epoch, before it has a run directory.
+
+    Args:
+        task: what is trained.
+        datamodule: its data, set up.
+        trainer: options of the trainer, as given.
+        report: "last", "best" or "best_test".
+        tests: whether a test follows.
+
+    Raises:
+        ConfigurationError: a split is missing, or an option leaves nothing to select on or to test; or the backbone
+            does not take the images.
+    """
+    sources, dataset = datamodule.sources, str(datamodule.description().get("dataset"))
+    if "train" not in sources and task.trained_parameters():
+        raise ConfigurationError(
+            f"{dataset} has only {' and '.join(sources)} images and none to train on; give the data to train on, and "
+            "score these with python -m visionpeft.evaluate"
+        )
+    if report == "best" and "val" not in sources:
+        raise ConfigurationError(
+            f"--report best needs a validation split, and {dataset} has none here: give {_get('val', dataset)}, or use "
+            "--report last"
+        )
+    if tests and "test" not in sources:
+        raise ConfigurationError(
+            f"{dataset} has no test split here: give {_get('test', dataset)}, or use --test false to train without a "
+            "test"
+        )
+    if tests and trainer.get("limit_test_batches") in (0, 0.0) and not isinstance(trainer["limit_test_batches"], bool):
+        raise ConfigurationError("--trainer.limit_test_batches 0 leaves nothing to test; use --test false")
+    if report != "last":
+        _check_selection(trainer, report)
+    task.check_before_training(datamodule)
+
+
+def _get(split: str, dataset: str) -> str:
+    return OPTIONS[split].get(dataset, f"data with a {split} split")
+
+
+def _check_selection(trainer: Mapping, report: str) -> None:
+    """Refuse options with which no epoch is validated."""
+    epochs, every = trainer.get("max_epochs"), trainer.get("check_val_every_n_epoch") or 1
+    limit = trainer.get("limit_val_batches")
+    reason = None
+    if epochs == 0:
+        reason = "--trainer.max_epochs 0"
+    elif epochs is not None and 0 < epochs < every:
+        reason = f"--trainer.check_val_every_n_epoch {every} with {epochs} epochs"
+    elif limit is not None and limit == 0:
+        reason = "--trainer.limit_val_batches 0"
+    elif trainer.get("fast_dev_run"):
+        reason = "--trainer.fast_dev_run"
+    if reason is not None:
+        raise ConfigurationError(f"{reason} leaves no epoch that --report {report} could choose; use --report last")
