@@ -32,7 +32,6 @@ VARIANTS = {
     "FacT": ['FacT(rank=32, decomposition="tk")'],
     "Compacter": ['Compacter(bottleneck=24, placement="pfeiffer")'],
     "ChildTuning": ['ChildTuning("D", share=0.1)'],
-    "SPT": ['SPT(budget=400_000, structure="adapter")'],
     "STAdapter": ['STAdapter(positions=("before_mlp",))', 'STAdapter(positions=("before_attention", "before_mlp"))'],
     "CoOp": ['CoOp(init="a photo of a")'],
 }
@@ -105,17 +104,12 @@ def method_lines(public: Sequence[str] | None = None, module=methods) -> list[Li
 
 
 def counted(model: torch.nn.Module, method: vp.Method) -> str:
-    """How many values the attached method trains; about how many if that depends on the data which it must see."""
-    counts = []
-    while model.peft["default"].pending:
-        torch.manual_seed(len(counts))
-        vp.allocate(model, [(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))])
-        counts.append(vp.summary(model).adapter)
-        if len(counts) < 2:
-            vp.attach(vp.detach(model), method)
-    if len(set(counts)) > 1:
-        return f"about {float(f'{counts[0]:.0e}'):,.0f}"
-    return f"{vp.summary(model).adapter:,}"
+    """How many values the attached method trains, the head left out; it is shown an image if it needs data."""
+    if model.peft["default"].pending:
+        vp.allocate(model, [(torch.randn(1, 3, 224, 224), torch.tensor([0]))])
+    # How much of a budget can be spent depends on the data.
+    budget = getattr(method, "budget", None)
+    return f"budget {budget:,}" if isinstance(budget, int) else f"{vp.summary(model).adapter:,}"
 
 
 def acts_at(model: torch.nn.Module) -> str:
@@ -126,8 +120,11 @@ def acts_at(model: torch.nn.Module) -> str:
     sites = {p.site for _, p in adapter.placements if not p.add} - {site for branch in branches for site in branch}
     places = sorted({*branches, *((site, "") for site in sites)}, key=lambda place: (*map(met, place), place))
     parts = [f"`{site}` → `{add}`" if add else f"`{site}`" for site, add in places]
-    if sites == {layer.site for _, layer in tower.all_layers()}:
-        parts = ["every layer and norm"]
+    layers = {layer.site for _, layer in tower.all_layers()}
+    if not branches and sites in (layers, layers - {"patch_embed"}):
+        parts = ["every layer and norm"] + ["but `patch_embed`"] * (sites < layers)
+    elif not branches and sites == {layer.site for _, layer in tower.all_layers() if layer.kind == "linear"}:
+        parts = ["every linear layer"]
     names = [name.removeprefix(f"{tower.path}.") for name, _ in adapter.trained_parameters()]
     if names:
         parts.append(parameters_in_words(names, tower.parameter_names()))
@@ -207,15 +204,23 @@ def defaults_alone(lines: list[Line]) -> list[Line]:
     return [line for line in lines if line.call == f"{line.name}()"]
 
 
+def side_by_side(lines: list[Line], columns: dict[str, Callable[[Line], str]]) -> str:
+    """A table with two of them in a row."""
+    half = (len(lines) + 1) // 2
+    left, right = (markdown(part, columns).splitlines() for part in (lines[:half], lines[half:]))
+    right += ["|" + "  |" * len(columns)] * (len(left) - len(right))
+    return "\n".join(one + other[1:] for one, other in zip(left, right, strict=True))
+
+
 def short_methods(lines: list[Line]) -> str:
     """The methods for the README."""
     columns = {
         "method": lambda line: f"`{line.name}`",
         "acts at": lambda line: line.acts_at,
-        "trained on ViT-B/16:": lambda line: line.trained,
-        "mergeable": lambda line: line.last,
+        "trained:": lambda line: line.trained,
+        "merges": lambda line: line.last,
     }
-    return markdown(defaults_alone(lines), columns)
+    return side_by_side(defaults_alone(lines), columns)
 
 
 def long_methods(lines: list[Line]) -> str:
@@ -231,17 +236,13 @@ def long_methods(lines: list[Line]) -> str:
 
 
 def short_learners(lines: list[Line]) -> str:
-    """The learners for the README, two in a row."""
+    """The learners for the README."""
     columns = {
         "learner": lambda line: f"`{line.name}`",
-        "trained on ViT-B/16:": lambda line: line.trained,
+        "trained:": lambda line: line.trained,
         "new class names": lambda line: line.last,
     }
-    lines = defaults_alone(lines)
-    half = (len(lines) + 1) // 2
-    left, right = (markdown(part, columns).splitlines() for part in (lines[:half], lines[half:]))
-    right += ["|" + "  |" * len(columns)] * (len(left) - len(right))
-    return "\n".join(one + other[1:] for one, other in zip(left, right, strict=True))
+    return side_by_side(defaults_alone(lines), columns)
 
 
 def long_learners(lines: list[Line]) -> str:

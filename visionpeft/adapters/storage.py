@@ -21,6 +21,7 @@ from visionpeft.adapters.install import check_unchanged
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.errors import ConfigurationError, StorageError, UserError, nearest
+from visionpeft.extensions import classes_by_name
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.parts.field_types import from_json
 
@@ -185,13 +186,14 @@ def method_from(entry: dict) -> Method:
     Raises:
         StorageError: this version has no such method, or it has other fields.
     """
-    names = [name for name in method_classes.__all__ if name != "Method"]
-    if entry["class"] not in names:
+    own = [getattr(method_classes, name) for name in method_classes.__all__ if name != "Method"]
+    classes = classes_by_name(Method, own)
+    if entry["class"] not in classes:
         raise StorageError(
             f"the adapter was made by a method {entry['class']!r} this version does not have; "
-            f"near names are {nearest(entry['class'], names)}"
+            f"near names are {nearest(entry['class'], classes)}; a method of your own must be imported first"
         )
-    cls = getattr(method_classes, entry["class"])
+    cls = classes[entry["class"]]
     try:
         types = get_type_hints(cls)
         return cls(**{name: from_json(value, types.get(name)) for name, value in entry["fields"].items()})

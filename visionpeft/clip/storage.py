@@ -16,6 +16,7 @@ from visionpeft.clip.description import FORMAT, STEM, read_saved
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import acting_adapters, check_clip
 from visionpeft.errors import StorageError, UserError, nearest
+from visionpeft.extensions import classes_by_name
 
 
 def save_learner(
@@ -74,15 +75,16 @@ def load_learner(
     what = f"the learner in {folder}"
     check_backbone(clip, description["backbone"], backbone_record(clip, check_fingerprint), what)
     entry = description["learner"]
-    names = [name for name in learner_classes.__all__ if _is_learner(getattr(learner_classes, name))]
-    if entry["class"] not in names:
+    own = [getattr(learner_classes, name) for name in learner_classes.__all__ if name != "Learner"]
+    classes = classes_by_name(Learner, own)
+    if entry["class"] not in classes:
         raise StorageError(
             f"{what} is of a class {entry['class']!r} this version does not have; near names are "
-            f"{nearest(entry['class'], names)}"
+            f"{nearest(entry['class'], classes)}; a learner of your own must be imported first"
         )
     before = acting_adapters(clip)
     _check_adapters(description["adapters"], before, what)
-    cls = getattr(learner_classes, entry["class"])
+    cls = classes[entry["class"]]
     duplicates = description["allow_duplicates"]
     try:
         with warnings.catch_warnings():
@@ -102,10 +104,6 @@ def load_learner(
             detach(clip, learner.adapter_name)
         raise
     return learner.eval()
-
-
-def _is_learner(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Learner) and value is not Learner
 
 
 def _check_adapters(saved: Sequence[str], acting: Sequence[str], what: str) -> None:

@@ -1,0 +1,96 @@
+"""The documentation is true: its Python runs, its tables are made from the classes, and nothing public is missing."""
+
+import importlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from small_runs import draw_images
+
+import visionpeft as vp
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+GUIDES = sorted(DOCS.glob("add_*.md"))
+PAGES = sorted(DOCS.glob("*.md"))
+
+# runs the steps of a page in one process, as a reader would: (language, text)
+RUN = """
+import json, os, pathlib, shlex, sys
+sys.path.insert(0, os.getcwd())
+names = {"__name__": "page"}
+for language, text in json.loads(pathlib.Path("steps.json").read_text()):
+    if language == "python":
+        exec(compile(text, "page", "exec"), names)
+        continue
+    for line in text.strip().splitlines():
+        python, option, module, *arguments = shlex.split(line, comments=True)
+        assert (python, option) == ("python", "-m"), line
+        assert __import__(module, fromlist=["main"]).main(arguments) == 0, line
+"""
+
+
+def blocks(text, *languages):
+    """(language, text) of the fenced blocks in a page."""
+    return [match for match in re.findall(r"```(\w+)\n(.*?)```", text, flags=re.DOTALL) if match[0] in languages]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_guide(page, tmp_path):
+    """A block that begins with `# NAME.py` is that file; the other Python and the commands run as they stand."""
+    import json
+
+    draw_images(tmp_path / "photos", per_class=6)
+    steps = []
+    for language, text in blocks(page.read_text(encoding="utf-8"), "python", "bash"):
+        named = re.match(r"# (\w+\.py)\n", text)
+        if named:
+            (tmp_path / named[1]).write_text(text, encoding="utf-8")
+        else:
+            steps.append((language, text))
+    assert len(steps) >= 2
+    (tmp_path / "steps.json").write_text(json.dumps(steps))
+    command = [sys.executable, "-W", "ignore", "-c", RUN]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_there_are_four_guides():
+    assert [page.stem for page in GUIDES] == ["add_data_set", "add_family", "add_learner", "add_method"]
+
+
+@pytest.mark.slow
+def test_tables(monkeypatch):
+    """The tables of methods and learners are what `docs/tables.py` makes of the classes."""
+    monkeypatch.syspath_prepend(str(DOCS))
+    tables = importlib.import_module("tables")
+    assert tables.main(["--check"]) == 0
+    for name, lines in (("methods", vp.methods), ("learners", importlib.import_module("visionpeft.clip.learners"))):
+        public = {each for each in lines.__all__ if each not in ("Method", "Learner")}
+        shown = set(re.findall(r"`(\w+)\(.*?\)` \|", (DOCS / f"{name}.md").read_text(encoding="utf-8")))
+        assert shown == public
+        readme = marked((ROOT / "README.md").read_text(encoding="utf-8"), name)
+        assert public <= set(re.findall(r"`(\w+)`", readme))
+
+
+def marked(text, name):
+    return re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", text, flags=re.DOTALL)[1]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The documentation, built; strict, so that a broken link or an unknown name ends the build."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
