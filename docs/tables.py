@@ -1,10 +1,10 @@
 """The tables of methods and learners in README.md and in these pages, made from the classes themselves.
 
-`python docs/tables.py --write` fills what stands between `<!-- methods:begin -->` and `<!-- methods:end -->` (and so for
-learners) in the files of `PAGES`; `--check` fails if that would change something. What there is comes from
+`python docs/tables.py --write` fills what stands between `<!-- methods:begin -->` and `<!-- methods:end -->`, and so
+for the other names of `PAGES`; `--check` fails if that would change something. What there is comes from
 `visionpeft.methods.__all__` and `visionpeft.clip.learners.__all__`, what it does from the first line of its docstring,
-and where it acts, how much it trains and whether it merges from attaching it to a ViT-B/16 with random weights. So a new
-method or learner appears with `--write` and without an edit.
+and where it acts, how much it trains and whether it merges from attaching it to a ViT-B/16 with random weights. So a
+new method or learner appears with `--write` and without an edit.
 """
 
 import argparse
@@ -256,11 +256,31 @@ def long_learners(lines: list[Line]) -> str:
     return markdown(lines, columns)
 
 
+def directives() -> str:
+    """A mkdocstrings directive for every public function and class that is no method, learner or error.
+
+    They go by the module that defines them: the lazy top level has no definitions that could be read.
+    """
+    shown = {*methods.__all__, *learners.__all__} - {"Method", "Learner"}
+    found = [
+        (name, value)
+        for name in sorted(vp.__all__, key=str.lower)
+        if name not in shown and (value := getattr(vp, name))
+    ]
+    return "\n".join(f"::: {value.__module__}.{name}" for name, value in found if not is_error(value))
+
+
+def is_error(value: object) -> bool:
+    """Whether it is one of the errors, which have a page of their own."""
+    return isinstance(value, type) and issubclass(value, vp.UserError)
+
+
 # what each file shows between `<!-- NAME:begin -->` and `<!-- NAME:end -->`
 PAGES = {
     "README.md": {"methods": short_methods, "learners": short_learners},
     "docs/methods.md": {"methods": long_methods},
     "docs/learners.md": {"learners": long_learners},
+    "docs/functions.md": {"functions": lambda lines: directives()},
 }
 
 
@@ -284,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     what.add_argument("--check", action="store_true", help="fail if a table is not what the classes say")
     what.add_argument("--write", action="store_true", help="write the tables")
     write = parser.parse_args(arguments).write
-    lines = {"methods": method_lines(), "learners": learner_lines()}
+    lines = {"methods": method_lines(), "learners": learner_lines(), "functions": []}
     stale = 0
     for page, tables in PAGES.items():
         path = ROOT / page

@@ -1,19 +1,19 @@
 """The documentation is true: its Python runs, its tables are made from the classes, and nothing public is missing."""
 
 import importlib
+import json
+import pkgutil
 import re
-import runpy
 import shlex
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import yaml
 from small_runs import draw_images
 
 import visionpeft as vp
+from visionpeft.runs.config_files import find_config
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -45,8 +45,6 @@ def blocks(text, *languages):
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_guide(page, tmp_path):
     """A block that begins with `# NAME.py` is that file; the other Python and the commands run as they stand."""
-    import json
-
     draw_images(tmp_path / "photos", per_class=6)
     steps = []
     for language, text in blocks(page.read_text(encoding="utf-8"), "python", "bash"):
@@ -84,13 +82,57 @@ def marked(text, name):
     return re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", text, flags=re.DOTALL)[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The documentation, built; strict, so that a broken link or an unknown name ends the build."""
-    pytest.importorskip("mkdocs")
-    pytest.importorskip("mkdocstrings")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
+
+
+def described(site):
+    """Every object that some page of the site describes, by the path under which it does."""
+    paths = {
+        path for page in site.rglob("*.html") for path in re.findall(r'id="(visionpeft\.[\w.]+)"', page.read_text())
+    }
+    return {path: found for path in paths if (found := pkgutil.resolve_name(path)) is not None}
+
+
+def test_every_public_name_is_described(site):
+    """By object, so that a name counts wherever it is described. `visionpeft.sites` is not on the site: a control."""
+    shown = described(site).values()
+    missing = [name for name in vp.__all__ if not any(value is getattr(vp, name) for value in shown)]
+    assert not missing
+    assert not any(value is importlib.import_module("visionpeft.sites").Flow for value in shown)
+
+
+def test_nothing_is_in_the_menu_twice_or_not_at_all():
+    menu = re.findall(r"^  - [^:]+: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(menu) == [page.name for page in PAGES]
+
+
+def test_the_two_commands_of_ci():
+    """The README's, and those of CI, are the same."""
+    steps = re.findall(r'^step "(.*)"$', (ROOT / ".ci" / "run").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (_, shown), *_ = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "bash")
+    assert [line.partition("   #")[0] for line in shown.splitlines()] == steps[:2]
+
+
+def test_readme_fits_a_page():
+    assert 100 <= len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_commands_name_what_exists(page):
+    """Modules, scripts and configurations in the commands of a page."""
+    text = page.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m (visionpeft\.\w+)", text):
+        assert callable(importlib.import_module(module).main)
+    for script in re.findall(r"python ((?:examples|benchmarks|docs)/\w+\.py)", text):
+        assert (ROOT / script).is_file()
+    for _, commands in blocks(text, "bash"):
+        words = shlex.split(commands.replace("\\\n", " "), comments=True)
+        for name in (word for word in words if word.endswith(".yaml") and word != "mine.yaml"):
+            assert find_config(name).is_file()

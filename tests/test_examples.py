@@ -1,5 +1,7 @@
 """The examples run, and the README's lines are true."""
 
+import csv
+import importlib
 import re
 import runpy
 import subprocess
@@ -115,6 +117,31 @@ def test_compare_methods(few_drawings, run, tmp_path):
     assert (tmp_path / "r" / "table.csv").read_text() == rows  # finished runs are not repeated
 
 
+def test_method_picture(tmp_path, monkeypatch):
+    """Drawn from the table of docs/results.md, number by number; a method is best for its cost if none is cheaper."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    picture = importlib.import_module("method_picture")
+    picture.main(picture.ROOT / "benchmarks" / "results" / "embedded_tasks.csv", tmp_path / "methods.png")
+    assert Image.open(tmp_path / "methods.png").size[0] > 1000
+    with (ROOT / "benchmarks" / "results" / "embedded_tasks.csv").open(newline="") as file:
+        rows = [list(row.values()) for row in csv.DictReader(file)]
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("±", "| ").replace(",", "")
+    in_page = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    assert len(rows) == 34
+    assert all(row in in_page for row in rows)
+    methods = picture.read(ROOT / "benchmarks" / "results" / "embedded_tasks.csv")
+    for cost in picture.COSTS:
+        best = {
+            line.method
+            for line in methods.itertuples()
+            if not any(
+                other[cost] <= methods[cost][line.Index] and other["accuracy"] > line.accuracy
+                for other in methods.to_dict("records")
+            )
+        }
+        assert set(picture.best_for_its_cost(methods, cost)["method"]) == best
+
+
 @pytest.mark.slow
 def test_own_videos(run, tmp_path):
     draw_videos(tmp_path / "clips", per_class=6)
@@ -144,8 +171,15 @@ def python_blocks(text):
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_readme_lines(tmp_path, monkeypatch):
-    """The README's Python, pasted, with random weights in place of a download."""
+def python_with(page, words):
+    """The one block of Python in a page that holds these words."""
+    (block,) = [block for block in python_blocks((ROOT / page).read_text(encoding="utf-8")) if words in block]
+    return block
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_readme_lines(page, tmp_path, monkeypatch):
+    """The first Python of the README and of the documentation, pasted, with random weights in place of a download."""
     create = timm.create_model
 
     def small(name, pretrained, **options):
@@ -153,7 +187,7 @@ def test_readme_lines(tmp_path, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", small)
     monkeypatch.chdir(tmp_path)
-    block, _ = python_blocks((ROOT / "README.md").read_text())
+    block = python_with(page, "timm.create_model")
     script = tmp_path / "readme.py"
     script.write_text(block)
     names = runpy.run_path(str(script))
@@ -164,50 +198,17 @@ def test_readme_lines(tmp_path, monkeypatch):
         assert torch.equal(plain(images), names["model"].eval()(images))
 
 
-def test_readme_lines_on_clip(tmp_path, monkeypatch):
-    """The README's Python on CLIP, pasted, with nano_clip in place of a download."""
+@pytest.mark.parametrize("page", ["README.md", "docs/learners.md"])
+def test_readme_lines_on_clip(page, tmp_path, monkeypatch):
+    """The Python on CLIP of the README and of the documentation, pasted, with nano_clip in place of a download."""
     monkeypatch.setattr(
         open_clip, "create_model_and_transforms", lambda name, pretrained: (vp.create_clip("nano_clip")[0], None, None)
     )
     monkeypatch.chdir(tmp_path)
-    _, block = python_blocks((ROOT / "README.md").read_text())
+    block = python_with(page, "create_model_and_transforms")
     (tmp_path / "readme.py").write_text(block)
     images, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 0, 1])
     given = {"batches": [(images, labels)] * 2, "images": images}
     names = runpy.run_path(str(tmp_path / "readme.py"), init_globals=given)
     assert names["learner"].class_names == ["red kite", "buzzard", "heron"]
     assert sum(file.stat().st_size for file in (tmp_path / "prompt").iterdir()) < 2**14
-
-
-def test_readme_learner_counts():
-    """The README's column of values a learner trains is what building it on ViT-B/16 gives."""
-    text = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| `(\w+\(.*?\))` \|[^|]*\| ([\d,]+) \|", text, flags=re.MULTILINE)
-    rows = [(call, count) for call, count in rows if call.partition("(")[0] in vp.clip.__all__]
-    assert len(rows) == 12
-    tokenizer = open_clip.get_tokenizer("ViT-B-16")
-    for call, count in rows:
-        with torch.device("meta"):
-            clip = open_clip.CLIP(**open_clip.get_model_config("ViT-B-16"))
-        name, _, options = call.partition("(")
-        learner = getattr(vp, name)(clip, tokenizer, ["cat", "dog"], **eval(f"dict({options}"))
-        tuned = getattr(learner, "num_tuned", None)
-        trained = sum(parameter.numel() for parameter in learner.trainable_parameters()) if tuned is None else tuned
-        assert trained == int(count.replace(",", "")), call
-
-
-def test_readme_counts():
-    """The README's column of trained parameters is what attaching to ViT-B/16 gives."""
-    rows = re.findall(r"^\| `(\w+\(.*?\))` \|.*?\| ([\d,]+) \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
-    rows = [(call, count) for call, count in rows if call.partition("(")[0] not in vp.clip.__all__]
-    assert len(rows) >= 13
-    torch.manual_seed(0)
-    model = timm.create_model("vit_base_patch16_224", num_classes=10)
-    shown = torch.randn(2, 3, 224, 224), torch.tensor([0, 1])
-    for call, count in rows:
-        vp.attach(model, eval(call, {name: getattr(vp, name) for name in vp.__all__}))
-        if model.peft["default"].pending:
-            torch.nn.init.normal_(model.head.weight, std=0.02)
-            vp.allocate(model, [shown])
-        assert vp.summary(model).adapter == int(count.replace(",", "")), call
-        vp.detach(model)
