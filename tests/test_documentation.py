@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import draw_images
 
 import visionpeft as vp
+from visionpeft.methods.vpt import Prompts, RemovePrompts
 from visionpeft.runs.config_files import find_config
 
 ROOT = Path(__file__).parents[1]
@@ -136,3 +138,22 @@ def test_commands_name_what_exists(page):
         words = shlex.split(commands.replace("\\\n", " "), comments=True)
         for name in (word for word in words if word.endswith(".yaml") and word != "mine.yaml"):
             assert find_config(name).is_file()
+
+
+@pytest.mark.parametrize(("method", "ran"), [(vp.VPT(dropout=0.1), "prompts_for"), (vp.VPT(deep=False), "forward")])
+@pytest.mark.parametrize("training", [False, True])
+def test_where_a_breakpoint_in_vpt_hits(method, ran, training, monkeypatch):
+    """As its docstring says: deep prompts are keys and values, shallow ones tokens of the stream."""
+    called = set()
+    for kind, name in ((Prompts, "forward"), (RemovePrompts, "forward"), (Prompts, "prompts_for")):
+
+        def spy(module, x, original=getattr(kind, name), name=name):
+            called.add((type(module), name))
+            return original(module, x)
+
+        monkeypatch.setattr(kind, name, spy)
+    model = vp.attach(vp.create_backbone("nano_vit", num_classes=3), method)
+    called.clear()  # of the self-check
+    model.train(training)(torch.randn(2, 3, 64, 64))
+    assert (Prompts, "prompts_for") in called  # `forward` calls it, too
+    assert ((Prompts, "forward") in called) == ((RemovePrompts, "forward") in called) == (ran == "forward")
