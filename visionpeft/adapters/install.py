@@ -24,8 +24,11 @@ Plan = dict[tuple[str, int | None, str, str | None], list[nn.Module]]
 
 def install(model: nn.Module) -> None:
     """Make the model compute with the adapters that `model.peft` says are active, or route its batch."""
+    # Always from the original: what was installed before is taken off first, so that nothing depends on the order in
+    # which adapters were switched on and off.
     peft: Adapters = model.peft
     peft.restore()
+    # A group is what acts on one part of the batch: all active adapters on all of it, or one on its samples each.
     groups = [(name,) for name in dict.fromkeys(peft.route) if name] if peft.route else [peft.active]
     _freeze_unused(peft)
     if not any(groups):
@@ -55,12 +58,15 @@ def plan_of(peft: Adapters, names: tuple[str, ...]) -> Plan:
     for name in names:
         adapter: AttachedAdapter = peft[name]
         for sequence, (index, placement) in enumerate(adapter.placements):
+            # Equal orders go by the names of method and adapter, so that the order of attaching has no say; only the
+            # modules of one method keep the order in which it placed them.
             rank = (order_of(placement.module), type(adapter.methods[index]).__name__, name, sequence)
             entries[placement.tower, placement.block, placement.site, placement.add].append((rank, placement.module))
     return {key: [module for _, module in sorted(acting, key=lambda e: e[0])] for key, acting in entries.items()}
 
 
 def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> None:
+    # here[block][site, add] holds one list of modules for each group; block None is the tower outside its blocks.
     here: dict[int | None, dict] = defaultdict(lambda: defaultdict(lambda: [[] for _ in plans]))
     for number, plan in enumerate(plans):
         for (tower_name, block, site, add), modules in plan.items():
@@ -68,9 +74,12 @@ def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> N
                 here[block][site, add][number] = modules
     if tower.frames is not None and routed is not None:
         routed = *routed, tower.frames
+    # Before the blocks are looked at, because it may add to the first one.
     _enter_tokens(peft, tower, here, routed)
     travelling = [_travelling(tower, plan, peft) for plan in plans]
     for index, block in enumerate(tower.blocks):
+        # A block is sited if something acts in it, if prompts travel through it (its attention mask must make room for
+        # them), or if an economy needs it. Every other block stays the library's.
         prompts = [inside[index] for inside in travelling]
         if index not in here and not prompts[0] and not peft.economies.need(tower, index):
             continue
@@ -78,18 +87,23 @@ def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> N
         acting = here.get(index, {})
         alone = {key: groups[0] for key, groups in acting.items()} if routed is None else None
         peft.economies.apply(sites, tower, index, alone)
+        # Prompts as keys and values are for one group, because they are shared by the batch, and for towers that are
+        # not causal, where every token sees them. They act no more as modules and count no more as tokens.
         if alone is not None and not tower.causal:
             sites.key_prompts = key_prompts(block.module, alone)
         if sites.key_prompts is not None:
             acting = without_prompts(acting, sites.key_prompts.prompts)
             prompts = [[module for module in prompts[0] if module not in sites.key_prompts.prompts]]
         sites.extra_tokens = sum(module.num_tokens for module in prompts[0])
+        # Block and attention share their sites: the attention asks for those of q, k, v and kv, the block for its
+        # tokens'.
         swap(peft, block.module, block.sited_class).sites = sites
         swap(peft, block.attention, block.sited_attention_class).sites = sites
         for layer in block.economical:
             swap_layer(peft, layer)
         _fill(peft, sites, block.layers, _located(acting, sites, prompts), routed)
     _fill(peft, None, tower.layers, here.get(None, {}), routed)
+    # `forward_intermediates` would hand out tokens with prompts among them, or the class token alone.
     acting = [module for sites in here.values() for groups in sites.values() for group in groups for module in group]
     if any(order_of(module) == Order.ENTER_SPAN for module in acting):
         _refuse_intermediates(peft, tower, "shallow prompts travel between the blocks; use VPT(deep=True)")
@@ -115,6 +129,8 @@ def _acting(groups: list[list[nn.Module]], routed, branch: bool) -> tuple:
 
 
 def _fill(peft: Adapters, sites: Sites | None, layers: dict, here: dict, routed) -> None:
+    # A layer that is called acts by itself, on its output or, for `hidden`, on its input. The rows of a fused q, k, v
+    # are no layer of their own, so what acts there is called by the attention, as at a token site.
     for (site, add), groups in here.items():
         acting = _acting(groups, routed, add is not None)
         if site == "hidden":
@@ -163,6 +179,8 @@ def _travelling(tower: Tower, plan: Plan, peft: Adapters) -> list[list[nn.Module
 
     Refuses spans that overlap without one containing the other, or that shift tokens to be replaced by position.
     """
+    # Spans open and close like brackets: prompts enter right after the prefix tokens, before the prompts that are there
+    # already, and are removed from that place. So what leaves must be what entered last.
     owners = {p.module: (name, index) for name, adapter in peft.items() for index, p in adapter.placements}
     open_spans: list[nn.Module] = []
     travelling = []
@@ -174,6 +192,7 @@ def _travelling(tower: Tower, plan: Plan, peft: Adapters) -> list[list[nn.Module
                 f"tokens of the {tower.name} tower cannot be replaced while shallow prompts travel through it; use "
                 "VPT(deep=True)"
             )
+        # Those that stay for several blocks enter before those of this block alone, as the law of order says.
         open_spans += [module for module in enter if order_of(module) == Order.ENTER_SPAN]
         travelling.append([*open_spans, *(module for module in enter if order_of(module) == Order.ENTER)])
         leaving = [owners[module] for module in leave if order_of(module) == Order.LEAVE_SPAN]
@@ -202,6 +221,7 @@ class NoIntermediates:
 
 
 def _refuse_intermediates(peft: Adapters, tower: Tower, reason: str) -> None:
+    # In the instance, and noted as swapped only so that `restore_classes` finds the module and removes it again.
     for module in tower.spanning:
         module.__dict__["forward_intermediates"] = NoIntermediates(reason)
         peft.swapped.append((module, type(module)))

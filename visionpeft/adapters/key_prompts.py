@@ -48,9 +48,13 @@ class KeyPrompts:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """What the attention reads of the prompts (1 or batch, prompts, width), where x is what it reads of tokens."""
+        # One row serves the whole batch, unless a dropout draws for each sample: then every sample has prompts of its
+        # own.
         parts = [module.prompts_for(x) for module in self.prompts]
         rows = x.shape[0] if any(map(is_drawn, self.dropouts)) else max(part.shape[0] for part in parts)
         prompts = torch.cat([part.expand(rows, -1, -1) for part in parts], dim=1)
+        # The way of a token from `stream_in` to the attention, without the stream: what acts after the prompts'
+        # entrance, the norm before the attention with what acts on its output, then what acts at `attn_in`.
         for module in self.at_entrance:
             prompts = module(prompts)
         prompts = self.block.attention_input(prompts, UNSEEN)
@@ -70,12 +74,16 @@ def key_prompts(block: nn.Module, acting: Acting) -> KeyPrompts | None:
     leaving = [module for module in acting.get(("stream_out", None), []) if order_of(module) == Order.LEAVE]
     if not prompts or not all(hasattr(module, "prompts_for") for module in prompts):
         return None
+    # As many must leave as enter. Otherwise some would go on into the next block, and what attention and MLP make of
+    # them would be read there.
     if sum(module.num_tokens for module in prompts) != sum(module.num_tokens for module in leaving):
         return None
+    # In the law of order, what precedes the prompts' entrance never sees them, and what follows sees them as tokens.
     at_entrance = entrance[entrance.index(prompts[-1]) + 1 :]
     before = entrance[: entrance.index(prompts[0])]
     if not all(_leaves_alone(key, module, [*prompts, *leaving, *before]) for key, module in _each(acting)):
         return None
+    # A dropout on their way must draw for each sample, as it would for tokens; `is_drawn` asks for that at each call.
     on_the_way = [m for (site, _), m in _each(acting) if site in ON_THE_WAY and m not in (*prompts, *before)]
     drawing = [part for module in on_the_way for part in module.modules() if isinstance(part, DropPath | _DropoutNd)]
     if not all(type(part) is nn.Dropout for part in drawing):  # others draw for all tokens of a sample together
@@ -103,6 +111,8 @@ def _leaves_alone(key: tuple[str, str | None], module: nn.Module, own: list[nn.M
     site, add = key
     if module in own or order_of(module) == Order.LEAVE_SPAN or site == "kv":  # at kv prompts are among the keys
         return True
+    # Layers treat rows one by one, and so does what acts on their outputs unless it says otherwise. What acts on tokens
+    # must say so, and a branch may not end on the prompts' way to the attention.
     if site not in TOKEN_SITES:
         return getattr(module, "tokenwise", True)
     alone = getattr(module, "tokenwise", False) or getattr(module, "patches_only", False)

@@ -38,6 +38,7 @@ def traced() -> bool:
 
 def is_plain(layer: Callable) -> bool:
     """Whether calling a layer is `F.linear` with its weight and bias and nothing else."""
+    # A forward of a subclass or of the instance computes something else, and a hook must see a real call.
     own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
     return own and not is_hooked(layer) and (traced() or not nn.modules.module._has_any_global_hook())
 
@@ -76,6 +77,8 @@ class Origin:
 
 def remember(y: torch.Tensor, function: Callable, *tensors: torch.Tensor | None) -> torch.Tensor:
     """Mark y = function(*tensors); the first of the tensors is kept for the backward pass anyway."""
+    # What shares memory with its source (an identity, a view) would not be freed by forgetting it. Sources are
+    # detached: what is made again is a value for the weight gradients, and must not hold the graph of the forward pass.
     if torch.is_grad_enabled() and not _shares(y, tensors[0]):
         # Not detached: a gradient that is differentiated again follows the remade tensor back through its sources.
         y.origin = Origin(function, tensors, _autocast_dtype(y), y._version)
@@ -107,14 +110,18 @@ def linear(
     `sparse_change() -> (values, index, d)` that the rows are those of W + D and b + d, where D has these values at
     these flat indices of its rows and is zero elsewhere; by None that it is neither.
     """
+    # Other tensor classes (quantised, sharded, wrapped) bring products of their own, which only F.linear calls.
     frozen = type(weight) in (torch.Tensor, nn.Parameter) and not (weight.requires_grad and torch.is_grad_enabled())
     if traced() or not frozen:
         return F.linear(x, weight, bias), acting
     changes, left = _Changes(), []
     for rows, modules in acting:
         rows = slice(0, len(weight)) if rows is None else rows
+        # Modules act in their order, so what follows the first one that cannot be taken over is left to act, too.
         first = next((i for i, module in enumerate(modules) if not changes.add(module, rows, weight, bias)), None)
         left.append((rows, () if first is None else modules[first:]))
+    # Without a change of the weight there is nothing to save: PyTorch keeps no input for a frozen weight either. Under
+    # autocast, though, it would keep the cast copy of the weight.
     if not changes.factors and not changes.entries and _autocast_dtype(x) is None:
         return F.linear(x, weight, changes.of_bias(bias)), left
     return _FrozenLinear.apply(x, weight, changes.of_bias(bias), origin_of(x), *changes.arguments()), left
@@ -151,6 +158,7 @@ class _Changes:
 
     def of_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         """The bias with its changes."""
+        # Out of place and through autograd, which gives each change its gradient as the sum over the tokens.
         for rows, change in self.biases:
             bias = bias.slice_scatter(bias[rows] + change, 0, rows.start, rows.stop)
         return bias
@@ -169,7 +177,7 @@ def sparse_product(
 
     Neither D nor its gradient is kept, and x only where it cannot be made again.
     """
-    nothing = values.new_zeros(()).expand(shape)
+    nothing = values.new_zeros(()).expand(shape)  # W = 0 of full shape, in the memory of one number
     places = ((slice(0, shape[0]), index),)
     if traced():
         return F.linear(x.to(dtype), _with_entries(nothing, places, [values]).to(dtype))
@@ -195,16 +203,21 @@ class _FrozenLinear(torch.autograd.Function):
         def cast(tensor):
             return tensor if autocast is None or tensor is None else tensor.to(autocast)
 
+        # y0 = x (W + D)^T + b, for all rows at once.
         down, up, values = _sorted(changes, len(rows))
         y = F.linear(cast(x), cast(_with_entries(weight, places, values)), cast(bias))
         kept = ()
         if rows:
             dtype = autocast or down[0].dtype  # an adapter computes in its own precision, unless autocast chooses
+            # z = x [A_1; A_2; ...]^T in one narrow product; then s_i z_i B_i^T is added to its rows of y in place. mul_
+            # leaves s_i z_i in z, which is what the gradient of B_i needs.
             z = x.to(dtype).flatten(0, -2) @ torch.cat(down).to(dtype).t()
             flat = y.view(-1, y.shape[-1])
             for own_rows, part, scaling, b in zip(rows, _parts(z, down), scalings, up, strict=True):
                 _add_product(flat[:, own_rows], part.mul_(scaling), b.to(dtype).t())
             kept = (z,)
+        # x itself is needed for the gradients of A and D alone: dA = (s g B)^T x, dD = g^T x at the entries. Of x with
+        # a known origin its sources are kept, which are kept for the backward pass of what made it anyway.
         if any(ctx.needs_input_grad[7:]):
             kept += (x,) if origin is None else origin.tensors
         ctx.save_for_backward(weight, *changes, *kept)
@@ -214,12 +227,14 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # Saved were the weight, all A, all B, all values, then z if there are low-rank changes, then x or its sources.
         number = 2 * len(ctx.rows) + len(ctx.places)
         weight, *tensors = ctx.saved_tensors
         down, up, values = _sorted(tensors[:number], len(ctx.rows))
         kept = tensors[number:]
         shape = (*grad.shape[:-1], weight.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
+        # dx = g (W + D) + sum_i s_i (g_i B_i) A_i, with g_i the rows of g that change i made.
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ _with_entries(weight, ctx.places, values).to(grad.dtype)).to(ctx.dtype)
@@ -243,12 +258,14 @@ class _FrozenLinear(torch.autograd.Function):
                 products = [(own_z @ a.to(z.dtype)).to(ctx.dtype) for own_z, a in zip(grad_zs, down, strict=True)]
                 grad_x += functools.reduce(torch.add, reversed(products))
             if x is not None:
+                # dA_i = (s_i g_i B_i)^T x, all of them in one product.
                 products = (grad_z.t() @ x.to(z.dtype).flatten(0, -2)).split([len(a) for a in down])
                 grad_down = [product.to(a.dtype) for product, a in zip(products, down, strict=True)]
                 parts = zip(grads, _parts(z, down), up, strict=True)
-                # z^T g and not g^T z, which takes twice the time.
+                # dB_i = g_i^T s_i z_i, where z holds s_i z_i already. z^T g and not g^T z, which takes twice the time.
                 grad_up = [(own_z.t() @ part).t().to(b.dtype) for part, own_z, b in parts]
         if x is not None and values:
+            # dW of the rows is formed whole, one change after the other, and only its entries are kept.
             x = x.to(grad.dtype).flatten(0, -2)
             products = ((grad[:, rows].t() @ x).flatten()[index.long()] for rows, index in ctx.places)
             grad_values = [product.to(own.dtype) for product, own in zip(products, values, strict=True)]
@@ -292,6 +309,7 @@ def scale_shift(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> to
     The result is kept and not y, unless a scale is too near to zero to divide by it.
     """
     trained = torch.is_grad_enabled() and scale.requires_grad
+    # The gradient divides by the scale. One near to zero, or a large shift, would lose the digits of y in the result.
     if traced() or not trained or bool((scale.abs() < SMALLEST_SCALE * shift.abs().clamp(min=1)).any()):
         return (y * scale + shift).to(y.dtype)
     return _ScaleShift.apply(y, scale, shift)
@@ -312,6 +330,7 @@ class _ScaleShift(torch.autograd.Function):
         grad_y = (grad * scale).to(grad.dtype) if ctx.needs_input_grad[0] else None
         grad = grad.reshape(-1, grad.shape[-1])
         total = grad.sum(0, dtype=scale.dtype)
+        # sum(g y') over the tokens; with y = (y' - t) / s it becomes sum(g y), and y need not be kept.
         weighted = (grad * result.reshape(grad.shape)).sum(0, dtype=scale.dtype)
         return grad_y, (weighted - shift * total) / scale, total
 
