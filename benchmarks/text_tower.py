@@ -72,7 +72,7 @@ class Case:
         name: row of the table.
         straightforward: a step; returns a tensor to compare with that of ours.
         ours: the same step.
-        rounds: turns at most behind the first, because a turn takes minutes.
+        rounds: turns at most after the first, because a turn takes minutes.
         times: seconds of each turn, by side.
         saved: bytes kept for backward, by side.
         difference: relative difference of the gradients, or of the logits where nothing is trained.
@@ -151,7 +151,7 @@ def cocoop(clip, tokenizer, names, features, labels, batch: int, rounds: int) ->
 
 
 def maple(clip, tokenizer, names, features, labels) -> Case:
-    """MaPLe's text side: 2 vectors in the prompt, fresh ones in front of blocks 1 to 8."""
+    """MaPLe's text side: 2 vectors in the prompt, fresh ones before blocks 1 to 8."""
     learner = vp.MaPLe(clip, tokenizer, names)
     prompts = Prompts(clip, tokenizer, names, 2, "of a")
     text_part = clip.peft["maple"].coupled_prompts.text

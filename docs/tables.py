@@ -127,7 +127,7 @@ def acts_at(model: torch.nn.Module) -> str:
         parts = ["every linear layer"]
     names = [name.removeprefix(f"{tower.path}.") for name, _ in adapter.trained_parameters()]
     if names:
-        parts.append(parameters_in_words(names, tower.parameter_names()))
+        parts.append(("and " if parts else "") + parameters_in_words(names, tower.parameter_names()))
     return " ".join(parts) or "the head"
 
 

@@ -145,13 +145,16 @@ def test_commands_name_what_exists(page):
 def test_where_a_breakpoint_in_vpt_hits(method, ran, training, monkeypatch):
     """As its docstring says: deep prompts are keys and values, shallow ones tokens of the stream."""
     called = set()
-    for kind, name in ((Prompts, "forward"), (RemovePrompts, "forward"), (Prompts, "prompts_for")):
 
-        def spy(module, x, original=getattr(kind, name), name=name):
-            called.add((type(module), name))
+    def spy(original):
+        def run(module, x):
+            called.add((type(module), original.__name__))
             return original(module, x)
 
-        monkeypatch.setattr(kind, name, spy)
+        return run
+
+    for kind, name in ((Prompts, "forward"), (RemovePrompts, "forward"), (Prompts, "prompts_for")):
+        monkeypatch.setattr(kind, name, spy(getattr(kind, name)))
     model = vp.attach(vp.create_backbone("nano_vit", num_classes=3), method)
     called.clear()  # of the self-check
     model.train(training)(torch.randn(2, 3, 64, 64))

@@ -138,7 +138,7 @@ TEMPLATES = {
 
 
 def with_article(phrase: str) -> str:
-    """The phrase behind "a" or "an"."""
+    """The phrase after "a" or "an"."""
     return f"{'an' if phrase[:1] in 'aeiou' else 'a'} {phrase}"
 
 

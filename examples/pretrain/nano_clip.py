@@ -74,7 +74,7 @@ class DrawingData:
         self.token_number = {token: number for number, token in enumerate(self.token_ids)}
 
     def tokens(self, texts: list[str]) -> Tensor:
-        """Token numbers (texts, length), with zeros behind the end."""
+        """Token numbers (texts, length), with zeros after the end."""
         first, last = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         rows = [
             [first, *self.tokenizer.encode(text)[: MODEL["text_cfg"]["context_length"] - 2], last] for text in texts
@@ -88,7 +88,7 @@ class DrawingData:
 def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
     """Text features (texts, embed_dim) of tokens (texts, length) of any length up to the context length.
 
-    Texts of similar length are encoded together, cut behind the longest.
+    Texts of similar length are encoded together, cut after the longest.
     """
     ends = tokens.argmax(1)  # the end token has the highest number
     order, features = ends.argsort(), []

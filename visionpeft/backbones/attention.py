@@ -14,7 +14,7 @@ from visionpeft.sites import UNTOUCHED, Sites, frozen_layers
 def open_in_front(
     mask: torch.Tensor | None, is_causal: bool, queries: int, keys: int, like: torch.Tensor
 ) -> tuple[torch.Tensor | None, bool]:
-    """Widen a mask (..., queries, n) to (..., queries, keys): the keys - n columns added in front are open to all."""
+    """Widen a mask (..., queries, n) to (..., queries, keys): the keys - n first columns are new, open to all."""
     if is_causal:
         mask, is_causal = like.new_full((queries, queries), float("-inf")).triu_(1), False
     if mask is None or mask.shape[-1] == keys:
@@ -81,7 +81,7 @@ def _for_all_keys(
     return open_in_front(mask, is_causal, q.shape[-2], k.shape[-2], q)
 
 
-class AttendsBehindNorm:
+class AttendsAfterNorm:
     """Mixed into a sited block of timm's that reads norm1 of the stream: its attention as the backbone has it, with
     neither positions nor masks, and without what adapters do at its sites.
     """
@@ -95,7 +95,7 @@ class AttendsBehindNorm:
         return self.attn.attend(h)
 
 
-class AttendsToStream(AttendsBehindNorm):
+class AttendsToStream(AttendsAfterNorm):
     """Likewise for a block whose norms follow attention and MLP."""
 
     def attention_input(self, x: torch.Tensor, sites: Sites = UNTOUCHED) -> torch.Tensor:
@@ -138,7 +138,7 @@ def fused_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q (batch, tokens that ask, w) and k and v (batch, keys, w) of tokens x (batch, tokens, width).
 
-    The keys are those of the prompts that are no tokens, in front, and then those of all tokens.
+    The keys are those of the prompts that are no tokens, first, and then those of all tokens.
 
     Args:
         sites: with what acts at q, k and v.
@@ -172,7 +172,7 @@ def with_bias(attention: nn.Module, bias: torch.Tensor | None) -> Callable[[torc
 
 
 def in_front(prompts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Put (1 or batch, prompts, w) in front of (batch, tokens, w)."""
+    """Put (1 or batch, prompts, w) before (batch, tokens, w)."""
     return torch.cat((prompts.expand(x.shape[0], -1, -1), x), dim=1)
 
 

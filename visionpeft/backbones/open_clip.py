@@ -123,8 +123,8 @@ def residual_block(
         block: the block, whose attention is not called.
         x: tokens (batch, tokens, width).
         at: what acts at a token site.
-        attention: the attention branch; in OpenCLIP's custom block `attn_out` is behind the norm of this branch.
-        kept: the tokens that go on behind the attention, if not all; `attention` returns only those.
+        attention: the attention branch; in OpenCLIP's custom block `attn_out` is after the norm of this branch.
+        kept: the tokens that go on after the attention, if not all; `attention` returns only those.
         call: calls the MLP branch.
     """
     x = at("stream_in", x)
@@ -217,7 +217,7 @@ def _(block: ResidualAttentionBlock | CustomResidualAttentionBlock) -> BlockSite
 
 
 def visual_tower(tower: VisionTransformer, path: str) -> Tower:
-    """Describe OpenCLIP's own image tower. Prompts sit behind the class token, after `ln_pre`."""
+    """Describe OpenCLIP's own image tower. Prompts sit after the class token, after `ln_pre`."""
     sink = (tower, "positional_embedding", (slice(1, None),))
     layers = {"patch_embed": Layer("patch_embed", "conv", tower.conv1, shift_sink=sink)}
     return Tower(

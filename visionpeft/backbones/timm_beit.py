@@ -5,7 +5,7 @@ import torch.nn as nn
 from timm.models.beit import Attention, Beit, Block
 
 from visionpeft.backbones.attention import (
-    AttendsBehindNorm,
+    AttendsAfterNorm,
     attend_as,
     fused_qkv,
     fused_qkv_layers,
@@ -47,7 +47,7 @@ class SitedBeitAttention(Attention):
         return own if shared is None else own + shared
 
 
-class SitedBeitBlock(Block, AttendsBehindNorm):
+class SitedBeitBlock(Block, AttendsAfterNorm):
     """timm BEiT `Block` with sites: like the ViT block, with the layer scales gamma_1 and gamma_2."""
 
     sites: Sites

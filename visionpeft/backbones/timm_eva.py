@@ -8,7 +8,7 @@ from timm.layers.attention import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 
 from visionpeft.backbones.attention import (
-    AttendsBehindNorm,
+    AttendsAfterNorm,
     AttendsToStream,
     attend_as,
     fused_qkv,
@@ -122,7 +122,7 @@ def rotary_attention(attention, x, sites, rope=None, attn_mask=None, is_causal=F
     return attention.proj_drop(sites.call(attention.proj, x))
 
 
-class SitedEvaBlock(EvaBlock, AttendsBehindNorm):
+class SitedEvaBlock(EvaBlock, AttendsAfterNorm):
     """timm `EvaBlock` with sites: like the ViT block, with the layer scales gamma_1 and gamma_2."""
 
     sites: Sites

@@ -74,7 +74,7 @@ def _(mlp: SwiGLU) -> dict[str, Layer]:
 @describe_mlp.register
 def _(mlp: GeGluMlp) -> dict[str, Layer]:
     norm = norm_layers(mlp_norm=mlp.norm)
-    reads = "" if norm else None  # the norm is in front of both halves
+    reads = "" if norm else None  # the norm is before both halves
     halves = {
         "fc1_g": Layer("fc1_g", "linear", mlp.w0, target="fc1", reads=reads),
         "fc1_x": Layer("fc1_x", "linear", mlp.w1, target="fc1", reads=reads),

@@ -4,13 +4,13 @@ import torch
 import torch.nn as nn
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 
-from visionpeft.backbones.attention import AttendsBehindNorm, AttendsToStream
+from visionpeft.backbones.attention import AttendsAfterNorm, AttendsToStream
 from visionpeft.backbones.dispatch import describe_block, describe_model, norm_layers, pre_norm_block
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.sites import Sites
 
 
-class SitedBlock(Block, AttendsBehindNorm):
+class SitedBlock(Block, AttendsAfterNorm):
     """timm `Block` with sites: x + drop_path(ls1(attn(norm1 x))), then x + drop_path(ls2(mlp(norm2 x)))."""
 
     sites: Sites

@@ -29,7 +29,7 @@ class Layer:
         called: whether `owner` is called, so that its class can be swapped; otherwise the attention reads its weight.
         target: the name users address it by, where it differs from the site.
         shift_sink: (module, parameter name, index) where a constant shift of the output can be folded into when the
-            layer has no bias, such as the position embedding behind a patch convolution.
+            layer has no bias, such as the position embedding after a patch convolution.
         shift_is_void: whether a constant shift of the output changes nothing. So it is for keys that are neither
             rotated nor normalised: it adds the same to all scores of a query.
         reads: the site whose tokens the layer takes as they are, by default that of its name; "" for none.
@@ -125,16 +125,16 @@ class Tower:
         module: the module at that path.
         blocks: its blocks in order.
         width: width of the token stream.
-        num_prefix_tokens: tokens in front of the patches (class, registers); for text the start token.
+        num_prefix_tokens: tokens before the patches (class, registers); for text the start token.
         layers: layer sites outside the blocks: "patch_embed", "norm_pre", "norm", "fc_norm".
         patch_size: height and width of a patch in pixels, None for text.
         causal: whether attention is masked to the past.
         spanning: modules whose `forward_intermediates` cannot be used while prompts stay for several blocks.
-        final_norms: names of the layers that normalise behind the last block.
+        final_norms: names of the layers that normalise after the last block.
         excluded: prefixes of parameter names in `module` that belong to a head or to another tower.
         grid_size: rows and columns of patches in images of the tower's own size, None if it has none.
         frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
-        pools_class_token: whether behind the last block only the first token is read.
+        pools_class_token: whether after the last block only the first token is read.
     """
 
     name: str

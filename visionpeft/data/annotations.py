@@ -62,7 +62,7 @@ def read_csv(file: Path) -> tuple[list[str], list[tuple[int, dict]]]:
     try:
         return list(reader.fieldnames or ()), [(reader.line_num, entry) for entry in reader]
     except csv.Error as error:
-        raise DataError(f"{file} behind line {reader.line_num} is not CSV: {error}") from None
+        raise DataError(f"{file} after line {reader.line_num} is not CSV: {error}") from None
 
 
 def read_split_lines(file: Path, classes: int) -> list[Row]:

@@ -52,7 +52,7 @@ class TemporalEmbedding(nn.Module):
 class TemporalAttention(nn.Module):
     """x + A(attend(inner(normalise(x)))), where tokens of equal index in the frames of a clip attend to each other.
 
-    attend and normalise are the block's own attention and the norm in front of it.
+    attend and normalise are the block's own attention and the norm before it.
 
     Args:
         block: the block of the backbone.
@@ -84,7 +84,7 @@ class AIM(Method):
 
     With the stream x of a block, adapters A(u) = up(gelu(down(u))) and tokens of equal index attending in time:
     x = x + T(attn(norm1 x)) over time; x = x + (u + S(u)) with u = attn(norm1 x) in each frame;
-    x = x + mlp(norm2 x) + scale * J(norm2 x). A vector for the time of a frame is added to all its tokens in front of
+    x = x + mlp(norm2 x) + scale * J(norm2 x). A vector for the time of a frame is added to all its tokens before
     the first block and of a norm there. Clips are dropped from T and J with probability drop_path while training.
     down is normal with standard deviation 0.02, everything else zero: no change at the start. The final norm is
     trained, too. In time the attention has no positions: a rotation of query and key by one and the same position
@@ -97,7 +97,7 @@ class AIM(Method):
 
     Args:
         ratio: width of the bottlenecks as a part of the token width.
-        num_temporal: adapters around the attention in time; 2 for one more in front of it, u + A(u), as the paper has
+        num_temporal: adapters around the attention in time; 2 for one more before it, u + A(u), as the paper has
             for Something-Something.
         scale: factor of the adapter beside the MLP; the paper has 0.5, and 1 for Something-Something.
         drop_path: probability of dropping the temporal and the joint branch for a clip.

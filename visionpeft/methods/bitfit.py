@@ -54,7 +54,7 @@ class BitFit(Method):
     towers: str | list[str] | None = None
 
     def place(self, tower: Tower) -> Iterator[Placement]:
-        """One `Shift` behind every layer that has a bias."""
+        """One `Shift` after every layer that has a bias."""
         for index, layer in tower.all_layers():
             if layer.bias_tensor is not None and (self.key_bias or layer.site != "k"):
                 yield Placement(tower.name, index, layer.site, Shift(layer))

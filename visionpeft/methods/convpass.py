@@ -26,7 +26,7 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
 class ConvolutionalBypass(nn.Module):
     """scale * drop_path(up(dropout(g(conv(g(down(x))))))) with g = QuickGELU and conv over the grid of patches.
 
-    Every token in front of the patches passes the convolution as an image of one pixel: its centre and bias alone.
+    Every token before the patches passes the convolution as an image of one pixel: its centre and bias alone.
     down is Xavier-uniform; conv the identity at its centre ("identity") or Xavier-uniform ("xavier"); up and all biases
     are zero: no change at the start.
 
@@ -35,7 +35,7 @@ class ConvolutionalBypass(nn.Module):
         bottleneck: number h of channels of the convolution of 3 x 3 patches.
         grid: rows and columns of patches.
         scale: a fixed number.
-        dropout: dropout in front of up.
+        dropout: dropout before up.
         drop_path: probability of dropping the bypass for a sample while training.
         init: one of `INITS`.
     """
@@ -89,7 +89,7 @@ class Convpass(Method):
     """Convolutions of 3 x 3 patches beside attention and MLP: x + attn(u) + C(u) with u = norm1(x), and so the MLP.
 
     C(u) = scale * up(dropout(g(conv(g(down u))))), g = QuickGELU. The class token, as in the paper, and register and
-    prompt tokens pass the convolution as images of one pixel. C is added behind layer scale. No change at the start.
+    prompt tokens pass the convolution as images of one pixel. C is added after layer scale. No change at the start.
     Not mergeable: it is not linear and mixes patches. It needs the grid of patches: images of another size than the
     model was built for are refused. Models for images of any size need `grid`, towers without patches are refused.
     Trainable: 2 L (2 D h + h + D + 9 h^2 + h); 327,552 on ViT-B/16 for h = 8, half of it for attention alone.
@@ -99,7 +99,7 @@ class Convpass(Method):
         bottleneck: number h of channels.
         scale: a fixed number; the paper chooses it per task from 0.01 to 100.
         positions: "attention", "mlp" or both.
-        dropout: dropout in front of up; 0.1 in the paper.
+        dropout: dropout before up; 0.1 in the paper.
         drop_path: probability of dropping C for a sample; the paper drops it as it drops the block's branches.
         init: of the convolution, "identity" or "xavier"; the paper chooses it per task.
         grid: rows and columns of patches, for a model that takes images of any size; None for the model's own.

@@ -45,7 +45,7 @@ class FactoredChange(nn.Module):
         layer: the layer.
         width: width of the tokens.
         scale: a fixed number.
-        dropout: dropout in front of V.
+        dropout: dropout before V.
     """
 
     order = Order.WEIGHT
@@ -133,7 +133,7 @@ class FacT(Method):
         decomposition: "tt" (tensor train) or "tk" (Tucker).
         scale: a fixed number; the paper chooses it per task from 0.01 to 100.
         targets: layers, out of q k v proj fc1 fc2; fc1 covers both halves of a gated MLP.
-        dropout: dropout in front of V; 0.1 in the paper.
+        dropout: dropout before V; 0.1 in the paper.
         blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
         towers: which towers, "visual" or "text" or both, each with its own factors; by default the image tower.
     """

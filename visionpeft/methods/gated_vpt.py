@@ -42,7 +42,7 @@ class Gate(nn.Module):
         return x[:, first : first + self.located_at.num_tokens]
 
     def join(self, x: torch.Tensor, before: torch.Tensor, first: int) -> torch.Tensor:
-        """Mix the prompts among the tokens x behind the block with those in front of it."""
+        """Mix the prompts among the tokens x after the block with those before it."""
         after = self(x, first)
         mixed = (before + self.logit.sigmoid() * (after - before)).to(x.dtype)
         return torch.cat((x[:, :first], mixed, x[:, first + after.shape[1] :]), dim=1)
@@ -69,7 +69,7 @@ class Temperature(nn.Module):
 class GatedVPT(Method):
     """Shallow prompts that each block may change as far as its gate lets it, and a temperature for every attention.
 
-    Prompts enter in front of the first chosen block as those of `VPT(deep=False)`. Behind every block but the last they
+    Prompts enter before the first chosen block as those of `VPT(deep=False)`. After every block but the last they
     become g P_out + (1 - g) P_in with g = sigmoid(logit); as the logit starts at -gate, they first reach the last block
     almost as they are. The attention of each block, of all tokens, is softmax(q k^T / (t sqrt(d))) v with t = 1 at the
     start, kept within 0.01 and 10. Not mergeable: it adds tokens.

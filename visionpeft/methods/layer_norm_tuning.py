@@ -19,7 +19,7 @@ NORMS = ("LayerNorm", "RmsNorm", "RMSNorm", "SimpleNorm")
 class LayerNormTuning(Method):
     """Trains the scale and shift of every normalisation of the backbone; nothing is added.
 
-    All norms of the chosen blocks, and with the last block those behind the blocks, with the first those in front.
+    All norms of the chosen blocks, and with the last block those after the blocks, with the first those before them.
     As weights of the backbone are trained themselves, samples of one batch cannot be routed through two of them.
     Mergeable. Trainable on L blocks of width D: 4 D L + 2 D; 38,400 on ViT-B/16.
     Source: Qi et al., Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models, 2022.

@@ -13,7 +13,7 @@ from visionpeft.sites import Placement, Shared
 
 
 class Prefix(nn.Module):
-    """Learned keys and values (num_tokens, width) in front of those of the tokens, split over the heads."""
+    """Learned keys and values (num_tokens, width) before those of the tokens, split over the heads."""
 
     def __init__(self, num_tokens: int, width: int):
         super().__init__()
@@ -27,7 +27,7 @@ class Prefix(nn.Module):
 
 
 def prepend(prefix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Put a prefix (num_tokens, heads * head width) in front of x (batch, heads, tokens, head width)."""
+    """Put a prefix (num_tokens, heads * head width) before x (batch, heads, tokens, head width)."""
     batch, heads, _, head_width = x.shape
     prefix = prefix.view(-1, heads, head_width).transpose(0, 1).expand(batch, -1, -1, -1)
     return torch.cat((prefix.to(x.dtype), x), dim=2)
@@ -75,7 +75,7 @@ class ReparameterisedPrefix(nn.Module):
 
 @dataclass(frozen=True)
 class PrefixTuning(Method):
-    """Learned keys and values in front of every attention: softmax(q [P_k; k]^T) [P_v; v].
+    """Learned keys and values that precede the tokens' in every attention: softmax(q [P_k; k]^T) [P_v; v].
 
     They are not rotated and get no relative position bias. With `mlp`, they are made by W2 tanh(W1 E) from one
     embedding while training, and the saved file holds plain prefixes. N(0, 0.02); the MLP has PyTorch's default.

@@ -65,7 +65,7 @@ class LinearAdapter(nn.Module):
 class RepAdapter(Method):
     """Linear bottlenecks between the norms and what reads them: h + scale * (B (A h + a) + b), B in groups.
 
-    On h = norm1(x) in front of attention, so that q, k and v read it, and on h = norm2(x) in front of the MLP. There is
+    On h = norm1(x) before attention, so that q, k and v read it, and on h = norm2(x) before the MLP. There is
     no activation: it folds into the weights and biases of q, k, v and fc1, on all rows. Where one of these has no bias
     to hold the shift and the shift matters, as for rotated keys, merging is refused. No change at the start.
     Trainable: 2 L (D h + h + D h / groups + D); 239,808 on ViT-B/16 for h = 8 and 2 groups, half of it for attention

@@ -42,8 +42,8 @@ class ScaleShift(nn.Module):
 class SSF(Method):
     """Scale and shift of features: gamma * y + beta on every channel of the output y of a layer.
 
-    Acts behind both norms, q, k, v, proj, fc1 (before the activation) and fc2 of every block, behind the patch
-    embedding (with the first block) and behind the final norm (with the last block). gamma ~ N(1, std),
+    Acts after both norms, q, k, v, proj, fc1 (before the activation) and fc2 of every block, after the patch
+    embedding (with the first block) and after the final norm (with the last block). gamma ~ N(1, std),
     beta ~ N(0, std), so the start is near the backbone, not equal to it. Mergeable.
     Trainable on ViT-B/16: 22 D L + 4 D = 205,824.
     Source: Lian et al., Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, 2022.
@@ -63,7 +63,7 @@ class SSF(Method):
         require(self.std >= 0, self, f"std must not be negative, but is {self.std}")
 
     def place(self, tower: Tower) -> Iterator[Placement]:
-        """One `ScaleShift` behind every layer named above."""
+        """One `ScaleShift` after every layer named above."""
         blocks = blocks_of(self, tower)
         outside = (["patch_embed"] if 0 in blocks else []) + (
             list(tower.final_norms) if tower.depth - 1 in blocks else []

@@ -86,7 +86,7 @@ class GatedPrefix(nn.Module):
 
 @dataclass(frozen=True)
 class UniPELT(Method):
-    """LoRA, prefix-tuning and an adapter behind the MLP in every block, each with a gate that every image sets itself.
+    """LoRA, prefix-tuning and an adapter after the MLP in every block, each with a gate that every image sets itself.
 
     A gate is the mean over tokens of sigmoid(w x + c). LoRA: W x + gate(x) (alpha / rank) B A x, each target its gate.
     Prefix: [gate P_k; k] and [gate P_v; v], where the gate reads the values instead of the attention's input, of which

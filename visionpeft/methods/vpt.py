@@ -16,10 +16,10 @@ from visionpeft.sites import Placement, Shared
 
 @dataclass(frozen=True)
 class VPT(Method):
-    """Learned prompt tokens in front of the patches.
+    """Learned prompt tokens before the patches.
 
-    Deep: every chosen block gets fresh prompts, which leave behind it; the same function as overwriting the prompts of
-    the block before. Shallow: prompts enter the first chosen block and leave behind the last. Prompts sit behind all
+    Deep: every chosen block gets fresh prompts, which leave after it; the same function as overwriting the prompts of
+    the block before. Shallow: prompts enter the first chosen block and leave after the last. Prompts sit after all
     prefix tokens, have no position embedding and are gone before pooling. Not mergeable: it adds tokens.
     Where a breakpoint hits: in the default job (`vtab_vpt.yaml`: deep, on a ViT) it is `Prompts.prompts_for` that runs
     in every block, and never `Prompts.forward` nor `RemovePrompts.forward`. Prompts that leave their own block reach

@@ -1,8 +1,8 @@
 """Sites: the named points of a transformer block at which the modules of an adapter act.
 
 A sited block computes what the library's block computes, written out with a site at every point where the literature
-puts something. This file knows neither methods nor block families. In the order in which tokens meet them, behind the
-site `tokens` of the tower, where embedded tokens with their positions have not yet met the norm in front of the blocks:
+puts something. This file knows neither methods nor block families. In the order in which tokens meet them, after the
+site `tokens` of the tower, where embedded tokens with their positions have not yet met the norm before the blocks:
 
     stream_in -> norm1 -> attn_in -> q k v -> kv -> attention -> proj -> attn_out -> (+) stream_mid
               -> norm2 -> mlp_in -> fc1 -> hidden -> fc2 -> mlp_out -> (+) stream_out
@@ -21,9 +21,9 @@ What acts on tokens may declare, for those who run fewer tokens than the library
 every token by itself; `replaced_tokens = (first, stop)`, it overwrites these tokens and leaves the others alone.
 
 What acts at a token site may also declare `patches_only = True`: it is called on the patches (batch, patches, width),
-and the class, register and prompt tokens in front of them stay as they are. Or it may declare `located_at`: it is
+and the class, register and prompt tokens before them stay as they are. Or it may declare `located_at`: it is
 called with the index of the first of some tokens as one more argument, of the patches for `located_at = "patches"`, or
-of the prompts that the module `located_at` has inserted. What inserts prompts that leave behind the same block may
+of the prompts that the module `located_at` has inserted. What inserts prompts that leave after the same block may
 offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see `adapters/key_prompts.py`.
 """
 
@@ -43,7 +43,7 @@ class Sites:
     """What acts inside one block while the active adapters are in force.
 
     Args:
-        num_prefix_tokens: class and register tokens, which stay in front of inserted prompts.
+        num_prefix_tokens: class and register tokens, which stay before inserted prompts.
         causal: whether the tower masks the future, so that inserted tokens must keep to it.
     """
 
@@ -63,7 +63,7 @@ class Sites:
 
     @property
     def first_patch(self) -> int:
-        """Number of tokens in front of the patches while they are in the block."""
+        """Number of tokens before the patches while they are in the block."""
         return self.num_prefix_tokens + self.extra_tokens
 
     def call(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -83,12 +83,12 @@ class Sites:
 
     @property
     def kept(self) -> slice | None:
-        """The tokens that ask in the attention of this block and go on behind it, None for all."""
+        """The tokens that ask in the attention of this block and go on after it, None for all."""
         only = self.class_token_only is not None and not self.class_token_only.watched()
         return slice(0, 1) if only else None
 
     def followed(self, x: torch.Tensor) -> torch.Tensor:
-        """Those of tokens x (batch, tokens, width) that ask in the attention of this block and go on behind it."""
+        """Those of tokens x (batch, tokens, width) that ask in the attention of this block and go on after it."""
         return x if self.kept is None else x[:, self.kept]
 
     def mlp(self, branch: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,7 @@ class Sites:
     def widen(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """Widen an attention mask or bias (..., N, N) by the prompts that travel through this block.
 
-        The new rows and columns sit behind the prefix tokens. They are open (0, or True for a boolean mask); in a
+        The new rows and columns sit after the prefix tokens. They are open (0, or True for a boolean mask); in a
         causal tower a prompt sees the prefix and the prompts before it, and the prefix does not see prompts.
         """
         if self.extra_tokens == 0:
@@ -140,12 +140,12 @@ def widened(mask: torch.Tensor | None, extra: int, at: int, causal: bool) -> tor
 
 
 class ClassTokenOnly:
-    """Says of the last block of a tower that behind its attention only the class token is followed.
+    """Says of the last block of a tower that after its attention only the class token is followed.
 
     Args:
         tower: the tower.
         block: its last block.
-        norms: the norms behind it.
+        norms: the norms after it.
     """
 
     def __init__(self, tower: nn.Module, block: nn.Module, norms: list[nn.Module]):
@@ -184,7 +184,7 @@ class OnPatches:
 
     Args:
         module: maps patches (batch, patches, width) to the same shape.
-        first: number of tokens in front of the patches.
+        first: number of tokens before the patches.
     """
 
     def __init__(self, module: nn.Module, first: int):

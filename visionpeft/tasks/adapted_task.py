@@ -105,7 +105,7 @@ class AdaptedTask(ImageTask):
         return penalty(self.model)
 
     def optimizer_step(self, *args, **kwargs) -> None:
-        """One step of the optimiser, then what the methods do behind it."""
+        """One step of the optimiser, then what the methods do after it."""
         super().optimizer_step(*args, **kwargs)
         after_step(self.model, self.trainer.global_step + 1, int(self.trainer.estimated_stepping_batches))
 

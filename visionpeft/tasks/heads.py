@@ -15,8 +15,8 @@ def build_head(kind: Head, in_features: int, num_classes: int, init: HeadInit = 
     """Build a head: features (batch, in_features) -> logits (batch, num_classes).
 
     Args:
-        kind: "linear"; "batchnorm_linear", a batch normalisation without scale and shift in front, as linear probes
-            of masked autoencoders and AdaptFormer use it; "layernorm_linear", a layer normalisation in front.
+        kind: "linear"; "batchnorm_linear", a batch normalisation without scale and shift before it, as linear probes
+            of masked autoencoders and AdaptFormer use it; "layernorm_linear", a layer normalisation before it.
         in_features: width of the features.
         num_classes: number of classes.
         init: the weight's initialisation. "truncated_normal" N(0, 0.02) as timm; "zeros"; "kaiming", normal over

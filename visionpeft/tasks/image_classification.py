@@ -35,14 +35,14 @@ class ImageClassification(AdaptedTask):
         pretrained: load the backbone's published weights.
         checkpoint: a local file with the backbone's weights (.safetensors, .pth or .npz).
         backbone_kwargs: further arguments of the library's function that creates the backbone.
-        head: "linear", or with a normalisation in front: "batchnorm_linear" (no scale and shift), "layernorm_linear".
+        head: "linear", or with a normalisation before it: "batchnorm_linear" (no scale and shift), "layernorm_linear".
         head_init: initialisation of the head: "truncated_normal", "zeros", "kaiming" or "uniform".
         train: names of further backbone parameters to train, such as "cls_token"; they travel with the adapter.
         drop_path: rate of the backbone's stochastic depth while training, rising linearly with depth.
         class_token_only: in the last block follow the class token alone, if it is all that is read; exact and cheaper.
-        recompute: work out "mlp" (hidden activations) or "block" (all activations) again in the backward pass instead
+        recompute: compute "mlp" (hidden activations) or "block" (all activations) again in the backward pass instead
             of keeping them; exact, for less memory.
-        cache: keep what the frozen part in front of the first trained block gives for each image, in "memory" or in a
+        cache: keep what the frozen part before the first trained block gives for each image, in "memory" or in a
             folder on disk of this name, so that an epoch costs the trained blocks alone; for data without random
             augmentation, or with a number of `views`.
         cache_mib: most MiB that are kept.

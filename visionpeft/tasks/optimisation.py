@@ -105,8 +105,8 @@ def parameter_groups(
         parts |= dict.fromkeys((id(parameter) for parameter in output_side), "output side")
         if not any(parts.get(id(parameter)) == "output side" for parameter in trainable):
             raise ConfigurationError(
-                "optimisation: lora_plus is about the rate of LoRA's B and the like, which this method has not; leave "
-                "it at 1"
+                "optimisation: lora_plus is about the rate of LoRA's B and the like, which this method does not have; "
+                "leave it at 1"
             )
     if optimisation.layer_decay != 1 and not distances:
         raise ConfigurationError(

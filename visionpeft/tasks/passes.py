@@ -1,4 +1,4 @@
-"""A pass over a split in order, for what a task works out from its images before training."""
+"""A pass over a split in order, for what a task computes from its images before training."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,7 +13,7 @@ from visionpeft.data.dataset import ImageLoader, as_batch
 def in_order(
     task: pl.LightningModule, split: str, view: int, work_out: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is worked out from the images of each batch of a split, and labels; the task is left in evaluation mode.
+    """What is computed from the images of each batch of a split, and labels; the task is left in evaluation mode.
 
     Args:
         task: the task, whose trainer has the data and says on which device and in which precision it runs.

@@ -115,7 +115,7 @@ class PromptLearning(ImageTask):
                 self.trainer.fit_loop.max_epochs = self.trainer.limit_train_batches = 0
             elif self._keeps_features and self.fixed_views is not None:
                 self._fill_cache(min(self.fixed_views, self.num_epochs))
-            self.train()  # features were worked out in evaluation mode
+            self.train()  # features were computed in evaluation mode
 
     def configure_optimizers(self) -> dict | None:
         """SGD or AdamW over what is trained; nothing if nothing is."""
@@ -184,7 +184,7 @@ class PromptLearning(ImageTask):
         return self.cache is not None and self.learner.frozen_images and type(self.learner).forward is Learner.forward
 
     def _fit_features(self) -> None:
-        """Let the learner fit what it works out from the features of all images."""
+        """Let the learner fit what it computes from the features of all images."""
         if type(self.learner).fit_features is Learner.fit_features:
             return
         datamodule = self.trainer.datamodule
@@ -203,7 +203,7 @@ class PromptLearning(ImageTask):
         return by_view[0] if views == 1 else torch.stack(by_view, dim=1), torch.cat(labels)
 
     def _fill_cache(self, views: int) -> None:
-        """Work out the features of all training images.
+        """Compute the features of all training images.
 
         Always in the same order, so that a resumed run, which has no cache yet, gets the very same features.
         """

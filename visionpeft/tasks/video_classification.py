@@ -34,7 +34,7 @@ class VideoClassification(AdaptedTask):
         num_frames: frames of a clip; as many as the data gives.
         interpolate: let `AIM` take clips of another number of frames than its own, by interpolating its embedding of
             time.
-        dropout: dropout in front of the head; ST-Adapter and AIM have 0.5.
+        dropout: dropout before the head; ST-Adapter and AIM have 0.5.
         train: names of further backbone parameters to train, such as "backbone.cls_token"; they travel with the
             adapter.
         drop_path: rate of the backbone's stochastic depth while training, rising linearly with depth.

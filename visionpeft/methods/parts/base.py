@@ -80,7 +80,7 @@ class Method:
         return 0.0
 
     def after_step(self, part: nn.Module, step: int, total_steps: int) -> None:
-        """Act on its modules behind an optimiser step; see `visionpeft.after_step`."""
+        """Act on its modules after an optimiser step; see `visionpeft.after_step`."""
 
     def fold(self, part: nn.Module) -> tuple["Method", nn.Module]:
         """The method and its modules as they are saved: without what only training needs."""

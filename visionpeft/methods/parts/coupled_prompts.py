@@ -60,7 +60,7 @@ class CoupledPrompts(Method):
     Args:
         num_tokens: prompts per block in each tower.
         depth: number of blocks with their own prompts.
-        text_start: number of start tokens in front of the text prompts.
+        text_start: number of start tokens before the text prompts.
     """
 
     num_tokens: int = 2

@@ -37,12 +37,12 @@ class ReplaceTokens(nn.Module):
 
 
 class EnteringPrompts(nn.Module):
-    """Inserts tokens behind the prefix tokens, where `VPT` inserts its prompts.
+    """Inserts tokens after the prefix tokens, where `VPT` inserts its prompts.
 
     Args:
         num_tokens: number of tokens.
         at: number of prefix tokens.
-        norm: what normalises the tokens of the tower in front of the first block, for prompts of that block; None for
+        norm: what normalises the tokens of the tower before the first block, for prompts of that block; None for
             those of other blocks.
         spanning: whether they stay for several blocks.
     """
@@ -88,7 +88,7 @@ def fresh_in_each_block(
 ) -> Iterator[Placement]:
     """Prompts that are fresh in each of the first `depth` blocks, the last of which stay to the end of the tower.
 
-    Prompts that are replaced before the next block may as well leave behind their own, which is what they do here.
+    Prompts that are replaced before the next block may as well leave after their own, which is what they do here.
 
     Args:
         tower: the tower.
@@ -116,9 +116,9 @@ def check_depth(method: Method, field: str, depth: int, tower: Tower) -> None:
 class DeepPrompts(Method):
     """Fresh learned tokens in each of the first blocks of both towers, each tower with its own.
 
-    Images: `num_visual` prompts per block behind the prefix tokens; those of block `depth_visual` - 1 stay to the end.
-    Those of block 0 pass the tower's norm in front of the blocks. Text: in blocks 1 to `depth_text` - 1 the `num_text`
-    tokens behind the start token are overwritten. Block 0 takes them as they come: the context of a learner.
+    Images: `num_visual` prompts per block after the prefix tokens; those of block `depth_visual` - 1 stay to the end.
+    Those of block 0 pass the tower's norm before the blocks. Text: in blocks 1 to `depth_text` - 1 the `num_text`
+    tokens after the start token are overwritten. Block 0 takes them as they come: the context of a learner.
     All N(0, 0.02^2). Not mergeable: it adds tokens.
     Trainable: (depth_text - 1) * num_text * text width + depth_visual * num_visual * image width.
     Source: Khattak et al., MaPLe: Multi-modal Prompt Learning, 2022 (IVLP).
@@ -128,7 +128,7 @@ class DeepPrompts(Method):
         num_visual: prompts in the image tower; 0 to leave it alone.
         depth_text: number of text blocks with their own tokens, block 0 included.
         depth_visual: number of image blocks with fresh prompts.
-        text_start: number of start tokens in front of the tokens that are overwritten.
+        text_start: number of start tokens before the tokens that are overwritten.
     """
 
     num_text: int = 2

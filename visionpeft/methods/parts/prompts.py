@@ -7,7 +7,7 @@ from visionpeft.sites import Order
 
 
 class Prompts(nn.Module):
-    """Inserts learned tokens behind the prefix tokens: [prefix; dropout(projection(P)); patches].
+    """Inserts learned tokens after the prefix tokens: [prefix; dropout(projection(P)); patches].
 
     P (num_tokens, width) carries no position. It is shared by the batch; its dropout is drawn for each sample.
     """
@@ -35,7 +35,7 @@ class Prompts(nn.Module):
 
 
 class RemovePrompts(nn.Module):
-    """Removes the `num_tokens` tokens behind the prefix tokens."""
+    """Removes the `num_tokens` tokens after the prefix tokens."""
 
     def __init__(self, num_tokens: int, at: int, spanning: bool):
         super().__init__()
