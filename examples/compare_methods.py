@@ -1,4 +1,4 @@
-"""Regenerates the README's table: every method on the clip-art images with nano_vit, mean and std over seeds.
+"""Regenerates the table of docs/results.md: every method on the clip-art images with nano_vit, mean and std over seeds.
 
     python examples/compare_methods.py --output results/clipart.csv
 

@@ -1,4 +1,4 @@
-"""Regenerates the README's table: methods on the embedded motion videos with nano_vit, mean and std over seeds.
+"""Regenerates the table of docs/video.md: methods on the embedded motion videos with nano_vit, mean and std over seeds.
 
     python examples/compare_video_methods.py --output results/motion.csv
 

@@ -80,6 +80,23 @@ def test_tables(monkeypatch):
         assert public <= set(re.findall(r"`(\w+)`", readme))
 
 
+@pytest.mark.slow
+def test_a_new_method_is_in_the_table(tmp_path, monkeypatch):
+    """The one of the guide, from outside the package: its line follows from its class."""
+    (text,) = [
+        text
+        for _, text in blocks((DOCS / "add_method.md").read_text(encoding="utf-8"), "python")
+        if "# offset.py" in text
+    ]
+    (tmp_path / "offset_of_the_guide.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(DOCS))
+    module = importlib.import_module("offset_of_the_guide")
+    (line,) = importlib.import_module("tables").method_lines(["Offset"], module)
+    assert (line.call, line.acts_at, line.trained, line.last) == ("Offset()", "`proj`", f"{12 * 768:,}", "yes")
+    assert line.does.startswith("Learned offset of the attention's output projection")
+
+
 def marked(text, name):
     return re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", text, flags=re.DOTALL)[1]
 
