@@ -43,6 +43,7 @@ def seconds(arguments: list[str], checkout: Path) -> float:
 
 
 def main() -> None:
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="processes of each case (5)")
     parser.add_argument("--beside", type=Path, help="another checkout, measured in the same turns")
