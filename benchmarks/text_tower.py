@@ -5,7 +5,7 @@ image where the context depends on the image. Both sides use the same frozen wei
 weights serve as well as trained ones. A step is text features, logits against given image features, backward. Saved
 bytes are those kept for backward, without parameters. The variants take turns, and ratios are taken turn by turn.
 
-    python benchmarks/text_tower.py --output results          # the table of docs/learners.md; about half an hour on two CPU cores
+    python benchmarks/text_tower.py --output results          # the table of docs/learners.md, half an hour
     python benchmarks/text_tower.py --cases coop --rounds 5
     python benchmarks/text_tower.py --device cuda --rounds 10
     python benchmarks/text_tower.py --plot --output results   # cost against the number of classes
