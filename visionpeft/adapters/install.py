@@ -242,6 +242,8 @@ def _install_parameters(peft: Adapters, model: nn.Module) -> None:
             path, _, last = f"trained.{parameter_name}".rpartition(".")
             for module, slot in holders(model, own_parameter(model, parameter_name)):
                 copies[module][slot] = peft[name].get_submodule(path), last
+    # The original stays where it is and keeps its `state_dict` key. Every module that holds it, tied or not, gets a
+    # class whose attribute of that name gives the trained copy, which its forward then reads.
     for module, read in copies.items():
         peft.stand_in(module, reads_copies(type(module), tuple(read))).copies = read
 
