@@ -25,10 +25,10 @@ PARTIAL_ROW = re.compile(r"\.[0-9a-f]{32}\.safetensors\..+")  # as `write_whole`
 
 
 class ContentCache:
-    """Rows of tensors worked out from images, in memory, found again by the bytes of the image and a source.
+    """Rows of tensors computed from images, in memory, found again by the bytes of the image and a source.
 
     A changed image or source is another key, so that a stale row is never given out. What is kept is bounded: when it
-    is full, rows of other sources make room, and then further ones are worked out each time.
+    is full, rows of other sources make room, and then further ones are computed each time.
 
     Args:
         max_bytes: most bytes that are kept.
@@ -183,7 +183,7 @@ class FolderCache(ContentCache):
 
 
 class Fingerprint:
-    """A hash of tensors, worked out again when they say that they were written to, or replaced."""
+    """A hash of tensors, computed again when they say that they were written to, or replaced."""
 
     def __init__(self):
         self._last: tuple[list, str] | None = None
@@ -221,6 +221,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def arithmetic(device: torch.device) -> str:
-    """Where and in which precision rows are worked out, as a part of their source."""
+    """Where and in which precision rows are computed, as a part of their source."""
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     return f"{device} {autocast}"

@@ -285,7 +285,7 @@ def _by_time(
         key = int(np.searchsorted(index.keyframes, index.times[target], side="right")) - 1
         start = int(np.searchsorted(index.times, index.keyframes[key])) if key > 0 else 0
         if seeks and start > max(position, 0):
-            # Some containers land after the keyframe they were asked for; then from one further ahead.
+            # Some containers land after the keyframe they were asked for; then from an earlier one.
             for attempt in (key, key - 2):
                 container.seek(int(index.keyframes[max(attempt, 0)]), stream=stream, backward=True)
                 frames = _decoded(container, stream, needed)
