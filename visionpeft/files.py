@@ -64,14 +64,17 @@ def write_json(path: Path, content: object) -> None:
 
 @contextmanager
 def claim(file: Path) -> Iterator[bool]:
-    """Hold the lock of a file; False where another process holds it. It ends with the process, however that ends.
+    """Hold a lock; False where another process holds it. It ends with the process, however that ends.
+
+    Args:
+        file: the file that is locked; it is there for this alone, and stays.
 
     Raises:
         StorageError: the file system has no locks.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=0)
+    lock = FileLock(file, timeout=0)
     try:
         lock.acquire()
     except Timeout:

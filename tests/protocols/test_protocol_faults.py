@@ -179,7 +179,7 @@ def test_a_run_that_is_being_trained_is_not_resumed_by_another(tmp_path, capsys)
     images = draw_images(tmp_path / "squares")
     made = run_fit(tmp_path / "runs", images, epochs=1)
     before = (made / "results.json").read_bytes()
-    with claim(made / "config.yaml") as mine:
+    with claim(made / ".lock") as mine:
         assert mine
         assert fit.main(["--resume", str(made)]) == 2
     error = capsys.readouterr().err

@@ -106,7 +106,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        stem = config_name(self.learner.config)
+        stem = Path(config_name(self.learner.config)).name
         return f"{stem}-{self.dataset}-{self.classes}-{self.shots}-shots-seed-{self.seed}"
 
     @property

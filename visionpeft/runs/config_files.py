@@ -54,10 +54,10 @@ def config_content(name: str) -> object:
 
 def config_name(name: str) -> str:
     """The bare name of a configuration without its ending: "vtab_vpt" for `vtab/vpt.yaml`, a file's own elsewhere."""
-    path = find_config(name)
-    if path.name == DEFAULT and path.parent.parent == shipped("configs"):
-        return _bare(Path(_in_folder(name.removesuffix(".yaml"))))
-    return _bare(path.relative_to(shipped("configs"))) if path.is_relative_to(shipped("configs")) else path.stem
+    path, folder = Path(name), shipped("configs")
+    if path.is_relative_to(folder):
+        return _bare(path.relative_to(folder))
+    return path.stem if path.is_file() else _bare(path)
 
 
 def shipped_configs(prefix: str = "") -> list[str]:

@@ -33,7 +33,7 @@ def fit(arguments: list[str]) -> None:
     datamodule.setup()  # a missing file is refused before there is a run directory
     check_before_training(cli.model, datamodule, cli.config.trainer, report, cli.config.test)
     run = _run_directory(cli)
-    with claim(run.config) as mine:
+    with claim(run.lock) as mine:
         if not mine:
             raise ConfigurationError(f"another process is training in {run.path}; wait for it, or stop it first")
         _train_and_test(cli, run, has_validation)

@@ -64,6 +64,11 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def lock(self) -> Path:
+        """Locked by the process that trains."""
+        return self.path / ".lock"
+
+    @property
     def metrics(self) -> Path:
         """One row for each epoch."""
         return self.path / "metrics.csv"

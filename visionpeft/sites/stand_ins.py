@@ -80,6 +80,11 @@ def in_own_precision(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return head(x.to(dtype)).to(x.dtype)
 
 
+def is_sharded(tensor: torch.Tensor | None) -> bool:
+    """Whether FSDP holds a part of a tensor here. It then asks modules for their own tensors by attribute."""
+    return type(tensor).__name__ == "DTensor"
+
+
 @functools.cache
 def reads_copies(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The class of a module that reads these of its parameters from `copies`."""
@@ -88,6 +93,8 @@ def reads_copies(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
         def read(self):
             holder, key = self.copies[name]
             value, mine = getattr(holder, key), self._parameters[name]
+            if is_sharded(mine):
+                return mine
             return value if value.dtype == mine.dtype else value.to(mine.dtype)
 
         return property(read)
@@ -103,7 +110,11 @@ def uses_head(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     """The class of a head that computes with another one, and has these attributes of it."""
 
     def of_head(name: str) -> property:
-        return property(lambda self: getattr(self.acting[0], name))
+        def read(self):
+            mine = self._parameters.get(name)
+            return mine if is_sharded(mine) else getattr(self.acting[0], name)
+
+        return property(read)
 
     return _made(uses_head, UsesHead, below, names, {name: of_head(name) for name in names})
 
