@@ -38,7 +38,7 @@ def weights_record(model: nn.Module) -> dict:
     Returns:
         `fingerprint`; `fingerprint_float16`, of the values rounded to float16; `precision`, "bfloat16" or
         "float16" for a backbone kept in it, else "float32"; `parts`, by name hashes of names with shapes, of bfloat16
-        and of float16 values.
+        and of float16 values, as three words.
     """
     parameters = _parameters(model)
     state = [(name, id(p), p.data_ptr(), p._version, p.dtype, p.shape) for name, p in parameters]
@@ -66,8 +66,8 @@ def same_weights(model: nn.Module, saved: dict, actual: dict) -> bool:
 
 def differences(saved: dict, actual: dict) -> str:
     """What differs between two records, in words; "" where a record of an older version does not say it."""
-    theirs, ours = saved.get("parts"), actual["parts"]
-    if not isinstance(theirs, dict) or not all(isinstance(each, list) and len(each) == 3 for each in theirs.values()):
+    theirs, ours = (_split(record.get("parts")) for record in (saved, actual))
+    if theirs is None:
         return ""
     kinds = {saved.get("precision"), actual["precision"]}
     if kinds == {"bfloat16", "float16"}:
@@ -90,6 +90,14 @@ def differences(saved: dict, actual: dict) -> str:
     return "; ".join(said)
 
 
+def _split(parts: object) -> dict[str, list[str]] | None:
+    """The three hashes of each part; None for what this version does not write."""
+    if not isinstance(parts, dict) or not all(isinstance(each, str) for each in parts.values()):
+        return None
+    split = {name: each.split() for name, each in parts.items()}
+    return split if all(len(each) == 3 for each in split.values()) else None
+
+
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -109,7 +117,7 @@ def _probe(parameters: list[tuple[str, nn.Parameter]]) -> list[float]:
 
 def _hash_all(parameters: list[tuple[str, nn.Parameter]], plus: float | None = 0.0) -> dict:
     whole = {precision: hashlib.blake2b(digest_size=16) for precision in PRECISIONS}
-    parts = defaultdict(lambda: [hashlib.blake2b(digest_size=4) for _ in range(3)])
+    parts = defaultdict(lambda: [hashlib.blake2b(digest_size=2) for _ in range(3)])
     dtypes = set()
     for name, parameter in parameters:
         about = f"{name}{tuple(parameter.shape)}".encode()
@@ -129,7 +137,7 @@ def _hash_all(parameters: list[tuple[str, nn.Parameter]], plus: float | None = 0
         "fingerprint": whole["bfloat16"].hexdigest(),
         "fingerprint_float16": whole["float16"].hexdigest(),
         "precision": kept,
-        "parts": {name: [digest.hexdigest() for digest in digests] for name, digests in parts.items()},
+        "parts": {name: " ".join(digest.hexdigest() for digest in digests) for name, digests in parts.items()},
     }
 
 
