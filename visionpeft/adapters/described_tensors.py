@@ -30,7 +30,7 @@ def write_described(folder: str | Path, stem: str, tensors: Mapping[str, torch.T
     """
     _refuse_foreign(Path(folder), stem)
     content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    text = json.dumps(description | {"sha256": _hash_of(content)}, indent=2)
+    text = json.dumps(description | {"sha256": _hash_of(content)}, indent=1)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{stem}.safetensors", serialise(content, metadata={"visionpeft": text}))
