@@ -12,11 +12,12 @@ from visionpeft import fit
 from visionpeft.data import ImageFolder
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods import LoRA
+from visionpeft.runs.cli import CLI
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification
 
 QUICK = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--model.optimisation.warmup_epochs", "0"]
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "protocols.md"
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,9 @@ def refused(capsys, *command, output):
     return said.err
 
 
-def test_the_command_for_lists_in_the_readme(lists, capsys):
+def test_the_command_for_lists_in_the_documentation(lists, capsys):
     """As it is written, and without a list to select on as the sentence beside it says."""
-    (command,) = re.findall(r"^python -m visionpeft\.fit (.*ImageList.*)$", README.read_text(), re.MULTILINE)
+    (command,) = re.findall(r"^python -m visionpeft\.fit (.*ImageList.*)$", PAGE.read_text(), re.MULTILINE)
     assert fit.main([*command.split(), *BACKBONE, *QUICK]) == 0
     (run,) = (lists / "runs").iterdir()
     assert results(run)["data"]["sizes"] == {"train": 18, "val": 6, "test": 6}
@@ -154,3 +155,18 @@ def test_skipping_damaged_images_can_leave_no_batch(images, tmp_path):
     data = ImageFolder(folder, skip_corrupt=True, batch_size=16, drop_last=True)
     with pytest.raises(ConfigurationError, match="drop_last leaves no batch"):
         data.setup()
+
+
+def test_what_is_looked_at_before_training_changes_nothing():
+    """The model is shown an input in evaluation mode; the dropout of an adapter acts in the training all the same."""
+    command = ["--config", "vtab_vpt.yaml", *BACKBONE, "--model.method.dropout", "0.5", "--trainer.accelerator", "cpu"]
+    cli = CLI(command)
+    cli.datamodule.setup()
+    drops = [module for module in cli.model.modules() if isinstance(module, torch.nn.Dropout) and module.p == 0.5]
+    before = {name: module.training for name, module in cli.model.named_modules()}
+    assert all(drop.training for drop in drops)
+    assert drops
+    state = torch.get_rng_state()
+    cli.model.check_before_training(cli.datamodule)
+    assert {name: module.training for name, module in cli.model.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), state)

@@ -9,7 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from visionpeft.adapters.adapters import AttachedAdapter
-from visionpeft.adapters.allocate import allocate, remake
+from visionpeft.adapters.allocate import allocate, evaluating, remake
 from visionpeft.adapters.attach import detach, layer_distances, trainable_parameters
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.storage import load, method_from, save
@@ -101,8 +101,8 @@ class AdaptedTask(ImageTask):
         if next(self.model.parameters()).dtype != example.dtype:
             return  # the trainer's precision decides
         try:
-            with torch.no_grad():
-                self.model.eval()(example)
+            with torch.no_grad(), evaluating(self.model):
+                self.model(example)
         except UserError:
             raise
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
