@@ -1,5 +1,6 @@
 """What the tasks share that train adapters and a head on a frozen backbone."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import allocate, evaluating, remake
-from visionpeft.adapters.attach import detach, layer_distances, trainable_parameters
+from visionpeft.adapters.attach import detach, layer_distances, plain, trainable_parameters
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.storage import load, method_from, save
 from visionpeft.adapters.training_hooks import after_step, penalty
@@ -101,7 +102,9 @@ class AdaptedTask(ImageTask):
         if next(self.model.parameters()).dtype != example.dtype:
             return  # the trainer's precision decides
         try:
-            with torch.no_grad(), evaluating(self.model):
+            # A method that has to see data first cannot act yet.
+            acting = plain(self.model) if self.adapter.pending else nullcontext()
+            with torch.no_grad(), evaluating(self.model), acting:
                 self.model(example)
         except UserError:
             raise
