@@ -80,9 +80,10 @@ def claim(file: Path) -> Iterator[bool]:
     except Timeout:
         yield False
         return
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # the second, where there is no such call
+        reason = getattr(error, "strerror", None) or str(error)
         raise StorageError(
-            f"{file} cannot be locked ({error.strerror}); write to a file system with locks, or nothing would keep two "
+            f"{file} cannot be locked ({reason}); write to a file system with locks, or nothing would keep two "
             "processes out of one folder"
         ) from error
     try:

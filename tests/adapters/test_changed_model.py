@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 import visionpeft as vp
+from visionpeft.adapters.adapters import AttachedAdapter
+from visionpeft.adapters.attach import has_adapters, register
+from visionpeft.backbones.dispatch import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 
 
@@ -233,3 +236,15 @@ def test_a_float64_backbone_trains_in_float64(tmp_path):
     for each in (model, other):
         assert {p.dtype for p in vp.trainable_parameters(each)} == {torch.float64}
         assert each(IMAGES.double()).dtype == torch.float64
+
+
+def test_a_head_without_a_place_is_refused_before_anything_changes():
+    """Neither the adapter nor the freezing stays behind."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=3)
+    backbone = describe(model)
+    adapter = AttachedAdapter((vp.LoRA(rank=2),), backbone, True, ())
+    del model.head
+    with pytest.raises(vp.ConfigurationError, match="no module of this name"):
+        register(model, "pets", adapter, backbone)
+    assert not has_adapters(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -81,6 +81,7 @@ def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: B
     _check_name(model, name)
     with plain(model):
         _check_sites(adapter, backbone)
+    remember_hosts(model, adapter)  # refuses, so before anything is changed
     if not has_adapters(model):
         model.add_module("peft", Adapters())
         model.peft.was_trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
@@ -88,7 +89,6 @@ def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: B
     peft: Adapters = model.peft
     before = peft.active, peft.route
     peft[name] = adapter
-    remember_hosts(model, adapter)
     adapter.train(model.training)
     peft.active, peft.route = (*peft.active, name), None
     try:
@@ -108,8 +108,8 @@ def exchange(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
     check_unchanged(model, (name,))
     with plain(model):
         _check_sites(adapter, backbone)
-    peft[name] = adapter
     remember_hosts(model, adapter)
+    peft[name] = adapter
     adapter.train(old.training)
     try:
         install(model)
