@@ -265,7 +265,7 @@ def directives() -> str:
     found = [
         (name, value)
         for name in sorted(vp.__all__, key=str.lower)
-        if name not in shown and (value := getattr(vp, name))
+        if name not in shown and (value := inspect.unwrap(getattr(vp, name)))
     ]
     return "\n".join(f"::: {value.__module__}.{name}" for name, value in found if not is_error(value))
 

@@ -122,7 +122,10 @@ def test_no_module_at_the_top_hides_a_function(tmp_path):
     """Only `visionpeft.summary` is a command and a function; it is both, in any order of imports."""
     top = {path.stem for path in Path(vp.__file__).parent.iterdir()}
     assert top & set(vp.__all__) == {"summary"}
-    script = "import visionpeft.summary, visionpeft as vp\n" + USE
+    script = (
+        "import inspect, visionpeft.summary, visionpeft as vp\n"
+        "assert inspect.unwrap(vp.summary).__module__ == 'visionpeft.costs.counts'\n"
+    ) + USE
     assert run(script, tmp_path).endswith("complete\n")
 
 

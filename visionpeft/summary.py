@@ -14,11 +14,16 @@ def main(arguments: list[str] | None = None) -> int:
 class _Callable(ModuleType):
     """This module, once imported, hides the function `visionpeft.summary`; so it can be called as that."""
 
-    def __call__(self, model):
-        """Count what is trained, site by site; see `visionpeft.costs.counts.summary`."""
+    @property
+    def __wrapped__(self):
+        """The function, as `inspect.unwrap` and `inspect.signature` look for it."""
         from visionpeft.costs.counts import summary
 
-        return summary(model)
+        return summary
+
+    def __call__(self, model):
+        """Count what is trained, site by site; see `visionpeft.costs.counts.summary`."""
+        return self.__wrapped__(model)
 
 
 sys.modules[__name__].__class__ = _Callable
