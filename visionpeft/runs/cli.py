@@ -1,7 +1,6 @@
 """The command line: how a configuration is found, parsed and refused, and how errors are shown."""
 
 from pathlib import Path
-from typing import Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +17,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.files import replacing
 from visionpeft.runs.config_files import config_content
 from visionpeft.runs.explain import explain, missing_package, user_error
+from visionpeft.runs.options import CONFIG, OPTIONS, PROGRAM, SEED, WHOLE_PAGE
 from visionpeft.runs.trainer import Trainer
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, VideoClassification
@@ -70,7 +70,7 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, arguments: list[str]):
-        self.arguments = arguments
+        self.arguments = ["--help"] if arguments == WHOLE_PAGE else arguments
         super().__init__(
             ImageTask,
             ImageDataModule,
@@ -81,35 +81,24 @@ class CLI(LightningCLI):
             save_config_callback=None,
             trainer_class=Trainer,
             parser_class=Parser,
-            parser_kwargs={"allow_abbrev": False},
+            parser_kwargs={"allow_abbrev": False, "prog": PROGRAM, "description": None},
             run=False,
         )
 
     def init_parser(self, **kwargs) -> Parser:
         """LightningCLI's parser, with configurations found by name."""
         parser = self.parser_class(**kwargs)
-        parser.add_argument("-c", "--config", action=ConfigFile, help="a path, or the name of a shipped configuration")
+        parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG.help)
         return parser
 
     def add_default_arguments_to_parser(self, parser: Parser) -> None:
         """The seed."""
-        parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and augmentation")
+        parser.add_argument(f"--{SEED.name}", type=SEED.type, default=SEED.default, help=SEED.help)
 
     def add_arguments_to_parser(self, parser: Parser) -> None:
         """What belongs to a run and not to model, data or trainer."""
-        parser.add_argument("--output", type=str, default="runs", help="folder in which the run directory is made")
-        parser.add_argument("--resume", type=str, default=None, help="run directory of an interrupted run to continue")
-        parser.add_argument(
-            "--report",
-            type=Literal["last", "best", "best_test"],
-            default="last",
-            help="which epoch is tested and kept: the last, or the best on the validation split; best_test selects on "
-            "the test split, as some papers did, and the results say so",
-        )
-        parser.add_argument(
-            "--test", type=bool, default=True, help="test once, after training; false while hyper-parameters are chosen"
-        )
-        parser.add_argument("--figures", type=bool, default=True, help="draw what the run has seen and mistaken")
+        for option in OPTIONS:
+            parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=option.help)
         parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.set_defaults(

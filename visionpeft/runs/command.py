@@ -6,6 +6,7 @@ import importlib
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 
 from visionpeft.errors import ConfigurationError, UserError
 
@@ -22,19 +23,25 @@ class Interrupted(Exception):
     """The user pressed Ctrl-C; the message says how to go on."""
 
 
-def command(function: str, arguments: list[str] | None = None) -> int:
+def command(
+    function: str, arguments: list[str] | None = None, at_once: Callable[[list[str]], bool] = lambda arguments: False
+) -> int:
     """Run a command; what the user can act on becomes one line on stderr and exit code 2, Ctrl-C 130.
 
     Args:
         function: "module:name" of what takes the command line without the program's name. It is imported here, so that
             a command costs the imports that it needs.
         arguments: that command line; by default this process's.
+        at_once: called with it before the import; true if the command has been answered.
     """
     module, _, name = function.partition(":")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if at_once(arguments):
+            return 0
         run = getattr(importlib.import_module(module), name)
         silence()  # after the imports, because libraries set the levels of their loggers then
-        run(sys.argv[1:] if arguments is None else arguments)
+        run(arguments)
     except Interrupted as error:
         return _fail(str(error), 130)
     except KeyboardInterrupt:
