@@ -12,13 +12,13 @@ WITHOUT_EFFECT = {
     "peft_type", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "init_ia3_weights", "megatron_core", "qalora_group_size", "runtime_config",
 }  # fmt: skip
-# Initialisations that leave the weights of the backbone as they are, and those that move a part of them into the adapter
-# which follows from the weights alone.
-INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
+# Initialisations that leave the weights of the backbone as they are, and those that move a part of them into the
+# adapter which follows from the weights alone.
+WITHOUT_PART, WITH_PART = (True, False, "gaussian", "eva", "orthogonal", "mica"), ("pissa", "olora")
 DRAWN_ANEW = "pissa_niter_"
 # Kinds of adapters that no change of weights or features can be equal to, and why.
 WITHOUT_EQUAL = {
-    "LILY": "it weighs its matrices by a mean over the batch, so that the logits of an image depend on the others in it",
+    "LILY": "it weighs its matrices by a mean over the batch, so that logits depend on the other images in it",
 }
 
 
@@ -143,16 +143,14 @@ def _initialisation(content: dict, what: str) -> dict[str, bool | str]:
             "each reload, so that no model computes what was trained; convert it in the process that trains it "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    if began not in INITIALISATIONS:
+    if began not in (*WITHOUT_PART, *WITH_PART):
         raise StorageError(
             f"{what}: init_lora_weights={began!r} changed the weights of the backbone, which the adapter's file does "
             "not hold; convert it in the process that trains it (save_pretrained with "
             "path_initial_model_for_weight_conversion)"
         )
-    if kasa and began not in (True, False):
-        raise StorageError(
-            f"{what}: kasa_config with init_lora_weights={began!r} is not supported; one or the other is"
-        )
+    if kasa and began in WITH_PART:
+        raise StorageError(f"{what}: kasa_config with init_lora_weights={began!r} is not supported, only one of them")
     return {"init_lora_weights": began, "kasa": kasa}
 
 

@@ -173,9 +173,8 @@ def _changed_head(model: nn.Module, path: str, config: PeftConfig, tensors: dict
     if type(own) is not nn.Linear:
         raise StorageError(f"{what} changes {path}, which is no linear head in this model")
     head = own_copy(own)
-    head.weight.data = (
-        peft_lora.read_change(config, path, own.weight, tensors, what).of(own.weight).to(head.weight.dtype)
-    )
+    change = peft_lora.read_change(config, path, own.weight, tensors, what)
+    head.weight.data = change.of(own.weight).to(head.weight.dtype)
     return head
 
 

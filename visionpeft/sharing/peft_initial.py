@@ -12,12 +12,12 @@ the change of W is s [B, -P_B] [A; P_A] with P = s P_B P_A:
 import torch
 
 from visionpeft.errors import StorageError
-from visionpeft.sharing.peft_config import PeftConfig
+from visionpeft.sharing.peft_config import WITH_PART, PeftConfig
 
 
 def makes_again(config: PeftConfig) -> bool:
     """Whether the adapter is one of those that peft has taken a part of the weight for."""
-    return config.kasa or config.init_lora_weights in ("pissa", "olora")
+    return config.kasa or config.init_lora_weights in WITH_PART
 
 
 @torch.no_grad()
