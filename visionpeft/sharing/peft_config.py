@@ -16,6 +16,7 @@ WITHOUT_EFFECT = {
 # adapter which follows from the weights alone.
 WITHOUT_PART, WITH_PART = (True, False, "gaussian", "eva", "orthogonal", "mica"), ("pissa", "olora")
 DRAWN_ANEW = "pissa_niter_"
+CONVERSION = "convert it in the process that trains it (save_pretrained with path_initial_model_for_weight_conversion)"
 # Kinds of adapters that no change of weights or features can be equal to, and why.
 WITHOUT_EQUAL = {
     "LILY": "it weighs its matrices by a mean over the batch, so that logits depend on the other images in it",
@@ -140,14 +141,13 @@ def _initialisation(content: dict, what: str) -> dict[str, bool | str]:
     if isinstance(began, str) and began.startswith(DRAWN_ANEW):
         raise StorageError(
             f"{what}: with init_lora_weights={began!r} peft draws the part that it takes out of the weights anew at "
-            "each reload, so that no model computes what was trained; convert it in the process that trains it "
-            "(save_pretrained with path_initial_model_for_weight_conversion)"
+            f"each reload, so that no model computes what was trained; {CONVERSION}"
         )
     if began not in (*WITHOUT_PART, *WITH_PART):
+        remedy = f"; {CONVERSION}" if began in ("corda", "lora_ga") else ""
         raise StorageError(
-            f"{what}: init_lora_weights={began!r} changed the weights of the backbone, which the adapter's file does "
-            "not hold; convert it in the process that trains it (save_pretrained with "
-            "path_initial_model_for_weight_conversion)"
+            f"{what}: init_lora_weights={began!r} changed the weights of the backbone in a way that the adapter's file "
+            f"does not hold{remedy}"
         )
     if kasa and began in WITH_PART:
         raise StorageError(f"{what}: kasa_config with init_lora_weights={began!r} is not supported, only one of them")

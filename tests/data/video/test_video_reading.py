@@ -225,6 +225,15 @@ def test_a_fragmented_file_begins_with_its_first_frame(tmp_path):
     assert video.read([0, 29], number_of) == {0: 0, 29: 29}
 
 
+@pytest.mark.parametrize(("name", "last"), [("video.mp4", 1 / 25), ("video.mkv", 1 / 25), ("video.ts", 1 / 25)])
+def test_length_of_a_video(tmp_path, name, last):
+    """From the first frame to the end of the last one, not from the zero of the file's clock."""
+    video = EncodedVideo(write_video(tmp_path / name, 30, rate=25, options={"bf": "2"}))
+    assert video.length == pytest.approx(29 / 25 + last, abs=0.002)  # Matroska counts in milliseconds
+    assert video.at([video.length - 0.03, video.length]) == [29, 29]
+    assert video.at([video.length - 0.05]) == [28]
+
+
 @pytest.mark.parametrize("name", ["video.h264", "video.avi"])
 def test_without_time_stamps_frames_have_numbers_only(tmp_path, name):
     """Raw H.264 has none at all; those of an AVI with B-frames are in the order of decoding."""
@@ -232,6 +241,8 @@ def test_without_time_stamps_frames_have_numbers_only(tmp_path, name):
     assert video.read([0, 13, 29], number_of) == {0: 0, 13: 13, 29: 29}
     with pytest.raises(DataError, match="no time stamps"):
         video.at([0.5])
+    with pytest.raises(DataError, match="no time stamps"):
+        _ = video.length
 
 
 def test_an_edit_list_trims(tmp_path):
