@@ -112,7 +112,7 @@ def test_predict_gives_what_the_test_gave(finished, videos, tmp_path):
 
 def test_a_run_by_time(tmp_path, videos, capsys):
     """The run records how frames were chosen, and `predict` chooses them so; folders of frames have no times."""
-    sampling = "{kind: dense, num_frames: 3, test_clips: 2, by: time, seconds: 0.3}"
+    sampling = "{kind: dense, num_frames: 3, stride: 1, test_clips: 2, by: time, seconds: 0.3}"
     made = run_videos(tmp_path / "runs", videos, "--data.sampling", sampling, epochs=1)
     recorded = results(made)["data"]["sampling"]
     assert (recorded["by"], recorded["seconds"], recorded["stride"]) == ("time", 0.3, 1)
