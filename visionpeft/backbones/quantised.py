@@ -37,6 +37,7 @@ def computing_dtype(model: nn.Module, owner: nn.Module, name: str = "weight") ->
     A quantised weight goes on naming the precision that it was made from, whatever the model was moved to since. Then
     it is that of the layer's bias, or else of the first parameter of the model's own that holds numbers.
     """
+    # findings/torchao_weights_do_not_follow_to_another_precision.sh
     parameter = getattr(owner, name)
     if not is_quantised(parameter):
         return parameter.dtype
@@ -92,7 +93,7 @@ def check_product(path: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
             f"{kind} cannot be multiplied with {str(dtype).removeprefix('torch.')} ({one_line(error)}); bring the "
             "model into its precision first, then quantise it"
         ) from error
-    if not y.requires_grad:
+    if not y.requires_grad:  # findings/torchao_cuts_gradients_of_quantised_activations.sh
         raise UnsupportedError(
             f"{kind} quantises what it is multiplied with, too, and gives it no gradient, so that no adapter before it "
             "would learn; quantise weights only, such as with Int8WeightOnlyConfig"

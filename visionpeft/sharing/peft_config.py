@@ -15,9 +15,10 @@ WITHOUT_EFFECT = {
 # Initialisations that leave the weights of the backbone as they are, and those that move a part of them into the
 # adapter which follows from the weights alone.
 WITHOUT_PART, WITH_PART = (True, False, "gaussian", "eva", "orthogonal", "mica"), ("pissa", "olora")
-DRAWN_ANEW = "pissa_niter_"
+DRAWN_ANEW = "pissa_niter_"  # findings/peft_pissa_niter_differs_at_each_reload.sh
 CONVERSION = "convert it in the process that trains it (save_pretrained with path_initial_model_for_weight_conversion)"
-# Kinds of adapters that no change of weights or features can be equal to, and why.
+# Kinds of adapters that no change of weights or features can be equal to, and why:
+# findings/peft_lily_depends_on_the_batch.sh
 WITHOUT_EQUAL = {
     "LILY": "it weighs its matrices by a mean over the batch, so that logits depend on the other images in it",
 }
