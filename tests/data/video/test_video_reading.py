@@ -36,6 +36,7 @@ FORMATS = {
     "60_frames_a_second.mp4": {"codec": "libx264", "rate": 60},
     "with_sound.mp4": {"codec": "libx264", "audio": True},
 }
+TIMELESS = {"raw.h264", "h264.avi", "mpeg4_b.avi"}
 
 
 def written(tmp_path, name):
@@ -225,13 +226,17 @@ def test_a_fragmented_file_begins_with_its_first_frame(tmp_path):
     assert video.read([0, 29], number_of) == {0: 0, 29: 29}
 
 
-@pytest.mark.parametrize(("name", "last"), [("video.mp4", 1 / 25), ("video.mkv", 1 / 25), ("video.ts", 1 / 25)])
-def test_length_of_a_video(tmp_path, name, last):
+FRAGMENTED = {"container_options": {"movflags": "frag_keyframe+empty_moov"}}
+
+
+@pytest.mark.parametrize("name", [*sorted(FORMATS.keys() - TIMELESS), "fragmented.mp4"])
+def test_length_of_a_video(tmp_path, name):
     """From the first frame to the end of the last one, not from the zero of the file's clock."""
-    video = EncodedVideo(write_video(tmp_path / name, 30, rate=25, options={"bf": "2"}))
-    assert video.length == pytest.approx(29 / 25 + last, abs=0.002)  # Matroska counts in milliseconds
-    assert video.at([video.length - 0.03, video.length]) == [29, 29]
-    assert video.at([video.length - 0.05]) == [28]
+    options = {"rate": 12} | FORMATS.get(name, FRAGMENTED)
+    video = EncodedVideo(write_video(tmp_path / name, 30, **options))
+    frame = 1 / options["rate"]
+    assert video.length == pytest.approx(30 * frame, abs=0.002)  # Matroska counts in milliseconds
+    assert video.at([video.length, 29.5 * frame, 28.5 * frame, 0.5 * frame]) == [29, 29, 28, 0]
 
 
 @pytest.mark.parametrize("name", ["video.h264", "video.avi"])
