@@ -11,7 +11,7 @@ from visionpeft.adapters.adapters import Adapters, check_allocated, own_paramete
 from visionpeft.adapters.attach import attached, reattach, unfreeze
 from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install, plan_of
 from visionpeft.backbones.dispatch import describe
-from visionpeft.backbones.quantised import full_precision
+from visionpeft.backbones.quantised import computing_dtype, full_precision, is_quantised
 from visionpeft.backbones.tower import READS, Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Order, order_of
@@ -123,12 +123,13 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
             raise UnsupportedError(f"{place} cannot be merged: no linear layer reads it directly")
         for layer in readers:
             _merge_layer(layer, [module.merge_input for module in reversed(modules)], value, place)
-    return [(owner, name, v.to(getattr(owner, name).dtype)) for owner, name, v in values.values()]
+    return [(owner, name, v.to(computing_dtype(model, owner, name))) for owner, name, v in values.values()]
 
 
 def _merged_heads(model: nn.Module, peft: Adapters) -> dict[str, nn.Module]:
     """Frozen copies of the heads in use, by path, in the precision of the model."""
-    heads, dtype = {}, next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    plain = (p for p in model.parameters() if p.is_floating_point() and not is_quantised(p))
+    heads, dtype = {}, next(parameter.dtype for parameter in plain)
     for path in dict.fromkeys(path for name in peft.active for path in peft[name].heads):
         head = copy.deepcopy(peft[head_in_use(peft, path)].get_submodule(path))
         heads[path] = head.to(dtype=dtype).requires_grad_(False)

@@ -1,6 +1,7 @@
 """The model card of an adapter or a learner: what was trained, on which backbone and data, with which result."""
 
 from collections.abc import Mapping
+from pathlib import PureWindowsPath
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -53,14 +54,14 @@ def _evaluation(task: str, data: Mapping, results: Mapping) -> list[EvalResult]:
 
 
 def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id: str) -> str:
-    trained = _trained(description)
+    methods = _trained(description)
     source, names = description["backbone"]["source"], description.get("class_names") or []
     weights = source.get("checkpoint") or ("pretrained" if source.get("pretrained", True) else "random weights")
     sections = [
         f"# {repo_id.rpartition('/')[2]}",
-        f"{' and '.join(name for name, _ in trained)} on {source['name']}, trained with visionpeft. This repository "
+        f"{' and '.join(name for name, _ in methods)} on {source['name']}, trained with visionpeft. This repository "
         "holds what was trained, not the backbone.",
-        _table("method", [(name, _values(fields)) for name, fields in trained]),
+        _table("method", [(name, _values(fields)) for name, fields in methods]),
         _table(
             "backbone",
             [
@@ -83,7 +84,10 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
     if names:
         shown = ", ".join(names[:50]) + (f" and {len(names) - 50} more" if len(names) > 50 else "")
         sections.append(f"Classes: {shown}.")
-    load = f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}")\nlogits = trained.model(images)'
+    given = f', checkpoint="{PureWindowsPath(source["checkpoint"]).name}"' if source.get("checkpoint") else ""
+    load = (
+        f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}"{given})\nlogits = trained.model(images)'
+    )
     sections.append(f"```python\n{load}\n```")
     versions = ", ".join(f"{package} {version}" for package, version in description["versions"].items())
     return "\n\n".join([*sections, f"Made with {versions}."]) + "\n"

@@ -62,7 +62,7 @@ def open_saved(
     tokenizer: Callable | None = None,
     *,
     own: bool = False,
-    downloaded: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> TrainedModel:
     """The model of a folder that `save` or `save_learner` wrote.
 
@@ -72,12 +72,14 @@ def open_saved(
         model: the backbone, or CLIP; by default it is made as the description says.
         tokenizer: that of the CLIP, if `model` is one.
         own: the folder is of a run of this user, whose description is taken as it is.
-        downloaded: the folder comes from the Hub, and its description may name no path.
+        checkpoint: file with the weights of the backbone, in the place of those that are described.
 
     Raises:
         StorageError: the files are damaged or belong to another backbone.
         ConfigurationError: what was trained belongs to its own classes, or the backbone cannot be made.
     """
+    if checkpoint is not None and model is not None:
+        raise ConfigurationError("checkpoint= is for a backbone that is made here; leave it out where model= is given")
     description = read_description(folder)
     if stem_of(folder) == "learner":
         # imported here, because OpenCLIP takes seconds and an adapter of a timm model does not need it
@@ -86,7 +88,7 @@ def open_saved(
 
         if model is None:
             model, tokenizer = create_clip(
-                **described_arguments(description, "the CLIP and its tokenizer", own, downloaded)
+                **described_arguments(description, "the CLIP and its tokenizer", own, checkpoint)
             )
         elif tokenizer is None:
             raise ConfigurationError(f"{folder} holds a learner; give the tokenizer of its CLIP, too")
@@ -100,7 +102,7 @@ def open_saved(
                 "a learner on a CLIP, such as that of fewshot_coop.yaml, takes any class names"
             )
         if model is None:
-            model = _classifier(description, described_arguments(description, "the model", own, downloaded))
+            model = _classifier(description, described_arguments(description, "the model", own, checkpoint))
         load(model, folder)
     trained = TrainedModel(model.eval(), names)
     if preprocessing := description["preprocessing"]:
