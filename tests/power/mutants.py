@@ -28,7 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from changed_trees import ROOT, Outcomes, Tree, copies, failing_unchanged
-from planted_faults import WIDE
+from planted_faults import WIDE, WIDE_KEYWORD
 
 RESULTS = Path(__file__).with_suffix(".md")
 MATRIX = ("test_methods_reference", "test_invariants")
@@ -168,7 +168,7 @@ def find(mutant: Mutant, tree: Tree, wide: bool, limit: float) -> list[str]:
     with tree.changed(mutant.old, mutant.new):
         found = tree.failures((*whole, *MATRIX), " or ".join((*whole, cells)), limit)
         if wide and not found:
-            found = tree.failures(WIDE, "not compile", 10 * limit)
+            found = tree.failures(WIDE, WIDE_KEYWORD, 10 * limit)
     return found
 
 
