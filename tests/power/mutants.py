@@ -41,7 +41,7 @@ NEAREST = {
     "sites/layers.py": (("test_layer_economies", "test_input_merging"), CELLS),
     "sites/placement.py": (("test_selfcheck", "test_method_fields"), f"{CELLS} or stacking and vit_cls"),
     "sites/stand_ins.py": (("test_access", "test_changed_model", "test_one_place"), CELLS),
-    "adapters/adapters.py": (("test_changed_model", "test_weight_methods"), f"{CELLS} or extra_parameters or refusal"),
+    "adapters/adapters.py": (("test_changed_model", "test_weight_methods"), f"{CELLS} or child and vit_cls or refusal"),
     "adapters/attach.py": (("test_one_place", "test_changed_model"), f"{CELLS} or refus or switching and vit_cls"),
     "adapters/install.py": (
         ("test_changed_model", "test_gated_vpt"),
