@@ -39,9 +39,15 @@ NEAREST = {
     "sites/blocks.py": (("test_flow", "test_block_economies"), f"{CELLS} or clip_whole and vpt"),
     "sites/frozen_layers.py": (("test_layer_economies",), f"{CELLS} or ia3 and vit_cls"),
     "sites/layers.py": (("test_layer_economies", "test_input_merging"), CELLS),
-    "sites/placement.py": (("test_selfcheck", "test_method_fields"), f"{CELLS} or stacking and vit_cls"),
+    "sites/placement.py": (
+        ("test_gated_vpt", "test_trunk_cache", "test_block_economies"),
+        f"{CELLS} or stacking and vit_cls",
+    ),
     "sites/stand_ins.py": (("test_access", "test_changed_model", "test_one_place"), CELLS),
-    "adapters/adapters.py": (("test_changed_model", "test_weight_methods"), f"{CELLS} or child and vit_cls or refusal"),
+    "adapters/adapters.py": (
+        ("test_changed_model", "test_weight_methods", "test_allocation", "test_peft", "test_interoperability_peft"),
+        f"{CELLS} or refusal",
+    ),
     "adapters/attach.py": (("test_one_place", "test_changed_model"), f"{CELLS} or refus or switching and vit_cls"),
     "adapters/install.py": (
         ("test_changed_model", "test_gated_vpt"),
@@ -50,7 +56,7 @@ NEAREST = {
     "adapters/key_prompts.py": (("test_block_economies",), "vpt and vit_cls"),
     "adapters/merge.py": (("test_input_merging", "test_weight_methods"), "merge and (vit_cls or beit or vit_pre_norm)"),
     "adapters/route.py": (("test_one_place",), "rout and (vit_cls or clip_whole) or routed_heads or refusal"),
-    "adapters/storage.py": (("test_storage", "test_clip_storage"), "(save or load) and vit_cls"),
+    "adapters/storage.py": (("test_storage", "test_clip_storage", "test_fingerprint"), "(save or load) and vit_cls"),
     "adapters/described_tensors.py": (("test_storage", "test_clip_storage"), "save and vit_cls"),
     "adapters/fingerprint.py": (("test_storage", "test_fingerprint"), "load and vit_cls"),
     "methods/lora.py": (("test_weight_methods", "test_layer_economies", "test_method_fields"), "lora and vit_cls"),
