@@ -267,7 +267,7 @@ def test_alpha_is_divided_by_the_rank_of_each_layer():
 
 
 def test_merging_into_weights_that_are_trained_is_undone():
-    """Where a weight is trained itself and changed by LoRA, merging replaces it twice; all of that is taken back."""
+    """A weight that is trained itself and changed by LoRA holds both when merged, and all of that is taken back."""
     model = HOST["vit_cls"].build(torch.float64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     vp.attach(model, [vp.LastBlocks(1), vp.LoRA(rank=2, targets=("q", "fc2"))])
@@ -282,3 +282,30 @@ def test_merging_into_weights_that_are_trained_is_undone():
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_weight_of_several_layers_takes_no_change_of_one():
+    """Two blocks with one matrix: LoRA beside it is another one in each, which no one matrix is; a trained copy is."""
+
+    def build():
+        model = HOST["vit_cls"].build(torch.float64).eval()
+        model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight
+        return model
+
+    for blocks in ("all", [0]):
+        model = vp.attach(build(), vp.LoRA(rank=2, targets=("q",), blocks=blocks))
+        randomise(model.peft["default"])
+        active = output_of(model)
+        with pytest.raises(vp.UnsupportedError, match=r"q in block 0 .* cannot be merged: other layers"):
+            vp.merge(model)
+        assert torch.equal(output_of(model), active)
+
+    model = vp.attach(build(), vp.LoRA(rank=2, targets=("fc2",)), train=["blocks.0.attn.qkv"])
+    randomise(model.peft["default"])
+    active = output_of(model)
+    vp.merge(model)
+    assert distance(output_of(model), active) < 1e-12
+    assert model.blocks[1].attn.qkv.weight is model.blocks[0].attn.qkv.weight
+    vp.detach(model)
+    assert torch.equal(output_of(model), output_of(build()))
+    assert model.blocks[1].attn.qkv.weight is model.blocks[0].attn.qkv.weight
