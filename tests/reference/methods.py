@@ -211,11 +211,14 @@ def vera(sites, fields, shape):
 
 
 def ada_lora(sites, fields, shape):
-    """AdaLoRA, arXiv 2303.10512: W + P diag(lambda) Q."""
+    """AdaLoRA, arXiv 2303.10512: W + s P diag(lambda) Q, in the authors' code with s = alpha / initial rank."""
+    scale = 1 if fields["alpha"] is None else fields["alpha"] / fields["initial_rank"]
 
     def weight(pair, index, site):
         found = sites.get((index, site))
-        return pair if found is None else (pair[0] + found["P"] @ torch.diag(found["values"]) @ found["Q"], pair[1])
+        if found is None:
+            return pair
+        return pair[0] + scale * found["P"] @ torch.diag(found["values"]) @ found["Q"], pair[1]
 
     return {"weight": weight}
 
