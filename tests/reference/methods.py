@@ -342,6 +342,9 @@ def gated_vpt(sites, fields, shape):
             return state
         rest = x[:, :first], x[:, first + number :]
         if index == last:
+            if fields["pooling"] == "mean":  # over prompts and patches, read in the place of the class token
+                mean = x[:, first:].sum(dim=1, keepdim=True) / (x.shape[1] - first)
+                rest = mean, x[:, 1:first], rest[1]
             return torch.cat(rest, dim=1), 0
         gate = 1 / (1 + torch.exp(-sites[index, "gate"]["logit"]))
         mixed = gate * x[:, first : first + number] + (1 - gate) * entered[index]
