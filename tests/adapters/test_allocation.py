@@ -366,49 +366,111 @@ def test_what_can_be_made_again_is_not_kept():
 # Child-Tuning F
 
 
-def gradients(model):
-    """Gradients of the trained copies, with one mask."""
+def passed(model, number=1):
+    """Gradients of what is trained, head included, summed over so many passes over different images."""
+    model.zero_grad()
+    for i in range(number):
+        F.cross_entropy(model(VIT.inputs(6, seed=4 + i)), LABELS).backward()
+    return {n: p.grad.clone() for n, p in model.peft["default"].named_parameters()}
+
+
+def child_f(share=0.25):
+    """A model, and an optimiser whose steps change nothing, so that gradients can be compared."""
+    model = vp.attach(VIT.build(), vp.ChildTuning("F", share=share)).eval()
+    return model, torch.optim.SGD(vp.trainable_parameters(model), lr=0.0)
+
+
+def masks_of(model, optimiser, whole):
+    """Which entries of the gradient a step leaves, at 1 / share of what they were; the others are zero."""
+    before = {n: g.clone() for n, g in whole.items()}
+    optimiser.step()
+    kept = {}
+    for name, parameter in model.peft["default"].named_parameters():
+        kept[name] = parameter.grad != 0
+        expected = torch.where(kept[name], 4 * before[name], torch.zeros_like(before[name]))
+        assert torch.allclose(parameter.grad, expected, rtol=1e-5, atol=1e-9), name
+    return kept
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_child_f_masks_once_for_each_step(passes):
+    """An entry of what the passes have summed is 0 or g / share, that of the head, too, and anew for each step."""
+    model, optimiser = child_f()
     torch.manual_seed(0)
-    model.zero_grad()
-    F.cross_entropy(model(images(torch.float32)), LABELS).backward()
-    return {n: p.grad for n, p in model.peft["default"].trained_parameters()}
+    masks = [masks_of(model, optimiser, passed(model, passes)) for _ in range(2)]
+    for kept in masks:
+        counted = {n: (k.sum().item(), k.numel()) for n, k in kept.items() if n.endswith("weight")}
+        share = sum(n for n, _ in counted.values()) / sum(n for _, n in counted.values())
+        assert 0.24 < share < 0.26  # a mask drawn in each pass would keep more: 58 % of sums of three
+        assert 0.1 < counted["head.weight"][0] / counted["head.weight"][1] < 0.4
+    assert any(not torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
+    whole = passed(model, passes)
+    assert all((g != 0).float().mean() > 0.9 for n, g in whole.items() if n.endswith("fc1.weight"))  # none in a pass
 
 
-def test_child_f_masks_gradients():
-    """In training mode an entry of the gradient is 0 or g / share, anew for each pass; in evaluation mode it is g."""
-    model = VIT.build()
-    vp.attach(model, vp.ChildTuning("F", share=0.25))
-    model.eval()
-    whole = {n: g.clone() for n, g in gradients(model).items()}
-    model.train()
-    masked = {n: g.clone() for n, g in gradients(model).items()}
-    kept = total = 0
-    for name, gradient in masked.items():
-        expected = torch.where(gradient != 0, 4 * whole[name], torch.zeros_like(gradient))
-        assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-7), name
-        kept, total = kept + (gradient != 0).sum().item(), total + gradient.numel()
-    assert 0.24 < kept / total < 0.26
-    torch.manual_seed(1)
+def test_child_f_steps_like_the_published_optimiser():
+    """AdamW on M g / share, as written by the authors within the step: moments see the masked gradient."""
+    model, _ = child_f()
+    twin = vp.attach(VIT.build(), vp.FullFineTuning()).eval()
+    pair = [torch.optim.AdamW(vp.trainable_parameters(m), lr=0.01, weight_decay=0.1) for m in (model, twin)]
+    torch.manual_seed(0)
+    for _ in range(3):
+        passed(model)
+        pair[0].step()
+        for mine, other in zip(vp.trainable_parameters(model), vp.trainable_parameters(twin), strict=True):
+            other.grad = mine.grad.clone()
+        pair[1].step()
+    for mine, other in zip(vp.trainable_parameters(model), vp.trainable_parameters(twin), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_child_f_masks_after_clipping():
+    """The clipped gradient is masked; masked first, it would be clipped to the norm that was asked for."""
+    model, optimiser = child_f()
+    passed(model)
+    parameters = vp.trainable_parameters(model)
+    torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+    clipped = {n: p.grad.clone() for n, p in model.peft["default"].named_parameters()}
+    masks_of(model, optimiser, clipped)
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm().item()
+    assert 1.5e-3 < norm < 2.5e-3  # 1 / share times as large in a quarter of the entries
+
+
+def test_child_f_masks_gradients_that_a_closure_makes():
+    """As Lightning calls its optimisers: the gradients come into being within the step."""
+    model, optimiser = child_f()
+    whole = passed(model)
     model.zero_grad()
-    F.cross_entropy(model(images(torch.float32)), LABELS).backward()
-    name = "blocks.0.attn.qkv.weight"
-    assert not torch.equal(model.peft["default"].get_parameter(f"trained.{name}").grad != 0, masked[name] != 0)
-    head = model.peft["default"].head.weight.grad
-    assert (head != 0).all()
+
+    def closure():
+        passed(model)
+        return torch.zeros(())
+
+    for step in (lambda: optimiser.step(closure), lambda: optimiser.step(closure=closure)):
+        step()
+        kept = sum((p.grad != 0).sum().item() for p in vp.trainable_parameters(model))
+        share = kept / sum((g != 0).sum().item() for g in whole.values())
+        assert 0.24 < share < 0.26
 
 
 def test_child_f_masks_gradients_of_copies():
-    """A copied and an unpickled model mask as the original does."""
-    model = VIT.build()
-    vp.attach(model, vp.ChildTuning("F", share=0.25))
-    model.train()
-    expected = gradients(model)
+    """A copied and an unpickled model mask as the original does, and only parameters of their own are masked."""
+    model, _ = child_f()
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        for name, gradient in gradients(twin).items():
-            assert torch.equal(gradient, expected[name]), name
+    expected = None
+    for each in (model, copy.deepcopy(model), torch.load(file, weights_only=False)):
+        own = torch.optim.SGD(vp.trainable_parameters(each), lr=0.0)
+        whole = passed(each)
+        torch.manual_seed(0)
+        kept = masks_of(each, own, whole)
+        expected = expected or kept
+        assert all(torch.equal(kept[n], expected[n]) for n in kept)
+    plain = torch.nn.Linear(3, 3)
+    plain(torch.ones(2, 3)).sum().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert (plain.weight.grad != 0).all()
 
 
 # runs
@@ -452,6 +514,30 @@ def test_resumed_run_keeps_what_it_chose(method, tmp_path, squares_on_disk, monk
     assert (shown in capsys.readouterr().out) == (method != CHILD)
     assert results(whole)["parameters"]["adapter"] > 0
     assert "waiting" not in results(whole)["parameters"]
+
+
+def test_child_f_in_a_run(tmp_path, squares_on_disk, monkeypatch):
+    """Under Lightning: one draw for each step over accumulated batches, of clipped gradients, of every parameter."""
+    norms, draws, original = [], [], vp.ChildTuning.mask_gradient
+
+    def observed(self, gradient, generator):
+        draws.append(gradient.numel())
+        norms.append(gradient.norm().item())
+        return original(self, gradient, generator)
+
+    monkeypatch.setattr(vp.ChildTuning, "mask_gradient", observed)
+    steps = []
+    after = vp.ChildTuning.after_step
+    monkeypatch.setattr(vp.ChildTuning, "after_step", lambda self, *args: steps.append(1) or after(self, *args))
+    options = ("--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.01")
+    folder = run(tmp_path, squares_on_disk, *CHILD, *options, epochs=3)
+    trained = results(folder)["parameters"]["trainable"]
+    assert len(steps) >= 3
+    assert sum(draws) == len(steps) * trained
+    each = len(draws) // len(steps)
+    for step in range(len(steps)):
+        total = sum(norm**2 for norm in norms[step * each : (step + 1) * each]) ** 0.5
+        assert total == pytest.approx(0.01, rel=1e-3)
 
 
 def test_sparse_changes_under_function_transforms():

@@ -24,9 +24,10 @@ from visionpeft.sites import Placement
 class ChildTuning(Method):
     """Fine-tuning in which only a "child network" of the backbone gets gradients.
 
-    "F", task-free: every parameter of the backbone is trained; each backward pass draws M ~ Bernoulli(share) for every
-    entry and turns its gradient g into M g / share. Like dropout it acts in training mode only. This is a regulariser:
-    all entries change and all are saved, the mask saves nothing.
+    "F", task-free: every parameter of the backbone and the head is trained; each step of an optimiser draws
+    M ~ Bernoulli(share) for every entry and turns its gradient g into M g / share. As in the authors' optimiser, M is
+    drawn once for each step, after gradients are accumulated and clipped; here it is one draw for all processes. This
+    is a regulariser: all entries change and all are saved, the mask saves nothing.
     "D", task-driven: the child is fixed, the entries with the largest Fisher information, as in `FishMask` and under
     the same conditions; their gradient is not rescaled. Entries outside it do not move, not even by weight decay.
     Mergeable. Trainable on ViT-B/16: F 85,798,656; D share * (L (12 D^2 + 12 D) + 2 D).
@@ -60,9 +61,9 @@ class ChildTuning(Method):
         """For F, all parameters of the tower."""
         return iter(tower.parameter_names() if self.variant == "F" else ())
 
-    def mask_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+    def mask_gradient(self, gradient: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """M g / share."""
-        return gradient * torch.empty_like(gradient).bernoulli_(self.share) / self.share
+        return gradient * torch.empty_like(gradient).bernoulli_(self.share, generator=generator) / self.share
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """For D, one `SparseDelta` at every layer of which entries are chosen."""

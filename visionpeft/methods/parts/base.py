@@ -71,8 +71,13 @@ class Method:
         """
         raise TypeError(f"{type(self).__name__} needs no data to know where it acts")
 
-    def mask_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What a parameter of `trains` gets for its gradient in training mode."""
+    def mask_gradient(self, gradient: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """What a parameter of `trains` or of the head gets for its gradient in a step of an optimiser.
+
+        Args:
+            gradient: as it is after clipping.
+            generator: for what is drawn; the same in all processes of a training.
+        """
         return gradient
 
     def penalty(self, part: nn.Module) -> torch.Tensor | float:
