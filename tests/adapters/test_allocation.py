@@ -6,6 +6,7 @@ import json
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from reference import addresses_of, forward
 from reference.hosts import HOSTS
 from safetensors.torch import load_file
 from small_runs import arguments, draw_images, results, run
+from timm.layers import DropPath
 
 import visionpeft as vp
 from visionpeft import fit
@@ -48,26 +50,31 @@ def allocated(method, batches=None, dtype=torch.float64):
 # an independent choice: gradients of the transcription of the backbone
 
 
-def squares(groups):
-    """{name: sum of squared gradients} of the mean cross-entropy of each group of images."""
+def squares(groups, clip=None, head=None):
+    """{name: sum of squared gradients} of the mean cross-entropy of each group of images, each tensor's clipped."""
     plain = VIT.build(torch.float64)
+    if head is not None:
+        plain.head.load_state_dict(head.state_dict())
     weights = {k: v.clone().requires_grad_() for k, v in plain.state_dict().items()}
-    sums = {k: torch.zeros_like(v) for k, v in weights.items()}
+    found = {}
     for group in groups:
         logits = forward(plain, images()[group], weights=weights)
         loss = -torch.log_softmax(logits, dim=-1)[range(len(group)), LABELS[group]].mean()
-        for key, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-            sums[key] += gradient**2
-    found = {}
-    for (block, site), address in addresses_of(plain, "visual").items():
-        if address.weight not in sums or site in ("patch_embed", "norm_pre"):
-            continue
-        path = f"visual.{site}" if block is None else f"visual.{block}.{site}"
-        weight, bias = address.read(sums)
-        found[f"{path}.weight"] = weight
-        if site != "k":
-            found[f"{path}.bias"] = bias
+        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        for (block, site), address in addresses_of(plain, "visual").items():
+            if address.weight not in gradients or site in ("patch_embed", "norm_pre"):
+                continue
+            path = f"visual.{site}" if block is None else f"visual.{block}.{site}"
+            for part, gradient in zip(("weight", "bias"), address.read(gradients), strict=True):
+                if clip is not None:
+                    gradient = gradient * min(1.0, clip / gradient.square().sum().sqrt().item())
+                found[f"{path}.{part}"] = found.get(f"{path}.{part}", 0) + gradient**2
     return found
+
+
+def without_key_biases(scores):
+    """The scores but those of biases of keys, which are zero."""
+    return {name: score for name, score in scores.items() if not name.endswith(".k.bias")}
 
 
 def chosen(model, method):
@@ -92,18 +99,60 @@ def largest(scores, number):
 def test_fish_mask_has_the_largest_fisher_information():
     """The entries with the largest sums over samples of squared gradients of single samples."""
     model = allocated(vp.FishMask(density=0.03))
-    scores = squares([[i] for i in range(6)])
+    scores = without_key_biases(squares([[i] for i in range(6)]))
     number = round(0.03 * sum(score.numel() for score in scores.values()))
     assert chosen(model, "fish_mask") == largest(scores, number)
-    assert chosen(model, "fish_mask") != largest(squares([[0, 1, 2, 3], [4, 5]]), number)
+    assert chosen(model, "fish_mask") != largest(without_key_biases(squares([[0, 1, 2, 3], [4, 5]])), number)
 
 
 def test_child_d_has_the_largest_fisher_information():
     """Of the first samples only, if so many are asked for, also in the middle of a batch."""
-    model = allocated(vp.ChildTuning("D", share=0.1, samples=3))
-    scores = squares([[0], [1], [2]])
+    model = allocated(vp.ChildTuning("D", share=0.1, samples=3, rule="formula"))
+    scores = without_key_biases(squares([[0], [1], [2]]))
     number = round(0.1 * sum(score.numel() for score in scores.values()))
     assert chosen(model, "child_tuning") == largest(scores, number)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_child_d_as_published(share):
+    """Gradients of batches, each tensor's clipped to one; above NumPy's percentile of all block parameters."""
+    model = VIT.build(torch.float64)
+    vp.attach(model, vp.ChildTuning("D", share=share))
+    with torch.no_grad():
+        model.peft["default"].head.weight.mul_(40)  # so that clipping acts
+    head = model.peft["default"].head
+    x = images()
+    vp.allocate(model, [(x[:4], LABELS[:4]), (x[4:], LABELS[4:])])
+
+    def expected(clip, groups=((0, 1, 2, 3), (4, 5))):
+        scores = squares([list(group) for group in groups], clip, head)
+        scores = {name: score for name, score in scores.items() if not name.startswith("visual.norm")}
+        border = np.percentile(np.concatenate([s.flatten().numpy() for s in scores.values()]), (1 - share) * 100)
+        found = {name: (s.flatten() >= border).nonzero().flatten().tolist() for name, s in scores.items()}
+        return {name: indices for name, indices in found.items() if indices}
+
+    assert chosen(model, "child_tuning") == expected(clip=1.0)
+    assert chosen(model, "child_tuning") != expected(clip=None)
+    assert chosen(model, "child_tuning") != expected(clip=1.0, groups=[[i] for i in range(6)])
+    inside = {f"trained.{n}" for n, _ in VIT.build().named_parameters() if not n.startswith(("blocks.", "head."))}
+    trained = {n for n, _ in model.peft["default"].named_parameters() if not n.startswith(("child_tuning.", "head."))}
+    assert trained == inside >= {"trained.cls_token", "trained.pos_embed", "trained.norm.weight"}
+    assert not model.peft["default"].masked  # these are trained whole
+
+
+@pytest.mark.parametrize("rule", ["published", "formula"])
+def test_child_d_measures_as_published_with_what_is_drawn(rule):
+    """Stochastic depth acts while the published rule measures, and not while the formula is measured."""
+    seen = []
+    model = VIT.build(torch.float64)
+    for block in model.blocks:
+        block.drop_path1 = DropPath(0.3)
+        block.drop_path1.register_forward_hook(lambda module, args, output: seen.append(module.training))
+    vp.attach(model, vp.ChildTuning("D", share=0.1, rule=rule))
+    model.eval()
+    vp.allocate(model, [(images(), LABELS)])
+    assert set(seen) == {rule == "published"}
+    assert not any(module.training for module in model.modules())
 
 
 def test_pafi_has_the_smallest_magnitudes():
@@ -125,7 +174,7 @@ def test_pafi_has_the_smallest_magnitudes():
 def test_spt_spends_its_budget(budget, structure):
     """The allocation of the largest number of sensitive entries whose cost is within the budget, found one by one."""
     model = allocated(vp.SPT(budget=budget, rank=2, structure=structure, matrix_share=0.3, vector_share=0.5))
-    scores = squares([[0, 1, 2, 3], [4, 5]])
+    scores = without_key_biases(squares([[0, 1, 2, 3], [4, 5]]))
     sizes = {}
     for name, score in scores.items():
         if score.ndim == 2:
@@ -268,7 +317,10 @@ def test_which_adapter_sees_the_data():
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 @pytest.mark.parametrize("name", ["pafi", "fish_mask", "child_d"])
 def test_other_entries_do_not_move(name, optimiser):
-    """After steps with momentum and strong weight decay, exactly the chosen entries differ from the backbone's."""
+    """After steps with momentum and strong weight decay, exactly the chosen entries differ from the backbone's.
+
+    Child-Tuning D as published trains what is outside the blocks whole.
+    """
     model = VIT.build()
     method = vp.PaFi(density=0.02) if name == "pafi" else BY_NAME[name].method
     vp.attach(model, method)
@@ -291,7 +343,7 @@ def test_other_entries_do_not_move(name, optimiser):
     moved = 0
     for (block, site), address in addresses_of(VIT.build(), "visual").items():
         path = f"visual.{site}" if block is None else f"visual.{block}.{site}"
-        if address.weight not in base:
+        if address.weight not in base or (name == "child_d" and block is None):
             continue
         for part, new, old in zip(("weight", "bias"), address.read(found), address.read(base), strict=True):
             differing = (new != old).flatten().nonzero().flatten().tolist()

@@ -47,7 +47,7 @@ class AttachedAdapter(nn.Module):
             for tower in towers:
                 names = [join(tower.path, name) for name in method.trains(tower)]
                 trained |= dict.fromkeys(names)
-                if type(method).mask_gradient is not Method.mask_gradient:
+                if method.masks_gradients:
                     self.masking |= dict.fromkeys(names, method)
         self.trained_names = tuple(trained)
         for name in self.trained_names:

@@ -7,6 +7,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import DropPath, PatchDropout
+from torch.nn.modules.dropout import _DropoutNd
 
 from visionpeft.adapters.adapters import AttachedAdapter, Pending, nest
 from visionpeft.adapters.attach import attached, exchange, known, plain, use
@@ -92,6 +94,8 @@ def squared_gradients(
     candidates: Mapping[str, Candidate],
     samples: int,
     each: bool,
+    clip: float | None = None,
+    training: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Sums of squared gradients of the loss in weights and biases of the backbone.
 
@@ -102,23 +106,36 @@ def squared_gradients(
         candidates: the weights and biases.
         samples: how many samples are taken from the front of the batches.
         each: square the gradient of each sample, instead of that of each batch.
+        clip: norm to which the gradient of each weight or bias is clipped before it is squared, None for no clipping.
+        training: let dropout and stochastic depth act, as in training.
     """
     parameters = list({id(c.parameter): c.parameter for c in candidates.values()}.values())
-    sums = {id(p): torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters}
+    scores = {
+        name: torch.zeros_like(c.values, dtype=torch.promote_types(c.values.dtype, torch.float32)).detach()
+        for name, c in candidates.items()
+    }
+    acting = [m for m in model.modules() if training and isinstance(m, DropPath | PatchDropout | _DropoutNd)]
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:
+        for module in acting:
+            module.train()
         for parameter in frozen:
             parameter.requires_grad_(True)
         for batch in _taken(batches, samples, each, parameters[0].device):
             with torch.enable_grad():
                 gradients = torch.autograd.grad(loss(model, batch), parameters, allow_unused=True)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:
-                    sums[id(parameter)] += gradient.to(sums[id(parameter)].dtype).square()
+            found = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True)}
+            for name, candidate in candidates.items():
+                if (gradient := found[id(candidate.parameter)]) is not None:
+                    gradient = candidate.rows_of(gradient).to(scores[name].dtype)
+                    if clip is not None:
+                        gradient = gradient * (clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
+                    scores[name] += gradient.square()
     finally:
+        for module in acting:
+            module.eval()
         for parameter in frozen:
             parameter.requires_grad_(False)
-    scores = {name: c.rows_of(sums[id(c.parameter)]).detach() for name, c in candidates.items()}
     if not all(score.isfinite().all() for score in scores.values()):
         raise DataError("allocate: a gradient of the backbone is not finite on these batches")
     if not any(score.any() for score in scores.values()):

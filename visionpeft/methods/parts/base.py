@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import get_type_hints
+from typing import ClassVar, get_type_hints
 
 import torch
 import torch.fx
@@ -17,11 +17,11 @@ from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.addressing import select_blocks
 from visionpeft.methods.parts.field_types import fits, in_words
-from visionpeft.methods.parts.sparse_delta import Candidate
 from visionpeft.sites import Placement, Shared
 
-# (candidates, samples, whether it is each sample or each batch whose gradient is squared) -> sums by name
-Squares = Callable[[Mapping[str, Candidate], int, bool], dict[str, torch.Tensor]]
+# (candidates, samples, whether it is each sample or each batch whose gradient is squared; clip and training, see
+# `adapters.allocate.squared_gradients`) -> sums by name
+Squares = Callable[..., dict[str, torch.Tensor]]
 
 
 class Method:
@@ -34,6 +34,8 @@ class Method:
     """
 
     towers: str | list[str] | None = None
+    # Values of fields that an adapter saved by an older version does not have, where they are not the defaults.
+    written_without: ClassVar[Mapping[str, object]] = {}
 
     def __post_init__(self):
         try:
@@ -70,6 +72,11 @@ class Method:
             squares: measures sums of squared gradients on the data.
         """
         raise TypeError(f"{type(self).__name__} needs no data to know where it acts")
+
+    @property
+    def masks_gradients(self) -> bool:
+        """Whether the method masks gradients, by `mask_gradient`."""
+        return type(self).mask_gradient is not Method.mask_gradient
 
     def mask_gradient(self, gradient: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """What a parameter of `trains` or of the head gets for its gradient in a step of an optimiser.

@@ -54,15 +54,19 @@ class Candidate:
         return layer.bias_owner, layer.bias, layer.bias_rows
 
 
-def candidates_of(tower: Tower, blocks: Sequence[int], norms: bool) -> dict[str, Candidate]:
+def candidates_of(
+    tower: Tower, blocks: Sequence[int], norms: bool, *, final_norms: bool = True, key_bias: bool = False
+) -> dict[str, Candidate]:
     """Weights and biases of the linear layers of the blocks, and with `norms` those of the norms, by name.
 
-    The final norms belong to the last block. The key bias is left out: unless keys are rotated or normalised it has
-    no gradient. So are weights of norms other than LayerNorm.
+    With `final_norms` these belong to the last block. Without `key_bias` it is left out: unless keys are rotated or
+    normalised it has no gradient. Weights of norms other than LayerNorm are left out in any case.
     """
     found = {}
     for index, layer in tower.all_layers():
-        here = layer.site in tower.final_norms and tower.depth - 1 in blocks if index is None else index in blocks
+        here = index in blocks
+        if index is None:
+            here = final_norms and layer.site in tower.final_norms and tower.depth - 1 in blocks
         if not here or layer.kind == "conv" or (layer.kind == "norm" and not norms):
             continue
         path = ".".join(str(part) for part in (tower.name, index, layer.site) if part is not None)
@@ -70,7 +74,7 @@ def candidates_of(tower: Tower, blocks: Sequence[int], norms: bool) -> dict[str,
             raise UnsupportedError(f"the weight of {path} is quantised, so that single entries of it cannot be trained")
         if layer.kind == "linear" or isinstance(layer.owner, nn.LayerNorm):
             found[f"{path}.weight"] = Candidate(index, layer, "weight")
-        if layer.bias_tensor is not None and layer.site != "k":
+        if layer.bias_tensor is not None and (key_bias or layer.site != "k"):
             found[f"{path}.bias"] = Candidate(index, layer, "bias")
     return found
 
