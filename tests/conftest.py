@@ -143,6 +143,10 @@ CASES = [
     Case("compacter_pfeiffer", vp.Compacter(bottleneck=8, terms=4, placement="pfeiffer", activation="silu")),
     Case("mam", vp.MAM(num_tokens=3, bottleneck=8)),
     Case("unipelt", vp.UniPELT(rank=2, alpha=6, num_tokens=3, bottleneck=4)),
+    Case(
+        "unipelt_values",
+        vp.UniPELT(rank=2, num_tokens=2, bottleneck=3, prefix_gate="values", activation="gelu", init="lora"),
+    ),
 ]
 
 

@@ -6,7 +6,7 @@ Stations (an edit is a dict from a station to a function of the value passing th
     driven   y, index, site, x          what such a matrix produced, given what it read
     output   y, index, site             what such a matrix or norm produced
     attn_in  h, index                   what the attention reads: the normalised stream, or the stream
-    kv       (k, v), index              keys and values (batch, heads, tokens, d), just before attention
+    kv       (k, v), index, h           keys and values (batch, heads, tokens, d), just before attention, which reads h
     enter    (x, prompts), index        the stream at the block's entrance; `prompts` tokens sit after the prefix tokens
     leave    (x, prompts), index        the stream at the block's exit
     time     x, index, block, weights   the stream behind `enter`, with the block as it is without any edit
@@ -120,7 +120,7 @@ def attend(block, weights, h, index, edits, prompts):
         k = torch.cat([k[:, :, :first], rotate(k[:, :, first:], sin, cos, half)], dim=2)
     table = extended_bias(block, prompts, q.dtype)
     tokens = k.shape[2]
-    k, v = amend(edits, "kv", (k, v), index)
+    k, v = amend(edits, "kv", (k, v), index, h)
     if table is not None and k.shape[2] > tokens:
         # what a method puts before the keys is seen by every query, with no position
         table = torch.cat([torch.zeros(*table.shape[:2], k.shape[2] - tokens, dtype=q.dtype), table], dim=-1)

@@ -157,7 +157,7 @@ def spt(sites, fields, shape):
 def prefix_tuning(sites, fields, shape):
     """Prefix-tuning, arXiv 2101.00190: learned keys and values in front of those of the tokens."""
 
-    def kv(pair, index):
+    def kv(pair, index, h):
         found = sites.get((index, "kv"))
         if found is None:
             return pair
@@ -301,11 +301,11 @@ def unipelt(sites, fields, shape):
         scale = 1 if fields["alpha"] is None else fields["alpha"] / A.shape[0]
         return y + gate(found, x) * scale * linear(x, B @ A)
 
-    def kv(pair, index):
+    def kv(pair, index, h):
         found = sites.get((index, "kv"))
         if found is None:
             return pair
-        opened = gate(found, join_heads(pair[1]))
+        opened = gate(found, h if fields["prefix_gate"] == "input" else join_heads(pair[1]))
         longer = []
         for name, old in zip(("keys", "values"), pair, strict=True):
             prefix = opened * found[f"prefix.{name}"]
@@ -317,7 +317,7 @@ def unipelt(sites, fields, shape):
         if found is None:
             return m
         own = {name.removeprefix("bottleneck."): tensor for name, tensor in found.items()}
-        return m + gate(found, m) * bottleneck(own, {"activation": "gelu", "scale": 1}, m)
+        return m + gate(found, m) * bottleneck(own, {"activation": fields["activation"], "scale": 1}, m)
 
     return {"driven": driven, "kv": kv, "mlp_out": mlp_out}
 
@@ -350,7 +350,7 @@ def gated_vpt(sites, fields, shape):
         mixed = gate * x[:, first : first + number] + (1 - gate) * entered[index]
         return torch.cat([rest[0], mixed, rest[1]], dim=1), present
 
-    def kv(pair, index):
+    def kv(pair, index, h):
         found = sites.get((index, "kv"))
         return pair if found is None else (pair[0] / found["temperature"], pair[1])
 
