@@ -50,7 +50,7 @@ def allocated(method, batches=None, dtype=torch.float64):
 # an independent choice: gradients of the transcription of the backbone
 
 
-def squares(groups, clip=None, head=None):
+def squares(groups, clip=None, head=None, embedding=False):
     """{name: sum of squared gradients} of the mean cross-entropy of each group of images, each tensor's clipped."""
     plain = VIT.build(torch.float64)
     if head is not None:
@@ -62,7 +62,7 @@ def squares(groups, clip=None, head=None):
         loss = -torch.log_softmax(logits, dim=-1)[range(len(group)), LABELS[group]].mean()
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         for (block, site), address in addresses_of(plain, "visual").items():
-            if address.weight not in gradients or site in ("patch_embed", "norm_pre"):
+            if address.weight not in gradients or (site == "patch_embed" and not embedding):
                 continue
             path = f"visual.{site}" if block is None else f"visual.{block}.{site}"
             for part, gradient in zip(("weight", "bias"), address.read(gradients), strict=True):
@@ -98,11 +98,60 @@ def largest(scores, number):
 
 def test_fish_mask_has_the_largest_fisher_information():
     """The entries with the largest sums over samples of squared gradients of single samples."""
-    model = allocated(vp.FishMask(density=0.03))
+    model = allocated(vp.FishMask(density=0.03, among="blocks"))
     scores = without_key_biases(squares([[i] for i in range(6)]))
     number = round(0.03 * sum(score.numel() for score in scores.values()))
     assert chosen(model, "fish_mask") == largest(scores, number)
     assert chosen(model, "fish_mask") != largest(without_key_biases(squares([[0, 1, 2, 3], [4, 5]])), number)
+
+
+def test_fish_mask_counts_the_whole_model():
+    """As in the paper's code: a share of all parameters, the head's first; the patch embedding is ranked, too."""
+    head = 5 * 32 + 5
+    total = sum(p.numel() for p in VIT.build().parameters())
+    model = allocated(vp.FishMask(density=0.03))
+    scores = squares([[i] for i in range(6)], embedding=True)
+    assert chosen(model, "fish_mask") == largest(scores, int(0.03 * total) - head)
+    assert any("patch_embed.weight" in name for name in chosen(model, "fish_mask"))
+    trained = sum(p.numel() for p in model.peft["default"].parameters())
+    assert trained == int(0.03 * total)
+    among = allocated(vp.FishMask(density=0.03, among="blocks"))
+    assert sum(p.numel() for p in among.peft["default"].parameters()) != trained
+    part = allocated(vp.FishMask(density=0.03, blocks=[0]))
+    of_part = {name: s for name, s in scores.items() if name.startswith("visual.0.")}
+    number = int(0.03 * (sum(s.numel() for s in of_part.values()) + head)) - head
+    assert chosen(part, "fish_mask") == largest(of_part, number)
+
+
+def test_a_head_larger_than_the_budget_of_fish_mask_is_refused():
+    model = vp.attach(VIT.build(), vp.FishMask(density=0.003))
+    with pytest.raises(vp.ConfigurationError, match=r"the head has 165 values, which are counted in the budget of \d+"):
+        vp.allocate(model, [(images(torch.float32), LABELS)])
+    assert model.peft["default"].pending
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_entries_of_the_patch_embedding_act_and_merge(autocast):
+    """W + D of a convolution, against torch's own convolution with the changed kernel."""
+    model = allocated(vp.FishMask(density=0.03))
+    delta = model.peft["default"].fish_mask.visual.patch_embed
+    kernel, bias = (p.detach().clone() for p in model.patch_embed.proj.parameters())
+    with torch.no_grad():
+        delta.weight.normal_()
+        kernel.view(-1)[delta.weight_index.long()] += delta.weight
+        if delta.bias is not None:
+            bias[delta.bias_index.long()] += delta.bias.normal_()
+        expected = F.conv2d(images(), kernel, bias, stride=8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = model.patch_embed.proj(images())
+        assert torch.allclose(found.double(), expected, rtol=0, atol=0.05 if autocast else 1e-12)
+        assert not torch.allclose(
+            found.double(),
+            F.conv2d(images(), *VIT.build(torch.float64).patch_embed.proj.parameters(), stride=8),
+            atol=0.1,
+        )
+    vp.merge(model)
+    assert torch.allclose(model.patch_embed.proj.weight, kernel, rtol=1e-14)
 
 
 def test_child_d_has_the_largest_fisher_information():
@@ -281,7 +330,7 @@ def test_data_that_tell_nothing_are_refused():
     bad[1, 0, 0, 0] = math.nan
     for batches, zero in (([], False), ([(x, LABELS)], True), ([(bad, LABELS)], False)):
         model = VIT.build()
-        vp.attach(model, vp.FishMask())
+        vp.attach(model, vp.FishMask(density=0.03))
         if zero:
             torch.nn.init.zeros_(model.peft["default"].head.weight)
         with pytest.raises(UserError):
@@ -303,7 +352,7 @@ def test_which_adapter_sees_the_data():
     """With two that wait, the name decides."""
     model = VIT.build()
     for name in ("a", "b"):
-        vp.attach(model, vp.FishMask(), name)
+        vp.attach(model, vp.FishMask(density=0.03), name)
         vp.disable(model)
     with pytest.raises(UserError, match="name="):
         vp.allocate(model, [(images(torch.float32), LABELS)])

@@ -117,11 +117,12 @@ def bit_fit(sites, fields, shape):
 
 def moved_entries(values, index, like):
     """A tensor like another with values at flat indices, added up one by one, and zeros."""
-    places = [divmod(int(i), like[0].numel()) if like.ndim > 1 else (int(i),) for i in index]
+    rows = like.flatten(1) if like.ndim > 1 else like  # of a convolution, one row for each output
+    places = [divmod(int(i), rows[0].numel()) if rows.ndim > 1 else (int(i),) for i in index]
     unit = torch.stack(
-        [torch.zeros_like(like).index_put_(tuple(map(torch.tensor, p)), like.new_ones(())) for p in places]
+        [torch.zeros_like(rows).index_put_(tuple(map(torch.tensor, p)), like.new_ones(())) for p in places]
     )
-    return torch.tensordot(values.to(like.dtype), unit, dims=1)
+    return torch.tensordot(values.to(like.dtype), unit, dims=1).reshape(like.shape)
 
 
 def sparse(sites, fields, shape):

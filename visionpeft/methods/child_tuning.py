@@ -17,6 +17,7 @@ from visionpeft.methods.parts.sparse_delta import (
     highest,
     index_tensors,
     indices_by_name,
+    number_of,
     sparse_placements,
     united,
 )
@@ -110,7 +111,8 @@ class ChildTuning(Method):
         """For D, choose the entries with the largest sums of squared gradients, in each tower for itself."""
         candidates = [self._candidates(tower) for tower in towers]
         if self.rule == "formula":
-            indices = highest_fisher(candidates, self.share, self.samples, squares)
+            numbers = [number_of(self.share, each) for each in candidates]
+            indices = highest_fisher(candidates, numbers, self.samples, squares)
         else:
             every = {name: c for tower in candidates for name, c in tower.items()}
             scores, indices = squares(every, self.samples, False, clip=MAX_NORM, training=True), {}
@@ -123,4 +125,5 @@ class ChildTuning(Method):
 
     def _candidates(self, tower: Tower) -> dict[str, Candidate]:
         published = self.rule == "published"
-        return candidates_of(tower, range(tower.depth), norms=True, final_norms=not published, key_bias=published)
+        outside = "none" if published else "final_norms"
+        return candidates_of(tower, range(tower.depth), norms=True, outside=outside, key_bias=published)

@@ -4,9 +4,9 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import ClassVar, get_type_hints
+from typing import ClassVar, Protocol, get_type_hints
 
 import torch
 import torch.fx
@@ -17,11 +17,28 @@ from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.addressing import select_blocks
 from visionpeft.methods.parts.field_types import fits, in_words
+from visionpeft.methods.parts.sparse_delta import Candidate
 from visionpeft.sites import Placement, Shared
 
-# (candidates, samples, whether it is each sample or each batch whose gradient is squared; clip and training, see
-# `adapters.allocate.squared_gradients`) -> sums by name
-Squares = Callable[..., dict[str, torch.Tensor]]
+
+class Squares(Protocol):
+    """Measures sums of squared gradients for a method that must see data; `adapters.allocate` has it.
+
+    Attributes:
+        head_values: trained values of the adapter's heads.
+    """
+
+    head_values: int
+
+    def __call__(
+        self,
+        candidates: Mapping[str, Candidate],
+        samples: int,
+        each: bool,
+        clip: float | None = None,
+        training: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Sums by name; see `adapters.allocate.SquaredGradients`."""
 
 
 class Method:
