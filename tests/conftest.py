@@ -106,6 +106,7 @@ CASES = [
     Case("houlsby", vp.Adapter(bottleneck=4, placement="houlsby")),
     Case("houlsby_learned", vp.Adapter(bottleneck=3, placement="houlsby", scale="learned", activation="silu")),
     Case("pfeiffer", vp.Adapter(bottleneck=4, placement="pfeiffer")),
+    Case("houlsby_scaled", vp.Adapter(bottleneck=4, placement="houlsby", after_scaling=True)),
     Case("parallel", vp.Adapter(bottleneck=4, placement="parallel")),
     Case("pre", vp.Adapter(bottleneck=4, placement="pre")),
     Case("adapter_plus", vp.Adapter(bottleneck=4, placement="adapter_plus")),

@@ -72,9 +72,10 @@ def adapter(sites, fields, shape):
 
     if fields["placement"] == "parallel":
         return {"beside": beside_mlp(sites, fields)}
+    attn, mlp = ("scaled_attn", "scaled_mlp") if fields["after_scaling"] else ("attn_out", "mlp_out")
     return {
-        "houlsby": {"attn_out": at("attn_out"), "mlp_out": at("mlp_out")},
-        "pfeiffer": {"mlp_out": at("mlp_out")},
+        "houlsby": {attn: at("attn_out"), mlp: at("mlp_out")},
+        "pfeiffer": {mlp: at("mlp_out")},
         "pre": {"mid": at("stream_mid")},
         "adapter_plus": {"exit": at("stream_out")},
     }[fields["placement"]]
