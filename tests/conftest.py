@@ -106,6 +106,7 @@ CASES = [
     Case("houlsby", vp.Adapter(bottleneck=4, placement="houlsby")),
     Case("houlsby_learned", vp.Adapter(bottleneck=3, placement="houlsby", scale="learned", activation="silu")),
     Case("pfeiffer", vp.Adapter(bottleneck=4, placement="pfeiffer")),
+    Case("houlsby_scaled", vp.Adapter(bottleneck=4, placement="houlsby", after_scaling=True)),
     Case("parallel", vp.Adapter(bottleneck=4, placement="parallel")),
     Case("pre", vp.Adapter(bottleneck=4, placement="pre")),
     Case("adapter_plus", vp.Adapter(bottleneck=4, placement="adapter_plus")),
@@ -135,7 +136,7 @@ CASES = [
     Case("fact_tucker", vp.FacT(2, "tk", targets=("k", "v", "fc1", "fc2")), identity=True, mergeable=True),
     Case("dora", vp.DoRA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True),
     Case("vera", vp.VeRA(rank=5, targets=EVERY_MATRIX, seed=3), identity=True, mergeable=True),
-    Case("ada_lora", vp.AdaLoRA(rank=2, initial_rank=3), identity=True, mergeable=True),
+    Case("ada_lora", vp.AdaLoRA(rank=2, initial_rank=3, alpha=6), identity=True, mergeable=True),
     Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True),
     Case("krona_shape", vp.KronA(shape=(4, 8)), identity=True, mergeable=True),
     Case("kadaptation", vp.KAdaptation(terms=4, rank=2, targets=EVERY_MATRIX), identity=True, mergeable=True),
@@ -143,6 +144,10 @@ CASES = [
     Case("compacter_pfeiffer", vp.Compacter(bottleneck=8, terms=4, placement="pfeiffer", activation="silu")),
     Case("mam", vp.MAM(num_tokens=3, bottleneck=8)),
     Case("unipelt", vp.UniPELT(rank=2, alpha=6, num_tokens=3, bottleneck=4)),
+    Case(
+        "unipelt_values",
+        vp.UniPELT(rank=2, num_tokens=2, bottleneck=3, prefix_gate="values", activation="gelu", init="lora"),
+    ),
 ]
 
 

@@ -169,6 +169,8 @@ def test_shapes_that_do_not_divide_are_refused():
         (lambda: vp.MAM(num_tokens=0), "num_tokens must be a positive integer"),
         (lambda: vp.MAM(bottleneck=0), "bottleneck must be a positive integer"),
         (lambda: vp.UniPELT(targets=()), "targets must be a list of names"),
+        (lambda: vp.UniPELT(activation="tanh"), "activation must be one of gelu, relu"),
+        (lambda: vp.UniPELT(init="zero"), "init must be one of houlsby, lora"),
         (lambda: vp.AdaLoRA(rank=8, initial_rank=4), "initial_rank must not be below rank"),
         (lambda: vp.AdaLoRA(start=0.8, end=0.7), "start < end"),
     ],
@@ -214,7 +216,7 @@ def test_gates_of_unipelt_bypass_what_they_close():
 
     parts = vp.attach(
         HOST["vit_cls"].build(torch.float64),
-        [vp.LoRA(rank=2), vp.PrefixTuning(2), vp.Adapter(4, placement="pfeiffer")],
+        [vp.LoRA(rank=2), vp.PrefixTuning(2), vp.Adapter(4, placement="pfeiffer", activation="relu")],
     ).eval()
     state = {}
     for name, tensor in model.peft["default"].state_dict().items():
@@ -243,6 +245,41 @@ def test_gates_of_unipelt_are_set_by_each_image():
     scores = x @ gate.linear.weight[0] + gate.linear.bias
     assert torch.allclose(values.flatten(), (1 / (1 + (-scores).exp())).mean(1), rtol=1e-13)
     assert values.std() > 1e-3
+
+
+@pytest.mark.parametrize("prompts", [[], [vp.VPT(num_tokens=2)]], ids=["alone", "beside_prompts"])
+@pytest.mark.parametrize("reads", ["input", "values"])
+def test_prefix_gate_of_unipelt_reads_what_the_attention_reads(reads, prompts):
+    """The output of the norm before it, prompts included, whatever LoRA does to v; "values" reads that change."""
+    method = vp.UniPELT(rank=2, num_tokens=2, bottleneck=4, prefix_gate=reads)
+    model = attached(method, *prompts, names=["default", "prompts"])
+    gate = model.peft["default"].unipelt.visual["0"]["kv"].gate
+    seen, norms = [], []
+    gate.register_forward_hook(lambda module, args, output: seen.append((args[0].detach(), output.detach())))
+    for block in model.blocks[:1]:
+        block.norm1.register_forward_hook(lambda module, args, output: norms.append(output.detach()))
+    output_of(model)
+    with torch.no_grad():
+        model.peft["default"].unipelt.visual["0"]["v"].low_rank.B.mul_(3).add_(0.5)
+    output_of(model)
+    (first, opened), (second, opened_again) = seen
+    assert first.shape[1] == 17 + 2 * len(prompts)
+    assert torch.equal(first, second) == torch.equal(opened, opened_again) == (reads == "input")
+    if reads == "input":
+        assert torch.equal(first, norms[0])
+
+
+def test_unipelt_starts_as_published():
+    """A bottleneck of BERT's start with ReLU, which does not leave the backbone as it is."""
+    model = HOST["vit_cls"].build(torch.float64)
+    before = output_of(model.eval())
+    vp.attach(model, vp.UniPELT(rank=2, num_tokens=2, bottleneck=16), head=False)
+    part = model.peft["default"].unipelt.visual["1"]["mlp_out"].bottleneck
+    assert isinstance(part.act, torch.nn.ReLU)
+    for layer in (part.down, part.up):
+        assert 0.015 < layer.weight.std().item() < 0.025
+        assert not layer.bias.any()
+    assert distance(output_of(model), before) > 1e-4
 
 
 def test_alpha_is_divided_by_the_rank_of_each_layer():

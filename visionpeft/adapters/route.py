@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from visionpeft.backbones.frames import Frames
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.sites import join
+from visionpeft.sites import act_on_kv, join
 from visionpeft.sites.stand_ins import in_own_precision
 
 
@@ -37,6 +37,11 @@ class Routed:
         self.frames = frames
 
     @property
+    def reads_attention_input(self) -> bool:
+        """Whether one of the modules at `kv` does."""
+        return any(getattr(module, "reads_attention_input", False) for group in self.groups for module in group)
+
+    @property
     def rows(self) -> list[torch.Tensor]:
         """For each group, the rows of the tokens it serves."""
         if self.frames is None:
@@ -45,14 +50,13 @@ class Routed:
         return [(number * group[:, None] + torch.arange(number)).flatten() for group in self.samples]
 
     def __call__(self, *inputs):
-        """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v)."""
+        """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v) or (k, v, h)."""
         batched = [value for value in inputs if isinstance(value, torch.Tensor)]
         _check_batch(self.batch, len(batched[0]) // (1 if self.frames is None else self.frames.number))
-        kv = len(inputs) == 2
-        if kv:
-            k, v = inputs
-            parts = [self._chain(modules, (k[r], v[r])) for r, modules in self._parts(k)]
-            return tuple(self._gather(x, [p[i] for p in parts]) for i, x in enumerate(inputs))
+        if len(inputs) in (2, 3):
+            k, v, *read = inputs
+            parts = [self._chain(modules, k[r], v[r], *(h[r] for h in read)) for r, modules in self._parts(k)]
+            return tuple(self._gather(x, [p[i] for p in parts]) for i, x in enumerate((k, v)))
         if len(inputs) == 4:
             x, y, weight, bias = inputs
             return self._gather(y, [self._layer(m, x[r], y[r], weight, bias) for r, m in self._parts(y)])
@@ -75,10 +79,10 @@ class Routed:
         return [(rows.to(x.device), modules) for rows, modules in zip(self.rows, self.groups, strict=True)]
 
     @staticmethod
-    def _chain(modules: list[nn.Module], kv: tuple) -> tuple:
+    def _chain(modules: list[nn.Module], k: torch.Tensor, v: torch.Tensor, h: torch.Tensor | None = None) -> tuple:
         for module in modules:
-            kv = module(*kv)
-        return kv
+            k, v = act_on_kv(module, k, v, h)
+        return k, v
 
     @staticmethod
     def _layer(modules: list[nn.Module], x, y, weight, bias) -> torch.Tensor:

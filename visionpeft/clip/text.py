@@ -118,7 +118,8 @@ class TextEncoder:
         for block in self.blocks:
             sites: Sites | None = block.__dict__.get("sites")
             for module in () if sites is None else sites.acting.get("kv", ()):
-                if not hasattr(module, "num_tokens"):  # keys in front of a text are among those the texts share
+                # keys in front of a text are among those the texts share, unless they depend on the text
+                if not hasattr(module, "num_tokens") or getattr(module, "reads_attention_input", False):
                     return f"{type(module).__name__} acts on the keys of whole texts"
             for site, module in _token_modules(sites):
                 if site == "stream_in" and hasattr(module, "replaced_tokens"):
@@ -167,7 +168,7 @@ class TextEncoder:
         def attention(block: nn.Module, h: torch.Tensor) -> torch.Tensor:
             q, k, v = project(block.attn, h)
             sites = block.__dict__.get("sites")
-            k, v = (k, v) if sites is None else sites.kv(k, v)
+            k, v = (k, v) if sites is None else sites.kv(k, v, h)
             keys_and_values.append((k, v))
             return join_heads(block.attn, attend(q, k, v, is_causal=True))
 
