@@ -261,3 +261,37 @@ def test_clip_overlay_of_learners(overlay, small_nano_clip):
 def test_learner_and_method_configurations_do_not_mix(capsys):
     with pytest.raises(vp.ConfigurationError, match="PromptLearning"):
         build("--config", "fewshot_coop.yaml", "--model.method", "LoRA")
+
+
+def dtd_of_16_shots(root):
+    """The layout of DTD with as many images as 16 shots take, which nobody opens."""
+    folder = root / "dtd"
+    (folder / "images").mkdir(parents=True)
+    rows = [[f"{label}_{number}.jpg", label, f"texture {label}"] for label in range(47) for number in range(16)]
+    others = {split: [[f"{split}_{row[1]}.jpg", *row[1:]] for row in rows[::16]] for split in ("val", "test")}
+    for path, *_ in rows + others["val"] + others["test"]:
+        (folder / "images" / path).touch()
+    (folder / "split_zhou_DescribableTextures.json").write_text(json.dumps({"train": rows} | others))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        # 47 * 16 = 752 images. Published: 3 steps of 256 in each of 20 epochs, of which 2 would be whole.
+        ("fewshot_tip_adapter_f.yaml", 60),
+        *((f"{protocol}_clip_lora.yaml", 10 * 24) for protocol in PROTOCOLS),
+        # On CoOp's trainer the incomplete batch is left out: 23 steps of 32.
+        ("fewshot_coop.yaml", 50 * 23),
+    ],
+)
+def test_steps_of_a_learner_on_dtd(name, steps, tmp_path, small_nano_clip):
+    cli = build(
+        *("--config", name, "--data.dataset", "dtd", "--data.root", str(dtd_of_16_shots(tmp_path))),
+        *("--data.classes", "all", "--trainer.accelerator", "cpu"),
+    )
+    cli.datamodule.preprocessing = cli.model.preprocessing
+    batches = cli.datamodule.train_dataloader()
+    assert cli.config.trainer.max_epochs * len(batches) == steps
+    last = list(batches.batch_sampler)[-1]
+    assert len(last) == (cli.datamodule.batch_size if name == "fewshot_coop.yaml" else 752 % cli.datamodule.batch_size)

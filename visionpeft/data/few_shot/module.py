@@ -48,7 +48,8 @@ class FewShot(ImageDataModule):
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
         augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
         batch_size: Images in a batch.
-        drop_last: Leave out the last incomplete training batch; when absent, where there is a whole one.
+        drop_last: Leave out the last incomplete training batch; when absent, where there is a whole one, as all
+            learners do that were published on CoOp's trainer. Tip-Adapter-F and CLIP-LoRA keep it.
 
     Raises:
         ConfigurationError: an unknown data set, or an option out of range.
