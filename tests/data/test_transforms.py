@@ -1,14 +1,17 @@
 """Resizing, cropping, augmentation and normalisation, against values computed by hand or by Pillow."""
 
 import dataclasses
+from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 from visionpeft.backbones.preprocessing import Preprocessing
-from visionpeft.data.transforms import ImageTransform
+from visionpeft.data.transforms import ImageTransform, covering
 from visionpeft.errors import ConfigurationError
 
 PLAIN = Preprocessing((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 0.8)
@@ -42,6 +45,36 @@ def test_crop_covers_then_cuts_the_centre(size, scaled):
     left, top = ((side - 32) // 2 for side in scaled)
     expected = resized.crop((left, top, left + 32, top + 32))
     assert torch.equal(ImageTransform(PLAIN, "crop").prepare(image), pixels(expected))
+
+
+def test_resize_covers_224_as_torchvision_does_to_the_pixel():
+    short, long = (side.ravel() for side in np.meshgrid(np.arange(1, 961), np.arange(1, 961), indexing="ij"))
+    short, long = short[short < long], long[short < long]
+    published = 224 * long // short  # whole numbers: nothing is rounded
+    found = np.array([covering(a, b, 224, 224) for a, b in zip(short.tolist(), long.tolist(), strict=True)])
+    assert (found[:, 0] == 224).all()
+    assert (found[:, 1] == published).all()
+    # Dividing first, as this was once done, loses a pixel for 397 of 460,320 sizes.
+    divided_first = (long * (224 / short)).astype(int)
+    assert (len(short), (divided_first != published).sum(), (published - divided_first).max()) == (460_320, 397, 1)
+    # One of them, whole: by torchvision itself, upright and lying.
+    a, b = (int(side[divided_first != published][-1]) for side in (short, long))
+    for width, height in [(b, a), (a, b)]:
+        image = picture(width, height)
+        expected = F.center_crop(F.resize(image, 224, F.InterpolationMode.BICUBIC, antialias=True), 224)
+        transform = ImageTransform(dataclasses.replace(PLAIN, input_size=(224, 224), crop_pct=1.0), "crop")
+        assert torch.equal(transform.prepare(image), pixels(expected))
+
+
+def test_oblong_sizes_are_covered_exactly():
+    rng = np.random.default_rng(0)
+    for height, width, least_height, least_width in rng.integers(1, 500, (2000, 4)).tolist():
+        ratio = max(Fraction(least_height, height), Fraction(least_width, width))
+        expected = [floor(height * ratio), floor(width * ratio)]
+        assert covering(height, width, least_height, least_width) == expected
+        assert expected[0] >= least_height
+        assert expected[1] >= least_width
+        assert least_height in expected or least_width in expected
 
 
 def test_crop_of_an_oblong_input():

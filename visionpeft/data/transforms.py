@@ -90,5 +90,21 @@ class ImageTransform:
         height, width = (math.floor(side / share) for side in self.size)
         if self.resize == "squash":
             return [height, width]
-        ratio = max(height / image.height, width / image.width)
-        return [max(height, int(image.height * ratio)), max(width, int(image.width * ratio))]
+        return covering(image.height, image.width, height, width)
+
+
+def covering(height: int, width: int, least_height: int, least_width: int) -> list[int]:
+    """Size (h, w) of an image resized with its aspect until it just covers another size.
+
+    The side that does not fit exactly is cut down to whole pixels, floor(least * long / short), as torchvision's
+    `Resize` does; multiplying first, because `long * (least / short)` is rounded twice and may fall one pixel short.
+
+    Args:
+        height: Of the image.
+        width: Of the image.
+        least_height: To be covered.
+        least_width: To be covered.
+    """
+    if least_height * width >= least_width * height:  # the height decides
+        return [least_height, least_height * width // height]
+    return [least_width * height // width, least_width]
