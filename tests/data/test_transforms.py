@@ -105,10 +105,11 @@ def test_crop_flip_cuts_every_place_and_flips_half(resize):
     assert all(cut.shape == (3, 32, 32) for cut in cuts)
 
 
-def test_random_resized_crop_cuts_areas_between_8_and_100_percent():
+@pytest.mark.parametrize("area", [(0.08, 1.0), (0.5, 1.0), (0.3, 0.4)])
+def test_random_resized_crop_cuts_shares_of_the_area(area):
     side = 128
     columns = np.stack(np.broadcast_arrays(np.arange(side)[None], np.arange(side)[:, None], 0), -1).astype(np.uint8)
-    transform = ImageTransform(dataclasses.replace(PLAIN, interpolation="nearest"), "crop", "random_resized_crop")
+    transform = ImageTransform(dataclasses.replace(PLAIN, interpolation="nearest"), "crop", "random_resized_crop", area)
     prepared = transform.prepare(Image.fromarray(columns))
     shares = []
     for draw in range(200):
@@ -116,8 +117,9 @@ def test_random_resized_crop_cuts_areas_between_8_and_100_percent():
         assert cut.shape == (3, 32, 32)
         width, height = (int(cut[c].max() - cut[c].min()) * 32 / 31 for c in (0, 1))
         shares.append(width * height / side**2)
-    assert 0.05 < min(shares) < 0.2
-    assert 0.8 < max(shares) <= 1.05
+    # Of whole pixels, and read off at their centres.
+    assert area[0] * 0.9 - 0.02 < min(shares) < area[0] * 1.2 + 0.1
+    assert area[1] * 0.8 < max(shares) <= area[1] * 1.1
 
 
 @pytest.mark.parametrize("augmentation", ["crop_flip", "random_resized_crop"])
@@ -145,5 +147,8 @@ def test_unknown_options():
         ImageTransform(PLAIN, "pad")
     with pytest.raises(ConfigurationError, match="unknown augmentation 'flip': choose none, crop_flip or"):
         ImageTransform(PLAIN, "crop", "flip")
+    for area in [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1), (0.5,)]:
+        with pytest.raises(ConfigurationError, match="two shares above 0 and at most 1, the smaller first"):
+            ImageTransform(PLAIN, "crop", "random_resized_crop", area)
     with pytest.raises(ConfigurationError, match=r"unknown interpolation 'cubic': choose one of nearest, .*bicubic"):
         ImageTransform(dataclasses.replace(PLAIN, interpolation="cubic"))

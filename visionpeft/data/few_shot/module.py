@@ -139,6 +139,14 @@ class FewShot(ImageDataModule):
         key = str(self.images.about["task"])
         return self.template if self.own_template or key in OWN else dataset_template(key, style)
 
+    @property
+    def published(self) -> dict[str, dict[str, float]]:
+        """What learners' authors chose for this data set, by the learner: of "tip_adapter" its alpha and search range.
+
+        Empty for data sets that they had not.
+        """
+        return few_shot_datasets().get(str(self.images.about["task"]), {}).get("published", {})
+
 
 def _check(shots: int | None, classes: str, split: str) -> None:
     if shots is not None and shots < 0:
