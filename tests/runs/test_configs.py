@@ -1,6 +1,7 @@
 """Every shipped configuration parses and builds what it names, without a download."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -220,13 +221,14 @@ def learner_of(name):
 @pytest.mark.parametrize("name", LEARNERS)
 def test_configuration_of_a_learner_builds(name, small_nano_clip):
     # The tiny CLIP has two blocks.
-    depth = ["--model.learner.depth", "2"] if "depth" in learner_of(name).get("init_args", {}) else []
+    options = [name for name in learner_of(name).get("init_args", {}) if name.startswith("depth")]
+    depth = [part for option in options for part in (f"--model.learner.{option}", "2")]
     cli = build("--config", name, *depth, "--trainer.accelerator", "cpu")
     assert cli.model.backbone_name == "nano_clip"
     learner, given = cli.model.learner, learner_of(name)
     assert type(learner).__name__ == given["class_path"]
     for option, value in given.get("init_args", {}).items():
-        if option not in ("depth", "allow_duplicates"):
+        if option not in (*options, "allow_duplicates"):
             assert learner.options[option] == value
     assert learner.allow_duplicates == name.startswith("cross_dataset")  # ImageNet has two names twice
     description = cli.datamodule.description()
@@ -261,6 +263,23 @@ def test_clip_overlay_of_learners(overlay, small_nano_clip):
 def test_learner_and_method_configurations_do_not_mix(capsys):
     with pytest.raises(vp.ConfigurationError, match="PromptLearning"):
         build("--config", "fewshot_coop.yaml", "--model.method", "LoRA")
+
+
+def test_promptsrc_across_data_sets_has_its_own_recipe():
+    """The authors' `..._cross_datasets.yaml`; from base to new classes it is another."""
+    across, to_new = (config_content(f"{protocol}_promptsrc.yaml") for protocol in ("cross_dataset", "base_to_new"))
+    options, others = (each["model"]["init_args"]["learner"]["init_args"] for each in (across, to_new))
+    assert (options["depth_text"], options["depth_visual"], across["trainer"]["max_epochs"]) == (3, 3, 20)
+    assert "depth_text" not in others
+    assert to_new["trainer"]["max_epochs"] == 20
+
+    def shares(mean, std):
+        weights = [math.exp(-((epoch - mean) ** 2) / (2 * std**2)) for epoch in range(1, 21)]
+        return [weight / sum(weights) for weight in weights]
+
+    # Mean 6 and std 10 take many epochs in, mean 15 and std 1 few.
+    assert max(shares(options["average_mean"], options["average_std"])) == pytest.approx(0.06278, abs=1e-5)
+    assert max(shares(others["average_mean"], others["average_std"])) == pytest.approx(0.39894, abs=1e-5)
 
 
 def dtd_of_16_shots(root):
