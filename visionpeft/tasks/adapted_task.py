@@ -13,7 +13,7 @@ from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import allocate, evaluating, remake
 from visionpeft.adapters.attach import detach, layer_distances, plain, trainable_parameters
 from visionpeft.adapters.install import stood_in_for
-from visionpeft.adapters.storage import load, method_from, save
+from visionpeft.adapters.storage import is_older, load, method_from, save
 from visionpeft.adapters.training_hooks import after_step, penalty
 from visionpeft.errors import ConfigurationError, UserError, one_line
 from visionpeft.methods import Method
@@ -191,8 +191,8 @@ class AdaptedTask(ImageTask):
         checkpoint["methods"] = [describe_method(method) for method in self.adapter.methods]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Place the methods as they were, and check that every trained tensor is there."""
-        if self.adapter.pending:
+        """Place the methods as they were, an older version's as it had them; every trained tensor must be there."""
+        if self.adapter.pending or any(is_older(each) for each in checkpoint.get("methods", ())):
             remake(self.model, self.adapter_name, [method_from(each) for each in checkpoint["methods"]], {})
         super().on_load_checkpoint(checkpoint)
 

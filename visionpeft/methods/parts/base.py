@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import get_type_hints
+from typing import ClassVar, get_type_hints
 
 import torch
 import torch.fx
@@ -34,6 +34,8 @@ class Method:
     """
 
     towers: str | list[str] | None = None
+    # Values of fields that an adapter saved by an older version does not have, where they are not the defaults of today.
+    written_without: ClassVar[Mapping[str, object]] = {}
 
     def __post_init__(self):
         try:
