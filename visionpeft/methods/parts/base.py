@@ -34,7 +34,7 @@ class Method:
     """
 
     towers: str | list[str] | None = None
-    # Values of fields that an adapter saved by an older version does not have, where they are not the defaults of today.
+    # Values of fields that an adapter saved by an older version does not have, where they are not the defaults.
     written_without: ClassVar[Mapping[str, object]] = {}
 
     def __post_init__(self):
