@@ -421,6 +421,54 @@ def test_prograd_starts_with_the_words_of_its_template_at_the_end():
         ProGrad(clip_model(), tokenizer(), NAMES, template=template, context_length=8)
 
 
+def test_prograd_as_published_counts_words():
+    template = "a type of pet, a photo of a {}."
+    learner = ProGrad(clip_model(), tokenizer(), NAMES, template=template, layout="published")
+    ids = tokenizer()(["a type of pet, a photo of a"])[0, 1:10]
+    assert torch.equal(learner.vectors[:8], torch.zeros(8, 32, dtype=torch.float64))
+    assert torch.equal(learner.vectors[8:], learner.clip.token_embedding.weight[ids[:8]])
+    lively_(learner)
+    expected = prompt_features(learner.clip, [f"a {name}" for name in CLEAN], learner.vectors, "end")
+    torch.testing.assert_close(learner.text_features(), expected, rtol=0, atol=1e-11)
+    without = prompt_features(learner.clip, CLEAN, learner.vectors, "end")
+    assert (without - expected).abs().max() > 1e-3
+    with pytest.raises(ConfigurationError, match="must stand at the end, not at position 'middle'"):
+        ProGrad(clip_model(), tokenizer(), NAMES, template=template, layout="published", position="middle")
+    with pytest.raises(ConfigurationError, match="choose tokens or published"):
+        ProGrad(clip_model(), tokenizer(), NAMES, layout="words")
+
+
+def test_prograd_as_published_has_fixed_words_on_four_data_sets():
+    learner = ProGrad(clip_model(), tokenizer(), NAMES, layout="published")
+    fixed = {}
+    for key, entry in few_shot_datasets().items():
+        phrase = entry["templates"]["prograd"].split(" {}")[0]
+        learner.set_template(phrase + " {}.")
+        (last,) = tokenizer().encode(phrase)[-1:]
+        assert learner.fixed in ((), (last,))
+        if learner.fixed:
+            fixed[key] = tokenizer().decode(learner.fixed).strip()
+            assert int((learner.vectors != 0).any(1).sum()) == len(
+                entry["templates"]["prograd"].split(" {}")[0].split()
+            )
+    assert fixed == {"oxford_pets": "a", "oxford_flowers": "a", "fgvc_aircraft": "a", "food101": "of"}
+
+
+def test_fixed_words_of_prograd_stay_with_what_was_trained(tmp_path):
+    def of_pets(clip):
+        learner = ProGrad(clip, tokenizer(), NAMES, layout="published")
+        learner.set_template("a type of pet, a photo of a {}.")
+        return learner
+
+    learner = lively_(of_pets(clip_model()))
+    expected = learner.text_features().detach()
+    save_learner(learner, tmp_path)
+    learner.set_template("a texture of {}.")  # of another data set, on which it is tested
+    assert torch.equal(learner.text_features(), expected)
+    again = load_learner(tmp_path, clip_model(), tokenizer())
+    torch.testing.assert_close(again.text_features(), expected, rtol=0, atol=1e-12)
+
+
 def test_prograd_takes_the_template_of_a_data_set_until_it_is_trained():
     learner = ProGrad(clip_model(), tokenizer(), NAMES)
     learner.set_template("a texture of {}.")
