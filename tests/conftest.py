@@ -163,9 +163,13 @@ def can_be_merged(method):
 
 # methods for clips, which models of single images refuse
 VIDEO_CASES = [
-    Case("st_adapter", vp.STAdapter(bottleneck=6), identity=True),
-    Case("st_adapter_both", vp.STAdapter(5, positions=("before_attention", "before_mlp")), identity=True),
-    Case("st_adapter_spatial", vp.STAdapter(4, kernel=(3, 3, 3), positions=("before_mlp",)), identity=True),
+    Case("st_adapter", vp.STAdapter(bottleneck=6)),  # at the start the norm of the mean, not the mean of norms
+    Case(
+        "st_adapter_both",
+        vp.STAdapter(5, positions=("before_attention", "before_mlp"), norm_of_mean=False),
+        identity=True,
+    ),
+    Case("st_adapter_spatial", vp.STAdapter(4, kernel=(3, 3, 3), positions=("before_mlp",))),
     Case("aim", vp.AIM(num_frames=3), identity=True),
     Case("aim_two", vp.AIM(num_frames=3, num_temporal=2, scale=1.0, ratio=0.5), identity=True),
 ]

@@ -45,6 +45,8 @@ class Learner(nn.Module):
         by_gradient: an optimiser has something to train; otherwise `fit_features` or nothing at all does the learning.
         adapter_name: name of the adapter that the learner attaches to its CLIP, None if it attaches none.
         acting: the adapters of the CLIP with which this learner computes.
+        fits_raw_features: `fit_features` takes image features that are not normalised.
+        fitted_views: augmentations of each training image for `fit_features`, where the data leaves their number open.
         template_style: which of a data set's own templates it takes; see `visionpeft.data.dataset_template`.
         chunk_size: most texts that are encoded at a time, None for all; less memory, the same gradient.
         fast_text: leave out the work in the text tower that cannot matter.
@@ -58,6 +60,8 @@ class Learner(nn.Module):
     class_bound = False
     by_gradient = True
     adapter_name: str | None = None
+    fits_raw_features = False
+    fitted_views = 1
     template_style = "zero_shot"
 
     def __init__(
@@ -136,6 +140,9 @@ class Learner(nn.Module):
             self.templates = templates
             self._kept.clear()
 
+    def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
+        """Take what was published for the data set, by learner, where none was given; most learners have nothing."""
+
     def adapt(self, method: Method) -> None:
         """Attach the method to the CLIP, as the adapter of this learner.
 
@@ -163,8 +170,8 @@ class Learner(nn.Module):
 
     # Images to logits
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit image features (batch, features) of images (batch, 3, height, width).
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Image features (batch, features) of images (batch, 3, height, width), not normalised.
 
         Raises:
             ConfigurationError: another shape, a size that the image tower does not take, or other adapters act.
@@ -181,7 +188,15 @@ class Learner(nn.Module):
             )
         self.check_acting()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
-            return unit(self.clip.encode_image(images.to(image_dtype(self.clip))))
+            return self.clip.encode_image(images.to(image_dtype(self.clip)))
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit image features (batch, features) of images (batch, 3, height, width).
+
+        Raises:
+            ConfigurationError: as `encode_images`.
+        """
+        return unit(self.encode_images(images))
 
     def text_features(self) -> torch.Tensor:
         """Unit text features (classes, features); without gradients they are kept until what they depend on changes."""
@@ -256,7 +271,7 @@ class Learner(nn.Module):
 
         Args:
             train: unit image features (images, features), or (images, views, features) of several augmented views;
-                labels (images,).
+                labels (images,). Not normalised where `fits_raw_features`.
             validation: unit image features (images, features) and labels (images,).
 
         Returns:

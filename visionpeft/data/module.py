@@ -12,7 +12,7 @@ from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_batch
 from visionpeft.data.ordering import EpochSampler, subset
 from visionpeft.data.records import Files, ImageSet, Source
-from visionpeft.data.transforms import Augmentation, ImageTransform
+from visionpeft.data.transforms import CROP_AREA, Augmentation, ImageTransform, check_crop_area
 from visionpeft.data.views import ImageViews
 from visionpeft.errors import ConfigurationError, DataError
 
@@ -52,6 +52,7 @@ class ImageDataModule(lightning.LightningDataModule):
             features of a frozen backbone can be kept; anew in each epoch when absent.
         test_views: Test batches hold this many views of each image, (B, V, 3, H, W): the usual one and random crops.
         augmix: Mix the random ones of the test views by AugMix.
+        crop_area: Smallest and largest share of the area that "random_resized_crop" cuts.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ImageDataModule(lightning.LightningDataModule):
         views: int | None = None,
         test_views: int | None = None,
         augmix: bool = False,
+        crop_area: tuple[float, float] = CROP_AREA,
     ):
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -91,6 +93,7 @@ class ImageDataModule(lightning.LightningDataModule):
             raise ConfigurationError(
                 f"unknown normalisation '{normalisation}': choose pretrained, {', '.join(NORMALISATIONS)}"
             )
+        check_crop_area(crop_area)
         self.images = images
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -105,6 +108,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self.views = views
         self.test_views = test_views
         self.augmix = augmix
+        self.crop_area = tuple(crop_area)
         self.skipped = dict.fromkeys(images.sources, 0)
         self.test_subset: dict[str, int] | None = None
         self._preprocessing: Preprocessing | None = None
@@ -200,7 +204,7 @@ class ImageDataModule(lightning.LightningDataModule):
             transform = ImageViews(self.preprocessing, self.resize, self.test_views, self.augmix)
         else:
             augmentation = self.augmentation if split == "train" else "none"
-            transform = ImageTransform(self.preprocessing, self.resize, augmentation)
+            transform = ImageTransform(self.preprocessing, self.resize, augmentation, self.crop_area)
         return ImageDataset(
             self.sources[split],
             transform,
@@ -283,6 +287,7 @@ class ImageDataModule(lightning.LightningDataModule):
             "crop_pct": used.crop_pct if used and self.resize == "crop" else None,
             "interpolation": used.interpolation if used else None,
             "augmentation": self.augmentation,
+            **({"crop_area": list(self.crop_area)} if self.augmentation == "random_resized_crop" else {}),
         }
 
     def _seed(self) -> int:
