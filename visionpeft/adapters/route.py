@@ -1,6 +1,6 @@
 """One adapter per sample: rows of a batch go through the modules of the adapter that serves them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -11,13 +11,26 @@ from visionpeft.sites import act_on_kv, join
 from visionpeft.sites.stand_ins import in_own_precision
 
 
+def rows_of(route: Sequence[str | None], device: torch.device) -> dict[str | None, torch.Tensor]:
+    """For each name of a route, the samples of the batch it names, as indices on the device of the model.
+
+    They are made once, when the route is chosen: made where they are used, they would be copied to the device at every
+    site of every batch.
+    """
+    samples: dict[str | None, list[int]] = {}
+    for sample, name in enumerate(route):
+        samples.setdefault(name, []).append(sample)
+    with torch.inference_mode(False):  # a batch with gradients may be routed by what a batch without them has chosen
+        return {name: torch.tensor(group, device=device) for name, group in samples.items()}
+
+
 class Routed:
     """Acts at one site on each group of rows with the modules of the group's adapter; other rows stay as they are.
 
     Args:
         groups: for each group, the modules that act here, in order.
         branch: whether the site is a branch, which `join` ends.
-        rows: for each group, the samples of the batch it serves.
+        rows: for each group, the samples of the batch it serves, as `rows_of` gives them.
         batch: size of the batch.
         frames: for clips, how many rows make one sample.
     """
@@ -26,13 +39,13 @@ class Routed:
         self,
         groups: list[list[nn.Module]],
         branch: bool,
-        rows: list[list[int]],
+        rows: list[torch.Tensor],
         batch: int,
         frames: Frames | None = None,
     ):
         self.groups = groups
         self.branch = branch
-        self.samples = [torch.tensor(group) for group in rows]
+        self.samples = rows
         self.batch = batch
         self.frames = frames
 
@@ -47,7 +60,8 @@ class Routed:
         if self.frames is None:
             return self.samples
         number = self.frames.number
-        return [(number * group[:, None] + torch.arange(number)).flatten() for group in self.samples]
+        within = torch.arange(number, device=self.samples[0].device)
+        return [(number * group[:, None] + within).flatten() for group in self.samples]
 
     def __call__(self, *inputs):
         """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v) or (k, v, h)."""
@@ -114,19 +128,25 @@ class RoutedHead:
 
     Args:
         head_of: gives the head for the name of an adapter, or None for the model's own.
-        route: name of an adapter, or None, for each sample.
+        rows: for each name, the samples of the batch, as `rows_of` gives them.
+        batch: size of the batch.
     """
 
-    def __init__(self, head_of: Callable[[str | None], nn.Module | None], route: tuple[str | None, ...]):
-        names = list(dict.fromkeys(route))
-        self._heads = tuple((head_of(name), [r for r, n in enumerate(route) if n == name]) for name in names)
-        self._names = tuple(names)
-        self._batch = len(route)
+    def __init__(
+        self,
+        head_of: Callable[[str | None], nn.Module | None],
+        rows: Mapping[str | None, torch.Tensor],
+        batch: int,
+    ):
+        self._heads = tuple((head_of(name), own_rows) for name, own_rows in rows.items())
+        self._names = tuple(rows)
+        self._batch = batch
 
     def __call__(self, x: torch.Tensor, own: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Map pooled features (batch, width) to logits (batch, classes); `own` is the model's own head."""
         _check_batch(self._batch, len(x))
-        parts = [own(x[rows]) if head is None else in_own_precision(head, x[rows]) for head, rows in self._heads]
+        heads = [(head, rows.to(x.device)) for head, rows in self._heads]
+        parts = [own(x[rows]) if head is None else in_own_precision(head, x[rows]) for head, rows in heads]
         classes = {part.shape[-1] for part in parts}
         if len(classes) > 1:
             raise UnsupportedError(
@@ -134,8 +154,8 @@ class RoutedHead:
                 "tensor; route adapters with equally many classes, or attach them with head=False"
             )
         result = x.new_zeros(len(x), classes.pop(), dtype=parts[0].dtype)
-        for (_, rows), part in zip(self._heads, parts, strict=True):
-            result = result.index_copy(0, torch.tensor(rows, device=x.device), part)
+        for (_, rows), part in zip(heads, parts, strict=True):
+            result = result.index_copy(0, rows, part)
         return result
 
 

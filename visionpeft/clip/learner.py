@@ -377,7 +377,7 @@ class Learner(nn.Module):
         others = (state, acting_adapters(self.clip), autocast, self.text.dtype, device, self.training, self.fast_text)
         if key in self._kept:
             features, old_others, old = self._kept[key]
-            if old_others == others and len(old) == len(current) and all(map(torch.equal, old, current)):
+            if old_others == others and _same_values(old, current):
                 return features
         # What was worked out in inference mode could not take part in a training step later.
         with torch.inference_mode(False), torch.set_grad_enabled(with_graph):
@@ -399,6 +399,14 @@ class Learner(nn.Module):
         raise UnsupportedError(
             "a learner cannot be deep-copied; build another one on a copy of the CLIP and load into it"
         )
+
+
+def _same_values(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
+    """Whether two lists of tensors are equal, for which their device is waited for once and not for each of them."""
+    pairs = list(zip(left, right, strict=False))
+    if len(left) != len(right) or any(a.shape != b.shape for a, b in pairs):
+        return False
+    return not pairs or bool(torch.stack([(a == b).all() for a, b in pairs]).all())
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -59,13 +59,13 @@ class Triplets(LowRank):
             identity = torch.eye(len(self.values), dtype=self.P.dtype, device=self.P.device)
             return [torch.linalg.matrix_norm(c - identity) for c in (self.P.t() @ self.P, self.Q @ self.Q.t())]
 
-    def gradients_are_finite(self) -> bool:
-        """Whether the gradients of the step just made are numbers.
+    def gradients_are_finite(self) -> torch.Tensor:
+        """Whether the gradients of the step just made are numbers, as a tensor () on their device.
 
         Raises:
             ConfigurationError: they are gone already.
         """
-        return all(bool(self._gradient(name).isfinite().all()) for name in TRIPLET)
+        return torch.stack([self._gradient(name).isfinite().all() for name in TRIPLET]).all()
 
     def _gradient(self, name: str) -> torch.Tensor:
         gradient = getattr(self, name).grad
@@ -75,12 +75,15 @@ class Triplets(LowRank):
             )
         return gradient
 
-    def measure(self, beta1: float, beta2: float) -> None:
-        """Follow the sensitivity of every entry, from the gradients of the step just made."""
+    def measure(self, beta1: float, beta2: float, made: torch.Tensor) -> None:
+        """Follow the sensitivity of every entry, from the gradients of the step just made, if it was `made` ()."""
         for name in TRIPLET:
             now = (getattr(self, name) * self._gradient(name)).abs()
-            sensitivity = getattr(self, f"{name}_sensitivity").lerp_(now, 1 - beta1)
-            getattr(self, f"{name}_variation").lerp_((now - sensitivity).abs(), 1 - beta2)
+            old = getattr(self, f"{name}_sensitivity")
+            sensitivity = old.lerp(now, 1 - beta1)
+            variation = getattr(self, f"{name}_variation")
+            variation.copy_(torch.where(made, variation.lerp((now - sensitivity).abs(), 1 - beta2), variation))
+            old.copy_(torch.where(made, sensitivity, old))
 
     def importance(self) -> torch.Tensor:
         """Of each triplet (rank,): s(value) + mean s(column of P) + mean s(row of Q), s = sensitivity * variation."""
@@ -184,10 +187,10 @@ class AdaLoRA(Method):
         """Follow the importance and keep as many triplets as the budget of the step allows."""
         layers = list(_triplets_of(part).values())
         # A step that a gradient scaler skipped was not made, and says nothing of importance: one infinite value would
-        # stay in the smoothed statistics for good.
-        if all(layer.gradients_are_finite() for layer in layers):
-            for layer in layers:
-                layer.measure(self.beta1, self.beta2)
+        # stay in the smoothed statistics for good. The question is answered on the device, for which nobody waits.
+        made = torch.stack([layer.gradients_are_finite() for layer in layers]).all()
+        for layer in layers:
+            layer.measure(self.beta1, self.beta2, made)
         first, last = round(self.start * total_steps), round(self.end * total_steps)
         if step == last or (first <= step < last and step % self.interval == 0):
             self._choose(layers, self.budget(step, total_steps, len(layers)))
@@ -235,7 +238,7 @@ class AdaLoRA(Method):
         """Keep the most important triplets of all layers together."""
         importance = torch.cat([layer.importance() for layer in layers])
         kept = torch.zeros_like(importance)
-        kept[importance.argsort(descending=True, stable=True)[:number]] = 1
+        kept.index_fill_(0, importance.argsort(descending=True, stable=True)[:number], 1)
         for layer, chosen in zip(layers, kept.split([len(layer.kept) for layer in layers]), strict=True):
             layer.kept.copy_(chosen)
 

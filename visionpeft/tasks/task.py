@@ -10,13 +10,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MetricCollection
 
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ImageDataModule, VideoDataModule
 from visionpeft.errors import ConfigurationError
-from visionpeft.tasks.checkpointing import DivergedError, check_trained, keep_trained
+from visionpeft.tasks.checkpointing import check_trained, keep_trained
+from visionpeft.tasks.divergence import Divergence
+from visionpeft.tasks.metrics import classification_metrics
 from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, output_side, parameter_groups
 
 
@@ -48,14 +49,11 @@ class ImageTask(pl.LightningModule):
         self.class_names = list(class_names)
         self.optimisation = optimisation
         self.seed = seed
-        num_classes = len(class_names)
-        metrics = {"loss": MeanMetric(), "top1": MulticlassAccuracy(num_classes, average="micro")}
-        if num_classes > 5:
-            metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
-        metrics = MetricCollection(metrics, compute_groups=False)
+        metrics = classification_metrics(len(class_names))
         self.train_metrics, self.val_metrics, self.test_metrics = (
             metrics.clone(prefix=f"{split}/") for split in ("train", "val", "test")
         )
+        self.divergence = Divergence()
 
     @property
     @abstractmethod
@@ -139,16 +137,17 @@ class ImageTask(pl.LightningModule):
         """Mean loss of a batch with the penalty, which is not measured.
 
         Raises:
-            DivergedError: the loss is not finite.
+            DivergedError: the loss is not finite, or that of an earlier step since the device was last read.
         """
         images, labels = batch
         measured, logits = self.training_loss(images, labels)
         loss = measured + self.penalty()
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"the training loss became {loss.item()} in epoch {self.current_epoch}, step {self.global_step}; the "
-                "last good checkpoint is kept. Lower the learning rate (--model.optimisation.lr)"
-            )
+        self.divergence.note(loss, self.global_step)
+        # A CPU has the answer at once. Another device would be waited for, so it is asked once per logging interval,
+        # and at the end of an epoch, before anything is validated or saved.
+        interval = 1 if loss.device.type == "cpu" else max(1, self.trainer.log_every_n_steps)
+        if (batch_idx + 1) % interval == 0 or self.trainer.is_last_batch:
+            self.divergence.check(self.current_epoch)
         self._measure(self.train_metrics, measured.detach(), logits.detach(), labels)
         return loss
 
@@ -174,7 +173,7 @@ class ImageTask(pl.LightningModule):
     def _measure(self, metrics: MetricCollection, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         for name, metric in metrics.items():
             if name.endswith("loss"):
-                metric.update(loss, weight=len(labels))
+                metric.update(loss, len(labels))
             else:
                 metric.update(logits, labels)
             self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))
@@ -221,7 +220,8 @@ class ImageTask(pl.LightningModule):
             raise ConfigurationError("the learning rate follows a cosine to its end: set trainer.max_epochs")
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep only what is trained."""
+        """Keep only what is trained, and nothing of a training that has diverged."""
+        self.divergence.check(self.current_epoch)
         keep_trained(checkpoint, self.trained_keys())
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
