@@ -164,6 +164,8 @@ class AdaptedTask(ImageTask):
     def optimizer_step(self, *args, **kwargs) -> None:
         """One step of the optimiser, then what the methods do after it."""
         super().optimizer_step(*args, **kwargs)
+        if self.trainer.max_epochs >= 0 and self.current_epoch >= len(self.steps.by_epoch):
+            return  # StochasticWeightAveraging's pass for the statistics of batch normalisation, without gradients
         # What a callback that searches makes under its own limit of steps can be more than the training will.
         total = self.steps.total if self.trainer.max_epochs >= 0 else self.trainer.max_steps
         after_step(self.model, self.trainer.global_step + 1, total)

@@ -19,13 +19,12 @@ from visionpeft.tasks.averaging import averaging_callbacks
 FINDERS = BatchSizeFinder | LearningRateFinder
 
 
-def check_callbacks(callbacks: Iterable[pl.Callback], task: pl.LightningModule, resumed: bool = False) -> None:
+def check_callbacks(callbacks: Iterable[pl.Callback], task: pl.LightningModule) -> None:
     """Refuse callbacks that would give something else than they promise.
 
     Args:
         callbacks: those of the trainer.
         task: what is trained.
-        resumed: whether the training goes on from a checkpoint.
 
     Raises:
         ConfigurationError: one cannot work with what is trained.
@@ -41,10 +40,8 @@ def check_callbacks(callbacks: Iterable[pl.Callback], task: pl.LightningModule, 
                 f"{name} replaces the backbone's weights by others under other names, and they are not to change here; "
                 "leave it out"
             )
-        if isinstance(callback, FINDERS) and resumed:
-            raise ConfigurationError(
-                f"with {name} Lightning forgets the checkpoint to resume from; leave it out, and give what it has found"
-            )
+        if isinstance(callback, FINDERS) and not task.trained_parameters():
+            raise ConfigurationError(f"{name} has nothing to search for: {task.label} trains nothing by gradient steps")
         if isinstance(callback, GradientAccumulationScheduler) and task.optimisation.scale_lr_by_batch:
             raise ConfigurationError(
                 f"scale_lr_by_batch needs one number of samples per step, which {name} changes; set it to null"
@@ -57,21 +54,47 @@ def _check_averaging(callback: WeightAveraging | StochasticWeightAveraging, task
     name = type(callback).__name__
     if reason := task.not_averaged():
         raise ConfigurationError(f"{name} does not go with this run: {reason}; or leave the callback out")
-    trained = task.trained_keys()
     if not isinstance(callback, StochasticWeightAveraging):
         return
+    trained = task.trained_keys()
+    own = {id(tensor) for key, tensor in task.state_dict(keep_vars=True).items() if key in trained}
     for path, module in task.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and f"{path}.running_mean" not in trained:
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or id(module.running_mean) in own:
+            continue
+        if (module.running_mean != 0).any() or (module.running_var != 1).any():  # as it is taken anew, it would change
             raise ConfigurationError(
                 f"{name} takes the statistics of every batch normalisation anew, and {path} is frozen; use "
                 "EMAWeightAveraging, which does not"
             )
 
 
-def finish_averaging(trainer: pl.Trainer, task: pl.LightningModule) -> None:
-    """Leave the averaged weights in a task whose training had finished, when Lightning does not."""
+def check_resuming(callbacks: Iterable[pl.Callback]) -> None:
+    """Refuse callbacks with which a training would begin anew from a checkpoint's weights.
+
+    Raises:
+        ConfigurationError: one searches before training, and puts what it has saved itself in the checkpoint's place.
+    """
+    for callback in callbacks:
+        if isinstance(callback, FINDERS):
+            raise ConfigurationError(
+                f"with {type(callback).__name__} Lightning forgets the checkpoint to resume from; leave it out, and "
+                "give what it has found"
+            )
+
+
+def finish_training(trainer: pl.Trainer, task: pl.LightningModule) -> None:
+    """Leave the averaged weights and the number of epochs of a training that had finished, as Lightning does not."""
+    _finish_averaging(trainer, task)
+    progress = trainer.fit_loop.epoch_progress.current
+    progress.completed = progress.processed
+
+
+def _finish_averaging(trainer: pl.Trainer, task: pl.LightningModule) -> None:
     for callback in averaging_callbacks(trainer.callbacks):
-        callback.on_train_end(trainer, task)
+        if isinstance(callback, WeightAveraging):
+            callback.on_train_end(trainer, task)
+        elif trainer.current_epoch > callback.swa_end:
+            callback.transfer_weights(callback._average_model, task)
 
 
 def stop_as_before(trainer: pl.Trainer) -> None:

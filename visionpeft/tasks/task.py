@@ -17,7 +17,7 @@ from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ImageDataModule, VideoDataModule
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.averaging import average_trained_only
-from visionpeft.tasks.callbacks import check_callbacks, finish_averaging, stop_as_before
+from visionpeft.tasks.callbacks import check_callbacks, check_resuming, finish_training, stop_as_before
 from visionpeft.tasks.checkpointing import DivergedError, check_trained, complete_copies, keep_trained
 from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, output_side, parameter_groups
 from visionpeft.tasks.steps import Steps, planned_steps
@@ -139,7 +139,7 @@ class ImageTask(pl.LightningModule):
             self.connect(self.trainer.datamodule)
         if stage == "fit":
             self._configured, self._trains = (), False
-            check_callbacks(self.trainer.callbacks, self, resumed=self.trainer.ckpt_path is not None)
+            check_callbacks(self.trainer.callbacks, self)
             average_trained_only(self.trainer.callbacks)
 
     def on_train_epoch_start(self) -> None:
@@ -253,9 +253,9 @@ class ImageTask(pl.LightningModule):
         self._trains = True
 
     def on_fit_end(self) -> None:
-        """Leave the averaged weights, where there are any, also if the resumed training had finished."""
+        """Leave what a training leaves, also if the one that was resumed had finished."""
         if not self._trains:
-            finish_averaging(self.trainer, self)
+            finish_training(self.trainer, self)
 
     def layer_distances(self) -> dict[nn.Parameter, int] | None:
         """How many layers from the output each trained parameter acts, None where there are no such layers."""
@@ -274,6 +274,8 @@ class ImageTask(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Check that every trained tensor is there, and complete the states that callbacks will load."""
+        if self._trainer is not None and self.trainer.state.fn == "fit" and not self._configured:
+            check_resuming(self.trainer.callbacks)
         check_trained(checkpoint, self, self.trained_keys())
         complete_copies(checkpoint, self, self.trained_keys())
 
