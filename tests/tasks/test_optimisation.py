@@ -17,6 +17,7 @@ from visionpeft.tasks.optimisation import (
     parameter_groups,
     warmup_cosine,
 )
+from visionpeft.tasks.steps import Steps
 
 
 def test_linear_heads():
@@ -155,7 +156,7 @@ def test_epoch_cosine_changes_with_the_epochs_only():
     optimisation = Optimisation(optimizer="sgd", lr=0.2, head_lr=0.1, schedule="epoch_cosine", warmup_epochs=1)
     groups, *_ = groups_of(optimisation)
     optimizer = build_optimizer(list(groups.values()), optimisation)
-    schedule = build_schedule(optimizer, optimisation, steps_per_epoch=3, epochs=4, total_steps=12)
+    schedule = build_schedule(optimizer, optimisation, Steps((3,) * 4, 12))
     rates = []
     for _ in range(12):
         rates.append({group["name"]: group["lr"] for group in optimizer.param_groups})

@@ -1,5 +1,6 @@
 """What every learner is: CLIP with class names, from images to logits."""
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from visionpeft.clip.model import acting_adapters, check_clip, fixed_image_size,
 from visionpeft.clip.template_ensemble import ensemble, template_layouts
 from visionpeft.clip.templates import check_templates
 from visionpeft.clip.text import TextEncoder, unit
-from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method
 
 Kept = TypeVar("Kept")
@@ -42,6 +43,8 @@ class Learner(nn.Module):
     Attributes:
         frozen_images: image features do not depend on what is trained, so that they can be kept.
         class_bound: what is trained belongs to these very classes.
+        averages: how it averages its trained values itself, and what to do if another average is wanted; None if it
+            does not.
         by_gradient: an optimiser has something to train; otherwise `fit_features` or nothing at all does the learning.
         adapter_name: name of the adapter that the learner attaches to its CLIP, None if it attaches none.
         acting: the adapters of the CLIP with which this learner computes.
@@ -58,6 +61,7 @@ class Learner(nn.Module):
 
     frozen_images = True
     class_bound = False
+    averages: str | None = None
     by_gradient = True
     adapter_name: str | None = None
     fits_raw_features = False
@@ -396,9 +400,13 @@ class Learner(nn.Module):
                     yield parameter
 
     def __deepcopy__(self, memo):
-        raise UnsupportedError(
-            "a learner cannot be deep-copied; build another one on a copy of the CLIP and load into it"
-        )
+        """A learner of its own, with a CLIP of its own; the tokenizer, which does not change, is shared."""
+        memo[id(self.tokenizer)] = self.tokenizer
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        # Kept features are known by the tensors that they were computed from, and may belong to a graph.
+        made.__dict__.update(copy.deepcopy(self.__dict__ | {"_kept": {}}, memo))
+        return made
 
 
 def _same_values(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:

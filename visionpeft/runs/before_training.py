@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks import ImageTask
+from visionpeft.tasks.callbacks import check_callbacks
 
 # How data sets that have no split of their own for selection, or for the test, get one.
 OPTIONS = {
@@ -32,7 +35,7 @@ def check_before_training(
     Args:
         task: what is trained.
         datamodule: its data, set up.
-        trainer: options of the trainer, as given.
+        trainer: options of the trainer, as given; its callbacks are built.
         report: "last", "best" or "best_test".
         tests: whether a test follows.
 
@@ -60,7 +63,23 @@ def check_before_training(
         raise ConfigurationError("--trainer.limit_test_batches 0 leaves nothing to test; use --test false")
     if report != "last":
         _check_selection(trainer, report)
+    _check_callbacks(trainer, task)
     task.check_before_training(datamodule)
+
+
+def _check_callbacks(trainer: Mapping, task: ImageTask) -> None:
+    """Refuse callbacks that cannot work, and those that change what the configuration of the run says."""
+    given = trainer.get("callbacks") or []
+    callbacks = given if isinstance(given, list) else [given]
+    options = {LearningRateFinder: "--model.optimisation.lr", BatchSizeFinder: "--data.batch_size"}
+    for callback in callbacks:
+        for kind, option in options.items():
+            if isinstance(callback, kind):
+                raise ConfigurationError(
+                    f"{type(callback).__name__} would train with another value than the configuration of the run says; "
+                    f"find it before with Lightning's Tuner, and give it as {option}"
+                )
+    check_callbacks(callbacks, task)
 
 
 def _get(split: str, dataset: str) -> str:

@@ -1,11 +1,13 @@
 """The command line: how a configuration is found, parsed and refused, and how errors are shown."""
 
+from enum import Enum
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 import yaml
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, Namespace
+from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,6 +30,8 @@ CLASSES = [
     VideoClassification,
     *(value for module in (learners, data, methods) for value in vars(module).values() if isinstance(value, type)),
 ]
+
+register_type(torch.device)  # a device of a callback, which is to be read again from the configuration of the run
 
 
 class ConfigFile(ActionConfigFile):
@@ -154,8 +158,18 @@ class CLI(LightningCLI):
         config = self.config.clone()
         for key in ("config", "resume"):
             config.pop(key, None)
+        config = _plain(config)
         with replacing(path) as partial:
             self.parser.save(config, partial, skip_none=False, skip_validation=True, overwrite=True)
+
+
+def _plain(value: object) -> object:
+    """A value of the configuration with the members of enumerations as what YAML knows."""
+    if isinstance(value, Namespace):
+        return Namespace(**{key: _plain(each) for key, each in vars(value).items()})
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def _with_resumed_config(arguments: list[str]) -> list[str]:

@@ -84,5 +84,7 @@ def silence() -> None:
         r".*You defined a `validation_step` but have no `val_dataloader`.*",
         r".*configure_optimizers` returned `None`.*",  # nothing is trained
         r".*in eval mode at the start of training.*",  # they are frozen
+        r".*SWA is currently only supported every epoch.*",  # its rate takes the place of that of every step
+        r".*the hooks will not be called on every batch.*",  # they are about steps
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -31,7 +31,7 @@ def fit(arguments: list[str]) -> None:
         datamodule.select_on_test()
     has_validation = "val" in datamodule.description()["sizes"]
     datamodule.setup()  # a missing file is refused before there is a run directory
-    check_before_training(cli.model, datamodule, cli.config.trainer, report, cli.config.test)
+    check_before_training(cli.model, datamodule, cli.config_init.trainer, report, cli.config.test)
     run = _run_directory(cli)
     with claim(run.lock) as mine:
         if not mine:

@@ -6,6 +6,8 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from visionpeft.tasks.steps import planned_steps
+
 
 class TrainingProgress(pl.Callback):
     """One bar over all training steps, and one over the test batches.
@@ -23,7 +25,7 @@ class TrainingProgress(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar."""
         self.started = time.monotonic()
-        self._open("training", total=int(trainer.estimated_stepping_batches), completed=trainer.global_step)
+        self._open("training", total=planned_steps(trainer).total, completed=trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args) -> None:
         """Advance by a step."""

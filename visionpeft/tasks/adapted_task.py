@@ -18,6 +18,7 @@ from visionpeft.adapters.training_hooks import after_step, penalty
 from visionpeft.errors import ConfigurationError, UserError, one_line
 from visionpeft.methods import Method
 from visionpeft.methods.parts.base import describe_method
+from visionpeft.tasks.averaging import copy_again
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.task import ImageTask
 
@@ -163,13 +164,23 @@ class AdaptedTask(ImageTask):
     def optimizer_step(self, *args, **kwargs) -> None:
         """One step of the optimiser, then what the methods do after it."""
         super().optimizer_step(*args, **kwargs)
-        after_step(self.model, self.trainer.global_step + 1, int(self.trainer.estimated_stepping_batches))
+        if self.trainer.max_epochs >= 0 and self.current_epoch >= len(self.steps.by_epoch):
+            return  # StochasticWeightAveraging's pass for the statistics of batch normalisation, without gradients
+        # What a callback that searches makes under its own limit of steps can be more than the training will.
+        total = self.steps.total if self.trainer.max_epochs >= 0 else self.trainer.max_steps
+        after_step(self.model, self.trainer.global_step + 1, total)
 
     def configure_optimizers(self) -> dict:
         """As for every task; before it, methods that wait for data see those of the first epoch."""
         if self.adapter.pending:
             self._allocate()
         return super().configure_optimizers()
+
+    def on_fit_start(self) -> None:
+        """As for every task; look at the last batch, whose size a callback may have changed."""
+        super().on_fit_start()
+        if self.trainer.datamodule is not None:
+            self._check_last_batch(self.trainer.datamodule)
 
     def _allocate(self) -> None:
         datamodule = self.trainer.datamodule
@@ -184,6 +195,7 @@ class AdaptedTask(ImageTask):
             return F.cross_entropy(self(images).float(), labels)
 
         allocate(self.model, datamodule.train_dataloader(), loss, self.adapter_name)
+        copy_again(self.trainer.callbacks, self.trainer, self)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep what is trained, and the methods with what they have found in the data."""
@@ -194,6 +206,8 @@ class AdaptedTask(ImageTask):
         """Place the methods as they were, an older version's as it had them; every trained tensor must be there."""
         if self.adapter.pending or any(is_older(each) for each in checkpoint.get("methods", ())):
             remake(self.model, self.adapter_name, [method_from(each) for each in checkpoint["methods"]], {})
+            if self._trainer is not None:
+                copy_again(self.trainer.callbacks, self.trainer, self)
         super().on_load_checkpoint(checkpoint)
 
     def trained_parameters(self) -> list[nn.Parameter]:

@@ -12,19 +12,48 @@ class DivergedError(UserError, ArithmeticError):
 
 
 def keep_trained(checkpoint: dict, keys: Set[str]) -> None:
-    """Drop all but the trained tensors from a checkpoint that is being saved.
+    """Drop all but the trained tensors from a checkpoint that is being saved, also from the copies of callbacks.
 
     Raises:
         DivergedError: a trained tensor is not finite; the checkpoint on disk is left as it was.
     """
-    trained = {key: value for key, value in checkpoint["state_dict"].items() if key in keys}
-    for key, value in trained.items():
-        if not torch.isfinite(value).all():
-            raise DivergedError(
-                f"{_short(key)} is not finite after epoch {checkpoint['epoch']}; the last good checkpoint is kept. "
-                "Lower the learning rate (--model.optimisation.lr)"
-            )
-    checkpoint["state_dict"] = trained
+    for holder, name in _states(checkpoint, keys):
+        trained = {key: value for key, value in holder[name].items() if key in keys}
+        for key, value in trained.items():
+            if not torch.isfinite(value).all():
+                raise DivergedError(
+                    f"{_short(key)} is not finite after epoch {checkpoint['epoch']}; the last good checkpoint is kept. "
+                    "Lower the learning rate (--model.optimisation.lr)"
+                )
+        holder[name] = trained
+
+
+def complete_copies(checkpoint: dict, module: torch.nn.Module, keys: Set[str]) -> None:
+    """Put the frozen tensors of a module back into the states that callbacks which copy modules will load.
+
+    Args:
+        checkpoint: a checkpoint that is being loaded.
+        module: the module, whose frozen tensors are referred to and not copied.
+        keys: what is trained.
+    """
+    states = _states(checkpoint, keys)
+    if len(states) > 1:
+        frozen = {key: value for key, value in module.state_dict().items() if key not in keys}
+        for holder, name in states:
+            holder[name] = frozen | holder[name]
+
+
+def _states(checkpoint: dict, keys: Set[str]) -> list[tuple[dict, str]]:
+    """Where in a checkpoint there are states of the whole module: its own, and those of callbacks that average it."""
+    holders = [checkpoint, *checkpoint.get("callbacks", {}).values()]
+    others = [
+        (holder, name)
+        for holder in holders
+        if isinstance(holder, dict)
+        for name, value in holder.items()
+        if isinstance(value, dict) and keys and keys <= value.keys() and value is not checkpoint["state_dict"]
+    ]
+    return [(checkpoint, "state_dict"), *others]
 
 
 def check_trained(checkpoint: dict, module: torch.nn.Module, keys: Set[str]) -> None:

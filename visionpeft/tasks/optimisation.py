@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from visionpeft.errors import ConfigurationError
+from visionpeft.tasks.steps import Steps
 
 
 @dataclass(frozen=True)
@@ -141,26 +142,22 @@ def build_optimizer(groups: list[dict], optimisation: Optimisation) -> torch.opt
     return torch.optim.AdamW(groups, lr=optimisation.lr, eps=optimisation.eps)
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, optimisation: Optimisation, steps_per_epoch: int, epochs: int, total_steps: int
-) -> LambdaLR:
+def build_schedule(optimizer: torch.optim.Optimizer, optimisation: Optimisation, steps: Steps) -> LambdaLR:
     """The schedule, advanced with every optimiser step.
 
     Args:
         optimizer: its groups have their peak rates.
         optimisation: which schedule.
-        steps_per_epoch: optimiser steps in an epoch.
-        epochs: epochs of the training.
-        total_steps: all optimiser steps, fewer than those of the epochs where the training stops early.
+        steps: optimiser steps of the training, epoch by epoch.
     """
     if optimisation.schedule == "cosine":
-        warmup_steps = round(optimisation.warmup_epochs * steps_per_epoch)
-        return LambdaLR(optimizer, warmup_cosine(warmup_steps, total_steps, optimisation.min_lr_ratio))
+        warmup_steps = round(steps.before(optimisation.warmup_epochs))
+        return LambdaLR(optimizer, warmup_cosine(warmup_steps, steps.total, optimisation.min_lr_ratio))
     by_group = [
-        epoch_cosine(group["lr"], optimisation.warmup_lr, optimisation.warmup_epochs, epochs)
+        epoch_cosine(group["lr"], optimisation.warmup_lr, optimisation.warmup_epochs, len(steps.by_epoch))
         for group in optimizer.param_groups
     ]
-    return LambdaLR(optimizer, [lambda step, factor=factor: factor(step // steps_per_epoch) for factor in by_group])
+    return LambdaLR(optimizer, [lambda step, factor=factor: factor(steps.epoch_of(step)) for factor in by_group])
 
 
 def warmup_cosine(warmup_steps: int, total_steps: int, min_ratio: float = 0.0) -> Callable[[int], float]:

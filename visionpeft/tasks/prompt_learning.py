@@ -144,6 +144,7 @@ class PromptLearning(ImageTask):
 
     def on_fit_end(self) -> None:
         """Tell the learner; also when a run that had finished was resumed."""
+        super().on_fit_end()
         if self.trained_parameters():
             self.chosen = self.learner.end_training() or self.chosen
 
@@ -161,6 +162,12 @@ class PromptLearning(ImageTask):
         buffers = {name for name, _ in self.learner.named_buffers()}
         own = {name for name in buffers if not name.startswith("clip.") or name.startswith("clip.peft.")}
         return {f"learner.{name}" for name in trained | own} & self.state_dict().keys()
+
+    def not_averaged(self) -> str | None:
+        """Why an average over steps would not be what is tested: nothing is trained, or the learner has its own."""
+        if not self.trained_parameters():
+            return f"{self.label} trains nothing by gradient steps"
+        return self.learner.averages and f"{self.label} {self.learner.averages}"
 
     def save(self, folder: Path, datamodule: pl.LightningDataModule) -> None:
         """Write the learner, as `visionpeft.load_learner` reads it."""

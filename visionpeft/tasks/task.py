@@ -1,8 +1,8 @@
 """What all tasks share: metrics, the randomness of an epoch, optimiser, and checkpoints of what is trained."""
 
-import math
 import random
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -15,10 +15,13 @@ from torchmetrics import MetricCollection
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ImageDataModule, VideoDataModule
 from visionpeft.errors import ConfigurationError
-from visionpeft.tasks.checkpointing import check_trained, keep_trained
+from visionpeft.tasks.averaging import average_trained_only
+from visionpeft.tasks.callbacks import check_callbacks, check_resuming, finish_training, stop_as_before
+from visionpeft.tasks.checkpointing import check_trained, complete_copies, keep_trained
 from visionpeft.tasks.divergence import Divergence
 from visionpeft.tasks.metrics import classification_metrics
 from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, output_side, parameter_groups
+from visionpeft.tasks.steps import Steps, planned_steps
 
 
 class ImageTask(pl.LightningModule):
@@ -49,6 +52,9 @@ class ImageTask(pl.LightningModule):
         self.class_names = list(class_names)
         self.optimisation = optimisation
         self.seed = seed
+        self.steps: Steps | None = None  # of the training for which the optimiser was made
+        self._configured: tuple = ()
+        self._trains = False
         metrics = classification_metrics(len(class_names))
         self.train_metrics, self.val_metrics, self.test_metrics = (
             metrics.clone(prefix=f"{split}/") for split in ("train", "val", "test")
@@ -84,6 +90,10 @@ class ImageTask(pl.LightningModule):
     def trained_keys(self) -> set[str]:
         """Keys of `state_dict` that a checkpoint keeps: what is trained, without the frozen backbone."""
 
+    def not_averaged(self) -> str | None:
+        """Why a callback could not average over steps what is trained, None if it can."""
+        return None
+
     @abstractmethod
     def save(self, folder: Path, datamodule: pl.LightningDataModule) -> None:
         """Write what was trained."""
@@ -118,12 +128,28 @@ class ImageTask(pl.LightningModule):
         """
 
     def setup(self, stage: str) -> None:
-        """Connect task and data."""
+        """Connect task and data; before training, look at the callbacks.
+
+        Raises:
+            ConfigurationError: a callback cannot work with what is trained.
+        """
         if self.trainer.datamodule is not None:
             self.connect(self.trainer.datamodule)
+        if stage == "fit":
+            self._configured, self._trains = (), False
+            check_callbacks(self.trainer.callbacks, self)
+            average_trained_only(self.trainer.callbacks)
 
     def on_train_epoch_start(self) -> None:
         """Seed the epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
+        self._seed_epoch()
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        """Seed the epoch's first batch: in between PyTorch's own data loader draws, but not when a run begins."""
+        if batch_idx == 0:
+            self._seed_epoch()
+
+    def _seed_epoch(self) -> None:
         seed = _epoch_seed(self.seed, self.current_epoch)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  (timm's mixup draws from NumPy's global generator)
@@ -180,44 +206,66 @@ class ImageTask(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         """AdamW or SGD over what is trained, with a schedule that advances every step."""
-        trainer = self.trainer
-        self._check_end()
-        batch_size = getattr(trainer.datamodule, "batch_size", 1) * trainer.accumulate_grad_batches * trainer.world_size
+        self.steps = planned_steps(self.trainer)
+        self._configured = self._depends_on()
         groups = parameter_groups(
             self.trained_parameters(),
             self.head_parameters(),
             self.optimisation,
-            batch_size,
+            self._samples_per_step(),
             output_side(self),
             self.layer_distances(),
         )
         optimizer = build_optimizer(groups, self.optimisation)
-        total_steps = int(trainer.estimated_stepping_batches)
-        schedule = build_schedule(optimizer, self.optimisation, self.steps_per_epoch, self.num_epochs, total_steps)
+        schedule = build_schedule(optimizer, self.optimisation, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _samples_per_step(self) -> int:
+        trainer = self.trainer
+        return getattr(trainer.datamodule, "batch_size", 1) * trainer.accumulate_grad_batches * trainer.world_size
+
+    def _depends_on(self) -> tuple:
+        """What the optimiser is made of, and callbacks that search may have changed since."""
+        return self.optimisation, self._samples_per_step(), self.trainer.num_training_batches
+
+    @property
+    def lr(self) -> float:
+        """The learning rate as the optimiser has it at its peak; Lightning's finder sets it."""
+        return self.optimisation.lr * self._rate_scale()
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        self.optimisation = replace(self.optimisation, lr=rate / self._rate_scale())
+
+    def _rate_scale(self) -> float:
+        reference = self.optimisation.scale_lr_by_batch
+        return self._samples_per_step() / reference if reference else 1.0
+
+    def on_fit_start(self) -> None:
+        """Make the optimiser again where a callback has found another learning rate or batch size."""
+        if self._configured and self._configured != self._depends_on():
+            self.trainer.strategy.setup_optimizers(self.trainer)
+        stop_as_before(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Note that there is something to train."""
+        self._trains = True
+
+    def on_fit_end(self) -> None:
+        """Leave what a training leaves, also if the one that was resumed had finished."""
+        if not self._trains:
+            finish_training(self.trainer, self)
 
     def layer_distances(self) -> dict[nn.Parameter, int] | None:
         """How many layers from the output each trained parameter acts, None where there are no such layers."""
         return None
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps in an epoch."""
-        accumulated = self.trainer.accumulate_grad_batches
-        batches = min(self.trainer.num_training_batches, self.trainer.estimated_stepping_batches * accumulated)
-        return max(1, math.ceil(batches / accumulated))
-
-    @property
     def num_epochs(self) -> int:
         """Epochs of the training, also where it is the number of steps that is limited."""
         if self.trainer.max_epochs >= 0:
             return self.trainer.max_epochs
-        self._check_end()
-        return math.ceil(self.trainer.estimated_stepping_batches / self.steps_per_epoch)
-
-    def _check_end(self) -> None:
-        if self.trainer.estimated_stepping_batches == float("inf"):
-            raise ConfigurationError("the learning rate follows a cosine to its end: set trainer.max_epochs")
+        return len((self.steps or planned_steps(self.trainer)).by_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep only what is trained, and nothing of a training that has diverged."""
@@ -225,8 +273,11 @@ class ImageTask(pl.LightningModule):
         keep_trained(checkpoint, self.trained_keys())
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Check that every trained tensor is there."""
+        """Check that every trained tensor is there, and complete the states that callbacks will load."""
+        if self._trainer is not None and self.trainer.state.fn == "fit" and not self._configured:
+            check_resuming(self.trainer.callbacks)
         check_trained(checkpoint, self, self.trained_keys())
+        complete_copies(checkpoint, self, self.trained_keys())
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -649,3 +649,17 @@ def test_shallow_prompts_and_replaced_tokens_are_refused(first):
     with pytest.raises(UnsupportedError, match="shallow prompts"):
         vp.attach(clip, two, name="two")
     assert list(clip.peft) == ["one"]
+
+
+@every_learner
+def test_a_deep_copy_is_a_learner_of_its_own(name):
+    """It computes the same, and neither learns from what the other does."""
+    learner = shaken(BUILDS[name](make_clip()))
+    with torch.no_grad():
+        expected = learner(images_of())
+        twin = copy.deepcopy(learner)
+        assert torch.equal(twin(images_of()), expected)
+        for tensor in twin.trainable_parameters():
+            tensor += 0.1
+        assert torch.equal(learner(images_of()), expected)
+        assert not torch.equal(twin(images_of()), expected)

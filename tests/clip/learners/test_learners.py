@@ -1,5 +1,6 @@
 """Learners against float64 formulas written out here, the exact fast text path, precision, caches and refusals."""
 
+import copy
 import functools
 import inspect
 import math
@@ -1006,3 +1007,39 @@ def test_every_constructor_argument_is_documented():
         documented = inspect.getdoc(learner)
         for parameter in inspect.signature(learner).parameters:
             assert f"    {parameter}: " in documented, (learner.__name__, parameter)
+
+
+def check_deep_copy(learner):
+    """A deep copy computes the same, and neither learns from what the other does."""
+    with torch.no_grad():
+        expected = learner(images(3))
+        twin = copy.deepcopy(learner)
+        assert torch.equal(twin(images(3)), expected)
+        ours = {id(tensor) for tensor in (*learner.parameters(), *learner.buffers())}
+        assert ours.isdisjoint(id(tensor) for tensor in (*twin.parameters(), *twin.buffers()))
+        assert twin.clip is not learner.clip
+        assert twin.text.clip is twin.clip
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            if tensor.is_floating_point():
+                tensor += 0.1
+        assert torch.equal(learner(images(3)), expected)
+        assert not torch.equal(twin(images(3)), expected)
+        twin.set_class_names(twin.class_names)
+    assert torch.equal(learner(images(3)), expected)
+
+
+@pytest.mark.parametrize("name", ON_TEXT | ON_IMAGES)
+def test_a_deep_copy_is_a_learner_of_its_own(name):
+    check_deep_copy(build(name))
+
+
+def test_a_copy_of_a_learner_with_kept_features_learns():
+    """What is kept may belong to a graph, which cannot be copied."""
+    learner = build("kgcoop")
+    loss, _ = learner.loss(images(3), LABELS)
+    expected = torch.autograd.grad(loss, learner.trainable_parameters())
+    twin = copy.deepcopy(learner)
+    again, _ = twin.loss(images(3), LABELS)
+    assert torch.equal(again, loss)
+    found = torch.autograd.grad(again, twin.trainable_parameters())
+    assert all(map(torch.equal, found, expected))

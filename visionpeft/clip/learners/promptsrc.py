@@ -148,6 +148,13 @@ class PromptSRC(IndependentPrompts):
                 parameter.copy_(mean.view_as(parameter))
         return {}
 
+    @property
+    def averages(self) -> str | None:
+        """PromptSRC ends with a mean of its own."""
+        if self.average_mean is None:
+            return None
+        return "ends with the mean of its prompts over the epochs; set average_mean to null"
+
     @contextmanager
     def _without_prompts(self) -> Iterator[None]:
         if self.adapter_name not in getattr(self.clip, "peft", ()):
