@@ -8,20 +8,20 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
 
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ImageDataModule, VideoDataModule
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.checkpointing import DivergedError, check_trained, keep_trained
+from visionpeft.tasks.objective import Objective
+from visionpeft.tasks.objectives import OneClass
 from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, output_side, parameter_groups
 
 
 class ImageTask(pl.LightningModule):
-    """Base of the tasks that classify images, (batch, 3, height, width), or clips of them -> logits (batch, classes).
+    """Base of the tasks that map images, (batch, 3, height, width), or clips of them -> logits (batch, outputs).
 
     A task implements `forward`, `training_loss` and the abstract methods below.
 
@@ -29,6 +29,7 @@ class ImageTask(pl.LightningModule):
         class_names: one name for each class.
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch (dropout, mixup) is a function of the seed and the epoch.
+        objective: what is learnt and measured; by default one class of these.
 
     Attributes:
         preprocessing: how the backbone wants its images.
@@ -40,21 +41,20 @@ class ImageTask(pl.LightningModule):
     folder: str
     kind = "images"
 
-    def __init__(self, class_names: list[str], optimisation: Optimisation, seed: int):
+    def __init__(
+        self, class_names: list[str], optimisation: Optimisation, seed: int, objective: Objective | None = None
+    ):
         super().__init__()
-        if len(class_names) < 2:
-            raise ConfigurationError(f"classification needs at least two classes, the data has {len(class_names)}")
+        self.objective = OneClass(len(class_names)) if objective is None else objective
         self.strict_loading = False  # checkpoints hold no backbone; `on_load_checkpoint` checks what they hold
         self.class_names = list(class_names)
         self.optimisation = optimisation
         self.seed = seed
-        num_classes = len(class_names)
-        metrics = {"loss": MeanMetric(), "top1": MulticlassAccuracy(num_classes, average="micro")}
-        if num_classes > 5:
-            metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
-        metrics = MetricCollection(metrics, compute_groups=False)
         self.train_metrics, self.val_metrics, self.test_metrics = (
-            metrics.clone(prefix=f"{split}/") for split in ("train", "val", "test")
+            MetricCollection(
+                {"loss": MeanMetric(), **self.objective.metrics(split)}, compute_groups=False, prefix=f"{split}/"
+            )
+            for split in ("train", "val", "test")
         )
 
     @property
@@ -101,7 +101,8 @@ class ImageTask(pl.LightningModule):
         """Tell the data how this backbone wants its images.
 
         Raises:
-            ConfigurationError: the data has videos and the task takes images, or the other way round.
+            ConfigurationError: the data has videos and the task takes images, or the other way round; or its labels
+                are of another kind.
         """
         kind = "videos" if isinstance(datamodule, VideoDataModule) else "images"
         if isinstance(datamodule, ImageDataModule) and kind != self.kind:
@@ -109,6 +110,11 @@ class ImageTask(pl.LightningModule):
             raise ConfigurationError(
                 f"{type(self).__name__} takes {self.kind}, but {type(datamodule).__name__} holds {kind}; use {task} "
                 f"(--model {task}), or other data"
+            )
+        if isinstance(datamodule, ImageDataModule) and datamodule.labels != self.objective.labels:
+            raise ConfigurationError(
+                f"{type(self).__name__} learns from labels {self.objective.labels!r} here, but those of "
+                f"{type(datamodule).__name__} are {datamodule.labels!r} (--data.labels)"
             )
         datamodule.preprocessing = self.preprocessing
 
@@ -161,14 +167,14 @@ class ImageTask(pl.LightningModule):
         return self._evaluate(self.test_metrics, batch)
 
     def predict_step(self, batch, batch_idx: int) -> Tensor:
-        """Class probabilities (batch, classes)."""
+        """Class probabilities (batch, classes), those of several labels (batch, labels), or numbers (batch,)."""
         images = batch[0] if isinstance(batch, list | tuple) else batch
-        return self(images).float().softmax(dim=-1)
+        return self.objective.answers(self(images).float())
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         logits = self(images).float()
-        self._measure(metrics, F.cross_entropy(logits, labels), logits, labels)
+        self._measure(metrics, self.objective.measured_loss(logits, labels), logits, labels)
         return logits
 
     def _measure(self, metrics: MetricCollection, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -176,7 +182,7 @@ class ImageTask(pl.LightningModule):
             if name.endswith("loss"):
                 metric.update(loss, weight=len(labels))
             else:
-                metric.update(logits, labels)
+                self.objective.measure(metric, logits, labels)
             self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))
 
     def configure_optimizers(self) -> dict:
@@ -221,12 +227,15 @@ class ImageTask(pl.LightningModule):
             raise ConfigurationError("the learning rate follows a cosine to its end: set trainer.max_epochs")
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep only what is trained."""
+        """Keep only what is trained, and what the objective has learnt."""
         keep_trained(checkpoint, self.trained_keys())
+        if state := self.objective.state():
+            checkpoint["objective"] = state
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Check that every trained tensor is there."""
+        """Check that every trained tensor is there, and take what the objective had learnt."""
         check_trained(checkpoint, self, self.trained_keys())
+        self.objective.load_state(checkpoint.get("objective", {}))
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
