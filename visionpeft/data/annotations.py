@@ -92,6 +92,11 @@ def _read_csv(file: Path, read: Read) -> list[Row]:
     if not {"path", "label"} <= set(columns):
         found = ",".join(columns) or "nothing"
         raise DataError(f"image list {file} must start with a header naming path and label, found '{found}'")
+    for number, entry in entries:
+        if any(cell.strip() for cell in entry.get(None, ())):
+            raise DataError(
+                f"{file} line {number} has more entries than the header; a label with commas in it must stand in quotes"
+            )
     return [_row(entry["path"], entry["label"], f"{file} line {number}", read) for number, entry in entries]
 
 

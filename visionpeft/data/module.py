@@ -126,6 +126,7 @@ class ImageDataModule(lightning.LightningDataModule):
             test = images.sources["test"]
             images.sources["test"] = test.subset(subset(len(test), test_samples, TEST_SUBSET_SEED))
             self.test_subset = {"samples": test_samples, "of": len(test), "seed": TEST_SUBSET_SEED}
+            images.check()
 
     @property
     def class_names(self) -> list[str]:

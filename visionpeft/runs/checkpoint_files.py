@@ -8,6 +8,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from visionpeft.files import replacing
 from visionpeft.sharing.run_directory import RunDirectory
+from visionpeft.tasks.objective import Objective
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -19,12 +20,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, partial, storage_options)
 
 
-def checkpoint_callbacks(run: RunDirectory, has_validation: bool) -> list[ModelCheckpoint]:
-    """Keep the last epoch and, where there is a validation split, the one with the best validation accuracy."""
+def checkpoint_callbacks(run: RunDirectory, has_validation: bool, objective: Objective) -> list[ModelCheckpoint]:
+    """Keep the last epoch and, where there is a validation split, the best one by what the objective monitors."""
     here = {"dirpath": run.checkpoints, "enable_version_counter": False, "save_top_k": 1}
     callbacks = [ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **here)]
     if has_validation:
         callbacks.append(
-            ModelCheckpoint(filename="best", monitor="val/top1", mode="max", save_on_train_epoch_end=False, **here)
+            ModelCheckpoint(
+                filename="best",
+                monitor=f"val/{objective.monitor}",
+                mode=objective.mode,
+                save_on_train_epoch_end=False,
+                **here,
+            )
         )
     return callbacks

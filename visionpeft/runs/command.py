@@ -84,5 +84,6 @@ def silence() -> None:
         r".*You defined a `validation_step` but have no `val_dataloader`.*",
         r".*configure_optimizers` returned `None`.*",  # nothing is trained
         r".*in eval mode at the start of training.*",  # they are frozen
+        r".*No positive samples found in target.*",  # labels that do not occur, which results count
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -48,7 +48,15 @@ def _evaluation(task: str, data: Mapping, results: Mapping) -> list[EvalResult]:
     if "test" not in results:  # trained with --test false
         return []
     name = str(data.get("task") or "own images")
-    value = round(100 * results["test"]["top1"], 2)
+    test = results["test"]
+    if "mae" in test:
+        return [EvalResult(task, name, name, "mae", test["mae"], metric_name="mean absolute error of the test split")]
+    if "map" in test:
+        if test["map"] is None:
+            return []
+        value = round(100 * test["map"], 2)
+        return [EvalResult(task, name, name, "map", value, metric_name="mean average precision of the test split, %")]
+    value = round(100 * test["top1"], 2)
     return [EvalResult(task, name, name, "accuracy", value, metric_name="top-1 accuracy of the test split, %")]
 
 
@@ -75,7 +83,8 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
         used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "augmentation", "normalisation")
         sections.append(_table("data and protocol", [(key, data[key]) for key in used if data.get(key) is not None]))
     if results:
-        rows = [(f"test {name}", f"{value:.4f}") for name, value in results.get("test", {}).items()]
+        test = results.get("test", {})
+        rows = [(f"test {name}", f"{value:.4f}") for name, value in test.items() if value is not None]
         rows += [("reported epoch", results["reported"]), ("seed", results["seed"])]
         if "parameters" in results:
             rows.append(("trained parameters", f"{results['parameters']['trainable']:,}"))
@@ -84,6 +93,10 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
         shown = ", ".join(names[:50]) + (f" and {len(names) - 50} more" if len(names) > 50 else "")
         sections.append(f"Classes: {shown}.")
     load = f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}")\nlogits = trained.model(images)'
+    labels = description["metadata"].get("objective", {}).get("labels", "classes")
+    if labels != "classes":
+        meaning = {"several": "the probability of each label", "number": "the number of each image"}[labels]
+        load += f"\nanswers = trained.answers(logits)  # {meaning}"
     sections.append(f"```python\n{load}\n```")
     versions = ", ".join(f"{package} {version}" for package, version in description["versions"].items())
     return "\n\n".join([*sections, f"Made with {versions}."]) + "\n"

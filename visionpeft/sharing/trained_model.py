@@ -23,12 +23,16 @@ class TrainedModel:
     """A model and how it is used.
 
     Args:
-        model: images (batch, 3, height, width), or clips (batch, 3, frames, height, width) -> logits (batch, classes).
-        class_names: names of the classes, in the order of the logits; None if they were not recorded.
+        model: images (batch, 3, height, width), or clips (batch, 3, frames, height, width) -> logits (batch, outputs);
+            `answers` says what they mean.
+        class_names: names of the classes, in the order of the logits; None if they were not recorded, none of numbers.
         preprocessing: how the model wants its images, None if that was not recorded.
         resize: of images, as in training; None for videos.
         sampling: which frames make a clip, as in the test of the run; None for images.
         crops: crops of each clip in that test.
+        labels: what is told of an image: one of "classes", "several" of them, or a "number".
+        mean: of numbers, that of the training labels.
+        deviation: their standard deviation.
     """
 
     model: nn.Module
@@ -37,6 +41,21 @@ class TrainedModel:
     resize: Resize | None = None
     sampling: FrameSampling | None = None
     crops: int = 1
+    labels: str = "classes"
+    mean: float | None = None
+    deviation: float | None = None
+
+    def answers(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the outputs (batch, outputs) say of each image.
+
+        Returns:
+            Class probabilities (batch, classes), which sum to 1; of several labels the probability of each (batch,
+            labels); or the numbers (batch,), in the unit of the training labels.
+        """
+        logits = logits.float()
+        if self.labels == "number":
+            return logits.squeeze(-1) * self.deviation + self.mean
+        return logits.sigmoid() if self.labels == "several" else logits.softmax(dim=-1)
 
 
 def open_run(run: RunDirectory, class_names: Sequence[str] | None = None) -> TrainedModel:
@@ -106,6 +125,10 @@ def open_saved(
     if preprocessing := description["preprocessing"]:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()}
         trained.preprocessing = Preprocessing(**values)
+    objective = description["metadata"].get("objective", {})
+    trained.labels = objective.get("labels", trained.labels)
+    if trained.labels == "number":
+        trained.mean, trained.deviation = (_number(objective, name, folder) for name in ("mean", "deviation"))
     data = description["metadata"].get("data", {})
     trained.resize = data.get("resize")
     if "sampling" in data:
@@ -133,12 +156,21 @@ def stem_of(folder: Path) -> str:
     )
 
 
+def _number(objective: dict, name: str, folder: Path) -> float:
+    value = objective.get(name)
+    if not isinstance(value, int | float):
+        raise StorageError(f"{folder} predicts numbers, but its description has lost their {name}")
+    return value
+
+
 def _classifier(description: dict, arguments: dict) -> nn.Module:
     """The model that an adapter belongs to, made with the arguments of its backbone."""
     data = description["metadata"].get("data", {})
     names = description["class_names"]
     if "sampling" not in data:
-        return create_backbone(**arguments, num_classes=len(names or ()))
+        # With the outputs of the training, or a backbone without pretrained weights would be drawn differently.
+        number = description["metadata"].get("objective", {}).get("labels") == "number"
+        return create_backbone(**arguments, num_classes=1 if number else len(names or ()))
     images = create_backbone(**arguments)
     model = VideoClassifier(images, num_frames=data["sampling"]["num_frames"], num_classes=len(names))
     model.set_num_frames(model.num_frames, interpolate=True)  # whether it may be, the training has decided

@@ -21,11 +21,13 @@ class Shown:
 
     Args:
         name: of the metric.
-        title: in words.
+        short: in the terminal.
+        title: in curves.
         percentage: whether it is a share.
     """
 
     name: str
+    short: str
     title: str
     percentage: bool
 

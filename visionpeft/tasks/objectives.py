@@ -63,7 +63,7 @@ class OneClass(Objective):
     labels = "classes"
     loss_name = "cross_entropy"
     monitor = "top1"
-    shown = Shown("top1", "top-1 accuracy", percentage=True)
+    shown = Shown("top1", "top-1", "top-1 accuracy", percentage=True)
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0, weights: Weights = None):
         if num_classes < 2:
@@ -128,7 +128,7 @@ class SeveralLabels(Objective):
 
     labels = "several"
     monitor = "macro_map"
-    shown = Shown("micro_f1", "micro F1", percentage=True)
+    shown = Shown("micro_f1", "micro F1", "micro F1", percentage=True)
 
     def __init__(self, num_classes: int, loss: Loss, asymmetry: Asymmetry, weights: Weights = None):
         if num_classes < 2:
@@ -213,7 +213,7 @@ class Number(Objective):
     outputs = 1
     monitor = "mae"
     mode = "min"
-    shown = Shown("mae", "mean absolute error", percentage=False)
+    shown = Shown("mae", "MAE", "mean absolute error", percentage=False)
 
     def __init__(self, loss: Loss):
         self.loss_name = loss
@@ -280,7 +280,15 @@ class Number(Objective):
         self.scale = tuple(state["scale"])
 
     def load_description(self, description: dict) -> None:
-        """Take mean and deviation of an adapter."""
+        """Take mean and deviation of an adapter.
+
+        Raises:
+            StorageError: it has none.
+        """
+        if not {"mean", "deviation"} <= description.keys():
+            raise StorageError(
+                "the description of the adapter has lost mean and deviation of the numbers it has learnt"
+            )
         self.scale = description["mean"], description["deviation"]
 
 
