@@ -52,7 +52,11 @@ def read_class_folders(
         splits = {split: _class_files(folder, find, files.kind) for split, folder in given.items()}
         division = "folders"
     else:
-        splits = _divided(_class_files(root, find, files.kind), val_fraction, test_fraction, seed, files.kind)
+        classes = _class_files(root, find, files.kind)
+        if labels == "number":  # a folder may hold a single image
+            splits = _divided_together(classes, val_fraction, test_fraction, seed, files.kind)
+        else:
+            splits = _divided(classes, val_fraction, test_fraction, seed, files.kind)
         division = f"random, val {val_fraction:g}, test {test_fraction:g}, seed {seed}"
     folders = sorted(set().union(*splits.values()))
     class_names, learnt = _learnt(root, folders, labels, separator)
@@ -173,6 +177,19 @@ def _divided(
                 f"add {kind}s, or change {split}_fraction (0 leaves the split out)"
             )
     return splits
+
+
+def _divided_together(
+    folders: dict[str, list[Path]], val_fraction: float, test_fraction: float, seed: int, kind: str
+) -> dict[str, dict[str, list[Path]]]:
+    """As `_divided`, of the files of all folders as if they were in one."""
+    together = {"": sorted(path for paths in folders.values() for path in paths)}
+    divided = _divided(together, val_fraction, test_fraction, seed, kind)
+    splits = {split: set(paths[""]) for split, paths in divided.items()}
+    return {
+        split: {name: [path for path in paths if path in chosen] for name, paths in folders.items()}
+        for split, chosen in splits.items()
+    }
 
 
 def _labelled(classes: dict[str, list[Path]], label_of: dict[str, object], files: type[Files]) -> Files:

@@ -21,7 +21,8 @@ class ImageFolder(ImageDataModule):
     The class names are the folder names, sorted. With `labels` "several" the name of a folder holds all labels of its
     images with the separator between them, `cat;dog/` (`;/` holds images without any), with "number" it is the number
     to learn, `0.5/`. In the first layout `val` and `test` may be absent. In the second the
-    images of each class are split by the fractions, at least one staying in the train split.
+    images of each class (numbers: of all folders together) are split by the fractions, at least one staying in the
+    train split.
 
     Args:
         root: The folder.

@@ -43,7 +43,9 @@ def one_class(label: object) -> int | str:
         raise ValueError("needs a class name or an integer as label (a number to be learnt needs --data.labels number)")
     if isinstance(label, list):
         raise ValueError("needs a class name or an integer as label (several labels need --data.labels several)")
-    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+    if isinstance(label, str) and not label.strip():
+        raise ValueError("needs a class name or an integer as label (images without any are for --data.labels several)")
+    if isinstance(label, bool) or not isinstance(label, str | int):
         raise ValueError("needs a class name or an integer as label")
     label = str(label).strip()
     digits = label.removeprefix("-")

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from visionpeft.sharing.trained_model import learnt_objective
+
 TASKS = {"adapter": "image-classification", "learner": "zero-shot-image-classification"}
 
 
@@ -93,7 +95,7 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
         shown = ", ".join(names[:50]) + (f" and {len(names) - 50} more" if len(names) > 50 else "")
         sections.append(f"Classes: {shown}.")
     load = f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}")\nlogits = trained.model(images)'
-    labels = description["metadata"].get("objective", {}).get("labels", "classes")
+    labels = learnt_objective(description, repo_id)["labels"]
     if labels != "classes":
         meaning = {"several": "the probability of each label", "number": "the number of each image"}[labels]
         load += f"\nanswers = trained.answers(logits)  # {meaning}"

@@ -1,6 +1,6 @@
 """What a finished run has trained, ready to classify images or videos."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +98,7 @@ def open_saved(
         ConfigurationError: what was trained belongs to its own classes, or the backbone cannot be made.
     """
     description = read_description(folder)
+    objective = learnt_objective(description, folder)
     if stem_of(folder) == "learner":
         # imported here, because OpenCLIP takes seconds and an adapter of a timm model does not need it
         from visionpeft.clip.storage import load_learner
@@ -119,16 +120,14 @@ def open_saved(
                 "a learner on a CLIP, such as that of fewshot_coop.yaml, takes any class names"
             )
         if model is None:
-            model = _classifier(description, described_arguments(description, "the model", own, downloaded))
+            model = _classifier(description, described_arguments(description, "the model", own, downloaded), objective)
         load(model, folder)
     trained = TrainedModel(model.eval(), names)
     if preprocessing := description["preprocessing"]:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()}
         trained.preprocessing = Preprocessing(**values)
-    objective = description["metadata"].get("objective", {})
-    trained.labels = objective.get("labels", trained.labels)
-    if trained.labels == "number":
-        trained.mean, trained.deviation = (_number(objective, name, folder) for name in ("mean", "deviation"))
+    trained.labels = objective["labels"]
+    trained.mean, trained.deviation = objective.get("mean"), objective.get("deviation")
     data = description["metadata"].get("data", {})
     trained.resize = data.get("resize")
     if "sampling" in data:
@@ -156,20 +155,32 @@ def stem_of(folder: Path) -> str:
     )
 
 
-def _number(objective: dict, name: str, folder: Path) -> float:
-    value = objective.get(name)
-    if not isinstance(value, int | float):
-        raise StorageError(f"{folder} predicts numbers, but its description has lost their {name}")
-    return value
+def learnt_objective(description: Mapping, folder: Path | str) -> dict:
+    """What an adapter has learnt of an image, as a task has recorded it: at least its "labels".
+
+    Adapters of earlier versions, learners, and adapters saved without a task have learnt classes; what else their
+    metadata call objective is not ours.
+
+    Raises:
+        StorageError: it predicts numbers, and their mean or deviation is missing.
+    """
+    objective = description["metadata"].get("objective")
+    if not isinstance(objective, Mapping) or objective.get("labels") not in ("classes", "several", "number"):
+        return {"labels": "classes"}
+    if objective["labels"] == "number":
+        for name in ("mean", "deviation"):
+            if not isinstance(objective.get(name), int | float):
+                raise StorageError(f"{folder} predicts numbers, but its description does not say their {name}")
+    return dict(objective)
 
 
-def _classifier(description: dict, arguments: dict) -> nn.Module:
+def _classifier(description: dict, arguments: dict, objective: dict) -> nn.Module:
     """The model that an adapter belongs to, made with the arguments of its backbone."""
     data = description["metadata"].get("data", {})
     names = description["class_names"]
     if "sampling" not in data:
         # With the outputs of the training, or a backbone without pretrained weights would be drawn differently.
-        number = description["metadata"].get("objective", {}).get("labels") == "number"
+        number = objective["labels"] == "number"
         return create_backbone(**arguments, num_classes=1 if number else len(names or ()))
     images = create_backbone(**arguments)
     model = VideoClassifier(images, num_frames=data["sampling"]["num_frames"], num_classes=len(names))

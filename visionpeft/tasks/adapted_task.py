@@ -17,6 +17,7 @@ from visionpeft.adapters.training_hooks import after_step, penalty
 from visionpeft.errors import ConfigurationError, UserError, one_line
 from visionpeft.methods import Method
 from visionpeft.methods.parts.base import describe_method
+from visionpeft.sharing.trained_model import learnt_objective
 from visionpeft.tasks.objective import Objective
 from visionpeft.tasks.objectives import OneClass
 from visionpeft.tasks.optimisation import Optimisation
@@ -240,7 +241,7 @@ class AdaptedTask(ImageTask):
         Raises:
             ConfigurationError: it has learnt from labels of another kind.
         """
-        learnt = read_metadata(folder)["metadata"].get("objective", {"labels": "classes"})
+        learnt = learnt_objective(read_metadata(folder), folder)
         if learnt["labels"] != self.objective.labels:
             raise ConfigurationError(
                 f"the adapter in {folder} has learnt from labels {learnt['labels']!r}, not {self.objective.labels!r}; "

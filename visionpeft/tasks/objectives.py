@@ -280,15 +280,7 @@ class Number(Objective):
         self.scale = tuple(state["scale"])
 
     def load_description(self, description: dict) -> None:
-        """Take mean and deviation of an adapter.
-
-        Raises:
-            StorageError: it has none.
-        """
-        if not {"mean", "deviation"} <= description.keys():
-            raise StorageError(
-                "the description of the adapter has lost mean and deviation of the numbers it has learnt"
-            )
+        """Take mean and deviation of an adapter."""
         self.scale = description["mean"], description["deviation"]
 
 
