@@ -20,7 +20,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_whole
 from visionpeft.models.video_views import over_views
 from visionpeft.runs.command import Options
-from visionpeft.runs.predictions import CSV_BEGINS, Classes, Numbers, Predictions, SeveralLabels
+from visionpeft.runs.predictions import CSV_BEGINS, PredictedClasses, PredictedNumbers, Predictions, PredictedLabels
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import TrainedModel, open_run
 
@@ -52,11 +52,11 @@ def _predictions(
     trained: TrainedModel, files: list[Path], answers: torch.Tensor, options: argparse.Namespace
 ) -> Predictions:
     if trained.labels == "number":
-        return Numbers(files, answers)
+        return PredictedNumbers(files, answers)
     if trained.labels == "several":
         threshold = 0.5 if options.threshold is None else options.threshold
-        return SeveralLabels(files, answers, trained.class_names, threshold)
-    return Classes(files, answers, trained.class_names, 5 if options.top_k is None else options.top_k)
+        return PredictedLabels(files, answers, trained.class_names, threshold)
+    return PredictedClasses(files, answers, trained.class_names, 5 if options.top_k is None else options.top_k)
 
 
 def _check_options(trained: TrainedModel, options: argparse.Namespace) -> None:

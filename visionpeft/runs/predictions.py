@@ -36,7 +36,7 @@ class Predictions(ABC):
         """Entries of the JSON file."""
 
 
-class Classes(Predictions):
+class PredictedClasses(Predictions):
     """The most probable classes.
 
     Args:
@@ -68,7 +68,7 @@ class Classes(Predictions):
             yield [str(file), *(value for pair in zip(names, probabilities, strict=True) for value in pair)]
 
     def objects(self) -> Iterator[dict]:
-        """Classes and probabilities."""
+        """PredictedClasses and probabilities."""
         for file, names, probabilities in self._rows():
             yield {"path": str(file), "classes": names, "probabilities": probabilities}
 
@@ -76,7 +76,7 @@ class Classes(Predictions):
         return zip(self.files, self.names, self.probabilities, strict=True)
 
 
-class SeveralLabels(Predictions):
+class PredictedLabels(Predictions):
     """The labels that apply, and the probability of each.
 
     Args:
@@ -117,7 +117,7 @@ class SeveralLabels(Predictions):
             yield file, [name for name, one in zip(self.class_names, applies, strict=True) if one], probabilities
 
 
-class Numbers(Predictions):
+class PredictedNumbers(Predictions):
     """A number for each file.
 
     Args:
