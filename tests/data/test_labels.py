@@ -84,6 +84,15 @@ class TestSeveral:
         with pytest.raises(DataError, match=r"entry 2: image 'images/1.png' needs"):
             ImageList(listed(tmp_path, ["cat;dog", label], "a.json"), labels="several")
 
+    def test_two_labels_of_one_image(self, tmp_path):
+        """The same ones in another order are the same label."""
+        file = listed(tmp_path, ["cat;dog", "dog"])
+        file.write_text(file.read_text() + "images/0.png,dog;cat\n")
+        assert len(ImageList(file, labels="several").sources["train"]) == 2
+        file.write_text(file.read_text() + "images/0.png,dog\n")
+        with pytest.raises(DataError, match="has label 'dog' here and 'cat;dog' in"):
+            ImageList(file, labels="several")
+
     def test_a_split_without_any_label(self, tmp_path):
         train = listed(tmp_path, ["cat;dog", "cat"])
         test = listed(tmp_path, ["", ""], "test.csv", first=5)
@@ -140,6 +149,10 @@ class TestNumber:
         test = listed(tmp_path, ["3", "3"], "test.csv", first=5)
         with pytest.raises(DataError, match=r"all 2 images of the test split are 3, and R2 is not defined"):
             ImageList(train, test=test, labels="number")
+
+    def test_one_number_to_select_on_is_enough(self, tmp_path):
+        train = listed(tmp_path, ["1", "2"])
+        assert "val" in ImageList(train, val=listed(tmp_path, ["3"], "val.csv", first=5), labels="number").sources
 
     def test_a_test_subset_that_says_nothing(self, tmp_path):
         train = listed(tmp_path, ["1", "2"])

@@ -325,6 +325,36 @@ def test_refused_before_there_is_a_run(more, said, folder, rows, tmp_path, capsy
     assert not (tmp_path / "runs").exists()
 
 
+def test_half_precision_would_round_numbers(folder, rows, tmp_path, capsys):
+    """Lightning converts labels with the images; zeros and ones are exact in any precision."""
+    options = [*write_lists(folder, rows, "number"), "--trainer.precision", "bf16-true"]
+    assert fit.main([*arguments(options), "--output", str(tmp_path / "runs")]) == 2
+    assert "rounds the numbers to learn to two or three digits; use bf16-mixed" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    mixed = run(tmp_path, write_lists(folder, rows, "number"), "--trainer.precision", "bf16-mixed", epochs=1)
+    assert results(mixed)["precision"] == "bf16-mixed"
+    assert results(mixed)["test"]["mae"] < 20
+    half = run(tmp_path, write_lists(folder, rows, "several"), "--trainer.precision", "bf16-true", epochs=1)
+    assert 0 < results(half)["test"]["map"] <= 1
+
+
+@pytest.mark.parametrize("labels", ["several", "number"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--model.method", "SPT"],
+        ["--model.cache", "memory", "--data.augmentation", "none", "--model.method.blocks", "last:1"],
+    ],
+    ids=["SPT", "cache"],
+)
+def test_with_what_looks_at_the_data_first(labels, more, folder, rows, tmp_path):
+    """Methods that choose what they train by the gradient of the loss, and a kept trunk."""
+    made = run(tmp_path, write_lists(folder, rows, labels), *more, epochs=2)
+    assert results(made)["objective"]["labels"] == labels
+    assert evaluate.main([str(made)]) == 0
+    assert json.loads((made / "evaluation.json").read_text())["test"] == pytest.approx(results(made)["test"])
+
+
 @pytest.mark.parametrize("labels", ["several", "number"])
 def test_learners_take_classes_only(labels, folder, rows, tmp_path, capsys):
     options = write_lists(folder, rows, labels)

@@ -93,6 +93,13 @@ def test_asymmetric_loss(asymmetry):
     assert objective.describe()["asymmetry"]["margin"] == asymmetry.margin
 
 
+def test_measured_without_weights():
+    for loss, expected in (("asymmetric", asymmetric(Asymmetry())), ("bce", asymmetric(Asymmetry(0.0, 0.0, 0.0)))):
+        objective = build_objective("several", 3, loss=loss, positive_weights=[1.0, 2.0, 5.0])
+        assert objective.measured_loss(*tensors(LOGITS, SEVERAL)).item() == pytest.approx(expected, rel=1e-4)
+        assert loss_of(objective, labels=SEVERAL) > 1.1 * expected
+
+
 def test_the_default_is_that_of_the_paper():
     objective = build_objective("several", 3, loss="asymmetric")
     assert loss_of(objective, labels=SEVERAL) == pytest.approx(asymmetric(Asymmetry(0.0, 4.0, 0.05)), rel=1e-4)

@@ -82,6 +82,11 @@ def parts_of(label: object) -> tuple:
     return label if isinstance(label, tuple) else (label,)
 
 
+def in_words(label: object) -> str:
+    """A label as it may be written."""
+    return ";".join(map(str, label)) if isinstance(label, tuple) else str(label)
+
+
 def as_tensor(labels: list, kind: Labels, num_classes: int) -> torch.Tensor:
     """The labels of a batch.
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from visionpeft.data.images import open_image
-from visionpeft.data.labels import Labels, check_numbers, parts_of
+from visionpeft.data.labels import Labels, check_numbers, in_words, parts_of
 from visionpeft.errors import DataError
 
 
@@ -115,8 +115,8 @@ def without_duplicates(rows: Iterable[Row], kind: str = "image") -> list[Row]:
         earlier = first.setdefault(row.path, row)
         if earlier.label != row.label:
             raise DataError(
-                f"{row.where}: {kind} '{row.path}' has label '{row.label}' here and '{earlier.label}' in "
-                f"{earlier.where}"
+                f"{row.where}: {kind} '{row.path}' has label '{in_words(row.label)}' here and "
+                f"'{in_words(earlier.label)}' in {earlier.where}"
             )
     return list(first.values())
 
@@ -163,7 +163,7 @@ class ImageSet:
         for split, source in self.sources.items():
             if len(source) == 0:
                 raise DataError(f"the {split} split holds no {self.kind}s")
-            if self.labels == "number":
+            if self.labels == "number" and split != "val":  # of which no R2 is taken
                 check_numbers(source.labels, split, self.kind)
         if self.labels == "number":
             return

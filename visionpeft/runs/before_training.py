@@ -38,7 +38,7 @@ def check_before_training(
 
     Raises:
         ConfigurationError: a split is missing, or an option leaves nothing to select on or to test; or the backbone
-            does not take the images.
+            does not take the images, or the precision not the labels.
     """
     sources, dataset = datamodule.sources, str(datamodule.description().get("dataset"))
     if "train" not in sources and task.trained_parameters():
@@ -60,6 +60,7 @@ def check_before_training(
         raise ConfigurationError("--trainer.limit_test_batches 0 leaves nothing to test; use --test false")
     if report != "last":
         _check_selection(trainer, report)
+    task.objective.check_precision(trainer.get("precision"))
     task.check_before_training(datamodule)
 
 

@@ -28,7 +28,7 @@ class Calibration:
 
     def add(self, confidences: Tensor, hits: Tensor) -> None:
         """Add probabilities (n,), and whether each came true, (n,)."""
-        confidences, hits = confidences.double().cpu(), hits.double().cpu()
+        confidences, hits = confidences.cpu().double(), hits.cpu().double()
         # Bin b holds b / 15 <= p < (b + 1) / 15, the last one 1, too.
         bins = (confidences * BINS).nan_to_num().long().clamp(0, BINS - 1)
         self.counts += torch.bincount(bins, minlength=BINS)

@@ -82,8 +82,8 @@ class NumbersRecord(Record):
 
     def add(self, answers: Tensor, batch, preprocessing) -> None:
         """Add the numbers of a batch."""
-        self.predicted.append(answers.double().cpu())
-        self.true.append(batch[1].double().cpu())
+        self.predicted.append(answers.cpu().double())
+        self.true.append(batch[1].cpu().double())
 
     def numbers(self) -> dict[str, float | None]:
         """R2 = 1 - sum (y - f)^2 / sum (y - mean y)^2; None of a single image, or if all labels are the same."""

@@ -20,7 +20,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_whole
 from visionpeft.models.video_views import over_views
 from visionpeft.runs.command import Options
-from visionpeft.runs.predictions import CSV_BEGINS, PredictedClasses, PredictedNumbers, Predictions, PredictedLabels
+from visionpeft.runs.predictions import CSV_BEGINS, PredictedClasses, PredictedLabels, PredictedNumbers, Predictions
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import TrainedModel, open_run
 

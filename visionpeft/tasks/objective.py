@@ -51,6 +51,13 @@ class Objective:
     shown: Shown
     loss_name: Loss
 
+    def check_precision(self, precision: str | int | None) -> None:
+        """Refuse a precision of Lightning's in which labels lose what is to be learnt.
+
+        Raises:
+            ConfigurationError: it is one.
+        """
+
     def learn(self, labels: Sequence, class_names: Sequence[str]) -> None:
         """Take from the training labels what the loss depends on.
 
@@ -63,7 +70,7 @@ class Objective:
         raise NotImplementedError
 
     def measured_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss without weights and smoothing, to compare epochs and runs by."""
+        """The loss without weights and smoothing, as it is measured outside training."""
         raise NotImplementedError
 
     def metrics(self, split: str) -> dict[str, Metric]:

@@ -157,7 +157,14 @@ class SeveralLabels(Objective):
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss; `labels` are zeros and ones (batch, labels)."""
-        weights = beside(logits, self.given, self.weights, "positive_weights")
+        return self._loss(logits, labels, beside(logits, self.given, self.weights, "positive_weights"))
+
+    def measured_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss without weights."""
+        return self._loss(logits, labels, None)
+
+    def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+        labels = labels.to(logits.dtype)
         if self.loss_name == "bce":
             return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights)
         function = AsymmetricLossMultiLabel(
@@ -168,10 +175,6 @@ class SeveralLabels(Objective):
             pos_weight=weights,
         )
         return function(logits, labels)
-
-    def measured_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Binary cross-entropy."""
-        return F.binary_cross_entropy_with_logits(logits, labels)
 
     def metrics(self, split: str) -> dict[str, Metric]:
         """F1 of labels found at a probability of one half; outside training, mean average precision.
@@ -233,6 +236,18 @@ class Number(Objective):
             )
         return self.scale
 
+    def check_precision(self, precision: str | int | None) -> None:
+        """Refuse half precision of everything: Lightning would round the labels, too.
+
+        Raises:
+            ConfigurationError: such a precision.
+        """
+        if str(precision) in ("16-true", "bf16-true"):
+            raise ConfigurationError(
+                f"precision {precision} rounds the numbers to learn to two or three digits; use "
+                f"{str(precision).removesuffix('-true')}-mixed, or 32-true"
+            )
+
     def learn(self, labels: Sequence[float], class_names: Sequence[str]) -> None:
         """Take mean and standard deviation."""
         self.scale = moments(labels)
@@ -241,7 +256,7 @@ class Number(Objective):
         """Mean loss of the standardised numbers; `labels` (batch,) are in their own unit."""
         mean, deviation = self.mean_and_deviation
         function = F.mse_loss if self.loss_name == "mse" else F.l1_loss
-        return function(logits.squeeze(-1), (labels - mean) / deviation)
+        return function(logits.squeeze(-1), ((labels - mean) / deviation).to(logits.dtype))
 
     def measured_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss itself."""

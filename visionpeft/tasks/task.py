@@ -127,6 +127,7 @@ class ImageTask(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Connect task and data."""
+        self.objective.check_precision(self.trainer.precision)
         if self.trainer.datamodule is not None:
             self.connect(self.trainer.datamodule)
 
