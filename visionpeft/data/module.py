@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import lightning
@@ -10,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_batch
-from visionpeft.data.ordering import EpochSampler, subset
+from visionpeft.data.labels import Labels, as_tensor
+from visionpeft.data.ordering import BalancedSampler, EpochSampler, subset
 from visionpeft.data.records import Files, ImageSet, Source
 from visionpeft.data.transforms import CROP_AREA, Augmentation, ImageTransform, check_crop_area
 from visionpeft.data.views import ImageViews
@@ -53,6 +55,8 @@ class ImageDataModule(lightning.LightningDataModule):
         test_views: Test batches hold this many views of each image, (B, V, 3, H, W): the usual one and random crops.
         augmix: Mix the random ones of the test views by AugMix.
         crop_area: Smallest and largest share of the area that "random_resized_crop" cuts.
+        balanced: Draw training images so that all classes come equally often, those of rare ones repeatedly; an epoch
+            has as many images as without. For labels that are classes.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class ImageDataModule(lightning.LightningDataModule):
         test_views: int | None = None,
         augmix: bool = False,
         crop_area: tuple[float, float] = CROP_AREA,
+        balanced: bool = False,
     ):
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -94,7 +99,13 @@ class ImageDataModule(lightning.LightningDataModule):
                 f"unknown normalisation '{normalisation}': choose pretrained, {', '.join(NORMALISATIONS)}"
             )
         check_crop_area(crop_area)
+        if balanced and images.labels != "classes":
+            remedy = "; weigh them by --model.positive_weights balanced" if images.labels == "several" else ""
+            raise ConfigurationError(
+                f"balanced draws images of one class each, which labels {images.labels!r} are not{remedy}"
+            )
         self.images = images
+        self.balanced = balanced
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.resize = resize
@@ -119,11 +130,17 @@ class ImageDataModule(lightning.LightningDataModule):
             test = images.sources["test"]
             images.sources["test"] = test.subset(subset(len(test), test_samples, TEST_SUBSET_SEED))
             self.test_subset = {"samples": test_samples, "of": len(test), "seed": TEST_SUBSET_SEED}
+            images.check()
 
     @property
     def class_names(self) -> list[str]:
-        """Names in the order of the labels."""
+        """Names in the order of the labels; none of numbers."""
         return self.images.class_names
+
+    @property
+    def labels(self) -> Labels:
+        """What a label is: one of "classes", "several" of them, or a "number"."""
+        return self.images.labels
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -212,6 +229,7 @@ class ImageDataModule(lightning.LightningDataModule):
             # The test split is read once.
             cache_bytes=self._cache_bytes(split),
             views=self.views,
+            as_labels=partial(as_tensor, kind=self.labels, num_classes=len(self.class_names)),
         )
 
     def _cache_bytes(self, split: str) -> int:
@@ -233,7 +251,10 @@ class ImageDataModule(lightning.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches (images float32 (B, 3, H, W), labels int64 (B,))."""
+        """Shuffled batches: images float32 (B, 3, H, W) and labels.
+
+        Labels are class indices int64 (B,); several of them float32 (B, K) of zeros and ones; or numbers float32 (B,).
+        """
         dataset = self.dataset("train")
         trainer = self.trainer
         sampler = self.sampler(
@@ -248,6 +269,8 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def sampler(self, dataset: ImageDataset, **options) -> EpochSampler:
         """The order of the training samples."""
+        if self.balanced:
+            return BalancedSampler(dataset.source.labels, **options)
         return EpochSampler(dataset, **options)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -263,6 +286,7 @@ class ImageDataModule(lightning.LightningDataModule):
         used = self.preprocessing
         return {
             **self.images.about,
+            "labels": self.labels,
             "classes": len(self.class_names),
             "sizes": {split: len(source) for split, source in self.sources.items()},
             "test_subset": self.test_subset,
@@ -275,6 +299,7 @@ class ImageDataModule(lightning.LightningDataModule):
                 "std": list(used.std) if used else None,
             },
             **({"views": self.views} if self.views else {}),
+            **({"balanced": True} if self.balanced else {}),
             **({"test_views": self.test_views, "augmix": self.augmix} if self.test_views else {}),
             "notes": list(self.images.notes),
         }

@@ -41,7 +41,7 @@ def check_before_training(
 
     Raises:
         ConfigurationError: a split is missing, or an option leaves nothing to select on or to test; or the backbone
-            does not take the images.
+            does not take the images, or the precision not the labels.
     """
     sources, dataset = datamodule.sources, str(datamodule.description().get("dataset"))
     if "train" not in sources and task.trained_parameters():
@@ -64,6 +64,7 @@ def check_before_training(
     if report != "last":
         _check_selection(trainer, report)
     _check_callbacks(trainer, task)
+    task.objective.check_precision(trainer.get("precision"))
     task.check_before_training(datamodule)
 
 

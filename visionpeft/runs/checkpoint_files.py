@@ -9,6 +9,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from visionpeft.files import replacing
 from visionpeft.sharing.run_directory import RunDirectory
+from visionpeft.tasks.objective import Objective
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -44,12 +45,18 @@ class MovableCheckpoint(ModelCheckpoint):
         return str(Path(self.dirpath) / re.split(r"[\\/]", path)[-1]) if path else path
 
 
-def checkpoint_callbacks(run: RunDirectory, has_validation: bool) -> list[MovableCheckpoint]:
-    """Keep the last epoch and, where there is a validation split, the one with the best validation accuracy."""
+def checkpoint_callbacks(run: RunDirectory, has_validation: bool, objective: Objective) -> list[MovableCheckpoint]:
+    """Keep the last epoch and, where there is a validation split, the best one by what the objective monitors."""
     here = {"dirpath": run.checkpoints, "enable_version_counter": False, "save_top_k": 1}
     callbacks = [MovableCheckpoint(filename="last", save_on_train_epoch_end=True, **here)]
     if has_validation:
         callbacks.append(
-            MovableCheckpoint(filename="best", monitor="val/top1", mode="max", save_on_train_epoch_end=False, **here)
+            MovableCheckpoint(
+                filename="best",
+                monitor=f"val/{objective.monitor}",
+                mode=objective.mode,
+                save_on_train_epoch_end=False,
+                **here,
+            )
         )
     return callbacks

@@ -12,12 +12,12 @@ from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_call
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import Interrupted
 from visionpeft.runs.environment import environment
-from visionpeft.runs.figures import draw_confusion, draw_curves, draw_mistakes
+from visionpeft.runs.figures import draw_curves
 from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.runs.progress import TrainingProgress
-from visionpeft.runs.results import classes_tested, setting, test_numbers
+from visionpeft.runs.results import record_of, setting, tested
 from visionpeft.runs.tables import print_results, print_setting
-from visionpeft.runs.test_record import TestRecord
+from visionpeft.runs.test_record import Record
 from visionpeft.runs.training_cost import Cost
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageTask
@@ -43,9 +43,12 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     task, datamodule = cli.model, cli.datamodule
     print_setting(setting(task, datamodule), run.path)
 
-    cost, record = Cost(), TestRecord(len(task.class_names))
+    cost, record = Cost(), record_of(task)
     trainer = cli.build_trainer(
-        [cost, EpochHistory(run.metrics), record, TrainingProgress(), *checkpoint_callbacks(run, has_validation)],
+        [
+            *(cost, EpochHistory(run.metrics), record, TrainingProgress()),
+            *checkpoint_callbacks(run, has_validation, task.objective),
+        ],
         logger=TensorBoardLogger(run.path, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.path,
@@ -60,11 +63,8 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     if cli.config.test:
         trainer.test(task, datamodule, verbose=False)
 
-    tested = (
-        {"test": test_numbers(trainer, record), "classes_tested": classes_tested(record)} if cli.config.test else {}
-    )
     results = setting(task, datamodule) | {
-        **tested,
+        **(tested(trainer, record) if cli.config.test else {}),
         "reported": reported,
         "training_seconds": round(cost.seconds, 2),
         "peak_memory_bytes": cost.peak_memory,
@@ -74,16 +74,15 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     }
     write_json(run.results, results)
     if cli.config.figures:
-        _draw(run, record, task.class_names, tested=cli.config.test)
+        _draw(run, task, record if cli.config.test else None)
     print_results(results)
 
 
-def _draw(run: RunDirectory, record: TestRecord, class_names: list[str], tested: bool) -> None:
+def _draw(run: RunDirectory, task: ImageTask, record: Record | None) -> None:
     if history := read_history(run.metrics):
-        draw_curves(history, run.path / "curves.png")
-    if tested:
-        draw_confusion(record.confusion, class_names, run.path / "confusion_matrix.png")
-        draw_mistakes(record.mistakes, class_names, run.path / "wrong_predictions.png")
+        draw_curves(history, task.objective.shown, run.path / "curves.png")
+    if record is not None:
+        record.draw(run.path, task.class_names)
 
 
 def _run_directory(cli: CLI) -> RunDirectory:

@@ -5,6 +5,8 @@ from pathlib import PureWindowsPath
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from visionpeft.sharing.trained_model import learnt_objective
+
 TASKS = {"adapter": "image-classification", "learner": "zero-shot-image-classification"}
 
 
@@ -49,7 +51,15 @@ def _evaluation(task: str, data: Mapping, results: Mapping) -> list[EvalResult]:
     if "test" not in results:  # trained with --test false
         return []
     name = str(data.get("task") or "own images")
-    value = round(100 * results["test"]["top1"], 2)
+    test = results["test"]
+    if "mae" in test:
+        return [EvalResult(task, name, name, "mae", test["mae"], metric_name="mean absolute error of the test split")]
+    if "map" in test:
+        if test["map"] is None:
+            return []
+        value = round(100 * test["map"], 2)
+        return [EvalResult(task, name, name, "map", value, metric_name="mean average precision of the test split, %")]
+    value = round(100 * test["top1"], 2)
     return [EvalResult(task, name, name, "accuracy", value, metric_name="top-1 accuracy of the test split, %")]
 
 
@@ -76,7 +86,8 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
         used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "augmentation", "normalisation")
         sections.append(_table("data and protocol", [(key, data[key]) for key in used if data.get(key) is not None]))
     if results:
-        rows = [(f"test {name}", f"{value:.4f}") for name, value in results.get("test", {}).items()]
+        test = results.get("test", {})
+        rows = [(f"test {name}", f"{value:.4f}") for name, value in test.items() if value is not None]
         rows += [("reported epoch", results["reported"]), ("seed", results["seed"])]
         if "parameters" in results:
             rows.append(("trained parameters", f"{results['parameters']['trainable']:,}"))
@@ -88,6 +99,10 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
     load = (
         f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}"{given})\nlogits = trained.model(images)'
     )
+    labels = learnt_objective(description, repo_id)["labels"]
+    if labels != "classes":
+        meaning = {"several": "the probability of each label", "number": "the number of each image"}[labels]
+        load += f"\nanswers = trained.answers(logits)  # {meaning}"
     sections.append(f"```python\n{load}\n```")
     versions = ", ".join(f"{package} {version}" for package, version in description["versions"].items())
     return "\n\n".join([*sections, f"Made with {versions}."]) + "\n"

@@ -1,9 +1,8 @@
-"""What is measured of every batch, on the device it is on: nothing is read from there before an epoch is over."""
+"""The mean loss, kept on the device it is on: nothing is read from there before an epoch is over."""
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
 
 
 class MeanLoss(Metric):
@@ -28,13 +27,3 @@ class MeanLoss(Metric):
     def compute(self) -> Tensor:
         """The mean."""
         return self.total / self.samples
-
-
-def classification_metrics(num_classes: int) -> MetricCollection:
-    """Loss, top-1 accuracy and, with more than five classes, top-5 accuracy."""
-    # Labels outside the classes are refused by the loss already, so the metrics need not look at them once more.
-    top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
-    metrics = {"loss": MeanLoss(), "top1": top1}
-    if num_classes > 5:
-        metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro", validate_args=False)
-    return MetricCollection(metrics, compute_groups=False)

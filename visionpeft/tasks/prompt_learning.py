@@ -13,6 +13,7 @@ from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.storage import load_learner, save_learner
+from visionpeft.data.labels import Labels
 from visionpeft.errors import ConfigurationError
 from visionpeft.models.create_clip import create_clip
 from visionpeft.tasks.optimisation import Optimisation
@@ -38,6 +39,7 @@ class PromptLearning(ImageTask):
         pretrained: load the CLIP's published weights.
         checkpoint: a local file with the CLIP's weights.
         backbone_kwargs: further arguments of `open_clip.create_model`.
+        labels: what a label is, taken from the data; only "classes", whose names an image is compared with.
         cache_features: keep image features that cannot change.
         chunk_size: most classes whose text is encoded at a time; less memory, the same gradient. None takes all.
         optimisation: optimiser, learning rates and schedule; by default those of CoOp.
@@ -54,11 +56,17 @@ class PromptLearning(ImageTask):
         pretrained: bool = True,
         checkpoint: str | None = None,
         backbone_kwargs: dict | None = None,
+        labels: Labels = "classes",
         cache_features: bool = True,
         chunk_size: int | None = None,
         optimisation: Optimisation = PROMPT_RECIPE,
         seed: int = 0,
     ):
+        if labels != "classes":
+            raise ConfigurationError(
+                f"a learner on a CLIP tells which one of the class names fits an image, and labels {labels!r} are not "
+                "that; train an adapter on its image tower (--config images_lora.yaml --model.backbone open_clip/...)"
+            )
         super().__init__(class_names, optimisation, seed)
         if chunk_size is not None and chunk_size < 1:
             raise ConfigurationError(

@@ -8,7 +8,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -19,13 +18,15 @@ from visionpeft.tasks.averaging import average_trained_only
 from visionpeft.tasks.callbacks import check_callbacks, check_resuming, finish_training, stop_as_before
 from visionpeft.tasks.checkpointing import check_trained, complete_copies, keep_trained
 from visionpeft.tasks.divergence import Divergence
-from visionpeft.tasks.metrics import classification_metrics
+from visionpeft.tasks.metrics import MeanLoss
+from visionpeft.tasks.objective import Objective
+from visionpeft.tasks.objectives import OneClass
 from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, output_side, parameter_groups
 from visionpeft.tasks.steps import Steps, planned_steps
 
 
 class ImageTask(pl.LightningModule):
-    """Base of the tasks that classify images, (batch, 3, height, width), or clips of them -> logits (batch, classes).
+    """Base of the tasks that map images, (batch, 3, height, width), or clips of them -> logits (batch, outputs).
 
     A task implements `forward`, `training_loss` and the abstract methods below.
 
@@ -33,6 +34,7 @@ class ImageTask(pl.LightningModule):
         class_names: one name for each class.
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch (dropout, mixup) is a function of the seed and the epoch.
+        objective: what is learnt and measured; by default one class of these.
 
     Attributes:
         preprocessing: how the backbone wants its images.
@@ -44,10 +46,11 @@ class ImageTask(pl.LightningModule):
     folder: str
     kind = "images"
 
-    def __init__(self, class_names: list[str], optimisation: Optimisation, seed: int):
+    def __init__(
+        self, class_names: list[str], optimisation: Optimisation, seed: int, objective: Objective | None = None
+    ):
         super().__init__()
-        if len(class_names) < 2:
-            raise ConfigurationError(f"classification needs at least two classes, the data has {len(class_names)}")
+        self.objective = OneClass(len(class_names)) if objective is None else objective
         self.strict_loading = False  # checkpoints hold no backbone; `on_load_checkpoint` checks what they hold
         self.class_names = list(class_names)
         self.optimisation = optimisation
@@ -55,9 +58,11 @@ class ImageTask(pl.LightningModule):
         self.steps: Steps | None = None  # of the training for which the optimiser was made
         self._configured: tuple = ()
         self._trains = False
-        metrics = classification_metrics(len(class_names))
         self.train_metrics, self.val_metrics, self.test_metrics = (
-            metrics.clone(prefix=f"{split}/") for split in ("train", "val", "test")
+            MetricCollection(
+                {"loss": MeanLoss(), **self.objective.metrics(split)}, compute_groups=False, prefix=f"{split}/"
+            )
+            for split in ("train", "val", "test")
         )
         self.divergence = Divergence()
 
@@ -109,7 +114,8 @@ class ImageTask(pl.LightningModule):
         """Tell the data how this backbone wants its images.
 
         Raises:
-            ConfigurationError: the data has videos and the task takes images, or the other way round.
+            ConfigurationError: the data has videos and the task takes images, or the other way round; or its labels
+                are of another kind.
         """
         kind = "videos" if isinstance(datamodule, VideoDataModule) else "images"
         if isinstance(datamodule, ImageDataModule) and kind != self.kind:
@@ -117,6 +123,11 @@ class ImageTask(pl.LightningModule):
             raise ConfigurationError(
                 f"{type(self).__name__} takes {self.kind}, but {type(datamodule).__name__} holds {kind}; use {task} "
                 f"(--model {task}), or other data"
+            )
+        if isinstance(datamodule, ImageDataModule) and datamodule.labels != self.objective.labels:
+            raise ConfigurationError(
+                f"{type(self).__name__} learns from labels {self.objective.labels!r} here, but those of "
+                f"{type(datamodule).__name__} are {datamodule.labels!r} (--data.labels)"
             )
         datamodule.preprocessing = self.preprocessing
 
@@ -133,6 +144,7 @@ class ImageTask(pl.LightningModule):
         Raises:
             ConfigurationError: a callback cannot work with what is trained.
         """
+        self.objective.check_precision(self.trainer.precision)
         if self.trainer.datamodule is not None:
             self.connect(self.trainer.datamodule)
         if stage == "fit":
@@ -186,14 +198,14 @@ class ImageTask(pl.LightningModule):
         return self._evaluate(self.test_metrics, batch)
 
     def predict_step(self, batch, batch_idx: int) -> Tensor:
-        """Class probabilities (batch, classes)."""
+        """Class probabilities (batch, classes), those of several labels (batch, labels), or numbers (batch,)."""
         images = batch[0] if isinstance(batch, list | tuple) else batch
-        return self(images).float().softmax(dim=-1)
+        return self.objective.answers(self(images).float())
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         logits = self(images).float()
-        self._measure(metrics, F.cross_entropy(logits, labels), logits, labels)
+        self._measure(metrics, self.objective.measured_loss(logits, labels), logits, labels)
         return logits
 
     def _measure(self, metrics: MetricCollection, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -201,7 +213,7 @@ class ImageTask(pl.LightningModule):
             if name.endswith("loss"):
                 metric.update(loss, len(labels))
             else:
-                metric.update(logits, labels)
+                self.objective.measure(metric, logits, labels)
             self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))
 
     def configure_optimizers(self) -> dict:
@@ -268,16 +280,22 @@ class ImageTask(pl.LightningModule):
         return len((self.steps or planned_steps(self.trainer)).by_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep only what is trained, and nothing of a training that has diverged."""
+        """Keep only what is trained and what the objective has learnt, and nothing of a training that has diverged."""
         self.divergence.check(self.current_epoch)
         keep_trained(checkpoint, self.trained_keys())
+        if state := self.objective.state():
+            checkpoint["objective"] = state
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Check that every trained tensor is there, and complete the states that callbacks will load."""
+        """Check that every trained tensor is there, and take what else the checkpoint knows.
+
+        That is what the objective had learnt; and the states that callbacks will load are completed.
+        """
         if self._trainer is not None and self.trainer.state.fn == "fit" and not self._configured:
             check_resuming(self.trainer.callbacks)
         check_trained(checkpoint, self, self.trained_keys())
         complete_copies(checkpoint, self, self.trained_keys())
+        self.objective.load_state(checkpoint.get("objective", {}))
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -382,6 +382,7 @@ def test_description_is_complete_and_json(shared):
         "trained_on": "train",
         "selected_on": "val",
         "split": "folders",
+        "labels": "classes",
         "classes": 2,
         "sizes": {"train": 10, "val": 2, "test": 3},
         "test_subset": {"samples": 3, "of": 4, "seed": 0},
