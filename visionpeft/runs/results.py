@@ -32,6 +32,17 @@ def classes_tested(record: TestRecord) -> dict[str, int | str]:
     }
 
 
+def batches(trainer: pl.Trainer, datamodule: ImageDataModule) -> dict[str, int]:
+    """How many images a step of the optimiser has, and on how many devices."""
+    accumulated = trainer.accumulate_grad_batches
+    return {
+        "devices": trainer.world_size,
+        "batch_size": datamodule.batch_size,
+        "accumulated": accumulated,
+        "global_batch": trainer.world_size * datamodule.batch_size * accumulated,
+    }
+
+
 def setting(task: ImageTask, datamodule: ImageDataModule) -> dict:
     """What is trained on what."""
     return {**task.describe(), "data": datamodule.description(), "seed": task.seed}

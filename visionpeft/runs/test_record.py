@@ -55,10 +55,23 @@ class TestRecord(pl.Callback):
             if len(self.mistakes) == self.num_mistakes and confidence <= self.mistakes[0].confidence:
                 continue
             image = self._displayed(images[row], trainer.datamodule.preprocessing)
-            mistake = Mistake(confidence, self.seen + row, labels[row].item(), predictions[row].item(), image)
+            # Each of several processes has every so many-th image.
+            index = trainer.global_rank + trainer.world_size * (self.seen + row)
+            mistake = Mistake(confidence, index, labels[row].item(), predictions[row].item(), image)
             push = heapq.heappush if len(self.mistakes) < self.num_mistakes else heapq.heapreplace
             push(self.mistakes, mistake)
         self.seen += len(labels)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put together what several processes have collected."""
+        if trainer.world_size == 1:
+            return
+        records = [None] * trainer.world_size
+        torch.distributed.all_gather_object(records, (self.confusion, self.mistakes, self.seen))
+        self.confusion = sum(confusion for confusion, _, _ in records)
+        self.mistakes = heapq.nlargest(self.num_mistakes, (each for _, mistakes, _ in records for each in mistakes))
+        heapq.heapify(self.mistakes)
+        self.seen = sum(seen for _, _, seen in records)
 
     @staticmethod
     def _displayed(image: Tensor, preprocessing) -> Tensor:

@@ -125,8 +125,11 @@ class ImageTask(pl.LightningModule):
             self.connect(self.trainer.datamodule)
 
     def on_train_epoch_start(self) -> None:
-        """Seed the epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
-        seed = _epoch_seed(self.seed, self.current_epoch)
+        """Seed the epoch, so that a resumed run draws what the uninterrupted one would have drawn.
+
+        Each of several devices draws for itself, because its images are others.
+        """
+        seed = _epoch_seed(self.seed, self.current_epoch, self.global_rank)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  (timm's mixup draws from NumPy's global generator)
         torch.manual_seed(seed)
@@ -229,6 +232,7 @@ class ImageTask(pl.LightningModule):
         check_trained(checkpoint, self, self.trained_keys())
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    """A 32-bit seed for an epoch."""
-    return int(torch.randint(2**32 - 1, (), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)))
+def _epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
+    """A 32-bit seed for an epoch on a device."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return int(torch.randint(2**32 - 1, (rank + 1,), generator=generator)[rank])
