@@ -8,6 +8,7 @@ network, and the first of them makes the run directory for all.
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ def check_devices(trainer: pl.Trainer) -> None:
             f"--trainer.num_nodes {trainer.num_nodes}: start this command on every machine with torchrun --nnodes "
             f"{trainer.num_nodes} --nproc-per-node {trainer.num_devices} ..., or with srun"
         )
-    if not isinstance(trainer.strategy, DDPStrategy):
+    if not isinstance(trainer.strategy, DDPStrategy) or trainer.strategy._start_method != "popen":
         raise ConfigurationError(
             f"{type(trainer.strategy).__name__} is not among what this command trains with: several devices train with "
             "ddp, which keeps a whole backbone on each; leave --trainer.strategy out"
@@ -169,11 +170,12 @@ def lost_peers(run: RunDirectory) -> Iterator[None]:
 
 def _why(failures: dict[int, "ProcessFailure"], processes: int, run: RunDirectory) -> str:
     """What the process that failed first said itself; if it could not, how it ended and how to go on."""
-    said = [failure for failure in failures.values() if failure.error_file_data.get("message")]
+    said = [failure for failure in failures.values() if Path(failure.error_file).is_file()]
     if said:
         return min(said, key=lambda failure: failure.timestamp).message
-    # One that was ended by a signal did not end because of the others.
-    rank, failure = min(failures.items(), key=lambda item: item[1].exitcode)
+    # One that a signal ended did not end because of the others, unless by the signal with which the agent stops them.
+    stopped = -signal.SIGTERM
+    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].exitcode == stopped, item[0]))
     ended = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
     return (
         f"process {rank + 1} of {processes} ended with {ended}, and the others were stopped; finished epochs are kept. "

@@ -185,7 +185,10 @@ class AdaptedTask(ImageTask):
             images, labels = batch
             return F.cross_entropy(self(images).float(), labels)
 
-        allocate(self.model, datamodule.train_loader(), loss, self.adapter_name)
+        # What is drawn for the chosen places is a function of the seed, on any number of devices.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            allocate(self.model, datamodule.train_loader(), loss, self.adapter_name)
 
     def _allocate_together(self) -> None:
         """Let the first of several processes choose for all, before Lightning wraps the model for them.
