@@ -200,6 +200,12 @@ def test_fewer_images_than_devices(tmp_path, images, capsys):
     assert "1 test images cannot be shared by 2 devices" in capsys.readouterr().err
 
 
+def test_nothing_to_train(tmp_path, images, capsys):
+    options = ["--trainer.devices", "2", "--output", str(tmp_path / "runs")]
+    assert fit.main([*learner_arguments(images / "train", learner="ZeroShot"), *options]) == 2
+    assert "ZeroShot trains nothing by gradient steps" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_only_one_process_says_what_is_wrong(tmp_path, images):
     """The first one cannot make the run directory; the other ends, too, and says nothing."""

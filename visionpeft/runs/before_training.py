@@ -61,6 +61,11 @@ def check_before_training(
         raise ConfigurationError("--trainer.limit_test_batches 0 leaves nothing to test; use --test false")
     if report != "last":
         _check_selection(trainer, report)
+    if processes > 1 and not task.trained_parameters():
+        raise ConfigurationError(
+            f"{task.label} trains nothing by gradient steps, so {processes} devices have nothing to share; use one "
+            "(--trainer.devices 1)"
+        )
     for split in ("train", *(["val"] if "val" in sources else []), *(["test"] if tests else [])):
         share = datamodule.batch_size if split == "train" and datamodule.drop_last else 1
         if len(sources.get(split, ())) < processes * share and processes > 1:
