@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from visionpeft.data.records import Source
-from visionpeft.errors import DataError
+from visionpeft.errors import ConfigurationError, DataError
 
 
 class Transform(Protocol):
@@ -126,12 +126,22 @@ class TrainLoader(ImageLoader):
             yield images, labels
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and how many of its samples (in this process) were delivered."""
-        return {"epoch": self.sampler.epoch, "samples": self.delivered}
+        """Epoch, and how many of its samples were delivered, by all processes together."""
+        return {"epoch": self.sampler.epoch, "samples": self.delivered * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.sampler.resume = (state["epoch"], state["samples"])
+        """Continue where `state_dict` was taken, also with another number of processes.
+
+        Raises:
+            ConfigurationError: they cannot share evenly what is left of the epoch.
+        """
+        samples, rest = divmod(state["samples"], self.sampler.num_replicas)
+        if rest:
+            raise ConfigurationError(
+                f"{state['samples']} images of epoch {state['epoch'] + 1} were seen when this run stopped, and "
+                f"{self.sampler.num_replicas} devices cannot share that evenly; resume with as many devices as before"
+            )
+        self.sampler.resume = (state["epoch"], samples)
 
 
 def as_batch(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_batch
 from visionpeft.data.labels import Labels, as_tensor
-from visionpeft.data.ordering import BalancedSampler, EpochSampler, subset
+from visionpeft.data.ordering import BalancedSampler, EpochSampler, ShareSampler, subset
 from visionpeft.data.records import Files, ImageSet, Source
 from visionpeft.data.transforms import CROP_AREA, Augmentation, ImageTransform, check_crop_area
 from visionpeft.data.views import ImageViews
@@ -255,12 +255,18 @@ class ImageDataModule(lightning.LightningDataModule):
 
         Labels are class indices int64 (B,); several of them float32 (B, K) of zeros and ones; or numbers float32 (B,).
         """
+        return self.train_loader(*self._processes)
+
+    def train_loader(self, num_processes: int = 1, rank: int = 0) -> TrainLoader:
+        """The share of the shuffled batches that one of several processes trains on; all of them by default.
+
+        Where they cannot be shared evenly, some images are seen twice in an epoch.
+        """
         dataset = self.dataset("train")
-        trainer = self.trainer
         sampler = self.sampler(
             dataset,
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
+            num_replicas=num_processes,
+            rank=rank,
             # Consecutive seeds must not share orders, and EpochSampler adds the epoch to its seed.
             seed=self._seed() * 100_003,
             drop_last=self.drop_last,
@@ -275,11 +281,25 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader | list:
         """Batches in order; an empty list when nothing is held out for selection."""
-        return self._loader(ImageLoader, self.dataset("val")) if "val" in self.sources else []
+        return self._measured("val") if "val" in self.sources else []
 
     def test_dataloader(self) -> DataLoader:
-        """Batches in the order of `sources["test"]`: images (B, 3, H, W), with `test_views` (B, V, 3, H, W)."""
-        return self._loader(ImageLoader, self.dataset("test"))
+        """Batches in the order of `sources["test"]`: images (B, 3, H, W), with `test_views` (B, V, 3, H, W).
+
+        Of several processes, each has its share, and no image is measured twice.
+        """
+        return self._measured("test")
+
+    def _measured(self, split: str) -> ImageLoader:
+        dataset = self.dataset(split)
+        num_processes, rank = self._processes
+        sampler = ShareSampler(dataset, num_processes, rank, shuffle=False) if num_processes > 1 else None
+        return self._loader(ImageLoader, dataset, sampler=sampler)
+
+    @property
+    def _processes(self) -> tuple[int, int]:
+        """How many processes train together, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def description(self) -> dict[str, object]:
         """What was trained, selected and scored on and how inputs were treated, for the record of a run."""

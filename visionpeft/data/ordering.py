@@ -94,6 +94,19 @@ class BalancedSampler(EpochSampler):
         return np.concatenate(drawn)
 
 
+class ShareSampler(DistributedSampler):
+    """Every process's share of a split that is measured, in order and nothing twice: rank, rank + processes, ...
+
+    A plain `DistributedSampler` repeats samples until all shares are of one size, which falsifies what is measured.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
+
+
 class SceneSampler(EpochSampler):
     """An `EpochSampler` that shuffles scenes instead of samples: the samples of a scene follow each other.
 

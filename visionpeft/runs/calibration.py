@@ -3,6 +3,8 @@
 Guo et al. 2017, "On Calibration of Modern Neural Networks" (arXiv 1706.04599).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,11 @@ class Calibration:
         self.counts += torch.bincount(bins, minlength=BINS)
         self.confidences += torch.bincount(bins, confidences, minlength=BINS)
         self.hits += torch.bincount(bins, hits, minlength=BINS)
+
+    def take(self, shares: Sequence["Calibration"]) -> None:
+        """Put together the shares of several processes, this one's among them."""
+        for name in ("counts", "confidences", "hits"):
+            setattr(self, name, sum(getattr(share, name) for share in shares))
 
     @property
     def error(self) -> float:

@@ -20,6 +20,7 @@ from visionpeft.files import replacing
 from visionpeft.runs.config_files import config_content
 from visionpeft.runs.explain import explain, missing_package, user_error
 from visionpeft.runs.options import CONFIG, OPTIONS, PROGRAM, SEED, WHOLE_PAGE
+from visionpeft.runs.processes import check_devices, share_of_batch
 from visionpeft.runs.trainer import Trainer
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, VideoClassification
@@ -116,16 +117,11 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a missing accelerator before anything is built."""
-        accelerator, devices = self.config.trainer.accelerator, self.config.trainer.devices
+        accelerator = self.config.trainer.accelerator
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigurationError(
                 f"--trainer.accelerator {accelerator} was asked for, but this machine has no usable CUDA GPU; "
                 "leave it out (auto) or use cpu"
-            )
-        # Lightning would start this program once more for each further device.
-        if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
-            raise ConfigurationError(
-                f"--trainer.devices {devices}: this command trains on one device; use 1, or [2] for the GPU of index 2"
             )
 
     def instantiate_classes(self) -> None:
@@ -140,7 +136,11 @@ class CLI(LightningCLI):
             raise meant from None
         self.datamodule: ImageDataModule = self.config_init.data
         self.model: ImageTask = self.config_init.model
-        self.build_trainer([], logger=False, enable_checkpointing=False)  # refuse wrong options before a run exists
+        # wrong options are refused before a run exists
+        self.trainer = self.build_trainer([], logger=False, enable_checkpointing=False)
+        check_devices(self.trainer)
+        if self.config.global_batch is not None:
+            self.datamodule.batch_size = share_of_batch(self.config.global_batch, self.trainer)
 
     def build_trainer(self, callbacks: list[pl.Callback], **own) -> pl.Trainer:
         """Lightning's Trainer with the options given under `trainer`, and ours."""

@@ -3,10 +3,14 @@
 import argparse
 import errno
 import importlib
+import json
 import logging
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 from visionpeft.errors import ConfigurationError, UserError
 
@@ -17,6 +21,15 @@ class Options(argparse.ArgumentParser):
     def error(self, message: str):
         """Raise what the user can act on."""
         raise ConfigurationError(f"{message}; see {self.prog} --help")
+
+
+# What a process of `fit` that starts others tells them, and where PyTorch's elastic agent wants to read their errors.
+RUN = "VISIONPEFT_RUN_DIRECTORY"
+ERRORS = "TORCHELASTIC_ERROR_FILE"
+
+
+class PeerLost(UserError):
+    """Another process of a training does not answer any more."""
 
 
 class Interrupted(Exception):
@@ -50,6 +63,9 @@ def command(
         if error.errno != errno.ENOSPC:
             raise
         return _fail("no space is left on the device; what was saved before is intact", 2)
+    except PeerLost as error:
+        # The process that started this one knows better which one ended, and why.
+        return 2 if is_started() else _fail(str(error), 2)
     except (UserError, *_errors_of_lightning()) as error:
         return _fail(str(error), 2)
     return 0
@@ -61,8 +77,17 @@ def _errors_of_lightning() -> tuple[type[Exception], ...]:
     return () if exceptions is None else (exceptions.MisconfigurationException,)
 
 
+def is_started() -> bool:
+    """Whether another process of `fit` has started this one."""
+    return RUN in os.environ and ERRORS in os.environ
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    message = " ".join(message.split())
+    if is_started():  # it says what the first of us has said
+        Path(os.environ[ERRORS]).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    else:
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 

@@ -1,5 +1,6 @@
 """What the test split showed of several labels, or of numbers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ class LabelsRecord(Record):
 
     def __init__(self, class_names: list[str]):
         self.class_names = class_names
-        self.precision = MultilabelAveragePrecision(len(class_names), average="none", thresholds=None)
-        self.f1 = MultilabelF1Score(len(class_names), average="none")
+        here = {"sync_on_compute": False}  # `take` puts together what several processes have
+        self.precision = MultilabelAveragePrecision(len(class_names), average="none", thresholds=None, **here)
+        self.f1 = MultilabelF1Score(len(class_names), average="none", **here)
         self.positives = torch.zeros(len(class_names), dtype=torch.long)
         self.calibration = Calibration("each label of each image, which came true where it applies")
 
@@ -33,6 +35,16 @@ class LabelsRecord(Record):
         self.f1.update(probabilities, labels)
         self.positives += labels.sum(dim=0)
         self.calibration.add(probabilities.flatten(), labels.flatten())
+
+    def take(self, shares: Sequence["LabelsRecord"]) -> None:
+        """Put together the shares of several processes."""
+        for name in ("precision", "f1"):
+            first, *others = (getattr(share, name) for share in shares)
+            for other in others:
+                first.merge_state(other)
+            setattr(self, name, first)
+        self.positives = sum(share.positives for share in shares)
+        self.calibration.take([share.calibration for share in shares])
 
     def numbers(self) -> dict[str, float | None]:
         """Means over the labels that occur, None if there are none, and the calibration error."""
@@ -84,6 +96,11 @@ class NumbersRecord(Record):
         """Add the numbers of a batch."""
         self.predicted.append(answers.cpu().double())
         self.true.append(batch[1].cpu().double())
+
+    def take(self, shares: Sequence["NumbersRecord"]) -> None:
+        """Put together the shares of several processes."""
+        self.predicted = [each for share in shares for each in share.predicted]
+        self.true = [each for share in shares for each in share.true]
 
     def numbers(self) -> dict[str, float | None]:
         """R2 = 1 - sum (y - f)^2 / sum (y - mean y)^2; None of a single image, or if all labels are the same."""

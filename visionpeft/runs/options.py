@@ -34,6 +34,13 @@ OPTIONS = (
         "which epoch is tested and kept: the last, or the best on the validation split; best_test selects on the test "
         "split, as some papers did, and the results say so",
     ),
+    Option(
+        "global_batch",
+        int,
+        None,
+        "images of one step over all devices, of which each gets its share; in the place of --data.batch_size, which "
+        "is that of one device",
+    ),
     Option("test", bool, True, "test once, after training; false while hyper-parameters are chosen"),
     Option("figures", bool, True, "draw what the run has seen and mistaken"),
 )

@@ -34,6 +34,17 @@ def tested(trainer: pl.Trainer, record: Record) -> dict:
     return {"test": numbers | record.numbers(), **record.about()}
 
 
+def batches(trainer: pl.Trainer, datamodule: ImageDataModule) -> dict[str, int]:
+    """How many images a step of the optimiser has, and on how many devices."""
+    accumulated = trainer.accumulate_grad_batches
+    return {
+        "devices": trainer.world_size,
+        "batch_size": datamodule.batch_size,
+        "accumulated": accumulated,
+        "global_batch": trainer.world_size * datamodule.batch_size * accumulated,
+    }
+
+
 def setting(task: ImageTask, datamodule: ImageDataModule) -> dict:
     """What is trained on what."""
     return {**task.describe(), "data": datamodule.description(), "seed": task.seed}

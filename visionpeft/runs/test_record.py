@@ -1,6 +1,8 @@
 """What the test split showed, beyond its averages: a confusion matrix and the most confident mistakes."""
 
 import heapq
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -22,6 +24,17 @@ class Record(pl.Callback):
 
     def add(self, answers: Tensor, batch, preprocessing) -> None:
         """Add a batch: what the outputs say, the batch itself, and how its images were prepared."""
+        raise NotImplementedError
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put together what several processes have collected."""
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self)
+            self.take(shares)
+
+    def take(self, shares: Sequence["Record"]) -> None:
+        """Put together the shares of several processes, this one's among them, in the order of their ranks."""
         raise NotImplementedError
 
     def numbers(self) -> dict[str, float | None]:
@@ -70,6 +83,18 @@ class TestRecord(Record):
             push = heapq.heappush if len(self.mistakes) < self.num_mistakes else heapq.heapreplace
             push(self.mistakes, mistake)
         self.seen += len(labels)
+
+    def take(self, shares: Sequence["TestRecord"]) -> None:
+        """Put together the shares of several processes, of which each has every so many-th image."""
+        self.confusion = sum(share.confusion for share in shares)
+        mistakes = [
+            replace(mistake, index=rank + len(shares) * mistake.index)
+            for rank, share in enumerate(shares)
+            for mistake in share.mistakes
+        ]
+        self.mistakes = heapq.nsmallest(self.num_mistakes, heapq.nlargest(self.num_mistakes, mistakes))
+        self.seen = sum(share.seen for share in shares)
+        self.calibration.take([share.calibration for share in shares])
 
     @staticmethod
     def _displayed(image: Tensor, preprocessing) -> Tensor:

@@ -130,6 +130,8 @@ class AdaptedTask(ImageTask):
         if stage == "fit" and self.trainer.datamodule is not None:
             self._learn_labels(self.trainer.datamodule)
             self._check_last_batch(self.trainer.datamodule)
+            if self.trainer.world_size > 1 and self.adapter.pending:
+                self._allocate_together()
 
     def _learn_labels(self, datamodule: pl.LightningDataModule) -> None:
         if train := getattr(datamodule, "sources", {}).get("train"):
@@ -197,18 +199,37 @@ class AdaptedTask(ImageTask):
 
     def _allocate(self) -> None:
         datamodule = self.trainer.datamodule
-        if datamodule is None or self.trainer.world_size > 1:
+        if datamodule is None:
             raise ConfigurationError(
-                f"{self.label} chooses what it trains by the data; with several processes or without a data module, "
-                "call visionpeft.allocate(task.model, batches) before the training"
+                f"{self.label} chooses what it trains by the data; without a data module, call "
+                "visionpeft.allocate(task.model, batches) before the training"
             )
 
         def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             images, labels = batch
             return self.objective.measured_loss(self(images).float(), labels)
 
-        allocate(self.model, datamodule.train_dataloader(), loss, self.adapter_name)
+        # What is drawn for the chosen places is a function of the seed, on any number of devices.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            allocate(self.model, datamodule.train_loader(), loss, self.adapter_name)
         copy_again(self.trainer.callbacks, self.trainer, self)
+
+    def _allocate_together(self) -> None:
+        """Let the first of several processes choose for all, before Lightning wraps the model for them.
+
+        A run that is resumed takes what its checkpoint says.
+        """
+        if self.trainer.ckpt_path:
+            described = torch.load(self.trainer.ckpt_path, map_location="cpu", weights_only=True)["methods"]
+        else:
+            if self.trainer.is_global_zero:
+                self.to(self.trainer.strategy.root_device)
+                self._allocate()
+            described = self.trainer.strategy.broadcast([describe_method(each) for each in self.adapter.methods])
+        if self.adapter.pending:
+            remake(self.model, self.adapter_name, [method_from(each) for each in described], {})
+            copy_again(self.trainer.callbacks, self.trainer, self)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep what is trained, and the methods with what they have found in the data."""

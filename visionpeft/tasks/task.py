@@ -153,7 +153,10 @@ class ImageTask(pl.LightningModule):
             average_trained_only(self.trainer.callbacks)
 
     def on_train_epoch_start(self) -> None:
-        """Seed the epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
+        """Seed the epoch, so that a resumed run draws what the uninterrupted one would have drawn.
+
+        Each of several devices draws for itself, because its images are others.
+        """
         self._seed_epoch()
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
@@ -162,7 +165,7 @@ class ImageTask(pl.LightningModule):
             self._seed_epoch()
 
     def _seed_epoch(self) -> None:
-        seed = _epoch_seed(self.seed, self.current_epoch)
+        seed = _epoch_seed(self.seed, self.current_epoch, self.global_rank)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  (timm's mixup draws from NumPy's global generator)
         torch.manual_seed(seed)
@@ -298,6 +301,7 @@ class ImageTask(pl.LightningModule):
         self.objective.load_state(checkpoint.get("objective", {}))
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    """A 32-bit seed for an epoch."""
-    return int(torch.randint(2**32 - 1, (), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)))
+def _epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
+    """A 32-bit seed for an epoch on a device."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return int(torch.randint(2**32 - 1, (rank + 1,), generator=generator)[rank])
