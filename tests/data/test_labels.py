@@ -225,10 +225,14 @@ class TestLabelsReadAsClasses:
     def test_names_of_classes(self, labels, tmp_path):
         assert ImageList(listed(tmp_path, labels)).class_names == sorted(labels)
 
-    @pytest.mark.parametrize(("label", "option"), [(0.5, "number"), (["a", "b"], "several")])
+    @pytest.mark.parametrize(("label", "option"), [(0.5, "number"), (["a", "b"], "several"), ("", "several")])
     def test_json_values(self, label, option, tmp_path):
+        """Videos, which have no such option, are told nothing of it."""
+        file = listed(tmp_path, ["a", label], "a.json")
         with pytest.raises(DataError, match=f"--data.labels {option}"):
-            ImageList(listed(tmp_path, ["a", label], "a.json"))
+            ImageList(file)
+        with pytest.raises(DataError, match="needs a class name or an integer as label, found"):
+            VideoList(file)
 
     def test_videos_have_one_class(self, tmp_path):
         with pytest.raises(DataError, match="videos can only be told apart by one class each"):
