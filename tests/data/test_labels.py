@@ -225,10 +225,14 @@ class TestLabelsReadAsClasses:
     def test_names_of_classes(self, labels, tmp_path):
         assert ImageList(listed(tmp_path, labels)).class_names == sorted(labels)
 
-    @pytest.mark.parametrize(("label", "option"), [(0.5, "number"), (["a", "b"], "several")])
+    @pytest.mark.parametrize(("label", "option"), [(0.5, "number"), (["a", "b"], "several"), ("", "several")])
     def test_json_values(self, label, option, tmp_path):
+        """Videos, which have no such option, are told nothing of it."""
+        file = listed(tmp_path, ["a", label], "a.json")
         with pytest.raises(DataError, match=f"--data.labels {option}"):
-            ImageList(listed(tmp_path, ["a", label], "a.json"))
+            ImageList(file)
+        with pytest.raises(DataError, match="needs a class name or an integer as label, found"):
+            VideoList(file)
 
     def test_videos_have_one_class(self, tmp_path):
         with pytest.raises(DataError, match="videos can only be told apart by one class each"):
@@ -295,6 +299,8 @@ class TestBalanced:
             assert epoch(first, number) == epoch(again, number)
         assert epoch(first, 4) != epoch(first, 5)
         assert epoch(first, 4) != epoch(sampler(seed=4), 4)
+        # The seed chooses which images of the frequent class an epoch has, not their order alone.
+        assert set(epoch(first, 4)) != set(epoch(sampler(seed=4), 4))
 
     def test_an_interrupted_epoch_goes_on_where_it_stopped(self):
         whole, resumed = sampler(), sampler()

@@ -150,6 +150,9 @@ class TestSeveral:
         else:
             counts = [sum(name in names for _, names, _ in rows["train"]) for name in sorted(CHANNELS)]
             assert objective["positive_weights"] == pytest.approx([(24 - count) / count for count in counts])
+        assert evaluate.main([str(made)]) == 0
+        again = json.loads((made / "evaluation.json").read_text())
+        assert (again["objective"], again["test"]) == (objective, results(made)["test"])
 
     def test_model_card(self, several):
         card = str(model_card(vp.read_metadata(several / "adapter"), results(several), "me/labels"))
@@ -289,6 +292,10 @@ class TestClasses:
         found = results(made)
         assert (made / "reliability.png").is_file()
         assert found["objective"]["class_weights"] == [1.0, 1.0, 1.0]
+        assert evaluate.main([str(made)]) == 0
+        again = json.loads((made / "evaluation.json").read_text())
+        for key in ("test", "calibration", "objective"):
+            assert again[key] == found[key]
         assert sum(found["calibration"]["counts"]) == 6
         output = tmp_path / "out.json"
         assert predict.main([str(made), str(images), "--output", str(output)]) == 0

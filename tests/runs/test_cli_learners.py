@@ -71,7 +71,7 @@ def test_run_directory_is_complete(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         *("config.yaml", "environment.json", "metrics.csv", "tensorboard", "checkpoints", "learner", "results.json"),
-        *(".lock", "draw.json", "curves.png", "confusion_matrix.png", "wrong_predictions.png"),
+        *(".lock", "draw.json", "curves.png", "confusion_matrix.png", "reliability.png", "wrong_predictions.png"),
     }
     drawn = json.loads((finished / "draw.json").read_text())
     assert (drawn["shots"], drawn["seed"], len(drawn["train"])) == (4, 1, 12)

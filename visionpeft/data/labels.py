@@ -34,23 +34,31 @@ def reader(labels: Labels, separator: str = ";") -> Read:
         raise ConfigurationError(f"there are no labels {labels!r}{did_you_mean(str(labels), LABELS)}")
     if not separator.strip():
         raise ConfigurationError(f"separator {separator!r} must be a visible character that stands between labels")
-    return {"classes": one_class, "several": partial(several, separator=separator.strip()), "number": number}[labels]
+    if labels == "several":
+        return partial(several, separator=separator.strip())
+    return number if labels == "number" else one_class_of_an_image
 
 
 def one_class(label: object) -> int | str:
     """A class name, or an integer."""
-    if isinstance(label, float):
-        raise ValueError("needs a class name or an integer as label (a number to be learnt needs --data.labels number)")
-    if isinstance(label, list):
-        raise ValueError("needs a class name or an integer as label (several labels need --data.labels several)")
-    if isinstance(label, str) and not label.strip():
-        raise ValueError("needs a class name or an integer as label (images without any are for --data.labels several)")
-    if isinstance(label, bool) or not isinstance(label, str | int):
+    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
         raise ValueError("needs a class name or an integer as label")
     label = str(label).strip()
     digits = label.removeprefix("-")
     # `int` does not read thousands of digits.
     return int(label) if digits.isascii() and digits.isdigit() and len(digits) <= 18 else label
+
+
+def one_class_of_an_image(label: object) -> int | str:
+    """As `one_class`; the reason names the option for what is no class."""
+    try:
+        return one_class(label)
+    except ValueError as error:
+        if isinstance(label, float):
+            raise ValueError(f"{error} (a number to be learnt needs --data.labels number)") from None
+        if isinstance(label, str | list):
+            raise ValueError(f"{error} (several labels or none need --data.labels several)") from None
+        raise
 
 
 def several(label: object, separator: str) -> tuple[int | str, ...]:

@@ -97,7 +97,7 @@ class Objective:
         """Take what `state` gave."""
 
     def load_description(self, description: dict) -> None:
-        """Take what answers depend on from what `describe` gave for an adapter that is loaded."""
+        """Take what was learnt from labels from what `describe` gave for an adapter that is loaded."""
 
 
 def checked(weights: Weights, num_classes: int, name: str) -> Weights:

@@ -115,6 +115,10 @@ class OneClass(Objective):
         """Labels, loss and weights."""
         return super().describe() | ({"class_weights": self.weights} if self.given else {})
 
+    def load_description(self, description: dict) -> None:
+        """Take the weights of the training."""
+        self.weights = description.get("class_weights", self.weights)
+
 
 class SeveralLabels(Objective):
     """Which of K labels apply, each by itself: binary cross-entropy or asymmetric loss, mean over batch and labels.
@@ -204,6 +208,10 @@ class SeveralLabels(Objective):
             | ({"asymmetry": asdict(self.asymmetry)} if self.loss_name == "asymmetric" else {})
             | ({"positive_weights": self.weights} if self.given else {})
         )
+
+    def load_description(self, description: dict) -> None:
+        """Take the weights of the training."""
+        self.weights = description.get("positive_weights", self.weights)
 
 
 class Number(Objective):
