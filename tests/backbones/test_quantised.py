@@ -336,6 +336,19 @@ def test_quantised_head_is_refused():
     vp.attach(model, vp.LoRA(rank=2), head=False)
 
 
+def test_weights_without_rows_are_refused():
+    """NF4, whose blocks run over the borders of rows."""
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    model = HOST["vit_cls"].build()
+    layer = model.blocks[1].mlp.fc1
+    layer.weight = nn.Parameter(to_nf4(layer.weight.detach(), 32, 16), requires_grad=False)
+    assert torch.isfinite(output(HOST["vit_cls"], model)).all()  # the library's own model computes with it
+    with pytest.raises(vp.UnsupportedError, match="as a NF4Tensor of torchao, of which no rows can be read"):
+        vp.attach(model, vp.LoRA(rank=2))
+    assert not hasattr(model, "peft")
+
+
 def test_packed_integers_are_refused():
     """Other libraries keep a weight in a shape of its own, whose rows are not those of the layer."""
     model = HOST["vit_cls"].build()
