@@ -221,7 +221,7 @@ def test_moved_to_another_precision_while_merged():
     model = vp.attach(quantised(host, "float8"), everything)
     expected = output(host, model)
     vp.merge(model).to(torch.bfloat16)
-    with pytest.raises(vp.UnsupportedError, match="Float8Tensor of torchao cannot be multiplied with bfloat16"):
+    with pytest.raises(vp.UnsupportedError, match=r"moved to bfloat16 .* Float8Tensor weights cannot follow"):
         vp.unmerge(model)
     assert torch.isfinite(model(images)).all()
     vp.unmerge(model.to(torch.float32))
