@@ -14,6 +14,7 @@ def test_numbers(trainer: pl.Trainer, record: TestRecord) -> dict[str, float]:
     (balanced accuracy). `macro_top1` is the mean that torchmetrics takes (`MulticlassAccuracy(average="macro")`): over
     the classes that occur or are predicted, of which one that is only predicted counts as 0.
     """
+    # Both, because of findings/torchmetrics_macro_accuracy_counts_absent_classes.sh
     numbers = {
         name.removeprefix("test/"): float(value)
         for name, value in trainer.callback_metrics.items()
