@@ -300,6 +300,8 @@ def test_a_file_of_weights_is_named_by_the_user(kind, tmp_path, monkeypatch):
     assert torch.equal(again.model(images), trained(images))
     with pytest.raises(StorageError, match="other weights"):
         vp.from_pretrained(tmp_path / "folder", checkpoint=other)
+    with pytest.raises(StorageError, match="there is no checkpoint file"):
+        vp.from_pretrained(tmp_path / "folder", checkpoint="")
     with pytest.raises(ConfigurationError, match="leave it out"):
         vp.from_pretrained(tmp_path / "folder", trained, checkpoint=given)
     own = trained_model.open_saved(tmp_path / "folder", own=True)  # as of a run directory

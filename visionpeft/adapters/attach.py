@@ -301,7 +301,13 @@ def reattach(model: nn.Module) -> None:
         if not isinstance(original, nn.Module) and is_quantised(original)
     ]
     for original, now in moved:
-        check_product("unmerge", original.detach().to(now.device, now.dtype), now.dtype)
+        try:
+            check_product("unmerge", original.detach().to(now.device, now.dtype), now.dtype)
+        except UnsupportedError as error:
+            raise UnsupportedError(
+                f"the model was moved to {str(now.dtype).removeprefix('torch.')} while it was merged, to which its own "
+                f"{type(original).__name__} weights cannot follow; move it back first"
+            ) from error
     del model.__dict__["merged_peft"]
     # Merged adapters are not registered, so they did not follow the model to another device.
     peft.to(next(model.parameters()).device)

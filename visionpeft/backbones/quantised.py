@@ -22,6 +22,17 @@ def full_precision(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if is_quantised(tensor) else tensor
 
 
+def has_rows(weight: torch.Tensor) -> bool:
+    """Whether single rows of a weight can be read: some quantised ones (NF4) have them packed over their borders."""
+    if not is_quantised(weight):
+        return True
+    try:
+        full_precision(weight.detach()[:1])
+    except (NotImplementedError, TypeError, RuntimeError):
+        return False
+    return True
+
+
 def dequantise(module: nn.Module) -> nn.Module:
     """Put the numbers in the place of every quantised weight of a module."""
     for part in module.modules():

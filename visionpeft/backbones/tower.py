@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 
 from visionpeft.backbones.frames import Frames
+from visionpeft.backbones.quantised import has_rows
 from visionpeft.errors import UnsupportedError
 
 # target of a layer -> site whose tokens it takes
@@ -55,7 +56,13 @@ class Layer:
             self.reads = READS.get(self.target, "")
         if self.bias_owner is None and self.called and getattr(self.owner, self.bias, None) is not None:
             self.bias_owner = self.owner
-        if not getattr(self.owner, self.weight).is_floating_point():
+        weight = getattr(self.owner, self.weight)
+        if not has_rows(weight):
+            raise UnsupportedError(
+                f"{type(self.owner).__name__} keeps its weight as a {type(weight).__name__} of torchao, of which no "
+                "rows can be read; quantise with Int8WeightOnlyConfig, IntxWeightOnlyConfig or Float8WeightOnlyConfig"
+            )
+        if not weight.is_floating_point():
             raise UnsupportedError(
                 f"{type(self.owner).__name__} keeps its weight packed in integers, from which no rows can be read; "
                 "quantise with torchao, as weights only"

@@ -26,6 +26,7 @@ def tested(trainer: pl.Trainer, record: Record) -> dict:
     predicted counts as 0. Of several labels, `map` and `f1` are means over the labels that occur, `macro_map` and
     `macro_f1` those of torchmetrics, in which one that does not occur counts as 0.
     """
+    # Both, because of findings/torchmetrics_macro_accuracy_counts_absent_classes.sh
     numbers = {
         name.removeprefix("test/"): float(value)
         for name, value in trainer.callback_metrics.items()

@@ -70,7 +70,8 @@ def described_arguments(description: Mapping, what: str, own: bool, checkpoint: 
                 f"the description sets {refused[0]}={kwargs[refused[0]]!r}, which is not an argument that says what "
                 f"the model is; {yourself}"
             )
-    return {"name": name, "pretrained": source["pretrained"], "checkpoint": checkpoint or recorded} | kwargs
+    chosen = recorded if checkpoint is None else checkpoint  # also an empty one, so that it is never the recorded one
+    return {"name": name, "pretrained": source["pretrained"], "checkpoint": chosen} | kwargs
 
 
 def _allowed(name: str) -> frozenset[str]:
