@@ -9,6 +9,7 @@ from reference.hosts import HOSTS
 from safetensors.torch import load_file
 
 import visionpeft as vp
+from visionpeft.tasks import ImageClassification
 
 HOST = {host.name: host for host in HOSTS}
 CASE = next(case for case in CASES if case.name == "vera")
@@ -319,3 +320,25 @@ def test_merging_into_weights_that_are_trained_is_undone():
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_run_of_an_older_version_goes_on_as_it_began():
+    """A checkpoint whose description lacks the new fields of UniPELT is continued with what it was trained with."""
+    task = ImageClassification(
+        vp.UniPELT(rank=2, num_tokens=2, bottleneck=4),
+        ["a", "b"],
+        backbone="test_vit",
+        pretrained=False,
+        backbone_kwargs={"img_size": 32},
+    )
+    checkpoint = {"state_dict": task.state_dict()}
+    task.on_save_checkpoint(checkpoint)
+    task.on_load_checkpoint(checkpoint)
+    assert task.adapter.methods[0].prefix_gate == "input"
+    for name in ("prefix_gate", "activation", "init"):
+        del checkpoint["methods"][0]["fields"][name]
+    task.on_load_checkpoint(checkpoint)
+    (method,) = task.adapter.methods
+    assert (method.prefix_gate, method.activation) == ("values", "gelu")
+    gate = task.adapter.unipelt.visual["0"]["kv"]
+    assert not gate.reads_attention_input
