@@ -140,6 +140,8 @@ def parameters_in_words(names: Sequence[str], every: Sequence[str]) -> str:
     """Some of the parameters of a tower: every one, all of one name, all of a few parts, or those of some layers."""
     if set(names) == set(every):
         return "every parameter"
+    if set(names) == {name for name in every if not name.startswith("blocks.")}:
+        return "all outside the blocks"
     if len(names) == 1:
         return f"`{names[0]}`"
     leaves = {name.rpartition(".")[2] for name in names}

@@ -1,15 +1,19 @@
 """Where methods start, as their published code starts."""
 
 import math
+from pathlib import Path
 
 import pytest
+import timm
 import torch
+import yaml
 from conftest import distance
 from reference.hosts import HOSTS
 
 import visionpeft as vp
 from visionpeft.methods.prefix_tuning import Reparameterisation
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 HOST = next(host for host in HOSTS if host.name == "vit_cls")
 
 
@@ -53,3 +57,37 @@ def test_compacter_starts_as_released():
         assert 0 < distance(model.eval()(inputs), plain) < 1e-5
         part.rule.A.mul_(100)  # as by the code's own default, 0.01
         assert distance(model.eval()(inputs), plain) > 1e-3
+
+
+def relative_change(method, rate):
+    """Mean |dW| / |W| of q and v of a block of ViT-B/16's width after ten steps of AdamW."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224", depth=1, img_size=32, num_classes=4)
+    before = model.blocks[0].attn.qkv.weight.detach().clone()
+    vp.attach(model, method)
+    own = [p for n, p in model.peft["default"].named_parameters() if not n.startswith("head.")]
+    head = model.peft["default"].head_parameters()
+    groups = [{"params": own, "lr": rate}, {"params": head, "lr": 1e-3}]
+    optimiser = torch.optim.AdamW(groups, weight_decay=1e-4)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(10):
+        optimiser.zero_grad()
+        logits = model(torch.randn(4, 3, 32, 32, generator=generator))
+        torch.nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+        optimiser.step()
+    vp.merge(model)
+    change = model.blocks[0].attn.qkv.weight.detach() - before
+    parts = [rows for rows in (slice(0, 768), slice(2 * 768, 3 * 768))]
+    return sum((change[rows].norm() / before[rows].norm()).item() for rows in parts) / len(parts)
+
+
+@pytest.mark.parametrize("benchmark", ["vtab", "fgvc"])
+def test_kadaptations_rate_changes_weights_as_far_as_loras(benchmark):
+    """By measured change of weight; at the rate of LoRA it would be more than ten times as hot."""
+    rates = {}
+    for name in ("lora", "kadaptation"):
+        content = yaml.safe_load((CONFIGS / benchmark / f"{name}.yaml").read_text(encoding="utf-8"))
+        rates[name] = float(content["model"]["init_args"]["optimisation"]["lr"])
+    wanted = relative_change(vp.LoRA(rank=8), rates["lora"])
+    assert 0.75 < relative_change(vp.KAdaptation(), rates["kadaptation"]) / wanted < 1.33
+    assert relative_change(vp.KAdaptation(), rates["lora"]) / wanted > 10

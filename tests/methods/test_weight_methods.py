@@ -9,6 +9,7 @@ from reference.hosts import HOSTS
 from safetensors.torch import load_file
 
 import visionpeft as vp
+from visionpeft.tasks import ImageClassification
 
 HOST = {host.name: host for host in HOSTS}
 CASE = next(case for case in CASES if case.name == "vera")
@@ -346,3 +347,25 @@ def test_a_weight_of_several_layers_takes_no_change_of_one():
     vp.detach(model)
     assert torch.equal(output_of(model), output_of(build()))
     assert model.blocks[1].attn.qkv.weight is model.blocks[0].attn.qkv.weight
+
+
+def test_a_run_of_an_older_version_goes_on_as_it_began():
+    """A checkpoint whose description lacks the new fields of UniPELT is continued with what it was trained with."""
+    task = ImageClassification(
+        vp.UniPELT(rank=2, num_tokens=2, bottleneck=4),
+        ["a", "b"],
+        backbone="test_vit",
+        pretrained=False,
+        backbone_kwargs={"img_size": 32},
+    )
+    checkpoint = {"state_dict": task.state_dict()}
+    task.on_save_checkpoint(checkpoint)
+    task.on_load_checkpoint(checkpoint)
+    assert task.adapter.methods[0].prefix_gate == "input"
+    for name in ("prefix_gate", "activation", "init"):
+        del checkpoint["methods"][0]["fields"][name]
+    task.on_load_checkpoint(checkpoint)
+    (method,) = task.adapter.methods
+    assert (method.prefix_gate, method.activation) == ("values", "gelu")
+    gate = task.adapter.unipelt.visual["0"]["kv"]
+    assert not gate.reads_attention_input

@@ -85,6 +85,11 @@ def make_adapters():
         "ssf": ("build_vit", vp.SSF()),
         "adalora": ("build_vit", vp.AdaLoRA(rank=1, initial_rank=2, interval=1)),
         "pafi": ("build_vit", vp.PaFi(density=0.02)),
+        # these have fields since whose defaults are not what they did then
+        "unipelt": ("build_vit", vp.UniPELT(rank=2, num_tokens=3, bottleneck=4)),
+        "fish_mask": ("build_vit", vp.FishMask(density=0.02)),
+        "child_tuning_d": ("build_vit", vp.ChildTuning("D", share=0.05)),
+        "gated_vpt": ("build_vit", vp.GatedVPT(num_tokens=3, gate=1.0)),
         "clip_lora_towers": ("build_clip", vp.LoRA(rank=2, towers=["visual", "text"])),
         "clip_visual_adaptformer": ("build_clip_visual", vp.AdaptFormer(bottleneck=4, scale="learned")),
     }
@@ -95,6 +100,8 @@ def make_adapters():
         torch.manual_seed(SEED)
         train = ["norm"] if name == "lora_head" else []
         vp.attach(model, method, train=train)
+        if name in ("fish_mask", "child_tuning_d"):
+            vp.allocate(model, [(images_of(10, 5), torch.arange(10) % 5)])
         if name == "adalora":
             train_adalora(model)
         else:

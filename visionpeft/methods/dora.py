@@ -56,6 +56,8 @@ class DoRA(Method):
     memory (section 4.3): the step changes V as if |V| were constant. Acts on the rows of q, k and v separately, also
     where the backbone keeps them in one matrix, and on the backbone's own weight, before other methods change it.
     Mergeable, but not two of them at one layer.
+    With `dropout`, published code drops the input of the whole change, V - W and the rescaling of W; here, as for LoRA,
+    that of A alone. Without dropout, as in the shipped configurations, both are the formula.
     Trainable: sum over target layers of rank * (in + out) + out; 313,344 on ViT-B/16 for rank 8 on q and v.
     Source: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024.
 

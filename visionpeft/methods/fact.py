@@ -124,6 +124,8 @@ class FacT(Method):
     (rank, D) and one V (D, rank). "tt": S (rank, rank) of each part is learned. "tk": S = core x_3 p, with one core
     (rank, rank, rank) for all parts and p (rank,) of each. Of layers that are no multiple of D wide, such as those of
     some gated MLPs, which the paper does not have, the last part is cut. V is zero: no change at the start. Mergeable.
+    The authors' code of "tk" interleaves rank and slice in the parts of fc1 and fc2, and transposes the core for fc2;
+    this is the formula. "tt" is theirs exactly.
     Trainable on L blocks of width D: 2 D r + 12 L r^2 or 2 D r + 12 L r + r^3; on ViT-B/16 61,440 for "tt" with rank 16
     and 86,528 for "tk" with rank 32.
     Source: Jie and Deng, FacT: Factor-Tuning for Lightweight Adaptation on Vision Transformer, 2023.

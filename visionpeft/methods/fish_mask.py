@@ -76,9 +76,10 @@ class FishMask(Method):
 
     def combine(self, methods, parts, weights):
         """The weighted sum of the changes, with the entries of all."""
-        require_same(methods, but=("density", "samples", "entries"))
+        require_same(methods, but=("density", "samples", "entries", "among"))
         entries, tensors = united(parts, weights)
-        return dataclasses.replace(self, entries=entries), tensors
+        among = "model" if any(method.among == "model" for method in methods) else self.among
+        return dataclasses.replace(self, entries=entries, among=among), tensors
 
     def allocate(self, towers: Sequence[Tower], squares: Squares) -> tuple[Method, dict[str, torch.Tensor]]:
         """Choose the entries with the largest sums of squared gradients of single samples."""

@@ -82,6 +82,9 @@ class VeRA(Method):
     Kaiming-uniform and follow from the seed bit by bit on every machine, so that a saved adapter holds the vectors
     alone: 96 KiB on ViT-B/16, where A and B take 1.5 MiB of memory. d starts at `initial`, b at zero: no change at the
     start. Mergeable. Trainable: sum over target layers of rank + out; 24,576 on ViT-B/16 for rank 256 on q and v.
+    Where target layers differ in width, published code cuts one A and one B of the largest widths to each layer, so
+    that the entries of smaller ones are as small as those of the largest; here each width has matrices of its own
+    bound.
     Source: Kopiczko et al., VeRA: Vector-based Random Matrix Adaptation, 2024.
 
     Args:
