@@ -51,6 +51,17 @@ def test_short_videos_repeat_or_loop():
         assert indices.tolist() == [0, 3, 6, 2]
 
 
+def test_short_videos_repeat_what_was_sampled():
+    """As ST-Adapter's code in training; in its test the last frame is repeated."""
+    sampling = FrameSampling("dense", 4, stride=3, too_short="repeat_sampled")
+    # n = 8: 0, 3 and 6 are there, 9 is not; the last frame is 7.
+    assert sampling.train(8, np.array([0.9])).tolist() == [0, 3, 6, 6]
+    assert sampling.test(8)[0].tolist() == [0, 3, 6, 7]
+    assert FrameSampling("dense", 4, stride=3).train(8, np.array([0.9])).tolist() == [0, 3, 6, 7]
+    assert sampling.train(2, np.array([0.9])).tolist() == [0, 0, 0, 0]
+    assert sampling.train(14, np.array([0.59])).tolist() == [2, 5, 8, 11]  # long enough: as ever
+
+
 def test_dense_test_clips_from_end_to_end():
     # n = 20, window 10, slide 10: starts round(10 v / 2) = 0 5 10.
     sampling = FrameSampling("dense", 4, stride=3, test_clips=3)
@@ -72,7 +83,7 @@ def test_dense_test_clips_centred_in_equal_parts():
 
 @pytest.mark.parametrize("kind", ["uniform", "dense"])
 @pytest.mark.parametrize("frames", [1, 2, 7, 8, 9, 100])
-@pytest.mark.parametrize("too_short", ["repeat", "loop"])
+@pytest.mark.parametrize("too_short", ["repeat", "loop", "repeat_sampled"])
 def test_indices_lie_in_the_video(kind, frames, too_short):
     for placement in ("ends", "centred"):
         clips = 1 if kind == "uniform" else 4

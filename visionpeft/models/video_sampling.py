@@ -36,7 +36,10 @@ def uniform_test(frames: int, count: int) -> np.ndarray:
 def dense_train(frames: int, count: int, stride: int, draw: float, too_short: str = "repeat") -> np.ndarray:
     """T frames, s apart, from a random start among the n - ((T - 1) s + 1) + 1 that fit: (T,)."""
     starts = max(frames - ((count - 1) * stride + 1), 0) + 1
-    return within(math.floor(draw * starts) + np.arange(count) * stride, frames, too_short)
+    indices = math.floor(draw * starts) + np.arange(count) * stride
+    if too_short == "repeat_sampled":
+        return np.minimum(indices, indices[indices < frames].max())
+    return within(indices, frames, too_short)
 
 
 def dense_test(
@@ -58,7 +61,7 @@ def dense_test(
 
 
 def within(indices: np.ndarray, frames: int, too_short: str) -> np.ndarray:
-    """Indices past the end become the last frame ("repeat") or start over ("loop", modulo n)."""
+    """Indices past the end become the last frame ("repeat", "repeat_sampled") or start over ("loop", modulo n)."""
     return indices % frames if too_short == "loop" else np.minimum(indices, frames - 1)
 
 
@@ -73,7 +76,8 @@ class FrameSampling:
         stride: s, distance of the frames of a dense clip.
         test_clips: Dense clips of a video whose predictions are averaged in the test.
         placement: Of those clips: "ends", from one end of the video to the other, or "centred" in equal parts.
-        too_short: Where a video is shorter than a clip, "repeat" its last frame or "loop".
+        too_short: Where a video is shorter than a clip, "repeat" its last frame or "loop"; "repeat_sampled" repeats in
+            training the last frame that is a multiple of the stride, as ST-Adapter's code does, in the test the last.
 
     Raises:
         ConfigurationError: an unknown choice, a number below 1, or several test clips with uniform sampling.
@@ -84,10 +88,11 @@ class FrameSampling:
     stride: int = 1
     test_clips: int = 1
     placement: Literal["ends", "centred"] = "ends"
-    too_short: Literal["repeat", "loop"] = "repeat"
+    too_short: Literal["repeat", "loop", "repeat_sampled"] = "repeat"
 
     def __post_init__(self):
-        choices = {"kind": ("uniform", "dense"), "placement": ("ends", "centred"), "too_short": ("repeat", "loop")}
+        choices = {"kind": ("uniform", "dense"), "placement": ("ends", "centred")}
+        choices["too_short"] = ("repeat", "loop", "repeat_sampled")
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(f"unknown {name} '{getattr(self, name)}' of frames: {' or '.join(allowed)}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ class TrainedModel:
         resize: of images, as in training; None for videos.
         sampling: which frames make a clip, as in the test of the run; None for images.
         crops: crops of each clip in that test.
+        resizing: of frames, as in training.
     """
 
     model: nn.Module
@@ -37,6 +39,7 @@ class TrainedModel:
     resize: Resize | None = None
     sampling: FrameSampling | None = None
     crops: int = 1
+    resizing: Literal["pillow", "tensor"] = "pillow"
 
 
 def open_run(run: RunDirectory, class_names: Sequence[str] | None = None) -> TrainedModel:
@@ -110,6 +113,7 @@ def open_saved(
     trained.resize = data.get("resize")
     if "sampling" in data:
         trained.sampling, trained.crops = FrameSampling(**data["sampling"]), data["test_crops"]
+        trained.resizing = data.get("resizing", "pillow")
     return trained
 
 
