@@ -43,6 +43,16 @@ def test_dense_training_starts_anywhere_it_fits():
     assert sorted(starts) == [0, 1, 2, 3, 4]
 
 
+def test_dense_training_starts_of_aim_and_of_st_adapter():
+    """300 frames, 8 of stride 16: mmaction's clips take 128 frames, ST-Adapter's end with the last one, 113."""
+    for placement, last in (("centred", 172), ("ends", 187)):
+        sampling = FrameSampling("dense", 8, stride=16, placement=placement)
+        starts = [int(sampling.train(300, np.array([draw]))[0]) for draw in np.linspace(0, 1, 5000, endpoint=False)]
+        assert set(starts) == set(range(last + 1))
+    looped = FrameSampling("dense", 8, stride=16, placement="centred", too_short="loop")
+    assert looped.train(100, np.array([0.9])).tolist() == [0, 16, 32, 48, 64, 80, 96, 12]
+
+
 def test_short_videos_repeat_or_loop():
     repeated, looped = (FrameSampling("dense", 4, stride=3, too_short=choice) for choice in ("repeat", "loop"))
     for indices in (repeated.train(7, np.array([0.9])), repeated.test(7)[0]):

@@ -33,9 +33,16 @@ def uniform_test(frames: int, count: int) -> np.ndarray:
     return (bounds[:-1] + bounds[1:]) // 2
 
 
-def dense_train(frames: int, count: int, stride: int, draw: float, too_short: str = "repeat") -> np.ndarray:
-    """T frames, s apart, from a random start among the n - ((T - 1) s + 1) + 1 that fit: (T,)."""
-    starts = max(frames - ((count - 1) * stride + 1), 0) + 1
+def dense_train(
+    frames: int, count: int, stride: int, draw: float, too_short: str = "repeat", placement: str = "ends"
+) -> np.ndarray:
+    """T frames, s apart, from a random start: (T,).
+
+    "ends": among the n - (T - 1) s that fit; "centred": among the first n - T s + 1, so that the s - 1 frames after the
+    last one are there, too. 0 where there are none.
+    """
+    window = count * stride if placement == "centred" else (count - 1) * stride + 1
+    starts = max(frames - window, 0) + 1
     indices = math.floor(draw * starts) + np.arange(count) * stride
     if too_short == "repeat_sampled":
         return np.minimum(indices, indices[indices < frames].max())
@@ -75,7 +82,8 @@ class FrameSampling:
         num_frames: T, frames in a clip.
         stride: s, distance of the frames of a dense clip.
         test_clips: Dense clips of a video whose predictions are averaged in the test.
-        placement: Of those clips: "ends", from one end of the video to the other, or "centred" in equal parts.
+        placement: Of those clips: "ends", from one end of the video to the other, or "centred" in equal parts; the same
+            authors' random starts in training, see `dense_train`.
         too_short: Where a video is shorter than a clip, "repeat" its last frame or "loop"; "repeat_sampled" repeats in
             training the last frame that is a multiple of the stride, as ST-Adapter's code does, in the test the last.
 
@@ -109,7 +117,7 @@ class FrameSampling:
         """Frame indices of a training clip, (T,), from T draws in [0, 1) (dense sampling uses the first)."""
         if self.kind == "uniform":
             return uniform_train(frames, self.num_frames, draws)
-        return dense_train(frames, self.num_frames, self.stride, float(draws[0]), self.too_short)
+        return dense_train(frames, self.num_frames, self.stride, float(draws[0]), self.too_short, self.placement)
 
     def test(self, frames: int, clips: int | None = None) -> np.ndarray:
         """Frame indices of the test clips, (V, T); V is `test_clips` unless `clips` says otherwise."""

@@ -191,11 +191,16 @@ class ImageTask(pl.LightningModule):
             batch_size,
             output_side(self),
             self.layer_distances(),
+            self.norm_parameters(),
         )
         optimizer = build_optimizer(groups, self.optimisation)
         total_steps = int(trainer.estimated_stepping_batches)
         schedule = build_schedule(optimizer, self.optimisation, self.steps_per_epoch, self.num_epochs, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def norm_parameters(self) -> list[nn.Parameter]:
+        """Those of the trained parameters that belong to norms of the backbone."""
+        return []
 
     def layer_distances(self) -> dict[nn.Parameter, int] | None:
         """How many layers from the output each trained parameter acts, None where there are no such layers."""
