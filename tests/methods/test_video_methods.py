@@ -509,6 +509,17 @@ def test_aim_of_another_length_is_refused_at_attach(tmp_path):
     assert other(torch.randn(2, 3, 6, 32, 32)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("std", [0.02, 0.01])
+def test_first_weights_of_the_head(std):
+    """N(0, .02^2) of ST-Adapter by default, N(0, .01^2) of AIM."""
+    torch.manual_seed(0)
+    made = vp.VideoClassifier(vit(), num_classes=2000, **({} if std == 0.02 else {"head_std": std}))
+    assert made.head[1].weight.std().item() == pytest.approx(std, rel=0.02)
+    assert not made.head[1].bias.any()
+    with pytest.raises(vp.ConfigurationError, match="head_std"):
+        vp.VideoClassifier(vit(), num_classes=2, head_std=-1.0)
+
+
 def test_a_copy_has_its_own_number_of_frames():
     """Changing a copy leaves the original as it was."""
     model = vp.VideoClassifier(vit(), vp.STAdapter(4), num_frames=2)

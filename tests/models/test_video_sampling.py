@@ -44,12 +44,33 @@ def test_dense_training_starts_anywhere_it_fits():
     assert sorted(starts) == [0, 1, 2, 3, 4]
 
 
+def test_dense_training_starts_of_aim_and_of_st_adapter():
+    """300 frames, 8 of stride 16: mmaction's clips take 128 frames, ST-Adapter's end with the last one, 113."""
+    for placement, last in (("centred", 172), ("ends", 187)):
+        sampling = FrameSampling("dense", 8, stride=16, placement=placement)
+        starts = [int(sampling.train(300, np.array([draw]))[0]) for draw in np.linspace(0, 1, 5000, endpoint=False)]
+        assert set(starts) == set(range(last + 1))
+    looped = FrameSampling("dense", 8, stride=16, placement="centred", too_short="loop")
+    assert looped.train(100, np.array([0.9])).tolist() == [0, 16, 32, 48, 64, 80, 96, 12]
+
+
 def test_short_videos_repeat_or_loop():
     repeated, looped = (FrameSampling("dense", 4, stride=3, too_short=choice) for choice in ("repeat", "loop"))
     for indices in (repeated.train(7, np.array([0.9])), repeated.test(7)[0]):
         assert indices.tolist() == [0, 3, 6, 6]
     for indices in (looped.train(7, np.array([0.9])), looped.test(7)[0]):
         assert indices.tolist() == [0, 3, 6, 2]
+
+
+def test_short_videos_repeat_what_was_sampled():
+    """As ST-Adapter's code in training; in its test the last frame is repeated."""
+    sampling = FrameSampling("dense", 4, stride=3, too_short="repeat_sampled")
+    # n = 8: 0, 3 and 6 are there, 9 is not; the last frame is 7.
+    assert sampling.train(8, np.array([0.9])).tolist() == [0, 3, 6, 6]
+    assert sampling.test(8)[0].tolist() == [0, 3, 6, 7]
+    assert FrameSampling("dense", 4, stride=3).train(8, np.array([0.9])).tolist() == [0, 3, 6, 7]
+    assert sampling.train(2, np.array([0.9])).tolist() == [0, 0, 0, 0]
+    assert sampling.train(14, np.array([0.59])).tolist() == [2, 5, 8, 11]  # long enough: as ever
 
 
 def test_dense_test_clips_from_end_to_end():
@@ -111,7 +132,7 @@ def test_wrong_choices_of_times(options, message):
 
 @pytest.mark.parametrize("kind", ["uniform", "dense"])
 @pytest.mark.parametrize("frames", [1, 2, 7, 8, 9, 100])
-@pytest.mark.parametrize("too_short", ["repeat", "loop"])
+@pytest.mark.parametrize("too_short", ["repeat", "loop", "repeat_sampled"])
 def test_indices_lie_in_the_video(kind, frames, too_short):
     for placement in ("ends", "centred"):
         clips = 1 if kind == "uniform" else 4

@@ -12,6 +12,7 @@ from small_runs import draw_images
 import visionpeft as vp
 from visionpeft import methods
 from visionpeft.clip import learners
+from visionpeft.data.video.transforms import LARGEST_MAGNITUDE, MAGNITUDE_BINS, ClipAugmentation
 from visionpeft.files import shipped
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import silence
@@ -117,7 +118,37 @@ def test_video_set_overlay(overlay):
     given = content["data"]
     assert content["model"]["init_args"]["num_frames"] == given["init_args"]["sampling"]["num_frames"]
     with pytest.raises(vp.DataError, match=given["init_args"]["root"]):  # parsed; the videos are not there
-        build("--config", "video_st_adapter.yaml", "--config", overlay)
+        build("--config", "video_aim.yaml" if "aim" in overlay else "video_st_adapter.yaml", "--config", overlay)
+
+
+@pytest.mark.parametrize("overlay", [name for name in VIDEO_SETS if "aim" in name])
+def test_recipe_of_aim(overlay):
+    """What its authors' configurations say; the model of the overlay is built with a tiny tower in its place."""
+    content = yaml.safe_load((CONFIGS / overlay).read_text())
+    something = "something" in overlay
+    cli = build(
+        *("--config", "video_aim.yaml", "--config", overlay, "--data", "Motion", "--trainer.accelerator", "cpu"),
+        *("--data.sampling.num_frames", "8", "--data.augmentation.flip", "false"),  # which Motion refuses
+    )
+    assert cli.model.methods == [vp.AIM(num_frames=8, num_temporal=1 + something, scale=0.5 + 0.5 * something)]
+    (rate,) = {module.p for module in cli.model.model.head if isinstance(module, torch.nn.Dropout)}
+    assert (rate, cli.model.label_smoothing, cli.config.trainer.max_epochs) == (
+        0.5,
+        0.1 * something,
+        30 + 20 * something,
+    )
+    assert cli.model.model.head[1].weight.std().item() == pytest.approx(0.01, rel=0.1)
+    recipe = cli.model.optimisation
+    assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.decay_biases) == ("adamw", 3e-4, 0.05, True)
+    assert (recipe.schedule, recipe.warmup_epochs, recipe.warmup_ratio) == ("cosine_by_epoch", 2.5, 0.1)
+    augmentation = ClipAugmentation(**content["data"]["init_args"]["augmentation"])
+    assert augmentation.flip
+    if something:
+        assert round(augmentation.magnitude / LARGEST_MAGNITUDE * (MAGNITUDE_BINS - 1)) == 7  # of 30
+        assert (augmentation.randaugment, augmentation.erasing) == (4, 0.25)
+    else:
+        sampling = content["data"]["init_args"]["sampling"]
+        assert (sampling["too_short"], sampling["placement"], sampling["stride"]) == ("loop", "centred", 16)
 
 
 def test_clip_tower_overlay_of_videos():
@@ -126,7 +157,7 @@ def test_clip_tower_overlay_of_videos():
     cli = build("--config", "video_aim.yaml", "--config", overlay, *more)
     assert cli.model.model.num_features == 768  # in front of the projection
     assert cli.model.preprocessing.input_size == (224, 224)
-    assert cli.config.trainer.precision == "bf16-mixed"
+    assert cli.config.trainer.precision == "16-mixed"
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -163,7 +194,7 @@ def test_backbone_overlay(overlay):
     assert type(cli.model.methods[0]).__name__ == "VPT"
     if "nano" not in overlay:
         assert overlay in OF_CLIP or cli.config.trainer.max_epochs == 100
-        assert cli.config.trainer.precision == "bf16-mixed"
+        assert cli.config.trainer.precision == ("16-mixed" if overlay in OF_CLIP else "bf16-mixed")
         assert cli.datamodule.description()["sizes"]["test"] == 73_728
         assert cli.model.preprocessing.input_size == (224, 224)
 
@@ -257,7 +288,7 @@ def test_clip_overlay_of_learners(overlay, small_nano_clip):
     assert cli.model.optimisation == alone.model.optimisation
     assert cli.datamodule.batch_size == alone.datamodule.batch_size
     if "nano" not in overlay:
-        assert cli.config.trainer.precision == "bf16-mixed"
+        assert cli.config.trainer.precision == "16-mixed"
 
 
 def test_learner_and_method_configurations_do_not_mix(capsys):

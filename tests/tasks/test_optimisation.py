@@ -223,3 +223,60 @@ def test_lora_plus_without_low_rank_changes_is_refused():
 def test_eps_is_that_of_adamw():
     groups, *_ = groups_of(Optimisation())
     assert build_optimizer(list(groups.values()), Optimisation(eps=1e-4)).defaults["eps"] == 1e-4
+
+
+def test_cosine_by_epoch_is_that_of_mmcv():
+    """Its hooks, step by step: the rate of the epoch is set, and while warming up scaled down by 1 - k."""
+    epochs, steps, warmup, lr = 30, 8, 2.5, 3e-4
+    expected = []
+    for epoch in range(epochs):
+        regular = 0 + (lr - 0) * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        for inner in range(steps):
+            step = epoch * steps + inner
+            k = (1 - step / (warmup * steps)) * (1 - 0.1) if step < warmup * steps else 0
+            expected.append(regular * (1 - k))
+    assert expected[0] == pytest.approx(0.1 * lr)
+    assert expected[20] == pytest.approx(lr * 0.5 * (1 + math.cos(math.pi * 2 / 30)))
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    optimisation = Optimisation(lr=lr, schedule="cosine_by_epoch", warmup_epochs=warmup)
+    optimizer = build_optimizer([{"params": [parameter], "lr": lr}], optimisation)
+    schedule = build_schedule(optimizer, optimisation, Steps((steps,) * epochs, steps * epochs))
+    found = []
+    for _ in expected:
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert found == pytest.approx(expected, rel=1e-12)
+    plain = warmup_cosine(round(warmup * steps), steps * epochs)
+    assert max(abs(lr * plain(step) - rate) for step, rate in enumerate(expected)) > 0.05 * lr
+    with pytest.raises(vp.ConfigurationError, match="warmup_ratio"):
+        Optimisation(warmup_ratio=1.5)
+
+
+def test_biases_may_decay_without_the_norms_of_the_backbone():
+    """As AIM's authors have it: their list of what does not decay names the norms and the frozen embeddings."""
+    task = vp.tasks.VideoClassification(
+        vp.AIM(num_frames=2),
+        ["a", "b"],
+        backbone_kwargs={"img_size": 32},
+        num_frames=2,
+        optimisation=Optimisation(weight_decay=0.05, decay_biases=True),
+    )
+    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
+
+    def decayed(optimisation):
+        groups = parameter_groups(
+            task.trained_parameters(), task.head_parameters(), optimisation, 64, norms=task.norm_parameters()
+        )
+        return {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+
+    found = decayed(task.optimisation)
+    assert {name for name, decay in found.items() if not decay} == {
+        "peft.default.trained.backbone.norm.weight",
+        "peft.default.trained.backbone.norm.bias",
+    }
+    assert found["peft.default.aim.visual.tokens.embedding"] == found["peft.default.head.1.bias"] == 0.05
+    biases = [name for name in found if name.endswith(("down.bias", "up.bias"))]
+    assert biases
+    assert not any(decayed(Optimisation(weight_decay=0.05))[name] for name in biases)
+    assert all(decayed(Optimisation(weight_decay=0.05, decay_all=True)).values())

@@ -21,7 +21,7 @@ class VideoClassifier(nn.Module):
     and `AIM` act across the frames of a clip, too. `attach`, `save`, `load` and everything else take this model, not
     the backbone in it. The features of a frame are what the classifier of a timm model or of an `ImageClassifier`
     reads, or the output of an OpenCLIP image tower. They are averaged after the final norm, as by AIM's authors;
-    `STAdapter` averages before it, as its authors do. The head is N(0, 0.02^2) with a bias of zero.
+    `STAdapter` averages before it, as its authors do. The head is N(0, head_std^2) with a bias of zero.
 
     Shapes: clips (batch, channels, frames, height, width) -> logits (batch, num_classes), or features
     (batch, num_features) if num_classes is 0.
@@ -32,7 +32,8 @@ class VideoClassifier(nn.Module):
         method: a method or several, attached as the adapter "default"; None to attach later.
         num_frames: frames of the clips.
         num_classes: outputs of the head; 0 for none.
-        dropout: dropout in front of the head; ST-Adapter and AIM have 0.5.
+        dropout: dropout before the head; ST-Adapter and AIM have 0.5.
+        head_std: standard deviation of the head's first weights; ST-Adapter has 0.02, AIM 0.01.
 
     Raises:
         UnsupportedError: if the backbone is no supported model of images, or the method does not fit it.
@@ -47,6 +48,7 @@ class VideoClassifier(nn.Module):
         num_frames: int = 8,
         num_classes: int = 0,
         dropout: float = 0.5,
+        head_std: float = 0.02,
     ):
         super().__init__()
         _check_number(num_frames)
@@ -54,11 +56,13 @@ class VideoClassifier(nn.Module):
             raise ConfigurationError(f"num_classes must be a number of classes, or 0 for none, not {num_classes!r}")
         if not 0 <= dropout < 1:
             raise ConfigurationError(f"dropout must be in [0, 1), not {dropout}")
+        if head_std < 0:
+            raise ConfigurationError(f"head_std must not be negative, but is {head_std}")
         self.num_features = _num_features(backbone)
         describe(backbone)
         self.backbone = backbone
         self.frames = Frames(num_frames)
-        self.head = _head(self.num_features, num_classes, dropout, next(backbone.parameters()))
+        self.head = _head(self.num_features, num_classes, dropout, head_std, next(backbone.parameters()))
         if hasattr(backbone, "backbone_source"):
             self.backbone_source = backbone.backbone_source
         self.train(backbone.training)
@@ -153,11 +157,11 @@ def _num_features(backbone: nn.Module) -> int:
     )
 
 
-def _head(num_features: int, num_classes: int, dropout: float, like: torch.Tensor) -> nn.Module:
+def _head(num_features: int, num_classes: int, dropout: float, std: float, like: torch.Tensor) -> nn.Module:
     if not num_classes:
         return nn.Identity()
     linear = nn.Linear(num_features, num_classes, device=like.device, dtype=like.dtype)
-    nn.init.normal_(linear.weight, std=0.02)
+    nn.init.normal_(linear.weight, std=std)
     nn.init.zeros_(linear.bias)
     return nn.Sequential(nn.Dropout(dropout), linear)
 

@@ -34,10 +34,20 @@ def uniform_test(frames: int, count: int) -> np.ndarray:
     return (bounds[:-1] + bounds[1:]) // 2
 
 
-def dense_train(frames: int, count: int, stride: int, draw: float, too_short: str = "repeat") -> np.ndarray:
-    """T frames, s apart, from a random start among the n - ((T - 1) s + 1) + 1 that fit: (T,)."""
-    starts = max(frames - ((count - 1) * stride + 1), 0) + 1
-    return within(math.floor(draw * starts) + np.arange(count) * stride, frames, too_short)
+def dense_train(
+    frames: int, count: int, stride: int, draw: float, too_short: str = "repeat", placement: str = "ends"
+) -> np.ndarray:
+    """T frames, s apart, from a random start: (T,).
+
+    "ends": among the n - (T - 1) s that fit; "centred": among the first n - T s + 1, so that the s - 1 frames after the
+    last one are there, too. 0 where there are none.
+    """
+    window = count * stride if placement == "centred" else (count - 1) * stride + 1
+    starts = max(frames - window, 0) + 1
+    indices = math.floor(draw * starts) + np.arange(count) * stride
+    if too_short == "repeat_sampled":
+        return np.minimum(indices, indices[indices < frames].max())
+    return within(indices, frames, too_short)
 
 
 def dense_test(
@@ -85,7 +95,7 @@ def dense_starts(length: float, seconds: float, clips: int, placement: str = "en
 
 
 def within(indices: np.ndarray, frames: int, too_short: str) -> np.ndarray:
-    """Indices past the end become the last frame ("repeat") or start over ("loop", modulo n)."""
+    """Indices past the end become the last frame ("repeat", "repeat_sampled") or start over ("loop", modulo n)."""
     return indices % frames if too_short == "loop" else np.minimum(indices, frames - 1)
 
 
@@ -99,8 +109,10 @@ class FrameSampling:
         num_frames: T, frames in a clip.
         stride: s, distance of the frames of a dense clip.
         test_clips: Dense clips of a video whose predictions are averaged in the test.
-        placement: Of those clips: "ends", from one end of the video to the other, or "centred" in equal parts.
-        too_short: Where a video is shorter than a clip, "repeat" its last frame or "loop".
+        placement: Of those clips: "ends", from one end of the video to the other, or "centred" in equal parts; the same
+            authors' random starts in training, see `dense_train`.
+        too_short: Where a video is shorter than a clip, "repeat" its last frame or "loop"; "repeat_sampled" repeats in
+            training the last frame that is a multiple of the stride, as ST-Adapter's code does, in the test the last.
         by: "index" counts frames, as the published recipes do; "time" takes the frames that a player shows at equally
             distant moments, so that clips of videos of different or varying rates show the same stretch of time. Files
             without time stamps and folders of frames can only be read by index.
@@ -117,7 +129,7 @@ class FrameSampling:
     stride: int = 1
     test_clips: int = 1
     placement: Literal["ends", "centred"] = "ends"
-    too_short: Literal["repeat", "loop"] = "repeat"
+    too_short: Literal["repeat", "loop", "repeat_sampled"] = "repeat"
     by: Literal["index", "time"] = "index"
     seconds: float | None = None
 
@@ -125,7 +137,7 @@ class FrameSampling:
         choices = {
             "kind": ("uniform", "dense"),
             "placement": ("ends", "centred"),
-            "too_short": ("repeat", "loop"),
+            "too_short": ("repeat", "loop", "repeat_sampled"),
             "by": ("index", "time"),
         }
         for name, allowed in choices.items():
@@ -144,6 +156,10 @@ class FrameSampling:
                 f"seconds {self.seconds} with {self.kind} sampling by {self.by}: the length of a clip in seconds "
                 "belongs to dense sampling by time, which needs it"
             )
+        if self.by == "time" and self.too_short == "repeat_sampled":
+            raise ConfigurationError(
+                'too_short "repeat_sampled" counts frames, which sampling by time does not; use "repeat"'
+            )
         if self.seconds is not None and not (0 < self.seconds < math.inf and self.stride == 1):
             raise ConfigurationError(
                 f"seconds {self.seconds} with stride {self.stride}: seconds must be a positive number, and "
@@ -154,7 +170,7 @@ class FrameSampling:
         """Frame indices of a training clip, (T,), from T draws in [0, 1) (dense sampling uses the first)."""
         if self.kind == "uniform":
             return uniform_train(frames, self.num_frames, draws)
-        return dense_train(frames, self.num_frames, self.stride, float(draws[0]), self.too_short)
+        return dense_train(frames, self.num_frames, self.stride, float(draws[0]), self.too_short, self.placement)
 
     def test(self, frames: int, clips: int | None = None) -> np.ndarray:
         """Frame indices of the test clips, (V, T); V is `test_clips` unless `clips` says otherwise."""

@@ -86,7 +86,12 @@ def _loader(trained: TrainedModel, options: argparse.Namespace) -> tuple[ImageLo
             "whose images are the frames"
         )
     return videos_dataloader(
-        files, trained.preprocessing, trained.sampling, crops=trained.crops, skip_corrupt=options.skip_corrupt
+        files,
+        trained.preprocessing,
+        trained.sampling,
+        crops=trained.crops,
+        skip_corrupt=options.skip_corrupt,
+        resizing=trained.resizing,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ class TrainedModel:
         resize: of images, as in training; None for videos.
         sampling: which frames make a clip, as in the test of the run; None for images.
         crops: crops of each clip in that test.
+        resizing: of frames, as in training.
         labels: what is told of an image: one of "classes", "several" of them, or a "number".
         mean: of numbers, that of the training labels.
         deviation: their standard deviation.
@@ -41,6 +43,7 @@ class TrainedModel:
     resize: Resize | None = None
     sampling: FrameSampling | None = None
     crops: int = 1
+    resizing: Literal["pillow", "tensor"] = "pillow"
     labels: str = "classes"
     mean: float | None = None
     deviation: float | None = None
@@ -134,6 +137,7 @@ def open_saved(
     trained.resize = data.get("resize")
     if "sampling" in data:
         trained.sampling, trained.crops = FrameSampling(**data["sampling"]), data["test_crops"]
+        trained.resizing = data.get("resizing", "pillow")
     return trained
 
 

@@ -252,6 +252,15 @@ class AdaptedTask(ImageTask):
         """How many layers from the output each trained parameter acts."""
         return layer_distances(self.model)
 
+    def norm_parameters(self) -> list[nn.Parameter]:
+        """Trained copies of the parameters of modules that have vectors alone."""
+        norms = []
+        for name in self.adapter.trained_names:
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            if all(parameter.ndim <= 1 for parameter in owner.parameters(recurse=False)):
+                norms.append(self.adapter.get_parameter(f"trained.{name}"))
+        return norms
+
     def head_parameters(self) -> list[nn.Parameter]:
         """The head."""
         return self.adapter.head_parameters()

@@ -23,11 +23,14 @@ class Optimisation:
         head_lr: learning rate of the head; None uses `lr`.
         weight_decay: decay of tensors with two or more dimensions; biases, scales and norms are not decayed.
         decay_all: decay biases, scales and norms as well.
+        decay_biases: decay biases and scales as well, but not norms of the backbone, as AIM's authors do.
         schedule: "cosine", which warms up linearly and changes with every step; or "epoch_cosine" of prompt learning,
             `warmup_lr` while warming up, then 0.5 lr (1 + cos(pi (epoch - warmup_epochs) / epochs)), which changes
-            with every epoch.
+            with every epoch; or "cosine_by_epoch" of mmcv, 0.5 lr (1 + cos(pi epoch / epochs)), which changes with
+            every epoch, times a rise from `warmup_ratio` to 1 with every step of the warm-up.
         warmup_epochs: epochs over which the rate rises linearly to its peak; may be a fraction.
         warmup_lr: the constant rate while "epoch_cosine" warms up.
+        warmup_ratio: where "cosine_by_epoch" begins to rise.
         min_lr_ratio: the rate at the end of "cosine", as a share of the peak.
         eps: the term of AdamW that keeps it from dividing by zero.
         lora_plus: the rate of LoRA's B as a multiple of `lr`, 2 to 32 in LoRA+; so that of P in AdaLoRA and b in VeRA.
@@ -41,7 +44,7 @@ class Optimisation:
     head_lr: float | None = None
     weight_decay: float = 1e-4
     decay_all: bool = False
-    schedule: Literal["cosine", "epoch_cosine"] = "cosine"
+    schedule: Literal["cosine", "epoch_cosine", "cosine_by_epoch"] = "cosine"
     warmup_epochs: float = 10
     warmup_lr: float = 1e-5
     min_lr_ratio: float = 0.0
@@ -49,6 +52,8 @@ class Optimisation:
     lora_plus: float = 1.0
     layer_decay: float = 1.0
     scale_lr_by_batch: int | None = None
+    decay_biases: bool = False
+    warmup_ratio: float = 0.1
 
     def __post_init__(self):
         """Refuse values no optimiser takes."""
@@ -60,6 +65,8 @@ class Optimisation:
             raise ConfigurationError(f"optimisation: layer_decay lies in (0, 1], not {self.layer_decay}")
         if self.warmup_epochs < 0 or not 0 <= self.min_lr_ratio <= 1:
             raise ConfigurationError("optimisation: warmup_epochs must not be negative, min_lr_ratio lies in [0, 1]")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ConfigurationError(f"optimisation: warmup_ratio lies in [0, 1], not {self.warmup_ratio}")
         if self.scale_lr_by_batch is not None and self.scale_lr_by_batch <= 0:
             raise ConfigurationError("optimisation: scale_lr_by_batch must be positive")
 
@@ -76,6 +83,7 @@ def parameter_groups(
     batch_size: int,
     output_side: Iterable[nn.Parameter] = (),
     distances: Mapping[nn.Parameter, int] | None = None,
+    norms: Iterable[nn.Parameter] = (),
 ) -> list[dict]:
     """Split parameters into adapter and head, each with and without decay; empty groups are left out.
 
@@ -89,6 +97,7 @@ def parameter_groups(
         batch_size: samples per optimiser step, for `scale_lr_by_batch`.
         output_side: those of them that `lora_plus` is about.
         distances: how many layers from the output each acts, for `layer_decay`; each distance has groups of its own.
+        norms: those of them that `decay_biases` leaves out.
 
     Raises:
         ConfigurationError: `lora_plus` or `layer_decay` without anything it is about.
@@ -114,10 +123,12 @@ def parameter_groups(
             "optimisation: layer_decay is about adapters in the blocks of a backbone, which are not trained here; "
             "leave it at 1"
         )
+    spared = {id(parameter) for parameter in norms}
     groups = {}
     for parameter in trainable:
         part = parts.get(id(parameter), "adapter")
-        decays = parameter.ndim > 1 or optimisation.decay_all
+        biases_decay = optimisation.decay_biases and id(parameter) not in spared
+        decays = parameter.ndim > 1 or optimisation.decay_all or biases_decay
         distance = distances[parameter] if optimisation.layer_decay != 1 else 0
         group = groups.setdefault(
             (part, decays, distance),
@@ -153,6 +164,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, optimisation: Optimisation,
     if optimisation.schedule == "cosine":
         warmup_steps = round(steps.before(optimisation.warmup_epochs))
         return LambdaLR(optimizer, warmup_cosine(warmup_steps, steps.total, optimisation.min_lr_ratio))
+    if optimisation.schedule == "cosine_by_epoch":
+        return LambdaLR(optimizer, cosine_by_epoch(optimisation, steps))
     by_group = [
         epoch_cosine(group["lr"], optimisation.warmup_lr, optimisation.warmup_epochs, len(steps.by_epoch))
         for group in optimizer.param_groups
@@ -172,6 +185,20 @@ def warmup_cosine(warmup_steps: int, total_steps: int, min_ratio: float = 0.0) -
             return (step + 1) / warmup_steps
         progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def cosine_by_epoch(optimisation: Optimisation, steps: Steps) -> Callable[[int], float]:
+    """The factor on the learning rate at a step, as mmcv has it, by which AIM is trained (Yang et al., 2023).
+
+    0.5 (1 + cos(pi epoch / epochs)) in each epoch, times r + (1 - r) step / W in the W steps of the warm-up.
+    """
+    warmup, start = steps.before(optimisation.warmup_epochs), optimisation.warmup_ratio
+
+    def factor(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * steps.epoch_of(step) / len(steps.by_epoch)))
+        return cosine * (start + (1 - start) * step / warmup) if step < warmup else cosine
 
     return factor
 

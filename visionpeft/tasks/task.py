@@ -230,6 +230,7 @@ class ImageTask(pl.LightningModule):
             self._samples_per_step(),
             output_side(self),
             self.layer_distances(),
+            self.norm_parameters(),
         )
         optimizer = build_optimizer(groups, self.optimisation)
         schedule = build_schedule(optimizer, self.optimisation, self.steps)
@@ -270,6 +271,10 @@ class ImageTask(pl.LightningModule):
         """Leave what a training leaves, also if the one that was resumed had finished."""
         if not self._trains:
             finish_training(self.trainer, self)
+
+    def norm_parameters(self) -> list[nn.Parameter]:
+        """Those of the trained parameters that belong to norms of the backbone."""
+        return []
 
     def layer_distances(self) -> dict[nn.Parameter, int] | None:
         """How many layers from the output each trained parameter acts, None where there are no such layers."""

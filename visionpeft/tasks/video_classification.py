@@ -41,6 +41,7 @@ class VideoClassification(AdaptedTask):
         label_smoothing: probability mass spread evenly over all classes.
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch (dropout) is a function of the seed and the epoch.
+        head_std: standard deviation of the head's first weights; ST-Adapter has 0.02, AIM 0.01.
     """
 
     kind = "videos"
@@ -61,13 +62,16 @@ class VideoClassification(AdaptedTask):
         label_smoothing: float = 0.0,
         optimisation: Optimisation = Optimisation(),  # noqa: B008  (frozen)
         seed: int = 0,
+        head_std: float = 0.02,
     ):
         super().__init__(method, class_names, backbone, label_smoothing, optimisation, seed)
         kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
         torch.manual_seed(seed)
         images = create_backbone(backbone, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
         self.preprocessing = preprocessing_of(images)
-        self.model = VideoClassifier(images, num_frames=num_frames, num_classes=len(class_names), dropout=dropout)
+        self.model = VideoClassifier(
+            images, num_frames=num_frames, num_classes=len(class_names), dropout=dropout, head_std=head_std
+        )
         self.model.set_num_frames(num_frames, interpolate)
         attach(self.model, self.methods, name=self.adapter_name, train=tuple(train or ()))
 

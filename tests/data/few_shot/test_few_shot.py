@@ -106,6 +106,48 @@ def test_published_draws_of_other_sets(train, val, expected):
     assert (drawn["train"][:6], drawn["val"][:6]) == expected
 
 
+def test_draw_of_clip_lora():
+    """Its authors' loop: the images for selection first, and with replacement where a class has too few."""
+    sizes = {"train": [5, 2, 9], "val": [6, 3, 1]}
+    splits = {split: grouped(counts) for split, counts in sizes.items()}
+    random.seed(11)
+    expected = {}
+    for split, count in (("val", 4), ("train", 4)):
+        expected[split] = []
+        for label, size in enumerate(sizes[split]):
+            first = sum(sizes[split][:label])
+            members = list(range(first, first + size))
+            expected[split] += random.sample(members, count) if size >= count else random.choices(members, k=count)
+    found = draw_indices(splits, 4, 11, "clip_lora")
+    assert found == expected
+    assert [len(found[split]) for split in ("train", "val")] == [12, 12]
+    assert len(set(found["train"])) < 12  # some of the class of two are there twice
+    other = draw_indices(splits, 4, 11)
+    assert [len(other[split]) for split in ("train", "val")] == [4 + 2 + 4, 4 + 3 + 1]
+    assert other["train"][:4] != found["train"][:4]
+
+
+def test_draw_of_clip_lora_in_a_run(tmp_path):
+    eurosat(tmp_path, counts=(3, 5, 3))
+    store = tmp_path / "draw.json"
+    data = FewShot("eurosat", tmp_path, shots=4, draw_rule="clip_lora", store=store)
+    drawn = Counter(zip(data.sources["train"].paths, data.sources["train"].labels, strict=True))
+    assert Counter(label for _, label in drawn.elements()) == dict.fromkeys(range(10), 4)
+    assert max(drawn.values()) > 1
+    assert data.description()["draw_rule"] == json.loads(store.read_text())["rule"] == "clip_lora"
+    again = FewShot("eurosat", tmp_path, shots=4, draw_rule="clip_lora", store=store)
+    assert paths(again, "train") == paths(data, "train")
+    with pytest.raises(DataError, match="with rule 'clip_lora', but 'coop' is asked for"):
+        FewShot("eurosat", tmp_path, shots=4, store=store)
+    with pytest.raises(ConfigurationError, match="unknown draw_rule 'tip': choose coop or clip_lora"):
+        FewShot("eurosat", tmp_path, draw_rule="tip")
+    # What an older version stored has no rule, and is CoOp's.
+    coop = FewShot("eurosat", tmp_path, shots=2)
+    content = {key: value for key, value in vars(coop.draw).items() if key != "rule"}
+    store.write_text(json.dumps(content))
+    assert paths(FewShot("eurosat", tmp_path, shots=2, store=store), "train") == paths(coop, "train")
+
+
 def test_drawing_leaves_the_global_generator_alone():
     random.seed(7)
     expected = random.random()
@@ -358,7 +400,7 @@ def test_stored_draw(tmp_path):
     file = tmp_path / "draw.json"
     first = FewShot("eurosat", tmp_path, shots=2, store=file)
     content = json.loads(file.read_text())
-    assert set(content) == {"dataset", "shots", "seed", "split_sha256", "train", "val"}
+    assert set(content) == {"dataset", "shots", "seed", "split_sha256", "train", "val", "rule"}
     assert (content["shots"], content["seed"]) == (2, 1)
     assert all(not path.startswith("/") and (folder / "2750" / path).is_file() for path in content["train"])
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name or path.name.startswith(".")] == []

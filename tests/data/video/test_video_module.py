@@ -389,6 +389,7 @@ def test_description_is_complete_and_json(shared):
         "skipped_videos": {"train": 0, "val": 0, "test": 0},
         "input_size": [16, 16],
         "interpolation": "bicubic",
+        "resizing": "pillow",
         "batches": "random",
         "sampling": {
             "kind": "dense",
@@ -411,6 +412,7 @@ def test_description_is_complete_and_json(shared):
             "randaugment": 0,
             "magnitude": 7,
             "erasing": 0.0,
+            "policy": None,
         },
         "normalisation": {"source": "imagenet", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
         "notes": [],
@@ -429,6 +431,8 @@ def test_index_cache_is_bounded(shared):
 def test_wrong_options(shared):
     with pytest.raises(ConfigurationError, match="test_crops 2 must be 1 or 3"):
         module(shared, test_crops=2)
+    with pytest.raises(ConfigurationError, match="unknown resizing 'cv2' of frames: choose pillow or tensor"):
+        module(shared, resizing="cv2")
     with pytest.raises(ConfigurationError, match="VideoFolder does not say which videos show the same scene"):
         module(shared, batches="scene")
     with pytest.raises(ConfigurationError, match="unknown batches 'class': choose random or scene"):

@@ -1,6 +1,7 @@
 """What is done to clips: the same to all frames, by seeds alone, against values computed by hand or by Pillow."""
 
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from visionpeft.backbones.preprocessing import Preprocessing
-from visionpeft.data.video.transforms import ClipAugmentation, ClipTransform
+from visionpeft.data.video.transforms import ClipAugmentation, ClipTransform, _JitteredCover
 from visionpeft.errors import ConfigurationError
 
 PLAIN = Preprocessing((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 0.8)
@@ -182,3 +183,93 @@ def test_wrong_options():
         ClipAugmentation(magnitude=12)
     with pytest.raises(ConfigurationError, match="not lanczos"):
         ClipTransform(dataclasses.replace(PLAIN, interpolation="lanczos"))
+
+
+def bilinear(image, height, width):
+    """Bilinear interpolation without antialiasing of (3, h, w), corners not aligned, in float64."""
+    for axis, length in ((1, height), (2, width)):
+        old = image.shape[axis]
+        at = ((np.arange(length) + 0.5) * old / length - 0.5).clip(0, old - 1)
+        low = np.floor(at).astype(int)
+        high, share = np.minimum(low + 1, old - 1), at - low
+        shape = [1, 1, 1]
+        shape[axis] = length
+        share = share.reshape(shape)
+        image = image.take(low, axis) * (1 - share) + image.take(high, axis) * share
+    return image
+
+
+@pytest.mark.parametrize("size", [(101, 60), (60, 101), (20, 20)])
+def test_resizing_as_tensors_is_published(size):
+    """ST-Adapter's test: w * 32 // h, bilinear or bicubic, not antialiased, not rounded to whole values."""
+    width, height = size
+    frame = picture(width, height)
+    scaled = (32, width * 32 // height) if height < width else (height * 32 // width, 32)
+    transform = ClipTransform(dataclasses.replace(PLAIN, interpolation="bilinear"), resizing="tensor")
+    found = transform.prepare(frame)
+    expected = bilinear(pixels(frame).double().numpy(), *scaled)
+    assert found.dtype == torch.float32
+    assert np.abs(found.numpy() - expected).max() < 1e-3
+    by_pillow = ClipTransform(dataclasses.replace(PLAIN, interpolation="bilinear")).prepare(frame)
+    if size == (101, 60):
+        assert by_pillow.shape[-1] == 54  # rounded, not cut down to 53
+    elif size == (20, 20):
+        assert np.abs(by_pillow.numpy() - expected).max() < 2  # enlarged, nothing is antialiased
+
+
+@pytest.mark.parametrize("crop", ["centre", "jitter", "random_resized_crop"])
+def test_training_clips_resized_as_tensors(crop):
+    transform = ClipTransform(PLAIN, ClipAugmentation(crop, flip=True), "tensor")
+    frame = transform.prepare(picture(60, 44))
+    assert torch.equal(frame, pixels(picture(60, 44)))  # cut from the frame as it is
+    clip = transform.augment(frame.expand(3, *frame.shape), 1, 2)
+    assert (clip.dtype, clip.shape) == (torch.float32, (3, 3, 32, 32))
+    assert all(torch.equal(clip[0], other) for other in clip[1:])
+    assert float(clip.frac().abs().max()) > 0 or crop == "centre"
+
+
+def test_jitter_of_tensors_covers_whole_pixels():
+    """The short side is a whole number from 224 to round(1.15 * 224) = 258, all of them but the ends equally often."""
+    transform = ClipTransform(
+        dataclasses.replace(PLAIN, input_size=(224, 224)), ClipAugmentation("jitter", jitter=1.15), "tensor"
+    )
+    step = next(each for each in transform._random.transforms if isinstance(each, _JitteredCover))
+    torch.manual_seed(0)
+    clip = torch.zeros(1, 1, 24, 32)
+    sizes = [tuple(step(clip).shape[-2:]) for _ in range(600)]
+    heights = {height for height, _ in sizes}
+    assert (min(heights), max(heights)) == (224, 258)
+    assert all(width == height * 32 // 24 for height, width in sizes)
+
+
+def unchanged(policy):
+    """The share of clips that are left as they are."""
+    transform = ClipTransform(PLAIN, ClipAugmentation("centre", policy=policy))
+    clip = transform.prepare(picture(32, 32)).expand(2, 3, 32, 32)
+    return np.mean([torch.equal(transform.augment(clip, draw), clip) for draw in range(500)])
+
+
+def test_operations_of_a_policy_have_probability_one_half():
+    """None of 4 out of 15, of which autocontrast changes nothing of a noisy picture: (1 / 2 + 1 / 30)^4 = .081."""
+    assert unchanged("rand-m7-n4-mstd0.5-inc1") == pytest.approx(0.081, abs=0.036)  # three standard deviations
+    assert unchanged("rand-m7-n4-mstd0.5-inc1-p1") < 0.01
+
+
+def test_a_policy_is_drawn_once_for_a_clip_and_spares_the_global_generators():
+    transform = ClipTransform(PLAIN, ClipAugmentation("centre", policy="rand-m7-n4-mstd0.5-inc1"))
+    clip = transform.prepare(picture(32, 32)).expand(4, 3, 32, 32)
+    before = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    made = [transform.augment(clip, draw) for draw in range(40)]
+    assert random.getstate() == before[0]
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert all(torch.equal(one[0], frame) for one in made for frame in one)
+    assert all(torch.equal(one, transform.augment(clip, draw)) for draw, one in enumerate(made))
+    assert len({one.numpy().tobytes() for one in made}) > 25
+
+
+def test_policies_that_make_no_sense():
+    for policy in ("rand-x7", "augmix-m3", "rand-mseven"):
+        with pytest.raises(ConfigurationError, match="is no RandAugment of timm's"):
+            ClipAugmentation(policy=policy)
+    with pytest.raises(ConfigurationError, match="two kinds of RandAugment"):
+        ClipAugmentation(policy="rand-m7-n4", randaugment=2)

@@ -3,6 +3,9 @@
 The rule (Zhou et al. 2022, arXiv 2109.01134): one generator of Python's `random` seeded with the run's seed samples k
 images of each class from the train split, classes in the order in which they first appear there, then goes on to sample
 min(k, 4) of each from the val split. Only then are classes left out.
+
+CLIP-LoRA's authors (Zanella and Ben Ayed 2024, arXiv 2405.18541) sample from the val split first, so that one seed
+gives other training images, and k times with replacement from a class with fewer than k images.
 """
 
 import hashlib
@@ -21,20 +24,24 @@ from visionpeft.errors import DataError
 from visionpeft.files import write_json
 
 Classes = Literal["all", "base", "new"]
+Rule = Literal["coop", "clip_lora"]
 VAL_SHOTS = 4
 
 
-def draw_indices(splits: dict[str, Sequence[int]], shots: int, seed: int) -> dict[str, list[int]]:
+def draw_indices(splits: dict[str, Sequence[int]], shots: int, seed: int, rule: Rule = "coop") -> dict[str, list[int]]:
     """Positions drawn in each split.
 
     Args:
         splits: Labels of the images of "train" and, where there is one, "val".
-        shots: Images of each class in train; val gets min(shots, 4). A class with fewer gives all it has, in order.
+        shots: Images of each class in train; val gets min(shots, 4).
         seed: Of the draw.
+        rule: "coop": train before val, and a class with fewer images gives all it has, in order; "clip_lora": val
+            before train, and such a class gives as many as the others, drawn with replacement.
     """
     generator = random.Random(seed)
     drawn: dict[str, list[int]] = {}
-    for split, count in (("train", shots), ("val", min(shots, VAL_SHOTS))):
+    counts = [("train", shots), ("val", min(shots, VAL_SHOTS))]
+    for split, count in counts if rule == "coop" else reversed(counts):
         if split not in splits:
             continue
         groups: dict[int, list[int]] = {}
@@ -42,7 +49,10 @@ def draw_indices(splits: dict[str, Sequence[int]], shots: int, seed: int) -> dic
             groups.setdefault(label, []).append(position)
         drawn[split] = []
         for members in groups.values():
-            drawn[split] += generator.sample(members, count) if len(members) >= count else members
+            if len(members) >= count:
+                drawn[split] += generator.sample(members, count)
+            else:
+                drawn[split] += members if rule == "coop" else generator.choices(members, k=count)
     return drawn
 
 
@@ -68,6 +78,7 @@ class Draw:
         split_sha256: Hash of the split drawn from.
         train: Paths of the training images, relative to the image folder, in the order of drawing.
         val: Paths of the images for selection.
+        rule: By whose rule they were drawn; draws of older versions are CoOp's.
     """
 
     dataset: str
@@ -76,6 +87,7 @@ class Draw:
     split_sha256: str
     train: list[str]
     val: list[str]
+    rule: str = "coop"
 
     @property
     def sha256(self) -> str:
@@ -96,26 +108,27 @@ class Draw:
         write_json(Path(file), asdict(self))
 
 
-def draw(dataset: str, splits: Splits, shots: int, seed: int) -> Draw:
-    """Draw `shots` images of each class by `seed`."""
+def draw(dataset: str, splits: Splits, shots: int, seed: int, rule: Rule = "coop") -> Draw:
+    """Draw `shots` images of each class by `seed` and a rule; see `draw_indices`."""
     labels = {split: [row.label for row in rows] for split, rows in splits.rows.items() if split != "test"}
-    drawn = draw_indices(labels, shots, seed)
+    drawn = draw_indices(labels, shots, seed, rule)
     paths = {split: [splits.rows[split][position].path for position in chosen] for split, chosen in drawn.items()}
-    return Draw(dataset, shots, seed, splits.sha256, paths["train"], paths.get("val", []))
+    return Draw(dataset, shots, seed, splits.sha256, paths["train"], paths.get("val", []), rule)
 
 
-def read_draw(file: Path, dataset: str, splits: Splits, shots: int, seed: int) -> Draw:
+def read_draw(file: Path, dataset: str, splits: Splits, shots: int, seed: int, rule: Rule = "coop") -> Draw:
     """The draw stored in a file.
 
     Raises:
-        DataError: it is malformed, or of another data set, split, seed or number of shots.
+        DataError: it is malformed, or of another data set, split, seed, number of shots or rule.
     """
     content = read_json(file)
     try:
         stored = Draw(**content)
     except TypeError as error:
         raise DataError(f"{file} is not a stored draw (dataset, shots, seed, split_sha256, train, val)") from error
-    for key, asked in (("dataset", dataset), ("shots", shots), ("seed", seed), ("split_sha256", splits.sha256)):
+    wanted = {"dataset": dataset, "shots": shots, "seed": seed, "split_sha256": splits.sha256, "rule": rule}
+    for key, asked in wanted.items():
         if getattr(stored, key) != asked:
             raise DataError(
                 f"{file} is a draw with {key} {getattr(stored, key)!r}, but {asked!r} is asked for; name another file "

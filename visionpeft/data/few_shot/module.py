@@ -7,7 +7,7 @@ from typing import Literal
 from visionpeft.backbones.preprocessing import Resize
 from visionpeft.clip.templates import PHOTO, check_templates
 from visionpeft.data.few_shot.definitions import few_shot_datasets, find_few_shot
-from visionpeft.data.few_shot.draw import Classes, Draw, class_subset, draw, read_draw, restrict
+from visionpeft.data.few_shot.draw import Classes, Draw, Rule, class_subset, draw, read_draw, restrict
 from visionpeft.data.few_shot.splits import Place, Splits, read_image_folder, read_image_lists, read_splits
 from visionpeft.data.few_shot.templates import dataset_template
 from visionpeft.data.module import ImageDataModule
@@ -50,6 +50,8 @@ class FewShot(ImageDataModule):
         batch_size: Images in a batch.
         drop_last: Leave out the last incomplete training batch; when absent, where there is a whole one, as all
             learners do that were published on CoOp's trainer. Tip-Adapter-F and CLIP-LoRA keep it.
+        draw_rule: By whose rule images are drawn: "coop", or "clip_lora", which draws the images for selection before
+            those to train on and repeats images of a class that has too few.
 
     Raises:
         ConfigurationError: an unknown data set, or an option out of range.
@@ -76,11 +78,12 @@ class FewShot(ImageDataModule):
         augmentation: Augmentation = "random_resized_crop",
         batch_size: int = 32,
         drop_last: bool | None = None,
+        draw_rule: Rule = "coop",
         **kwargs,
     ):
         definitions = few_shot_datasets()
         key = find_few_shot(dataset, OWN)
-        _check(shots, classes, split)
+        _check(shots, classes, split, draw_rule)
         self.own_template = template is not None
         template = template or definitions.get(key, {}).get("templates", {}).get("zero_shot", PHOTO)
         check_templates(template)
@@ -96,7 +99,7 @@ class FewShot(ImageDataModule):
             place = Place(Path(root or "."), folder, image_folder, split_file)
             splits = read_splits(key, definition, place, own=split == "own", train=shots != 0)
         labels = _named(splits.class_names, class_names)
-        rows, self.draw = _drawn(key, splits, shots, seed, store)
+        rows, self.draw = _drawn(key, splits, shots, seed, store, draw_rule)
         kept = class_subset(len(labels), classes)
         sources = {name: _files(splits.folder, restrict(members, kept)) for name, members in rows.items()}
         trained = len(sources.get("train", ()))
@@ -107,6 +110,7 @@ class FewShot(ImageDataModule):
             "selected_on": "val" if "val" in sources else None,
             "shots": shots if trained else 0,
             "draw_seed": self.draw.seed if self.draw else None,
+            **({"draw_rule": draw_rule} if self.draw and draw_rule != "coop" else {}),
             "class_subset": classes,
             "split": splits.origin,
             "split_sha256": splits.sha256,
@@ -148,13 +152,15 @@ class FewShot(ImageDataModule):
         return few_shot_datasets().get(str(self.images.about["task"]), {}).get("published", {})
 
 
-def _check(shots: int | None, classes: str, split: str) -> None:
+def _check(shots: int | None, classes: str, split: str, draw_rule: str) -> None:
     if shots is not None and shots < 0:
         raise ConfigurationError(f"shots {shots} must be 1 or more, absent for all images, or 0 for none")
     if classes not in ("all", "base", "new"):
         raise ConfigurationError(f"unknown classes '{classes}': choose all, base or new")
     if split not in ("published", "own"):
         raise ConfigurationError(f"unknown split '{split}': choose published or own")
+    if draw_rule not in ("coop", "clip_lora"):
+        raise ConfigurationError(f"unknown draw_rule '{draw_rule}': choose coop or clip_lora")
 
 
 def _own(
@@ -177,7 +183,7 @@ def _named(found: list[str], given: Sequence[str] | None) -> list[str]:
 
 
 def _drawn(
-    key: str, splits: Splits, shots: int | None, seed: int, store: str | Path | None
+    key: str, splits: Splits, shots: int | None, seed: int, store: str | Path | None, rule: Rule
 ) -> tuple[dict[str, list[Row]], Draw | None]:
     """Rows by split, and the draw if one was made."""
     if "train" not in splits.rows or not shots:
@@ -188,9 +194,9 @@ def _drawn(
             raise DataError(f"there is no test split in {splits.folder}, and with shots 0 nothing else is used")
         return kept, None
     if store is not None and Path(store).is_file():
-        drawn = read_draw(Path(store), key, splits, shots, seed)
+        drawn = read_draw(Path(store), key, splits, shots, seed, rule)
     else:
-        drawn = draw(key, splits, shots, seed)
+        drawn = draw(key, splits, shots, seed, rule)
     return splits.rows | drawn.rows(splits), drawn
 
 

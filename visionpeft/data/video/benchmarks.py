@@ -77,7 +77,7 @@ class Kinetics(VideoDataModule):
 
 
 class SomethingSomethingV2(VideoDataModule):
-    """Something-Something v2 (Goyal et al. 2017, arXiv 1706.04261). Left and right matter: clips are never mirrored.
+    """Something-Something v2 (Goyal et al. 2017, arXiv 1706.04261). Left and right matter: clips are not mirrored.
 
     Annotations are `something-something-v2-{train,validation,labels}.json`, or without that prefix, in the root or its
     folder `labels`; videos are `<id>.webm` (or `.mp4`) in the root or its folder `20bn-something-something-v2`.
@@ -87,6 +87,8 @@ class SomethingSomethingV2(VideoDataModule):
         val_fraction: Share of each class of the training videos held out for selection.
         split_seed: Seed of that.
         skip_missing: Leave out videos that are not there and count them.
+        mirrored: Take a mirrored video to keep its label, so that `augmentation.flip` is allowed. It does not in
+            classes such as "Pushing something from left to right"; AIM's authors mirror half of the clips all the same.
 
     Raises:
         DataError: annotations are missing or malformed, or videos are missing.
@@ -98,6 +100,7 @@ class SomethingSomethingV2(VideoDataModule):
         val_fraction: float = 0.0,
         split_seed: int = 0,
         skip_missing: bool = False,
+        mirrored: bool = False,
         **kwargs,
     ):
         root = Path(root)
@@ -128,7 +131,7 @@ class SomethingSomethingV2(VideoDataModule):
             (val_fraction, split_seed, lambda row: row.path),
             skip_missing,
         )
-        super().__init__(videos, mirrored=False, **kwargs)
+        super().__init__(videos, mirrored=mirrored, **kwargs)
 
 
 class HMDB51(VideoDataModule):

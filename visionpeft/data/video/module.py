@@ -7,7 +7,7 @@ from visionpeft.data.ordering import EpochSampler, SceneSampler
 from visionpeft.data.records import ImageSet
 from visionpeft.data.video.dataset import VideoDataset
 from visionpeft.data.video.files import VideoFiles
-from visionpeft.data.video.transforms import ClipAugmentation, ClipTransform
+from visionpeft.data.video.transforms import ClipAugmentation, ClipTransform, Resizing
 from visionpeft.errors import ConfigurationError
 from visionpeft.models.video_sampling import FrameSampling
 
@@ -40,6 +40,7 @@ class VideoDataModule(ImageDataModule):
         seed: Of shuffling, frames and augmentation; the seed given to Lightning when absent.
         test_batch_size: Videos in a batch of the val and test splits; as `batch_size` when absent.
         shuffle_test_frames: Put the frames of test clips in a random order, to see whether their order is used.
+        resizing: "pillow", or "tensor" as in ST-Adapter's code; see `ClipTransform`.
     """
 
     def __init__(
@@ -60,11 +61,14 @@ class VideoDataModule(ImageDataModule):
         seed: int | None = None,
         test_batch_size: int | None = None,
         shuffle_test_frames: bool = False,
+        resizing: Resizing = "pillow",
     ):
         if test_crops not in (1, 3):
             raise ConfigurationError(f"test_crops {test_crops} must be 1 or 3")
         if augmentation.flip and not mirrored:
             raise ConfigurationError(f"flip changes labels of {videos.about['dataset']}; leave it off")
+        if resizing not in ("pillow", "tensor"):
+            raise ConfigurationError(f"unknown resizing '{resizing}' of frames: choose pillow or tensor")
         if batches not in ("random", "scene"):
             raise ConfigurationError(f"unknown batches '{batches}': choose random or scene")
         super().__init__(
@@ -87,6 +91,7 @@ class VideoDataModule(ImageDataModule):
         self.augmentation = augmentation
         self.test_crops = test_crops
         self.shuffle_test_frames = shuffle_test_frames
+        self.resizing = resizing
 
     @property
     def deterministic_views(self) -> None:
@@ -108,7 +113,7 @@ class VideoDataModule(ImageDataModule):
         return VideoDataset(
             self.sources[split],
             self.sampling,
-            ClipTransform(self.preprocessing, self.augmentation if split == "train" else None),
+            ClipTransform(self.preprocessing, self.augmentation if split == "train" else None, self.resizing),
             seed=self._seed(),
             crops=self.test_crops if tested else None,
             shuffle_frames=self.shuffle_test_frames and tested,
@@ -129,6 +134,7 @@ class VideoDataModule(ImageDataModule):
         """Entries of the description on how clips are made."""
         return {
             "interpolation": self.preprocessing.interpolation if self.preprocessing else None,
+            "resizing": self.resizing,
             "batches": self.batches,
             "sampling": vars(self.sampling) | {},
             "test_views": self.sampling.test_clips * self.test_crops,

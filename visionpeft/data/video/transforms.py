@@ -1,19 +1,26 @@
 """From decoded frames to a clip as the backbone wants it; what is random is drawn once for all frames of a clip."""
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data.ordering import mix
+from visionpeft.data.transforms import covering
 from visionpeft.errors import ConfigurationError
 
 LARGEST_MAGNITUDE = 10
 MAGNITUDE_BINS = 31
+Resizing = Literal["pillow", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,8 @@ class ClipAugmentation:
         flip: Mirror half of the clips. Off where left and right differ in meaning.
         randaugment: Number of operations of RandAugment (Cubuk et al. 2020, arXiv 1909.13719), before the crop.
         magnitude: Of those operations, 0 to 10.
+        policy: RandAugment of timm in place of that of torchvision, such as "rand-m7-n4-mstd0.5-inc1" (ST-Adapter on
+            Something-Something): 4 operations, each with probability .5 and a magnitude N(7, .5^2).
         erasing: Probability of setting a random rectangle to the mean colour (Zhong et al. 2020, arXiv 1708.04896).
 
     Raises:
@@ -41,6 +50,7 @@ class ClipAugmentation:
     randaugment: int = 0
     magnitude: float = 7
     erasing: float = 0.0
+    policy: str | None = None
 
     def __post_init__(self):
         if self.crop not in ("centre", "jitter", "random_resized_crop"):
@@ -54,29 +64,69 @@ class ClipAugmentation:
                 f"randaugment {self.randaugment} must be 0 or more, magnitude {self.magnitude} 0 to 10 and erasing "
                 f"{self.erasing} 0 to 1"
             )
+        if self.policy is not None:
+            if self.randaugment:
+                raise ConfigurationError("policy and randaugment are two kinds of RandAugment; leave one out")
+            _ = rand_augment_of(self.policy, 224, "bicubic")
+
+
+def rand_augment_of(policy: str, side: int, interpolation: str):
+    """timm's RandAugment on Pillow images whose short side has so many pixels.
+
+    Raises:
+        ConfigurationError: it is no policy of timm's.
+    """
+    filters = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}
+    chosen = {
+        "translate_const": int(side * 0.45),
+        "interpolation": filters.get(interpolation, Image.Resampling.BICUBIC),
+    }
+    try:
+        if not policy.startswith("rand-"):
+            raise ValueError("it begins with another word than rand")
+        for part in policy.split("-")[1:]:
+            if not part.startswith("t") and not any(map(str.isdigit, part)):
+                raise ValueError(f"'{part}' has no number")  # timm would ignore it
+        return rand_augment_transform(policy, chosen)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise ConfigurationError(
+            f"policy '{policy}' is no RandAugment of timm's ({error}); one is 'rand-m7-n4-mstd0.5-inc1'"
+        ) from error
 
 
 class ClipTransform:
     """`normalise(augment(stack of prepare(frame)))` in training, `normalise(crops(stack of prepare(frame)))` else.
 
     Frames are resized to cover the input; for training, to cover 1 / 0.875 or `jitter` times the input (256 or 257 for
-    224), so that what is kept of a frame does not depend on the size of the video.
+    224), so that what is kept of a frame does not depend on the size of the video. With `resizing="tensor"` frames for
+    training keep their size until they are cut, and all are resized by torch's `interpolate` without antialiasing, to a
+    width that is cut down to whole pixels, and kept as float32, which may lie outside of 0 to 255: as in ST-Adapter's
+    code, for those who want its numbers. By default they are resized by Pillow, antialiased and to the nearest pixel.
 
     Args:
         preprocessing: Input size, normalisation and interpolation of the backbone's pretraining.
         augmentation: Of training clips; None for clips that are scored.
+        resizing: "pillow", or "tensor" as above.
 
     Raises:
         ConfigurationError: an interpolation other than nearest, bilinear or bicubic.
     """
 
-    def __init__(self, preprocessing: Preprocessing, augmentation: ClipAugmentation | None = None):
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        augmentation: ClipAugmentation | None = None,
+        resizing: Resizing = "pillow",
+    ):
+        if resizing not in ("pillow", "tensor"):
+            raise ConfigurationError(f"unknown resizing '{resizing}' of frames: choose pillow or tensor")
         if preprocessing.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise ConfigurationError(
                 f"videos are resized by nearest, bilinear or bicubic interpolation, not {preprocessing.interpolation}"
             )
         self.interpolation = InterpolationMode(preprocessing.interpolation)
         self.augmentation = augmentation
+        self.resizing = resizing
         self.size = list(preprocessing.input_size)
         self.mean = torch.tensor(preprocessing.mean).view(3, 1, 1) * 255
         self.std = torch.tensor(preprocessing.std).view(3, 1, 1) * 255
@@ -87,7 +137,13 @@ class ClipTransform:
         self._random = None if augmentation is None else self._random_part(augmentation)
 
     def prepare(self, frame: Image.Image) -> torch.Tensor:
-        """RGB frame -> uint8 (3, h, w), with the aspect of the video, just covering the size wanted."""
+        """RGB frame -> uint8 (3, h, w), with the aspect of the video, just covering the size wanted.
+
+        With `resizing="tensor"` it is float32, or in training the frame as it is.
+        """
+        if self.resizing == "tensor":
+            pixels = F.pil_to_tensor(frame)
+            return pixels if self.augmentation is not None else cover(pixels, self.size, self.interpolation)
         height, width = self.covered
         ratio = max(height / frame.height, width / frame.width)
         size = [max(height, round(frame.height * ratio)), max(width, round(frame.width * ratio))]
@@ -96,7 +152,9 @@ class ClipTransform:
         return F.pil_to_tensor(frame)
 
     def augment(self, clip: torch.Tensor, *seeds: int) -> torch.Tensor:
-        """Random part, drawn by `seeds` alone: uint8 (T, 3, h, w) -> uint8 (T, 3, H, W)."""
+        """Random part, drawn by `seeds` alone: (T, 3, h, w) -> (T, 3, H, W), uint8 but with `resizing="tensor"`."""
+        if self.augmentation.policy is not None:
+            clip = self._by_policy(clip, int(mix(*seeds, 1)[0] >> 32))
         with torch.random.fork_rng(devices=[]):
             # The CPU generator only: torch.manual_seed would also reset the accelerator's.
             torch.default_generator.manual_seed(int(mix(*seeds)[0] >> 1))
@@ -118,8 +176,17 @@ class ClipTransform:
         return torch.stack(cuts)
 
     def normalise(self, clips: torch.Tensor) -> torch.Tensor:
-        """uint8 (..., T, 3, H, W) -> float32 (..., 3, T, H, W), `(pixel / 255 - mean) / std`."""
+        """(..., T, 3, H, W) in 0 to 255 -> float32 (..., 3, T, H, W), `(pixel / 255 - mean) / std`."""
         return clips.float().sub_(self.mean).div_(self.std).transpose(-4, -3)
+
+    def _by_policy(self, clip: torch.Tensor, seed: int) -> torch.Tensor:
+        """timm's RandAugment, drawn once for all frames of uint8 (T, 3, h, w)."""
+        operations = rand_augment_of(self.augmentation.policy, min(clip.shape[-2:]), self.interpolation.value)
+        frames = []
+        for frame in clip:
+            with seeded(seed):  # timm draws anew for each image
+                frames.append(F.pil_to_tensor(operations(F.to_pil_image(frame))))
+        return torch.stack(frames)
 
     def _random_part(self, chosen: ClipAugmentation) -> v2.Compose:
         """torchvision draws once for all frames of a clip."""
@@ -131,17 +198,75 @@ class ClipTransform:
                     chosen.randaugment, bins, MAGNITUDE_BINS, interpolation=InterpolationMode.BILINEAR, fill=self.colour
                 )
             )
+        by_tensor = self.resizing == "tensor"
+        if by_tensor:
+            steps.append(v2.ToDtype(torch.float32))
         if chosen.crop == "centre":
+            steps.extend([_Cover(self.size, self.interpolation)] if by_tensor else [])
             steps.append(v2.CenterCrop(self.size))
+        elif chosen.crop == "jitter" and by_tensor:
+            steps.extend([_JitteredCover(self.size, chosen.jitter, self.interpolation), v2.RandomCrop(self.size)])
         elif chosen.crop == "jitter":
             steps.append(_JitteredCrop(self.size, chosen.jitter, self.interpolation))
         else:
-            steps.append(v2.RandomResizedCrop(self.size, chosen.area, interpolation=self.interpolation, antialias=True))
+            cut = v2.RandomResizedCrop(
+                self.size, chosen.area, interpolation=self.interpolation, antialias=not by_tensor
+            )
+            steps.append(cut)
         if chosen.flip:
             steps.append(v2.RandomHorizontalFlip())
         if chosen.erasing:
             steps.append(v2.RandomErasing(chosen.erasing, value=self.colour))
         return v2.Compose(steps)
+
+
+def cover(clip: torch.Tensor, size: list[int], interpolation: InterpolationMode) -> torch.Tensor:
+    """Frames (..., 3, h, w) resized without antialiasing until they cover a size, float32."""
+    height, width = covering(*clip.shape[-2:], *size)
+    frames = clip.reshape(-1, *clip.shape[-3:]).float()
+    if [height, width] == list(clip.shape[-2:]):
+        return clip.float()
+    corners = {} if interpolation == InterpolationMode.NEAREST else {"align_corners": False}
+    resized = torch.nn.functional.interpolate(frames, (height, width), mode=interpolation.value, **corners)
+    return resized.reshape(*clip.shape[:-2], height, width)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the context, Python's and NumPy's generators begin at a seed; after it they go on as if nothing was."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002  (timm draws from these)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+
+
+class _Cover(torch.nn.Module):
+    """`cover` as a step."""
+
+    def __init__(self, size: list[int], interpolation: InterpolationMode):
+        super().__init__()
+        self.size = size
+        self.interpolation = interpolation
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        return cover(clip, self.size, self.interpolation)
+
+
+class _JitteredCover(_Cover):
+    """`cover` of 1 to `largest` times the size, a whole number of pixels of the height drawn uniformly."""
+
+    def __init__(self, size: list[int], largest: float, interpolation: InterpolationMode):
+        super().__init__(size, interpolation)
+        self.largest = largest
+
+    def forward(self, clip: torch.Tensor) -> torch.Tensor:
+        height, width = self.size
+        drawn = round(float(torch.empty(()).uniform_(height, round(height * self.largest))))
+        return cover(clip, [drawn, round(width * drawn / height)], self.interpolation)
 
 
 class _JitteredCrop(torch.nn.Module):

@@ -10,7 +10,7 @@ from visionpeft.data.unlabelled import find_files
 from visionpeft.data.video.dataset import VideoDataset
 from visionpeft.data.video.files import VideoFiles
 from visionpeft.data.video.reading import list_videos
-from visionpeft.data.video.transforms import ClipTransform
+from visionpeft.data.video.transforms import ClipTransform, Resizing
 from visionpeft.errors import DataError
 from visionpeft.models.video_sampling import FrameSampling
 
@@ -42,6 +42,7 @@ def videos_dataloader(
     batch_size: int = 8,
     num_workers: int = 0,
     skip_corrupt: bool = False,
+    resizing: Resizing = "pillow",
 ) -> tuple[ImageLoader, list[Path]]:
     """Batches (views float32 (B, V, 3, T, H, W), zeros (B,)) of videos in order, and the files that are in them.
 
@@ -53,6 +54,7 @@ def videos_dataloader(
         batch_size: Videos in a batch.
         num_workers: Processes that decode videos; 0 decodes in the main process.
         skip_corrupt: Leave damaged videos out, decoding each once before.
+        resizing: Of frames, as in training.
 
     Raises:
         DataError: a file is missing, or no file can be read; while iterating, a file is damaged.
@@ -64,7 +66,7 @@ def videos_dataloader(
     if not source.paths:
         raise DataError(f"none of the {len(files)} videos can be read")
     loader = ImageLoader(
-        VideoDataset(source, sampling, ClipTransform(preprocessing), crops=crops),
+        VideoDataset(source, sampling, ClipTransform(preprocessing, resizing=resizing), crops=crops),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=as_batch,
