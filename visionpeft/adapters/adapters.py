@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.economies import Economies
 from visionpeft.adapters.gradient_masks import mask_at_steps
+from visionpeft.adapters.installation import ATTRIBUTES, Anatomy, Installation
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, nearest
@@ -144,12 +145,31 @@ class Adapters(nn.ModuleDict):
         self.route: tuple[str | None, ...] | None = None
         self.was_trainable: tuple[str, ...] = ()
         self.resting: frozenset[tuple[str, str]] = frozenset()  # (adapter, parameter) frozen until it is used again
-        self.distances: dict[str, int] = {}  # of each parameter of the model from the output, in layers
+        self.backbone: Backbone | None = None  # the model as it was described when adapters were put in force
+        self.installations: dict[tuple, Installation] = {}  # what has been put in force before
+        self.anatomies: dict[str, Anatomy] = {}
+        self.used: frozenset[str] = frozenset()  # the adapters whose parameters are in use
         self.economies = Economies()
         self.recomputing: list[nn.Module] = []
         self.swapped: list[tuple[nn.Module, type]] = []
         # (owner, name, original, what is there now)
         self.replaced: list[tuple[nn.Module, str, nn.Parameter | nn.Module, nn.Parameter | nn.Module]] = []
+
+    def __getstate__(self) -> dict:
+        # A copy decides anew what acts where, in the modules of its own model.
+        return self.__dict__ | {"backbone": None, "installations": {}, "anatomies": {}}
+
+    def anatomy(self, name: str) -> Anatomy:
+        """The modules of an adapter."""
+        known = self.anatomies.get(name)
+        if known is None or known.root is not self._modules[name] or not known.holds():
+            known = self.anatomies[name] = Anatomy(self._modules[name])
+        return known
+
+    def forget(self) -> None:
+        """Put adapters in force anew from now on, and let go of those that are gone."""
+        self.installations.clear()
+        self.anatomies.clear()
 
     def _apply(self, fn: Callable, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -196,7 +216,8 @@ class Adapters(nn.ModuleDict):
         Raises:
             UnsupportedError: if it has.
         """
-        if any(cls.__name__ == "FSDPModule" for module, _ in self.swapped for cls in type(module).__mro__):
+        classes = {type(module) for module, _ in self.swapped}
+        if any(cls.__name__ == "FSDPModule" for each in classes for cls in each.__mro__):
             raise UnsupportedError(
                 "the model is sharded, so that its adapters cannot be changed; do it before fully_shard, or load the "
                 "full state dict into a model that is not sharded"
@@ -209,16 +230,8 @@ class Adapters(nn.ModuleDict):
             self.recomputing.pop().grad_checkpointing = False
         while self.swapped:
             module, original = self.swapped.pop()
-            module.__class__ = original
-            for attribute in (
-                "sites",
-                "acting",
-                "entering",
-                "copies",
-                "routed",
-                "forward_intermediates",
-                "group_matcher",
-            ):
+            object.__setattr__(module, "__class__", original)  # that of modules first asks whether it is a parameter
+            for attribute in ATTRIBUTES:
                 module.__dict__.pop(attribute, None)
 
 
@@ -298,6 +311,8 @@ def _trainable(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def _named_to_train(names: Iterable[str], backbone: Backbone) -> Iterator[str]:
+    if not (names := [*names]):
+        return
     heads = tuple(f"{path}." for path in (*backbone.heads, "peft"))
     parameters = [name for name, _ in backbone.model.named_parameters() if not name.startswith(heads)]
     for name in names:

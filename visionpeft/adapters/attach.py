@@ -11,6 +11,7 @@ from visionpeft.adapters.access import alone_with, on_model, uncompiled
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
 from visionpeft.adapters.economies import Economies
 from visionpeft.adapters.install import check_unchanged, install, parameters_in_use, remember_hosts
+from visionpeft.adapters.layer_decay import distances
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import check_product, check_products, is_quantised
@@ -71,13 +72,16 @@ def attach(
     return model
 
 
-def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
-    """Add a made adapter to the model and let it act beside the active ones. Nothing is changed if it is refused."""
+def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone, *, alone: bool = False) -> None:
+    """Add a made adapter to the model and let it act, beside the active ones or alone.
+
+    Nothing is changed if it is refused.
+    """
     with alone_with(model):
-        _register(model, name, adapter, backbone)
+        _register(model, name, adapter, backbone, alone)
 
 
-def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
+def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone, alone: bool) -> None:
     _check_name(model, name)
     with plain(model):
         check_products(model)
@@ -91,7 +95,7 @@ def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: B
     before = peft.active, peft.route
     peft[name] = adapter
     adapter.train(model.training)
-    peft.active, peft.route = (*peft.active, name), None
+    peft.active, peft.route = (name,) if alone else (*peft.active, name), None
     try:
         install(model)
     except Exception:  # whatever failed: leave the model as it was, then raise
@@ -112,6 +116,7 @@ def exchange(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
     remember_hosts(model, adapter)
     peft[name] = adapter
     adapter.train(old.training)
+    peft.forget()
     try:
         install(model)
     except Exception:  # whatever failed: leave the model as it was, then raise
@@ -129,6 +134,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         known(peft, name)
     if "merged_peft" in model.__dict__:
         reattach(model)
+    peft.forget()
     for each in list(peft) if name is None else [name]:
         del peft[each]
     peft.active, peft.route = tuple(each for each in peft.active if each in peft), None
@@ -194,6 +200,7 @@ def economise(
         for tower in towers.values():
             check_tower(tower, {index: set() for index in range(tower.depth) if chosen.need(tower, index)})
     peft.economies = chosen
+    peft.forget()
     install(model)
     return model
 
@@ -206,7 +213,7 @@ def use(model: nn.Module, names: str | Sequence[str] | None):
     context is not held up, and computes with whatever acts.
     """
     with _restoring(model):
-        _choose(uncompiled(model), names or (), None)
+        _choose(uncompiled(model), names or (), None, passing=True)
         yield model
 
 
@@ -228,7 +235,7 @@ def route(model: nn.Module, names: Sequence[str | None]):
             "let one adapter, or none, act on a whole batch call use"
         )
     with _restoring(model):
-        _choose(uncompiled(model), (), route)
+        _choose(uncompiled(model), (), route, passing=True)
         yield model
 
 
@@ -250,8 +257,8 @@ def layer_distances(model: nn.Module) -> dict[nn.Parameter, int]:
 
     For learning rates that decay from layer to layer: lr * decay ** distance.
     """
-    by_name, parameters = model.peft.distances, dict(model.peft.named_parameters())
     in_use = set(parameters_in_use(attached(model)))
+    by_name, parameters = distances(model), dict(model.peft.named_parameters())
     return {p: by_name[f"peft.{name}"] for name, p in parameters.items() if p in in_use}
 
 
@@ -325,7 +332,9 @@ def reattach(model: nn.Module) -> None:
     model.add_module("peft", peft)
 
 
-def _choose(model: nn.Module, names: str | Sequence[str], route: tuple[str | None, ...] | None) -> None:
+def _choose(
+    model: nn.Module, names: str | Sequence[str], route: tuple[str | None, ...] | None, passing: bool = False
+) -> None:
     peft = attached(model)
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in (*names, *filter(None, route or ())):
@@ -333,7 +342,7 @@ def _choose(model: nn.Module, names: str | Sequence[str], route: tuple[str | Non
     before = peft.active, peft.route
     peft.active, peft.route = tuple(dict.fromkeys(names)), route
     try:
-        install(model)
+        install(model, passing)
     except Exception:  # whatever failed: leave the model as it was, then raise
         peft.active, peft.route = before
         install(model)
@@ -344,7 +353,8 @@ def _choose(model: nn.Module, names: str | Sequence[str], route: tuple[str | Non
 def plain(model: nn.Module):
     """Within the context the model computes without adapters, whether it has any or not."""
     with alone_with(model):
-        if not has_adapters(model):
+        peft = model.peft if has_adapters(model) else None
+        if peft is None or not (peft.active or peft.route or peft.swapped):
             yield model
             return
         with use(model, None):
@@ -361,7 +371,7 @@ def _restoring(model: nn.Module):
             yield
         finally:
             peft.active, peft.route = before
-            install(model)
+            install(model, passing=True)
 
 
 def _check_name(model: nn.Module, name: str) -> None:
@@ -370,12 +380,13 @@ def _check_name(model: nn.Module, name: str) -> None:
             "the model's adapters are merged; unmerge or detach them before attaching another, or keep the merged "
             "weights for good with merge(model, keep=False)"
         )
-    for path, module in model.named_modules():
-        if path and path != "peft" and isinstance(module, Adapters) and not path.startswith("peft."):
-            raise ConfigurationError(
-                f"an adapter is already attached to the part {path.rpartition('.')[0]!r} of this model; "
-                "attach all adapters to the same module"
-            )
+    for part, child in model.named_children():
+        for path, module in child.named_modules(prefix=part) if part != "peft" else ():
+            if isinstance(module, Adapters):
+                raise ConfigurationError(
+                    f"an adapter is already attached to the part {path.rpartition('.')[0]!r} of this model; "
+                    "attach all adapters to the same module"
+                )
     if not has_adapters(model) and hasattr(model, "peft"):
         raise UnsupportedError("the model already has an attribute 'peft' that is not ours")
     if not name or "." in name or hasattr(nn.ModuleDict, name):

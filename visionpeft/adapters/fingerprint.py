@@ -105,7 +105,10 @@ def _listed(names: list[str]) -> str:
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     backbone = describe(model)
     heads = tuple(f"{path}." for path in (*backbone.heads, *backbone.unused_heads))
-    return [(name, p) for name, p in sorted(model.named_parameters()) if not name.startswith(("peft.", *heads))]
+    named = [(name, p) for name, p in model.named_parameters(recurse=False)]
+    for part, child in model.named_children():
+        named += child.named_parameters(prefix=part) if part != "peft" else ()
+    return [(name, p) for name, p in sorted(named, key=lambda entry: entry[0]) if not name.startswith(heads)]
 
 
 def _probe(parameters: list[tuple[str, nn.Parameter]]) -> list[float]:

@@ -6,51 +6,78 @@ A model without active adapters has its original classes; its parameters and hea
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
-import torch
 import torch.nn as nn
 
-from visionpeft.adapters.adapters import Adapters, AttachedAdapter, own_parameter
+from visionpeft.adapters.adapters import Adapters, AttachedAdapter, join, own_parameter
+from visionpeft.adapters.installation import Anatomy, Installation, of_swapped
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
-from visionpeft.adapters.layer_decay import GroupMatcher, distances
-from visionpeft.adapters.route import Routed, RoutedHead, check_routable, rows_of
+from visionpeft.adapters.layer_decay import GroupMatcher
+from visionpeft.adapters.route import Batch, Routed, RoutedHead, check_routable
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Located, OnPatches, Order, SitedLayer, Sites, order_of, sited_layer_class
 from visionpeft.sites.stand_ins import attributes_of, reads_copies, routes_heads, uses_head
 
+MOST_KEPT = 32  # combinations of adapters whose places in the model are kept
+
 # (tower, block, site, where the result is added) -> modules in the order in which they act
 Plan = dict[tuple[str, int | None, str, str | None], list[nn.Module]]
 
 
-def install(model: nn.Module) -> None:
-    """Make the model compute with the adapters that `model.peft` says are active, or route its batch."""
+def install(model: nn.Module, passing: bool = False) -> None:
+    """Make the model compute with the adapters that `model.peft` says are active, or route its batch.
+
+    Args:
+        model: a model with adapters.
+        passing: for a context that is left again: adapters that rest before and after are not looked at.
+    """
     # Always from the original: what was installed before is taken off first, so that nothing depends on the order in
     # which adapters were switched on and off.
     peft: Adapters = model.peft
     peft.restore()
     # A group is what acts on one part of the batch: all active adapters on all of it, or one on its samples each.
     groups = [(name,) for name in dict.fromkeys(peft.route) if name] if peft.route else [peft.active]
-    _freeze_unused(peft)
+    _freeze_unused(peft, passing)
     if not any(groups):
         return
+    # Samples may go to the same adapters in another order: that is the same but for the batch.
+    key = peft.active if peft.route is None else ("route", tuple(dict.fromkeys(peft.route)))
+    made = peft.installations.pop(key, None)
+    if made is None or not made.holds(peft):
+        made = _decide(model, groups)
+    else:
+        peft.swapped = made.put_in_force()
+    peft.installations[key] = made  # as the last one, so that the first one is that which was not used for longest
+    if len(peft.installations) > MOST_KEPT:
+        del peft.installations[next(iter(peft.installations))]
+    peft.backbone = made.backbone
+    peft.recompute_blocks(model)
+    if made.batch is not None:
+        made.batch.choose(peft.route, next(model.parameters()).device)
+
+
+def _decide(model: nn.Module, groups: list[tuple[str, ...]]) -> Installation:
+    """Put adapters in force in a model in which none acts."""
+    peft: Adapters = model.peft
     check_unchanged(model, [name for names in groups for name in names])
+    anatomy = Anatomy(model, without=peft)
     backbone = describe(model)
     plans = [plan_of(peft, names) for names in groups]
-    routed, rows = None, {}
+    batch, routed = None, None
     if peft.route is not None:
         check_routable(peft, plans, groups)
-        rows = rows_of(peft.route, next(model.parameters()).device)
-        routed = [rows[name] for (name,) in groups], len(peft.route)
+        batch = Batch()
+        routed = [name for (name,) in groups], batch
     for tower in backbone.towers.values():
         _install_tower(peft, tower, plans, routed)
-    peft.recompute_blocks(model)
-    peft.distances = distances(backbone, peft)
     if hasattr(model, "group_matcher"):
-        model.__dict__["group_matcher"] = GroupMatcher(model, peft.distances)
+        model.__dict__["group_matcher"] = GroupMatcher(model)
         peft.swapped.append((model, type(model)))
     _install_parameters(peft, model)
-    _install_heads(peft, model, backbone.heads, groups, rows)
+    _install_heads(peft, model, backbone.heads, groups, batch)
+    acting = {name: peft.anatomy(name) for names in groups for name in names}
+    return Installation(anatomy, acting, of_swapped(peft.swapped), backbone, batch)
 
 
 def plan_of(peft: Adapters, names: tuple[str, ...]) -> Plan:
@@ -261,13 +288,15 @@ def _install_heads(
     model: nn.Module,
     heads: tuple[str, ...],
     groups: list[tuple[str, ...]],
-    rows: dict[str | None, torch.Tensor],
+    batch: Batch | None,
 ) -> None:
     acting = [name for names in groups for name in names]
     for path in dict.fromkeys((*heads, *(path for name in acting for path in peft[name].heads))):
         own = model.get_submodule(path)
         if peft.route is not None:
-            peft.stand_in(own, routes_heads(type(own))).routed = RoutedHead(_head_of(peft, path), rows, len(peft.route))
+            peft.stand_in(own, routes_heads(type(own))).routed = RoutedHead(
+                _head_of(peft, path), tuple(dict.fromkeys(peft.route)), batch
+            )
         elif head_in_use(peft, path) is not None:
             _use_head(peft, own, peft[head_in_use(peft, path)].get_submodule(path))
 
@@ -285,24 +314,26 @@ def parameters_in_use(peft: Adapters) -> list[nn.Parameter]:
         for path in peft[name].heads:
             if head_in_use(peft, path) != name:
                 unused |= set(peft[name].get_submodule(path).parameters())
-    return [*dict.fromkeys(p for name in names for p in peft[name].parameters() if p not in unused)]
+    return [*dict.fromkeys(p for name in names for _, _, p in peft.anatomy(name).parameters() if p not in unused)]
 
 
-def _freeze_unused(peft: Adapters) -> None:
+def _freeze_unused(peft: Adapters, passing: bool) -> None:
     """Let `requires_grad` follow what acts: DDP waits for gradients of everything that has it.
 
     What was frozen before it came to rest stays frozen when it acts again.
     """
-    in_use, resting = set(parameters_in_use(peft)), set(peft.resting)
-    for name, adapter in peft.items():
-        for path, parameter in adapter.named_parameters():
-            if parameter not in in_use and parameter.requires_grad:
-                parameter.requires_grad_(False)
-                resting.add((name, path))
-            elif parameter in in_use and (name, path) in resting:
+    in_use, resting = {id(parameter) for parameter in parameters_in_use(peft)}, set(peft.resting)
+    used = frozenset(peft.active if peft.route is None else filter(None, peft.route))
+    for name in [name for name in peft if not passing or name in used or name in peft.used]:
+        for owner, key, parameter in peft.anatomy(name).parameters():
+            if parameter.requires_grad:
+                if id(parameter) not in in_use:
+                    parameter.requires_grad_(False)
+                    resting.add((name, join(owner, key)))
+            elif id(parameter) in in_use and (name, join(owner, key)) in resting:
                 parameter.requires_grad_(True)
-                resting.remove((name, path))
-    peft.resting = frozenset(resting)
+                resting.remove((name, join(owner, key)))
+    peft.resting, peft.used = frozenset(resting), used
 
 
 def stood_in_for(model: nn.Module) -> set[nn.Parameter]:

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
+from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone, Tower
 
 
-def distances(backbone: Backbone, peft: Adapters) -> dict[str, int]:
-    """Distance from the output of every parameter of a described model, by name; of those of the adapters, too."""
+def distances(model: nn.Module) -> dict[str, int]:
+    """Distance from the output of every parameter of a model in which adapters act, by name; of theirs, too."""
+    peft: Adapters = model.peft
+    backbone = peft.backbone or describe(model)
     depth = max(tower.depth for tower in backbone.towers.values())
     own = dict(_of_model(backbone, depth))
     found = dict(own)
@@ -69,18 +72,15 @@ class GroupMatcher:
 
     Args:
         model: the model.
-        names: distance from the output of each of its parameters.
     """
 
-    def __init__(self, model: nn.Module, names: dict[str, int]):
+    def __init__(self, model: nn.Module):
         self.model = model
-        self.names = names
-        self.last = max(names.values())
 
     def __call__(self, coarse: bool = False):
         """A function from the name of a parameter to its layer, 0 at the input; the library's patterns if coarse."""
-        return type(self.model).group_matcher(self.model, coarse=True) if coarse else self.layer
-
-    def layer(self, name: str) -> int:
-        """The layer of a parameter, 0 at the input."""
-        return self.last - self.names.get(name, self.last)
+        if coarse:
+            return type(self.model).group_matcher(self.model, coarse=True)
+        names = distances(self.model)
+        last = max(names.values())
+        return lambda name: last - names.get(name, last)

@@ -1,6 +1,6 @@
 """One adapter per sample: rows of a batch go through the modules of the adapter that serves them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -11,17 +11,27 @@ from visionpeft.sites import act_on_kv, join
 from visionpeft.sites.stand_ins import in_own_precision
 
 
-def rows_of(route: Sequence[str | None], device: torch.device) -> dict[str | None, torch.Tensor]:
-    """For each name of a route, the samples of the batch it names, as indices on the device of the model.
+class Batch:
+    """Which samples of a batch go to which adapter; what acts in a model asks for them at each use.
 
-    They are made once, when the route is chosen: made where they are used, they would be copied to the device at every
-    site of every batch.
+    Attributes:
+        size: number of samples.
+        rows: for the name of each adapter, and None for the plain backbone, the samples as indices on the device of the
+            model. Made where they are used, they would be copied to the device at every site of every batch.
     """
-    samples: dict[str | None, list[int]] = {}
-    for sample, name in enumerate(route):
-        samples.setdefault(name, []).append(sample)
-    with torch.inference_mode(False):  # a batch with gradients may be routed by what a batch without them has chosen
-        return {name: torch.tensor(group, device=device) for name, group in samples.items()}
+
+    def __init__(self):
+        self.size = 0
+        self.rows: dict[str | None, torch.Tensor] = {}
+
+    def choose(self, route: Sequence[str | None], device: torch.device) -> None:
+        """Send sample i to adapter route[i] from now on."""
+        samples: dict[str | None, list[int]] = {}
+        for sample, name in enumerate(route):
+            samples.setdefault(name, []).append(sample)
+        self.size = len(route)
+        with torch.inference_mode(False):  # a route chosen without gradients may serve a batch with them
+            self.rows = {name: torch.tensor(group, device=device) for name, group in samples.items()}
 
 
 class Routed:
@@ -30,8 +40,8 @@ class Routed:
     Args:
         groups: for each group, the modules that act here, in order.
         branch: whether the site is a branch, which `join` ends.
-        rows: for each group, the samples of the batch it serves, as `rows_of` gives them.
-        batch: size of the batch.
+        names: for each group, the adapter.
+        batch: says which samples each adapter serves.
         frames: for clips, how many rows make one sample.
     """
 
@@ -39,13 +49,13 @@ class Routed:
         self,
         groups: list[list[nn.Module]],
         branch: bool,
-        rows: list[torch.Tensor],
-        batch: int,
+        names: list[str],
+        batch: Batch,
         frames: Frames | None = None,
     ):
         self.groups = groups
         self.branch = branch
-        self.samples = rows
+        self.names = names
         self.batch = batch
         self.frames = frames
 
@@ -57,16 +67,17 @@ class Routed:
     @property
     def rows(self) -> list[torch.Tensor]:
         """For each group, the rows of the tokens it serves."""
+        samples = [self.batch.rows[name] for name in self.names]
         if self.frames is None:
-            return self.samples
+            return samples
         number = self.frames.number
-        within = torch.arange(number, device=self.samples[0].device)
-        return [(number * group[:, None] + within).flatten() for group in self.samples]
+        within = torch.arange(number, device=samples[0].device)
+        return [(number * group[:, None] + within).flatten() for group in samples]
 
     def __call__(self, *inputs):
         """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v) or (k, v, h)."""
         batched = [value for value in inputs if isinstance(value, torch.Tensor)]
-        _check_batch(self.batch, len(batched[0]) // (1 if self.frames is None else self.frames.number))
+        _check_batch(self.batch.size, len(batched[0]) // (1 if self.frames is None else self.frames.number))
         if len(inputs) in (2, 3):
             k, v, *read = inputs
             parts = [self._chain(modules, k[r], v[r], *(h[r] for h in read)) for r, modules in self._parts(k)]
@@ -128,24 +139,20 @@ class RoutedHead:
 
     Args:
         head_of: gives the head for the name of an adapter, or None for the model's own.
-        rows: for each name, the samples of the batch, as `rows_of` gives them.
-        batch: size of the batch.
+        names: the adapters, and None for the plain backbone.
+        batch: says which samples each of them serves.
     """
 
-    def __init__(
-        self,
-        head_of: Callable[[str | None], nn.Module | None],
-        rows: Mapping[str | None, torch.Tensor],
-        batch: int,
-    ):
-        self._heads = tuple((head_of(name), own_rows) for name, own_rows in rows.items())
-        self._names = tuple(rows)
+    def __init__(self, head_of: Callable[[str | None], nn.Module | None], names: Sequence[str | None], batch: Batch):
+        self._heads = tuple(head_of(name) for name in names)
+        self._names = tuple(names)
         self._batch = batch
 
     def __call__(self, x: torch.Tensor, own: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Map pooled features (batch, width) to logits (batch, classes); `own` is the model's own head."""
-        _check_batch(self._batch, len(x))
-        heads = [(head, rows.to(x.device)) for head, rows in self._heads]
+        _check_batch(self._batch.size, len(x))
+        rows_of = [self._batch.rows[name].to(x.device) for name in self._names]
+        heads = list(zip(self._heads, rows_of, strict=True))
         parts = [own(x[rows]) if head is None else in_own_precision(head, x[rows]) for head, rows in heads]
         classes = {part.shape[-1] for part in parts}
         if len(classes) > 1:

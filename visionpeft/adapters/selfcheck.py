@@ -8,6 +8,7 @@ them, so that the order of the sites and the tensor each of them stands for are 
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -19,10 +20,13 @@ from visionpeft.sites import TOKEN_SITES, SitedLayer, Sites, sited_layer_class
 
 TOLERANCE = 1e-5  # relative; library norms may compute in float32
 
+# block -> (what it was when it was found sound, the sites that were found live then)
+_SOUND: WeakKeyDictionary[torch.nn.Module, tuple[tuple, set[str]]] = WeakKeyDictionary()
+
 
 @torch.no_grad()
 def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
-    """Check each distinct kind of block among those an adapter acts in.
+    """Check each distinct kind of block among those an adapter acts in; once for blocks that stay what they are.
 
     Args:
         tower: the tower.
@@ -32,19 +36,32 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
         UnsupportedError: if a sited block computes something else than the original, or a used site has no effect.
     """
     kinds: dict[tuple, set[str]] = {}
-    examples: dict[tuple, BlockSites] = {}
+    blocks: dict[tuple, list[BlockSites]] = {}
     for index, sites in used.items():
         block = tower.blocks[index]
         if next(block.module.parameters()).is_meta:
             continue
         _require_class_forward(block)
+        state, live = _SOUND.get(block.module, (None, set()))
+        if state == _state(block) and sites <= live:
+            continue
         kind = _kind(block.module)
         kinds.setdefault(kind, set()).update(sites)
-        examples.setdefault(kind, block)
+        blocks.setdefault(kind, []).append(block)
+    if not kinds:
+        return
     # The check draws random numbers, and must not change what the caller draws next.
     with torch.random.fork_rng(devices=[]), without_global_hooks():
         for kind, sites in kinds.items():
-            _check_block(examples[kind], tower, sites)
+            _check_block(blocks[kind][0], tower, sites)
+            _SOUND.update((block.module, (_state(block), sites)) for block in blocks[kind])
+
+
+def _state(block: BlockSites) -> tuple:
+    """What the check of a block depends on: its classes and settings, and which tensors it has, written to or not."""
+    tensors = [(id(p), 0 if p.is_inference() else p._version) for p in block.module.parameters()]
+    classes = type(block.module), block.sited_class, type(block.attention), block.sited_attention_class
+    return [(each, each.forward) for each in classes], tensors, _settings(block.module)
 
 
 def _require_class_forward(block: BlockSites) -> None:
@@ -63,11 +80,15 @@ def _kind(block: torch.nn.Module) -> tuple:
     Their description does not say which of two classes of one name a part is, nor what was set on it by hand, such as
     `fused_attn` or a forward of its own.
     """
+    return repr(block), *_settings(block)
+
+
+def _settings(block: torch.nn.Module) -> list[tuple]:
     settings = []
     for path, part in block.named_modules():
         own = {k: v for k, v in vars(part).items() if k != "training" and isinstance(v, bool | int | float | str)}
-        settings.append((path, type(part), vars(part).get("forward"), tuple(sorted(own.items()))))
-    return repr(block), *settings
+        settings.append((path, type(part), id(vars(part).get("forward")), tuple(sorted(own.items()))))
+    return settings
 
 
 def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:

@@ -13,7 +13,7 @@ import torch.nn as nn
 from visionpeft import methods as method_classes
 from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, method_keys, nest, training_dtype
-from visionpeft.adapters.attach import activate, attached, known, plain, register
+from visionpeft.adapters.attach import attached, known, plain, register
 from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
 from visionpeft.adapters.fingerprint import differences, same_weights, weights_record
 from visionpeft.adapters.head_layout import head_from_layout, head_layout
@@ -91,10 +91,10 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
     description, tensors = read_described(folder, STEM, _check_description)
     methods = tuple(method_from(entry) for entry in description["methods"])
     name = name or "default"
-    check_backbone(
-        model, description["backbone"], backbone_record(model, check_fingerprint), f"the adapter in {folder}"
-    )
     with plain(model):
+        check_backbone(
+            model, description["backbone"], backbone_record(model, check_fingerprint), f"the adapter in {folder}"
+        )
         backbone = describe(model)
         try:
             adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
@@ -112,8 +112,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
         adapter.get_submodule(path).to(training_dtype(reference))
     check_tensors(tensors, adapter.state_dict(), f"the adapter in {folder}")
     adapter.load_state_dict(tensors)
-    register(model, name, adapter, backbone)
-    activate(model, name)
+    register(model, name, adapter, backbone, alone=True)
     return name
 
 
