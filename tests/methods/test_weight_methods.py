@@ -9,6 +9,7 @@ from reference.hosts import HOSTS
 from safetensors.torch import load_file
 
 import visionpeft as vp
+from visionpeft.methods.lora import LowRank
 
 HOST = {host.name: host for host in HOSTS}
 CASE = next(case for case in CASES if case.name == "vera")
@@ -309,3 +310,17 @@ def test_a_weight_of_several_layers_takes_no_change_of_one():
     vp.detach(model)
     assert torch.equal(output_of(model), output_of(build()))
     assert model.blocks[1].attn.qkv.weight is model.blocks[0].attn.qkv.weight
+
+
+@pytest.mark.parametrize(("layer", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_low_rank_beside_a_layer_of_another_precision(layer, tolerance):
+    """y + s (x A^T) B^T in the precision of y, also where A and B have another one; without the change it differs."""
+    torch.manual_seed(0)
+    module = LowRank(8, 6, rank=2, scaling=0.5, dropout=0.0)
+    torch.nn.init.normal_(module.B)
+    x, y = torch.randn(3, 5, 8, dtype=layer), torch.randn(3, 5, 6, dtype=layer)
+    found = module(x, y, None, None)
+    expected = y.double() + 0.5 * (x.double() @ module.A.double().T) @ module.B.double().T
+    assert found.dtype == layer
+    assert distance(found.double(), expected) < tolerance
+    assert distance(y.double(), expected) > 10 * tolerance
