@@ -31,7 +31,7 @@ from changed_trees import ROOT, Outcomes, Tree, copies, failing_unchanged
 from planted_faults import WIDE, WIDE_KEYWORD
 
 RESULTS = Path(__file__).with_suffix(".md")
-MATRIX = ("test_methods_reference", "test_invariants")
+MATRIX = ("test_methods_reference", "test_invariants", "test_video_methods")
 CELLS = "vit_cls and (lora_all or ssf or vpt_deep or vpt_shallow or houlsby or bit_fit or prefix)"
 
 # Module -> (test files that run whole, which tests of the matrix of hosts and methods).
@@ -48,21 +48,30 @@ NEAREST = {
         ("test_changed_model", "test_weight_methods", "test_allocation", "test_peft", "test_interoperability_peft"),
         f"{CELLS} or refusal",
     ),
-    "adapters/attach.py": (("test_one_place", "test_changed_model"), f"{CELLS} or refus or switching and vit_cls"),
+    "adapters/attach.py": (
+        ("test_one_place", "test_changed_model", "test_selfcheck"),
+        f"{CELLS} or refus or switching and vit_cls",
+    ),
     "adapters/install.py": (
         ("test_changed_model", "test_gated_vpt"),
-        f"{CELLS} or (stacking or switching) and vit_cls",
+        f"{CELLS} or (stacking or switching) and vit_cls or test_video_methods and routed",
     ),
     "adapters/key_prompts.py": (("test_block_economies",), "vpt and vit_cls"),
-    "adapters/merge.py": (("test_input_merging", "test_weight_methods"), "merge and (vit_cls or beit or vit_pre_norm)"),
+    "adapters/merge.py": (
+        ("test_input_merging", "test_weight_methods", "test_access"),
+        "merge and (vit_cls or beit or vit_pre_norm)",
+    ),
     "adapters/route.py": (("test_one_place",), "rout and (vit_cls or clip_whole) or routed_heads or refusal"),
     "adapters/storage.py": (("test_storage", "test_clip_storage", "test_fingerprint"), "(save or load) and vit_cls"),
     "adapters/described_tensors.py": (("test_storage", "test_clip_storage"), "save and vit_cls"),
-    "adapters/fingerprint.py": (("test_storage", "test_fingerprint"), "load and vit_cls"),
-    "methods/lora.py": (("test_weight_methods", "test_layer_economies", "test_method_fields"), "lora and vit_cls"),
-    "methods/ssf.py": (("test_input_merging", "test_method_fields"), "ssf and (vit_cls or vit_pre_norm)"),
-    "methods/vpt.py": (("test_gated_vpt", "test_method_fields"), "vpt and vit_cls"),
-    "methods/parts/deep_prompts.py": (("test_gated_vpt", "test_method_fields"), "vpt and (vit_cls or clip_whole)"),
+    "adapters/fingerprint.py": (("test_storage", "test_fingerprint", "test_quantised"), "load and vit_cls"),
+    "methods/lora.py": (("test_weight_methods", "test_layer_economies", "test_combine"), "lora and vit_cls"),
+    "methods/ssf.py": (("test_input_merging", "test_initial_values"), "ssf and (vit_cls or vit_pre_norm)"),
+    "methods/vpt.py": (("test_gated_vpt", "test_method_fields", "test_initial_values"), "vpt and vit_cls"),
+    "methods/parts/deep_prompts.py": (
+        ("test_gated_vpt", "test_method_fields", "test_deep_learners", "test_clip_deep_learners"),
+        "vpt and (vit_cls or clip_whole)",
+    ),
 }
 
 EQUIVALENT: dict[str, str] = {}
