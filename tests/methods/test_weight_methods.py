@@ -32,6 +32,14 @@ def attached(*methods, names=None, seed=1, head=True):
     return model.eval()
 
 
+def test_the_head_does_not_count_as_the_adapters():
+    """Counted are A and B of q and v in every block and the weight and bias of a trained norm."""
+    model = vp.attach(HOST["vit_cls"].build(), vp.LoRA(rank=2, targets=("q", "v")), train=["norm"])
+    adapter = model.peft["default"]
+    assert sum(p.numel() for p in adapter.head.parameters()) > 0
+    assert adapter.num_parameters() == len(model.blocks) * 2 * (2 * 32 + 32 * 2) + 2 * 32
+
+
 def test_dora_starts_with_the_lengths_of_the_rows():
     model = HOST["vit_cls"].build(torch.float64)
     weight = model.blocks[1].attn.qkv.weight.detach().clone()
