@@ -54,6 +54,14 @@ def test_any_value_is_used_or_refused(name, field, hosts):
     assert all(len(sentence.strip().splitlines()) == 1 for sentence in refusals)
 
 
+@pytest.mark.parametrize("counts", [{"num_text": -1}, {"num_visual": -1}, {"num_text": 0, "num_visual": 0}], ids=repr)
+def test_deep_prompts_are_counted_from_zero(counts):
+    """One of the towers may have none, but not fewer, and not both none."""
+    with pytest.raises(ConfigurationError, match=r"^DeepPrompts: num_text and num_visual"):
+        DeepPrompts(**counts)
+    assert DeepPrompts(num_text=0).towers == ["visual"]
+
+
 @pytest.mark.parametrize("cls", [*(getattr(methods, name) for name in NAMES), DeepPrompts], ids=lambda c: c.__name__)
 def test_methods_are_values(cls):
     """What several models were attached with is not changed afterwards; a copy is equal."""
