@@ -46,6 +46,14 @@ def test_site_that_reaches_nothing(model, monkeypatch):
     refuse(model, vp.LoRA(targets=("q",)), "nothing done at site 'q'")
 
 
+def test_blocks_in_which_nothing_acts_are_the_users(model):
+    """A forward that was put on a block itself hides sites, but in another block nobody needs them."""
+    model.blocks[0].forward = functools.partial(Block.forward, model.blocks[0])
+    refuse(model, vp.LoRA(blocks=[0]), "was replaced on the object itself")
+    for method in (vp.LoRA(blocks=[1]), vp.VPT(num_tokens=2, blocks=[1])):
+        vp.detach(vp.attach(model, method))
+
+
 def sited_forward(body):
     """A forward of a sited timm block, as the library's but for where `body` puts the sites."""
 

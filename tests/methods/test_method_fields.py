@@ -11,6 +11,7 @@ from conftest import CASES
 import visionpeft as vp
 from visionpeft import methods
 from visionpeft.errors import ConfigurationError, UserError
+from visionpeft.methods.parts.deep_prompts import DeepPrompts
 
 NAMES = [name for name in methods.__all__ if name != "Method"]
 FIELDS = [(name, field.name) for name in NAMES for field in dataclasses.fields(getattr(methods, name))]
@@ -51,6 +52,24 @@ def test_any_value_is_used_or_refused(name, field, hosts):
             vp.detach(model)
     assert refusals  # at least of what is of no type at all
     assert all(len(sentence.strip().splitlines()) == 1 for sentence in refusals)
+
+
+@pytest.mark.parametrize("counts", [{"num_text": -1}, {"num_visual": -1}, {"num_text": 0, "num_visual": 0}], ids=repr)
+def test_deep_prompts_are_counted_from_zero(counts):
+    """One of the towers may have none, but not fewer, and not both none."""
+    with pytest.raises(ConfigurationError, match=r"^DeepPrompts: num_text and num_visual"):
+        DeepPrompts(**counts)
+    assert DeepPrompts(num_text=0).towers == ["visual"]
+
+
+@pytest.mark.parametrize("cls", [*(getattr(methods, name) for name in NAMES), DeepPrompts], ids=lambda c: c.__name__)
+def test_methods_are_values(cls):
+    """What several models were attached with is not changed afterwards; a copy is equal."""
+    method = next((case.method for case in CASES if type(case.method) is cls), None) or cls()
+    for field in dataclasses.fields(method):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(method, field.name, getattr(method, field.name))
+    assert method == dataclasses.replace(method)
 
 
 @pytest.mark.parametrize(

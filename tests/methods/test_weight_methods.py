@@ -9,6 +9,7 @@ from reference.hosts import HOSTS
 from safetensors.torch import load_file
 
 import visionpeft as vp
+from visionpeft.methods.lora import LowRank
 from visionpeft.tasks import ImageClassification
 
 HOST = {host.name: host for host in HOSTS}
@@ -30,6 +31,14 @@ def attached(*methods, names=None, seed=1, head=True):
         randomise(model.peft[name], seed + number)
     vp.activate(model, list(model.peft))
     return model.eval()
+
+
+def test_the_head_does_not_count_as_the_adapters():
+    """Counted are A and B of q and v in every block and the weight and bias of a trained norm."""
+    model = vp.attach(HOST["vit_cls"].build(), vp.LoRA(rank=2, targets=("q", "v")), train=["norm"])
+    adapter = model.peft["default"]
+    assert sum(p.numel() for p in adapter.head.parameters()) > 0
+    assert adapter.num_parameters() == len(model.blocks) * 2 * (2 * 32 + 32 * 2) + 2 * 32
 
 
 def test_dora_starts_with_the_lengths_of_the_rows():
@@ -369,3 +378,17 @@ def test_a_run_of_an_older_version_goes_on_as_it_began():
     assert (method.prefix_gate, method.activation) == ("values", "gelu")
     gate = task.adapter.unipelt.visual["0"]["kv"]
     assert not gate.reads_attention_input
+
+
+@pytest.mark.parametrize(("layer", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_low_rank_beside_a_layer_of_another_precision(layer, tolerance):
+    """y + s (x A^T) B^T in the precision of y, also where A and B have another one; without the change it differs."""
+    torch.manual_seed(0)
+    module = LowRank(8, 6, rank=2, scaling=0.5, dropout=0.0)
+    torch.nn.init.normal_(module.B)
+    x, y = torch.randn(3, 5, 8, dtype=layer), torch.randn(3, 5, 6, dtype=layer)
+    found = module(x, y, None, None)
+    expected = y.double() + 0.5 * (x.double() @ module.A.double().T) @ module.B.double().T
+    assert found.dtype == layer
+    assert distance(found.double(), expected) < tolerance
+    assert distance(y.double(), expected) > 10 * tolerance
