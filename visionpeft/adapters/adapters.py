@@ -194,7 +194,7 @@ class Adapters(nn.ModuleDict):
         slots[name] = new
 
     def recompute_blocks(self, model: nn.Module) -> None:
-        """Let the library work out blocks again in the backward pass, if that is asked for."""
+        """Let the library compute blocks again in the backward pass, if that is asked for."""
         for module in model.modules() if self.economies.recompute == "block" else ():
             if getattr(module, "grad_checkpointing", None) is False:
                 module.grad_checkpointing = True

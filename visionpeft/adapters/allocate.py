@@ -147,7 +147,7 @@ class SquaredGradients:
             raise DataError("allocate: a gradient of the backbone is not finite on these batches")
         if not any(score.any() for score in scores.values()):
             raise ConfigurationError(
-                "allocate: all gradients of the backbone are zero, as they are behind a head that starts at zero; "
+                "allocate: all gradients of the backbone are zero, as they are after a head that starts at zero; "
                 "start the head with another initialisation (--model.head_init truncated_normal)"
             )
         return scores

@@ -179,11 +179,11 @@ def economise(
 
     Args:
         model: the model.
-        class_token_only: in the last block of an image tower that pools its class token, work out queries, projection
+        class_token_only: in the last block of an image tower that pools its class token, compute queries, projection
             and MLP for this token alone. What the blocks give, such as timm's `forward_features`, is then that token.
             It stands aside, and all tokens are there, while a hook sees them, while a batch is routed, and if an active
-            method mixes tokens behind the attention of this block; `forward_intermediates` is refused.
-        recompute: "mlp" works out the hidden activations of every MLP again in the backward pass instead of keeping
+            method mixes tokens after the attention of this block; `forward_intermediates` is refused.
+        recompute: "mlp" computes the hidden activations of every MLP again in the backward pass instead of keeping
             them, "block" all activations of every block, by the library's own gradient checkpointing.
 
     Returns:

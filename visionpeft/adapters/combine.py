@@ -114,7 +114,7 @@ def _heads(adapters: list[AttachedAdapter], weights: Mapping[str, float]) -> dic
 
 @torch.no_grad()
 def feature_mean(model: nn.Module, batches: Iterable[torch.Tensor | Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Mean over images of the features (width,) that the backbone has without adapters, in front of its head.
+    """Mean over images of the features (width,) that the backbone has without adapters, before its head.
 
     What `similar_adapters` compares. Keep that of an adapter's training images with it:
     `save(model, folder, metadata={"feature_mean": feature_mean(model, loader).tolist()})`.

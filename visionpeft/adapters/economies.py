@@ -16,8 +16,8 @@ class Economies:
     """What `visionpeft.economise` was asked for.
 
     Args:
-        class_token_only: follow only the class token behind the attention of the last block.
-        recompute: what is worked out again in the backward pass instead of being kept: "mlp", "block" or None.
+        class_token_only: follow only the class token after the attention of the last block.
+        recompute: what is computed again in the backward pass instead of being kept: "mlp", "block" or None.
     """
 
     class_token_only: bool = False
@@ -31,12 +31,12 @@ class Economies:
         """Refuse what the model does not allow.
 
         Raises:
-            UnsupportedError: `class_token_only` for a model that reads other tokens behind its last block.
+            UnsupportedError: `class_token_only` for a model that reads other tokens after its last block.
         """
         tower = towers.get("visual")
         if self.class_token_only and (tower is None or not tower.pools_class_token):
             raise UnsupportedError(
-                "class_token_only is for image towers that read nothing but the class token behind the last block; "
+                "class_token_only is for image towers that read nothing but the class token after the last block; "
                 "this one pools its tokens in another way"
             )
 
@@ -51,7 +51,7 @@ class Economies:
     def apply(self, sites: Sites, tower: Tower, index: int, acting: Acting | None) -> None:
         """Set up the sites of a block.
 
-        `class_token_only` stands aside if what acts reads other tokens behind the attention, or is routed (None).
+        `class_token_only` stands aside if what acts reads other tokens after the attention, or is routed (None).
         """
         sites.recompute_mlp = self.recompute == "mlp"
         last = self.narrows(tower) and index == tower.depth - 1
@@ -61,7 +61,7 @@ class Economies:
 
 
 def _treats_class_token_alone(acting: Acting) -> bool:
-    """Whether behind the attention every token is treated by itself."""
+    """Whether after the attention every token is treated by itself."""
     for (site, add), modules in acting.items():
         for module in modules:
             leaving = order_of(module) in (Order.LEAVE, Order.LEAVE_SPAN) and getattr(module, "tokenwise", True)

@@ -140,7 +140,7 @@ def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> N
 
 
 def _enter_tokens(peft: Adapters, tower: Tower, here: dict, routed) -> None:
-    """Let act at `tokens`: in front of the norm that precedes the blocks, or, without one, first in the first block."""
+    """Let act at `tokens`: before the norm that precedes the blocks, or, without one, first in the first block."""
     groups = here[None].pop(("tokens", None), None)
     if groups is None:
         return
@@ -192,9 +192,9 @@ def _located(here: dict, sites: Sites, prompts: list[list[nn.Module]]) -> dict:
         place = getattr(module, "located_at", None)
         if place is None:
             return module
-        # Prompts that enter later stand in front of those that are there.
-        behind = [] if place == "patches" else inside[: inside.index(place) + 1]
-        return Located(module, sites.first_patch - sum(each.num_tokens for each in behind))
+        # Prompts that enter later stand before those that are there.
+        after = [] if place == "patches" else inside[: inside.index(place) + 1]
+        return Located(module, sites.first_patch - sum(each.num_tokens for each in after))
 
     return {
         key: [[located(module, inside) for module in group] for group, inside in zip(groups, prompts, strict=True)]

@@ -2,8 +2,8 @@
 
 Prompts that enter a block and leave behind it reach the other tokens through their keys and values only. So they need
 no place in the stream: their queries, what attention gives them and their way through the MLP are never read. And what
-the whole batch shares of them is worked out once. Outputs and gradients are those of prompts in the stream. Hooks on
-the norm and the projections in front of the attention see the tokens of the backbone and not the prompts.
+the whole batch shares of them is computed once. Outputs and gradients are those of prompts in the stream. Hooks on
+the norm and the projections before the attention see the tokens of the backbone and not the prompts.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ class KeyPrompts:
     Args:
         block: the sited block, which says what its attention reads of the stream.
         prompts: the modules whose prompts they are; `prompts_for(x)` gives them (1 or batch, num_tokens, width).
-        at_entrance: what acts on tokens at `stream_in` behind the prompts' entrance.
+        at_entrance: what acts on tokens at `stream_in` after the prompts' entrance.
         at_attention: what acts on tokens at `attn_in`.
         dropouts: the dropouts on the way to keys and values, which every sample draws for itself.
     """

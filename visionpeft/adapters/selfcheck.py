@@ -137,7 +137,7 @@ def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:
 def _check_reach(y: torch.Tensor, used: list[tuple[str, "Probe"]], original: str) -> None:
     """Every shift of a used site must have a gradient; of `kv`, that of the keys and that of the values."""
     shifts = [shift for _, probe in used for shift in probe.shifts]
-    # A random direction, because a sum over the output is constant behind a norm.
+    # A random direction, because a sum over the output is constant after a norm.
     if shifts and y.requires_grad:
         grads = torch.autograd.grad(y, shifts, torch.randn_like(y), allow_unused=True)
     else:

@@ -1,4 +1,4 @@
-"""What some methods do while they are trained, besides having gradients: add to the loss, act behind a step.
+"""What some methods do while they are trained, besides having gradients: add to the loss, act after a step.
 
 The tasks do it by themselves. In a training loop of your own:
 
@@ -29,11 +29,11 @@ def penalty(model: nn.Module) -> torch.Tensor | float:
 @on_model
 @torch.no_grad()
 def after_step(model: nn.Module, step: int, total_steps: int) -> None:
-    """Let the methods of the active adapters act behind an optimiser step, while its gradients are still there.
+    """Let the methods of the active adapters act after an optimiser step, while its gradients are still there.
 
     Args:
         model: a model with adapters.
-        step: number of steps made, this one included: 1 behind the first.
+        step: number of steps made, this one included: 1 after the first.
         total_steps: steps of the whole training.
 
     Raises:

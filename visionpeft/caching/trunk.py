@@ -20,7 +20,7 @@ from visionpeft.sites import is_drawn
 class FrozenTrunk:
     """Runs a classifier of images from where its active adapters begin, on what the trunk before that gave.
 
-    It begins at the first block in which an adapter acts or trains something, behind the last block if that is only the
+    It begins at the first block in which an adapter acts or trains something, after the last block if that is only the
     norm there, and at the head if there is nothing but the head. The trunk is run by the library's own forward, which
     is left where the trunk ends.
 
@@ -28,7 +28,7 @@ class FrozenTrunk:
         model: a model with adapters and one head.
 
     Raises:
-        ConfigurationError: an active adapter acts in front of the second block, so that there is no trunk.
+        ConfigurationError: an active adapter acts before the second block, so that there is no trunk.
         UnsupportedError: the model has several towers or heads.
     """
 
@@ -75,7 +75,7 @@ class FrozenTrunk:
         return digest.hexdigest()[:32]
 
     def output(self, images: Tensor) -> Tensor:
-        """What the trunk gives: tokens (batch, tokens, width), or features (batch, features) in front of the head.
+        """What the trunk gives: tokens (batch, tokens, width), or features (batch, features) before the head.
 
         Raises:
             ConfigurationError: dropout or stochastic depth is at work in the trunk.
@@ -112,7 +112,7 @@ class FrozenTrunk:
             raise ConfigurationError("other adapters act than when the frozen trunk was made; make a new one")
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Those of the model's modules that are in the trunk; in front of the blocks are those registered before."""
+        """Those of the model's modules that are in the trunk; before the blocks are those registered before."""
         named = [*self.model.named_modules()]
         behind = set(self.model.get_submodule(self.head).modules()) | set(self.model.peft.modules())
         if self.first is not None:
@@ -194,7 +194,7 @@ def _instead(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
 
 
 def _starts(adapter: AttachedAdapter, model: nn.Module, tower: Tower) -> Iterator[int]:
-    """Where an adapter acts or trains: indices of blocks, the number of blocks for the norms behind them, else 0."""
+    """Where an adapter acts or trains: indices of blocks, the number of blocks for the norms after them, else 0."""
     places = {id(p): index for index, block in enumerate(tower.blocks) for p in block.module.parameters()}
     norms = [tower.layers[site].owner for site in tower.final_norms if site in tower.layers]
     places |= {id(p): tower.depth for norm in norms for p in norm.parameters()}

@@ -29,7 +29,7 @@ class Layout:
 
     Args:
         texts: tokens of each text.
-        pad: token id behind the end.
+        pad: token id after the end.
         length: number of tokens the text tower reads.
         packings: what the text encoder computes from the layout on a device, kept with it.
     """

@@ -213,7 +213,7 @@ class Learner(nn.Module):
         return self.kept("templates", lambda: ensemble(self.text, self.frozen_layouts, self.chunk_size, self.fast_text))
 
     def encode_text(self) -> torch.Tensor:
-        """Unit text features (classes, features), worked out anew."""
+        """Unit text features (classes, features), computed anew."""
         return unit(self.encode(self.layout, self.context()))[0]
 
     def encode(self, layout: Layout, context: torch.Tensor | None = None) -> torch.Tensor:
@@ -271,7 +271,7 @@ class Learner(nn.Module):
         train: tuple[torch.Tensor, torch.Tensor],
         validation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict:
-        """Learn what is worked out from (features (images, features), labels) and not by gradient steps.
+        """Learn what is computed from (features (images, features), labels) and not by gradient steps.
 
         Args:
             train: unit image features (images, features), or (images, views, features) of several augmented views;
@@ -302,7 +302,7 @@ class Learner(nn.Module):
         return gradient / scale
 
     def end_epoch(self, epoch: int, num_epochs: int) -> None:
-        """Called behind training epoch `epoch` of 0 .. num_epochs - 1."""
+        """Called after training epoch `epoch` of 0 .. num_epochs - 1."""
 
     def end_training(self) -> dict:
         """Called after the last epoch.
@@ -362,7 +362,7 @@ class Learner(nn.Module):
         with_graph: bool = False,
         adapters: Iterable[str] | None = None,
     ) -> Kept:
-        """Features worked out by `compute`, again only when something they depend on has changed.
+        """Features computed by `compute`, again only when something they depend on has changed.
 
         Of frozen tensors it is noticed that they were replaced or written to, but not through `.data`.
 
@@ -371,7 +371,7 @@ class Learner(nn.Module):
             compute: works them out.
             depends_on: tensors of the learner on whose values they depend, beside the CLIP and the class names.
             with_graph: compute them with gradients.
-            adapters: the adapters of the CLIP that act when they are worked out; by default those that act now.
+            adapters: the adapters of the CLIP that act when they are computed; by default those that act now.
         """
         current = [tensor.detach() for tensor in depends_on]
         acting = acting_adapters(self.clip) if adapters is None else adapters
@@ -383,7 +383,7 @@ class Learner(nn.Module):
             features, old_others, old = self._kept[key]
             if old_others == others and _same_values(old, current):
                 return features
-        # What was worked out in inference mode could not take part in a training step later.
+        # What was computed in inference mode could not take part in a training step later.
         with torch.inference_mode(False), torch.set_grad_enabled(with_graph):
             features = compute()
             self._kept[key] = (features, others, [tensor.clone() for tensor in current])

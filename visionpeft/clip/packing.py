@@ -1,4 +1,4 @@
-"""How the texts of all classes are laid out in memory: what they share once, the rest one behind the other."""
+"""How the texts of all classes are laid out in memory: what they share once, the rest one after the other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Bucket:
     """Texts whose remaining tokens are equally many: rows `start` to `start + count * length`.
 
     Args:
-        length: tokens of each text behind the shared ones.
+        length: tokens of each text after the shared ones.
         count: number of texts.
         start: row of the first token.
     """
@@ -25,7 +25,7 @@ class Bucket:
 
 
 class Rows:
-    """Tokens one behind the other, as index tensors.
+    """Tokens one after the other, as index tensors.
 
     Args:
         tokens: token ids and slots, (rows,).
@@ -86,7 +86,7 @@ class Packing:
 
     @classmethod
     def of(cls, layout: Layout, share: bool, chunk_size: int | None, device: torch.device) -> "Packing":
-        """The packing of a layout, worked out once and kept with it."""
+        """The packing of a layout, computed once and kept with it."""
         key = (share, chunk_size, str(device))
         if key not in layout.packings:
             # Lightning validates in inference mode before it trains, and inference tensors allow no gradient later.

@@ -12,7 +12,7 @@ from visionpeft.errors import ConfigurationError
 
 
 class Phrase:
-    """The words in front of the class name: [v_1 .. v_n, further words, name "."].
+    """The words before the class name: [v_1 .. v_n, further words, name "."].
 
     Args:
         learner: whose tokenizer and CLIP read the words.

@@ -1,9 +1,9 @@
 """The frozen text tower as a function of prompts: exact, and without the work that cannot matter.
 
-CLIP's text tower is causal and is read at the end token. So positions behind the end token cannot matter, and tokens
-in front of the class name that are the same for all classes give the same keys and values for all of them. `encode`
+CLIP's text tower is causal and is read at the end token. So positions after the end token cannot matter, and tokens
+before the class name that are the same for all classes give the same keys and values for all of them. `encode`
 runs those shared tokens once, lets the remaining tokens of every class attend to their keys and values, packs classes
-of different lengths one behind the other instead of padding them, and in the last block follows the end tokens alone.
+of different lengths one after the other instead of padding them, and in the last block follows the end tokens alone.
 Features and gradients are those of running every class in full. Towers for which this does not hold (not causal, pooled
 elsewhere, adapters that insert tokens) are run in full, as the library does it.
 """
@@ -118,7 +118,7 @@ class TextEncoder:
         for block in self.blocks:
             sites: Sites | None = block.__dict__.get("sites")
             for module in () if sites is None else sites.acting.get("kv", ()):
-                # keys in front of a text are among those the texts share, unless they depend on the text
+                # keys before a text are among those the texts share, unless they depend on the text
                 if not hasattr(module, "num_tokens") or getattr(module, "reads_attention_input", False):
                     return f"{type(module).__name__} acts on the keys of whole texts"
             for site, module in _token_modules(sites):
@@ -176,7 +176,7 @@ class TextEncoder:
             x = residual_block(block, x, _acting(block), lambda h, block=block: attention(block, h))
         last = self.blocks[-1]
         at = _acting(last)
-        # Behind the keys and values of the last block nothing of the shared tokens is read.
+        # After the keys and values of the last block nothing of the shared tokens is read.
         attention(last, at("attn_in", last.ln_1(at("stream_in", x))))
         return keys_and_values
 
@@ -186,7 +186,7 @@ class TextEncoder:
         shared = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
         for block, (keys, values) in zip(self.blocks, shared, strict=True):
             sites: Sites | None = block.__dict__.get("sites")
-            # A branch that starts before the attention and ends behind it needs all tokens on the way.
+            # A branch that starts before the attention and ends after it needs all tokens on the way.
             ends_only = block is self.blocks[-1] and not (sites is not None and sites.branches)
 
             def attention(h: torch.Tensor, block=block, keys=keys, values=values, ends_only=ends_only):
@@ -231,7 +231,7 @@ def _why_not_causal(module: nn.Module, pool: str) -> str | None:
     if pool not in ("argmax", "eos"):
         return f"it is read at the {pool} token"
     if getattr(module, "cls_emb", None) is not None:
-        return "a class token is behind the text"
+        return "a class token is after the text"
     mask = module.attn_mask
     if mask is None or not (mask.is_meta or torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1))):
         return "it is not causal"

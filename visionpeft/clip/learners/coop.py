@@ -84,9 +84,9 @@ def context_prompts(
 
 
 class CoOp(Learner):
-    """Learns context vectors v in front of (or around) the class name: [SOS] v_1 .. v_M name . [EOS].
+    """Learns context vectors v before (or around) the class name: [SOS] v_1 .. v_M name . [EOS].
 
-    The prompt ends with a full stop. `middle` puts the name behind the first floor(M / 2) vectors, `front` in front of
+    The prompt ends with a full stop. `middle` puts the name after the first floor(M / 2) vectors, `front` before
     all. The vectors are shared by all classes or, class-specific, each class has its own. N(0, 0.02^2), or the token
     embeddings of a phrase. Trainable: M d, or classes * M d, with text width d.
     Source: Zhou et al., Learning to Prompt for Vision-Language Models, 2021.

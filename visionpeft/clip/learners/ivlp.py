@@ -14,7 +14,7 @@ class IVLP(IndependentPrompts):
     """Learns prompts in the first blocks of both towers, each tower with its own.
 
     The text prompt v of block 0 takes the place of the first words of "a photo of a {name}."; those of later blocks
-    overwrite the same tokens in front of their block. Image prompts stand beside the patches. Behind the last block
+    overwrite the same tokens before their block. Image prompts stand beside the patches. After the last block
     with its own prompts, what came out of them goes on as ordinary tokens.
     Deep language prompting (LP) is `num_visual=0`, VPT on CLIP is `num_text=0`.
     v starts from the words, all others N(0, 0.02^2).
@@ -30,7 +30,7 @@ class IVLP(IndependentPrompts):
         num_visual: image prompts per block; 0 for none, so that the image features are fixed.
         depth_text: number of text blocks with their own prompts; None for 12, or all blocks of a shallower tower.
         depth_visual: the same for the image tower.
-        init: words in front of the class name, of which the first `num_text` are learned. If they are fewer, or None,
+        init: words before the class name, of which the first `num_text` are learned. If they are fewer, or None,
             v starts at random and no fixed words follow.
         allow_duplicates: accept two classes of one name.
 

@@ -15,8 +15,8 @@ from visionpeft.methods.parts.coupled_prompts import CoupledPrompts
 class MaPLe(Learner):
     """Learns text prompts p_i of the first blocks, from which linear maps make the image prompts: W_i p_i + b_i.
 
-    p_0 takes the place of the first words of "a photo of a {name}."; p_i of a later block overwrites the same tokens in
-    front of that block. Image prompts stand beside the patches. Behind block `depth` - 1, what came out of the last
+    p_0 takes the place of the first words of "a photo of a {name}."; p_i of a later block overwrites the same tokens
+    before that block. Image prompts stand beside the patches. After block `depth` - 1, what came out of the last
     prompts goes on as ordinary tokens.
     p_0 starts from the words, all others N(0, 0.02^2); see `CoupledPrompts` for the linear maps.
     Trainable, with text width d and image width D: depth * (num_tokens * d + d * D + D); 3,555,072 on ViT-B/16.
@@ -28,7 +28,7 @@ class MaPLe(Learner):
         class_names: names of the classes.
         num_tokens: prompts per block in each tower.
         depth: number of blocks with prompts of their own; None for 9, or all blocks of a shallower tower.
-        init: words in front of the class name, of which the first `num_tokens` are learned. If they are fewer, or None,
+        init: words before the class name, of which the first `num_tokens` are learned. If they are fewer, or None,
             p_0 starts at random and no fixed words follow.
         allow_duplicates: accept two classes of one name.
 

@@ -40,7 +40,7 @@ class ProGrad(Learner):
         tokenizer: its tokenizer.
         class_names: names of the classes.
         context_length: number M of context vectors.
-        init: a phrase to start from; None is what the (first) template has in front of the class name, or
+        init: a phrase to start from; None is what the (first) template has before the class name, or
             "a photo of a" if that is nothing.
         position: where the class name stands: "end", "middle" or "front".
         strength: how much of the opposing part is taken away; 1 leaves none, 0 is CoOp.

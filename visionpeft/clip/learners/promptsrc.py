@@ -35,7 +35,7 @@ class PromptSRC(IndependentPrompts):
         num_visual: image prompts per block.
         depth_text: number of text blocks with their own prompts; None for 9, or all blocks of a shallower tower.
         depth_visual: the same for the image tower.
-        init: words in front of the class name, of which the first `num_text` are learned. If they are fewer, or None,
+        init: words before the class name, of which the first `num_text` are learned. If they are fewer, or None,
             v starts at random and no fixed words follow.
         template: one template or several for t0, with {} for the class name, or the name of a set; by default the
             authors' 60, the first of OpenAI's 80. None is the data set's own in a run, "a photo of a {}." otherwise.
