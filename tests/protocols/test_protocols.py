@@ -21,7 +21,7 @@ from visionpeft.protocols import cells
 from visionpeft.protocols import learner_protocols as benchmarks
 from visionpeft.protocols.cells import Cell, finish, plan
 from visionpeft.protocols.figures import draw_accuracy_against_shots, draw_base_to_new, draw_transfer
-from visionpeft.protocols.learner_candidates import Candidate
+from visionpeft.protocols.learner_candidates import LearnerCandidate
 from visionpeft.protocols.tables import (
     Table,
     base_to_new_table,
@@ -174,7 +174,7 @@ def test_markdown_shows_two_decimals_and_the_template(tmp_path):
 
 
 def cell(seed=1, shots=4, **learner):
-    return Cell(Candidate("CoOp", str(learner.pop("config")), **learner), "pets", "all", shots, seed)
+    return Cell(LearnerCandidate("CoOp", str(learner.pop("config")), **learner), "pets", "all", shots, seed)
 
 
 @pytest.fixture
@@ -269,9 +269,9 @@ def test_cell_says_all_that_it_is_trained_with(config):
 
 def test_plan_trains_nothing_twice():
     learners = [
-        Candidate("CoOp", "coop.yaml"),
-        Candidate("TPT", "tpt.yaml", uses_images=False),
-        Candidate("ZeroShot", "zero.yaml", uses_images=False, uses_chance=False),
+        LearnerCandidate("CoOp", "coop.yaml"),
+        LearnerCandidate("TPT", "tpt.yaml", uses_images=False),
+        LearnerCandidate("ZeroShot", "zero.yaml", uses_images=False, uses_chance=False),
     ]
     planned = plan(learners, ["a", "b"], "all", [1, 2], [1, 2, 3])
     found = {

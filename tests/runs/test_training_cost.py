@@ -6,7 +6,7 @@ from small_runs import draw_images, results, run
 from torchmetrics.classification import MulticlassAccuracy
 
 from visionpeft.runs.test_record import TestRecord
-from visionpeft.runs.training_cost import Cost, forget_peak, peak_resident
+from visionpeft.runs.training_cost import TrainingCost, forget_peak, peak_resident
 
 MIB = 2**20
 
@@ -25,7 +25,7 @@ def test_the_peak_of_a_later_training_is_its_own(tmp_path):
 
 
 def test_the_peak_within_a_training_counts_and_a_test_does_not():
-    cost, module = Cost(), torch.nn.Linear(1, 1)
+    cost, module = TrainingCost(), torch.nn.Linear(1, 1)
     module.device = torch.device("cpu")
     cost.on_fit_start(None, module)
     large = torch.ones(2**27)  # 512 MiB
@@ -41,7 +41,7 @@ def test_the_peak_within_a_training_counts_and_a_test_does_not():
     if forget_peak():
         assert peak - peak_resident() > 400 * MIB
     # What was killed and resumed has the larger of both parts.
-    resumed = Cost()
+    resumed = TrainingCost()
     resumed.load_state_dict({"seconds": 1.0, "peak_memory": 2**50})
     resumed.on_fit_start(None, module)
     resumed.on_fit_end(None, module)

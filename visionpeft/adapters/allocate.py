@@ -14,7 +14,7 @@ from visionpeft.adapters.attach import attached, exchange, known, plain, use
 from visionpeft.backbones.dispatch import describe
 from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.methods.parts.base import Method, select_towers
-from visionpeft.methods.parts.sparse_delta import Candidate
+from visionpeft.methods.parts.sparse_delta import SparseCandidate
 
 Batch = Sequence[torch.Tensor]
 
@@ -112,7 +112,7 @@ class SquaredGradients:
 
     def __call__(
         self,
-        candidates: Mapping[str, Candidate],
+        candidates: Mapping[str, SparseCandidate],
         samples: int,
         each: bool,
         clip: float | None = None,

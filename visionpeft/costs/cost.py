@@ -25,7 +25,7 @@ from visionpeft.methods import Method
 
 
 @dataclass(frozen=True)
-class Cost:
+class MethodCost:
     """What a step on a batch of images costs, and what comes out of it.
 
     Args:
@@ -76,7 +76,7 @@ def measure(
     batch_size: int = 8,
     rounds: int = 3,
     device: str = "cpu",
-) -> Cost:
+) -> MethodCost:
     """Attach a method and measure it; the model keeps it. One that chooses by data is shown the random images.
 
     Times are medians over rounds in which the step and the frozen forward take turns: process CPU time on a CPU, which
@@ -115,7 +115,7 @@ def measure(
         steps.append(_seconds(step, device))
         with use(model, None), torch.no_grad():
             forwards.append(_seconds(lambda: model(images), device))
-    return Cost(
+    return MethodCost(
         counts=summary(model),
         batch_size=batch_size,
         gflops=gflops,

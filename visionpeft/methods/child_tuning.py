@@ -12,7 +12,7 @@ from visionpeft.backbones.tower import Tower
 from visionpeft.methods.fish_mask import highest_fisher
 from visionpeft.methods.parts.base import Method, Squares, require, require_same
 from visionpeft.methods.parts.sparse_delta import (
-    Candidate,
+    SparseCandidate,
     candidates_of,
     highest,
     index_tensors,
@@ -123,7 +123,7 @@ class ChildTuning(Method):
                 indices |= highest({name: scores[name] for name in tower}, number)
         return dataclasses.replace(self, entries={n: len(i) for n, i in indices.items()}), index_tensors(indices)
 
-    def _candidates(self, tower: Tower) -> dict[str, Candidate]:
+    def _candidates(self, tower: Tower) -> dict[str, SparseCandidate]:
         published = self.rule == "published"
         outside = "none" if published else "final_norms"
         return candidates_of(tower, range(tower.depth), norms=True, outside=outside, key_bias=published)

@@ -11,7 +11,7 @@ from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, Squares, blocks_of, require, require_same
 from visionpeft.methods.parts.sparse_delta import (
-    Candidate,
+    SparseCandidate,
     candidates_of,
     highest,
     index_tensors,
@@ -91,7 +91,7 @@ class FishMask(Method):
         indices = highest_fisher(candidates, numbers, self.samples, squares)
         return dataclasses.replace(self, entries={n: len(i) for n, i in indices.items()}), index_tensors(indices)
 
-    def _candidates(self, tower: Tower) -> dict[str, Candidate]:
+    def _candidates(self, tower: Tower) -> dict[str, SparseCandidate]:
         """What entries are chosen of."""
         model = self.among == "model"
         outside = "all" if model and self._whole(tower) else "final_norms"
@@ -100,7 +100,7 @@ class FishMask(Method):
     def _whole(self, tower: Tower) -> bool:
         return len(blocks_of(self, tower)) == tower.depth
 
-    def _number(self, tower: Tower, candidates: dict[str, Candidate], head: int) -> int:
+    def _number(self, tower: Tower, candidates: dict[str, SparseCandidate], head: int) -> int:
         """How many entries the budget leaves after a head of so many values, as the authors' code rounds it."""
         values = [tower.module.get_parameter(name) for name in tower.parameter_names()]
         if not self._whole(tower):

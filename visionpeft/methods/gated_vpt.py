@@ -22,7 +22,7 @@ TEMPERATURES = (0.01, 10.0)
 POOLINGS = ("model", "mean")
 
 
-class Gate(nn.Module):
+class PromptGate(nn.Module):
     """A branch around a block: the prompts become sigmoid(logit) * after + (1 - sigmoid(logit)) * before.
 
     Args:
@@ -129,7 +129,7 @@ class GatedVPT(Method):
         return VPT(self.num_tokens, deep=False, dropout=self.dropout, init=self.init, blocks=self.blocks)
 
     def place(self, tower: Tower) -> Iterator[Placement]:
-        """The prompts of `VPT`, a `Gate` around every block but the last, a `Temperature` at every `kv`."""
+        """The prompts of `VPT`, a `PromptGate` around every block but the last, a `Temperature` at every `kv`."""
         enter, leave = self._prompts().place(tower)
         if self.pooling == "mean":
             last = leave.block == tower.depth - 1
@@ -145,5 +145,5 @@ class GatedVPT(Method):
         for index in range(enter.block, leave.block + 1):
             yield Placement(tower.name, index, "kv", Temperature())
             if index < leave.block:
-                gate = Gate(enter.module, -self.gate)
+                gate = PromptGate(enter.module, -self.gate)
                 yield Placement(tower.name, index, "stream_in", gate, add="stream_out", name="gate")

@@ -14,7 +14,7 @@ from visionpeft.methods.lora import LowRank, concatenated
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, Squares, blocks_of, require, require_same, to_parameter_dtype
 from visionpeft.methods.parts.sparse_delta import (
-    Candidate,
+    SparseCandidate,
     candidates_of,
     index_tensors,
     indices_by_name,
@@ -164,20 +164,20 @@ class SPT(Method):
         entries = {name: len(index) for name, index in indices.items()}
         return dataclasses.replace(self, entries=entries, structured=structured), index_tensors(indices)
 
-    def _cost(self, candidates: Mapping[str, Candidate], counts: Mapping[str, int]) -> int:
+    def _cost(self, candidates: Mapping[str, SparseCandidate], counts: Mapping[str, int]) -> int:
         """Trained values if so many entries of each tensor are sensitive."""
         return sum(self._cost_of(candidates[name], number) for name, number in counts.items())
 
-    def _cost_of(self, candidate: Candidate, number: int) -> int:
+    def _cost_of(self, candidate: SparseCandidate, number: int) -> int:
         if self._is_structured(candidate, number):
             return self._structured_size(candidate.layer)
         return candidate.values.numel() if self._is_whole(candidate, number) else number
 
-    def _is_structured(self, candidate: Candidate, number: int) -> bool:
+    def _is_structured(self, candidate: SparseCandidate, number: int) -> bool:
         matrix = candidate.values.ndim > 1
         return matrix and number >= self.matrix_share * self._structured_size(candidate.layer)
 
-    def _is_whole(self, candidate: Candidate, number: int) -> bool:
+    def _is_whole(self, candidate: SparseCandidate, number: int) -> bool:
         return candidate.values.ndim == 1 and number >= self.vector_share * candidate.values.numel()
 
     def _structured_size(self, layer: Layer) -> int:

@@ -20,7 +20,7 @@ from visionpeft.methods.prefix_tuning import Prefix
 from visionpeft.sites import Order, Placement
 
 
-class Gate(nn.Module):
+class SubmoduleGate(nn.Module):
     """One number in (0, 1) for each sample: the mean over its tokens of sigmoid(w x + c).
 
     w is N(0, 0.02), c zero: about one half at the start.
@@ -46,7 +46,7 @@ class GatedLowRank(nn.Module):
     def __init__(self, low_rank: LowRank, width: int):
         super().__init__()
         self.low_rank = low_rank
-        self.gate = Gate(width)
+        self.gate = SubmoduleGate(width)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map input x (batch, tokens, in) and output y (batch, tokens, out) of the layer to the changed output."""
@@ -59,7 +59,7 @@ class GatedBottleneck(nn.Module):
     def __init__(self, bottleneck: Bottleneck, width: int):
         super().__init__()
         self.bottleneck = bottleneck
-        self.gate = Gate(width)
+        self.gate = SubmoduleGate(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens (batch, tokens, width) to the same shape."""
@@ -78,7 +78,7 @@ class GatedPrefix(nn.Module):
         self.num_tokens = prefix.num_tokens
         self.reads_attention_input = reads_attention_input
         self.prefix = prefix
-        self.gate = Gate(width)
+        self.gate = SubmoduleGate(width)
 
     def forward(
         self, k: torch.Tensor, v: torch.Tensor, h: torch.Tensor | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.files import write_json
 from visionpeft.protocols import work
-from visionpeft.protocols.learner_candidates import Candidate, on
+from visionpeft.protocols.learner_candidates import LearnerCandidate, on
 from visionpeft.runs.config_files import config_content, config_name
 from visionpeft.runs.fit import fit
 from visionpeft.sharing.run_directory import RunDirectory
@@ -97,7 +97,7 @@ class Cell:
         seed: drawn with which seed, which is also that of the training.
     """
 
-    learner: Candidate
+    learner: LearnerCandidate
     dataset: str
     classes: str
     shots: int
@@ -124,7 +124,11 @@ class Cell:
 
 
 def plan(
-    learners: Sequence[Candidate], datasets: Sequence[str], classes: str, shots: Sequence[int], seeds: Sequence[int]
+    learners: Sequence[LearnerCandidate],
+    datasets: Sequence[str],
+    classes: str,
+    shots: Sequence[int],
+    seeds: Sequence[int],
 ) -> list[Cell]:
     """All cells in order. A learner that uses no training images has 0 shots only, one without chance a single seed."""
     return [

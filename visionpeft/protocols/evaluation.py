@@ -8,7 +8,7 @@ import yaml
 from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_json
 from visionpeft.protocols.cells import Cell
-from visionpeft.protocols.learner_candidates import Candidate, dataset_keys, only_test
+from visionpeft.protocols.learner_candidates import LearnerCandidate, dataset_keys, only_test
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import record_of, setting, tested
@@ -121,7 +121,7 @@ def trained_cell(run: RunDirectory) -> Cell:
         )
     name = results["learner"]["class"]
     (dataset,) = dataset_keys([data["dataset"]])
-    return Cell(Candidate(name, str(run.config)), dataset, data["classes"], data["shots"], results["seed"])
+    return Cell(LearnerCandidate(name, str(run.config)), dataset, data["classes"], data["shots"], results["seed"])
 
 
 def row(protocol: str, cell: Cell, dataset: str, classes: str, results: dict) -> dict:

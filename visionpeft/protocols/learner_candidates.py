@@ -21,7 +21,7 @@ OF_ONE_DATASET = {
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LearnerCandidate:
     """A learner that is compared.
 
     Args:
@@ -68,7 +68,7 @@ def dataset_keys(datasets: Sequence[str]) -> list[str]:
 
 def candidates(
     configs: Sequence[str], trained: Sequence[str], classes: str, elsewhere: Sequence[list[str]], given: Sequence[str]
-) -> list[Candidate]:
+) -> list[LearnerCandidate]:
     """Build every learner and every data set once, so that a mistake shows before hours of training.
 
     Args:
@@ -131,9 +131,9 @@ def _build(arguments: list[str]) -> CLI:
     return cli
 
 
-def _describe(config: str, learner: Learner) -> Candidate:
+def _describe(config: str, learner: Learner) -> LearnerCandidate:
     fits_features = type(learner).fit_features is not Learner.fit_features
-    return Candidate(
+    return LearnerCandidate(
         type(learner).__name__,
         config,
         class_bound=learner.class_bound,
@@ -142,7 +142,7 @@ def _describe(config: str, learner: Learner) -> Candidate:
     )
 
 
-def _refuse_class_bound(found: Sequence[Candidate]) -> None:
+def _refuse_class_bound(found: Sequence[LearnerCandidate]) -> None:
     for candidate in found:
         if candidate.class_bound:
             raise ConfigurationError(

@@ -19,7 +19,7 @@ from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import batches, record_of, setting, tested
 from visionpeft.runs.tables import print_results, print_setting
 from visionpeft.runs.test_record import Record
-from visionpeft.runs.training_cost import Cost
+from visionpeft.runs.training_cost import TrainingCost
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageTask
 
@@ -56,7 +56,7 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     if first:
         print_setting(setting(task, datamodule), run.path)
 
-    cost, record = Cost(), record_of(task)
+    cost, record = TrainingCost(), record_of(task)
     callbacks = [cost, EpochHistory(run.metrics), record, *checkpoint_callbacks(run, has_validation, task.objective)]
     trainer = cli.build_trainer(
         [*callbacks, TrainingProgress()] if first else callbacks,

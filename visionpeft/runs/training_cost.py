@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 
-class Cost(pl.Callback):
+class TrainingCost(pl.Callback):
     """Measure the wall time of training and its peak memory, with validation and without the test.
 
     What the process needed before, such as for an earlier training of a protocol, does not count as far as the system
@@ -22,6 +22,11 @@ class Cost(pl.Callback):
         self.memory_kind = "process memory"
         self.started: float | None = None
         self.device: torch.device | None = None  # while training
+
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint keeps its state; that of version 0.1.0."""
+        return "Cost"
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget earlier peaks, also where no gradient step follows."""

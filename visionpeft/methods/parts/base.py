@@ -17,7 +17,7 @@ from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.addressing import select_blocks
 from visionpeft.methods.parts.field_types import fits, in_words
-from visionpeft.methods.parts.sparse_delta import Candidate
+from visionpeft.methods.parts.sparse_delta import SparseCandidate
 from visionpeft.sites import Placement, Shared
 
 
@@ -32,7 +32,7 @@ class Squares(Protocol):
 
     def __call__(
         self,
-        candidates: Mapping[str, Candidate],
+        candidates: Mapping[str, SparseCandidate],
         samples: int,
         each: bool,
         clip: float | None = None,

@@ -18,7 +18,7 @@ PARTS = ("weight", "bias")
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SparseCandidate:
     """A weight or bias some of whose entries may be trained.
 
     Args:
@@ -62,7 +62,7 @@ def candidates_of(
     *,
     outside: Literal["all", "final_norms", "none"] = "final_norms",
     key_bias: bool = False,
-) -> dict[str, Candidate]:
+) -> dict[str, SparseCandidate]:
     """Weights and biases of the linear layers of the blocks, and with `norms` those of the norms, by name.
 
     Of what is outside the blocks, the final norms belong to the last block, or all layers are there, the patch
@@ -81,13 +81,13 @@ def candidates_of(
         if is_quantised(layer.weight_tensor):
             raise UnsupportedError(f"the weight of {path} is quantised, so that single entries of it cannot be trained")
         if layer.kind != "norm" or isinstance(layer.owner, nn.LayerNorm):
-            found[f"{path}.weight"] = Candidate(index, layer, "weight")
+            found[f"{path}.weight"] = SparseCandidate(index, layer, "weight")
         if layer.bias_tensor is not None and (key_bias or layer.site != "k"):
-            found[f"{path}.bias"] = Candidate(index, layer, "bias")
+            found[f"{path}.bias"] = SparseCandidate(index, layer, "bias")
     return found
 
 
-def number_of(density: float, candidates: Mapping[str, Candidate]) -> int:
+def number_of(density: float, candidates: Mapping[str, SparseCandidate]) -> int:
     """How many entries a share of all entries is, at least one."""
     return max(1, round(density * sum(candidate.values.numel() for candidate in candidates.values())))
 
@@ -105,7 +105,7 @@ def highest(scores: Mapping[str, torch.Tensor], number: int) -> dict[str, torch.
     return found
 
 
-def indices_by_name(candidates: Mapping[str, Candidate], entries: Mapping[str, int]) -> dict[str, torch.Tensor]:
+def indices_by_name(candidates: Mapping[str, SparseCandidate], entries: Mapping[str, int]) -> dict[str, torch.Tensor]:
     """Room for so many indices of each of these tensors; what they are comes with the saved adapter."""
     for name, number in entries.items():
         if name in candidates and not 0 < number <= candidates[name].values.numel():
@@ -114,7 +114,7 @@ def indices_by_name(candidates: Mapping[str, Candidate], entries: Mapping[str, i
 
 
 def sparse_placements(
-    tower: Tower, candidates: Mapping[str, Candidate], indices: Mapping[str, torch.Tensor]
+    tower: Tower, candidates: Mapping[str, SparseCandidate], indices: Mapping[str, torch.Tensor]
 ) -> Iterator[Placement]:
     """One `SparseDelta` at every layer of which entries are chosen."""
     by_layer: dict[str, dict[str, torch.Tensor]] = {}
