@@ -29,7 +29,7 @@ def started(method, ending):
         (vp.SSF(std=0.3), ".scale", 1.0, 0.3),
         (vp.VPT(num_tokens=8, init="normal"), ".prompts", 0.0, 0.02),
     ],
-    ids=repr,
+    ids=["ssf_scale", "ssf_shift", "ssf_wide", "vpt_normal"],
 )
 def test_normal(method, ending, mean, std):
     """Mean and standard deviation within five standard errors, and as far out as a normal distribution reaches."""
@@ -50,7 +50,7 @@ def test_normal(method, ending, mean, std):
         # Kaiming-uniform with a = sqrt(5) is 1 / sqrt(inputs)
         (vp.LoRA(rank=4), ".A", 1 / math.sqrt(32)),
     ],
-    ids=repr,
+    ids=["vpt_uniform", "lora_a"],
 )
 def test_uniform(method, ending, bound):
     """Evenly between the bounds."""
