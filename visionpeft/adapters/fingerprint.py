@@ -16,6 +16,7 @@ import torch.nn as nn
 
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import full_precision
+from visionpeft.backbones.tower import Backbone
 
 PRECISIONS = ("bfloat16", "float16")
 _PROBED = 16  # values of each tensor by which a write through `.data` is noticed
@@ -32,15 +33,19 @@ def fingerprint(model: nn.Module) -> str:
     return weights_record(model)["fingerprint"]
 
 
-def weights_record(model: nn.Module) -> dict:
+def weights_record(model: nn.Module, backbone: Backbone | None = None) -> dict:
     """The entries of a saved backbone's description that say which weights it has. Hashed once for unchanged weights.
+
+    Args:
+        model: the model.
+        backbone: what `describe` says of it, if that is known.
 
     Returns:
         `fingerprint`; `fingerprint_float16`, of the values rounded to float16; `precision`, "bfloat16" or
         "float16" for a backbone kept in it, else "float32"; `parts`, by name hashes of names with shapes, of bfloat16
         and of float16 values, as three words.
     """
-    parameters = _parameters(model)
+    parameters = _parameters(model, backbone)
     state = [(name, id(p), p.data_ptr(), p._version, p.dtype, p.shape) for name, p in parameters]
     state.append(_probe(parameters))
     last = _LAST.get(model)
@@ -102,8 +107,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    backbone = describe(model)
+def _parameters(model: nn.Module, backbone: Backbone | None = None) -> list[tuple[str, nn.Parameter]]:
+    backbone = backbone or describe(model)
     heads = tuple(f"{path}." for path in (*backbone.heads, *backbone.unused_heads))
     named = [(name, p) for name, p in model.named_parameters(recurse=False)]
     for part, child in model.named_children():

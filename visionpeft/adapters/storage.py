@@ -20,6 +20,7 @@ from visionpeft.adapters.head_layout import head_from_layout, head_layout
 from visionpeft.adapters.install import check_unchanged
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
+from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, StorageError, UserError, nearest
 from visionpeft.extensions import classes_by_name
 from visionpeft.methods.parts.base import Method
@@ -92,10 +93,9 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
     methods = tuple(method_from(entry) for entry in description["methods"])
     name = name or "default"
     with plain(model):
-        check_backbone(
-            model, description["backbone"], backbone_record(model, check_fingerprint), f"the adapter in {folder}"
-        )
         backbone = describe(model)
+        actual = backbone_record(model, check_fingerprint, backbone)
+        check_backbone(model, description["backbone"], actual, f"the adapter in {folder}")
         try:
             adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
             adapter.heads = tuple(description["heads"])
@@ -143,15 +143,21 @@ def package_versions() -> dict[str, str]:
     return {package: version(package) for package in packages if find_spec(_MODULES.get(package, package))}
 
 
-def backbone_record(model: nn.Module, with_fingerprint: bool = True) -> dict:
-    """Where a backbone comes from, what it is and, unless left out, the fingerprint of its weights."""
-    backbone = describe(model)
+def backbone_record(model: nn.Module, with_fingerprint: bool = True, backbone: Backbone | None = None) -> dict:
+    """Where a backbone comes from, what it is and, unless left out, the fingerprint of its weights.
+
+    Args:
+        model: the model.
+        with_fingerprint: whether to hash its weights.
+        backbone: what `describe` says of it, if that is known.
+    """
+    backbone = backbone or describe(model)
     source = getattr(model, "backbone_source", None) or {"library": backbone.library, "name": backbone.name}
     record = {"source": source, "class": type(model).__name__, "architecture": backbone.name}
     if not with_fingerprint:
         return record | {"fingerprint": None}
     with plain(model):
-        return record | weights_record(model)
+        return record | weights_record(model, backbone)
 
 
 def check_backbone(model: nn.Module, saved: dict, actual: dict, what: str) -> None:
