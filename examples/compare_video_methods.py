@@ -32,7 +32,7 @@ METHODS = {
     "AdaptFormer in each frame, 64": (vp.AdaptFormer(bottleneck=64), 3e-3),
     "VPT-deep in each frame, 10 tokens": (vp.VPT(num_tokens=10), 5e-3),
     "ST-Adapter, 96, both positions": (
-        vp.STAdapter(bottleneck=96, positions=("before_attention", "before_mlp")),
+        vp.STAdapter(bottleneck=96, positions=("before_attention", "before_mlp"), norm_of_mean=False),
         3e-3,
     ),
     "AIM, two temporal adapters": (vp.AIM(num_temporal=2, scale=1.0, drop_path=0.0, num_frames=FRAMES), 1.5e-3),

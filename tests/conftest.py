@@ -106,6 +106,7 @@ CASES = [
     Case("houlsby", vp.Adapter(bottleneck=4, placement="houlsby")),
     Case("houlsby_learned", vp.Adapter(bottleneck=3, placement="houlsby", scale="learned", activation="silu")),
     Case("pfeiffer", vp.Adapter(bottleneck=4, placement="pfeiffer")),
+    Case("houlsby_scaled", vp.Adapter(bottleneck=4, placement="houlsby", after_scaling=True)),
     Case("parallel", vp.Adapter(bottleneck=4, placement="parallel")),
     Case("pre", vp.Adapter(bottleneck=4, placement="pre")),
     Case("adapter_plus", vp.Adapter(bottleneck=4, placement="adapter_plus")),
@@ -135,7 +136,7 @@ CASES = [
     Case("fact_tucker", vp.FacT(2, "tk", targets=("k", "v", "fc1", "fc2")), identity=True, mergeable=True),
     Case("dora", vp.DoRA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True),
     Case("vera", vp.VeRA(rank=5, targets=EVERY_MATRIX, seed=3), identity=True, mergeable=True),
-    Case("ada_lora", vp.AdaLoRA(rank=2, initial_rank=3), identity=True, mergeable=True),
+    Case("ada_lora", vp.AdaLoRA(rank=2, initial_rank=3, alpha=6), identity=True, mergeable=True),
     Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True),
     Case("krona_shape", vp.KronA(shape=(4, 8)), identity=True, mergeable=True),
     Case("kadaptation", vp.KAdaptation(terms=4, rank=2, targets=EVERY_MATRIX), identity=True, mergeable=True),
@@ -143,6 +144,10 @@ CASES = [
     Case("compacter_pfeiffer", vp.Compacter(bottleneck=8, terms=4, placement="pfeiffer", activation="silu")),
     Case("mam", vp.MAM(num_tokens=3, bottleneck=8)),
     Case("unipelt", vp.UniPELT(rank=2, alpha=6, num_tokens=3, bottleneck=4)),
+    Case(
+        "unipelt_values",
+        vp.UniPELT(rank=2, num_tokens=2, bottleneck=3, prefix_gate="values", activation="gelu", init="lora"),
+    ),
 ]
 
 
@@ -158,9 +163,13 @@ def can_be_merged(method):
 
 # methods for clips, which models of single images refuse
 VIDEO_CASES = [
-    Case("st_adapter", vp.STAdapter(bottleneck=6), identity=True),
-    Case("st_adapter_both", vp.STAdapter(5, positions=("before_attention", "before_mlp")), identity=True),
-    Case("st_adapter_spatial", vp.STAdapter(4, kernel=(3, 3, 3), positions=("before_mlp",)), identity=True),
+    Case("st_adapter", vp.STAdapter(bottleneck=6)),  # at the start the norm of the mean, not the mean of norms
+    Case(
+        "st_adapter_both",
+        vp.STAdapter(5, positions=("before_attention", "before_mlp"), norm_of_mean=False),
+        identity=True,
+    ),
+    Case("st_adapter_spatial", vp.STAdapter(4, kernel=(3, 3, 3), positions=("before_mlp",))),
     Case("aim", vp.AIM(num_frames=3), identity=True),
     Case("aim_two", vp.AIM(num_frames=3, num_temporal=2, scale=1.0, ratio=0.5), identity=True),
 ]

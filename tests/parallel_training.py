@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import visionpeft as vp
+from visionpeft.adapters import gradient_masks
 
 NAMES = ("vpt_deep", "lora_all", "ssf", "adapt_former", "prefix", "bit_fit", "dora", "ia3")
 KINDS = ("alone", "ddp", "fsdp")
@@ -105,6 +106,33 @@ def refusals():
     return said
 
 
+def child_tuning(kind, rank, processes, common=True):
+    """The trained tensors after steps of Child-Tuning F, with another state of the generator in each process."""
+    torch.manual_seed(0)
+    model = vp.attach(HOST.build(torch.float64), vp.ChildTuning("F", share=0.5)).train()
+    arranged = arrange(model, kind)
+    optimiser = torch.optim.SGD(vp.trainable_parameters(model), lr=0.05, momentum=0.9)
+    mine = slice(0, BATCH) if kind == "alone" else slice(rank * BATCH // processes, (rank + 1) * BATCH // processes)
+    torch.manual_seed(rank)
+    agreed = gradient_masks._common_seed
+    if not common:  # as each process would draw for itself
+        gradient_masks._common_seed = lambda device: int(torch.randint(2**62, (1,)))
+    for step in range(STEPS):
+        images, labels = HOST.inputs(BATCH, torch.float64, step), torch.arange(BATCH) % 5
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(arranged(images[mine]), labels[mine]).backward()
+        optimiser.step()
+    gradient_masks._common_seed = agreed
+    kept = torch.tensor([[(g != 0).sum(), g.numel()] for g in map(local, vp.trainable_parameters(model))]).sum(0)
+    tensors = {name: whole(value) for name, value in model.peft["default"].state_dict().items()}
+    return tensors | {"share": kept[0] / kept[1]}
+
+
+def local(parameter):
+    """The gradient of a parameter that this process holds."""
+    return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+
+
 def main(rank, processes, folder):
     """Train every method in every way and write what came out."""
     rank, processes, folder = int(rank), int(processes), Path(folder)
@@ -117,7 +145,9 @@ def main(rank, processes, folder):
     )
     cases = [case for case in CASES if case.name in NAMES]
     results = {(case.name, kind): train(case, kind, rank, processes) for case in cases for kind in KINDS}
-    torch.save({"results": results, "refusals": refusals()}, folder / f"{rank}.pt")
+    child = {kind: child_tuning(kind, rank, processes) for kind in KINDS}
+    child["apart"] = child_tuning("ddp", rank, processes, common=False)
+    torch.save({"results": results, "child": child, "refusals": refusals()}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 

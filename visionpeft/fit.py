@@ -3,11 +3,12 @@
 import sys
 
 from visionpeft.runs.command import command
+from visionpeft.runs.options import answer_at_once
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command `python -m visionpeft.fit`; returns the exit code."""
-    return command("visionpeft.runs.fit:fit", arguments)
+    return command("visionpeft.runs.fit:fit", arguments, answer_at_once)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from reference import addresses_of, forward
 from reference.hosts import HOSTS
 from safetensors.torch import load_file
 from small_runs import arguments, draw_images, results, run
+from timm.layers import DropPath
 
 import visionpeft as vp
 from visionpeft import fit
@@ -48,26 +50,31 @@ def allocated(method, batches=None, dtype=torch.float64):
 # an independent choice: gradients of the transcription of the backbone
 
 
-def squares(groups):
-    """{name: sum of squared gradients} of the mean cross-entropy of each group of images."""
+def squares(groups, clip=None, head=None, embedding=False):
+    """{name: sum of squared gradients} of the mean cross-entropy of each group of images, each tensor's clipped."""
     plain = VIT.build(torch.float64)
+    if head is not None:
+        plain.head.load_state_dict(head.state_dict())
     weights = {k: v.clone().requires_grad_() for k, v in plain.state_dict().items()}
-    sums = {k: torch.zeros_like(v) for k, v in weights.items()}
+    found = {}
     for group in groups:
         logits = forward(plain, images()[group], weights=weights)
         loss = -torch.log_softmax(logits, dim=-1)[range(len(group)), LABELS[group]].mean()
-        for key, gradient in zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True):
-            sums[key] += gradient**2
-    found = {}
-    for (block, site), address in addresses_of(plain, "visual").items():
-        if address.weight not in sums or site in ("patch_embed", "norm_pre"):
-            continue
-        path = f"visual.{site}" if block is None else f"visual.{block}.{site}"
-        weight, bias = address.read(sums)
-        found[f"{path}.weight"] = weight
-        if site != "k":
-            found[f"{path}.bias"] = bias
+        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        for (block, site), address in addresses_of(plain, "visual").items():
+            if address.weight not in gradients or (site == "patch_embed" and not embedding):
+                continue
+            path = f"visual.{site}" if block is None else f"visual.{block}.{site}"
+            for part, gradient in zip(("weight", "bias"), address.read(gradients), strict=True):
+                if clip is not None:
+                    gradient = gradient * min(1.0, clip / gradient.square().sum().sqrt().item())
+                found[f"{path}.{part}"] = found.get(f"{path}.{part}", 0) + gradient**2
     return found
+
+
+def without_key_biases(scores):
+    """The scores but those of biases of keys, which are zero."""
+    return {name: score for name, score in scores.items() if not name.endswith(".k.bias")}
 
 
 def chosen(model, method):
@@ -91,19 +98,110 @@ def largest(scores, number):
 
 def test_fish_mask_has_the_largest_fisher_information():
     """The entries with the largest sums over samples of squared gradients of single samples."""
-    model = allocated(vp.FishMask(density=0.03))
-    scores = squares([[i] for i in range(6)])
+    model = allocated(vp.FishMask(density=0.03, among="blocks"))
+    scores = without_key_biases(squares([[i] for i in range(6)]))
     number = round(0.03 * sum(score.numel() for score in scores.values()))
     assert chosen(model, "fish_mask") == largest(scores, number)
-    assert chosen(model, "fish_mask") != largest(squares([[0, 1, 2, 3], [4, 5]]), number)
+    assert chosen(model, "fish_mask") != largest(without_key_biases(squares([[0, 1, 2, 3], [4, 5]])), number)
+
+
+def test_fish_mask_counts_the_whole_model():
+    """As in the paper's code: a share of all parameters, the head's first; the patch embedding is ranked, too."""
+    head = 5 * 32 + 5
+    total = sum(p.numel() for p in VIT.build().parameters())
+    model = allocated(vp.FishMask(density=0.03))
+    scores = squares([[i] for i in range(6)], embedding=True)
+    assert chosen(model, "fish_mask") == largest(scores, int(0.03 * total) - head)
+    assert any("patch_embed.weight" in name for name in chosen(model, "fish_mask"))
+    trained = sum(p.numel() for p in model.peft["default"].parameters())
+    assert trained == int(0.03 * total)
+    among = allocated(vp.FishMask(density=0.03, among="blocks"))
+    assert sum(p.numel() for p in among.peft["default"].parameters()) != trained
+    part = allocated(vp.FishMask(density=0.03, blocks=[0]))
+    of_part = {name: s for name, s in scores.items() if name.startswith("visual.0.")}
+    number = int(0.03 * (sum(s.numel() for s in of_part.values()) + head)) - head
+    assert chosen(part, "fish_mask") == largest(of_part, number)
+
+
+def test_a_head_larger_than_the_budget_of_fish_mask_is_refused():
+    model = vp.attach(VIT.build(), vp.FishMask(density=0.003))
+    with pytest.raises(vp.ConfigurationError, match=r"the head has 165 values, which are counted in the budget of \d+"):
+        vp.allocate(model, [(images(torch.float32), LABELS)])
+    assert model.peft["default"].pending
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_entries_of_the_patch_embedding_act_and_merge(autocast):
+    """W + D of a convolution, against torch's own convolution with the changed kernel."""
+    model = allocated(vp.FishMask(density=0.03))
+    delta = model.peft["default"].fish_mask.visual.patch_embed
+    kernel, bias = (p.detach().clone() for p in model.patch_embed.proj.parameters())
+    with torch.no_grad():
+        delta.weight.normal_()
+        kernel.view(-1)[delta.weight_index.long()] += delta.weight
+        if delta.bias is not None:
+            bias[delta.bias_index.long()] += delta.bias.normal_()
+        expected = F.conv2d(images(), kernel, bias, stride=8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = model.patch_embed.proj(images())
+        assert torch.allclose(found.double(), expected, rtol=0, atol=0.05 if autocast else 1e-12)
+        assert not torch.allclose(
+            found.double(),
+            F.conv2d(images(), *VIT.build(torch.float64).patch_embed.proj.parameters(), stride=8),
+            atol=0.1,
+        )
+    vp.merge(model)
+    assert torch.allclose(model.patch_embed.proj.weight, kernel, rtol=1e-14)
 
 
 def test_child_d_has_the_largest_fisher_information():
     """Of the first samples only, if so many are asked for, also in the middle of a batch."""
-    model = allocated(vp.ChildTuning("D", share=0.1, samples=3))
-    scores = squares([[0], [1], [2]])
+    model = allocated(vp.ChildTuning("D", share=0.1, samples=3, rule="formula"))
+    scores = without_key_biases(squares([[0], [1], [2]]))
     number = round(0.1 * sum(score.numel() for score in scores.values()))
     assert chosen(model, "child_tuning") == largest(scores, number)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_child_d_as_published(share):
+    """Gradients of batches, each tensor's clipped to one; above NumPy's percentile of all block parameters."""
+    model = VIT.build(torch.float64)
+    vp.attach(model, vp.ChildTuning("D", share=share))
+    with torch.no_grad():
+        model.peft["default"].head.weight.mul_(40)  # so that clipping acts
+    head = model.peft["default"].head
+    x = images()
+    vp.allocate(model, [(x[:4], LABELS[:4]), (x[4:], LABELS[4:])])
+
+    def expected(clip, groups=((0, 1, 2, 3), (4, 5))):
+        scores = squares([list(group) for group in groups], clip, head)
+        scores = {name: score for name, score in scores.items() if not name.startswith("visual.norm")}
+        border = np.percentile(np.concatenate([s.flatten().numpy() for s in scores.values()]), (1 - share) * 100)
+        found = {name: (s.flatten() >= border).nonzero().flatten().tolist() for name, s in scores.items()}
+        return {name: indices for name, indices in found.items() if indices}
+
+    assert chosen(model, "child_tuning") == expected(clip=1.0)
+    assert chosen(model, "child_tuning") != expected(clip=None)
+    assert chosen(model, "child_tuning") != expected(clip=1.0, groups=[[i] for i in range(6)])
+    inside = {f"trained.{n}" for n, _ in VIT.build().named_parameters() if not n.startswith(("blocks.", "head."))}
+    trained = {n for n, _ in model.peft["default"].named_parameters() if not n.startswith(("child_tuning.", "head."))}
+    assert trained == inside >= {"trained.cls_token", "trained.pos_embed", "trained.norm.weight"}
+    assert not model.peft["default"].masked  # these are trained whole
+
+
+@pytest.mark.parametrize("rule", ["published", "formula"])
+def test_child_d_measures_as_published_with_what_is_drawn(rule):
+    """Stochastic depth acts while the published rule measures, and not while the formula is measured."""
+    seen = []
+    model = VIT.build(torch.float64)
+    for block in model.blocks:
+        block.drop_path1 = DropPath(0.3)
+        block.drop_path1.register_forward_hook(lambda module, args, output: seen.append(module.training))
+    vp.attach(model, vp.ChildTuning("D", share=0.1, rule=rule))
+    model.eval()
+    vp.allocate(model, [(images(), LABELS)])
+    assert set(seen) == {rule == "published"}
+    assert not any(module.training for module in model.modules())
 
 
 def test_pafi_has_the_smallest_magnitudes():
@@ -125,7 +223,7 @@ def test_pafi_has_the_smallest_magnitudes():
 def test_spt_spends_its_budget(budget, structure):
     """The allocation of the largest number of sensitive entries whose cost is within the budget, found one by one."""
     model = allocated(vp.SPT(budget=budget, rank=2, structure=structure, matrix_share=0.3, vector_share=0.5))
-    scores = squares([[0, 1, 2, 3], [4, 5]])
+    scores = without_key_biases(squares([[0, 1, 2, 3], [4, 5]]))
     sizes = {}
     for name, score in scores.items():
         if score.ndim == 2:
@@ -232,7 +330,7 @@ def test_data_that_tell_nothing_are_refused():
     bad[1, 0, 0, 0] = math.nan
     for batches, zero in (([], False), ([(x, LABELS)], True), ([(bad, LABELS)], False)):
         model = VIT.build()
-        vp.attach(model, vp.FishMask())
+        vp.attach(model, vp.FishMask(density=0.03))
         if zero:
             torch.nn.init.zeros_(model.peft["default"].head.weight)
         with pytest.raises(UserError):
@@ -254,7 +352,7 @@ def test_which_adapter_sees_the_data():
     """With two that wait, the name decides."""
     model = VIT.build()
     for name in ("a", "b"):
-        vp.attach(model, vp.FishMask(), name)
+        vp.attach(model, vp.FishMask(density=0.03), name)
         vp.disable(model)
     with pytest.raises(UserError, match="name="):
         vp.allocate(model, [(images(torch.float32), LABELS)])
@@ -268,7 +366,10 @@ def test_which_adapter_sees_the_data():
 @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
 @pytest.mark.parametrize("name", ["pafi", "fish_mask", "child_d"])
 def test_other_entries_do_not_move(name, optimiser):
-    """After steps with momentum and strong weight decay, exactly the chosen entries differ from the backbone's."""
+    """After steps with momentum and strong weight decay, exactly the chosen entries differ from the backbone's.
+
+    Child-Tuning D as published trains what is outside the blocks whole.
+    """
     model = VIT.build()
     method = vp.PaFi(density=0.02) if name == "pafi" else BY_NAME[name].method
     vp.attach(model, method)
@@ -291,7 +392,7 @@ def test_other_entries_do_not_move(name, optimiser):
     moved = 0
     for (block, site), address in addresses_of(VIT.build(), "visual").items():
         path = f"visual.{site}" if block is None else f"visual.{block}.{site}"
-        if address.weight not in base:
+        if address.weight not in base or (name == "child_d" and block is None):
             continue
         for part, new, old in zip(("weight", "bias"), address.read(found), address.read(base), strict=True):
             differing = (new != old).flatten().nonzero().flatten().tolist()
@@ -366,49 +467,111 @@ def test_what_can_be_made_again_is_not_kept():
 # Child-Tuning F
 
 
-def gradients(model):
-    """Gradients of the trained copies, with one mask."""
+def passed(model, number=1):
+    """Gradients of what is trained, head included, summed over so many passes over different images."""
+    model.zero_grad()
+    for i in range(number):
+        F.cross_entropy(model(VIT.inputs(6, seed=4 + i)), LABELS).backward()
+    return {n: p.grad.clone() for n, p in model.peft["default"].named_parameters()}
+
+
+def child_f(share=0.25):
+    """A model, and an optimiser whose steps change nothing, so that gradients can be compared."""
+    model = vp.attach(VIT.build(), vp.ChildTuning("F", share=share)).eval()
+    return model, torch.optim.SGD(vp.trainable_parameters(model), lr=0.0)
+
+
+def masks_of(model, optimiser, whole):
+    """Which entries of the gradient a step leaves, at 1 / share of what they were; the others are zero."""
+    before = {n: g.clone() for n, g in whole.items()}
+    optimiser.step()
+    kept = {}
+    for name, parameter in model.peft["default"].named_parameters():
+        kept[name] = parameter.grad != 0
+        expected = torch.where(kept[name], 4 * before[name], torch.zeros_like(before[name]))
+        assert torch.allclose(parameter.grad, expected, rtol=1e-5, atol=1e-9), name
+    return kept
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_child_f_masks_once_for_each_step(passes):
+    """An entry of what the passes have summed is 0 or g / share, that of the head, too, and anew for each step."""
+    model, optimiser = child_f()
     torch.manual_seed(0)
-    model.zero_grad()
-    F.cross_entropy(model(images(torch.float32)), LABELS).backward()
-    return {n: p.grad for n, p in model.peft["default"].trained_parameters()}
+    masks = [masks_of(model, optimiser, passed(model, passes)) for _ in range(2)]
+    for kept in masks:
+        counted = {n: (k.sum().item(), k.numel()) for n, k in kept.items() if n.endswith("weight")}
+        share = sum(n for n, _ in counted.values()) / sum(n for _, n in counted.values())
+        assert 0.24 < share < 0.26  # a mask drawn in each pass would keep more: 58 % of sums of three
+        assert 0.1 < counted["head.weight"][0] / counted["head.weight"][1] < 0.4
+    assert any(not torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
+    whole = passed(model, passes)
+    assert all((g != 0).float().mean() > 0.9 for n, g in whole.items() if n.endswith("fc1.weight"))  # none in a pass
 
 
-def test_child_f_masks_gradients():
-    """In training mode an entry of the gradient is 0 or g / share, anew for each pass; in evaluation mode it is g."""
-    model = VIT.build()
-    vp.attach(model, vp.ChildTuning("F", share=0.25))
-    model.eval()
-    whole = {n: g.clone() for n, g in gradients(model).items()}
-    model.train()
-    masked = {n: g.clone() for n, g in gradients(model).items()}
-    kept = total = 0
-    for name, gradient in masked.items():
-        expected = torch.where(gradient != 0, 4 * whole[name], torch.zeros_like(gradient))
-        assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-7), name
-        kept, total = kept + (gradient != 0).sum().item(), total + gradient.numel()
-    assert 0.24 < kept / total < 0.26
-    torch.manual_seed(1)
+def test_child_f_steps_like_the_published_optimiser():
+    """AdamW on M g / share, as written by the authors within the step: moments see the masked gradient."""
+    model, _ = child_f()
+    twin = vp.attach(VIT.build(), vp.FullFineTuning()).eval()
+    pair = [torch.optim.AdamW(vp.trainable_parameters(m), lr=0.01, weight_decay=0.1) for m in (model, twin)]
+    torch.manual_seed(0)
+    for _ in range(3):
+        passed(model)
+        pair[0].step()
+        for mine, other in zip(vp.trainable_parameters(model), vp.trainable_parameters(twin), strict=True):
+            other.grad = mine.grad.clone()
+        pair[1].step()
+    for mine, other in zip(vp.trainable_parameters(model), vp.trainable_parameters(twin), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_child_f_masks_after_clipping():
+    """The clipped gradient is masked; masked first, it would be clipped to the norm that was asked for."""
+    model, optimiser = child_f()
+    passed(model)
+    parameters = vp.trainable_parameters(model)
+    torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
+    clipped = {n: p.grad.clone() for n, p in model.peft["default"].named_parameters()}
+    masks_of(model, optimiser, clipped)
+    norm = torch.stack([p.grad.norm() for p in parameters]).norm().item()
+    assert 1.5e-3 < norm < 2.5e-3  # 1 / share times as large in a quarter of the entries
+
+
+def test_child_f_masks_gradients_that_a_closure_makes():
+    """As Lightning calls its optimisers: the gradients come into being within the step."""
+    model, optimiser = child_f()
+    whole = passed(model)
     model.zero_grad()
-    F.cross_entropy(model(images(torch.float32)), LABELS).backward()
-    name = "blocks.0.attn.qkv.weight"
-    assert not torch.equal(model.peft["default"].get_parameter(f"trained.{name}").grad != 0, masked[name] != 0)
-    head = model.peft["default"].head.weight.grad
-    assert (head != 0).all()
+
+    def closure():
+        passed(model)
+        return torch.zeros(())
+
+    for step in (lambda: optimiser.step(closure), lambda: optimiser.step(closure=closure)):
+        step()
+        kept = sum((p.grad != 0).sum().item() for p in vp.trainable_parameters(model))
+        share = kept / sum((g != 0).sum().item() for g in whole.values())
+        assert 0.24 < share < 0.26
 
 
 def test_child_f_masks_gradients_of_copies():
-    """A copied and an unpickled model mask as the original does."""
-    model = VIT.build()
-    vp.attach(model, vp.ChildTuning("F", share=0.25))
-    model.train()
-    expected = gradients(model)
+    """A copied and an unpickled model mask as the original does, and only parameters of their own are masked."""
+    model, _ = child_f()
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
-        for name, gradient in gradients(twin).items():
-            assert torch.equal(gradient, expected[name]), name
+    expected = None
+    for each in (model, copy.deepcopy(model), torch.load(file, weights_only=False)):
+        own = torch.optim.SGD(vp.trainable_parameters(each), lr=0.0)
+        whole = passed(each)
+        torch.manual_seed(0)
+        kept = masks_of(each, own, whole)
+        expected = expected or kept
+        assert all(torch.equal(kept[n], expected[n]) for n in kept)
+    plain = torch.nn.Linear(3, 3)
+    plain(torch.ones(2, 3)).sum().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    assert (plain.weight.grad != 0).all()
 
 
 # runs
@@ -452,6 +615,30 @@ def test_resumed_run_keeps_what_it_chose(method, tmp_path, squares_on_disk, monk
     assert (shown in capsys.readouterr().out) == (method != CHILD)
     assert results(whole)["parameters"]["adapter"] > 0
     assert "waiting" not in results(whole)["parameters"]
+
+
+def test_child_f_in_a_run(tmp_path, squares_on_disk, monkeypatch):
+    """Under Lightning: one draw for each step over accumulated batches, of clipped gradients, of every parameter."""
+    norms, draws, original = [], [], vp.ChildTuning.mask_gradient
+
+    def observed(self, gradient, generator):
+        draws.append(gradient.numel())
+        norms.append(gradient.norm().item())
+        return original(self, gradient, generator)
+
+    monkeypatch.setattr(vp.ChildTuning, "mask_gradient", observed)
+    steps = []
+    after = vp.ChildTuning.after_step
+    monkeypatch.setattr(vp.ChildTuning, "after_step", lambda self, *args: steps.append(1) or after(self, *args))
+    options = ("--trainer.accumulate_grad_batches", "2", "--trainer.gradient_clip_val", "0.01")
+    folder = run(tmp_path, squares_on_disk, *CHILD, *options, epochs=3)
+    trained = results(folder)["parameters"]["trainable"]
+    assert len(steps) >= 3
+    assert sum(draws) == len(steps) * trained
+    each = len(draws) // len(steps)
+    for step in range(len(steps)):
+        total = sum(norm**2 for norm in norms[step * each : (step + 1) * each]) ** 0.5
+        assert total == pytest.approx(0.01, rel=1e-3)
 
 
 def test_sparse_changes_under_function_transforms():

@@ -295,8 +295,9 @@ METHODS = {
     "ia3": vp.IA3(),
     "full": vp.FullFineTuning(),
     "convpass": vp.Convpass(2),
+    "pooled": vp.GatedVPT(2, dropout=0.0, pooling="mean"),
 }
-MIXING = ("convpass", "unipelt")  # they read other tokens behind the attention
+MIXING = ("convpass", "unipelt", "pooled")  # they read other tokens behind the attention
 
 
 CELLS = [(host, name) for host in POOLING for name in METHODS if (host.name, name) != ("vit_dynamic", "convpass")]

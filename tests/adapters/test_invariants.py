@@ -636,6 +636,25 @@ def test_routed_heads_refuse_other_batches():
         model(HOSTS[0].inputs(4))
 
 
+def test_large_batches_are_routed():
+    """Python keeps one object of a number up to 256 alone, so that only beyond it a count is compared by its value."""
+    model = HOSTS[0].build().eval()
+    vp.attach(model, vp.LinearProbe(), "one")
+    randomise(model.peft["one"])
+    names = ["one" if index % 3 else None for index in range(300)]
+    x = HOSTS[0].inputs(3).repeat(100, 1, 1, 1)
+    with torch.no_grad():
+        with vp.use(model, "one"):
+            one = model(x)
+        with vp.use(model, None):
+            none = model(x)
+        with vp.route(model, names):
+            routed = model(x)
+    expected = torch.where(torch.tensor([name == "one" for name in names])[:, None], one, none)
+    assert distance(routed, expected) < 1e-6
+    assert distance(one, none) > 1e-3
+
+
 @pytest.mark.parametrize("names", [[], (), "one", None], ids=repr)
 def test_a_route_that_names_no_samples_is_refused(names):
     """Before anything is changed: the active adapter acts as before."""

@@ -219,6 +219,18 @@ def odd_preprocessing(described, tensors):
     described["preprocessing"]["mean"] = "grey"
 
 
+def short_preprocessing(described, tensors):
+    del described["preprocessing"]["mean"]
+
+
+def unnamed_preprocessing(described, tensors):
+    described["preprocessing"] = list(described["preprocessing"].values())
+
+
+def drop_two(described, tensors):
+    del tensors["lora.visual.1.v.A"], tensors["lora.visual.1.v.B"]
+
+
 def nameless_head(described, tensors):
     described["heads"][""] = {"class": "Identity", "arguments": {}}
 
@@ -231,8 +243,9 @@ def foreign_head(described, tensors):
     ("change", "sentence"),
     [
         (change_shape, r"lora.visual.0.q.A is \(3, 32\) instead of \(2, 32\)"),
-        (drop_tensor, "lora.visual.1.v.B is missing"),
-        (add_tensor, "lora.visual.9.q.A is not expected"),
+        (drop_tensor, "lora.visual.1.v.B is missing$"),
+        (drop_two, r"lora.visual.1.v.A is missing \(and 1 more\)$"),
+        (add_tensor, "lora.visual.9.q.A is not expected$"),
         (unknown_method, "near names are LoRA"),
         (unknown_field, "do not fit this version"),
         (wrong_type, "do not fit this version"),
@@ -244,6 +257,8 @@ def foreign_head(described, tensors):
         (nameless_head, "cannot be made"),
         (numbered_classes, "not what save writes"),
         (odd_preprocessing, "not what save writes"),
+        (short_preprocessing, "not what save writes"),
+        (unnamed_preprocessing, "not what save writes"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

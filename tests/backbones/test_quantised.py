@@ -7,7 +7,16 @@ import torch
 import torch.nn as nn
 from conftest import MERGE_REFUSALS, distance, randomise
 from reference.hosts import HOSTS
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+from torch.func import functional_call
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    quantize_,
+)
 
 import visionpeft as vp
 
@@ -15,6 +24,14 @@ HOST = {host.name: host for host in HOSTS}
 CONFIGURATIONS = {
     "int8": Int8WeightOnlyConfig(),
     "int4": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(8)),
+    "float8": Float8WeightOnlyConfig(),
+}
+# precision of the model, whether it came to that after it was quantised, precision of autocast
+PRECISIONS = {
+    "float32": (torch.float32, False, None),
+    "bfloat16": (torch.bfloat16, False, None),
+    "bfloat16_after": (torch.bfloat16, True, None),
+    "autocast": (torch.float32, False, torch.bfloat16),
 }
 METHODS = {
     "lora": vp.LoRA(rank=2, targets=("q", "v", "proj", "fc1", "fc2")),
@@ -36,10 +53,12 @@ def in_blocks(module, name):
     return isinstance(module, nn.Linear) and "blocks." in name
 
 
-def quantised(host, kind):
+def quantised(host, kind, dtype=torch.float32, after=False):
     model = host.build()
+    if not after:
+        model.to(dtype)
     quantize_(model, CONFIGURATIONS[kind], in_blocks)
-    return model
+    return model.to(dtype) if after else model
 
 
 def dequantised(host, kind):
@@ -105,6 +124,155 @@ def test_merging_gives_numbers(host, kind, name):
     vp.unmerge(model)
     assert torch.equal(output(host, model), expected)
     assert {k: type(v) for k, v in model.named_parameters() if not k.startswith("peft.")} == types
+
+
+def changed_by_hand(model, adapter, images):
+    """Logits and gradients of LoRA by its formula: W + s B A in float64 in the library's own model, W dequantised."""
+    own = {name: value.detach() for name, value in model.named_parameters() if not name.startswith("peft.")}
+    base = {
+        name: (v if type(v) in (torch.Tensor, nn.Parameter) else v.dequantize()).double() for name, v in own.items()
+    }
+    base |= {f"head.{name}": value.detach().double() for name, value in adapter.head.named_parameters()}
+    factors = {
+        name: value.detach().double().requires_grad_()
+        for name, value in adapter.named_parameters()
+        if name.endswith((".A", ".B"))
+    }
+    weights = dict(base)
+    for name in factors:
+        if not name.endswith(".A"):
+            continue
+        _, _, block, site, _ = name.split(".")
+        layer = {"fc1": "mlp.fc1", "fc2": "mlp.fc2", "proj": "attn.proj"}.get(site, "attn.qkv")
+        change = factors[name.removesuffix("A") + "B"] @ factors[name] * 1.5
+        key = f"blocks.{block}.{layer}.weight"
+        if layer == "attn.qkv":
+            before = "qkv".index(site) * len(change)
+            change = nn.functional.pad(change, (0, 0, before, len(weights[key]) - before - len(change)))
+        weights[key] = weights[key] + change
+    plain = HOST["vit_cls"].build().double()
+    logits = functional_call(plain, weights, (images.double(),))
+    return logits, dict(zip(factors, torch.autograd.grad(logits.square().mean(), list(factors.values())), strict=True))
+
+
+def relative(left, right):
+    left, right = left.detach().double(), right.detach().double()
+    return float((left - right).norm() / right.norm())
+
+
+@kinds
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision(kind, precision, tmp_path):
+    """Forward, gradients, saved file, merged and unmerged model against the formula in float64, within its rounding."""
+    dtype, after, autocast = PRECISIONS[precision]
+    if kind == "float8" and after:
+        pytest.skip("refused: test_a_precision_that_the_weights_do_not_follow_to_is_refused")
+    host = HOST["vit_cls"]
+    rounds = precision != "float32"
+    model = quantised(host, kind, dtype, after)
+    images = host.inputs().to(dtype)
+    vp.attach(model, vp.LoRA(rank=2, alpha=3, targets=("q", "v", "proj", "fc1", "fc2")))
+    adapter = model.peft["default"]
+    randomise(adapter)
+    assert {value.dtype for value in adapter.parameters()} == {torch.float32}
+
+    def run(model):
+        with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            return model(images)
+
+    expected, gradients = changed_by_hand(model, adapter, images)
+    logits = run(model)
+    assert relative(logits, expected) < (0.03 if rounds else 2e-6)
+    logits.float().square().mean().backward()
+    found = {name: value.grad for name, value in adapter.named_parameters() if name in gradients}
+    assert found.keys() == gradients.keys()
+    for name, gradient in found.items():
+        assert relative(gradient, gradients[name]) < (0.15 if rounds else 2e-5), name
+    # Without the adapter the logits are far from that, so that the bounds say something.
+    with vp.use(model, None):
+        assert relative(run(model), expected) > 0.3
+
+    vp.save(model, tmp_path / "adapter")
+    again = quantised(host, kind, dtype, after)
+    vp.load(again, tmp_path / "adapter")
+    assert torch.equal(run(again), run(model))
+
+    before = run(model)
+    vp.merge(model)
+    assert {value.dtype for value in model.parameters() if type(value) is nn.Parameter} == {dtype}
+    assert relative(run(model), expected) < (0.03 if rounds else 2e-6)
+    vp.unmerge(model)
+    assert torch.equal(run(model), before)
+
+
+def test_moved_to_another_precision_while_merged():
+    """The integers follow the model as they would have without merging, or `unmerge` says that they cannot."""
+    host = HOST["vit_cls"]
+    everything = vp.LoRA(rank=2, targets=("q", "v", "proj", "fc1", "fc2"))
+    images = host.inputs().to(torch.bfloat16)
+    for kind in ("int8", "int4"):
+        merged = vp.attach(quantised(host, kind), everything)
+        randomise(merged.peft["default"])
+        plain = vp.attach(quantised(host, kind, torch.bfloat16, after=True), everything)
+        plain.peft["default"].load_state_dict(merged.peft["default"].state_dict())
+        vp.merge(merged).to(torch.bfloat16)
+        vp.unmerge(merged)
+        assert torch.equal(merged(images), plain(images))
+    model = vp.attach(quantised(host, "float8"), everything)
+    expected = output(host, model)
+    vp.merge(model).to(torch.bfloat16)
+    with pytest.raises(vp.UnsupportedError, match="Float8Tensor of torchao cannot be multiplied with bfloat16"):
+        vp.unmerge(model)
+    assert torch.isfinite(model(images)).all()
+    vp.unmerge(model.to(torch.float32))
+    assert relative(output(host, model), expected) < 0.01  # its norms and biases were rounded on the way
+
+
+def test_a_precision_that_the_weights_do_not_follow_to_is_refused():
+    """torchao's own layer fails then; the sentence comes before anything is changed."""
+    host = HOST["vit_cls"]
+    model = quantised(host, "float8", torch.bfloat16, after=True)
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(host.inputs().to(torch.bfloat16))
+    with pytest.raises(vp.UnsupportedError, match=r"blocks\.0\.attn\.qkv: .*cannot be multiplied with bfloat16.*first"):
+        vp.attach(model, vp.LoRA(rank=2))
+    assert not hasattr(model, "peft")
+    vp.attach(model.to(torch.float32), vp.LoRA(rank=2))
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        Int8DynamicActivationInt8WeightConfig(),
+        Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(8)),
+    ],
+    ids=["int8", "int4"],
+)
+def test_layers_without_a_gradient_are_refused(configuration):
+    """Where activations are quantised, too, torchao gives them no gradient: earlier adapters would never learn."""
+    host = HOST["vit_cls"]
+    model = host.build()
+    quantize_(model, configuration, in_blocks)
+    x = torch.randn(2, 32, requires_grad=True)
+    assert not nn.functional.linear(x, model.blocks[0].attn.qkv.weight).requires_grad
+    with pytest.raises(vp.UnsupportedError, match="gives it no gradient"):
+        vp.attach(model, vp.LoRA(rank=2))
+    assert not hasattr(model, "peft")
+    # Also where only the head is such a layer, which no adapter may train through.
+    model = host.build()
+    quantize_(model, configuration, lambda module, name: name == "head")
+    with pytest.raises(vp.UnsupportedError, match=r"head: .*no gradient"):
+        vp.attach(model, vp.LoRA(rank=2), head=False)
+
+
+def test_weights_that_stand_for_something_else_are_refused():
+    """Inputs scaled beforehand, as AWQ and SmoothQuant do it, are no part of the numbers that a merge would add to."""
+    host = HOST["vit_cls"]
+    model = quantised(host, "int8")
+    weight = model.blocks[1].mlp.fc1.weight
+    weight.act_pre_scale = torch.full((weight.shape[1],), 1.5)
+    with pytest.raises(vp.UnsupportedError, match=r"blocks\.1\.mlp\.fc1: .*another product than the numbers"):
+        vp.attach(model, vp.LoRA(rank=2))
 
 
 @kinds

@@ -157,7 +157,7 @@ def tower_shapes(method, tower, weights, sites, shape):
             kept = {f"{prefix}{each}": (method.num_tokens, inner) for each in ("keys", "values")}
             adapter = bottleneck_shapes(method, width)
             if name == "unipelt":
-                kept |= gate_shapes(inner)
+                kept |= gate_shapes(width if method.prefix_gate == "input" else inner)
                 adapter = {f"bottleneck.{each}": size for each, size in adapter.items()} | gate_shapes(width)
             enter((index, "kv"), kept)
             enter((index, "stream_mid" if name == "mam" else "mlp_out"), adapter)

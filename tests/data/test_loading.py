@@ -208,6 +208,7 @@ def test_description_is_complete_and_json(folders):
         "trained_on": "train",
         "selected_on": "val",
         "split": "folders",
+        "labels": "classes",
         "classes": 2,
         "sizes": {"train": 20, "val": 6, "test": 10},
         "test_subset": None,

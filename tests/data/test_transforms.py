@@ -1,14 +1,17 @@
 """Resizing, cropping, augmentation and normalisation, against values computed by hand or by Pillow."""
 
 import dataclasses
+from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 from visionpeft.backbones.preprocessing import Preprocessing
-from visionpeft.data.transforms import ImageTransform
+from visionpeft.data.transforms import ImageTransform, covering
 from visionpeft.errors import ConfigurationError
 
 PLAIN = Preprocessing((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic", 0.8)
@@ -44,6 +47,36 @@ def test_crop_covers_then_cuts_the_centre(size, scaled):
     assert torch.equal(ImageTransform(PLAIN, "crop").prepare(image), pixels(expected))
 
 
+def test_resize_covers_224_as_torchvision_does_to_the_pixel():
+    short, long = (side.ravel() for side in np.meshgrid(np.arange(1, 961), np.arange(1, 961), indexing="ij"))
+    short, long = short[short < long], long[short < long]
+    published = 224 * long // short  # whole numbers: nothing is rounded
+    found = np.array([covering(a, b, 224, 224) for a, b in zip(short.tolist(), long.tolist(), strict=True)])
+    assert (found[:, 0] == 224).all()
+    assert (found[:, 1] == published).all()
+    # Dividing first, as this was once done, loses a pixel for 397 of 460,320 sizes.
+    divided_first = (long * (224 / short)).astype(int)
+    assert (len(short), (divided_first != published).sum(), (published - divided_first).max()) == (460_320, 397, 1)
+    # One of them, whole: by torchvision itself, upright and lying.
+    a, b = (int(side[divided_first != published][-1]) for side in (short, long))
+    for width, height in [(b, a), (a, b)]:
+        image = picture(width, height)
+        expected = F.center_crop(F.resize(image, 224, F.InterpolationMode.BICUBIC, antialias=True), 224)
+        transform = ImageTransform(dataclasses.replace(PLAIN, input_size=(224, 224), crop_pct=1.0), "crop")
+        assert torch.equal(transform.prepare(image), pixels(expected))
+
+
+def test_oblong_sizes_are_covered_exactly():
+    rng = np.random.default_rng(0)
+    for height, width, least_height, least_width in rng.integers(1, 500, (2000, 4)).tolist():
+        ratio = max(Fraction(least_height, height), Fraction(least_width, width))
+        expected = [floor(height * ratio), floor(width * ratio)]
+        assert covering(height, width, least_height, least_width) == expected
+        assert expected[0] >= least_height
+        assert expected[1] >= least_width
+        assert least_height in expected or least_width in expected
+
+
 def test_crop_of_an_oblong_input():
     transform = ImageTransform(dataclasses.replace(PLAIN, input_size=(16, 48), crop_pct=1.0), "crop")
     for size in [(48, 16), (100, 100), (10, 90), (90, 10)]:
@@ -72,10 +105,11 @@ def test_crop_flip_cuts_every_place_and_flips_half(resize):
     assert all(cut.shape == (3, 32, 32) for cut in cuts)
 
 
-def test_random_resized_crop_cuts_areas_between_8_and_100_percent():
+@pytest.mark.parametrize("area", [(0.08, 1.0), (0.5, 1.0), (0.3, 0.4)])
+def test_random_resized_crop_cuts_shares_of_the_area(area):
     side = 128
     columns = np.stack(np.broadcast_arrays(np.arange(side)[None], np.arange(side)[:, None], 0), -1).astype(np.uint8)
-    transform = ImageTransform(dataclasses.replace(PLAIN, interpolation="nearest"), "crop", "random_resized_crop")
+    transform = ImageTransform(dataclasses.replace(PLAIN, interpolation="nearest"), "crop", "random_resized_crop", area)
     prepared = transform.prepare(Image.fromarray(columns))
     shares = []
     for draw in range(200):
@@ -83,8 +117,9 @@ def test_random_resized_crop_cuts_areas_between_8_and_100_percent():
         assert cut.shape == (3, 32, 32)
         width, height = (int(cut[c].max() - cut[c].min()) * 32 / 31 for c in (0, 1))
         shares.append(width * height / side**2)
-    assert 0.05 < min(shares) < 0.2
-    assert 0.8 < max(shares) <= 1.05
+    # Of whole pixels, and read off at their centres.
+    assert area[0] * 0.9 - 0.02 < min(shares) < area[0] * 1.2 + 0.1
+    assert area[1] * 0.8 < max(shares) <= area[1] * 1.1
 
 
 @pytest.mark.parametrize("augmentation", ["crop_flip", "random_resized_crop"])
@@ -112,5 +147,8 @@ def test_unknown_options():
         ImageTransform(PLAIN, "pad")
     with pytest.raises(ConfigurationError, match="unknown augmentation 'flip': choose none, crop_flip or"):
         ImageTransform(PLAIN, "crop", "flip")
+    for area in [(0.0, 1.0), (0.5, 0.4), (0.5, 1.1), (0.5,)]:
+        with pytest.raises(ConfigurationError, match="two shares above 0 and at most 1, the smaller first"):
+            ImageTransform(PLAIN, "crop", "random_resized_crop", area)
     with pytest.raises(ConfigurationError, match=r"unknown interpolation 'cubic': choose one of nearest, .*bicubic"):
         ImageTransform(dataclasses.replace(PLAIN, interpolation="cubic"))

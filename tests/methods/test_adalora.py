@@ -1,8 +1,11 @@
 """AdaLoRA's budget, importance and penalty by formula, in a plain loop, under Lightning, and resumed."""
 
 import json
+import math
+import types
 
 import pytest
+import timm
 import torch
 from conftest import distance, randomise
 from reference.hosts import HOSTS
@@ -10,6 +13,7 @@ from small_runs import arguments, draw_images, results, run
 
 import visionpeft as vp
 from visionpeft import fit
+from visionpeft.methods.adalora import Triplets
 from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification
@@ -101,30 +105,124 @@ def test_under_a_gradient_scaler():
     assert max(b.max() for n, b in buffers.items() if n.endswith("sensitivity")) > 0
 
 
-def test_budget_is_the_papers_cubic():
+@pytest.mark.parametrize("layers", [1, 9, 72])
+def test_budget_is_the_papers_cubic_rounded_down(layers):
     method = vp.AdaLoRA(rank=4, initial_rank=12, start=0.1, end=0.6)
     first, last, total = 100, 600, 1000
     for step in (1, 50, 100):
-        assert method.budget(step, total) == 12
+        assert method.budget(step, total, layers) == 12 * layers
     for step in (101, 300, 599):
         rest = 1 - (step - first) / (total - first - (total - last))
-        assert method.budget(step, total) == pytest.approx(4 + (12 - 4) * rest**3)
+        assert method.budget(step, total, layers) == math.floor(4 * layers + (12 - 4) * layers * rest**3)
     for step in (600, 601, 1000):
-        assert method.budget(step, total) == 4
+        assert method.budget(step, total, layers) == 4 * layers
 
 
-def test_penalty_is_the_distance_from_orthogonal_factors():
+def test_budget_is_that_of_peft():
+    """Its schedule of totals, at every step; rounded to the nearest instead, about every second would differ."""
+    from peft.tuners.adalora.config import AdaLoraConfig
+    from peft.tuners.adalora.layer import RankAllocator
+
+    layers, total = 72, 200
+    config = AdaLoraConfig(init_r=12, target_r=8, tinit=20, tfinal=60, deltaT=10, total_step=total)
+    allocator = RankAllocator.__new__(RankAllocator)
+    allocator.peft_config, allocator.init_bgt, allocator.target_bgt = config, 12 * layers, 8 * layers
+    method = vp.AdaLoRA(rank=8, initial_rank=12, start=0.1, end=0.7)
+    theirs = [allocator.budget_schedule(step)[0] for step in range(1, total + 1)]
+    assert [method.budget(step, total, layers) for step in range(1, total + 1)] == theirs
+    exact = [(12 - 8) * layers * (1 - (step - 20) / 120) ** 3 + 8 * layers for step in range(21, 140)]
+    assert sum(round(value) != int(value) for value in exact) > 40
+
+
+def test_penalty_is_the_mean_distance_from_orthogonal_factors():
     model = attached(vp.AdaLoRA(rank=2, initial_rank=3, targets=("q", "fc2"), orthogonality=0.3))
     randomise(model.peft["default"])
-    expected = 0
+    norms = []
     for name, factor in triplets(model).items():
         if name.endswith((".P", ".Q")):
             gram = factor.T @ factor if name.endswith(".P") else factor @ factor.T
-            expected = expected + 0.3 * ((gram - torch.eye(3, dtype=torch.float64)) ** 2).sum()
+            norms.append(((gram - torch.eye(3, dtype=torch.float64)) ** 2).sum() ** 0.5)
+    expected = 0.3 * sum(norms) / len(norms)
+    assert len(norms) == 2 * 2 * 3
     assert vp.penalty(model).item() == pytest.approx(expected.item(), rel=1e-12)
+    formula = 0.3 * sum(norm**2 for norm in norms)  # of the paper, which no published number was made with
+    assert abs(vp.penalty(model).item() / formula.item() - 1) > 0.5
     assert vp.penalty(model).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
         assert vp.penalty(model).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_penalty_at_the_start_is_the_published_one():
+    """On the shapes of ViT-B/16: .214 with the weight .1, where the sum of squared norms would be 71.1."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_base_patch16_224", depth=1)  # every block has the same shapes
+    vp.attach(model, vp.AdaLoRA(rank=8, initial_rank=12, orthogonality=0.1), head=False)
+    assert vp.penalty(model).item() == pytest.approx(0.214, abs=0.002)
+    grams = [p.T @ p if n.endswith(".P") else p @ p.T for n, p in triplets(model).items() if n[-1] in "PQ"]
+    formula = 12 * 0.1 * sum((gram - torch.eye(12)).square().sum() for gram in grams)
+    assert formula.item() == pytest.approx(71.1, abs=1.0)
+
+
+def test_change_and_penalty_are_those_of_peft():
+    """peft's module with the same factors, scaled by alpha / initial rank, and its penalty and gradients."""
+    import peft
+
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(32, 32)).double()
+    config = peft.AdaLoraConfig(
+        init_r=3, target_r=2, lora_alpha=6, lora_dropout=0.0, target_modules=["0"], orth_reg_weight=0.3, total_step=9
+    )
+    theirs = peft.get_peft_model(layer, config)
+    of_theirs = {n.rpartition(".lora_")[2][0]: p for n, p in theirs.named_parameters() if ".lora_" in n}
+    model = vp.attach(HOST.build(torch.float64), vp.AdaLoRA(2, 3, ("q",), alpha=6, blocks=0, orthogonality=0.3))
+    module = next(m for m in model.peft["default"].modules() if isinstance(m, Triplets))
+    randomise(model.peft["default"])
+    with torch.no_grad():
+        of_theirs["A"].copy_(module.Q)
+        of_theirs["E"].copy_(module.values[:, None])
+        of_theirs["B"].copy_(module.P)
+    x = torch.randn(5, 32, dtype=torch.float64)
+    plain = torch.nn.functional.linear(x, layer[0].base_layer.weight, layer[0].base_layer.bias)
+    ours = module(x, plain, None, None)
+    assert distance(ours, theirs(x)) < 1e-5  # peft divides by rank + 1e-5
+    assert distance(ours - plain, theirs(x) - plain) < 1e-5
+    assert distance(ours - plain, (theirs(x) - plain) / 2) > 0.1  # which a scale of 1 would give
+
+    wrapped = peft.get_peft_model(Scored(), config)
+    named = {n.rpartition(".lora_")[2][0]: p for n, p in wrapped.named_parameters() if ".lora_" in n}
+    with torch.no_grad():
+        for name, tensor in of_theirs.items():
+            named[name].copy_(tensor)
+    penalty = wrapped.base_model(x).loss  # nothing but the penalty
+    assert vp.penalty(model).item() == pytest.approx(penalty.item(), rel=1e-12)
+    vp.penalty(model).backward()
+    penalty.backward()
+    assert torch.allclose(module.P.grad, named["B"].grad, rtol=1e-10, atol=1e-14)
+    assert torch.allclose(module.Q.grad, named["A"].grad, rtol=1e-10, atol=1e-14)
+
+
+class Scored(torch.nn.Sequential):
+    """A model whose loss is zero, to which peft adds its penalty."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Linear(32, 32).double())
+
+    def forward(self, x):
+        """An output with a loss."""
+        super().forward(x)
+        return types.SimpleNamespace(loss=torch.zeros((), dtype=torch.float64))
+
+
+def test_alpha_is_saved_in_the_factors(tmp_path):
+    """The folded LoRA has ranks of its own and no alpha, and computes the same."""
+    model = attached(vp.AdaLoRA(rank=2, initial_rank=4, targets=("q", "v", "fc1"), interval=2, alpha=12))
+    loop(model, METHOD, TOTAL)
+    inputs = HOST.inputs(4, torch.float64, seed=99)
+    vp.save(model, tmp_path)
+    fresh = HOST.build(torch.float64)
+    vp.load(fresh, tmp_path)
+    assert distance(fresh.eval()(inputs), model(inputs)) < 1e-13
+    assert distance(HOST.build(torch.float64).eval()(inputs), model(inputs)) > 1e-3
 
 
 def test_penalty_is_that_of_the_active_adapters():
@@ -166,7 +264,7 @@ def test_choices_follow_the_importance():
         first, last = 2, 8
         if (first <= step < last and step % 2 == 0) or step == last:
             checked.append(step)
-            kept = expected_choice(seen, METHOD, round(LAYERS * METHOD.budget(step, total)))
+            kept = expected_choice(seen, METHOD, METHOD.budget(step, total, LAYERS))
             for name, p in values(model).items():
                 expected = [v if kept[name, i] else 0.0 for i, v in enumerate(before[name].tolist())]
                 assert p.tolist() == expected

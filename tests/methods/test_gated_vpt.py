@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import distance, randomise
+from conftest import Case, distance, expected_output, randomise
 from reference.hosts import HOSTS
 
 import visionpeft as vp
@@ -110,7 +110,64 @@ def test_temperatures_stay_within_their_borders(beyond, border):
     assert torch.allclose(found[0][1], found[1][1], rtol=1e-10)
 
 
+READING_CLASS_TOKEN = ["vit_cls", "vit_registers", "eva_split", "clip_whole"]
+
+
+def pooled(host, pooling):
+    """A host with gated prompts off their start."""
+    model = vp.attach(host.build(torch.float64), vp.GatedVPT(3, gate=0.5, dropout=0.0, pooling=pooling))
+    randomise(model.peft["default"])
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", READING_CLASS_TOKEN)
+def test_mean_pooling_takes_prompts_in(name):
+    """The reference's mean of prompts and patches and then the tower's own norm; the class token alone is far away."""
+    host = BY_NAME[name]
+    inputs, model = host.inputs(dtype=torch.float64), pooled(host, "mean")
+    case = Case("mean", dataclasses.replace(model.peft["default"].methods[0]), image_only=True)
+    with torch.no_grad():
+        expected = expected_output(host, case, dict(model.peft["default"].state_dict()), inputs)
+        assert distance(host.run(model, inputs), expected) < 1e-12
+        assert distance(host.run(pooled(host, "model"), inputs), expected) > 0.01
+
+
+def test_mean_pooling_is_the_pretrained_norm_of_the_mean():
+    """Written out from the tokens after the last block; a mean of normalised tokens is another number."""
+    host, seen = BY_NAME["vit_registers"], []
+    inputs, model = host.inputs(dtype=torch.float64), pooled(host, "mean")
+    removal = model.peft["default"].gated_vpt.visual["2"].stream_out
+    removal.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    output = output_of(model, inputs)
+    tokens = seen[0][:, 3:]  # without the class token and two registers
+    assert tokens.shape[1] == 3 + model.patch_embed.num_patches
+    mean = tokens.sum(dim=1) / tokens.shape[1]
+    spread = ((mean - mean.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True)
+    normed = (mean - mean.mean(-1, keepdim=True)) / (spread + model.norm.eps) ** 0.5
+    head = model.peft["default"].head
+    expected = (normed * model.norm.weight + model.norm.bias) @ head.weight.T + head.bias
+    assert distance(output, expected.detach()) < 1e-12
+    others = {
+        "patches alone": model.norm(tokens[:, 3:].mean(dim=1)),
+        "normalised first": model.norm(tokens).mean(dim=1),
+    }
+    for features in others.values():
+        assert distance((features @ head.weight.T + head.bias).detach(), expected.detach()) > 0.01
+
+
+@pytest.mark.parametrize("name", ["vit_avg", "vit_map", "clip_visual"])
+def test_mean_pooling_is_for_towers_that_read_the_class_token(name):
+    model = BY_NAME[name].build()
+    with pytest.raises(vp.UnsupportedError, match="pooling='mean' takes the place of the class token"):
+        vp.attach(model, vp.GatedVPT(pooling="mean"))
+    assert not hasattr(model, "peft")
+
+
 def test_refused_options():
+    with pytest.raises(vp.ConfigurationError, match="pooling must be 'model' or 'mean', not 'avg'"):
+        vp.GatedVPT(pooling="avg")
+    with pytest.raises(vp.ConfigurationError, match="reach the last block"):
+        vp.attach(BY_NAME["vit_cls"].build(), vp.GatedVPT(pooling="mean", blocks="first:2"))
     for options in ({"num_tokens": 0}, {"dropout": 1.0}, {"init": "zeros"}):
         with pytest.raises(vp.ConfigurationError):
             vp.GatedVPT(**options)

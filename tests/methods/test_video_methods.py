@@ -24,9 +24,11 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from reference.hosts import HOSTS, Host, clip, eva, vit
 from reference.video import frame_features
 from shared_cells import shared
+from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 
 import visionpeft as vp
+from visionpeft.adapters.storage import is_older, method_from
 from visionpeft.backbones.dispatch import describe_block, pre_norm_block
 from visionpeft.models.image_classifier import ImageClassifier
 
@@ -223,13 +225,54 @@ def test_start_is_the_image_model(host):
             else:
                 expected = plain(images)
             both = ("before_attention", "before_mlp")
-            for method in (vp.STAdapter(4, positions=both), vp.AIM(num_frames=frames, num_temporal=2)):
+            st_adapter = vp.STAdapter(4, positions=both, norm_of_mean=False)
+            for method in (st_adapter, vp.AIM(num_frames=frames, num_temporal=2)):
                 model = vp.VideoClassifier(backbone, method, num_frames=frames).eval()
                 found = model.frame_features(clips)
                 assert found.shape == (2, frames, model.num_features)
                 assert distance(found.flatten(0, 1), expected) < 1e-6
                 assert distance(model(clips), expected.unflatten(0, (2, frames)).mean(1)) < 1e-6
                 vp.detach(model)
+
+
+@pytest.mark.parametrize("name", ["clip_visual", "vit_registers"])
+def test_st_adapter_normalises_the_mean_over_frames(name):
+    """As its authors: ln_post of the mean of the class tokens. The mean of normalised ones, as in AIM, is another."""
+    host = BY_NAME[name]
+    plain = image_model(host, torch.float64)
+    norm = plain.ln_post if hasattr(plain, "ln_post") else plain.norm
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    backbone, seen, clips = copy.deepcopy(plain), [], torch.randn(2, 3, 4, *host.size, dtype=torch.float64)
+    clips *= torch.tensor([0.1, 1.0, 2.0, 5.0])[:, None, None]  # frames of other lengths
+    norm.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    with torch.no_grad():
+        plain(clips.transpose(1, 2).flatten(0, 1))
+        tokens = seen[0] if seen[0].ndim == 2 else seen[0][:, 0]
+        tokens = tokens.unflatten(0, (2, 4))
+
+        def normalised(x):
+            centred = x - x.mean(-1, keepdim=True)
+            y = centred / (centred.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+            return y @ plain.proj if getattr(plain, "proj", None) is not None else y
+
+        of_mean, of_frames = normalised(tokens.mean(1)), normalised(tokens).mean(1)
+        assert distance(of_mean, of_frames) > 0.01
+        model = vp.VideoClassifier(backbone, vp.STAdapter(4), num_frames=4).eval()
+        assert distance(model(clips), of_mean) < 1e-12
+        vp.detach(model)
+        vp.attach(model, vp.STAdapter(4, norm_of_mean=False)).eval()
+        assert distance(model(clips), of_frames) < 1e-12
+
+
+def test_st_adapter_of_an_older_version_normalises_each_frame():
+    """A description without the field was written where there was no choice."""
+    described = {"class": "STAdapter", "fields": dataclasses.asdict(vp.STAdapter(4, positions=("before_mlp",)))}
+    assert method_from(described) == vp.STAdapter(4, positions=("before_mlp",))
+    del described["fields"]["norm_of_mean"]
+    assert is_older(described)
+    assert method_from(described) == vp.STAdapter(4, positions=("before_mlp",), norm_of_mean=False)
 
 
 def test_first_gradients_of_st_adapter_reach_the_convolution_alone():
@@ -297,11 +340,34 @@ def test_order_of_frames_matters(method):
         assert distance(model(clips.flip(2)), model(clips)) < 1e-12
 
 
+@pytest.mark.parametrize("blocks", ["all", "last:4"])
+def test_drop_path_of_aim_rises_linearly(blocks):
+    """From 0 in the first block to .2 in the last, as published: .1 on average over the 24 modules of ViT-B."""
+    with torch.device("meta"):
+        backbone = timm.create_model("vit_base_patch16_224")
+    model = vp.VideoClassifier(backbone, vp.AIM(blocks=blocks), num_frames=8)
+    rates = {"stream_in": {}, "mlp_in": {}, "attn_out": {}}
+    for name, module in model.peft["default"].named_modules():
+        if isinstance(module, DropPath):
+            _, _, index, site, *_ = name.split(".")
+            rates[site][int(index)] = module.drop_prob
+    assert not any(rates.pop("attn_out").values())  # the branch in space is never dropped
+    expected = torch.linspace(0, 0.2, 12, dtype=torch.float64).tolist()
+    chosen = range(12) if blocks == "all" else range(8, 12)
+    for found in rates.values():
+        assert list(found) == list(chosen)
+        assert [found[index] for index in chosen] == pytest.approx([expected[index] for index in chosen])
+    if blocks == "all":
+        every = [rate for found in rates.values() for rate in found.values()]
+        assert len(every) == 24
+        assert sum(every) / 24 == pytest.approx(0.1)
+
+
 def test_branches_of_whole_clips_are_dropped():
     """With a high probability of dropping, what is left of AIM's joint branch is the same in all frames of a clip."""
     model = vp.VideoClassifier(vit(), vp.AIM(num_frames=3, drop_path=0.9), num_frames=3)
     randomise(model.peft["default"])
-    joint = model.peft["default"].get_submodule("aim.visual.1.mlp_in").train()
+    joint = model.peft["default"].get_submodule("aim.visual.2.mlp_in").train()
     torch.manual_seed(0)
     left = (joint(torch.randn(300, 4, 32)).abs().amax(dim=(1, 2)) > 0).view(100, 3)
     assert torch.equal(left.any(1), left.all(1))

@@ -169,6 +169,8 @@ def test_shapes_that_do_not_divide_are_refused():
         (lambda: vp.MAM(num_tokens=0), "num_tokens must be a positive integer"),
         (lambda: vp.MAM(bottleneck=0), "bottleneck must be a positive integer"),
         (lambda: vp.UniPELT(targets=()), "targets must be a list of names"),
+        (lambda: vp.UniPELT(activation="tanh"), "activation must be one of gelu, relu"),
+        (lambda: vp.UniPELT(init="zero"), "init must be one of houlsby, lora"),
         (lambda: vp.AdaLoRA(rank=8, initial_rank=4), "initial_rank must not be below rank"),
         (lambda: vp.AdaLoRA(start=0.8, end=0.7), "start < end"),
     ],
@@ -214,7 +216,7 @@ def test_gates_of_unipelt_bypass_what_they_close():
 
     parts = vp.attach(
         HOST["vit_cls"].build(torch.float64),
-        [vp.LoRA(rank=2), vp.PrefixTuning(2), vp.Adapter(4, placement="pfeiffer")],
+        [vp.LoRA(rank=2), vp.PrefixTuning(2), vp.Adapter(4, placement="pfeiffer", activation="relu")],
     ).eval()
     state = {}
     for name, tensor in model.peft["default"].state_dict().items():
@@ -245,6 +247,41 @@ def test_gates_of_unipelt_are_set_by_each_image():
     assert values.std() > 1e-3
 
 
+@pytest.mark.parametrize("prompts", [[], [vp.VPT(num_tokens=2)]], ids=["alone", "beside_prompts"])
+@pytest.mark.parametrize("reads", ["input", "values"])
+def test_prefix_gate_of_unipelt_reads_what_the_attention_reads(reads, prompts):
+    """The output of the norm before it, prompts included, whatever LoRA does to v; "values" reads that change."""
+    method = vp.UniPELT(rank=2, num_tokens=2, bottleneck=4, prefix_gate=reads)
+    model = attached(method, *prompts, names=["default", "prompts"])
+    gate = model.peft["default"].unipelt.visual["0"]["kv"].gate
+    seen, norms = [], []
+    gate.register_forward_hook(lambda module, args, output: seen.append((args[0].detach(), output.detach())))
+    for block in model.blocks[:1]:
+        block.norm1.register_forward_hook(lambda module, args, output: norms.append(output.detach()))
+    output_of(model)
+    with torch.no_grad():
+        model.peft["default"].unipelt.visual["0"]["v"].low_rank.B.mul_(3).add_(0.5)
+    output_of(model)
+    (first, opened), (second, opened_again) = seen
+    assert first.shape[1] == 17 + 2 * len(prompts)
+    assert torch.equal(first, second) == torch.equal(opened, opened_again) == (reads == "input")
+    if reads == "input":
+        assert torch.equal(first, norms[0])
+
+
+def test_unipelt_starts_as_published():
+    """A bottleneck of BERT's start with ReLU, which does not leave the backbone as it is."""
+    model = HOST["vit_cls"].build(torch.float64)
+    before = output_of(model.eval())
+    vp.attach(model, vp.UniPELT(rank=2, num_tokens=2, bottleneck=16), head=False)
+    part = model.peft["default"].unipelt.visual["1"]["mlp_out"].bottleneck
+    assert isinstance(part.act, torch.nn.ReLU)
+    for layer in (part.down, part.up):
+        assert 0.015 < layer.weight.std().item() < 0.025
+        assert not layer.bias.any()
+    assert distance(output_of(model), before) > 1e-4
+
+
 def test_alpha_is_divided_by_the_rank_of_each_layer():
     """Where `overrides` gives a layer another rank, its scale is alpha over that rank, acting and merged."""
     host = HOST["vit_cls"]
@@ -267,7 +304,7 @@ def test_alpha_is_divided_by_the_rank_of_each_layer():
 
 
 def test_merging_into_weights_that_are_trained_is_undone():
-    """Where a weight is trained itself and changed by LoRA, merging replaces it twice; all of that is taken back."""
+    """A weight that is trained itself and changed by LoRA holds both when merged, and all of that is taken back."""
     model = HOST["vit_cls"].build(torch.float64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     vp.attach(model, [vp.LastBlocks(1), vp.LoRA(rank=2, targets=("q", "fc2"))])
@@ -282,3 +319,30 @@ def test_merging_into_weights_that_are_trained_is_undone():
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_weight_of_several_layers_takes_no_change_of_one():
+    """Two blocks with one matrix: LoRA beside it is another one in each, which no one matrix is; a trained copy is."""
+
+    def build():
+        model = HOST["vit_cls"].build(torch.float64).eval()
+        model.blocks[1].attn.qkv.weight = model.blocks[0].attn.qkv.weight
+        return model
+
+    for blocks in ("all", [0]):
+        model = vp.attach(build(), vp.LoRA(rank=2, targets=("q",), blocks=blocks))
+        randomise(model.peft["default"])
+        active = output_of(model)
+        with pytest.raises(vp.UnsupportedError, match=r"q in block 0 .* cannot be merged: other layers"):
+            vp.merge(model)
+        assert torch.equal(output_of(model), active)
+
+    model = vp.attach(build(), vp.LoRA(rank=2, targets=("fc2",)), train=["blocks.0.attn.qkv"])
+    randomise(model.peft["default"])
+    active = output_of(model)
+    vp.merge(model)
+    assert distance(output_of(model), active) < 1e-12
+    assert model.blocks[1].attn.qkv.weight is model.blocks[0].attn.qkv.weight
+    vp.detach(model)
+    assert torch.equal(output_of(model), output_of(build()))
+    assert model.blocks[1].attn.qkv.weight is model.blocks[0].attn.qkv.weight

@@ -1,5 +1,6 @@
 """Frame indices, against values worked out by hand."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -68,6 +69,44 @@ def test_dense_test_clips_centred_in_equal_parts():
     assert sampling.test(25)[0].tolist() == [2, 5, 8, 11]
     assert sampling.test(25, clips=1)[:, 0].tolist() == [7]
     assert sampling.test(11)[:, 0].tolist() == [0, 0, 0]
+
+
+def test_uniform_times_are_those_of_equal_parts():
+    sampling = FrameSampling("uniform", 4, by="time")
+    # 10 s in parts of 2.5 s.
+    assert sampling.test_times(10.0).tolist() == [[1.25, 3.75, 6.25, 8.75]]
+    assert sampling.train_times(10.0, np.array([0.0, 0.5, 0.2, 0.8])).tolist() == [0.0, 3.75, 5.5, 9.5]
+
+
+def test_dense_times():
+    sampling = FrameSampling("dense", 4, test_clips=3, by="time", seconds=2.0)
+    # A clip of 2 s slides over 6 of 8 s; frames are 0.5 s apart.
+    assert sampling.test_times(8.0).tolist() == [[0.0, 0.5, 1.0, 1.5], [3.0, 3.5, 4.0, 4.5], [6.0, 6.5, 7.0, 7.5]]
+    assert sampling.test_times(8.0, clips=1).tolist() == [[3.0, 3.5, 4.0, 4.5]]
+    centred = dataclasses.replace(sampling, placement="centred")
+    assert centred.test_times(8.0)[:, 0].tolist() == [1.0, 3.0, 5.0]
+    assert sampling.train_times(8.0, np.array([0.75, 0, 0, 0])).tolist() == [4.5, 5.0, 5.5, 6.0]
+    # A video of 1.2 s: all clips start at 0, and what is past its end is at the end, or from the beginning.
+    assert sampling.test_times(1.2)[2].tolist() == [0.0, 0.5, 1.0, 1.2]
+    looped = dataclasses.replace(sampling, too_short="loop")
+    assert looped.test_times(1.2)[2].tolist() == pytest.approx([0.0, 0.5, 1.0, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(kind="dense", by="time"), "seconds None with dense sampling by time"),
+        (dict(kind="dense", seconds=1.0), "seconds 1.0 with dense sampling by index"),
+        (dict(kind="uniform", by="time", seconds=1.0), "seconds 1.0 with uniform sampling by time"),
+        (dict(kind="dense", by="time", seconds=0.0), "must be a positive number"),
+        (dict(kind="dense", by="time", seconds=float("nan")), "must be a positive number"),
+        (dict(kind="dense", by="time", seconds=1.0, stride=2), "and stride 1, as"),
+        (dict(by="frames"), "unknown by 'frames' of frames: index or time"),
+    ],
+)
+def test_wrong_choices_of_times(options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        FrameSampling(**options)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "dense"])

@@ -5,12 +5,12 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
 
 import pytest
 import torch
+from forked import start, wait
 from small_protocols import measured, read_rows, write_config
 from small_runs import arguments as small_arguments
 from small_runs import draw_images
@@ -27,35 +27,6 @@ def _one_thread():
     torch.set_num_threads(1)  # a forked process must find no other threads running
     yield
     torch.set_num_threads(before)
-
-
-def start(function, *arguments):
-    """Call a function in a forked process, which has everything imported already; returns its id."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        code = function(*arguments)
-    finally:
-        os._exit(code)
-
-
-def wait(child, seconds=None):
-    """Its exit code; after some seconds it is killed, and there is none."""
-    deadline = None if seconds is None else time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if deadline is not None and time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return None
-        time.sleep(0.005)
 
 
 def table(folder, config):

@@ -6,11 +6,12 @@ Stations (an edit is a dict from a station to a function of the value passing th
     driven   y, index, site, x          what such a matrix produced, given what it read
     output   y, index, site             what such a matrix or norm produced
     attn_in  h, index                   what the attention reads: the normalised stream, or the stream
-    kv       (k, v), index              keys and values (batch, heads, tokens, d), just before attention
+    kv       (k, v), index, h           keys and values (batch, heads, tokens, d), just before attention, which reads h
     enter    (x, prompts), index        the stream at the block's entrance; `prompts` tokens sit after the prefix tokens
     leave    (x, prompts), index        the stream at the block's exit
     time     x, index, block, weights   the stream behind `enter`, with the block as it is without any edit
     attn_out a, index                   attention branch before LayerScale
+    scaled_attn, scaled_mlp  a, index   the branches after LayerScale, as they are added to the stream
     aside    y, index, h                the stream after the attention residual, given what the attention read
     mid      y, index                   the same point, after `aside`
     mlp_in   h, index                   what the MLP reads
@@ -120,7 +121,7 @@ def attend(block, weights, h, index, edits, prompts):
         k = torch.cat([k[:, :, :first], rotate(k[:, :, first:], sin, cos, half)], dim=2)
     table = extended_bias(block, prompts, q.dtype)
     tokens = k.shape[2]
-    k, v = amend(edits, "kv", (k, v), index)
+    k, v = amend(edits, "kv", (k, v), index, h)
     if table is not None and k.shape[2] > tokens:
         # what a method puts before the keys is seen by every query, with no position
         table = torch.cat([torch.zeros(*table.shape[:2], k.shape[2] - tokens, dtype=q.dtype), table], dim=-1)
@@ -163,19 +164,19 @@ def block_forward(block, weights, x, prompts, index, edits):
     if block.norm_after:
         h = amend(edits, "attn_in", x, index)
         a = attend(block, weights, h, index, edits, prompts)
-        y = x + scale1 * normalise(block, weights, "norm1", a, index, edits)
+        y = x + amend(edits, "scaled_attn", scale1 * normalise(block, weights, "norm1", a, index, edits), index)
     else:
         h = amend(edits, "attn_in", normalise(block, weights, "norm1", x, index, edits), index)
-        y = x + scale1 * attend(block, weights, h, index, edits, prompts)
+        y = x + amend(edits, "scaled_attn", scale1 * attend(block, weights, h, index, edits, prompts), index)
     y = amend(edits, "aside", y, index, h)
     y = amend(edits, "mid", y, index)
     if block.norm_after:
         h = amend(edits, "mlp_in", y, index)
         m = feed_forward(block, weights, h, index, edits)
-        z = y + scale2 * normalise(block, weights, "norm2", m, index, edits)
+        z = y + amend(edits, "scaled_mlp", scale2 * normalise(block, weights, "norm2", m, index, edits), index)
     else:
         h = amend(edits, "mlp_in", normalise(block, weights, "norm2", y, index, edits), index)
-        z = y + scale2 * feed_forward(block, weights, h, index, edits)
+        z = y + amend(edits, "scaled_mlp", scale2 * feed_forward(block, weights, h, index, edits), index)
     z = amend(edits, "joint", z, index, h)
     z = amend(edits, "beside", z, index, y)
     z = amend(edits, "exit", z, index)

@@ -67,8 +67,9 @@ def vera(weight, fields, found, sites):
 
 
 def ada_lora(weight, fields, found, sites):
-    """W + sum_i lambda_i p_i q_i^T."""
-    return weight + sum(
+    """W + s sum_i lambda_i p_i q_i^T."""
+    scale = 1 if fields["alpha"] is None else fields["alpha"] / fields["initial_rank"]
+    return weight + scale * sum(
         value * torch.outer(p, q) for value, p, q in zip(found["values"], found["P"].T, found["Q"], strict=True)
     )
 

@@ -72,9 +72,10 @@ def adapter(sites, fields, shape):
 
     if fields["placement"] == "parallel":
         return {"beside": beside_mlp(sites, fields)}
+    attn, mlp = ("scaled_attn", "scaled_mlp") if fields["after_scaling"] else ("attn_out", "mlp_out")
     return {
-        "houlsby": {"attn_out": at("attn_out"), "mlp_out": at("mlp_out")},
-        "pfeiffer": {"mlp_out": at("mlp_out")},
+        "houlsby": {attn: at("attn_out"), mlp: at("mlp_out")},
+        "pfeiffer": {mlp: at("mlp_out")},
         "pre": {"mid": at("stream_mid")},
         "adapter_plus": {"exit": at("stream_out")},
     }[fields["placement"]]
@@ -117,11 +118,12 @@ def bit_fit(sites, fields, shape):
 
 def moved_entries(values, index, like):
     """A tensor like another with values at flat indices, added up one by one, and zeros."""
-    places = [divmod(int(i), like[0].numel()) if like.ndim > 1 else (int(i),) for i in index]
+    rows = like.flatten(1) if like.ndim > 1 else like  # of a convolution, one row for each output
+    places = [divmod(int(i), rows[0].numel()) if rows.ndim > 1 else (int(i),) for i in index]
     unit = torch.stack(
-        [torch.zeros_like(like).index_put_(tuple(map(torch.tensor, p)), like.new_ones(())) for p in places]
+        [torch.zeros_like(rows).index_put_(tuple(map(torch.tensor, p)), like.new_ones(())) for p in places]
     )
-    return torch.tensordot(values.to(like.dtype), unit, dims=1)
+    return torch.tensordot(values.to(like.dtype), unit, dims=1).reshape(like.shape)
 
 
 def sparse(sites, fields, shape):
@@ -157,7 +159,7 @@ def spt(sites, fields, shape):
 def prefix_tuning(sites, fields, shape):
     """Prefix-tuning, arXiv 2101.00190: learned keys and values in front of those of the tokens."""
 
-    def kv(pair, index):
+    def kv(pair, index, h):
         found = sites.get((index, "kv"))
         if found is None:
             return pair
@@ -211,11 +213,14 @@ def vera(sites, fields, shape):
 
 
 def ada_lora(sites, fields, shape):
-    """AdaLoRA, arXiv 2303.10512: W + P diag(lambda) Q."""
+    """AdaLoRA, arXiv 2303.10512: W + s P diag(lambda) Q, in the authors' code with s = alpha / initial rank."""
+    scale = 1 if fields["alpha"] is None else fields["alpha"] / fields["initial_rank"]
 
     def weight(pair, index, site):
         found = sites.get((index, site))
-        return pair if found is None else (pair[0] + found["P"] @ torch.diag(found["values"]) @ found["Q"], pair[1])
+        if found is None:
+            return pair
+        return pair[0] + scale * found["P"] @ torch.diag(found["values"]) @ found["Q"], pair[1]
 
     return {"weight": weight}
 
@@ -298,11 +303,11 @@ def unipelt(sites, fields, shape):
         scale = 1 if fields["alpha"] is None else fields["alpha"] / A.shape[0]
         return y + gate(found, x) * scale * linear(x, B @ A)
 
-    def kv(pair, index):
+    def kv(pair, index, h):
         found = sites.get((index, "kv"))
         if found is None:
             return pair
-        opened = gate(found, join_heads(pair[1]))
+        opened = gate(found, h if fields["prefix_gate"] == "input" else join_heads(pair[1]))
         longer = []
         for name, old in zip(("keys", "values"), pair, strict=True):
             prefix = opened * found[f"prefix.{name}"]
@@ -314,7 +319,7 @@ def unipelt(sites, fields, shape):
         if found is None:
             return m
         own = {name.removeprefix("bottleneck."): tensor for name, tensor in found.items()}
-        return m + gate(found, m) * bottleneck(own, {"activation": "gelu", "scale": 1}, m)
+        return m + gate(found, m) * bottleneck(own, {"activation": fields["activation"], "scale": 1}, m)
 
     return {"driven": driven, "kv": kv, "mlp_out": mlp_out}
 
@@ -339,12 +344,15 @@ def gated_vpt(sites, fields, shape):
             return state
         rest = x[:, :first], x[:, first + number :]
         if index == last:
+            if fields["pooling"] == "mean":  # over prompts and patches, read in the place of the class token
+                mean = x[:, first:].sum(dim=1, keepdim=True) / (x.shape[1] - first)
+                rest = mean, x[:, 1:first], rest[1]
             return torch.cat(rest, dim=1), 0
         gate = 1 / (1 + torch.exp(-sites[index, "gate"]["logit"]))
         mixed = gate * x[:, first : first + number] + (1 - gate) * entered[index]
         return torch.cat([rest[0], mixed, rest[1]], dim=1), present
 
-    def kv(pair, index):
+    def kv(pair, index, h):
         found = sites.get((index, "kv"))
         return pair if found is None else (pair[0] / found["temperature"], pair[1])
 

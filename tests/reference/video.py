@@ -12,7 +12,7 @@ from .methods import METHODS, sites_of
 
 
 def st_adapter(sites, fields, shape):
-    """ST-Adapter, arXiv 2206.13559: z + Up(DWConv3D(Down(z))) on the patches."""
+    """ST-Adapter, arXiv 2206.13559: z + Up(DWConv3D(Down(z))) on the patches; the final norm is of the frames' mean."""
     first = {"stream_in": "before_attention", "stream_mid": "before_mlp"}
 
     def at(site, x, index):
@@ -28,9 +28,18 @@ def st_adapter(sites, fields, shape):
         h = depthwise(h, found["conv.weight"], found["conv.bias"]).reshape(len(x), number, -1)
         return torch.cat([rest, patches + linear(h, found["up.weight"], found["up.bias"])], dim=1)
 
+    def leave(state, index):
+        if index < shape["depth"] - 1 or not fields["norm_of_mean"]:
+            return state
+        z, prompts = state
+        clips = z.reshape(-1, shape["frames"], *z.shape[1:])
+        mean = sum(clips[:, t] for t in range(shape["frames"])) / shape["frames"]
+        return torch.stack([mean] * shape["frames"], dim=1).reshape(z.shape), prompts
+
     return {
         "time": lambda x, index, block, weights: at("stream_in", x, index),
         "mid": lambda x, index: at("stream_mid", x, index),
+        "leave": leave,
     }
 
 

@@ -43,7 +43,7 @@ CASES = {
     "trainer field": ([*VPT, "--trainer.max_epoch", "3"], "trainer has no option 'max_epoch'; did you mean max_epochs"),
     "trainer value": ([*VPT, "--trainer.max_epochs", "x"], "max_epochs takes a whole number or null, not 'x'"),
     "accelerator": ([*VPT, "--trainer.accelerator", "gpuu"], "Available names are"),
-    "devices": ([*VPT, "--trainer.devices", "2"], "trains on one device"),
+    "devices": ([*VPT, "--trainer.devices", "999", "--trainer.accelerator", "cpu"], "CPU cores"),
     "option": ([*VPT, "--modle.backbone", "x"], "no option 'modle.backbone'; did you mean model"),
     "stray word": ([*VPT, "extra"], "no option 'extra'"),
     "report": ([*VPT, "--report", "best"], "needs a validation split"),

@@ -1,6 +1,7 @@
 """Interrupted runs: an error, kill -9, Ctrl-C; resuming gives what the uninterrupted run gives."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,46 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, images):
     assert results(made)["test"] == before["test"]
     assert 0 < results(made)["training_seconds"] <= before["training_seconds"]  # as of the checkpoint
     assert len(read_history(made / "metrics.csv")) == 2
+
+
+@pytest.mark.parametrize("move", ["rename", "copy"])
+def test_moved_run_still_knows_its_best_epoch(tmp_path, images, monkeypatch, move):
+    """The second of five epochs is the best. Resumed elsewhere after the third, it is still the one that is reported.
+
+    Lightning would take the fourth, which is better than the fifth, because it forgets scores when a folder moves.
+    """
+    scores = [0.2, 0.9, 0.4, 0.5, 0.3]
+
+    def scored(self, batch, batch_idx):
+        self.log_dict({"val/loss": 1.0, "val/top1": scores[self.current_epoch]}, batch_size=len(batch[1]))
+
+    def fail_in_fourth_epoch(self, trainer, pl_module):
+        if trainer.current_epoch == 3:
+            raise ZeroDivisionError
+        return original(self, trainer, pl_module)
+
+    original = EpochHistory.on_train_epoch_end
+    monkeypatch.setattr(ImageClassification, "validation_step", scored)
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochHistory, "on_train_epoch_end", fail_in_fourth_epoch)
+        with pytest.raises(ZeroDivisionError):
+            fit.main([*arguments(images, "--report", "best", epochs=5), "--output", str(tmp_path / "before")])
+    (part,) = (tmp_path / "before").iterdir()
+    second = torch.load(part / "checkpoints" / "best.ckpt", weights_only=True)
+    assert second["epoch"] == 1
+    moved = tmp_path / "after" / "elsewhere"
+    moved.parent.mkdir()
+    if move == "rename":
+        part.rename(moved)
+    else:
+        shutil.copytree(part, moved)
+    assert fit.main(["--resume", str(moved)]) == 0
+    assert results(moved)["reported"] == "epoch 2 of 5, best on the validation split"
+    best = torch.load(moved / "checkpoints" / "best.ckpt", weights_only=True)
+    assert all(torch.equal(best["state_dict"][key], value) for key, value in second["state_dict"].items())
+    if move == "copy":  # the files of the original are not touched
+        assert torch.load(part / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 1
+        assert torch.load(part / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
 
 
 def test_resuming_with_another_method_is_refused(tmp_path, images, capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_runs import draw_images, results, run
 from small_video_runs import draw_videos, run_videos, video_arguments
+from video_files import write_frames
 
 import visionpeft as vp
 from visionpeft import evaluate, fit, predict
@@ -107,6 +108,19 @@ def test_predict_gives_what_the_test_gave(finished, videos, tmp_path):
     source = VideoFolder(videos).sources["test"]
     share = sum(right[str(path)] for path in source.paths) / len(source)
     assert share == pytest.approx(record["test"]["top1"])
+
+
+def test_a_run_by_time(tmp_path, videos, capsys):
+    """The run records how frames were chosen, and `predict` chooses them so; folders of frames have no times."""
+    sampling = "{kind: dense, num_frames: 3, stride: 1, test_clips: 2, by: time, seconds: 0.3}"
+    made = run_videos(tmp_path / "runs", videos, "--data.sampling", sampling, epochs=1)
+    recorded = results(made)["data"]["sampling"]
+    assert (recorded["by"], recorded["seconds"], recorded["stride"]) == ("time", 0.3, 1)
+    rows = predicted(made, tmp_path / "all.json", videos)
+    assert len(rows) == 21
+    write_frames(tmp_path / "frames", 5)
+    assert predict.main([str(made), str(tmp_path / "frames")]) == 2
+    assert "nobody knows when one is shown; sample its frames by index" in capsys.readouterr().err
 
 
 def test_damaged_videos(finished, videos, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Every shipped configuration parses and builds what it names, without a download."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -220,13 +221,14 @@ def learner_of(name):
 @pytest.mark.parametrize("name", LEARNERS)
 def test_configuration_of_a_learner_builds(name, small_nano_clip):
     # The tiny CLIP has two blocks.
-    depth = ["--model.learner.depth", "2"] if "depth" in learner_of(name).get("init_args", {}) else []
+    options = [name for name in learner_of(name).get("init_args", {}) if name.startswith("depth")]
+    depth = [part for option in options for part in (f"--model.learner.{option}", "2")]
     cli = build("--config", name, *depth, "--trainer.accelerator", "cpu")
     assert cli.model.backbone_name == "nano_clip"
     learner, given = cli.model.learner, learner_of(name)
     assert type(learner).__name__ == given["class_path"]
     for option, value in given.get("init_args", {}).items():
-        if option not in ("depth", "allow_duplicates"):
+        if option not in (*options, "allow_duplicates"):
             assert learner.options[option] == value
     assert learner.allow_duplicates == name.startswith("cross_dataset")  # ImageNet has two names twice
     description = cli.datamodule.description()
@@ -261,3 +263,54 @@ def test_clip_overlay_of_learners(overlay, small_nano_clip):
 def test_learner_and_method_configurations_do_not_mix(capsys):
     with pytest.raises(vp.ConfigurationError, match="PromptLearning"):
         build("--config", "fewshot_coop.yaml", "--model.method", "LoRA")
+
+
+def test_promptsrc_across_data_sets_has_its_own_recipe():
+    """The authors' `..._cross_datasets.yaml`; from base to new classes it is another."""
+    across, to_new = (config_content(f"{protocol}_promptsrc.yaml") for protocol in ("cross_dataset", "base_to_new"))
+    options, others = (each["model"]["init_args"]["learner"]["init_args"] for each in (across, to_new))
+    assert (options["depth_text"], options["depth_visual"], across["trainer"]["max_epochs"]) == (3, 3, 20)
+    assert "depth_text" not in others
+    assert to_new["trainer"]["max_epochs"] == 20
+
+    def shares(mean, std):
+        weights = [math.exp(-((epoch - mean) ** 2) / (2 * std**2)) for epoch in range(1, 21)]
+        return [weight / sum(weights) for weight in weights]
+
+    # Mean 6 and std 10 take many epochs in, mean 15 and std 1 few.
+    assert max(shares(options["average_mean"], options["average_std"])) == pytest.approx(0.06278, abs=1e-5)
+    assert max(shares(others["average_mean"], others["average_std"])) == pytest.approx(0.39894, abs=1e-5)
+
+
+def dtd_of_16_shots(root):
+    """The layout of DTD with as many images as 16 shots take, which nobody opens."""
+    folder = root / "dtd"
+    (folder / "images").mkdir(parents=True)
+    rows = [[f"{label}_{number}.jpg", label, f"texture {label}"] for label in range(47) for number in range(16)]
+    others = {split: [[f"{split}_{row[1]}.jpg", *row[1:]] for row in rows[::16]] for split in ("val", "test")}
+    for path, *_ in rows + others["val"] + others["test"]:
+        (folder / "images" / path).touch()
+    (folder / "split_zhou_DescribableTextures.json").write_text(json.dumps({"train": rows} | others))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        # 47 * 16 = 752 images. Published: 3 steps of 256 in each of 20 epochs, of which 2 would be whole.
+        ("fewshot_tip_adapter_f.yaml", 60),
+        *((f"{protocol}_clip_lora.yaml", 10 * 24) for protocol in PROTOCOLS),
+        # On CoOp's trainer the incomplete batch is left out: 23 steps of 32.
+        ("fewshot_coop.yaml", 50 * 23),
+    ],
+)
+def test_steps_of_a_learner_on_dtd(name, steps, tmp_path, small_nano_clip):
+    cli = build(
+        *("--config", name, "--data.dataset", "dtd", "--data.root", str(dtd_of_16_shots(tmp_path))),
+        *("--data.classes", "all", "--trainer.accelerator", "cpu"),
+    )
+    cli.datamodule.preprocessing = cli.model.preprocessing
+    batches = cli.datamodule.train_dataloader()
+    assert cli.config.trainer.max_epochs * len(batches) == steps
+    last = list(batches.batch_sampler)[-1]
+    assert len(last) == (cli.datamodule.batch_size if name == "fewshot_coop.yaml" else 752 % cli.datamodule.batch_size)

@@ -48,3 +48,18 @@ def test_two_processes_train_as_one(tmp_path):
     for saved in ranks:
         assert len(saved["refusals"]) == 4
         assert all("is sharded" in sentence for sentence in saved["refusals"])
+    check_child_tuning([saved["child"] for saved in ranks])
+
+
+def check_child_tuning(ranks):
+    """All processes draw one mask, that of one process: otherwise their copies of the parameters part."""
+    for name, tensor in ranks[0]["ddp"].items():
+        assert torch.equal(tensor, ranks[1]["ddp"][name]), name
+        assert torch.allclose(tensor, ranks[0]["alone"][name], rtol=1e-9, atol=1e-10), name
+    assert any(not torch.equal(tensor, ranks[1]["apart"][name]) for name, tensor in ranks[0]["apart"].items())
+    for saved in ranks:
+        assert saved["fsdp"].keys() == saved["ddp"].keys()
+        assert 0.4 < saved["ddp"]["share"] < 0.6
+        assert 0.4 < saved["fsdp"]["share"] < 0.6
+    for name, tensor in ranks[0]["fsdp"].items():
+        assert name == "share" or torch.equal(tensor, ranks[1]["fsdp"][name])

@@ -1,8 +1,10 @@
 """Sharing on the Hugging Face Hub: what is uploaded, the card, and loading from the Hub's own cache."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import open_clip
 import pytest
 import safetensors.torch
 import torch
@@ -244,8 +246,8 @@ def described(folder, model, **source):
         ({"kwargs": {"scriptable": True}}, "scriptable"),
         ({"kwargs": {"features_only": True}}, "features_only"),
         ({"kwargs": {"act_layer": "a/b"}}, "act_layer"),
-        ({"checkpoint": "weights.safetensors"}, "no path is taken from a download"),
-        ({"name": "local-dir:somewhere"}, "no path is taken from a download"),
+        ({"checkpoint": "weights.safetensors"}, "no path is taken from a description"),
+        ({"name": "local-dir:somewhere"}, "no path is taken from a description"),
     ],
 )
 def test_a_download_chooses_what_the_model_is_and_nothing_else(source, said, tmp_path, monkeypatch):
@@ -264,14 +266,58 @@ def test_a_download_chooses_what_the_model_is_and_nothing_else(source, said, tmp
     assert vp.from_pretrained(REPO, model, cache_dir=tmp_path / "cache", local_files_only=True).model is model
 
 
+@pytest.mark.parametrize("kind", ["adapter", "learner"])
+def test_a_file_of_weights_is_named_by_the_user(kind, tmp_path, monkeypatch):
+    """A folder records where the weights were. They are read from there for a run of the user's own alone."""
+    recorded, given, other = (tmp_path / f"{name}.safetensors" for name in ("recorded", "given", "other"))
+    torch.manual_seed(3)
+    if kind == "adapter":
+        model = vp.create_backbone("test_vit", pretrained=False, num_classes=2)
+    else:
+        open_clip.add_model_config(Path(__file__).parents[1] / "clip_configs")
+        model, _ = vp.create_clip("open_clip/tiny_clip", pretrained=False)
+    for path in (recorded, given):
+        safetensors.torch.save_file({key: value.clone() for key, value in model.state_dict().items()}, path)
+    drawn = {key: torch.randn_like(v) if v.is_floating_point() else v for key, v in model.state_dict().items()}
+    safetensors.torch.save_file(drawn, other)
+    if kind == "adapter":
+        model = vp.create_backbone("test_vit", checkpoint=recorded, num_classes=2)
+        trained = vp.attach(model, vp.LoRA(rank=2)).eval()
+        images = torch.randn(2, 3, 160, 160)
+    else:
+        clip, tokenizer = vp.create_clip("open_clip/tiny_clip", checkpoint=recorded)
+        trained = vp.CoOp(clip, tokenizer, ["cat", "dog"], context_length=2).eval()
+        images = torch.randn(2, 3, *clip.visual.image_size)
+    options = {"class_names": ["cat", "dog"]} if kind == "adapter" else {}
+    vp.save_pretrained(trained, tmp_path / "folder", **options)
+    assert 'checkpoint="recorded.safetensors"' in (tmp_path / "folder" / "README.md").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(trained_model, "create_backbone", not_called)
+        patch.setattr("visionpeft.models.create_clip.create_clip", not_called)
+        with pytest.raises(ConfigurationError, match=r"no path is taken from a description.*checkpoint='recorded"):
+            vp.from_pretrained(tmp_path / "folder")
+    again = vp.from_pretrained(tmp_path / "folder", checkpoint=given)
+    assert torch.equal(again.model(images), trained(images))
+    with pytest.raises(StorageError, match="other weights"):
+        vp.from_pretrained(tmp_path / "folder", checkpoint=other)
+    with pytest.raises(ConfigurationError, match="leave it out"):
+        vp.from_pretrained(tmp_path / "folder", trained, checkpoint=given)
+    own = trained_model.open_saved(tmp_path / "folder", own=True)  # as of a run directory
+    assert torch.equal(own.model(images), trained(images))
+
+
+def not_called(*_, **__):
+    pytest.fail("created")
+
+
 @pytest.mark.parametrize("key", ["jit", "cache_dir", "pretrained_image_path", "pretrained_text_path", "weights_only",
                                  "pretrained_hf", "device", "text_cfg", "vision_cfg"])  # fmt: skip
 def test_open_clip_takes_no_argument_that_loads(key):
     source = {"name": "open_clip/ViT-B-32/openai", "pretrained": True, "checkpoint": None}
     with pytest.raises(ConfigurationError, match=key):
-        described_arguments({"backbone": {"source": source | {"kwargs": {key: "x"}}}}, "the CLIP", False, False)
+        described_arguments({"backbone": {"source": source | {"kwargs": {key: "x"}}}}, "the CLIP", False)
     right = described_arguments(
-        {"backbone": {"source": source | {"kwargs": {"force_image_size": 96}}}}, "the CLIP", False, True
+        {"backbone": {"source": source | {"kwargs": {"force_image_size": 96}}}}, "the CLIP", False
     )
     assert right == source | {"force_image_size": 96}
 
@@ -289,7 +335,7 @@ def test_a_description_of_another_type_is_one_sentence(change, tmp_path):
     description = json.loads((tmp_path / "adapter.json").read_text())
     description["backbone"]["source"] |= change
     with pytest.raises(StorageError, match="lacks one of name, pretrained"):
-        described_arguments(description, "the model", True, False)
+        described_arguments(description, "the model", True)
 
 
 def test_exactly_what_is_read_is_downloaded(tmp_path, monkeypatch):

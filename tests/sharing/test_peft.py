@@ -172,6 +172,136 @@ def test_imported_head_of_other_classes(tmp_path):
     assert any(p is model.head.weight for p in vp.trainable_parameters(model))
 
 
+KASA = peft.tuners.lora.KasaConfig()
+BEGINNINGS = {
+    "gaussian": dict(r=3, init_lora_weights="gaussian"),
+    "orthogonal": dict(r=4, init_lora_weights="orthogonal"),
+    "mica": dict(r=3, init_lora_weights="mica"),
+    "pissa": dict(r=3, lora_alpha=5, init_lora_weights="pissa", rank_pattern={"fc1": 2, "attn.proj": 50}),
+    "pissa_rank_stabilised": dict(r=3, init_lora_weights="pissa", use_rslora=True),
+    "pissa_dora": dict(r=3, init_lora_weights="pissa", use_dora=True),
+    "pissa_dropout": dict(r=3, init_lora_weights="pissa", lora_dropout=0.5),
+    "olora": dict(r=3, lora_alpha=5, init_lora_weights="olora"),
+    "olora_dora": dict(r=3, init_lora_weights="olora", use_dora=True),
+    "kasa": dict(r=3, lora_alpha=5, kasa_config=KASA),
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_import_of_what_began_with_a_part_of_the_weights(name, tmp_path):
+    """PiSSA, OLoRA and KaSA change the backbone in peft; here it stays, and the logits are peft's own."""
+    host = HOST["vit_cls"]
+    targets = ["qkv", "attn.proj", "fc1"]
+    expected = made_by_peft(host, tmp_path / "theirs", target_modules=targets, **BEGINNINGS[name])
+    assert close(read_by_peft(host, tmp_path / "theirs"), expected)  # of a backbone that peft decomposes once more
+    model = host.build()
+    plain, weights = output(host, model), copy.deepcopy(model.state_dict())
+    vp.import_peft(model, tmp_path / "theirs")
+    assert close(output(host, model), expected)
+    assert not torch.allclose(expected, plain, atol=1e-2)
+    changed = BEGINNINGS[name].get("init_lora_weights") in ("pissa", "olora") or "kasa_config" in BEGINNINGS[name]
+    adapter = model.peft["default"]
+    assert {m.dropout.p for m in adapter.modules() if hasattr(m, "scaling")} == {0.0}
+    assert {len(m.A) for path, m in adapter.named_modules() if path.endswith(".q")} == (
+        {6} if changed else {BEGINNINGS[name]["r"]}
+    )
+    vp.save(model, tmp_path / "ours")
+    again = host.build()
+    vp.load(again, tmp_path / "ours")
+    assert torch.equal(output(host, again), output(host, model))
+    vp.detach(model)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    if changed:  # the factors alone are not the adapter
+        config = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+        tensors = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+        tensors = {key: value for key, value in tensors.items() if "lora_diag" not in key}
+        plainly = config | {"init_lora_weights": True, "kasa_config": None}
+        (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(plainly))
+        save_file(tensors, tmp_path / "theirs" / "adapter_model.safetensors")
+        if "attn.proj" not in config["rank_pattern"]:
+            vp.import_peft(model, tmp_path / "theirs")
+            assert not torch.allclose(output(host, model), expected, atol=1e-2)
+
+
+def test_pissa_of_several_iterations_is_refused(tmp_path):
+    """peft's own model differs at each reload; converted where it was trained, the adapter comes over exactly."""
+    host = HOST["vit_cls"]
+    folder, config = tmp_path / "theirs", dict(r=3, target_modules=["fc1", "fc2"], init_lora_weights="pissa_niter_2")
+    torch.manual_seed(2)
+    trained = peft.get_peft_model(host.build(), peft.LoraConfig(**config)).eval()
+    trained.peft_config["default"].init_lora_weights = True  # as peft's documentation has it, so that it is not redrawn
+    trained.save_pretrained(tmp_path / "initial")
+    trained.peft_config["default"].init_lora_weights = "pissa_niter_2"
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        expected = host.run(trained, host.inputs())
+    trained.save_pretrained(folder)
+    torch.manual_seed(3)
+    assert not torch.allclose(read_by_peft(host, folder), expected, atol=1e-2)
+    refused(folder, "draws the part that it takes out of the weights anew at each reload")
+    trained.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    model = host.build()
+    vp.import_peft(model, tmp_path / "converted")
+    assert close(output(host, model), expected)
+
+
+def test_lily_is_refused(tmp_path):
+    """The logits of an image depend on the others in its batch, which no method here does."""
+    host = HOST["vit_cls"]
+    torch.manual_seed(2)
+    model = peft.get_peft_model(host.build(), peft.LilyConfig(r=2, target_modules=["fc1"], num_B=2, stride_A=3)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.5 * torch.randn_like(parameter))
+        images = host.inputs(3)
+        assert not torch.allclose(model(images)[:1], model(images[:1]), atol=1e-3)
+        plain = host.build()
+        assert torch.allclose(plain(images)[:1], plain(images[:1]), atol=1e-5)
+    model.save_pretrained(tmp_path / "theirs")
+    refused(
+        tmp_path / "theirs",
+        "LILY, which is not imported, because it weighs .* so that logits depend on",
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa", "r": 8}], ids=str)
+def test_import_of_every_linear_layer(options, tmp_path):
+    """`all-linear` of a timm ViT includes the head, which peft changes like any other layer."""
+    host = HOST["vit_cls"]
+    expected = made_by_peft(host, tmp_path / "theirs", target_modules="all-linear", **({"r": 2} | options))
+    model = host.build()
+    plain = output(host, model)
+    head = model.head.weight.detach().clone()
+    vp.import_peft(model, tmp_path / "theirs")
+    assert close(output(host, model), expected)
+    vp.export_peft(model, tmp_path / "again")
+    assert close(read_by_peft(host, tmp_path / "again"), expected)
+    vp.save(model, tmp_path / "ours")
+    again = host.build()
+    vp.load(again, tmp_path / "ours")
+    assert close(output(host, again), expected)
+    vp.detach(model)
+    assert torch.equal(output(host, model), plain)
+    assert torch.equal(model.head.weight, head)
+
+
+def test_import_of_a_change_of_the_head_alone(tmp_path):
+    host = HOST["vit_cls"]
+    expected = made_by_peft(host, tmp_path / "theirs", r=2, target_modules=["head"])
+    model = host.build()
+    vp.import_peft(model, tmp_path / "theirs")
+    assert close(output(host, model), expected)
+    with pytest.raises(vp.UnsupportedError, match="changes no layer but its head"):
+        vp.export_peft(model, tmp_path / "again")
+    other = host.build()
+    other.reset_classifier(9)
+    with pytest.raises(vp.StorageError, match=r"lora_B of head .* is \(5, 2\) instead of \(9, 2\)"):
+        vp.import_peft(other, tmp_path / "theirs")
+
+
 # to peft
 
 METHODS = {
@@ -338,7 +468,10 @@ def changed(theirs, folder, config=None, tensors=lambda tensors: None, drop=()):
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"use_qalora": True}, "use_qalora=True is not supported"),
         ({"from_the_future": 1}, "from_the_future=1 is not supported"),
-        ({"init_lora_weights": "pissa"}, "changed the weights of the backbone"),
+        ({"init_lora_weights": "corda"}, "changed the weights of the backbone in a way .*; convert it in the process"),
+        ({"init_lora_weights": "pissa_niter_4"}, "anew at each reload"),
+        ({"init_lora_weights": "pissa", "kasa_config": {"beta": 1}}, "only one of them"),
+        ({"kasa_config": {"beta": 1}}, "has lora_A, lora_B for blocks.0.attn.qkv instead of lora_A, lora_B, lora_diag"),
         ({"peft_type": "LOHA"}, "is of peft_type LOHA"),
         ({"peft_type": None}, "lacks peft_type"),
         ({"target_modules": None}, "lacks target_modules"),
@@ -381,7 +514,7 @@ def put(values, name, value):
         (lambda v: put(v, "head.weight", torch.ones(5, 31)), "no linear head"),
         (lambda v: put(v, "head.bias", torch.ones(4)), r"head.bias .* is \(4,\) for 5 classes"),
         (lambda v: without(v, "head.bias"), "head.bias is missing"),
-        (lambda v: put(v, "head.lora_A.weight", torch.ones(2, 32)), "changes head, .* trained whole"),
+        (lambda v: put(v, "head.lora_A.weight", torch.ones(2, 32)), "has tensors for head, .* does not target"),
         (lambda v: rename(v, "base_model.model.", ""), "peft does not write"),
         (lambda v: put(v, "blocks.0.mlp.fc1.lora_A.weight", torch.ones(2, 32, dtype=torch.int8)), "of type torch.int8"),
         (lambda v: v.clear(), "changes no layer"),

@@ -348,6 +348,14 @@ def test_second_derivatives_are_those_of_finite_differences(case, recompute):
     assert max(twice(model, [*vp.trainable_parameters(model), x], x)) <= 2e-6
 
 
+@pytest.mark.parametrize("case", ["lora_all", "lora_and_ssf", "pafi_two_lora_ssf"])
+def test_second_derivatives_behind_frozen_adapters(case):
+    """Of the images alone, where no layer keeps its input."""
+    model = adapted(TWICE[case]).requires_grad_(False)
+    x = images().requires_grad_()
+    assert max(twice(model, [x], x)) <= 2e-6
+
+
 @pytest.mark.parametrize("case", ["lora_all", "lora_and_ssf"])
 def test_a_gradient_without_its_graph_would_be_seen(case, monkeypatch):
     """The comparison is not blind: sources that do not know where they come from give another second derivative."""

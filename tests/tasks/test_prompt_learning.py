@@ -208,7 +208,7 @@ def test_features_that_are_fitted(tmp_path, images, views):
     with torch.no_grad():
         by_view = [
             task.learner.image_features(torch.stack([dataset[index, view][0] for index in range(12)]))
-            for view in range(views or 1)
+            for view in ([1] if views is None else range(views))  # epoch 0 is that of the training
         ]
     expected = by_view[0] if len(by_view) == 1 else torch.stack(by_view, dim=1)
     assert torch.allclose(features, expected, atol=1e-5)
@@ -221,6 +221,37 @@ def test_no_validation_split(tmp_path, images):
     del module.sources["val"]
     trainer(tmp_path, max_epochs=1).fit(task, module)
     assert task.learner.validation_split is None
+
+
+@pytest.mark.parametrize("fixed", [None, 2])
+def test_what_tip_adapter_is_fitted_on(tmp_path, images, fixed):
+    """Not normalised, of ten augmentations that no epoch shows again, or of the data's fixed ones."""
+    task, module = make(Told), data(images, views=fixed, crop_area=(0.5, 1.0))
+    task.learner.fits_raw_features, task.learner.fitted_views = True, 10
+    trainer(tmp_path, max_epochs=2).fit(task, module)
+    features, labels = task.learner.train_split
+    augmented = module.dataset("train")
+    assert augmented.transform._random.transforms[0].scale == (0.5, 1.0)
+    epochs = range(2, 12) if fixed is None else range(2)
+    pictures = [torch.stack([augmented[index, epoch][0] for index in range(12)]) for epoch in epochs]
+    with torch.no_grad():
+        expected = torch.stack([task.learner.clip.eval().encode_image(each) for each in pictures], dim=1)
+    assert labels.tolist() == list(augmented.source.labels)
+    assert torch.allclose(features, expected, atol=1e-5)
+    lengths = expected.norm(dim=-1)
+    assert (lengths - 1).abs().min() > 0.01  # what is normalised would differ
+    assert (task.learner.validation_split[0].norm(dim=-1) - 1).abs().max() < 1e-5
+
+
+def test_what_was_published_for_the_data_set_is_taken(images):
+    module = FewShot("folder", images, shots=4)
+    module.images.about["task"] = "dtd"
+    task = make(TipAdapter)
+    task.connect(module)
+    assert (task.learner.alpha.item(), task.learner.max_alpha) == (2, 13)
+    task = make(TipAdapter)
+    task.connect(FewShot("folder", images, shots=4))  # nothing is known of it
+    assert (round(task.learner.alpha.item(), 5), task.learner.max_alpha) == (1.17, 3)
 
 
 @pytest.mark.parametrize("learner", [ZeroShot, TipAdapter, CLIPLinearProbe])

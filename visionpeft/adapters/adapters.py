@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters.economies import Economies
+from visionpeft.adapters.gradient_masks import mask_at_steps
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, nearest
@@ -35,9 +36,7 @@ class AttachedAdapter(nn.Module):
         self.train_names = tuple(train)
         self.placements: list[tuple[int, Placement]] = []  # (index of the method, placement)
         self.method_keys = method_keys(methods)
-        self.masked: dict[str, Method] = {}  # trained parameter -> the method that masks its gradient
-        self.masking: list[nn.Parameter] = []  # those whose gradient is masked so far
-        self.register_load_state_dict_post_hook(_mask_again)
+        self.masking: dict[str, Method] = {}  # parameter of the backbone -> the method that masks its gradient
         trained: dict[str, None] = dict.fromkeys(_named_to_train(train, backbone))
         for index, (key, method) in enumerate(zip(self.method_keys, methods, strict=True)):
             towers = select_towers(method, backbone)
@@ -48,8 +47,8 @@ class AttachedAdapter(nn.Module):
             for tower in towers:
                 names = [join(tower.path, name) for name in method.trains(tower)]
                 trained |= dict.fromkeys(names)
-                if type(method).mask_gradient is not Method.mask_gradient:
-                    self.masked |= dict.fromkeys(names, method)
+                if method.masks_gradients:
+                    self.masking |= dict.fromkeys(names, method)
         self.trained_names = tuple(trained)
         for name in self.trained_names:
             value = _trainable(backbone.model, name).detach()
@@ -60,24 +59,22 @@ class AttachedAdapter(nn.Module):
             for name, _ in backbone.model.get_submodule(path).named_parameters():
                 _trainable(backbone.model, f"{path}.{name}")
             nest(self, path, own_copy(backbone.model.get_submodule(path)))
-        self._mask_gradients()
+        if self.masking:
+            mask_at_steps(self)
 
     def __setstate__(self, state: dict):
         super().__setstate__(state)
-        self.masking = []  # hooks are lost when parameters are copied or pickled
-        self._mask_gradients()
+        if self.masking:  # of a copy, too
+            mask_at_steps(self)
 
-    def _mask_gradients(self) -> None:
-        """Mask the gradients of parameters that are new."""
-
-        def masking(method: Method) -> Callable:
-            return lambda gradient: method.mask_gradient(gradient) if self.training else gradient
-
-        for name, method in self.masked.items():
-            parameter = self.get_parameter(f"trained.{name}")
-            if not any(each is parameter for each in self.masking):
-                parameter.register_hook(masking(method))
-        self.masking = [self.get_parameter(f"trained.{name}") for name in self.masked]
+    @property
+    def masked(self) -> dict[str, Method]:
+        """Which method masks the gradient of which parameter here: of trained copies, and then of the heads, too."""
+        found = {f"trained.{name}": method for name, method in self.masking.items()}
+        for path in self.heads if found else ():
+            names = [f"{path}.{name}" for name, _ in self.get_submodule(path).named_parameters()]
+            found |= dict.fromkeys(names, next(iter(self.masking.values())))
+        return found
 
     def _place(self, index: int, key: str, method: Method, towers: list[Tower]) -> None:
         references = {tower.name: next(tower.module.parameters()) for tower in towers}
@@ -109,11 +106,6 @@ class AttachedAdapter(nn.Module):
     def num_parameters(self) -> int:
         """Number of trained values without the heads."""
         return sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.head_parameters())
-
-
-def _mask_again(adapter: AttachedAdapter, _) -> None:
-    # `load_state_dict(assign=True)` has put other parameters in the place of those that had hooks.
-    adapter._mask_gradients()
 
 
 class Pending(nn.Module):

@@ -13,7 +13,7 @@ from visionpeft.adapters.economies import Economies
 from visionpeft.adapters.install import check_unchanged, install, parameters_in_use, remember_hosts
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.backbones.dispatch import describe
-from visionpeft.backbones.quantised import is_quantised
+from visionpeft.backbones.quantised import check_product, check_products, is_quantised
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
@@ -80,6 +80,7 @@ def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
 def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone) -> None:
     _check_name(model, name)
     with plain(model):
+        check_products(model)
         _check_sites(adapter, backbone)
     remember_hosts(model, adapter)  # refuses, so before anything is changed
     if not has_adapters(model):
@@ -289,17 +290,31 @@ def reattach(model: nn.Module) -> None:
 
     Raises:
         ConfigurationError: if no adapters are merged.
+        UnsupportedError: the model was moved to a precision that its quantised weights cannot follow to.
     """
-    peft: Adapters | None = model.__dict__.pop("merged_peft", None)
+    peft: Adapters | None = model.__dict__.get("merged_peft")
     if peft is None:
         raise ConfigurationError("the model has no merged adapters")
+    moved = [
+        (original, getattr(owner, name))
+        for owner, name, original, _ in peft.replaced
+        if not isinstance(original, nn.Module) and is_quantised(original)
+    ]
+    for original, now in moved:
+        check_product("unmerge", original.detach().to(now.device, now.dtype), now.dtype)
+    del model.__dict__["merged_peft"]
     # Merged adapters are not registered, so they did not follow the model to another device.
     peft.to(next(model.parameters()).device)
     for owner, name, original, _ in peft.replaced:  # nor to another precision
         now = getattr(owner, name)
         if isinstance(original, nn.Module):
             original.to(next((parameter.dtype for parameter in now.parameters()), None))
-        elif not is_quantised(original):
+        elif is_quantised(original):
+            # As `model.to` does it, which keeps the parameter and puts new integers and scales into it.
+            holder = nn.Module()
+            holder.register_parameter("original", original)
+            holder.to(now.device, now.dtype)
+        else:
             original.data = original.data.to(now.dtype)
     model.add_module("peft", peft)
 

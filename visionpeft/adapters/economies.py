@@ -64,7 +64,7 @@ def _treats_class_token_alone(acting: Acting) -> bool:
     """Whether behind the attention every token is treated by itself."""
     for (site, add), modules in acting.items():
         for module in modules:
-            leaving = order_of(module) in (Order.LEAVE, Order.LEAVE_SPAN)
+            leaving = order_of(module) in (Order.LEAVE, Order.LEAVE_SPAN) and getattr(module, "tokenwise", True)
             if add is not None:
                 alone = site not in BEFORE_ATTENTION and getattr(module, "tokenwise", False)
             elif site in BEFORE_ATTENTION or site == "kv" or leaving:

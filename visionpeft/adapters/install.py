@@ -6,12 +6,13 @@ A model without active adapters has its original classes; its parameters and hea
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
 import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter, own_parameter
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher, distances
-from visionpeft.adapters.route import Routed, RoutedHead, check_routable
+from visionpeft.adapters.route import Routed, RoutedHead, check_routable, rows_of
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
@@ -36,11 +37,11 @@ def install(model: nn.Module) -> None:
     check_unchanged(model, [name for names in groups for name in names])
     backbone = describe(model)
     plans = [plan_of(peft, names) for names in groups]
-    routed = None
+    routed, rows = None, {}
     if peft.route is not None:
         check_routable(peft, plans, groups)
-        rows = [[row for row, name in enumerate(peft.route) if (name,) == group] for group in groups]
-        routed = rows, len(peft.route)
+        rows = rows_of(peft.route, next(model.parameters()).device)
+        routed = [rows[name] for (name,) in groups], len(peft.route)
     for tower in backbone.towers.values():
         _install_tower(peft, tower, plans, routed)
     peft.recompute_blocks(model)
@@ -49,7 +50,7 @@ def install(model: nn.Module) -> None:
         model.__dict__["group_matcher"] = GroupMatcher(model, peft.distances)
         peft.swapped.append((model, type(model)))
     _install_parameters(peft, model)
-    _install_heads(peft, model, backbone.heads, groups)
+    _install_heads(peft, model, backbone.heads, groups, rows)
 
 
 def plan_of(peft: Adapters, names: tuple[str, ...]) -> Plan:
@@ -255,12 +256,18 @@ def holders(model: nn.Module, parameter: nn.Parameter) -> Iterator[tuple[nn.Modu
             yield from ((module, name) for name, each in module._parameters.items() if each is parameter)
 
 
-def _install_heads(peft: Adapters, model: nn.Module, heads: tuple[str, ...], groups: list[tuple[str, ...]]) -> None:
+def _install_heads(
+    peft: Adapters,
+    model: nn.Module,
+    heads: tuple[str, ...],
+    groups: list[tuple[str, ...]],
+    rows: dict[str | None, torch.Tensor],
+) -> None:
     acting = [name for names in groups for name in names]
     for path in dict.fromkeys((*heads, *(path for name in acting for path in peft[name].heads))):
         own = model.get_submodule(path)
         if peft.route is not None:
-            peft.stand_in(own, routes_heads(type(own))).routed = RoutedHead(_head_of(peft, path), peft.route)
+            peft.stand_in(own, routes_heads(type(own))).routed = RoutedHead(_head_of(peft, path), rows, len(peft.route))
         elif head_in_use(peft, path) is not None:
             _use_head(peft, own, peft[head_in_use(peft, path)].get_submodule(path))
 

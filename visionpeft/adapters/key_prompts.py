@@ -109,8 +109,10 @@ def _each(acting: Acting) -> Iterable[tuple[tuple[str, str | None], nn.Module]]:
 def _leaves_alone(key: tuple[str, str | None], module: nn.Module, own: list[nn.Module]) -> bool:
     """Whether a module does to the other tokens the same with and without prompts among them."""
     site, add = key
-    if module in own or order_of(module) == Order.LEAVE_SPAN or site == "kv":  # at kv prompts are among the keys
+    if module in own or order_of(module) == Order.LEAVE_SPAN:
         return True
+    if site == "kv":  # where prompts are among the keys, but in what the attention reads only as tokens
+        return not getattr(module, "reads_attention_input", False)
     # Layers treat rows one by one, and so does what acts on their outputs unless it says otherwise. What acts on tokens
     # must say so, and a branch may not end on the prompts' way to the attention.
     if site not in TOKEN_SITES:

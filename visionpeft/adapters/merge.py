@@ -11,7 +11,7 @@ from visionpeft.adapters.adapters import Adapters, check_allocated, own_paramete
 from visionpeft.adapters.attach import attached, reattach, unfreeze
 from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install, plan_of
 from visionpeft.backbones.dispatch import describe
-from visionpeft.backbones.quantised import full_precision
+from visionpeft.backbones.quantised import computing_dtype, full_precision, is_quantised
 from visionpeft.backbones.tower import READS, Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Order, order_of
@@ -35,7 +35,8 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
             what was trainable before the first adapter is so again, and other adapters can be attached.
 
     Raises:
-        UnsupportedError: if an active method adds something no weight of the backbone can hold; nothing is changed.
+        UnsupportedError: if an active method adds something no weight of the backbone can hold, or changes one layer of
+            several that have the same weight; nothing is changed.
     """
     if not keep and "merged_peft" in model.__dict__:
         unfreeze(model, model.__dict__.pop("merged_peft"))
@@ -116,19 +117,32 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
         tower = towers[tower_name]
         place = f"{' and '.join(methods)} at {_place(tower, block, site)}"
         if site not in INPUTS:
+            _check_own(model, tower.layer(block, site), place)
             _merge_layer(tower.layer(block, site), [module.merge for module in modules], value, place)
             continue
         readers = [layer for layer in tower.blocks[block].layers.values() if layer.reads == site]
         if not readers:
             raise UnsupportedError(f"{place} cannot be merged: no linear layer reads it directly")
         for layer in readers:
+            _check_own(model, layer, place)
             _merge_layer(layer, [module.merge_input for module in reversed(modules)], value, place)
-    return [(owner, name, v.to(getattr(owner, name).dtype)) for owner, name, v in values.values()]
+    return [(owner, name, v.to(computing_dtype(model, owner, name))) for owner, name, v in values.values()]
+
+
+def _check_own(model: nn.Module, layer: Layer, place: str) -> None:
+    """Refuse a layer whose weight or bias other layers compute with, too: adapters change what one of them computes."""
+    for owner, name in ((layer.owner, layer.weight), (layer.bias_owner, layer.bias)):
+        if owner is not None and len([*holders(model, owner._parameters[name])]) > 1:
+            raise UnsupportedError(
+                f"{place} cannot be merged: other layers of the model have the same {name}, and no one tensor computes "
+                "what each of them does with its adapter; keep the adapter attached"
+            )
 
 
 def _merged_heads(model: nn.Module, peft: Adapters) -> dict[str, nn.Module]:
     """Frozen copies of the heads in use, by path, in the precision of the model."""
-    heads, dtype = {}, next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    plain = (p for p in model.parameters() if p.is_floating_point() and not is_quantised(p))
+    heads, dtype = {}, next(parameter.dtype for parameter in plain)
     for path in dict.fromkeys(path for name in peft.active for path in peft[name].heads):
         head = copy.deepcopy(peft[head_in_use(peft, path)].get_submodule(path))
         heads[path] = head.to(dtype=dtype).requires_grad_(False)

@@ -1,14 +1,27 @@
 """One adapter per sample: rows of a batch go through the modules of the adapter that serves them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn as nn
 
 from visionpeft.backbones.frames import Frames
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.sites import join
+from visionpeft.sites import act_on_kv, join
 from visionpeft.sites.stand_ins import in_own_precision
+
+
+def rows_of(route: Sequence[str | None], device: torch.device) -> dict[str | None, torch.Tensor]:
+    """For each name of a route, the samples of the batch it names, as indices on the device of the model.
+
+    They are made once, when the route is chosen: made where they are used, they would be copied to the device at every
+    site of every batch.
+    """
+    samples: dict[str | None, list[int]] = {}
+    for sample, name in enumerate(route):
+        samples.setdefault(name, []).append(sample)
+    with torch.inference_mode(False):  # a batch with gradients may be routed by what a batch without them has chosen
+        return {name: torch.tensor(group, device=device) for name, group in samples.items()}
 
 
 class Routed:
@@ -17,7 +30,7 @@ class Routed:
     Args:
         groups: for each group, the modules that act here, in order.
         branch: whether the site is a branch, which `join` ends.
-        rows: for each group, the samples of the batch it serves.
+        rows: for each group, the samples of the batch it serves, as `rows_of` gives them.
         batch: size of the batch.
         frames: for clips, how many rows make one sample.
     """
@@ -26,15 +39,20 @@ class Routed:
         self,
         groups: list[list[nn.Module]],
         branch: bool,
-        rows: list[list[int]],
+        rows: list[torch.Tensor],
         batch: int,
         frames: Frames | None = None,
     ):
         self.groups = groups
         self.branch = branch
-        self.samples = [torch.tensor(group) for group in rows]
+        self.samples = rows
         self.batch = batch
         self.frames = frames
+
+    @property
+    def reads_attention_input(self) -> bool:
+        """Whether one of the modules at `kv` does."""
+        return any(getattr(module, "reads_attention_input", False) for group in self.groups for module in group)
 
     @property
     def rows(self) -> list[torch.Tensor]:
@@ -42,17 +60,17 @@ class Routed:
         if self.frames is None:
             return self.samples
         number = self.frames.number
-        return [(number * group[:, None] + torch.arange(number)).flatten() for group in self.samples]
+        within = torch.arange(number, device=self.samples[0].device)
+        return [(number * group[:, None] + within).flatten() for group in self.samples]
 
     def __call__(self, *inputs):
-        """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v)."""
+        """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v) or (k, v, h)."""
         batched = [value for value in inputs if isinstance(value, torch.Tensor)]
         _check_batch(self.batch, len(batched[0]) // (1 if self.frames is None else self.frames.number))
-        kv = len(inputs) == 2
-        if kv:
-            k, v = inputs
-            parts = [self._chain(modules, (k[r], v[r])) for r, modules in self._parts(k)]
-            return tuple(self._gather(x, [p[i] for p in parts]) for i, x in enumerate(inputs))
+        if len(inputs) in (2, 3):
+            k, v, *read = inputs
+            parts = [self._chain(modules, k[r], v[r], *(h[r] for h in read)) for r, modules in self._parts(k)]
+            return tuple(self._gather(x, [p[i] for p in parts]) for i, x in enumerate((k, v)))
         if len(inputs) == 4:
             x, y, weight, bias = inputs
             return self._gather(y, [self._layer(m, x[r], y[r], weight, bias) for r, m in self._parts(y)])
@@ -75,10 +93,10 @@ class Routed:
         return [(rows.to(x.device), modules) for rows, modules in zip(self.rows, self.groups, strict=True)]
 
     @staticmethod
-    def _chain(modules: list[nn.Module], kv: tuple) -> tuple:
+    def _chain(modules: list[nn.Module], k: torch.Tensor, v: torch.Tensor, h: torch.Tensor | None = None) -> tuple:
         for module in modules:
-            kv = module(*kv)
-        return kv
+            k, v = act_on_kv(module, k, v, h)
+        return k, v
 
     @staticmethod
     def _layer(modules: list[nn.Module], x, y, weight, bias) -> torch.Tensor:
@@ -110,19 +128,25 @@ class RoutedHead:
 
     Args:
         head_of: gives the head for the name of an adapter, or None for the model's own.
-        route: name of an adapter, or None, for each sample.
+        rows: for each name, the samples of the batch, as `rows_of` gives them.
+        batch: size of the batch.
     """
 
-    def __init__(self, head_of: Callable[[str | None], nn.Module | None], route: tuple[str | None, ...]):
-        names = list(dict.fromkeys(route))
-        self._heads = tuple((head_of(name), [r for r, n in enumerate(route) if n == name]) for name in names)
-        self._names = tuple(names)
-        self._batch = len(route)
+    def __init__(
+        self,
+        head_of: Callable[[str | None], nn.Module | None],
+        rows: Mapping[str | None, torch.Tensor],
+        batch: int,
+    ):
+        self._heads = tuple((head_of(name), own_rows) for name, own_rows in rows.items())
+        self._names = tuple(rows)
+        self._batch = batch
 
     def __call__(self, x: torch.Tensor, own: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Map pooled features (batch, width) to logits (batch, classes); `own` is the model's own head."""
         _check_batch(self._batch, len(x))
-        parts = [own(x[rows]) if head is None else in_own_precision(head, x[rows]) for head, rows in self._heads]
+        heads = [(head, rows.to(x.device)) for head, rows in self._heads]
+        parts = [own(x[rows]) if head is None else in_own_precision(head, x[rows]) for head, rows in heads]
         classes = {part.shape[-1] for part in parts}
         if len(classes) > 1:
             raise UnsupportedError(
@@ -130,8 +154,8 @@ class RoutedHead:
                 "tensor; route adapters with equally many classes, or attach them with head=False"
             )
         result = x.new_zeros(len(x), classes.pop(), dtype=parts[0].dtype)
-        for (_, rows), part in zip(self._heads, parts, strict=True):
-            result = result.index_copy(0, torch.tensor(rows, device=x.device), part)
+        for (_, rows), part in zip(heads, parts, strict=True):
+            result = result.index_copy(0, rows, part)
         return result
 
 

@@ -181,11 +181,27 @@ def check_backbone(model: nn.Module, saved: dict, actual: dict, what: str) -> No
 
 
 def method_from(entry: dict) -> Method:
-    """The method that `describe_method` described.
+    """The method that `describe_method` described, also an older version's, whose fields may be fewer.
 
     Raises:
         StorageError: this version has no such method, or it has other fields.
     """
+    cls = _class_of(entry)
+    try:
+        types = get_type_hints(cls)
+        fields = {**cls.written_without, **entry["fields"]}
+        return cls(**{name: from_json(value, types.get(name)) for name, value in fields.items()})
+    except (ConfigurationError, TypeError) as error:  # TypeError: a field that this version does not have
+        reason = str(error).splitlines()[0]
+        raise StorageError(f"the saved fields of {entry['class']} do not fit this version: {reason}") from None
+
+
+def is_older(entry: dict) -> bool:
+    """Whether a method was described by a version without a field of which it had not today's default value."""
+    return not _class_of(entry).written_without.keys() <= entry["fields"].keys()
+
+
+def _class_of(entry: dict) -> type[Method]:
     own = [getattr(method_classes, name) for name in method_classes.__all__ if name != "Method"]
     classes = classes_by_name(Method, own)
     if entry["class"] not in classes:
@@ -193,13 +209,7 @@ def method_from(entry: dict) -> Method:
             f"the adapter was made by a method {entry['class']!r} this version does not have; "
             f"near names are {nearest(entry['class'], classes)}; a method of your own must be imported first"
         )
-    cls = classes[entry["class"]]
-    try:
-        types = get_type_hints(cls)
-        return cls(**{name: from_json(value, types.get(name)) for name, value in entry["fields"].items()})
-    except (ConfigurationError, TypeError) as error:  # TypeError: a field that this version does not have
-        reason = str(error).splitlines()[0]
-        raise StorageError(f"the saved fields of {entry['class']} do not fit this version: {reason}") from None
+    return classes[entry["class"]]
 
 
 def _check_description(description: object, path: Path) -> None:

@@ -68,7 +68,7 @@ class SitedMultiheadAttention(nn.MultiheadAttention):
         if need_weights or others or query is not key or key is not value:
             raise UnsupportedError("attention with an adapter attached computes self-attention without weights only")
         q, k, v = project(self, query)
-        k, v = self.sites.kv(k, v)
+        k, v = self.sites.kv(k, v, query)
         mask = by_head(attn_mask, query.shape[0], self.num_heads)
         x = attend(q, k, v, attn_mask=mask, dropout=self.dropout if self.training else 0.0)
         return join_heads(self, x), None
@@ -87,7 +87,7 @@ class SitedCustomAttention(Attention):
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attend over tokens (batch, tokens, width)."""
         q, k, v = project(self, x)
-        k, v = self.sites.kv(k, v)
+        k, v = self.sites.kv(k, v, x)
         mask = by_head(attn_mask, x.shape[0], self.num_heads)
         return join_heads(self, attend_as(self, q, k, v, attn_mask=mask, fused=self.use_fsdpa))
 

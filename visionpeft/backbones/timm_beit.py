@@ -35,7 +35,7 @@ class SitedBeitAttention(Attention):
         layer = with_bias(self, bias)
         parts = fused_qkv(sites, x, layer, self.qkv.weight, bias)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        k, v = sites.kv(k, v)
+        k, v = sites.kv(k, v, x)
         x = attend_as(self, q, k, v, attn_mask=position_bias, fused=self.fused_attn)
         return self.proj_drop(sites.call(self.proj, x.transpose(1, 2).flatten(2)))
 

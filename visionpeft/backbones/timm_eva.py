@@ -111,7 +111,7 @@ def rotary_attention(attention, x, sites, rope=None, attn_mask=None, is_causal=F
         half = getattr(attention, "rotate_half", False)
         q = rotated(q, rope, patches if sites.kept is None else 0, half).type_as(v)
         k = rotated(k, rope, patches, half).type_as(v)
-    k, v = sites.kv(k, v)
+    k, v = sites.kv(k, v, x)
     groups = heads[0] // heads[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

@@ -32,7 +32,7 @@ def plain_attention(attention, x, sites, attn_mask=None, is_causal=False) -> tor
     qkv = fused_qkv(sites, x, attention.qkv, attention.qkv.weight, attention.qkv.bias)
     q, k, v = (part.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for part in qkv)
     q, k = sites.call(attention.q_norm, q), sites.call(attention.k_norm, k)
-    k, v = sites.kv(k, v)
+    k, v = sites.kv(k, v, x)
     x = attend_as(attention, q, k, v, attn_mask=attn_mask, is_causal=is_causal, fused=attention.fused_attn)
     x = sites.call(attention.norm, x.transpose(1, 2).flatten(2))
     if gate is not None:

@@ -31,7 +31,7 @@ class Layout:
         texts: tokens of each text.
         pad: token id behind the end.
         length: number of tokens the text tower reads.
-        packings: what the text encoder works out from the layout, kept with it.
+        packings: what the text encoder computes from the layout on a device, kept with it.
     """
 
     texts: tuple[Tokens, ...]

@@ -48,6 +48,8 @@ class Learner(nn.Module):
         by_gradient: an optimiser has something to train; otherwise `fit_features` or nothing at all does the learning.
         adapter_name: name of the adapter that the learner attaches to its CLIP, None if it attaches none.
         acting: the adapters of the CLIP with which this learner computes.
+        fits_raw_features: `fit_features` takes image features that are not normalised.
+        fitted_views: augmentations of each training image for `fit_features`, where the data leaves their number open.
         template_style: which of a data set's own templates it takes; see `visionpeft.data.dataset_template`.
         chunk_size: most texts that are encoded at a time, None for all; less memory, the same gradient.
         fast_text: leave out the work in the text tower that cannot matter.
@@ -62,6 +64,8 @@ class Learner(nn.Module):
     averages: str | None = None
     by_gradient = True
     adapter_name: str | None = None
+    fits_raw_features = False
+    fitted_views = 1
     template_style = "zero_shot"
 
     def __init__(
@@ -140,6 +144,9 @@ class Learner(nn.Module):
             self.templates = templates
             self._kept.clear()
 
+    def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
+        """Take what was published for the data set, by learner, where none was given; most learners have nothing."""
+
     def adapt(self, method: Method) -> None:
         """Attach the method to the CLIP, as the adapter of this learner.
 
@@ -167,8 +174,8 @@ class Learner(nn.Module):
 
     # Images to logits
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit image features (batch, features) of images (batch, 3, height, width).
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Image features (batch, features) of images (batch, 3, height, width), not normalised.
 
         Raises:
             ConfigurationError: another shape, a size that the image tower does not take, or other adapters act.
@@ -185,7 +192,15 @@ class Learner(nn.Module):
             )
         self.check_acting()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
-            return unit(self.clip.encode_image(images.to(image_dtype(self.clip))))
+            return self.clip.encode_image(images.to(image_dtype(self.clip)))
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit image features (batch, features) of images (batch, 3, height, width).
+
+        Raises:
+            ConfigurationError: as `encode_images`.
+        """
+        return unit(self.encode_images(images))
 
     def text_features(self) -> torch.Tensor:
         """Unit text features (classes, features); without gradients they are kept until what they depend on changes."""
@@ -260,7 +275,7 @@ class Learner(nn.Module):
 
         Args:
             train: unit image features (images, features), or (images, views, features) of several augmented views;
-                labels (images,).
+                labels (images,). Not normalised where `fits_raw_features`.
             validation: unit image features (images, features) and labels (images,).
 
         Returns:
@@ -369,7 +384,7 @@ class Learner(nn.Module):
         others = (state, acting_adapters(self.clip), autocast, self.text.dtype, device, self.training, self.fast_text)
         if key in self._kept:
             features, old_others, old = self._kept[key]
-            if old_others == others and len(old) == len(current) and all(map(torch.equal, old, current)):
+            if old_others == others and _same_values(old, current):
                 return features
         # What was worked out in inference mode could not take part in a training step later.
         with torch.inference_mode(False), torch.set_grad_enabled(with_graph):
@@ -395,6 +410,14 @@ class Learner(nn.Module):
         # Kept features are known by the tensors that they were computed from, and may belong to a graph.
         made.__dict__.update(copy.deepcopy(self.__dict__ | {"_kept": {}}, memo))
         return made
+
+
+def _same_values(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
+    """Whether two lists of tensors are equal, for which their device is waited for once and not for each of them."""
+    pairs = list(zip(left, right, strict=False))
+    if len(left) != len(right) or any(a.shape != b.shape for a, b in pairs):
+        return False
+    return not pairs or bool(torch.stack([(a == b).all() for a, b in pairs]).all())
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -97,6 +97,18 @@ class Packing:
         return layout.packings[key]
 
 
+def padded(layout: Layout, chunk_size: int | None, device: torch.device) -> list[torch.Tensor]:
+    """Token ids and slots (texts, length) of all texts with their padding, in chunks; made once and kept with it."""
+    size = chunk_size or len(layout)
+    key = ("padded", size, str(device))
+    if key not in layout.packings:
+        rows = [(*text, *[layout.pad] * (layout.length - len(text))) for text in layout.texts]
+        with torch.inference_mode(False):
+            tokens = torch.tensor(rows, dtype=torch.long, device=device)
+        layout.packings[key] = list(tokens.split(size))
+    return layout.packings[key]
+
+
 def common_length(texts: Sequence[Tokens]) -> int:
     """How many tokens all texts begin with; each keeps at least its last."""
     shortest, first = min(map(len, texts)), texts[0]

@@ -11,13 +11,17 @@ PHOTO = "a photo of a {}."
 
 def template_sets() -> dict[str, list[str]]:
     """All named sets of templates."""
-    return json.loads((shipped("datasets") / "templates.json").read_text(encoding="utf-8"))
+    sets = json.loads((shipped("datasets") / "templates.json").read_text(encoding="utf-8"))
+    # PromptSRC's authors list 60 templates: the first of OpenAI's 80, in their order.
+    return sets | {"promptsrc_60": sets["openai_imagenet_80"][:60]}
 
 
 def templates(name: str) -> list[str]:
-    """A named set: "photo", "openai_imagenet_80", "simple_7" or "tip_7".
+    """A named set: "photo", "openai_imagenet_80", "promptsrc_60", "simple_7" or "tip_7".
 
-    `simple_7` (OpenAI's selection out of the 80) and `tip_7` (Tip-Adapter's for ImageNet) hold the same templates.
+    `promptsrc_60` is the first 60 of the 80, which PromptSRC's teacher has for every data set (Khattak et al., 2023,
+    arXiv 2307.06948). `simple_7` (OpenAI's selection out of the 80) and `tip_7` (Tip-Adapter's for ImageNet) hold the
+    same templates.
 
     Raises:
         ConfigurationError: there is no such set.

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from visionpeft.backbones.attention import attend
 from visionpeft.backbones.open_clip import join_heads, project, residual_block
 from visionpeft.clip.layout import Layout, Tokens
-from visionpeft.clip.packing import Bucket, Chunk, Packing, Rows, common_length
+from visionpeft.clip.packing import Bucket, Chunk, Packing, Rows, common_length, padded
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import TOKEN_SITES, Sites, is_drawn
 
@@ -118,7 +118,8 @@ class TextEncoder:
         for block in self.blocks:
             sites: Sites | None = block.__dict__.get("sites")
             for module in () if sites is None else sites.acting.get("kv", ()):
-                if not hasattr(module, "num_tokens"):  # keys in front of a text are among those the texts share
+                # keys in front of a text are among those the texts share, unless they depend on the text
+                if not hasattr(module, "num_tokens") or getattr(module, "reads_attention_input", False):
                     return f"{type(module).__name__} acts on the keys of whole texts"
             for site, module in _token_modules(sites):
                 if site == "stream_in" and hasattr(module, "replaced_tokens"):
@@ -150,7 +151,7 @@ class TextEncoder:
         """Embedded tokens (groups, rows, width) with their positions."""
         with torch.no_grad():
             x = self.module.token_embedding(rows.ids).to(self.dtype)
-            x[rows.learned_rows] = 0
+            x.index_fill_(0, rows.learned_rows, 0)  # `x[...] = 0` would copy the zero to the device
             x = (x + self.module.positional_embedding[rows.positions].to(self.dtype))[None]
         if context is None:
             return x
@@ -167,7 +168,7 @@ class TextEncoder:
         def attention(block: nn.Module, h: torch.Tensor) -> torch.Tensor:
             q, k, v = project(block.attn, h)
             sites = block.__dict__.get("sites")
-            k, v = (k, v) if sites is None else sites.kv(k, v)
+            k, v = (k, v) if sites is None else sites.kv(k, v, h)
             keys_and_values.append((k, v))
             return join_heads(block.attn, attend(q, k, v, is_causal=True))
 
@@ -209,15 +210,12 @@ class TextEncoder:
     def _encode_in_full(self, layout: Layout, context: torch.Tensor | None, chunk_size: int | None) -> torch.Tensor:
         """The library's own `encode_text`, with the context vectors in the place of the embeddings of their slots."""
         groups = 1 if context is None else len(context)
-        size = chunk_size or len(layout)
+        chunks = padded(layout, chunk_size, self.device)
+        chunked = len(chunks) > 1 and torch.is_grad_enabled()
         features = []
         for group in range(groups):
             own = None if context is None else context[group]
-            for first in range(0, len(layout), size):
-                texts = layout.texts[first : first + size]
-                rows = [(*text, *[layout.pad] * (layout.length - len(text))) for text in texts]
-                tokens = torch.tensor(rows, dtype=torch.long, device=self.device)
-                chunked = size < len(layout) and torch.is_grad_enabled()
+            for tokens in chunks:
                 run = self._library_features
                 features.append(checkpoint(run, tokens, own, use_reentrant=False) if chunked else run(tokens, own))
         return torch.cat(features).unflatten(0, (groups, len(layout)))

@@ -6,6 +6,7 @@ import re
 from io import StringIO
 from pathlib import Path
 
+from visionpeft.data.labels import Read, one_class
 from visionpeft.data.records import Row
 from visionpeft.errors import DataError
 
@@ -13,19 +14,20 @@ from visionpeft.errors import DataError
 NUMBER = re.compile("[0-9]{1,18}")
 
 
-def read_list(file: Path) -> list[Row]:
-    """Rows of a `.csv` or `.json` list.
+def read_list(file: Path, read: Read = one_class) -> list[Row]:
+    """Rows of a `.csv` or `.json` list, whose labels are read by `read`.
 
     CSV: a header naming the columns `path` and `label` (others are ignored), one image a line. JSON: an object
     `{path: label}`, or a list of `[path, label]` pairs or of objects with `path` and `label`.
 
     Raises:
-        DataError: the file is missing, is of another kind, or has an entry without path or label.
+        DataError: the file is missing, is of another kind, or has an entry without path or with a label that `read`
+            refuses.
     """
     if file.suffix.lower() == ".csv":
-        rows = _read_csv(file)
+        rows = _read_csv(file, read)
     elif file.suffix.lower() == ".json":
-        rows = _read_json(file)
+        rows = _read_json(file, read)
     else:
         raise DataError(f"image list {file} must be a .csv file with the header path,label or a .json file")
     if not rows:
@@ -85,15 +87,20 @@ def read_split_lines(file: Path, classes: int) -> list[Row]:
     return rows
 
 
-def _read_csv(file: Path) -> list[Row]:
+def _read_csv(file: Path, read: Read) -> list[Row]:
     columns, entries = read_csv(file)
     if not {"path", "label"} <= set(columns):
         found = ",".join(columns) or "nothing"
         raise DataError(f"image list {file} must start with a header naming path and label, found '{found}'")
-    return [_row(entry["path"], entry["label"], f"{file} line {number}") for number, entry in entries]
+    for number, entry in entries:
+        if any(cell.strip() for cell in entry.get(None, ())):
+            raise DataError(
+                f"{file} line {number} has more entries than the header; a label with commas in it must stand in quotes"
+            )
+    return [_row(entry["path"], entry["label"], f"{file} line {number}", read) for number, entry in entries]
 
 
-def _read_json(file: Path) -> list[Row]:
+def _read_json(file: Path, read: Read) -> list[Row]:
     content = read_json(file)
     if isinstance(content, dict):
         content = list(content.items())
@@ -106,14 +113,14 @@ def _read_json(file: Path) -> list[Row]:
             entry = (entry.get("path"), entry.get("label"))
         if not isinstance(entry, list | tuple) or len(entry) != 2:
             raise DataError(f"{where}: expected a path and a label, found {json.dumps(entry)}")
-        rows.append(_row(*entry, where))
+        rows.append(_row(*entry, where, read))
     return rows
 
 
-def _row(path: object, label: object, where: str) -> Row:
+def _row(path: object, label: object, where: str, read: Read) -> Row:
     if not isinstance(path, str) or not path.strip():
         raise DataError(f"{where} has no image path")
-    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
-        raise DataError(f"{where}: image '{path}' needs a class name or an integer as label, found {label!r}")
-    label = str(label).strip()
-    return Row(path.strip(), int(label) if NUMBER.fullmatch(label.removeprefix("-")) else label, where)
+    try:
+        return Row(path.strip(), read(label), where)
+    except ValueError as error:
+        raise DataError(f"{where}: image '{path}' {error}, found {label!r}") from None

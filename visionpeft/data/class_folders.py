@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from visionpeft.data.class_index import indexed, otherwise
 from visionpeft.data.images import left_out
+from visionpeft.data.labels import Labels, reader
 from visionpeft.data.ordering import permutation
-from visionpeft.data.records import Files, ImageSet
+from visionpeft.data.records import Files, ImageSet, Row
 from visionpeft.errors import ConfigurationError, DataError
 
 SPLIT_FOLDERS = {
@@ -25,6 +27,8 @@ def read_class_folders(
     seed: int,
     files: type[Files],
     find: Find,
+    labels: Labels = "classes",
+    separator: str = ";",
 ) -> ImageSet:
     """The splits under `root/{train,val,test}/<class>/`, or of `root/<class>/` divided by the fractions.
 
@@ -34,7 +38,8 @@ def read_class_folders(
 
     Raises:
         ConfigurationError: fractions that leave nothing to train on.
-        DataError: a folder that is missing or empty, names of splits beside others, or too few files for a split.
+        DataError: a folder that is missing or empty, names of splits beside others, too few files for a split, or a
+            folder whose name is no such label.
     """
     root = Path(root)
     if not root.is_dir():
@@ -47,10 +52,16 @@ def read_class_folders(
         splits = {split: _class_files(folder, find, files.kind) for split, folder in given.items()}
         division = "folders"
     else:
-        splits = _divided(_class_files(root, find, files.kind), val_fraction, test_fraction, seed, files.kind)
+        classes = _class_files(root, find, files.kind)
+        if labels == "number":  # a folder may hold a single image
+            splits = _divided_together(classes, val_fraction, test_fraction, seed, files.kind)
+        else:
+            splits = _divided(classes, val_fraction, test_fraction, seed, files.kind)
         division = f"random, val {val_fraction:g}, test {test_fraction:g}, seed {seed}"
-    class_names = sorted(set().union(*splits.values()))
-    sources = {split: _labelled(classes, class_names, files) for split, classes in splits.items()}
+    folders = sorted(set().union(*splits.values()))
+    class_names, learnt = _learnt(root, folders, labels, separator)
+    label_of = dict(zip(folders, learnt, strict=True))
+    sources = {split: _labelled(classes, label_of, files) for split, classes in splits.items()}
     about = {
         "dataset": dataset,
         "task": root.resolve().name,
@@ -59,7 +70,26 @@ def read_class_folders(
         "split": division,
     }
     remark = left_out(root, [path for source in sources.values() for path in source.paths], files.kind)
-    return ImageSet(sources, class_names, about, notes=[remark] if remark else [], kind=files.kind)
+    notes = [remark] if remark else []
+    if labels == "classes" and files.kind == "image" and (seen := otherwise([Row("", name, "") for name in folders])):
+        notes.append(
+            f"each folder is a class, also {seen[1].label}; --data.labels {seen[0]} reads the names of folders as "
+            + ("numbers" if seen[0] == "number" else "several labels")
+        )
+    return ImageSet(sources, class_names, about, notes=notes, kind=files.kind, labels=labels)
+
+
+def _learnt(root: Path, folders: list[str], labels: Labels, separator: str) -> tuple[list[str], list]:
+    """Class names, and the label that is learnt of each folder."""
+    if labels == "classes":  # each folder is one, whatever it is called
+        return folders, list(range(len(folders)))
+    read, rows = reader(labels, separator), []
+    for name in folders:
+        try:
+            rows.append(Row(name, read(name), f"folder {root}"))
+        except ValueError as error:
+            raise DataError(f"folder '{name}' in {root} {error}; labels are the names of folders") from None
+    return indexed(rows, labels, None)
 
 
 def _split_folders(root: Path, find: Find, kind: str) -> dict[str, Path]:
@@ -149,6 +179,19 @@ def _divided(
     return splits
 
 
-def _labelled(classes: dict[str, list[Path]], class_names: list[str], files: type[Files]) -> Files:
-    pairs = [(path, class_names.index(name)) for name, paths in classes.items() for path in paths]
+def _divided_together(
+    folders: dict[str, list[Path]], val_fraction: float, test_fraction: float, seed: int, kind: str
+) -> dict[str, dict[str, list[Path]]]:
+    """As `_divided`, of the files of all folders as if they were in one."""
+    together = {"": sorted(path for paths in folders.values() for path in paths)}
+    divided = _divided(together, val_fraction, test_fraction, seed, kind)
+    splits = {split: set(paths[""]) for split, paths in divided.items()}
+    return {
+        split: {name: [path for path in paths if path in chosen] for name, paths in folders.items()}
+        for split, chosen in splits.items()
+    }
+
+
+def _labelled(classes: dict[str, list[Path]], label_of: dict[str, object], files: type[Files]) -> Files:
+    pairs = [(path, label_of[name]) for name, paths in classes.items() for path in paths]
     return files([path for path, _ in pairs], [label for _, label in pairs])

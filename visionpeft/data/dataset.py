@@ -1,6 +1,6 @@
 """Labelled images as tensors: prepared once, kept in memory while they fit, augmented and normalised batch by batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from visionpeft.data.records import Source
-from visionpeft.errors import DataError
+from visionpeft.errors import ConfigurationError, DataError
 
 
 class Transform(Protocol):
@@ -27,18 +27,20 @@ class Transform(Protocol):
 class LabelledDataset(Dataset):
     """Inputs float32 and labels, of a `source`, each input by `_input` and then normalised by the `transform`.
 
-    An index may be a pair `(index, epoch)`.
+    An index may be a pair `(index, epoch)`. Labels of the source become a tensor (batch, ...) by `as_labels`.
     """
+
+    as_labels: Callable[[list], torch.Tensor] = torch.tensor
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, int | float | torch.Tensor]:
         inputs, labels = self._batch([key])
-        return inputs[0], int(labels[0])
+        return inputs[0], labels[0].item() if labels.ndim == 1 else labels[0]
 
     def __getitems__(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor] | DataError:
-        """A batch: inputs float32 (B, ...), labels int64 (B,). In a worker, an error is returned instead."""
+        """A batch: inputs float32 (B, ...), labels (B, ...). In a worker, an error is returned instead."""
         try:
             return self._batch(keys)
         except DataError as error:
@@ -50,7 +52,7 @@ class LabelledDataset(Dataset):
     def _batch(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
         inputs = [self._input(index, epoch) for index, epoch in pairs]
-        labels = torch.tensor([self.source.labels[index] for index, _ in pairs])
+        labels = self.as_labels([self.source.labels[index] for index, _ in pairs])
         return self.transform.normalise(torch.stack(inputs)), labels
 
 
@@ -66,16 +68,25 @@ class ImageDataset(LabelledDataset):
         cache_bytes: Prepared images are kept until they fill this much memory, in each process that loads.
         views: Number of different augmentations of each image, which come round again with the epochs; as many as
             epochs when absent.
+        as_labels: The labels of a batch, of those of the source: by default class indices int64 (B,).
     """
 
     def __init__(
-        self, source: Source, transform: Transform, *, seed: int = 0, cache_bytes: int = 0, views: int | None = None
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        seed: int = 0,
+        cache_bytes: int = 0,
+        views: int | None = None,
+        as_labels: Callable[[list], torch.Tensor] = torch.tensor,
     ):
         self.source = source
         self.transform = transform
         self.seed = seed
         self.free_bytes = cache_bytes
         self.views = views
+        self.as_labels = as_labels
         self.prepared: dict[int, torch.Tensor] = {}
 
     def _input(self, index: int, epoch: int) -> torch.Tensor:
@@ -115,12 +126,22 @@ class TrainLoader(ImageLoader):
             yield images, labels
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch, and how many of its samples (in this process) were delivered."""
-        return {"epoch": self.sampler.epoch, "samples": self.delivered}
+        """Epoch, and how many of its samples were delivered, by all processes together."""
+        return {"epoch": self.sampler.epoch, "samples": self.delivered * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.sampler.resume = (state["epoch"], state["samples"])
+        """Continue where `state_dict` was taken, also with another number of processes.
+
+        Raises:
+            ConfigurationError: they cannot share evenly what is left of the epoch.
+        """
+        samples, rest = divmod(state["samples"], self.sampler.num_replicas)
+        if rest:
+            raise ConfigurationError(
+                f"{state['samples']} images of epoch {state['epoch'] + 1} were seen when this run stopped, and "
+                f"{self.sampler.num_replicas} devices cannot share that evenly; resume with as many devices as before"
+            )
+        self.sampler.resume = (state["epoch"], samples)
 
 
 def as_batch(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

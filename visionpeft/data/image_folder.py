@@ -5,6 +5,7 @@ from pathlib import Path
 from visionpeft.backbones.preprocessing import Resize
 from visionpeft.data.class_folders import read_class_folders
 from visionpeft.data.images import list_images
+from visionpeft.data.labels import Labels
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import ImageFiles
 from visionpeft.data.transforms import Augmentation
@@ -17,19 +18,25 @@ class ImageFolder(ImageDataModule):
     `training`, `valid`, `validation`, `dev` and `testing`; where only some have, the folder is refused as ambiguous.
     Files that are left out are counted and named in the description of a run.
 
-    The class names are the folder names, sorted. In the first layout `val` and `test` may be absent. In the second the
-    images of each class are split by the fractions, at least one staying in the train split.
+    The class names are the folder names, sorted. With `labels` "several" the name of a folder holds all labels of its
+    images with the separator between them, `cat;dog/` (`;/` holds images without any), with "number" it is the number
+    to learn, `0.5/`. In the first layout `val` and `test` may be absent. In the second the
+    images of each class (numbers: of all folders together) are split by the fractions, at least one staying in the
+    train split.
 
     Args:
         root: The folder.
         val_fraction: Share of each class held out for selection, where the folder has no splits.
         test_fraction: Share of each class held out for the test, where the folder has no splits.
         split_seed: Seed of that split; the split depends on the sorted file names and on this alone.
+        labels: What the name of a folder is: one of "classes", "several" of them, or a "number".
+        separator: What stands between several labels.
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
         augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
 
     Raises:
-        DataError: a folder that is missing or empty, one class only, or a class without training images.
+        DataError: a folder that is missing or empty, one class only, or a class without training images; a name of a
+            folder that is no such label.
     """
 
     def __init__(
@@ -38,11 +45,15 @@ class ImageFolder(ImageDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
+        labels: Labels = "classes",
+        separator: str = ";",
         resize: Resize = "crop",
         augmentation: Augmentation = "crop_flip",
         **kwargs,
     ):
         images = read_class_folders(
-            "ImageFolder", root, val_fraction, test_fraction, split_seed, ImageFiles, list_images
+            *("ImageFolder", root, val_fraction, test_fraction, split_seed, ImageFiles, list_images),
+            labels=labels,
+            separator=separator,
         )
         super().__init__(images, resize=resize, augmentation=augmentation, **kwargs)

@@ -1,11 +1,15 @@
 """People's own images in lists, and the embedded clip-art set."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from visionpeft.backbones.preprocessing import Resize
 from visionpeft.data.annotations import read_list
+from visionpeft.data.class_index import check_classes, indexed
+from visionpeft.data.labels import Labels, reader
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import Files, ImageFiles, ImageSet, Row, check_disjoint, path_inside, without_duplicates
 from visionpeft.data.transforms import Augmentation
@@ -17,7 +21,12 @@ class ImageList(ImageDataModule):
     """Images listed with their labels in one file for each split: CSV or JSON.
 
     CSV files start with the header `path,label`; JSON files hold `{path: label}`, `[[path, label], ...]` or
-    `[{"path": ..., "label": ...}, ...]`. Labels are class names or integers, throughout.
+    `[{"path": ..., "label": ...}, ...]`. What a label is, `labels` says:
+
+    - "classes": one class name or integer;
+    - "several": class names or integers with the separator between them, `cat;dog`, in JSON also an array; an empty
+      label says that none applies;
+    - "number": a finite number, which is learnt as such.
 
     Args:
         train: List of training images.
@@ -26,12 +35,15 @@ class ImageList(ImageDataModule):
         root: Folder that the paths are relative to and may not leave; "auto" is the folder of the training list. With
             null, paths may lie anywhere, absolute or relative to the working directory.
         class_names: Names in the order of the labels; the sorted labels found in the lists when absent.
+        labels: What a label is: one of "classes", "several" of them, or a "number".
+        separator: What stands between several labels.
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
         augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
 
     Raises:
         DataError: a list that is missing or malformed, a path outside the root, a label out of range or with two
-            meanings, an image in two splits, one class only, or a class without training images.
+            meanings, an image in two splits, one class only, or a class without training images; labels that are read
+            as classes, without `class_names`, and seem to be numbers or several each; numbers that are all the same.
     """
 
     def __init__(
@@ -41,12 +53,15 @@ class ImageList(ImageDataModule):
         test: str | Path | None = None,
         root: str | Path | None = "auto",
         class_names: Sequence[str] | None = None,
+        labels: Labels = "classes",
+        separator: str = ";",
         resize: Resize = "crop",
         augmentation: Augmentation = "crop_flip",
         **kwargs,
     ):
         lists = {"train": train, "val": val, "test": test}
-        images = read_lists(type(self).__name__, lists, root, class_names, ImageFiles, read_list)
+        read = partial(read_list, read=reader(labels, separator))
+        images = read_lists(type(self).__name__, lists, root, class_names, ImageFiles, read, labels)
         super().__init__(images, resize=resize, augmentation=augmentation, **kwargs)
 
 
@@ -91,6 +106,7 @@ def read_lists(
     class_names: Sequence[str] | None,
     files: type[Files],
     read: Callable[[Path], list[Row]],
+    labels: Labels = "classes",
 ) -> ImageSet:
     """The splits listed, each in its file.
 
@@ -98,12 +114,15 @@ def read_lists(
 
     Raises:
         DataError: a list that is missing or malformed, a path outside the root, a label out of range or with two
-            meanings, or a file in two splits.
+            meanings, or a file in two splits; labels read as classes that seem to be something else.
     """
     lists = {split: Path(file) for split, file in lists.items() if file}
     splits = {split: without_duplicates(read(file), files.kind) for split, file in lists.items()}
     check_disjoint(splits, files.kind)
-    names, index = _class_index([row for rows in splits.values() for row in rows], class_names)
+    every = [row for rows in splits.values() for row in rows]
+    if labels == "classes" and class_names is None:
+        check_classes(every, files.kind)
+    names, learnt = indexed(every, labels, class_names)
     folder = lists["train"].parent if root == "auto" else root
     if folder is not None and not Path(folder).is_dir():
         raise DataError(
@@ -114,8 +133,9 @@ def read_lists(
     def place(row: Row) -> Path:
         return Path(row.path) if folder is None else path_inside(Path(folder), row.path, row.where, files.kind)
 
+    in_order = iter(learnt)
     sources = {
-        split: files([place(row) for row in rows], [index[row.label] for row in rows]) for split, rows in splits.items()
+        split: files([place(row) for row in rows], list(islice(in_order, len(rows)))) for split, rows in splits.items()
     }
     about = {
         "dataset": dataset,
@@ -123,28 +143,4 @@ def read_lists(
         "trained_on": "train",
         "selected_on": "val" if "val" in sources else None,
     }
-    return ImageSet(sources, names, about, kind=files.kind)
-
-
-def _class_index(rows: list[Row], class_names: Sequence[str] | None) -> tuple[list[str], dict[int | str, int]]:
-    """Class names, and the class index of each label as written: a name, or an integer.
-
-    Raises:
-        DataError: names and integers are mixed, or a label is not among `class_names`.
-    """
-    labels = {row.label for row in rows}
-    numbered = {label for label in labels if isinstance(label, int)}
-    if class_names is None:
-        if numbered and numbered != labels:
-            row = next(row for row in rows if isinstance(row.label, int))
-            raise DataError(f"{row.where}: label {row.label} is an integer while other labels are names; use one kind")
-        ordered = sorted(labels)
-        return [str(label) for label in ordered], {label: position for position, label in enumerate(ordered)}
-    names = list(class_names)
-    index: dict[int | str, int] = {position: position for position in range(len(names))}
-    index.update({name: position for position, name in enumerate(names)})
-    for row in rows:
-        if row.label not in index:
-            known = f"0 to {len(names) - 1}" if isinstance(row.label, int) else ", ".join(names[:10])
-            raise DataError(f"{row.where}: label '{row.label}' is out of range; class_names allows {known}")
-    return names, index
+    return ImageSet(sources, names, about, kind=files.kind, labels=labels)

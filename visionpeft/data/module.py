@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import lightning
@@ -10,9 +11,10 @@ from torch.utils.data import DataLoader
 
 from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_batch
-from visionpeft.data.ordering import EpochSampler, subset
+from visionpeft.data.labels import Labels, as_tensor
+from visionpeft.data.ordering import BalancedSampler, EpochSampler, ShareSampler, subset
 from visionpeft.data.records import Files, ImageSet, Source
-from visionpeft.data.transforms import Augmentation, ImageTransform
+from visionpeft.data.transforms import CROP_AREA, Augmentation, ImageTransform, check_crop_area
 from visionpeft.data.views import ImageViews
 from visionpeft.errors import ConfigurationError, DataError
 
@@ -52,6 +54,9 @@ class ImageDataModule(lightning.LightningDataModule):
             features of a frozen backbone can be kept; anew in each epoch when absent.
         test_views: Test batches hold this many views of each image, (B, V, 3, H, W): the usual one and random crops.
         augmix: Mix the random ones of the test views by AugMix.
+        crop_area: Smallest and largest share of the area that "random_resized_crop" cuts.
+        balanced: Draw training images so that all classes come equally often, those of rare ones repeatedly; an epoch
+            has as many images as without. For labels that are classes.
     """
 
     def __init__(
@@ -72,6 +77,8 @@ class ImageDataModule(lightning.LightningDataModule):
         views: int | None = None,
         test_views: int | None = None,
         augmix: bool = False,
+        crop_area: tuple[float, float] = CROP_AREA,
+        balanced: bool = False,
     ):
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -91,7 +98,14 @@ class ImageDataModule(lightning.LightningDataModule):
             raise ConfigurationError(
                 f"unknown normalisation '{normalisation}': choose pretrained, {', '.join(NORMALISATIONS)}"
             )
+        check_crop_area(crop_area)
+        if balanced and images.labels != "classes":
+            remedy = "; weigh them by --model.positive_weights balanced" if images.labels == "several" else ""
+            raise ConfigurationError(
+                f"balanced draws images of one class each, which labels {images.labels!r} are not{remedy}"
+            )
         self.images = images
+        self.balanced = balanced
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.resize = resize
@@ -105,6 +119,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self.views = views
         self.test_views = test_views
         self.augmix = augmix
+        self.crop_area = tuple(crop_area)
         self.skipped = dict.fromkeys(images.sources, 0)
         self.test_subset: dict[str, int] | None = None
         self._preprocessing: Preprocessing | None = None
@@ -115,11 +130,17 @@ class ImageDataModule(lightning.LightningDataModule):
             test = images.sources["test"]
             images.sources["test"] = test.subset(subset(len(test), test_samples, TEST_SUBSET_SEED))
             self.test_subset = {"samples": test_samples, "of": len(test), "seed": TEST_SUBSET_SEED}
+            images.check()
 
     @property
     def class_names(self) -> list[str]:
-        """Names in the order of the labels."""
+        """Names in the order of the labels; none of numbers."""
         return self.images.class_names
+
+    @property
+    def labels(self) -> Labels:
+        """What a label is: one of "classes", "several" of them, or a "number"."""
+        return self.images.labels
 
     @property
     def sources(self) -> dict[str, Source]:
@@ -200,7 +221,7 @@ class ImageDataModule(lightning.LightningDataModule):
             transform = ImageViews(self.preprocessing, self.resize, self.test_views, self.augmix)
         else:
             augmentation = self.augmentation if split == "train" else "none"
-            transform = ImageTransform(self.preprocessing, self.resize, augmentation)
+            transform = ImageTransform(self.preprocessing, self.resize, augmentation, self.crop_area)
         return ImageDataset(
             self.sources[split],
             transform,
@@ -208,6 +229,7 @@ class ImageDataModule(lightning.LightningDataModule):
             # The test split is read once.
             cache_bytes=self._cache_bytes(split),
             views=self.views,
+            as_labels=partial(as_tensor, kind=self.labels, num_classes=len(self.class_names)),
         )
 
     def _cache_bytes(self, split: str) -> int:
@@ -229,13 +251,22 @@ class ImageDataModule(lightning.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches (images float32 (B, 3, H, W), labels int64 (B,))."""
+        """Shuffled batches: images float32 (B, 3, H, W) and labels.
+
+        Labels are class indices int64 (B,); several of them float32 (B, K) of zeros and ones; or numbers float32 (B,).
+        """
+        return self.train_loader(*self._processes)
+
+    def train_loader(self, num_processes: int = 1, rank: int = 0) -> TrainLoader:
+        """The share of the shuffled batches that one of several processes trains on; all of them by default.
+
+        Where they cannot be shared evenly, some images are seen twice in an epoch.
+        """
         dataset = self.dataset("train")
-        trainer = self.trainer
         sampler = self.sampler(
             dataset,
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
+            num_replicas=num_processes,
+            rank=rank,
             # Consecutive seeds must not share orders, and EpochSampler adds the epoch to its seed.
             seed=self._seed() * 100_003,
             drop_last=self.drop_last,
@@ -244,21 +275,38 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def sampler(self, dataset: ImageDataset, **options) -> EpochSampler:
         """The order of the training samples."""
+        if self.balanced:
+            return BalancedSampler(dataset.source.labels, **options)
         return EpochSampler(dataset, **options)
 
     def val_dataloader(self) -> DataLoader | list:
         """Batches in order; an empty list when nothing is held out for selection."""
-        return self._loader(ImageLoader, self.dataset("val")) if "val" in self.sources else []
+        return self._measured("val") if "val" in self.sources else []
 
     def test_dataloader(self) -> DataLoader:
-        """Batches in the order of `sources["test"]`: images (B, 3, H, W), with `test_views` (B, V, 3, H, W)."""
-        return self._loader(ImageLoader, self.dataset("test"))
+        """Batches in the order of `sources["test"]`: images (B, 3, H, W), with `test_views` (B, V, 3, H, W).
+
+        Of several processes, each has its share, and no image is measured twice.
+        """
+        return self._measured("test")
+
+    def _measured(self, split: str) -> ImageLoader:
+        dataset = self.dataset(split)
+        num_processes, rank = self._processes
+        sampler = ShareSampler(dataset, num_processes, rank, shuffle=False) if num_processes > 1 else None
+        return self._loader(ImageLoader, dataset, sampler=sampler)
+
+    @property
+    def _processes(self) -> tuple[int, int]:
+        """How many processes train together, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def description(self) -> dict[str, object]:
         """What was trained, selected and scored on and how inputs were treated, for the record of a run."""
         used = self.preprocessing
         return {
             **self.images.about,
+            "labels": self.labels,
             "classes": len(self.class_names),
             "sizes": {split: len(source) for split, source in self.sources.items()},
             "test_subset": self.test_subset,
@@ -271,6 +319,7 @@ class ImageDataModule(lightning.LightningDataModule):
                 "std": list(used.std) if used else None,
             },
             **({"views": self.views} if self.views else {}),
+            **({"balanced": True} if self.balanced else {}),
             **({"test_views": self.test_views, "augmix": self.augmix} if self.test_views else {}),
             "notes": list(self.images.notes),
         }
@@ -283,6 +332,7 @@ class ImageDataModule(lightning.LightningDataModule):
             "crop_pct": used.crop_pct if used and self.resize == "crop" else None,
             "interpolation": used.interpolation if used else None,
             "augmentation": self.augmentation,
+            **({"crop_area": list(self.crop_area)} if self.augmentation == "random_resized_crop" else {}),
         }
 
     def _seed(self) -> int:

@@ -56,6 +56,57 @@ class EpochSampler(DistributedSampler):
         return super().__iter__()
 
 
+class BalancedSampler(EpochSampler):
+    """An `EpochSampler` that draws each of K classes equally often, repeating images of the rare ones.
+
+    An epoch has as many samples as there are: of each class n / K, rounded so that they sum to n, and over the epochs
+    all classes come equally often. The images of a class are gone through in a random order, then in another one, on
+    from epoch to epoch, so that those of a frequent class, of which an epoch has a part, all come equally often, too.
+
+    Args:
+        labels: Class of each sample, (n,).
+        **options: Of `EpochSampler`; `seed` is the seed of these orders, too.
+    """
+
+    def __init__(self, labels: Sequence[int], **options):
+        super().__init__(labels, **options)
+        by_class = np.argsort(labels, kind="stable")
+        _, firsts = np.unique(np.asarray(labels)[by_class], return_index=True)
+        self.members = np.split(by_class, firsts[1:])
+
+    def order(self) -> Iterator[int]:
+        """Indices of the current epoch, in this process."""
+        drawn = self._drawn()
+        return (int(drawn[position]) for position in super().order())
+
+    def _drawn(self) -> np.ndarray:
+        """The samples of the epoch in all processes together, class by class, (n,)."""
+        total, classes = len(self.dataset), len(self.members)
+        drawn = []
+        for number, members in enumerate(self.members):
+            # By Hermite's identity these parts of the classes sum to n in each epoch.
+            begin, end = ((total * epoch + number) // classes for epoch in (self.epoch, self.epoch + 1))
+            size = len(members)
+            first = begin // size
+            rounds = np.arange(first, -(-end // size))  # how often the class has been gone through
+            orders = np.argsort(mix(self.seed, number, rounds[:, None], np.arange(size)), axis=1, kind="stable")
+            drawn.append(members[orders].ravel()[begin - first * size : end - first * size])
+        return np.concatenate(drawn)
+
+
+class ShareSampler(DistributedSampler):
+    """Every process's share of a split that is measured, in order and nothing twice: rank, rank + processes, ...
+
+    A plain `DistributedSampler` repeats samples until all shares are of one size, which falsifies what is measured.
+    """
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
+
+
 class SceneSampler(EpochSampler):
     """An `EpochSampler` that shuffles scenes instead of samples: the samples of a scene follow each other.
 

@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image
 
 from visionpeft.data.images import open_image
+from visionpeft.data.labels import Labels, check_numbers, in_words, parts_of
 from visionpeft.errors import DataError
 
 
 class Source(Protocol):
-    """Labelled images of one split."""
+    """Labelled images of one split; labels as `ImageSet.labels` says."""
 
-    labels: Sequence[int]
+    labels: Sequence[int] | Sequence[tuple[int, ...]] | Sequence[float]
 
     def __len__(self) -> int: ...
 
@@ -31,10 +32,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Row:
-    """One line of an annotation file: image path as written, label as written, and where it stands."""
+    """One line of an annotation file: image path as written, label as read, and where it stands."""
 
     path: str
-    label: int | str
+    label: int | str | float | tuple[int | str, ...]
     where: str
 
 
@@ -43,12 +44,12 @@ class Files:
 
     Args:
         paths: Where they are, (n,).
-        labels: Class indices, (n,).
+        labels: Class indices, tuples of them, or numbers, (n,).
     """
 
     kind: str
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int]):
+    def __init__(self, paths: Sequence[Path], labels: Sequence[int] | Sequence[tuple[int, ...]] | Sequence[float]):
         self.paths = list(paths)
         self.labels = list(labels)
 
@@ -114,8 +115,8 @@ def without_duplicates(rows: Iterable[Row], kind: str = "image") -> list[Row]:
         earlier = first.setdefault(row.path, row)
         if earlier.label != row.label:
             raise DataError(
-                f"{row.where}: {kind} '{row.path}' has label '{row.label}' here and '{earlier.label}' in "
-                f"{earlier.where}"
+                f"{row.where}: {kind} '{row.path}' has label '{in_words(row.label)}' here and "
+                f"'{in_words(earlier.label)}' in {earlier.where}"
             )
     return list(first.values())
 
@@ -135,11 +136,12 @@ class ImageSet:
 
     Args:
         sources: Splits by name: "train", and optionally "val" (for selection) and "test"; or "test" alone.
-        class_names: Names in the order of the labels.
+        class_names: Names in the order of the labels; none of numbers.
         about: First entries of a run's record: data set, task, what is trained on and selected on.
         notes: Remarks for that record, such as sizes that differ from the published ones.
         untrained_classes: Allow classes that have no training image.
         kind: What they are called in messages.
+        labels: What a label is: a class index ("classes"), a tuple of those that apply ("several"), or a "number".
     """
 
     sources: dict[str, Source]
@@ -148,25 +150,37 @@ class ImageSet:
     notes: list[str] = field(default_factory=list)
     untrained_classes: bool = False
     kind: str = "image"
+    labels: Labels = "classes"
 
     def check(self) -> None:
         """Check that there is something to learn, and that what is scored can be learnt.
 
         Raises:
             DataError: an empty split, fewer than two classes, or, where there is a train split, a class without a
-                training image.
+                training image; a split in which no image has any of several labels, or all have the same number.
         """
         names = self.class_names
         for split, source in self.sources.items():
             if len(source) == 0:
                 raise DataError(f"the {split} split holds no {self.kind}s")
+            if self.labels == "number" and split != "val":  # of which no R2 is taken
+                check_numbers(source.labels, split, self.kind)
+        if self.labels == "number":
+            return
         if len(names) < 2:
             raise DataError(f"a data set needs at least two classes, found {len(names)}: {', '.join(names)}")
+        present = {
+            split: {part for label in source.labels for part in parts_of(label)}
+            for split, source in self.sources.items()
+        }
+        for split, found in present.items():
+            if not found:
+                raise DataError(f"no {self.kind} of the {split} split has a label; of these nothing can be measured")
         if self.untrained_classes or "train" not in self.sources:
             return
-        trained = set(self.sources["train"].labels)
-        for split, source in self.sources.items():
-            unseen = sorted(set(source.labels) - trained)
+        trained = present["train"]
+        for split, found in present.items():
+            unseen = sorted(found - trained)
             if unseen:
                 raise DataError(
                     f"class '{names[unseen[0]]}' is in the {split} split and has no {self.kind} in the train split"

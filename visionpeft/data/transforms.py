@@ -13,6 +13,7 @@ from visionpeft.data.ordering import mix
 from visionpeft.errors import ConfigurationError
 
 Augmentation = Literal["none", "crop_flip", "random_resized_crop"]
+CROP_AREA = (0.08, 1.0)  # shares of the area that are cut where nothing else is said, as in most papers
 
 
 class ImageTransform:
@@ -23,20 +24,28 @@ class ImageTransform:
         resize: "squash" resizes to the input size whatever the aspect; "crop" resizes until the image covers
             `input size / crop_pct` and cuts out the centre.
         augmentation: "none"; "crop_flip": resize to `input size / min(crop_pct, 0.875)` (256 for 224; squashed or
-            covering, as `resize` says), cut at random, flip half of the images; "random_resized_crop": cut 8 to 100 %
-            of the area with aspect 3/4 to 4/3, resize that to the input size, flip half of the images.
+            covering, as `resize` says), cut at random, flip half of the images; "random_resized_crop": cut a share of
+            the area with aspect 3/4 to 4/3, resize that to the input size, flip half of the images.
+        crop_area: Smallest and largest share of the area that "random_resized_crop" cuts.
 
     Raises:
-        ConfigurationError: an unknown option or interpolation.
+        ConfigurationError: an unknown option or interpolation, or shares that are none.
     """
 
-    def __init__(self, preprocessing: Preprocessing, resize: Resize = "squash", augmentation: Augmentation = "none"):
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        resize: Resize = "squash",
+        augmentation: Augmentation = "none",
+        crop_area: tuple[float, float] = CROP_AREA,
+    ):
         if resize not in ("squash", "crop"):
             raise ConfigurationError(f"unknown resize '{resize}': choose squash or crop")
         if augmentation not in ("none", "crop_flip", "random_resized_crop"):
             raise ConfigurationError(
                 f"unknown augmentation '{augmentation}': choose none, crop_flip or random_resized_crop"
             )
+        check_crop_area(crop_area)
         try:
             self.interpolation = InterpolationMode(preprocessing.interpolation)
         except ValueError as error:
@@ -51,7 +60,7 @@ class ImageTransform:
         self.mean = torch.tensor(preprocessing.mean).view(3, 1, 1) * 255
         self.std = torch.tensor(preprocessing.std).view(3, 1, 1) * 255
         cut = (
-            v2.RandomResizedCrop(self.size, interpolation=self.interpolation)
+            v2.RandomResizedCrop(self.size, tuple(crop_area), interpolation=self.interpolation)
             if augmentation == "random_resized_crop"
             else v2.RandomCrop(self.size)
         )
@@ -90,5 +99,31 @@ class ImageTransform:
         height, width = (math.floor(side / share) for side in self.size)
         if self.resize == "squash":
             return [height, width]
-        ratio = max(height / image.height, width / image.width)
-        return [max(height, int(image.height * ratio)), max(width, int(image.width * ratio))]
+        return covering(image.height, image.width, height, width)
+
+
+def check_crop_area(area: tuple[float, float]) -> None:
+    """Refuse what is not a smallest and a largest share of an area.
+
+    Raises:
+        ConfigurationError: a share of 0 or less or above 1, or the larger one first.
+    """
+    if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        raise ConfigurationError(f"crop_area {list(area)} must be two shares above 0 and at most 1, the smaller first")
+
+
+def covering(height: int, width: int, least_height: int, least_width: int) -> list[int]:
+    """Size (h, w) of an image resized with its aspect until it just covers another size.
+
+    The side that does not fit exactly is cut down to whole pixels, floor(least * long / short), as torchvision's
+    `Resize` does; multiplying first, because `long * (least / short)` is rounded twice and may fall one pixel short.
+
+    Args:
+        height: Of the image.
+        width: Of the image.
+        least_height: To be covered.
+        least_width: To be covered.
+    """
+    if least_height * width >= least_width * height:  # the height decides
+        return [least_height, least_height * width // height]
+    return [least_width * height // width, least_width]

@@ -8,6 +8,8 @@ Steitz and Roth, Adapters Strike Back (Adapter+), 2024, https://arxiv.org/abs/24
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks, Overrides
 from visionpeft.methods.parts.base import Method, blocks_of, require
@@ -24,6 +26,28 @@ PLACEMENTS = {
 }
 
 
+# With `after_scaling`, as (starts at, ends at, name in the adapter): what the stream gains in between is the branch.
+AFTER_SCALING = {
+    "houlsby": (("stream_in", "stream_mid", "attn_out"), ("stream_mid", "stream_out", "mlp_out")),
+    "pfeiffer": (("stream_mid", "stream_out", "mlp_out"),),
+}
+
+
+class AfterScaling(Bottleneck):
+    """x + t + A(t), where t is what a branch of the block has added to its stream x: after layer scale and drop path.
+
+    t is taken as the difference of the stream after and before it.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The stream (batch, tokens, width) before the branch."""
+        return x
+
+    def join(self, after: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """Map the streams (batch, tokens, width) after and before the branch to what goes on."""
+        return after + super().forward(after - before)
+
+
 @dataclass(frozen=True)
 class Adapter(Method):
     """Bottleneck adapters A(u) = scale * up(act(down u)) in every block, with y the stream after attention.
@@ -31,6 +55,9 @@ class Adapter(Method):
     houlsby: t + A(t) and m + A(m) on the outputs t of attention and m of the MLP, before layer scale and residual.
     pfeiffer: m + A(m) only (what ViT papers call so). parallel: A(y) added to the block's output. pre: y + A(y) before
     the MLP. adapter_plus: z + A(z) on the block's output, with a scale for each channel and drop path 0.1.
+    houlsby and pfeiffer come from papers on language models, which have neither layer scale nor drop path. The code of
+    Adapter+ acts after both, which is `after_scaling`; the default acts before both. Its houlsby also trains the
+    LayerNorms: `vp.attach(model, Adapter(placement="houlsby"), train=["*norm*"])`, or `--model.train "[*norm*]"`.
     Not mergeable: it is not linear. The zero initialisation of both matrices found in published code never trains.
     Trainable on L blocks of width D and bottleneck h: L (2 D h + h + D) for one adapter per block, twice that for
     houlsby; L D more with a channel scale.
@@ -43,6 +70,7 @@ class Adapter(Method):
         dropout: dropout in the bottleneck.
         drop_path: probability of dropping A(u) for a sample; None for the placement's own (0, adapter_plus: 0.1).
         init: "houlsby" (near identity), "lora" (identity at the start) or "bert".
+        after_scaling: for houlsby and pfeiffer, act after layer scale and drop path instead of before both.
         overrides: other bottlenecks for some blocks, such as {"last:4": 32}.
         blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
         towers: which towers, "visual" or "text" or both; by default the image tower.
@@ -55,6 +83,7 @@ class Adapter(Method):
     dropout: float = 0.0
     drop_path: float | None = None
     init: str = "houlsby"
+    after_scaling: bool = False
     overrides: dict[str, int] = field(default_factory=dict)
     blocks: Blocks = "all"
     towers: str | list[str] | None = None
@@ -68,6 +97,8 @@ class Adapter(Method):
             require(value in allowed, self, f"{field_name} must be one of {', '.join(allowed)}, not {value!r}")
         for field_name, value in (("dropout", self.dropout), ("drop_path", self.drop_path or 0.0)):
             require(0 <= value < 1, self, f"{field_name} must be in [0, 1), not {value}")
+        after = not self.after_scaling or self.placement in AFTER_SCALING
+        require(after, self, f"after_scaling is for placement {' and '.join(AFTER_SCALING)}, not {self.placement!r}")
         learned = ("learned", "channel")
         require(not isinstance(self.scale, str) or self.scale in learned, self, f"scale must be a number or {learned}")
 
@@ -78,8 +109,9 @@ class Adapter(Method):
         drop_path = self.drop_path if self.drop_path is not None else 0.1 if plus else 0.0
         widths = Overrides(self.bottleneck, self.overrides, tower.depth, (), "Adapter overrides")
         for index in blocks_of(self, tower):
-            for site, add in PLACEMENTS[self.placement]:
-                module = Bottleneck(
+            places = AFTER_SCALING if self.after_scaling else PLACEMENTS
+            for site, add, *name in places[self.placement]:
+                module = (AfterScaling if self.after_scaling else Bottleneck)(
                     width=tower.width,
                     bottleneck=widths.at(index),
                     activation=self.activation,
@@ -89,4 +121,4 @@ class Adapter(Method):
                     init=self.init,
                     serial=add is None,
                 )
-                yield Placement(tower.name, index, site, module, add)
+                yield Placement(tower.name, index, site, module, add, *name)

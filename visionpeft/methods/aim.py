@@ -85,7 +85,9 @@ class AIM(Method):
     With the stream x of a block, adapters A(u) = up(gelu(down(u))) and tokens of equal index attending in time:
     x = x + T(attn(norm1 x)) over time; x = x + (u + S(u)) with u = attn(norm1 x) in each frame;
     x = x + mlp(norm2 x) + scale * J(norm2 x). A vector for the time of a frame is added to all its tokens before
-    the first block and of a norm there. Clips are dropped from T and J with probability drop_path while training.
+    the first block and of a norm there. Clips are dropped from T and J while training, with a probability that rises
+    linearly from 0 in the first block of the tower to drop_path in its last; all frames of a clip at once. (In the
+    authors' code tokens lead, so that it drops one token position in all clips of a batch and keeps the others.)
     down is normal with standard deviation 0.02, everything else zero: no change at the start. The final norm is
     trained, too. In time the attention has no positions: a rotation of query and key by one and the same position
     cancels, and so does one and the same relative position in a softmax. What other methods add in the attention acts
@@ -100,7 +102,7 @@ class AIM(Method):
         num_temporal: adapters around the attention in time; 2 for one more before it, u + A(u), as the paper has
             for Something-Something.
         scale: factor of the adapter beside the MLP; the paper has 0.5, and 1 for Something-Something.
-        drop_path: probability of dropping the temporal and the joint branch for a clip.
+        drop_path: probability of dropping the temporal and the joint branch for a clip in the last block.
         num_frames: frames of the clips it is trained on.
         blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
         towers: which towers; by default the image tower.
@@ -128,17 +130,18 @@ class AIM(Method):
         yield Placement(tower.name, None, "tokens", TemporalEmbedding(self.num_frames, tower.width, frames))
         for index in blocks_of(self, tower):
             block = tower.blocks[index]
+            drop_path = self.drop_path * index / max(1, tower.depth - 1)
             if not hasattr(block.sited_class, "attend"):
                 raise UnsupportedError(
                     f"AIM uses the attention of a block twice, but {block.sited_class.__name__} does not offer "
                     "attention_input and attend"
                 )
             inner = self._adapter(tower.width, serial=True) if self.num_temporal == 2 else None
-            temporal = self._adapter(tower.width, dropped=frames)
+            temporal = self._adapter(tower.width, dropped=DropClips(drop_path, frames))
             attention = TemporalAttention(block.module, inner, temporal, frames)
             yield Placement(tower.name, index, "stream_in", attention)
             yield Placement(tower.name, index, "attn_out", self._adapter(tower.width, serial=True))
-            joint = self._adapter(tower.width, scale=self.scale, dropped=frames)
+            joint = self._adapter(tower.width, scale=self.scale, dropped=DropClips(drop_path, frames))
             yield Placement(tower.name, index, "mlp_in", joint, add="stream_out")
 
     def trains(self, tower: Tower) -> Iterator[str]:
@@ -150,7 +153,7 @@ class AIM(Method):
                 yield name
 
     def _adapter(
-        self, width: int, serial: bool = False, scale: float = 1.0, dropped: Frames | None = None
+        self, width: int, serial: bool = False, scale: float = 1.0, dropped: DropClips | None = None
     ) -> Bottleneck:
         hidden = max(1, int(width * self.ratio))
         adapter = Bottleneck(
@@ -158,7 +161,7 @@ class AIM(Method):
         )
         nn.init.trunc_normal_(adapter.down.weight, std=0.02)
         if dropped is not None:
-            adapter.drop_path = DropClips(self.drop_path, dropped)
+            adapter.drop_path = dropped
         return adapter
 
 

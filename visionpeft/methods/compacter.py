@@ -1,5 +1,6 @@
 """Compacter: Efficient Low-Rank Hypercomplex Adapter Layers (Mahabadi et al., 2021), https://arxiv.org/abs/2106.04647."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,12 +17,13 @@ from visionpeft.methods.parts.kronecker_sum import Rule, kronecker_sum
 from visionpeft.sites import Placement, Shared
 
 SERIAL = ("houlsby", "pfeiffer")
+START = 1e-4  # phm_init_range of the released configurations; the code's own default is 0.01
 
 
 class KroneckerLinear(nn.Module):
     """sum_i (A_i kron u_i^T v_i) x + bias with shared A_i.
 
-    u (terms, rank, out / terms) and v (terms, rank, in / terms) are Glorot-uniform, the bias is zero.
+    u (terms, rank, out / terms) and v (terms, rank, in / terms) are Glorot-uniform with gain sqrt(2), the bias is zero.
     """
 
     def __init__(self, rule: Rule, in_features: int, out_features: int, rank: int):
@@ -32,7 +34,7 @@ class KroneckerLinear(nn.Module):
         self.v = nn.Parameter(torch.empty(terms, rank, in_features // terms))
         self.bias = nn.Parameter(torch.zeros(out_features))
         for matrix in (*self.u, *self.v):
-            nn.init.xavier_uniform_(matrix)
+            nn.init.xavier_uniform_(matrix, gain=math.sqrt(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
@@ -62,12 +64,14 @@ class Compacter(Method):
     """Bottleneck adapters x + up(act(down x)) whose matrices are sums of Kronecker products: sum_i A_i kron u_i^T v_i.
 
     The small matrices A_i (terms x terms) are shared by all adapters of a tower. houlsby acts on the outputs of
-    attention and MLP, before layer scale and residual, pfeiffer on that of the MLP only (Compacter++). A is N(0, 0.01),
-    as in the authors' code, u and v are Glorot-uniform, biases zero: near the backbone at the start, not equal to it.
-    Not mergeable: it is not linear.
+    attention and MLP, before layer scale and residual, pfeiffer on that of the MLP only (Compacter++). A is N(0,
+    0.0001), u and v are Glorot-uniform with gain sqrt(2), biases zero, as in the authors' released configurations: very
+    near the backbone at the start, but not equal to it.
+    The authors train the LayerNorms of the blocks as well: `vp.attach(model, Compacter(), train=["*norm*"])`, on the
+    command line `--model.train "[*norm*]"`, as the shipped configurations do. Not mergeable: it is not linear.
     Trainable on L blocks of width D and bottleneck h: terms^3 + L (2 rank (D + h) + h + D) for one adapter per block,
     2 L instead of L for houlsby; 57,088 and 28,576 on ViT-B/16.
-    Source: Mahabadi et al., Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, 2021.
+    Source: Mahabadi et al., Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, 2021, and the authors' code.
 
     Args:
         bottleneck: width h; the paper has D / 32.
@@ -107,7 +111,7 @@ class Compacter(Method):
             raise ConfigurationError(
                 f"Compacter: terms={self.terms} does not divide the width {tower.width} of the {tower.name} tower"
             )
-        rule = Rule(self.terms, std=0.01)
+        rule = Rule(self.terms, std=START)
         yield Shared(tower.name, "rule", rule)
         for index in blocks_of(self, tower):
             for site, _ in PLACEMENTS[self.placement]:

@@ -34,11 +34,15 @@ def prepend(prefix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 class Reparameterisation(nn.Module):
-    """An MLP that makes the prefixes of all blocks from one embedding (num_tokens, width): W2 tanh(W1 E)."""
+    """An MLP that makes the prefixes of all blocks from one embedding (num_tokens, width): W2 tanh(W1 E).
+
+    E is N(0, 1), W1 and W2 with their biases have PyTorch's default, as in the authors' code.
+    """
 
     def __init__(self, num_tokens: int, width: int, hidden: int, num_blocks: int):
         super().__init__()
-        self.embedding = nn.Parameter(torch.randn(num_tokens, width) * 0.02)
+        # Much smaller, it would be drowned by the bias of W1, and all tokens of a block would begin as nearly one.
+        self.embedding = nn.Parameter(torch.randn(num_tokens, width))
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, num_blocks * 2 * width)
 
@@ -78,10 +82,11 @@ class PrefixTuning(Method):
     """Learned keys and values that precede the tokens' in every attention: softmax(q [P_k; k]^T) [P_v; v].
 
     They are not rotated and get no relative position bias. With `mlp`, they are made by W2 tanh(W1 E) from one
-    embedding while training, and the saved file holds plain prefixes. N(0, 0.02); the MLP has PyTorch's default.
+    embedding while training, and the saved file holds plain prefixes. Plain ones start as N(0, 0.02); for the MLP the
+    embedding is N(0, 1), as in the authors' code, and the layers have PyTorch's default.
     Not mergeable: it adds keys and values. Trainable on L blocks of width D: 2 L num_tokens D, or with a hidden
     width m: num_tokens D + D m + m + 2 L D (m + 1).
-    Source: Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, 2021.
+    Source: Li and Liang, Prefix-Tuning: Optimizing Continuous Prompts for Generation, 2021, and the authors' code.
 
     Args:
         num_tokens: keys and values per block.

@@ -20,8 +20,8 @@ class VideoClassifier(nn.Module):
     Every method of images acts in each frame by itself, and `LinearProbe` is the probe on averaged frames. `STAdapter`
     and `AIM` act across the frames of a clip, too. `attach`, `save`, `load` and everything else take this model, not
     the backbone in it. The features of a frame are what the classifier of a timm model or of an `ImageClassifier`
-    reads, or the output of an OpenCLIP image tower. They are averaged behind the final norm, as by AIM's authors;
-    ST-Adapter's have that norm behind the average. The head is N(0, 0.02^2) with a bias of zero.
+    reads, or the output of an OpenCLIP image tower. They are averaged after the final norm, as by AIM's authors;
+    `STAdapter` averages before it, as its authors do. The head is N(0, 0.02^2) with a bias of zero.
 
     Shapes: clips (batch, channels, frames, height, width) -> logits (batch, num_classes), or features
     (batch, num_features) if num_classes is 0.

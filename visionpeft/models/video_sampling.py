@@ -1,10 +1,11 @@
-"""Which frames of a video make a clip.
+"""Which frames of a video make a clip, by their numbers or by the times at which they are shown.
 
 Uniform: Wang et al. 2016, "Temporal Segment Networks: Towards Good Practices for Deep Action Recognition"
 (arXiv 1608.00859). Dense views "ends" are placed as in ST-Adapter (Pan et al. 2022, arXiv 2206.13559), "centred" as in
 AIM (Yang et al. 2023, arXiv 2302.03024).
 
-The functions know only the number of frames n; random ones are given their draws, numbers in [0, 1).
+The functions know only the number of frames n, or the length D of the video in seconds; random ones are given their
+draws, numbers in [0, 1). Times are counted from the first frame; the frame of a time is the one that a player shows.
 """
 
 import math
@@ -57,6 +58,32 @@ def dense_test(
     return within(starts.astype(np.int64)[:, None] + np.arange(count) * stride, frames, too_short)
 
 
+def uniform_times(length: float, count: int, draws: np.ndarray | float = 0.5) -> np.ndarray:
+    """A moment of each of T equal parts of the video, its middle unless drawn: (i + draws_i) D / T, (T,)."""
+    return (np.arange(count) + draws) * (length / count)
+
+
+def dense_times(length: float, count: int, seconds: float, starts: np.ndarray, too_short: str = "repeat") -> np.ndarray:
+    """T moments, L / T apart, from each of V starts in seconds: (V, T).
+
+    Past the end they stay at the end of the video ("repeat") or start over ("loop", modulo D).
+    """
+    times = starts[:, None] + np.arange(count) * (seconds / count)
+    return np.mod(times, length) if too_short == "loop" else np.minimum(times, length)
+
+
+def dense_starts(length: float, seconds: float, clips: int, placement: str = "ends") -> np.ndarray:
+    """Starts of V clips of L seconds, with the slide S = D - L, or 0 where the video is shorter: (V,).
+
+    "ends": the first and last clip touch the ends, v S / (V - 1); one clip starts at S / 2. "centred": a clip in each
+    of V equal parts, (v + 0.5) S / V.
+    """
+    slide = max(length - seconds, 0.0)
+    if placement == "centred" or clips == 1:
+        return (np.arange(clips) + 0.5) * (slide / clips)
+    return np.arange(clips) * (slide / (clips - 1))
+
+
 def within(indices: np.ndarray, frames: int, too_short: str) -> np.ndarray:
     """Indices past the end become the last frame ("repeat") or start over ("loop", modulo n)."""
     return indices % frames if too_short == "loop" else np.minimum(indices, frames - 1)
@@ -74,9 +101,15 @@ class FrameSampling:
         test_clips: Dense clips of a video whose predictions are averaged in the test.
         placement: Of those clips: "ends", from one end of the video to the other, or "centred" in equal parts.
         too_short: Where a video is shorter than a clip, "repeat" its last frame or "loop".
+        by: "index" counts frames, as the published recipes do; "time" takes the frames that a player shows at equally
+            distant moments, so that clips of videos of different or varying rates show the same stretch of time. Files
+            without time stamps and folders of frames can only be read by index.
+        seconds: Length L of a dense clip by time, whose frames are L / T apart; `stride` then stays 1. Kinetics at 30
+            frames a second with 8 frames and stride 16 corresponds to 8 x 16 / 30 = 4.27.
 
     Raises:
-        ConfigurationError: an unknown choice, a number below 1, or several test clips with uniform sampling.
+        ConfigurationError: an unknown choice, a number below 1, several test clips with uniform sampling, or `seconds`
+            missing or beside a choice that does not read them.
     """
 
     kind: Literal["uniform", "dense"] = "uniform"
@@ -85,9 +118,16 @@ class FrameSampling:
     test_clips: int = 1
     placement: Literal["ends", "centred"] = "ends"
     too_short: Literal["repeat", "loop"] = "repeat"
+    by: Literal["index", "time"] = "index"
+    seconds: float | None = None
 
     def __post_init__(self):
-        choices = {"kind": ("uniform", "dense"), "placement": ("ends", "centred"), "too_short": ("repeat", "loop")}
+        choices = {
+            "kind": ("uniform", "dense"),
+            "placement": ("ends", "centred"),
+            "too_short": ("repeat", "loop"),
+            "by": ("index", "time"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(f"unknown {name} '{getattr(self, name)}' of frames: {' or '.join(allowed)}")
@@ -98,6 +138,16 @@ class FrameSampling:
             raise ConfigurationError(
                 f"test_clips {self.test_clips}: uniform sampling covers the whole video with one clip; "
                 "use dense sampling for several, or more crops"
+            )
+        if (self.kind == "dense" and self.by == "time") != (self.seconds is not None):
+            raise ConfigurationError(
+                f"seconds {self.seconds} with {self.kind} sampling by {self.by}: the length of a clip in seconds "
+                "belongs to dense sampling by time, which needs it"
+            )
+        if self.seconds is not None and not (0 < self.seconds < math.inf and self.stride == 1):
+            raise ConfigurationError(
+                f"seconds {self.seconds} with stride {self.stride}: seconds must be a positive number, and "
+                "stride 1, as frames are seconds / num_frames apart"
             )
 
     def train(self, frames: int, draws: np.ndarray) -> np.ndarray:
@@ -112,3 +162,17 @@ class FrameSampling:
             return uniform_test(frames, self.num_frames)[None]
         clips = self.test_clips if clips is None else clips
         return dense_test(frames, self.num_frames, self.stride, clips, self.placement, self.too_short)
+
+    def train_times(self, length: float, draws: np.ndarray) -> np.ndarray:
+        """Seconds from the first frame of a training clip by time, (T,), from T draws (dense uses the first)."""
+        if self.kind == "uniform":
+            return uniform_times(length, self.num_frames, draws)
+        start = np.array([float(draws[0]) * max(length - self.seconds, 0.0)])
+        return dense_times(length, self.num_frames, self.seconds, start, self.too_short)[0]
+
+    def test_times(self, length: float, clips: int | None = None) -> np.ndarray:
+        """Seconds from the first frame of the test clips by time, (V, T)."""
+        if self.kind == "uniform":
+            return uniform_times(length, self.num_frames)[None]
+        starts = dense_starts(length, self.seconds, self.test_clips if clips is None else clips, self.placement)
+        return dense_times(length, self.num_frames, self.seconds, starts, self.too_short)

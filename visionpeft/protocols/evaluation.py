@@ -11,8 +11,7 @@ from visionpeft.protocols.cells import Cell
 from visionpeft.protocols.learner_candidates import Candidate, dataset_keys, only_test
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.progress import TrainingProgress
-from visionpeft.runs.results import classes_tested, setting, test_numbers
-from visionpeft.runs.test_record import TestRecord
+from visionpeft.runs.results import record_of, setting, tested
 from visionpeft.sharing.run_directory import RunDirectory
 
 PROTOCOLS = ("base_to_new", "cross_dataset", "domain_shift")
@@ -36,13 +35,12 @@ def evaluate_again(run: RunDirectory, arguments: Sequence[str]) -> dict:
     task, datamodule = cli.model, cli.datamodule
     task.load(run.path / task.folder)
     task.connect(datamodule)
-    record = TestRecord(len(task.class_names))
+    record = record_of(task)
     trainer = cli.build_trainer(
         [record, TrainingProgress()], logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     trainer.test(task, datamodule, verbose=False)
-    tested = {"test": test_numbers(trainer, record), "classes_tested": classes_tested(record)}
-    return trained | setting(task, datamodule) | tested | {"run_directory": str(run.path)}
+    return trained | setting(task, datamodule) | tested(trainer, record) | {"run_directory": str(run.path)}
 
 
 def evaluate_elsewhere(run: RunDirectory, dataset: str, classes: str, source: str) -> dict:

@@ -28,7 +28,7 @@ OPTIONS = {
 
 
 def check_before_training(
-    task: ImageTask, datamodule: ImageDataModule, trainer: Mapping, report: str, tests: bool
+    task: ImageTask, datamodule: ImageDataModule, trainer: Mapping, report: str, tests: bool, processes: int = 1
 ) -> None:
     """Refuse a run that would stop after its last epoch, before it has a run directory.
 
@@ -38,10 +38,11 @@ def check_before_training(
         trainer: options of the trainer, as given; its callbacks are built.
         report: "last", "best" or "best_test".
         tests: whether a test follows.
+        processes: how many train together.
 
     Raises:
         ConfigurationError: a split is missing, or an option leaves nothing to select on or to test; or the backbone
-            does not take the images.
+            does not take the images, or the precision not the labels.
     """
     sources, dataset = datamodule.sources, str(datamodule.description().get("dataset"))
     if "train" not in sources and task.trained_parameters():
@@ -64,6 +65,20 @@ def check_before_training(
     if report != "last":
         _check_selection(trainer, report)
     _check_callbacks(trainer, task)
+    task.objective.check_precision(trainer.get("precision"))
+    if processes > 1 and not task.trained_parameters():
+        raise ConfigurationError(
+            f"{task.label} trains nothing by gradient steps, so {processes} devices have nothing to share; use one "
+            "(--trainer.devices 1)"
+        )
+    for split in ("train", *(["val"] if "val" in sources else []), *(["test"] if tests else [])):
+        share = datamodule.batch_size if split == "train" and datamodule.drop_last else 1
+        if len(sources.get(split, ())) < processes * share and processes > 1:
+            raise ConfigurationError(
+                f"{len(sources.get(split, ()))} {split} images cannot be shared by {processes} devices"
+                + (f" in whole batches of {share}" if share > 1 else "")
+                + "; use fewer devices (--trainer.devices)"
+            )
     task.check_before_training(datamodule)
 
 

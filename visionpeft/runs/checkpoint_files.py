@@ -1,5 +1,6 @@
 """Lightning checkpoints on disk: written whole or not at all."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from visionpeft.files import replacing
 from visionpeft.sharing.run_directory import RunDirectory
+from visionpeft.tasks.objective import Objective
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -19,12 +21,42 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, partial, storage_options)
 
 
-def checkpoint_callbacks(run: RunDirectory, has_validation: bool) -> list[ModelCheckpoint]:
-    """Keep the last epoch and, where there is a validation split, the one with the best validation accuracy."""
+class MovableCheckpoint(ModelCheckpoint):
+    """Lightning's ModelCheckpoint, which still knows its best epoch after the run directory was moved or renamed.
+
+    Lightning records absolute paths, and forgets the scores of checkpoints that were written under another one: the
+    first epoch after resuming would then count as the best, and overwrite the one that was.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """That of ModelCheckpoint, under which earlier versions have written their state."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Read the state of a checkpoint, whose files are those of the same names in the folder of this run."""
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        here = {key: self._here(state_dict[key]) for key in paths}
+        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | here | {"best_k_models": best, "dirpath": self.dirpath})
+
+    def _here(self, path: str) -> str:
+        # Not with pathlib: the run may come from a system with other separators.
+        return str(Path(self.dirpath) / re.split(r"[\\/]", path)[-1]) if path else path
+
+
+def checkpoint_callbacks(run: RunDirectory, has_validation: bool, objective: Objective) -> list[MovableCheckpoint]:
+    """Keep the last epoch and, where there is a validation split, the best one by what the objective monitors."""
     here = {"dirpath": run.checkpoints, "enable_version_counter": False, "save_top_k": 1}
-    callbacks = [ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **here)]
+    callbacks = [MovableCheckpoint(filename="last", save_on_train_epoch_end=True, **here)]
     if has_validation:
         callbacks.append(
-            ModelCheckpoint(filename="best", monitor="val/top1", mode="max", save_on_train_epoch_end=False, **here)
+            MovableCheckpoint(
+                filename="best",
+                monitor=f"val/{objective.monitor}",
+                mode=objective.mode,
+                save_on_train_epoch_end=False,
+                **here,
+            )
         )
     return callbacks

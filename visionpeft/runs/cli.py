@@ -2,7 +2,6 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,6 +19,8 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.files import replacing
 from visionpeft.runs.config_files import config_content
 from visionpeft.runs.explain import explain, missing_package, user_error
+from visionpeft.runs.options import CONFIG, OPTIONS, PROGRAM, SEED, WHOLE_PAGE
+from visionpeft.runs.processes import check_devices, share_of_batch
 from visionpeft.runs.trainer import Trainer
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, VideoClassification
@@ -74,7 +75,7 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, arguments: list[str]):
-        self.arguments = arguments
+        self.arguments = ["--help"] if arguments == WHOLE_PAGE else arguments
         super().__init__(
             ImageTask,
             ImageDataModule,
@@ -85,36 +86,26 @@ class CLI(LightningCLI):
             save_config_callback=None,
             trainer_class=Trainer,
             parser_class=Parser,
-            parser_kwargs={"allow_abbrev": False},
+            parser_kwargs={"allow_abbrev": False, "prog": PROGRAM, "description": None},
             run=False,
         )
 
     def init_parser(self, **kwargs) -> Parser:
         """LightningCLI's parser, with configurations found by name."""
         parser = self.parser_class(**kwargs)
-        parser.add_argument("-c", "--config", action=ConfigFile, help="a path, or the name of a shipped configuration")
+        parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG.help)
         return parser
 
     def add_default_arguments_to_parser(self, parser: Parser) -> None:
         """The seed."""
-        parser.add_argument("--seed_everything", type=int, default=0, help="seed of weights, order and augmentation")
+        parser.add_argument(f"--{SEED.name}", type=SEED.type, default=SEED.default, help=SEED.help)
 
     def add_arguments_to_parser(self, parser: Parser) -> None:
         """What belongs to a run and not to model, data or trainer."""
-        parser.add_argument("--output", type=str, default="runs", help="folder in which the run directory is made")
-        parser.add_argument("--resume", type=str, default=None, help="run directory of an interrupted run to continue")
-        parser.add_argument(
-            "--report",
-            type=Literal["last", "best", "best_test"],
-            default="last",
-            help="which epoch is tested and kept: the last, or the best on the validation split; best_test selects on "
-            "the test split, as some papers did, and the results say so",
-        )
-        parser.add_argument(
-            "--test", type=bool, default=True, help="test once, after training; false while hyper-parameters are chosen"
-        )
-        parser.add_argument("--figures", type=bool, default=True, help="draw what the run has seen and mistaken")
+        for option in OPTIONS:
+            parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=option.help)
         parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
+        parser.link_arguments("data.labels", "model.init_args.labels", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.set_defaults(
             {"trainer.num_sanity_val_steps": 0, "trainer.enable_model_summary": False, "trainer.devices": 1}
@@ -126,16 +117,11 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse a missing accelerator before anything is built."""
-        accelerator, devices = self.config.trainer.accelerator, self.config.trainer.devices
+        accelerator = self.config.trainer.accelerator
         if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
             raise ConfigurationError(
                 f"--trainer.accelerator {accelerator} was asked for, but this machine has no usable CUDA GPU; "
                 "leave it out (auto) or use cpu"
-            )
-        # Lightning would start this program once more for each further device.
-        if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
-            raise ConfigurationError(
-                f"--trainer.devices {devices}: this command trains on one device; use 1, or [2] for the GPU of index 2"
             )
 
     def instantiate_classes(self) -> None:
@@ -150,7 +136,11 @@ class CLI(LightningCLI):
             raise meant from None
         self.datamodule: ImageDataModule = self.config_init.data
         self.model: ImageTask = self.config_init.model
-        self.build_trainer([], logger=False, enable_checkpointing=False)  # refuse wrong options before a run exists
+        # wrong options are refused before a run exists
+        self.trainer = self.build_trainer([], logger=False, enable_checkpointing=False)
+        check_devices(self.trainer)
+        if self.config.global_batch is not None:
+            self.datamodule.batch_size = share_of_batch(self.config.global_batch, self.trainer)
 
     def build_trainer(self, callbacks: list[pl.Callback], **own) -> pl.Trainer:
         """Lightning's Trainer with the options given under `trainer`, and ours."""

@@ -3,9 +3,14 @@
 import argparse
 import errno
 import importlib
+import json
 import logging
+import os
 import sys
+import time
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 from visionpeft.errors import ConfigurationError, UserError
 
@@ -18,23 +23,38 @@ class Options(argparse.ArgumentParser):
         raise ConfigurationError(f"{message}; see {self.prog} --help")
 
 
+# What a process of `fit` that starts others tells them, and where PyTorch's elastic agent wants to read their errors.
+RUN = "VISIONPEFT_RUN_DIRECTORY"
+ERRORS = "TORCHELASTIC_ERROR_FILE"
+
+
+class PeerLost(UserError):
+    """Another process of a training does not answer any more."""
+
+
 class Interrupted(Exception):
     """The user pressed Ctrl-C; the message says how to go on."""
 
 
-def command(function: str, arguments: list[str] | None = None) -> int:
+def command(
+    function: str, arguments: list[str] | None = None, at_once: Callable[[list[str]], bool] = lambda arguments: False
+) -> int:
     """Run a command; what the user can act on becomes one line on stderr and exit code 2, Ctrl-C 130.
 
     Args:
         function: "module:name" of what takes the command line without the program's name. It is imported here, so that
             a command costs the imports that it needs.
         arguments: that command line; by default this process's.
+        at_once: called with it before the import; true if the command has been answered.
     """
     module, _, name = function.partition(":")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if at_once(arguments):
+            return 0
         run = getattr(importlib.import_module(module), name)
         silence()  # after the imports, because libraries set the levels of their loggers then
-        run(sys.argv[1:] if arguments is None else arguments)
+        run(arguments)
     except Interrupted as error:
         return _fail(str(error), 130)
     except KeyboardInterrupt:
@@ -43,6 +63,9 @@ def command(function: str, arguments: list[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         return _fail("no space is left on the device; what was saved before is intact", 2)
+    except PeerLost as error:
+        # The process that started this one knows better which one ended, and why.
+        return 2 if is_started() else _fail(str(error), 2)
     except (UserError, *_errors_of_lightning()) as error:
         return _fail(str(error), 2)
     return 0
@@ -54,8 +77,17 @@ def _errors_of_lightning() -> tuple[type[Exception], ...]:
     return () if exceptions is None else (exceptions.MisconfigurationException,)
 
 
+def is_started() -> bool:
+    """Whether another process of `fit` has started this one."""
+    return RUN in os.environ and ERRORS in os.environ
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    message = " ".join(message.split())
+    if is_started():  # it says what the first of us has said
+        Path(os.environ[ERRORS]).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    else:
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 
@@ -79,5 +111,6 @@ def silence() -> None:
         r".*in eval mode at the start of training.*",  # they are frozen
         r".*SWA is currently only supported every epoch.*",  # its rate takes the place of that of every step
         r".*the hooks will not be called on every batch.*",  # they are about steps
+        r".*No positive samples found in target.*",  # labels that do not occur, which results count
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import yaml
 
-from visionpeft import methods
 from visionpeft.errors import ConfigurationError, did_you_mean
 from visionpeft.files import shipped
 
@@ -86,5 +85,7 @@ def _bare(path: Path) -> str:
 
 def _method_of(name: str) -> str | None:
     """Class of the method that a configuration such as `vtab/krona` is named after."""
+    from visionpeft import methods  # here, because few configurations need it and it costs torch and timm
+
     plain = Path(name).name.replace("_", "")
     return next((cls for cls in methods.__all__ if cls.lower() == plain and cls != "Method"), None)

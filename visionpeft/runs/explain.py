@@ -9,6 +9,7 @@ from typing import get_args
 from jsonargparse import ArgumentParser
 
 from visionpeft.errors import ConfigurationError, UserError, did_you_mean
+from visionpeft.runs.options import unknown_option
 
 _NOT_ACCEPTED = re.compile(r"(?:Problem with given class_path '([\w.]+)':\s*)?Option '([\w.]+)' is not accepted")
 _GROUP = re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'")
@@ -117,17 +118,13 @@ def _unknown_option(class_path: str | None, option: str, parser: ArgumentParser,
     parameters = _parameters(cls)
     if rest and head in parameters:  # a field of a nested dataclass
         nested = parameters[head].annotation
-        near = did_you_mean(rest, _parameters(nested) if isinstance(nested, type) else ())
-        return f"{name}.{head} has no option {rest!r}{near}"
-    fields = {
-        field: f"{outer}.{field}"
+        return unknown_option(f"{name}.{head}", rest, _parameters(nested) if isinstance(nested, type) else ())
+    inner = {
+        outer: _parameters(parameter.annotation)
         for outer, parameter in parameters.items()
         if is_dataclass(parameter.annotation)
-        for field in _parameters(parameter.annotation)
     }
-    if option in fields:
-        return f"{name} has no option {option!r}; did you mean {fields[option]}?"
-    return f"{name} has no option {option!r}{did_you_mean(option, parameters)}"
+    return unknown_option(name, option, parameters, inner)
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:

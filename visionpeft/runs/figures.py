@@ -1,26 +1,29 @@
-"""Figures of a run: learning curves, confusion matrix, wrong predictions."""
+"""Figures of a run: learning curves, confusion matrix, reliability diagram, wrong predictions, predicted numbers."""
 
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from visionpeft.runs.test_record import Mistake
+from visionpeft.runs.calibration import BINS, Calibration
+from visionpeft.runs.mistake import Mistake
+from visionpeft.tasks.objective import Shown
 
 
-def draw_curves(history: list[dict[str, float]], path: Path) -> None:
-    """Loss, accuracy and learning rate over epochs."""
+def draw_curves(history: list[dict[str, float]], shown: Shown, path: Path) -> None:
+    """Loss, the metric shown for each epoch, and learning rate over epochs."""
     figure = Figure(figsize=(12, 3.5), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
+    loss, metric, rate = figure.subplots(1, 3)
     epochs = [row["epoch"] + 1 for row in history]
     for split in ("train", "val"):
-        for axes, name, scale in ((loss, "loss", 1), (accuracy, "top1", 100)):
+        for axes, name, scale in ((loss, "loss", 1), (metric, shown.name, 100 if shown.percentage else 1)):
             values = [row.get(f"{split}/{name}") for row in history]
             if any(value is not None for value in values):
                 values = [float("nan") if value is None else scale * value for value in values]
                 axes.plot(epochs, values, label=split, marker="." if len(epochs) < 30 else None)
     rate.plot(epochs, [row["lr"] for row in history], color="tab:gray")
-    for axes, title in ((loss, "loss"), (accuracy, "top-1 accuracy (%)"), (rate, "learning rate")):
+    title_of_metric = f"{shown.title} (%)" if shown.percentage else shown.title
+    for axes, title in ((loss, "loss"), (metric, title_of_metric), (rate, "learning rate")):
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
     if loss.has_data():
@@ -40,6 +43,38 @@ def draw_confusion(confusion: torch.Tensor, class_names: list[str], path: Path) 
         axes.set_xticks(range(len(class_names)), class_names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(class_names)), class_names, fontsize=7)
     figure.colorbar(image, shrink=0.7)
+    figure.savefig(path, dpi=110)
+
+
+def draw_reliability(calibration: Calibration, path: Path) -> None:
+    """What came true of the probabilities in each bin, against their mean; below, how many there are."""
+    figure = Figure(figsize=(4.5, 5.5), layout="constrained")
+    reliability, numbers = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    middles = (torch.arange(BINS) + 0.5) / BINS
+    filled = calibration.counts > 0
+    counts = calibration.counts[filled]
+    came_true, mean = calibration.hits[filled] / counts, calibration.confidences[filled] / counts
+    reliability.bar(middles[filled].numpy(), came_true.numpy(), width=1 / BINS, edgecolor="white", label="came true")
+    reliability.plot(mean.numpy(), came_true.numpy(), "o", color="black", markersize=3, label="at the mean of the bin")
+    reliability.plot([0, 1], [0, 1], "--", color="tab:gray", label="calibrated")
+    reliability.set(
+        xlim=(0, 1), ylim=(0, 1), ylabel="share", title=f"expected calibration error {calibration.error:.3f}"
+    )
+    reliability.legend(fontsize=8, loc="upper left")
+    numbers.bar(middles.numpy(), calibration.counts.numpy(), width=1 / BINS, edgecolor="white", color="tab:gray")
+    numbers.set(xlabel="probability", ylabel="number")
+    figure.savefig(path, dpi=110)
+
+
+def draw_numbers(true: torch.Tensor, predicted: torch.Tensor, path: Path) -> None:
+    """Predicted against true numbers, each (n,)."""
+    figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(true.numpy(), predicted.numpy(), ".", alpha=0.6)
+    ends = [min(true.min(), predicted.min()).item(), max(true.max(), predicted.max()).item()]
+    axes.plot(ends, ends, "--", color="tab:gray")
+    axes.set(xlabel="true", ylabel="predicted", title="predicted numbers")
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 

@@ -10,14 +10,15 @@ from visionpeft.files import claim, write_json
 from visionpeft.runs.before_training import check_before_training
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
-from visionpeft.runs.command import Interrupted
+from visionpeft.runs.command import Interrupted, is_started
 from visionpeft.runs.environment import environment
-from visionpeft.runs.figures import draw_confusion, draw_curves, draw_mistakes
+from visionpeft.runs.figures import draw_curves
 from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.runs.processes import agreed_run, lost_peers, start, started_by_others
 from visionpeft.runs.progress import TrainingProgress
-from visionpeft.runs.results import classes_tested, setting, test_numbers
+from visionpeft.runs.results import batches, record_of, setting, tested
 from visionpeft.runs.tables import print_results, print_setting
-from visionpeft.runs.test_record import TestRecord
+from visionpeft.runs.test_record import Record
 from visionpeft.runs.training_cost import Cost
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageTask
@@ -31,21 +32,34 @@ def fit(arguments: list[str]) -> None:
         datamodule.select_on_test()
     has_validation = "val" in datamodule.description()["sizes"]
     datamodule.setup()  # a missing file is refused before there is a run directory
-    check_before_training(cli.model, datamodule, cli.config_init.trainer, report, cli.config.test)
-    run = _run_directory(cli)
+    trainer = cli.trainer
+    options = (cli.config_init.trainer, report, cli.config.test, trainer.world_size)
+    check_before_training(cli.model, datamodule, *options)
+    run = agreed_run(trainer, lambda: _run_directory(cli))
+    if is_started() or not trainer.is_global_zero:  # the lock is held by the process that began
+        with lost_peers(run):
+            _train_and_test(cli, run, has_validation)
+        return
     with claim(run.lock) as mine:
         if not mine:
             raise ConfigurationError(f"another process is training in {run.path}; wait for it, or stop it first")
-        _train_and_test(cli, run, has_validation)
+        if trainer.world_size > 1 and not started_by_others(trainer):
+            start(arguments if cli.config.resume is not None else ["--resume", str(run.path)], trainer, run)
+        else:
+            with lost_peers(run):
+                _train_and_test(cli, run, has_validation)
 
 
 def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     task, datamodule = cli.model, cli.datamodule
-    print_setting(setting(task, datamodule), run.path)
+    first = cli.trainer.is_global_zero  # of several processes, one writes and prints
+    if first:
+        print_setting(setting(task, datamodule), run.path)
 
-    cost, record = Cost(), TestRecord(len(task.class_names))
+    cost, record = Cost(), record_of(task)
+    callbacks = [cost, EpochHistory(run.metrics), record, *checkpoint_callbacks(run, has_validation, task.objective)]
     trainer = cli.build_trainer(
-        [cost, EpochHistory(run.metrics), record, TrainingProgress(), *checkpoint_callbacks(run, has_validation)],
+        [*callbacks, TrainingProgress()] if first else callbacks,
         logger=TensorBoardLogger(run.path, name="", version="tensorboard"),
         plugins=[AtomicCheckpointIO()],
         default_root_dir=run.path,
@@ -56,34 +70,34 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     if cli.config.report != "last":
         split = "validation" if cli.config.report == "best" else "test"
         reported = f"epoch {_load_best(task, run) + 1} of {trainer.current_epoch}, best on the {split} split"
-    task.save(run.path / task.folder, datamodule)
+    if first:
+        task.save(run.path / task.folder, datamodule)
     if cli.config.test:
         trainer.test(task, datamodule, verbose=False)
+    if not first:
+        return
 
-    tested = (
-        {"test": test_numbers(trainer, record), "classes_tested": classes_tested(record)} if cli.config.test else {}
-    )
     results = setting(task, datamodule) | {
-        **tested,
+        **(tested(trainer, record) if cli.config.test else {}),
         "reported": reported,
         "training_seconds": round(cost.seconds, 2),
         "peak_memory_bytes": cost.peak_memory,
         "memory_kind": cost.memory_kind,
         "precision": str(trainer.precision),
+        "batch": batches(trainer, datamodule),
         "run_directory": str(run.path),
     }
     write_json(run.results, results)
     if cli.config.figures:
-        _draw(run, record, task.class_names, tested=cli.config.test)
+        _draw(run, task, record if cli.config.test else None)
     print_results(results)
 
 
-def _draw(run: RunDirectory, record: TestRecord, class_names: list[str], tested: bool) -> None:
+def _draw(run: RunDirectory, task: ImageTask, record: Record | None) -> None:
     if history := read_history(run.metrics):
-        draw_curves(history, run.path / "curves.png")
-    if tested:
-        draw_confusion(record.confusion, class_names, run.path / "confusion_matrix.png")
-        draw_mistakes(record.mistakes, class_names, run.path / "wrong_predictions.png")
+        draw_curves(history, task.objective.shown, run.path / "curves.png")
+    if record is not None:
+        record.draw(run.path, task.class_names)
 
 
 def _run_directory(cli: CLI) -> RunDirectory:

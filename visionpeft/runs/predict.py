@@ -1,10 +1,11 @@
-"""`python -m visionpeft.predict RUN FILES...`: the most probable classes of image or video files."""
+"""`python -m visionpeft.predict RUN FILES...`: the most probable classes of files, their labels, or a number each."""
 
 import argparse
 import csv
 import json
 import os
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_whole
 from visionpeft.models.video_views import over_views
 from visionpeft.runs.command import Options
+from visionpeft.runs.predictions import CSV_BEGINS, PredictedClasses, PredictedLabels, PredictedNumbers, Predictions
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import TrainedModel, open_run
 
@@ -29,6 +31,7 @@ def predict(arguments: list[str]) -> None:
     """Predict, print a table and write the file that was asked for."""
     options = _parse(arguments)
     trained = open_run(RunDirectory.existing(options.run), options.class_names)
+    _check_options(trained, options)
     loader, files = _loader(trained, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device)
@@ -37,12 +40,33 @@ def predict(arguments: list[str]) -> None:
         return model(batch) if trained.sampling is None else over_views(model, batch)
 
     with torch.inference_mode():
-        probabilities = torch.cat([logits(batch.to(device)).float().softmax(dim=-1).cpu() for batch, _ in loader])
-    rows = _rows(files, probabilities, trained.class_names, options.top_k)
+        answers = torch.cat([trained.answers(logits(batch.to(device))).cpu() for batch, _ in loader])
+    predictions = _predictions(trained, files, answers, options)
     kind = "image" if trained.sampling is None else "video"
-    _print(rows, kind)
+    _print(predictions, kind)
     if options.output is not None:
-        _write(rows, options.output, kind)
+        _write(predictions, options.output, kind)
+
+
+def _predictions(
+    trained: TrainedModel, files: list[Path], answers: torch.Tensor, options: argparse.Namespace
+) -> Predictions:
+    if trained.labels == "number":
+        return PredictedNumbers(files, answers)
+    if trained.labels == "several":
+        threshold = 0.5 if options.threshold is None else options.threshold
+        return PredictedLabels(files, answers, trained.class_names, threshold)
+    return PredictedClasses(files, answers, trained.class_names, 5 if options.top_k is None else options.top_k)
+
+
+def _check_options(trained: TrainedModel, options: argparse.Namespace) -> None:
+    """Refuse an option of other labels than the run has learnt."""
+    for option, value, labels in (("--top-k", options.top_k, "classes"), ("--threshold", options.threshold, "several")):
+        if value is not None and trained.labels != labels:
+            raise ConfigurationError(
+                f"{option} belongs to runs of labels '{labels}', but the run in {options.run} has learnt labels "
+                f"'{trained.labels}'; leave it out"
+            )
 
 
 def _loader(trained: TrainedModel, options: argparse.Namespace) -> tuple[ImageLoader, list[Path]]:
@@ -67,10 +91,13 @@ def _loader(trained: TrainedModel, options: argparse.Namespace) -> tuple[ImageLo
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Options("python -m visionpeft.predict", description="Predict the classes of files.")
+    parser = Options("python -m visionpeft.predict", description="Predict classes, labels or numbers of files.")
     parser.add_argument("run", help="directory of a finished run")
     parser.add_argument("files", nargs="+", help="image files, for a run of videos video files, or folders of them")
-    parser.add_argument("--top-k", type=int, default=5, help="classes for each file (5)")
+    parser.add_argument("--top-k", type=int, help="classes for each file (5)")
+    parser.add_argument(
+        "--threshold", type=float, help="for runs of several labels: the probability above which one applies (0.5)"
+    )
     parser.add_argument(
         "--class-names",
         help="classes to tell apart in place of the trained ones, separated by commas, or a text file with one a line; "
@@ -79,8 +106,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="a .csv or .json file to write")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged files out instead of stopping")
     options = parser.parse_args(arguments)
-    if options.top_k < 1:
+    if options.top_k is not None and options.top_k < 1:
         raise ConfigurationError(f"--top-k must be at least 1, not {options.top_k}")
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise ConfigurationError(f"--threshold must be a probability from 0 to 1, not {options.threshold}")
     if options.output is not None and options.output.suffix not in (".csv", ".json"):
         raise ConfigurationError(f"--output must end in .csv or .json, not {options.output.name!r}")
     if options.output is not None and not options.output.parent.is_dir():
@@ -107,50 +136,32 @@ def _class_names(text: str) -> list[str]:
     return names
 
 
-def _rows(files: list[Path], probabilities: torch.Tensor, class_names: list[str], top_k: int) -> list[dict]:
-    values, indices = probabilities.topk(min(top_k, len(class_names)), dim=-1)
-    return [
-        {
-            "path": str(file),
-            "classes": [class_names[index] for index in row_indices],
-            "probabilities": [round(value, 6) for value in row_values],
-        }
-        for file, row_indices, row_values in zip(files, indices.tolist(), values.tolist(), strict=True)
-    ]
-
-
-def _print(rows: list[dict], kind: str) -> None:
-    table = Table(kind, "class", "probability", "then")
-    for row in rows[:SHOWN]:
-        (first, *others), (probability, *rest) = row["classes"], row["probabilities"]
-        then = ", ".join(f"{name} {100 * value:.1f} %" for name, value in zip(others, rest, strict=True))
-        table.add_row(row["path"], first, f"{100 * probability:.1f} %", then)
+def _print(predictions: Predictions, kind: str) -> None:
+    table = Table(kind, *predictions.columns)
+    for row in islice(predictions.cells(), SHOWN):
+        table.add_row(*row)
     console = Console()
     console.print(table, highlight=False)
-    if len(rows) > SHOWN:
-        console.print(f"and {len(rows) - SHOWN:,} more {kind}s; --output predictions.csv writes them all")
+    if len(predictions.files) > SHOWN:
+        more = len(predictions.files) - SHOWN
+        console.print(f"and {more:,} more {kind}s; --output predictions.csv writes them all")
 
 
 def _is_predictions(path: Path) -> bool:
     """Whether a file begins as `_write` begins one."""
-    begins = b'[\n  {\n    "path": ' if path.suffix == ".json" else b"path,class_1,probability_1"
+    begins = (b'[\n  {\n    "path": ',) if path.suffix == ".json" else CSV_BEGINS
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return file.read(len(begins)) == begins
+        return file.read(max(map(len, begins))).startswith(begins)
 
 
-def _write(rows: list[dict], path: Path, kind: str) -> None:
+def _write(predictions: Predictions, path: Path, kind: str) -> None:
     if path.suffix == ".json":
-        text = json.dumps(rows, indent=2) + "\n"
+        text = json.dumps(list(predictions.objects()), indent=2) + "\n"
     else:
-        ranks = range(1, len(rows[0]["classes"]) + 1)
         file = StringIO(newline="")
-        writer = csv.writer(file)
-        writer.writerow(["path", *(f"{what}_{rank}" for rank in ranks for what in ("class", "probability"))])
-        for row in rows:
-            pairs = zip(row["classes"], row["probabilities"], strict=True)
-            writer.writerow([row["path"], *(value for pair in pairs for value in pair)])
+        csv.writer(file).writerows([predictions.header, *predictions.lines()])
         text = file.getvalue()
     write_whole(path, text.encode("utf-8", errors="surrogateescape"))  # names of files need not be UTF-8
-    print(f"predictions of {len(rows):,} {kind}s written to {path}")
+    print(f"predictions of {len(predictions.files):,} {kind}s written to {path}")

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from visionpeft.tasks.objective import Shown
 from visionpeft.tasks.steps import planned_steps
 
 
@@ -33,7 +34,7 @@ class TrainingProgress(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the epoch's numbers."""
-        self.numbers = _numbers(trainer.callback_metrics)
+        self.numbers = _numbers(trainer.callback_metrics, pl_module.objective.shown)
         text = f"{self._epoch(trainer)}  {self.numbers}"
         self._advance(trainer.global_step, text)
         every = max(1, trainer.max_epochs // 10)
@@ -91,9 +92,12 @@ class TrainingProgress(pl.Callback):
             self.bar = None
 
 
-def _numbers(metrics: dict) -> str:
-    return "loss and top-1: " + "; ".join(
-        f"{split} {metrics[f'{split}/loss']:.3f}, {100 * metrics[f'{split}/top1']:.1f} %"
+def _numbers(metrics: dict, shown: Shown) -> str:
+    def metric(value: float) -> str:
+        return f"{100 * value:.1f} %" if shown.percentage else f"{value:.4g}"
+
+    return f"loss and {shown.short}: " + "; ".join(
+        f"{split} {metrics[f'{split}/loss']:.3f}, {metric(metrics[f'{split}/{shown.name}'])}"
         for split in ("train", "val")
         if f"{split}/loss" in metrics
     )

@@ -3,32 +3,45 @@
 import lightning.pytorch as pl
 
 from visionpeft.data import ImageDataModule
-from visionpeft.runs.test_record import TestRecord
+from visionpeft.runs.label_records import LabelsRecord, NumbersRecord
+from visionpeft.runs.test_record import Record, TestRecord
 from visionpeft.tasks import ImageTask
 
 
-def test_numbers(trainer: pl.Trainer, record: TestRecord) -> dict[str, float]:
-    """Loss and accuracies of a test that has just run.
+def record_of(task: ImageTask) -> Record:
+    """What collects the test of a task."""
+    if task.objective.labels == "number":
+        return NumbersRecord()
+    if task.objective.labels == "several":
+        return LabelsRecord(task.class_names)
+    return TestRecord(len(task.class_names))
 
-    `mean_per_class` is the mean over the classes that occur in the test of the share of each that was recognised
-    (balanced accuracy). `macro_top1` is the mean that torchmetrics takes (`MulticlassAccuracy(average="macro")`): over
-    the classes that occur or are predicted, of which one that is only predicted counts as 0.
+
+def tested(trainer: pl.Trainer, record: Record) -> dict:
+    """Entries of results.json on a test that has just run: its numbers under "test", and what they are of.
+
+    Of classes, `mean_per_class` is the mean over the classes that occur in the test of the share of each that was
+    recognised (balanced accuracy). `macro_top1` is the mean that torchmetrics takes
+    (`MulticlassAccuracy(average="macro")`): over the classes that occur or are predicted, of which one that is only
+    predicted counts as 0. Of several labels, `map` and `f1` are means over the labels that occur, `macro_map` and
+    `macro_f1` those of torchmetrics, in which one that does not occur counts as 0.
     """
     numbers = {
         name.removeprefix("test/"): float(value)
         for name, value in trainer.callback_metrics.items()
         if name.startswith("test/")
     }
-    return numbers | {"mean_per_class": record.mean_per_class, "macro_top1": record.macro_top1}
+    return {"test": numbers | record.numbers(), **record.about()}
 
 
-def classes_tested(record: TestRecord) -> dict[str, int | str]:
-    """Over which classes the means of a test are taken."""
+def batches(trainer: pl.Trainer, datamodule: ImageDataModule) -> dict[str, int]:
+    """How many images a step of the optimiser has, and on how many devices."""
+    accumulated = trainer.accumulate_grad_batches
     return {
-        "occurring": record.occurring,
-        "of": len(record.confusion),
-        "mean_per_class": "mean recall over the classes that occur in the test (balanced accuracy)",
-        "macro_top1": "torchmetrics' macro average: a class that is predicted and does not occur counts as 0",
+        "devices": trainer.world_size,
+        "batch_size": datamodule.batch_size,
+        "accumulated": accumulated,
+        "global_batch": trainer.world_size * datamodule.batch_size * accumulated,
     }
 
 

@@ -1,5 +1,6 @@
 """Tables of results for the terminal."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -12,13 +13,9 @@ def print_results(results: dict, title: str = "") -> None:
     table = Table(title=title or None, show_header=False, title_justify="left")
     table.add_column()
     table.add_column(overflow="fold")
-    for name, label in (("top1", "test top-1 accuracy"), ("top5", "test top-5 accuracy")):
-        if name in test:
-            table.add_row(label, f"[bold]{percent(test[name])}[/bold]" if name == "top1" else percent(test[name]))
+    for label, value in _tested(results):
+        table.add_row(label, value)
     if test:
-        tested = results.get("classes_tested")
-        over = f"mean over {tested['occurring']:,} classes tested" if tested else "mean over classes tested"
-        table.add_row(over, percent(test["mean_per_class"]))
         table.add_row(f"test {counted(data)}", test_size(data))
     if "test_views" in data and "sampling" in data:
         table.add_row("views of each", f"{data['test_views']} of {data['sampling']['num_frames']} frames")
@@ -38,6 +35,31 @@ def print_results(results: dict, title: str = "") -> None:
     Console().print(table, highlight=False)
 
 
+def _tested(results: dict) -> Iterator[tuple[str, str]]:
+    """The numbers of a test in words, the most important one first."""
+    test = results.get("test", {})
+    if "mae" in test:
+        yield "test mean absolute error", f"[bold]{test['mae']:.4g}[/bold]"
+        yield "test R2", "not defined: all labels are the same" if test["r2"] is None else f"{test['r2']:.4f}"
+    elif "map" in test:
+        labels = results["labels_tested"]
+        yield (
+            f"test mAP over {labels['occurring']:,} of {labels['of']:,} labels",
+            "not defined" if test["map"] is None else f"[bold]{percent(test['map'])}[/bold]",
+        )
+        yield "test F1, mean over these labels", "not defined" if test["f1"] is None else percent(test["f1"])
+        yield "test F1 of all labels together", percent(test["micro_f1"])
+    elif test:
+        yield "test top-1 accuracy", f"[bold]{percent(test['top1'])}[/bold]"
+        if "top5" in test:
+            yield "test top-5 accuracy", percent(test["top5"])
+        tested = results.get("classes_tested")
+        over = f"mean over {tested['occurring']:,} classes tested" if tested else "mean over classes tested"
+        yield over, percent(test["mean_per_class"])
+    if "ece" in test:
+        yield "expected calibration error", percent(test["ece"])
+
+
 def print_setting(setting: dict, run_directory: Path) -> None:
     """Print what is about to be trained, on what, and where the results will be."""
     parameters, data = setting["parameters"], setting["data"]
@@ -50,11 +72,17 @@ def print_setting(setting: dict, run_directory: Path) -> None:
     for line in (
         f"[bold]{trained}[/bold] on {setting['backbone']['name']}: {parameters['trainable']:,} of "
         f"{parameters['total']:,} parameters are trained ({percent(parameters['share'])}){outside}",
-        f"{data['dataset']} {data['task']}: {sizes} {counted(data)}, {data['classes']} classes",
+        f"{data['dataset']} {data['task']}: {sizes} {counted(data)}, {_learnt(data)}",
         *(f"note: {note}" for note in data.get("notes", ())),
         f"run directory {run_directory}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _learnt(data: dict) -> str:
+    """What is learnt of each image."""
+    labels = data.get("labels", "classes")
+    return "a number each" if labels == "number" else f"{data['classes']} {'labels' if labels == 'several' else labels}"
 
 
 def _parts(setting: dict) -> list[dict]:

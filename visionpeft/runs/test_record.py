@@ -1,34 +1,56 @@
 """What the test split showed, beyond its averages: a confusion matrix and the most confident mistakes."""
 
 import heapq
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-
-@dataclass(order=True)
-class Mistake:
-    """A wrong prediction.
-
-    Args:
-        confidence: probability given to the wrong class.
-        index: position in the test split.
-        label: true class.
-        prediction: predicted class.
-        image: (3, height, width), values in [0, 1].
-    """
-
-    confidence: float
-    index: int
-    label: int = field(compare=False)
-    prediction: int = field(compare=False)
-    image: Tensor = field(compare=False, repr=False)
+from visionpeft.runs.calibration import Calibration
+from visionpeft.runs.figures import draw_confusion, draw_mistakes, draw_reliability
+from visionpeft.runs.mistake import Mistake
 
 
-class TestRecord(pl.Callback):
-    """Collect predictions while testing.
+class Record(pl.Callback):
+    """Base of what is collected while testing, from what the outputs of the model say."""
+
+    def on_test_batch_end(self, trainer, pl_module, outputs: Tensor, batch, batch_idx, dataloader_idx=0) -> None:
+        """Add the logits (batch, outputs) that `test_step` returned."""
+        answers = pl_module.objective.answers(outputs.float())
+        self.add(answers, batch, trainer.datamodule.preprocessing)
+
+    def add(self, answers: Tensor, batch, preprocessing) -> None:
+        """Add a batch: what the outputs say, the batch itself, and how its images were prepared."""
+        raise NotImplementedError
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put together what several processes have collected."""
+        if trainer.world_size > 1:
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self)
+            self.take(shares)
+
+    def take(self, shares: Sequence["Record"]) -> None:
+        """Put together the shares of several processes, this one's among them, in the order of their ranks."""
+        raise NotImplementedError
+
+    def numbers(self) -> dict[str, float | None]:
+        """Numbers of the test, beside what the task has measured."""
+        raise NotImplementedError
+
+    def about(self) -> dict:
+        """Further entries of results.json, that say what the numbers are of."""
+        return {}
+
+    def draw(self, folder: Path, class_names: list[str]) -> None:
+        """Figures into the folder of the run."""
+
+
+class TestRecord(Record):
+    """Collect the predictions of classes while testing.
 
     Args:
         num_classes: number of classes.
@@ -42,11 +64,13 @@ class TestRecord(pl.Callback):
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)  # rows are true classes
         self.mistakes: list[Mistake] = []
         self.seen = 0
+        self.calibration = Calibration("the class found in each image, which came true where it is right")
 
-    def on_test_batch_end(self, trainer, pl_module, outputs: Tensor, batch, batch_idx, dataloader_idx=0) -> None:
-        """Add the logits (batch, classes) that `test_step` returned."""
+    def add(self, answers: Tensor, batch, preprocessing) -> None:
+        """Add the class probabilities of a batch."""
         images, labels = batch[0], batch[1].cpu()
-        confidences, predictions = (tensor.cpu() for tensor in outputs.float().softmax(dim=-1).max(dim=-1))
+        confidences, predictions = (tensor.cpu() for tensor in answers.max(dim=-1))
+        self.calibration.add(confidences, predictions == labels)
         num_classes = len(self.confusion)
         pairs = torch.bincount(labels * num_classes + predictions, minlength=num_classes**2)
         self.confusion += pairs.view(num_classes, num_classes)
@@ -54,11 +78,23 @@ class TestRecord(pl.Callback):
             confidence = confidences[row].item()
             if len(self.mistakes) == self.num_mistakes and confidence <= self.mistakes[0].confidence:
                 continue
-            image = self._displayed(images[row], trainer.datamodule.preprocessing)
+            image = self._displayed(images[row], preprocessing)
             mistake = Mistake(confidence, self.seen + row, labels[row].item(), predictions[row].item(), image)
             push = heapq.heappush if len(self.mistakes) < self.num_mistakes else heapq.heapreplace
             push(self.mistakes, mistake)
         self.seen += len(labels)
+
+    def take(self, shares: Sequence["TestRecord"]) -> None:
+        """Put together the shares of several processes, of which each has every so many-th image."""
+        self.confusion = sum(share.confusion for share in shares)
+        mistakes = [
+            replace(mistake, index=rank + len(shares) * mistake.index)
+            for rank, share in enumerate(shares)
+            for mistake in share.mistakes
+        ]
+        self.mistakes = heapq.nsmallest(self.num_mistakes, heapq.nlargest(self.num_mistakes, mistakes))
+        self.seen = sum(share.seen for share in shares)
+        self.calibration.take([share.calibration for share in shares])
 
     @staticmethod
     def _displayed(image: Tensor, preprocessing) -> Tensor:
@@ -87,3 +123,29 @@ class TestRecord(pl.Callback):
     def occurring(self) -> int:
         """Number of classes that occur."""
         return int((self.confusion.sum(dim=1) > 0).sum())
+
+    def numbers(self) -> dict[str, float]:
+        """Means over classes, and the calibration error."""
+        return {
+            "mean_per_class": self.mean_per_class,
+            "macro_top1": self.macro_top1,
+            "ece": self.calibration.error,
+        }
+
+    def about(self) -> dict:
+        """Over which classes the means are taken, and the calibration."""
+        return {
+            "classes_tested": {
+                "occurring": self.occurring,
+                "of": len(self.confusion),
+                "mean_per_class": "mean recall over the classes that occur in the test (balanced accuracy)",
+                "macro_top1": "torchmetrics' macro average: a class that is predicted and does not occur counts as 0",
+            },
+            "calibration": self.calibration.describe(),
+        }
+
+    def draw(self, folder: Path, class_names: list[str]) -> None:
+        """Confusion matrix, reliability diagram, and the most confident mistakes."""
+        draw_confusion(self.confusion, class_names, folder / "confusion_matrix.png")
+        draw_reliability(self.calibration, folder / "reliability.png")
+        draw_mistakes(self.mistakes, class_names, folder / "wrong_predictions.png")

@@ -7,6 +7,7 @@ beside the sizes of a model, paths to load, folders to write to and switches suc
 import inspect
 import sys
 from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
 
 import timm
 from torch import nn
@@ -23,14 +24,15 @@ OPEN_CLIP = frozenset({
 LOADS = ("checkpoint", "pretrained_cfg", "pretrained_path", "pretrained_file", "cache_dir", "weights_only", "load_")
 
 
-def described_arguments(description: Mapping, what: str, own: bool, downloaded: bool) -> dict:
+def described_arguments(description: Mapping, what: str, own: bool, checkpoint: str | Path | None = None) -> dict:
     """Arguments of `create_backbone` or `create_clip` for the backbone of a description.
 
     Args:
         description: what `save` or `save_learner` wrote.
         what: what is to be created, in words.
-        own: it is of a run of this user; its arguments are taken as they are.
-        downloaded: it comes from the Hub; it may name no file or folder of this machine.
+        own: it is of a run of this user; its arguments are taken as they are. Any other may name no file or folder of
+            this machine, wherever it lies: a folder that was unpacked is no more to be trusted than a download.
+        checkpoint: the file of weights that the user names, in the place of those described.
 
     Raises:
         ConfigurationError: the backbone was not created by visionpeft, or the description asks for something that it
@@ -49,13 +51,18 @@ def described_arguments(description: Mapping, what: str, own: bool, downloaded: 
         raise StorageError(
             f"the description of the backbone lacks one of {', '.join(types)}, or has it with another type"
         )
-    name, kwargs, checkpoint = source["name"], source["kwargs"], source["checkpoint"]
+    name, kwargs, recorded = source["name"], source["kwargs"], source["checkpoint"]
     if not own:
-        if downloaded and (checkpoint is not None or name.startswith("local-dir:")):
-            path = name.removeprefix("local-dir:") if checkpoint is None else checkpoint
+        if name.startswith("local-dir:"):
             raise ConfigurationError(
-                f"the description names {path!r}, a path on the machine it was trained on, and no path is taken from a "
-                f"download; {yourself}"
+                f"the description names {name.removeprefix('local-dir:')!r}, a folder on the machine it was trained "
+                f"on, and no path is taken from a description; {yourself}"
+            )
+        if recorded is not None and checkpoint is None:
+            file = PureWindowsPath(recorded).name  # which knows the separators of both kinds of systems
+            raise ConfigurationError(
+                f"the description names {recorded!r}, a file on the machine it was trained on, and no path is taken "
+                f"from a description; give the weights with checkpoint=, as checkpoint={file!r}, or {yourself}"
             )
         allowed = _allowed(name)
         if refused := [key for key, value in kwargs.items() if key not in allowed or not _is_plain(value)]:
@@ -63,7 +70,7 @@ def described_arguments(description: Mapping, what: str, own: bool, downloaded: 
                 f"the description sets {refused[0]}={kwargs[refused[0]]!r}, which is not an argument that says what "
                 f"the model is; {yourself}"
             )
-    return {"name": name, "pretrained": source["pretrained"], "checkpoint": checkpoint} | kwargs
+    return {"name": name, "pretrained": source["pretrained"], "checkpoint": checkpoint or recorded} | kwargs
 
 
 def _allowed(name: str) -> frozenset[str]:

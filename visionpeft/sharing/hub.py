@@ -68,6 +68,7 @@ def from_pretrained(
     tokenizer: Callable | None = None,
     *,
     class_names: Sequence[str] | None = None,
+    checkpoint: str | Path | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -76,13 +77,16 @@ def from_pretrained(
     """Load an adapter or a learner, with its backbone, from a folder or a repository of the Hub.
 
     Only the four files that `save` and `save_learner` write are downloaded. Of the backbone their description chooses
-    what the model is, never what is loaded or where from: `checkpoint` and other paths in a download are refused.
+    what the model is, never what is loaded or where from: `checkpoint` and other paths in it are refused, in a download
+    and in a folder alike, because a folder may have been somebody else's before.
 
     Args:
         source: a folder that `save_pretrained`, `save` or `save_learner` wrote, or `user/name` on the Hub.
         model: the backbone, or CLIP, if it is already there; by default it is made as the description says.
         tokenizer: that of the CLIP, if `model` is one.
         class_names: other classes, for a learner that takes any.
+        checkpoint: a file with the weights of the backbone, which the description names otherwise or leaves to a
+            download; other weights than those of the training are refused.
         revision: branch, tag or commit of the repository.
         cache_dir: folder of downloads; by default the Hub's own.
         token: of the Hub; by default the one that was logged in with.
@@ -96,11 +100,10 @@ def from_pretrained(
         StorageError: the files are damaged or belong to another backbone.
     """
     folder = Path(source)
-    downloaded = not folder.is_dir()
-    if downloaded:
+    if not folder.is_dir():
         options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = _download(str(source), options)
-    return open_saved(folder, class_names, model, tokenizer, downloaded=downloaded)
+    return open_saved(folder, class_names, model, tokenizer, checkpoint=checkpoint)
 
 
 def push_to_hub(

@@ -1,8 +1,11 @@
 """The model card of an adapter or a learner: what was trained, on which backbone and data, with which result."""
 
 from collections.abc import Mapping
+from pathlib import PureWindowsPath
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from visionpeft.sharing.trained_model import learnt_objective
 
 TASKS = {"adapter": "image-classification", "learner": "zero-shot-image-classification"}
 
@@ -48,19 +51,27 @@ def _evaluation(task: str, data: Mapping, results: Mapping) -> list[EvalResult]:
     if "test" not in results:  # trained with --test false
         return []
     name = str(data.get("task") or "own images")
-    value = round(100 * results["test"]["top1"], 2)
+    test = results["test"]
+    if "mae" in test:
+        return [EvalResult(task, name, name, "mae", test["mae"], metric_name="mean absolute error of the test split")]
+    if "map" in test:
+        if test["map"] is None:
+            return []
+        value = round(100 * test["map"], 2)
+        return [EvalResult(task, name, name, "map", value, metric_name="mean average precision of the test split, %")]
+    value = round(100 * test["top1"], 2)
     return [EvalResult(task, name, name, "accuracy", value, metric_name="top-1 accuracy of the test split, %")]
 
 
 def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id: str) -> str:
-    trained = _trained(description)
+    methods = _trained(description)
     source, names = description["backbone"]["source"], description.get("class_names") or []
     weights = source.get("checkpoint") or ("pretrained" if source.get("pretrained", True) else "random weights")
     sections = [
         f"# {repo_id.rpartition('/')[2]}",
-        f"{' and '.join(name for name, _ in trained)} on {source['name']}, trained with visionpeft. This repository "
+        f"{' and '.join(name for name, _ in methods)} on {source['name']}, trained with visionpeft. This repository "
         "holds what was trained, not the backbone.",
-        _table("method", [(name, _values(fields)) for name, fields in trained]),
+        _table("method", [(name, _values(fields)) for name, fields in methods]),
         _table(
             "backbone",
             [
@@ -75,7 +86,8 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
         used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "augmentation", "normalisation")
         sections.append(_table("data and protocol", [(key, data[key]) for key in used if data.get(key) is not None]))
     if results:
-        rows = [(f"test {name}", f"{value:.4f}") for name, value in results.get("test", {}).items()]
+        test = results.get("test", {})
+        rows = [(f"test {name}", f"{value:.4f}") for name, value in test.items() if value is not None]
         rows += [("reported epoch", results["reported"]), ("seed", results["seed"])]
         if "parameters" in results:
             rows.append(("trained parameters", f"{results['parameters']['trainable']:,}"))
@@ -83,7 +95,14 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
     if names:
         shown = ", ".join(names[:50]) + (f" and {len(names) - 50} more" if len(names) > 50 else "")
         sections.append(f"Classes: {shown}.")
-    load = f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}")\nlogits = trained.model(images)'
+    given = f', checkpoint="{PureWindowsPath(source["checkpoint"]).name}"' if source.get("checkpoint") else ""
+    load = (
+        f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}"{given})\nlogits = trained.model(images)'
+    )
+    labels = learnt_objective(description, repo_id)["labels"]
+    if labels != "classes":
+        meaning = {"several": "the probability of each label", "number": "the number of each image"}[labels]
+        load += f"\nanswers = trained.answers(logits)  # {meaning}"
     sections.append(f"```python\n{load}\n```")
     versions = ", ".join(f"{package} {version}" for package, version in description["versions"].items())
     return "\n\n".join([*sections, f"Made with {versions}."]) + "\n"

@@ -12,8 +12,16 @@ WITHOUT_EFFECT = {
     "peft_type", "peft_version", "base_model_name_or_path", "revision", "task_type", "inference_mode",
     "init_ia3_weights", "megatron_core", "qalora_group_size", "runtime_config",
 }  # fmt: skip
-# Initialisations that leave the weights of the backbone as they are; the others move a part of them into the adapter.
-INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# Initialisations that leave the weights of the backbone as they are, and those that move a part of them into the
+# adapter which follows from the weights alone.
+WITHOUT_PART, WITH_PART = (True, False, "gaussian", "eva", "orthogonal", "mica"), ("pissa", "olora")
+DRAWN_ANEW = "pissa_niter_"  # findings/peft_pissa_niter_differs_at_each_reload.sh
+CONVERSION = "convert it in the process that trains it (save_pretrained with path_initial_model_for_weight_conversion)"
+# Kinds of adapters that no change of weights or features can be equal to, and why:
+# findings/peft_lily_depends_on_the_batch.sh
+WITHOUT_EQUAL = {
+    "LILY": "it weighs its matrices by a mean over the batch, so that logits depend on the other images in it",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,8 @@ class PeftConfig:
         use_dora: weight-decomposed form, with a magnitude for each row.
         layers_to_transform: indices of the blocks that names in a list of `target_modules` are limited to.
         layers_pattern: name of the list of blocks those indices count in.
+        init_lora_weights: how A and B began; "pissa" and "olora" took a part of the weight for it.
+        kasa: the smallest singular values of the weights were dropped, and A is multiplied by a diagonal.
     """
 
     peft_type: str
@@ -53,6 +63,8 @@ class PeftConfig:
     use_dora: bool = False
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
+    init_lora_weights: bool | str = True
+    kasa: bool = False
 
     def rank(self, path: str) -> int:
         """Rank of the module of this name."""
@@ -102,7 +114,8 @@ def read_config(content: object, what: str) -> PeftConfig:
         raise StorageError(f"{what} is not a configuration of peft: it lacks peft_type")
     kind = content["peft_type"]
     if kind not in ("LORA", "IA3"):
-        raise StorageError(f"{what} is of peft_type {kind}; LORA and IA3 can be imported")
+        why = f", because {WITHOUT_EQUAL[kind]}" if kind in WITHOUT_EQUAL else ""
+        raise StorageError(f"{what} is of peft_type {kind}, which is not imported{why}; LORA and IA3 can be imported")
     values = {"peft_type": kind}
     for key, (describe, accepts) in FIELDS.items():
         value = content.get(key)
@@ -111,12 +124,8 @@ def read_config(content: object, what: str) -> PeftConfig:
         if not accepts(value):
             raise StorageError(f"{what}: {key} is {value!r}, but must be {describe}")
         values[key] = value
-    if content.get("init_lora_weights", True) not in INITIALISATIONS:
-        raise StorageError(
-            f"{what}: init_lora_weights={content['init_lora_weights']!r} changed the weights of the backbone, which "
-            "the adapter's file does not hold; convert it with peft (path_initial_model_for_weight_conversion) first"
-        )
-    known = {*FIELDS, *WITHOUT_EFFECT, "init_lora_weights"}
+    values |= _initialisation(content, what)
+    known = {*FIELDS, *WITHOUT_EFFECT, "init_lora_weights", "kasa_config"}
     for key, value in content.items():
         if key not in known and value not in (None, False, [], {}, "none"):
             raise StorageError(f"{what}: {key}={value!r} is not supported; only plain LoRA, DoRA and IA3 are imported")
@@ -125,6 +134,25 @@ def read_config(content: object, what: str) -> PeftConfig:
     config = PeftConfig(**values)
     _check_expressions(config, what)
     return config
+
+
+def _initialisation(content: dict, what: str) -> dict[str, bool | str]:
+    """How the adapter began, as far as it decides what the file means."""
+    began, kasa = content.get("init_lora_weights", True), content.get("kasa_config") is not None
+    if isinstance(began, str) and began.startswith(DRAWN_ANEW):
+        raise StorageError(
+            f"{what}: with init_lora_weights={began!r} peft draws the part that it takes out of the weights anew at "
+            f"each reload, so that no model computes what was trained; {CONVERSION}"
+        )
+    if began not in (*WITHOUT_PART, *WITH_PART):
+        remedy = f"; {CONVERSION}" if began in ("corda", "lora_ga") else ""
+        raise StorageError(
+            f"{what}: init_lora_weights={began!r} changed the weights of the backbone in a way that the adapter's file "
+            f"does not hold{remedy}"
+        )
+    if kasa and began in WITH_PART:
+        raise StorageError(f"{what}: kasa_config with init_lora_weights={began!r} is not supported, only one of them")
+    return {"init_lora_weights": began, "kasa": kasa}
 
 
 def _is_text(value: object) -> bool:

@@ -84,6 +84,10 @@ def _format(adapter: AttachedAdapter):
                 f"peft has no {kind.__name__} for this backbone; {', '.join(each.__name__ for each in METHODS)} can be "
                 "exported, everything can be saved with save"
             )
+    if not kinds:
+        raise UnsupportedError(
+            "the adapter changes no layer but its head, which is no adapter of peft; it can be saved with save"
+        )
     if len(kinds) != 1:
         names = " and ".join(kind.__name__ for kind in kinds)
         raise UnsupportedError(f"an adapter of peft is one method, not {names}; attach and export them one by one")

@@ -3,13 +3,14 @@
 import json
 import re
 from collections import defaultdict
+from collections.abc import Set
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from visionpeft.adapters.adapters import AttachedAdapter, nest, training_dtype
+from visionpeft.adapters.adapters import AttachedAdapter, nest, own_copy, training_dtype
 from visionpeft.adapters.attach import activate, plain, register
 from visionpeft.errors import StorageError
 from visionpeft.sharing import peft_ia3, peft_lora
@@ -17,7 +18,7 @@ from visionpeft.sharing.peft_config import PeftConfig, read_config
 from visionpeft.sharing.peft_modules import peft_modules
 
 PREFIX = "base_model.model."
-TENSOR = re.compile(r"(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|ia3_l)(\.weight)?")
+TENSOR = re.compile(r"(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|lora_diag|ia3_l)(\.weight)?")
 
 
 # peft_type -> how its changes are split into the sites of methods
@@ -29,8 +30,11 @@ def import_peft(model: nn.Module, folder: str | Path, name: str = "default") -> 
 
     Where peft adapts a fused qkv with one A, the sites q, k and v each get a copy of it and their rows of B. They
     compute the same, but are trained separately from here on, so that there are more parameters. Modules that peft
-    trained whole (`modules_to_save`) become the adapter's head and trained copies. The file does not say which weights
-    the backbone had: give the ones the adapter was trained on.
+    trained whole (`modules_to_save`) become the adapter's head and trained copies. A head that LoRA changes, as with
+    `target_modules="all-linear"`, becomes the adapter's head with the change in its weight, and is trained whole. What
+    PiSSA, OLoRA and KaSA took out of the backbone's weights is made again as a part of the change, of up to twice the
+    rank and without dropout; the weights stay as they are. The file does not say which weights the backbone had: give
+    the ones the adapter was trained on.
 
     Args:
         model: the backbone, as it was given to peft.
@@ -53,11 +57,13 @@ def import_peft(model: nn.Module, folder: str | Path, name: str = "default") -> 
             raise StorageError(f"{what} was made for a {made_for}, not for a {type(model).__name__}")
         backbone, modules = peft_modules(model)
         changes, whole = _sort(tensors, what)
-        _check_targets(model, config, changes, modules, what)
-        _check_whole(model, config, whole, what)
         form = FORMATS[config.peft_type]
+        of_heads = {path: changes.pop(path) for path in backbone.heads if path in changes and form is peft_lora}
+        _check_targets(model, config, changes.keys() | of_heads.keys(), changes, modules, what)
+        _check_whole(model, config, whole, what)
         parts = [part for path in changes for part in form.split(config, modules[path], changes[path], what)]
         heads = {path: _head(model, path, whole, what) for path in backbone.heads if f"{path}.weight" in whole}
+        heads |= {path: _changed_head(model, path, config, tensors, what) for path, tensors in of_heads.items()}
         trained = [name for name in whole if not name.startswith(tuple(f"{path}." for path in heads))]
         methods = tuple(form.methods(config, backbone, parts, what))
         adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(trained))
@@ -120,7 +126,9 @@ def _sort(tensors: dict[str, torch.Tensor], what: str) -> tuple[dict, dict]:
     return dict(changes), whole
 
 
-def _check_targets(model: nn.Module, config: PeftConfig, changes: dict, modules: dict, what: str) -> None:
+def _check_targets(
+    model: nn.Module, config: PeftConfig, changed: Set[str], changes: dict, modules: dict, what: str
+) -> None:
     """What has tensors must be what peft would wrap, and something we can adapt."""
     for path in changes:
         if path not in modules:
@@ -131,7 +139,7 @@ def _check_targets(model: nn.Module, config: PeftConfig, changes: dict, modules:
         modules[path].require()
     linear = {p for p, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not p.startswith("peft.")}
     targeted = {path for path in linear if config.targets(path)}
-    if wrong := sorted(targeted ^ changes.keys()):
+    if wrong := sorted(targeted ^ changed):
         has = "no tensors" if wrong[0] in targeted else "tensors"
         raise StorageError(
             f"{what} has {has} for {wrong[0]}, which its adapter_config.json "
@@ -157,6 +165,17 @@ def _check_whole(model: nn.Module, config: PeftConfig, whole: dict[str, torch.Te
             raise StorageError(
                 f"{name} of {what} is {tuple(value.shape)}, in this backbone {tuple(parameters[name].shape)}"
             )
+
+
+def _changed_head(model: nn.Module, path: str, config: PeftConfig, tensors: dict, what: str) -> nn.Linear:
+    """A linear head with the change that peft gives it."""
+    own = model.get_submodule(path)
+    if type(own) is not nn.Linear:
+        raise StorageError(f"{what} changes {path}, which is no linear head in this model")
+    head = own_copy(own)
+    change = peft_lora.read_change(config, path, own.weight, tensors, what)
+    head.weight.data = change.of(own.weight).to(head.weight.dtype)
+    return head
 
 
 def _head(model: nn.Module, path: str, whole: dict[str, torch.Tensor], what: str) -> nn.Linear:

@@ -2,16 +2,81 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
+from visionpeft.backbones.quantised import full_precision
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import StorageError
 from visionpeft.methods.dora import DecomposedLowRank, DoRA
 from visionpeft.methods.lora import LoRA, LowRank
 from visionpeft.sharing.peft_config import PeftConfig, expression
+from visionpeft.sharing.peft_initial import makes_again, with_part
 from visionpeft.sharing.peft_modules import Part, PeftModule
+
+
+@dataclass(frozen=True)
+class Change:
+    """What LoRA or DoRA adds to a whole weight (out, in), a convolution's without its kernel's shape: s B A.
+
+    Args:
+        A: (rank, in).
+        B: (out, rank).
+        scale: s.
+        magnitude: lengths of the rows (out,) that DoRA gives the changed weight, None for LoRA.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None
+
+    @torch.no_grad()
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """The changed weight, in float64."""
+        changed = weight.double() + self.scale * (self.B.double() @ self.A.double())
+        return changed if self.magnitude is None else changed * (self.magnitude.double() / changed.norm(dim=1))[:, None]
+
+
+def read_change(
+    config: PeftConfig, path: str, weight: torch.Tensor, tensors: dict[str, torch.Tensor], what: str
+) -> Change:
+    """The change of one module's weight.
+
+    Where peft took a part of the weight for the adapter, it is that of the weight before, of a higher rank.
+
+    Raises:
+        StorageError: a tensor is missing, not expected, or of another shape than configuration and backbone say.
+    """
+    rank, kernel = config.rank(path), weight.shape[2:]
+    scale = config.alpha(path) / rank
+    if makes_again(config):
+        rank = min(rank, *weight.shape)  # a weight has no more components, but its scale is that of the rank asked for
+    shapes = {"lora_A": (rank, *weight.shape[1:]), "lora_B": (len(weight), rank, *(1 for _ in kernel))}
+    if config.use_dora:
+        shapes["lora_magnitude_vector"] = (len(weight),)
+        if kernel:
+            raise StorageError(f"{what} changes {path} by DoRA, which acts on linear layers only")
+    if config.kasa:
+        shapes["lora_diag"] = (rank,)
+    if kernel and makes_again(config):
+        raise StorageError(f"{what} changes {path}, but what peft takes out of weights is that of linear layers only")
+    if tensors.keys() != shapes.keys():
+        raise StorageError(f"{what} has {', '.join(sorted(tensors))} for {path} instead of {', '.join(shapes)}")
+    for part, shape in shapes.items():
+        if tensors[part].shape != shape:
+            raise StorageError(
+                f"{part} of {path} in {what} is {tuple(tensors[part].shape)} instead of {shape}, by its "
+                "adapter_config.json and this backbone"
+            )
+    A, B = tensors["lora_A"].flatten(1), tensors["lora_B"].flatten(1)
+    if config.kasa:
+        A = tensors["lora_diag"][:, None] * A
+    if makes_again(config):
+        A, B = with_part(config, full_precision(weight), A, B, scale, f"{path} in {what}")
+    return Change(A, B, scale, tensors.get("lora_magnitude_vector"))
 
 
 def split(config: PeftConfig, module: PeftModule, tensors: dict[str, torch.Tensor], what: str) -> Iterator[Part]:
@@ -20,27 +85,14 @@ def split(config: PeftConfig, module: PeftModule, tensors: dict[str, torch.Tenso
     Raises:
         StorageError: a tensor is missing, not expected, or of another shape than configuration and backbone say.
     """
-    rank, weight = config.rank(module.path), module.module.weight
-    kernel = weight.shape[2:]
-    shapes = {"lora_A": (rank, *weight.shape[1:]), "lora_B": (len(weight), rank, *(1 for _ in kernel))}
-    if config.use_dora:
-        shapes["lora_magnitude_vector"] = (len(weight),)
-        if kernel:
-            raise StorageError(f"{what} changes {module.path} by DoRA, which acts on linear layers only")
-    if tensors.keys() != shapes.keys():
-        raise StorageError(f"{what} has {', '.join(sorted(tensors))} for {module.path} instead of {', '.join(shapes)}")
-    for part, shape in shapes.items():
-        if tensors[part].shape != shape:
-            raise StorageError(
-                f"{part} of {module.path} in {what} is {tuple(tensors[part].shape)} instead of {shape}, by its "
-                "adapter_config.json and this backbone"
-            )
+    change = read_change(config, module.path, module.module.weight, tensors, what)
+    rank = len(change.A)
     for site, layer in module.layers.items():
         rows = slice(None) if layer.rows is None else layer.rows
-        state = {"A": tensors["lora_A"].flatten(1), "B": tensors["lora_B"].flatten(1)[rows]}
-        if config.use_dora:
-            state["magnitude"] = tensors["lora_magnitude_vector"][rows]
-        yield Part((module.tower, module.block, site), layer.target, state, rank, config.alpha(module.path))
+        state = {"A": change.A, "B": change.B[rows]}
+        if change.magnitude is not None:
+            state["magnitude"] = change.magnitude[rows]
+        yield Part((module.tower, module.block, site), layer.target, state, rank, change.scale * rank)
 
 
 def methods(config: PeftConfig, backbone: Backbone, parts: list[Part], what: str) -> Iterator[LoRA | DoRA]:
@@ -69,7 +121,8 @@ def methods(config: PeftConfig, backbone: Backbone, parts: list[Part], what: str
             rank=rank,
             alpha=alpha,
             targets=tuple(targets),
-            dropout=config.lora_dropout,
+            # What peft has taken out of the weight is never dropped there, and here it is a part of the change.
+            dropout=0.0 if makes_again(config) else config.lora_dropout,
             overrides={f"{block}/{target}": r for (block, target), r in ranks.items() if r != rank},
             blocks="all" if every else sorted(blocks),
             towers=tower,

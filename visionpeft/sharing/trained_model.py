@@ -1,6 +1,6 @@
 """What a finished run has trained, ready to classify images or videos."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +23,16 @@ class TrainedModel:
     """A model and how it is used.
 
     Args:
-        model: images (batch, 3, height, width), or clips (batch, 3, frames, height, width) -> logits (batch, classes).
-        class_names: names of the classes, in the order of the logits; None if they were not recorded.
+        model: images (batch, 3, height, width), or clips (batch, 3, frames, height, width) -> logits (batch, outputs);
+            `answers` says what they mean.
+        class_names: names of the classes, in the order of the logits; None if they were not recorded, none of numbers.
         preprocessing: how the model wants its images, None if that was not recorded.
         resize: of images, as in training; None for videos.
         sampling: which frames make a clip, as in the test of the run; None for images.
         crops: crops of each clip in that test.
+        labels: what is told of an image: one of "classes", "several" of them, or a "number".
+        mean: of numbers, that of the training labels.
+        deviation: their standard deviation.
     """
 
     model: nn.Module
@@ -37,6 +41,21 @@ class TrainedModel:
     resize: Resize | None = None
     sampling: FrameSampling | None = None
     crops: int = 1
+    labels: str = "classes"
+    mean: float | None = None
+    deviation: float | None = None
+
+    def answers(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the outputs (batch, outputs) say of each image.
+
+        Returns:
+            Class probabilities (batch, classes), which sum to 1; of several labels the probability of each (batch,
+            labels); or the numbers (batch,), in the unit of the training labels.
+        """
+        logits = logits.float()
+        if self.labels == "number":
+            return logits.squeeze(-1) * self.deviation + self.mean
+        return logits.sigmoid() if self.labels == "several" else logits.softmax(dim=-1)
 
 
 def open_run(run: RunDirectory, class_names: Sequence[str] | None = None) -> TrainedModel:
@@ -62,7 +81,7 @@ def open_saved(
     tokenizer: Callable | None = None,
     *,
     own: bool = False,
-    downloaded: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> TrainedModel:
     """The model of a folder that `save` or `save_learner` wrote.
 
@@ -72,13 +91,16 @@ def open_saved(
         model: the backbone, or CLIP; by default it is made as the description says.
         tokenizer: that of the CLIP, if `model` is one.
         own: the folder is of a run of this user, whose description is taken as it is.
-        downloaded: the folder comes from the Hub, and its description may name no path.
+        checkpoint: file with the weights of the backbone, in the place of those that are described.
 
     Raises:
         StorageError: the files are damaged or belong to another backbone.
         ConfigurationError: what was trained belongs to its own classes, or the backbone cannot be made.
     """
+    if checkpoint is not None and model is not None:
+        raise ConfigurationError("checkpoint= is for a backbone that is made here; leave it out where model= is given")
     description = read_description(folder)
+    objective = learnt_objective(description, folder)
     if stem_of(folder) == "learner":
         # imported here, because OpenCLIP takes seconds and an adapter of a timm model does not need it
         from visionpeft.clip.storage import load_learner
@@ -86,7 +108,7 @@ def open_saved(
 
         if model is None:
             model, tokenizer = create_clip(
-                **described_arguments(description, "the CLIP and its tokenizer", own, downloaded)
+                **described_arguments(description, "the CLIP and its tokenizer", own, checkpoint)
             )
         elif tokenizer is None:
             raise ConfigurationError(f"{folder} holds a learner; give the tokenizer of its CLIP, too")
@@ -100,12 +122,14 @@ def open_saved(
                 "a learner on a CLIP, such as that of fewshot_coop.yaml, takes any class names"
             )
         if model is None:
-            model = _classifier(description, described_arguments(description, "the model", own, downloaded))
+            model = _classifier(description, described_arguments(description, "the model", own, checkpoint), objective)
         load(model, folder)
     trained = TrainedModel(model.eval(), names)
     if preprocessing := description["preprocessing"]:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()}
         trained.preprocessing = Preprocessing(**values)
+    trained.labels = objective["labels"]
+    trained.mean, trained.deviation = objective.get("mean"), objective.get("deviation")
     data = description["metadata"].get("data", {})
     trained.resize = data.get("resize")
     if "sampling" in data:
@@ -133,12 +157,33 @@ def stem_of(folder: Path) -> str:
     )
 
 
-def _classifier(description: dict, arguments: dict) -> nn.Module:
+def learnt_objective(description: Mapping, folder: Path | str) -> dict:
+    """What an adapter has learnt of an image, as a task has recorded it: at least its "labels".
+
+    Adapters of earlier versions, learners, and adapters saved without a task have learnt classes; what else their
+    metadata call objective is not ours.
+
+    Raises:
+        StorageError: it predicts numbers, and their mean or deviation is missing.
+    """
+    objective = description["metadata"].get("objective")
+    if not isinstance(objective, Mapping) or objective.get("labels") not in ("classes", "several", "number"):
+        return {"labels": "classes"}
+    if objective["labels"] == "number":
+        for name in ("mean", "deviation"):
+            if not isinstance(objective.get(name), int | float):
+                raise StorageError(f"{folder} predicts numbers, but its description does not say their {name}")
+    return dict(objective)
+
+
+def _classifier(description: dict, arguments: dict, objective: dict) -> nn.Module:
     """The model that an adapter belongs to, made with the arguments of its backbone."""
     data = description["metadata"].get("data", {})
     names = description["class_names"]
     if "sampling" not in data:
-        return create_backbone(**arguments, num_classes=len(names or ()))
+        # With the outputs of the training, or a backbone without pretrained weights would be drawn differently.
+        number = objective["labels"] == "number"
+        return create_backbone(**arguments, num_classes=1 if number else len(names or ()))
     images = create_backbone(**arguments)
     model = VideoClassifier(images, num_frames=data["sampling"]["num_frames"], num_classes=len(names))
     model.set_num_frames(model.num_frames, interpolate=True)  # whether it may be, the training has decided

@@ -10,6 +10,7 @@ from visionpeft.sites.blocks import (
     Sites,
     Unseen,
     Untouched,
+    act_on_kv,
     join,
 )
 from visionpeft.sites.layers import SitedLayer, SitedLinear, SitedPointwise, sited_layer_class
@@ -32,6 +33,7 @@ __all__ = [
     "Sites",
     "Unseen",
     "Untouched",
+    "act_on_kv",
     "is_drawn",
     "join",
     "order_of",

@@ -16,6 +16,8 @@ Three kinds of modules act:
   What it does may be done in a cheaper way if it says what it changes (see `frozen_layers.linear`), or, at a norm, if
   it has `merge(weight, bias) -> weight, bias`, which the norm is then given;
 * at `kv`, `module(k, v) -> k, v` on (batch, heads, tokens, head width), after rotary position and key normalisation.
+  With `reads_attention_input = True` it is called with one more argument, what the attention reads: (batch, tokens,
+  width).
 
 What acts on tokens may declare, for those who run fewer tokens than the library does: `tokenwise = True`, it treats
 every token by itself; `replaced_tokens = (first, stop)`, it overwrites these tokens and leaves the others alone.
@@ -97,10 +99,10 @@ class Sites:
             return checkpoint(branch, x, use_reentrant=False)
         return branch(x)
 
-    def kv(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Apply what acts on keys and values (batch, heads, tokens, head width)."""
+    def kv(self, k: torch.Tensor, v: torch.Tensor, h: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply what acts on keys and values (batch, heads, tokens, head width), made of h (batch, tokens, width)."""
         for module in self.acting.get("kv", ()):
-            k, v = module(k, v)
+            k, v = act_on_kv(module, k, v, h)
         return k, v
 
     def mask(self, mask: torch.Tensor | None, is_causal: bool = False) -> torch.Tensor | None:
@@ -119,6 +121,22 @@ class Sites:
         if self.extra_tokens == 0:
             return mask
         return widened(mask, self.extra_tokens, self.num_prefix_tokens, self.causal)
+
+
+def act_on_kv(module: Callable, k: torch.Tensor, v: torch.Tensor, h: torch.Tensor | None):
+    """Call what acts at `kv`, with what the attention reads if it wants that, too.
+
+    Raises:
+        UnsupportedError: it wants it, and the attention does not give it.
+    """
+    if not getattr(module, "reads_attention_input", False):
+        return module(k, v)
+    if h is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} reads what the attention reads, which the sited attention of this backbone does "
+            "not hand out: it must call sites.kv(k, v, h)"
+        )
+    return module(k, v, h)
 
 
 @torch.fx.wrap  # traced by torch.fx, a mask that is not there has no shape to ask for

@@ -306,13 +306,18 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
 def scale_shift(y: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """scale * y + shift in the dtype of y (..., channels); scale and shift (channels,).
 
-    The result is kept and not y, unless a scale is too near to zero to divide by it.
+    On a CPU the result is kept and not y, unless a scale is too near to zero to divide by it. On another device the
+    question alone would wait, at every layer, for all that was asked of the device before; there y is kept.
     """
     trained = torch.is_grad_enabled() and scale.requires_grad
-    # The gradient divides by the scale. One near to zero, or a large shift, would lose the digits of y in the result.
-    if traced() or not trained or bool((scale.abs() < SMALLEST_SCALE * shift.abs().clamp(min=1)).any()):
+    if traced() or not trained or y.device.type != "cpu" or _loses_digits(scale, shift):
         return (y * scale + shift).to(y.dtype)
     return _ScaleShift.apply(y, scale, shift)
+
+
+def _loses_digits(scale: torch.Tensor, shift: torch.Tensor) -> bool:
+    """Whether the result holds too few digits of y: the gradient divides by the scale, which may be near to zero."""
+    return bool((scale.abs() < SMALLEST_SCALE * shift.abs().clamp(min=1)).any())
 
 
 class _ScaleShift(torch.autograd.Function):

@@ -22,6 +22,7 @@ class Order(IntEnum):
     TOKENS = 6  # everything else
     LEAVE = 7
     LEAVE_SPAN = 8
+    READ = 9  # what makes of the tokens after the last block those that are read
 
 
 def order_of(module: nn.Module) -> Order:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -13,18 +12,22 @@ from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import allocate, evaluating, remake
 from visionpeft.adapters.attach import detach, layer_distances, plain, trainable_parameters
 from visionpeft.adapters.install import stood_in_for
-from visionpeft.adapters.storage import load, method_from, save
+from visionpeft.adapters.storage import is_older, load, method_from, read_metadata, save
 from visionpeft.adapters.training_hooks import after_step, penalty
+from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError, UserError, one_line
 from visionpeft.methods import Method
 from visionpeft.methods.parts.base import describe_method
+from visionpeft.sharing.trained_model import learnt_objective
 from visionpeft.tasks.averaging import copy_again
+from visionpeft.tasks.objective import Objective
+from visionpeft.tasks.objectives import OneClass
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.task import ImageTask
 
 
 class AdaptedTask(ImageTask):
-    """Base of the tasks that train adapters and a head on a frozen backbone, by cross-entropy.
+    """Base of the tasks that train adapters and a head on a frozen backbone.
 
     The frozen modules stay in evaluation mode while training; adapter and head are in training mode. A task builds
     `model` with the methods attached, and its `preprocessing`.
@@ -36,6 +39,7 @@ class AdaptedTask(ImageTask):
         label_smoothing: probability mass spread evenly over all classes.
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch is a function of the seed and the epoch.
+        objective: what is learnt; by default one class, by cross-entropy with that smoothing.
     """
 
     folder = "adapter"
@@ -49,8 +53,11 @@ class AdaptedTask(ImageTask):
         label_smoothing: float,
         optimisation: Optimisation,
         seed: int,
+        objective: Objective | None = None,
     ):
-        super().__init__(class_names, optimisation, seed)
+        if objective is None:
+            objective = OneClass(len(class_names), label_smoothing)
+        super().__init__(class_names, optimisation, seed, objective)
         self.backbone_name = backbone
         self.methods = list(method) if isinstance(method, list | tuple) else [method]
         self.label_smoothing = label_smoothing
@@ -81,10 +88,11 @@ class AdaptedTask(ImageTask):
                 "share": trainable / total,
                 **({"waiting": True} if self.adapter.pending else {}),
             },
+            "objective": self.objective.describe(),
         }
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes)."""
+        """Logits (batch, outputs)."""
         return self.model(images)
 
     def example(self) -> Tensor:
@@ -92,12 +100,13 @@ class AdaptedTask(ImageTask):
         return torch.zeros(1, 3, *self.preprocessing.input_size)
 
     def check_before_training(self, datamodule: pl.LightningDataModule) -> None:
-        """Show the model one input, as the first batch would, and look at the size of the last batch.
+        """Show the objective the labels and the model one input, and look at the size of the last batch.
 
         Raises:
             ConfigurationError: the model does not take inputs of this size and number of channels, or a batch of one
-                would meet a head that takes statistics of a batch.
+                would meet a head that takes statistics of a batch; or weights cannot be computed from the labels.
         """
+        self._learn_labels(datamodule)
         self._check_last_batch(datamodule)
         example = self.example()
         if next(self.model.parameters()).dtype != example.dtype:
@@ -117,10 +126,17 @@ class AdaptedTask(ImageTask):
             ) from error
 
     def setup(self, stage: str) -> None:
-        """As for every task; before training, check its last batch."""
+        """As for every task; before training, look at all labels, and check its last batch."""
         super().setup(stage)
         if stage == "fit" and self.trainer.datamodule is not None:
+            self._learn_labels(self.trainer.datamodule)
             self._check_last_batch(self.trainer.datamodule)
+            if self.trainer.world_size > 1 and self.adapter.pending:
+                self._allocate_together()
+
+    def _learn_labels(self, datamodule: pl.LightningDataModule) -> None:
+        if train := getattr(datamodule, "sources", {}).get("train"):
+            self.objective.learn(train.labels, self.class_names)
 
     def _check_last_batch(self, datamodule: pl.LightningDataModule) -> None:
         """Refuse a last batch of one where statistics of a batch are taken.
@@ -153,9 +169,9 @@ class AdaptedTask(ImageTask):
         return self
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and logits."""
+        """Loss and logits."""
         logits = self(images)
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing), logits
+        return self.objective.loss(logits.float(), labels), logits
 
     def penalty(self) -> Tensor | float:
         """What the methods add to the loss."""
@@ -184,18 +200,39 @@ class AdaptedTask(ImageTask):
 
     def _allocate(self) -> None:
         datamodule = self.trainer.datamodule
-        if datamodule is None or self.trainer.world_size > 1:
+        if datamodule is None:
             raise ConfigurationError(
-                f"{self.label} chooses what it trains by the data; with several processes or without a data module, "
-                "call visionpeft.allocate(task.model, batches) before the training"
+                f"{self.label} chooses what it trains by the data; without a data module, call "
+                "visionpeft.allocate(task.model, batches) before the training"
             )
 
         def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             images, labels = batch
-            return F.cross_entropy(self(images).float(), labels)
+            return self.objective.measured_loss(self(images).float(), labels)
 
-        allocate(self.model, datamodule.train_dataloader(), loss, self.adapter_name)
+        # Another's data module has not shared its batches among several devices yet.
+        shown = datamodule.train_loader() if isinstance(datamodule, ImageDataModule) else datamodule.train_dataloader()
+        # What is drawn for the chosen places is a function of the seed, on any number of devices.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            allocate(self.model, shown, loss, self.adapter_name)
         copy_again(self.trainer.callbacks, self.trainer, self)
+
+    def _allocate_together(self) -> None:
+        """Let the first of several processes choose for all, before Lightning wraps the model for them.
+
+        A run that is resumed takes what its checkpoint says.
+        """
+        if self.trainer.ckpt_path:
+            described = torch.load(self.trainer.ckpt_path, map_location="cpu", weights_only=True)["methods"]
+        else:
+            if self.trainer.is_global_zero:
+                self.to(self.trainer.strategy.root_device)
+                self._allocate()
+            described = self.trainer.strategy.broadcast([describe_method(each) for each in self.adapter.methods])
+        if self.adapter.pending:
+            remake(self.model, self.adapter_name, [method_from(each) for each in described], {})
+            copy_again(self.trainer.callbacks, self.trainer, self)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep what is trained, and the methods with what they have found in the data."""
@@ -203,8 +240,8 @@ class AdaptedTask(ImageTask):
         checkpoint["methods"] = [describe_method(method) for method in self.adapter.methods]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Place the methods as they were, and check that every trained tensor is there."""
-        if self.adapter.pending:
+        """Place the methods as they were, an older version's as it had them; every trained tensor must be there."""
+        if self.adapter.pending or any(is_older(each) for each in checkpoint.get("methods", ())):
             remake(self.model, self.adapter_name, [method_from(each) for each in checkpoint["methods"]], {})
             if self._trainer is not None:
                 copy_again(self.trainer.callbacks, self.trainer, self)
@@ -233,10 +270,21 @@ class AdaptedTask(ImageTask):
             folder,
             class_names=self.class_names,
             preprocessing=datamodule.preprocessing,
-            metadata={"data": datamodule.description()},
+            metadata={"data": datamodule.description(), "objective": self.objective.describe()},
         )
 
     def load(self, folder: Path) -> None:
-        """Read an adapter in the place of the attached one."""
+        """Read an adapter in the place of the attached one.
+
+        Raises:
+            ConfigurationError: it has learnt from labels of another kind.
+        """
+        learnt = learnt_objective(read_metadata(folder), folder)
+        if learnt["labels"] != self.objective.labels:
+            raise ConfigurationError(
+                f"the adapter in {folder} has learnt from labels {learnt['labels']!r}, not {self.objective.labels!r}; "
+                "leave --data.labels as in its training"
+            )
         detach(self.model)
         self.adapter_name = load(self.model, folder)
+        self.objective.load_description(learnt)

@@ -1,11 +1,10 @@
-"""Image classification with a frozen, adapted backbone."""
+"""Image classification, or regression, with a frozen, adapted backbone."""
 
 from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor
 
@@ -13,20 +12,25 @@ from visionpeft.adapters.attach import attach, economise
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.content_cache import ContentCache, FolderCache
 from visionpeft.caching.trunk import CachedTrunk
+from visionpeft.data.labels import Labels
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods import Method
 from visionpeft.models.create import create_backbone
 from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.heads import Head, HeadInit, replace_head
+from visionpeft.tasks.objective import Loss, Weights
+from visionpeft.tasks.objectives import Asymmetry, build_objective
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.passes import in_order
 
 
 class ImageClassification(AdaptedTask):
-    """Cross-entropy on the logits of a backbone with a method attached.
+    """Classification by the logits of a backbone with a method attached: one class, several labels, or a number.
 
     The frozen modules stay in evaluation mode while training; adapter and head are in training mode. Batches are
-    (images (batch, 3, height, width), labels (batch,)).
+    (images (batch, 3, height, width), labels): class indices (batch,), zeros and ones (batch, labels) of several
+    labels, or numbers (batch,). A number is learnt in standard deviations from the mean of the training labels, and
+    `predict_step` gives it in its own unit.
 
     Args:
         method: the method, or several that are stacked in order.
@@ -46,6 +50,14 @@ class ImageClassification(AdaptedTask):
             folder on disk of this name, so that an epoch costs the trained blocks alone; for data without random
             augmentation, or with a number of `views`.
         cache_mib: most MiB that are kept.
+        labels: what a label is, "classes", "several" of them, or a "number"; taken from the data.
+        loss: "cross_entropy" of classes; "bce" (binary cross-entropy, the default) or "asymmetric" of several labels;
+            "mse" (the default) or "l1" of numbers.
+        class_weights: weight of the images of each class in the training loss, in the order of the class names, or
+            "balanced": n / (K n_k) for n_k of n images of class k of K.
+        positive_weights: of several labels, the weight of each where it applies, or "balanced": (n - n_k) / n_k for n_k
+            of n images to which label k applies.
+        asymmetry: of the asymmetric loss.
         label_smoothing: probability mass spread evenly over all classes.
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none; with both, one of the two is drawn for each batch.
@@ -69,14 +81,30 @@ class ImageClassification(AdaptedTask):
         recompute: Literal["mlp", "block"] | None = None,
         cache: str | None = None,
         cache_mib: int = 2048,
+        labels: Labels = "classes",
+        loss: Loss | None = None,
+        class_weights: Weights = None,
+        positive_weights: Weights = None,
+        asymmetry: Asymmetry | None = None,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         optimisation: Optimisation = Optimisation(),  # noqa: B008  (frozen)
         seed: int = 0,
     ):
-        super().__init__(method, class_names, backbone, label_smoothing, optimisation, seed)
-        num_classes = len(class_names)
+        objective = build_objective(
+            labels,
+            len(class_names),
+            loss=loss,
+            label_smoothing=label_smoothing,
+            class_weights=class_weights,
+            positive_weights=positive_weights,
+            asymmetry=asymmetry,
+        )
+        super().__init__(method, class_names, backbone, label_smoothing, optimisation, seed, objective)
+        if (mixup or cutmix) and labels != "classes":
+            raise ConfigurationError(f"mixup and cutmix mix classes; with labels {labels!r}, set both to 0")
+        outputs = objective.outputs
         random = {"drop_path": drop_path, "mixup": mixup, "cutmix": cutmix}
         for name, value in random.items():
             if cache and value:
@@ -88,9 +116,9 @@ class ImageClassification(AdaptedTask):
         kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
         torch.manual_seed(seed)
         self.model = create_backbone(
-            backbone, pretrained=pretrained, checkpoint=checkpoint, num_classes=num_classes, **kwargs
+            backbone, pretrained=pretrained, checkpoint=checkpoint, num_classes=outputs, **kwargs
         )
-        replace_head(self.model, head, num_classes, head_init)
+        replace_head(self.model, head, outputs, head_init)
         self.preprocessing = preprocessing_of(self.model)
         attach(self.model, self.methods, name=self.adapter_name, train=tuple(train or ()))
         self.economies = {"class_token_only": class_token_only, "recompute": recompute}
@@ -105,7 +133,7 @@ class ImageClassification(AdaptedTask):
 
         self.mix = None
         if mixup or cutmix:
-            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=outputs)
 
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how this backbone wants its images.
@@ -140,7 +168,7 @@ class ImageClassification(AdaptedTask):
                     return
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes)."""
+        """Logits (batch, outputs)."""
         return super().forward(images) if self.trunk is None else self.trunk(images)
 
     def load(self, folder: Path) -> None:
@@ -151,9 +179,9 @@ class ImageClassification(AdaptedTask):
             self.trunk = CachedTrunk(self.model, self.trunk.cache)
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and logits; mixed images are judged by their mixed labels."""
+        """Loss and logits; mixed images are judged by their mixed labels."""
         if self.mix is None or len(images) % 2:  # timm mixes in pairs; an odd last batch stays as it is
             return super().training_loss(images, labels)
         images, targets = self.mix(images, labels)
         logits = self(images)
-        return F.cross_entropy(logits.float(), targets, label_smoothing=0.0), logits  # they are smoothed already
+        return self.objective.mixed_loss(logits.float(), targets), logits

@@ -13,6 +13,7 @@ from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.storage import load_learner, save_learner
+from visionpeft.data.labels import Labels
 from visionpeft.errors import ConfigurationError
 from visionpeft.models.create_clip import create_clip
 from visionpeft.tasks.optimisation import Optimisation
@@ -38,6 +39,7 @@ class PromptLearning(ImageTask):
         pretrained: load the CLIP's published weights.
         checkpoint: a local file with the CLIP's weights.
         backbone_kwargs: further arguments of `open_clip.create_model`.
+        labels: what a label is, taken from the data; only "classes", whose names an image is compared with.
         cache_features: keep image features that cannot change.
         chunk_size: most classes whose text is encoded at a time; less memory, the same gradient. None takes all.
         optimisation: optimiser, learning rates and schedule; by default those of CoOp.
@@ -54,11 +56,17 @@ class PromptLearning(ImageTask):
         pretrained: bool = True,
         checkpoint: str | None = None,
         backbone_kwargs: dict | None = None,
+        labels: Labels = "classes",
         cache_features: bool = True,
         chunk_size: int | None = None,
         optimisation: Optimisation = PROMPT_RECIPE,
         seed: int = 0,
     ):
+        if labels != "classes":
+            raise ConfigurationError(
+                f"a learner on a CLIP tells which one of the class names fits an image, and labels {labels!r} are not "
+                "that; train an adapter on its image tower (--config images_lora.yaml --model.backbone open_clip/...)"
+            )
         super().__init__(class_names, optimisation, seed)
         if chunk_size is not None and chunk_size < 1:
             raise ConfigurationError(
@@ -103,6 +111,7 @@ class PromptLearning(ImageTask):
         self.fixed_views = getattr(datamodule, "deterministic_views", None)
         if hasattr(datamodule, "template_for"):
             self.learner.set_template(datamodule.template_for(self.learner.template_style))
+        self.learner.set_published(getattr(datamodule, "published", {}))
 
     def setup(self, stage: str) -> None:
         """Connect task and data; before training, fit what is not learnt by gradient steps."""
@@ -197,17 +206,23 @@ class PromptLearning(ImageTask):
         datamodule = self.trainer.datamodule
         if datamodule is None:
             raise ConfigurationError(f"{self.label} is fitted on the features of all images; give a data module to fit")
-        train = self._features("train", views=self.fixed_views or 1)
-        validation = self._features("val", views=1) if "val" in datamodule.sources else None
+        if self.fixed_views is None:
+            # Views that are not seen again in training, whose epochs come first.
+            first = self.num_epochs if self.trained_parameters() else 0
+            views = range(first, first + self.learner.fitted_views)
+        else:
+            views = range(self.fixed_views)
+        train = self._features("train", views, raw=self.learner.fits_raw_features)
+        validation = self._features("val", range(1)) if "val" in datamodule.sources else None
         self.chosen = self.learner.fit_features(train, validation)
 
-    def _features(self, split: str, views: int) -> tuple[Tensor, Tensor]:
+    def _features(self, split: str, views: range, raw: bool = False) -> tuple[Tensor, Tensor]:
         """Features (images, features), or of several views (images, views, features), and labels of a split."""
         by_view = []
-        for view in range(views):
-            features, labels = zip(*self._in_order(split, view), strict=True)
+        for view in views:
+            features, labels = zip(*self._in_order(split, view, raw), strict=True)
             by_view.append(torch.cat(features))
-        return by_view[0] if views == 1 else torch.stack(by_view, dim=1), torch.cat(labels)
+        return by_view[0] if len(views) == 1 else torch.stack(by_view, dim=1), torch.cat(labels)
 
     def _fill_cache(self, views: int) -> None:
         """Compute the features of all training images.
@@ -219,9 +234,9 @@ class PromptLearning(ImageTask):
                 if self.cache.full:
                     return
 
-    def _in_order(self, split: str, view: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and labels of the batches of a split in order."""
-        encode = self.learner.image_features
-        if self._keeps_features:
+    def _in_order(self, split: str, view: int, raw: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and labels of the batches of a split in order; raw ones are not normalised, and not kept."""
+        encode = self.learner.encode_images if raw else self.learner.image_features
+        if self._keeps_features and not raw:
             encode = partial(self.cache.image_features, self.learner)
         return in_order(self, split, view, encode)

@@ -8,23 +8,25 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MetricCollection
 
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ImageDataModule, VideoDataModule
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.averaging import average_trained_only
 from visionpeft.tasks.callbacks import check_callbacks, check_resuming, finish_training, stop_as_before
-from visionpeft.tasks.checkpointing import DivergedError, check_trained, complete_copies, keep_trained
+from visionpeft.tasks.checkpointing import check_trained, complete_copies, keep_trained
+from visionpeft.tasks.divergence import Divergence
+from visionpeft.tasks.metrics import MeanLoss
+from visionpeft.tasks.objective import Objective
+from visionpeft.tasks.objectives import OneClass
 from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, output_side, parameter_groups
 from visionpeft.tasks.steps import Steps, planned_steps
 
 
 class ImageTask(pl.LightningModule):
-    """Base of the tasks that classify images, (batch, 3, height, width), or clips of them -> logits (batch, classes).
+    """Base of the tasks that map images, (batch, 3, height, width), or clips of them -> logits (batch, outputs).
 
     A task implements `forward`, `training_loss` and the abstract methods below.
 
@@ -32,6 +34,7 @@ class ImageTask(pl.LightningModule):
         class_names: one name for each class.
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch (dropout, mixup) is a function of the seed and the epoch.
+        objective: what is learnt and measured; by default one class of these.
 
     Attributes:
         preprocessing: how the backbone wants its images.
@@ -43,10 +46,11 @@ class ImageTask(pl.LightningModule):
     folder: str
     kind = "images"
 
-    def __init__(self, class_names: list[str], optimisation: Optimisation, seed: int):
+    def __init__(
+        self, class_names: list[str], optimisation: Optimisation, seed: int, objective: Objective | None = None
+    ):
         super().__init__()
-        if len(class_names) < 2:
-            raise ConfigurationError(f"classification needs at least two classes, the data has {len(class_names)}")
+        self.objective = OneClass(len(class_names)) if objective is None else objective
         self.strict_loading = False  # checkpoints hold no backbone; `on_load_checkpoint` checks what they hold
         self.class_names = list(class_names)
         self.optimisation = optimisation
@@ -54,14 +58,13 @@ class ImageTask(pl.LightningModule):
         self.steps: Steps | None = None  # of the training for which the optimiser was made
         self._configured: tuple = ()
         self._trains = False
-        num_classes = len(class_names)
-        metrics = {"loss": MeanMetric(), "top1": MulticlassAccuracy(num_classes, average="micro")}
-        if num_classes > 5:
-            metrics["top5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
-        metrics = MetricCollection(metrics, compute_groups=False)
         self.train_metrics, self.val_metrics, self.test_metrics = (
-            metrics.clone(prefix=f"{split}/") for split in ("train", "val", "test")
+            MetricCollection(
+                {"loss": MeanLoss(), **self.objective.metrics(split)}, compute_groups=False, prefix=f"{split}/"
+            )
+            for split in ("train", "val", "test")
         )
+        self.divergence = Divergence()
 
     @property
     @abstractmethod
@@ -111,7 +114,8 @@ class ImageTask(pl.LightningModule):
         """Tell the data how this backbone wants its images.
 
         Raises:
-            ConfigurationError: the data has videos and the task takes images, or the other way round.
+            ConfigurationError: the data has videos and the task takes images, or the other way round; or its labels
+                are of another kind.
         """
         kind = "videos" if isinstance(datamodule, VideoDataModule) else "images"
         if isinstance(datamodule, ImageDataModule) and kind != self.kind:
@@ -119,6 +123,11 @@ class ImageTask(pl.LightningModule):
             raise ConfigurationError(
                 f"{type(self).__name__} takes {self.kind}, but {type(datamodule).__name__} holds {kind}; use {task} "
                 f"(--model {task}), or other data"
+            )
+        if isinstance(datamodule, ImageDataModule) and datamodule.labels != self.objective.labels:
+            raise ConfigurationError(
+                f"{type(self).__name__} learns from labels {self.objective.labels!r} here, but those of "
+                f"{type(datamodule).__name__} are {datamodule.labels!r} (--data.labels)"
             )
         datamodule.preprocessing = self.preprocessing
 
@@ -140,7 +149,12 @@ class ImageTask(pl.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """Connect task and data; before training, see to it that callbacks average what is trained."""
+        """Connect task and data; before training, see to it that callbacks average what is trained.
+
+        Raises:
+            ConfigurationError: the objective cannot be computed in the trainer's precision.
+        """
+        self.objective.check_precision(self.trainer.precision)
         if self.trainer.datamodule is not None:
             self.connect(self.trainer.datamodule)
         if stage == "fit":
@@ -148,7 +162,10 @@ class ImageTask(pl.LightningModule):
             average_trained_only(self.trainer.callbacks)
 
     def on_train_epoch_start(self) -> None:
-        """Seed the epoch, so that a resumed run draws what the uninterrupted one would have drawn."""
+        """Seed the epoch, so that a resumed run draws what the uninterrupted one would have drawn.
+
+        Each of several devices draws for itself, because its images are others.
+        """
         self._seed_epoch()
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
@@ -157,7 +174,7 @@ class ImageTask(pl.LightningModule):
             self._seed_epoch()
 
     def _seed_epoch(self) -> None:
-        seed = _epoch_seed(self.seed, self.current_epoch)
+        seed = _epoch_seed(self.seed, self.current_epoch, self.global_rank)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002  (timm's mixup draws from NumPy's global generator)
         torch.manual_seed(seed)
@@ -170,16 +187,17 @@ class ImageTask(pl.LightningModule):
         """Mean loss of a batch with the penalty, which is not measured.
 
         Raises:
-            DivergedError: the loss is not finite.
+            DivergedError: the loss is not finite, or that of an earlier step since the device was last read.
         """
         images, labels = batch
         measured, logits = self.training_loss(images, labels)
         loss = measured + self.penalty()
-        if not torch.isfinite(loss):
-            raise DivergedError(
-                f"the training loss became {loss.item()} in epoch {self.current_epoch}, step {self.global_step}; the "
-                "last good checkpoint is kept. Lower the learning rate (--model.optimisation.lr)"
-            )
+        self.divergence.note(loss, self.global_step)
+        # A CPU has the answer at once. Another device would be waited for, so it is asked once per logging interval,
+        # and at the end of an epoch, before anything is validated or saved.
+        interval = 1 if loss.device.type == "cpu" else max(1, self.trainer.log_every_n_steps)
+        if (batch_idx + 1) % interval == 0 or self.trainer.is_last_batch:
+            self.divergence.check(self.current_epoch)
         self._measure(self.train_metrics, measured.detach(), logits.detach(), labels)
         return loss
 
@@ -192,22 +210,22 @@ class ImageTask(pl.LightningModule):
         return self._evaluate(self.test_metrics, batch)
 
     def predict_step(self, batch, batch_idx: int) -> Tensor:
-        """Class probabilities (batch, classes)."""
+        """Class probabilities (batch, classes), those of several labels (batch, labels), or numbers (batch,)."""
         images = batch[0] if isinstance(batch, list | tuple) else batch
-        return self(images).float().softmax(dim=-1)
+        return self.objective.answers(self(images).float())
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         logits = self(images).float()
-        self._measure(metrics, F.cross_entropy(logits, labels), logits, labels)
+        self._measure(metrics, self.objective.measured_loss(logits, labels), logits, labels)
         return logits
 
     def _measure(self, metrics: MetricCollection, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         for name, metric in metrics.items():
             if name.endswith("loss"):
-                metric.update(loss, weight=len(labels))
+                metric.update(loss, len(labels))
             else:
-                metric.update(logits, labels)
+                self.objective.measure(metric, logits, labels)
             self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))
 
     def configure_optimizers(self) -> dict:
@@ -274,17 +292,25 @@ class ImageTask(pl.LightningModule):
         return len((self.steps or planned_steps(self.trainer)).by_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep only what is trained."""
+        """Keep only what is trained and what the objective has learnt, and nothing of a training that has diverged."""
+        self.divergence.check(self.current_epoch)
         keep_trained(checkpoint, self.trained_keys())
+        if state := self.objective.state():
+            checkpoint["objective"] = state
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Check that every trained tensor is there, and complete the states that callbacks will load."""
+        """Check that every trained tensor is there, and take what else the checkpoint knows.
+
+        That is what the objective had learnt; and the states that callbacks will load are completed.
+        """
         if self._trainer is not None and self.trainer.state.fn == "fit" and not self._configured:
             check_resuming(self.trainer.callbacks)
         check_trained(checkpoint, self, self.trained_keys())
         complete_copies(checkpoint, self, self.trained_keys())
+        self.objective.load_state(checkpoint.get("objective", {}))
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    """A 32-bit seed for an epoch."""
-    return int(torch.randint(2**32 - 1, (), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)))
+def _epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
+    """A 32-bit seed for an epoch on a device."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return int(torch.randint(2**32 - 1, (rank + 1,), generator=generator)[rank])

@@ -396,12 +396,14 @@ def test_clip_lora_scale():
 # PromptSRC
 
 
-def test_promptsrc_loss():
-    """Cross entropy, two distances and a divergence from the CLIP without prompts."""
+@pytest.mark.parametrize("templates", [["a photo of a {}.", "art of the {}"], None])
+def test_promptsrc_loss(templates):
+    """Cross entropy, two distances and a divergence from the CLIP without prompts; by default with the authors' 60."""
     clip = make_clip()
     plain = copy.deepcopy(clip)
-    templates = ["a photo of a {}.", "art of the {}"]
-    learner = shaken(PromptSRC(clip, TOKENIZER, NAMES, template=templates))
+    learner = shaken(PromptSRC(clip, TOKENIZER, NAMES, **({"template": templates} if templates else {})))
+    if templates is None:
+        templates = [function("{}") for function in open_clip.OPENAI_IMAGENET_TEMPLATES[:60]]
     labels = torch.tensor([0, 2, 1])
     loss, logits = learner.loss(images_of(), labels)
     with torch.no_grad():
@@ -410,6 +412,9 @@ def test_promptsrc_loss():
         texts = [[template.format(name) for name in NAMES] for template in templates]
         t0 = sum(plain.encode_text(TOKENIZER(each, context_length=LENGTH)) for each in texts)
         t0 = t0 / t0.norm(dim=-1, keepdim=True)
+        assert distance(learner.template_features(), t0) < 1e-12
+        one = F.normalize(plain.encode_text(TOKENIZER(texts[0], context_length=LENGTH)), dim=-1)
+        assert distance(one, t0) > 1e-3  # another set of templates would show
         scale = plain.logit_scale.exp()
         p, p0 = (scale * f @ t.T).softmax(-1), (scale * f0 @ t0.T).softmax(-1)
         expected = -p[torch.arange(3), labels].log().mean()

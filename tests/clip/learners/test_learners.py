@@ -43,7 +43,9 @@ from visionpeft.clip.learners import (
     ZeroShot,
     prograd,
 )
+from visionpeft.clip.learners.tip_adapter import grid
 from visionpeft.clip.storage import load_learner, save_learner
+from visionpeft.data.few_shot.definitions import few_shot_datasets
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 
 LABELS = torch.tensor([0, 2, 3])
@@ -179,9 +181,12 @@ def test_clip_adapter_acts_on_unnormalised_features():
 def test_tip_adapter_is_the_formula(name, views):
     learner = (ON_IMAGES[name])(clip_model(), tokenizer(), NAMES, alpha=1.7, beta=3.5)
     train = image_features(learner.clip, images(10, seed=8))
+    train = train * torch.linspace(1, 7, 10, dtype=torch.float64)[:, None]  # as the tower gives them: of any length
     labels = torch.tensor([0, 1, 2, 3, 0])
     cached = train.reshape(5, 2, -1).mean(1) if views else train[:5]
     cached = cached / cached.norm(dim=1, keepdim=True)
+    of_units = (train / train.norm(dim=1, keepdim=True)).reshape(5, 2, -1).mean(1)
+    assert not views or (of_units / of_units.norm(dim=1, keepdim=True) - cached).abs().max() > 0.01
     assert learner.fit_features((train.reshape(5, 2, -1) if views else train[:5], labels)) == {}
     f = image_features(learner.clip, images())
     texts = plain_features(learner.clip, [f"a photo of a {name}." for name in CLEAN])
@@ -208,7 +213,7 @@ def test_tip_adapter_chooses_on_validation_alone(train_keys):
     chosen = learner.fit_features((train, labels), (validation, others))
     if train_keys:
         assert chosen == {}
-        assert learner.alpha == learner.beta == 1
+        assert (learner.alpha.item(), learner.beta.item()) == (1.17, 1)  # ImageNet's
         learner.keys.data.mul_(1.1)
         chosen = learner.end_training()
     else:
@@ -219,12 +224,50 @@ def test_tip_adapter_chooses_on_validation_alone(train_keys):
         votes = (-beta * (1 - validation @ learner.keys.detach().T)).exp() @ torch.eye(4, dtype=torch.float64)[labels]
         return ((zero_shot + alpha * votes).argmax(1) == others).double().mean().item()
 
-    step_a, step_b = (12 - 0.1) / 19, (9 - 0.1) / 199
-    grid = {(a, b): accuracy(0.1 + a * step_a, 0.1 + b * step_b) for a in range(20) for b in range(0, 200)}
-    assert max(grid.values()) > min(grid.values())
-    alpha, beta = learner.alpha.item(), learner.beta.item()
-    assert accuracy(alpha, beta) == max(grid.values())
-    assert chosen == {"alpha": alpha, "beta": beta, "validation_accuracy": max(grid.values())}
+    betas = [0.1 + i * (9 - 0.1) / 200 for i in range(200)]
+    alphas = [0.1 + i * (12 - 0.1) / 20 for i in range(20)]
+    searched = {(a, b): accuracy(a, b) for b in betas for a in alphas}
+    best = max(searched.values())
+    assert best > min(searched.values())
+    alpha, beta = next(pair for pair, reached in searched.items() if reached == best)  # the first of equals
+    assert (learner.alpha.item(), learner.beta.item()) == (alpha, beta)
+    assert chosen == {"alpha": alpha, "beta": beta, "validation_accuracy": best}
+
+
+def test_tip_adapter_searches_the_published_values():
+    betas, alphas = grid(7, 200), grid(3, 20)
+    assert (len(betas), betas[0], round(betas[-1], 4)) == (200, 0.1, 6.9655)  # published; not 7
+    assert (len(alphas), alphas[0], round(alphas[-1], 4)) == (20, 0.1, 2.855)
+    steps = torch.tensor(betas, dtype=torch.float64).diff()
+    torch.testing.assert_close(steps, torch.full((199,), 6.9 / 200, dtype=torch.float64), rtol=0, atol=1e-12)
+    # With the end, as this was once done, the values are others.
+    assert torch.linspace(0.1, 7, 200)[-1] == 7
+
+
+OF_TIP_ADAPTER = {  # initial alpha, ends of the search for beta and alpha, by the authors' configurations
+    **{"imagenet": (1.17, 7, 3), "oxford_pets": (1.17, 7, 3), "food101": (1.17, 10, 10), "sun397": (1.17, 12, 10)},
+    **{"dtd": (2, 13, 13), "eurosat": (2, 12, 10), "caltech101": (3, 12, 5), "stanford_cars": (3, 20, 10)},
+    **{"ucf101": (3, 7, 3), "fgvc_aircraft": (5, 30, 30), "oxford_flowers": (10, 50, 50)},
+}
+
+
+def test_tip_adapter_takes_the_values_of_the_data_set():
+    published = {key: entry["published"] for key, entry in few_shot_datasets().items() if "published" in entry}
+    assert published.keys() == OF_TIP_ADAPTER.keys()
+    for key, (alpha, max_beta, max_alpha) in OF_TIP_ADAPTER.items():
+        learner = TipAdapter(clip_model(), tokenizer(), NAMES)
+        learner.set_published(published[key])
+        values = (learner.alpha.item(), learner.beta.item(), learner.max_beta, learner.max_alpha)
+        assert values == (alpha, 1, max_beta, max_alpha)
+    learner = TipAdapter(clip_model(), tokenizer(), NAMES, alpha=1.5, max_beta=9)
+    learner.set_published(published["dtd"])
+    assert (learner.alpha.item(), learner.max_beta, learner.max_alpha) == (1.5, 9, 13)  # what was given stays
+    learner = TipAdapter(clip_model(), tokenizer(), NAMES)
+    learner.fit_features((image_features(learner.clip, images(4)), torch.arange(4)))
+    learner.set_published(published["dtd"])
+    assert learner.alpha.item() == 1.17  # what was chosen for a cache stays
+    learner.set_published({})
+    assert learner.max_alpha == 3
 
 
 def test_linear_probe_solves_logistic_regression():
@@ -377,6 +420,54 @@ def test_prograd_starts_with_the_words_of_its_template_at_the_end():
     assert torch.equal(nothing_in_front.vectors[-4:], learner.clip.token_embedding.weight[[320, 1125, 539, 320]])
     with pytest.raises(ConfigurationError, match="9 tokens, and context_length=8"):
         ProGrad(clip_model(), tokenizer(), NAMES, template=template, context_length=8)
+
+
+def test_prograd_as_published_counts_words():
+    template = "a type of pet, a photo of a {}."
+    learner = ProGrad(clip_model(), tokenizer(), NAMES, template=template, layout="published")
+    ids = tokenizer()(["a type of pet, a photo of a"])[0, 1:10]
+    assert torch.equal(learner.vectors[:8], torch.zeros(8, 32, dtype=torch.float64))
+    assert torch.equal(learner.vectors[8:], learner.clip.token_embedding.weight[ids[:8]])
+    lively_(learner)
+    expected = prompt_features(learner.clip, [f"a {name}" for name in CLEAN], learner.vectors, "end")
+    torch.testing.assert_close(learner.text_features(), expected, rtol=0, atol=1e-11)
+    without = prompt_features(learner.clip, CLEAN, learner.vectors, "end")
+    assert (without - expected).abs().max() > 1e-3
+    with pytest.raises(ConfigurationError, match="must stand at the end, not at position 'middle'"):
+        ProGrad(clip_model(), tokenizer(), NAMES, template=template, layout="published", position="middle")
+    with pytest.raises(ConfigurationError, match="choose tokens or published"):
+        ProGrad(clip_model(), tokenizer(), NAMES, layout="words")
+
+
+def test_prograd_as_published_has_fixed_words_on_four_data_sets():
+    learner = ProGrad(clip_model(), tokenizer(), NAMES, layout="published")
+    fixed = {}
+    for key, entry in few_shot_datasets().items():
+        phrase = entry["templates"]["prograd"].split(" {}")[0]
+        learner.set_template(phrase + " {}.")
+        (last,) = tokenizer().encode(phrase)[-1:]
+        assert learner.fixed in ((), (last,))
+        if learner.fixed:
+            fixed[key] = tokenizer().decode(learner.fixed).strip()
+            assert int((learner.vectors != 0).any(1).sum()) == len(
+                entry["templates"]["prograd"].split(" {}")[0].split()
+            )
+    assert fixed == {"oxford_pets": "a", "oxford_flowers": "a", "fgvc_aircraft": "a", "food101": "of"}
+
+
+def test_fixed_words_of_prograd_stay_with_what_was_trained(tmp_path):
+    def of_pets(clip):
+        learner = ProGrad(clip, tokenizer(), NAMES, layout="published")
+        learner.set_template("a type of pet, a photo of a {}.")
+        return learner
+
+    learner = lively_(of_pets(clip_model()))
+    expected = learner.text_features().detach()
+    save_learner(learner, tmp_path)
+    learner.set_template("a texture of {}.")  # of another data set, on which it is tested
+    assert torch.equal(learner.text_features(), expected)
+    again = load_learner(tmp_path, clip_model(), tokenizer())
+    torch.testing.assert_close(again.text_features(), expected, rtol=0, atol=1e-12)
 
 
 def test_prograd_takes_the_template_of_a_data_set_until_it_is_trained():

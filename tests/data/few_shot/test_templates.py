@@ -76,12 +76,14 @@ def test_named_sets():
     assert {name: len(members) for name, members in template_sets().items()} == {
         "photo": 1,
         "openai_imagenet_80": 80,
+        "promptsrc_60": 60,
         "simple_7": 7,
         "tip_7": 7,
     }
     assert templates("photo") == ["a photo of a {}."]
     for name, functions in (
         ("openai_imagenet_80", open_clip.OPENAI_IMAGENET_TEMPLATES),
+        ("promptsrc_60", open_clip.OPENAI_IMAGENET_TEMPLATES[:60]),
         ("simple_7", open_clip.SIMPLE_IMAGENET_TEMPLATES),
     ):
         assert [template.format("cat") for template in templates(name)] == [function("cat") for function in functions]

@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 import torch
 from data_layouts import SMALL, truncate
-from video_files import write_audio, write_frames, write_video
+from PIL import Image
+from video_files import number_of, write_audio, write_frames, write_video
 
+from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ClipAugmentation, FrameSampling, VideoFolder, VideoList, find_videos, videos_dataloader
 from visionpeft.data.ordering import SceneSampler
+from visionpeft.data.video.dataset import VideoDataset
 from visionpeft.data.video.files import VideoFiles
 from visionpeft.data.video.module import VideoDataModule, video_set
+from visionpeft.data.video.reading import open_video
+from visionpeft.data.video.transforms import ClipTransform
 from visionpeft.errors import ConfigurationError, DataError
 
 DENSE = FrameSampling("dense", 4, stride=2, test_clips=2)
@@ -131,6 +136,88 @@ def _images(folder):
 def _normalised(frames, indices, left):
     clip = np.stack([frames[index][:, left : left + 16] for index in indices])
     return torch.tensor(clip).permute(3, 0, 1, 2) / 255
+
+
+VARYING = np.cumsum([0, *np.random.default_rng(1).integers(40, 400, 29)]).tolist()  # milliseconds
+WHOLE_FRAMES = Preprocessing((48, 64), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic")
+
+
+def numbers_of(views):
+    """The numbers that the frames of views (..., 3, T, H, W) show."""
+    frames = (views.movedim(-4, -1).flatten(0, -4) * 255).to(torch.uint8).numpy()
+    return [number_of(Image.fromarray(frame)) for frame in frames]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("b_frames.mp4", {}), ("fragmented.mp4", {"container_options": {"movflags": "frag_keyframe+empty_moov"}})],
+)
+@pytest.mark.parametrize("kind", ["dense", "uniform"])
+def test_frames_by_time_are_those_that_a_player_shows(tmp_path, name, options, kind):
+    """A varying rate with B-frames, whose average and guessed rates mislead; the numbers are read off the pictures."""
+    path = write_video(tmp_path / name, 30, times=VARYING, **options)
+    shown = (np.array(VARYING) - VARYING[0]) / 1000
+
+    def player(time):
+        return max(number for number, begins in enumerate(shown) if begins <= time)
+
+    dense = FrameSampling("dense", 5, test_clips=3, by="time", seconds=2.0)
+    sampling = dense if kind == "dense" else FrameSampling("uniform", 5, by="time")
+    dataset = VideoDataset(VideoFiles([path], [0]), sampling, ClipTransform(WHOLE_FRAMES), crops=1)
+    length = open_video(path).length
+    assert shown[-1] < length <= shown[-1] + 0.4
+    if kind == "dense":
+        expected = [start + 0.4 * step for start in np.linspace(0, length - 2, 3) for step in range(5)]
+    else:
+        expected = [length * part / 5 for part in (0.5, 1.5, 2.5, 3.5, 4.5)]
+    assert numbers_of(dataset[0][0]) == [player(time) for time in expected]
+    # The negative control: by index, at the average rate, a clip holds other frames.
+    rate = len(shown) / length
+    counted = FrameSampling("dense", 5, stride=round(0.4 * rate), test_clips=3)
+    counted = counted if kind == "dense" else FrameSampling("uniform", 5)
+    by_index = VideoDataset(VideoFiles([path], [0]), counted, ClipTransform(WHOLE_FRAMES), crops=1)
+    assert numbers_of(by_index[0][0]) != numbers_of(dataset[0][0])
+
+
+def test_training_frames_by_time(tmp_path):
+    """From a start anywhere that a clip fits, the frames that a player shows; the same for one seed and epoch."""
+    path = write_video(tmp_path / "varying.mp4", 30, times=VARYING)
+    shown = (np.array(VARYING) - VARYING[0]) / 1000
+    sampling = FrameSampling("dense", 5, by="time", seconds=2.0)
+    transform = ClipTransform(WHOLE_FRAMES, ClipAugmentation("centre"))
+    dataset = VideoDataset(VideoFiles([path], [0]), sampling, transform)
+    clips = [numbers_of(dataset[(0, epoch)][0]) for epoch in range(12)]
+    assert clips == [numbers_of(dataset[(0, epoch)][0]) for epoch in range(12)]
+    possible = {
+        tuple(int(np.searchsorted(shown, start + 0.4 * step, side="right")) - 1 for step in range(5))
+        for start in np.arange(0, open_video(path).length - 2, 0.0005)
+    }
+    assert set(map(tuple, clips)) <= possible
+    assert len(set(map(tuple, clips))) > 6
+
+
+def test_videos_of_two_rates_show_the_same_moments(tmp_path):
+    """One film at 10 and at 30 frames a second: by time both clips span one second, by index only one does."""
+    sampling = FrameSampling("dense", 5, by="time", seconds=1.0)
+    for by_time in (True, False):
+        clips = {}
+        for rate in (10, 30):
+            path = write_video(tmp_path / f"{rate}.mp4", 2 * rate, rate=rate)
+            chosen = sampling if by_time else FrameSampling("dense", 5, stride=2)
+            dataset = VideoDataset(VideoFiles([path], [0]), chosen, ClipTransform(WHOLE_FRAMES), crops=1)
+            clips[rate] = np.array(numbers_of(dataset[0][0])) / rate
+        assert np.allclose(np.diff(clips[10]), 0.2)
+        assert np.allclose(np.diff(clips[30]), 0.2) == by_time
+
+
+@pytest.mark.parametrize("name", ["raw.h264", "frames"])
+def test_what_has_no_times_is_refused_by_time(tmp_path, name):
+    path = write_frames(tmp_path / name, 12) if name == "frames" else write_video(tmp_path / name, 12)
+    dataset = VideoDataset(VideoFiles([path], [0]), FrameSampling(by="time"), ClipTransform(WHOLE_FRAMES), crops=1)
+    with pytest.raises(DataError, match="by index"):
+        dataset[0]
+    by_index = VideoDataset(VideoFiles([path], [0]), FrameSampling(num_frames=3), ClipTransform(WHOLE_FRAMES), crops=1)
+    assert numbers_of(by_index[0][0]) == [2, 5, 9]  # bounds 0 4 7 11
 
 
 def test_evaluation_is_deterministic(shared):
@@ -295,6 +382,7 @@ def test_description_is_complete_and_json(shared):
         "trained_on": "train",
         "selected_on": "val",
         "split": "folders",
+        "labels": "classes",
         "classes": 2,
         "sizes": {"train": 10, "val": 2, "test": 3},
         "test_subset": {"samples": 3, "of": 4, "seed": 0},
@@ -309,6 +397,8 @@ def test_description_is_complete_and_json(shared):
             "test_clips": 2,
             "placement": "ends",
             "too_short": "repeat",
+            "by": "index",
+            "seconds": None,
         },
         "test_views": 2,
         "test_crops": 1,

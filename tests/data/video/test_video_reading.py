@@ -36,6 +36,7 @@ FORMATS = {
     "60_frames_a_second.mp4": {"codec": "libx264", "rate": 60},
     "with_sound.mp4": {"codec": "libx264", "audio": True},
 }
+TIMELESS = {"raw.h264", "h264.avi", "mpeg4_b.avi"}
 
 
 def written(tmp_path, name):
@@ -225,6 +226,19 @@ def test_a_fragmented_file_begins_with_its_first_frame(tmp_path):
     assert video.read([0, 29], number_of) == {0: 0, 29: 29}
 
 
+FRAGMENTED = {"container_options": {"movflags": "frag_keyframe+empty_moov"}}
+
+
+@pytest.mark.parametrize("name", [*sorted(FORMATS.keys() - TIMELESS), "fragmented.mp4"])
+def test_length_of_a_video(tmp_path, name):
+    """From the first frame to the end of the last one, not from the zero of the file's clock."""
+    options = {"rate": 12} | FORMATS.get(name, FRAGMENTED)
+    video = EncodedVideo(write_video(tmp_path / name, 30, **options))
+    frame = 1 / options["rate"]
+    assert video.length == pytest.approx(30 * frame, abs=0.002)  # Matroska counts in milliseconds
+    assert video.at([video.length, 29.5 * frame, 28.5 * frame, 0.5 * frame]) == [29, 29, 28, 0]
+
+
 @pytest.mark.parametrize("name", ["video.h264", "video.avi"])
 def test_without_time_stamps_frames_have_numbers_only(tmp_path, name):
     """Raw H.264 has none at all; those of an AVI with B-frames are in the order of decoding."""
@@ -232,6 +246,8 @@ def test_without_time_stamps_frames_have_numbers_only(tmp_path, name):
     assert video.read([0, 13, 29], number_of) == {0: 0, 13: 13, 29: 29}
     with pytest.raises(DataError, match="no time stamps"):
         video.at([0.5])
+    with pytest.raises(DataError, match="no time stamps"):
+        _ = video.length
 
 
 def test_an_edit_list_trims(tmp_path):

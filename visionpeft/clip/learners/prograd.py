@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -28,8 +29,11 @@ class ProGrad(Learner):
     With g the gradient of the cross-entropy and h that of T^2 KL(softmax(zero-shot / T), softmax(learner / T)) for
     logits and a temperature T, the context is trained with g where <g, h> >= 0, and with g - strength <g, h> / |h|^2 h
     otherwise. The teacher is frozen CLIP with a template. The last context vectors start at the token embeddings of the
-    template's words in front of the class name, those before them at zero. Trainable: M d, with text width d.
-    Source: Zhu et al., Prompt-aligned Gradient for Prompt Tuning, 2023.
+    template's words before the class name, those before them at zero. Trainable: M d, with text width d.
+    Source: Zhu et al., Prompt-aligned Gradient for Prompt Tuning, 2023. The authors' code counts words where it means
+    tokens: of "a type of pet, a photo of a", 8 words and 9 tokens for the comma, it learns the first 8 after 8 zeros,
+    and a fixed "a" stays before the name (Pets, Flowers102, Aircraft and Food101). `layout="published"` does the same;
+    by default all 9 are learned after 7 zeros. Templates without punctuation are one in both.
 
     Args:
         clip: an OpenCLIP model.
@@ -41,13 +45,15 @@ class ProGrad(Learner):
         position: where the class name stands: "end", "middle" or "front".
         strength: how much of the opposing part is taken away; 1 leaves none, 0 is CoOp.
         temperature: temperature of the comparison with the teacher.
+        layout: "tokens", or "published" as above. The fixed words are those with which the training began.
         template: one template or several for the teacher, with {} for the class name; None is the data set's own in a
             run, and "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
 
     Raises:
-        ConfigurationError: an unknown position, a temperature that is not positive, a strength outside 0 to 1, a
-            context shorter than the phrase, or a prompt longer than the text tower reads.
+        ConfigurationError: an unknown position or layout, fixed words where the name is not at the end, a temperature
+            that is not positive, a strength outside 0 to 1, a context shorter than the phrase, or a prompt longer than
+            the text tower reads.
     """
 
     template_style = "prograd"
@@ -64,14 +70,17 @@ class ProGrad(Learner):
         temperature: float = 1.0,
         template: str | list[str] | None = None,
         allow_duplicates: bool = False,
+        layout: Literal["tokens", "published"] = "tokens",
     ):
         if not 0 < temperature < math.inf:
             raise ConfigurationError(f"temperature must be positive and finite, but is {temperature}")
         if not 0 <= strength <= 1:
             raise ConfigurationError(f"strength must be between 0 (CoOp) and 1, but is {strength}")
+        if layout not in ("tokens", "published"):
+            raise ConfigurationError(f"unknown layout {layout!r} of ProGrad: choose tokens or published")
         check_context_length(context_length)
         options = {"context_length": context_length, "init": init, "position": position, "strength": strength}
-        options |= {"temperature": temperature, "template": template}
+        options |= {"temperature": temperature, "template": template, "layout": layout}
         super().__init__(
             clip,
             tokenizer,
@@ -82,18 +91,29 @@ class ProGrad(Learner):
         )
         self.init, self.position, self.context_length = init, position, context_length
         self.strength, self.temperature = strength, temperature
-        vectors = self.initial_vectors(self.templates[0])
+        vectors, self.fixed = self.start(self.templates[0])
         self.set_class_names(class_names)
         self.vectors = nn.Parameter(vectors)
 
-    def initial_vectors(self, template: str) -> torch.Tensor:
-        """First context vectors (vectors, width).
+    def start(self, template: str) -> tuple[torch.Tensor, Tokens]:
+        """First context vectors (vectors, width), and the fixed words between them and the class name.
 
         Raises:
-            ConfigurationError: the phrase has more tokens than there are context vectors.
+            ConfigurationError: the phrase has more tokens than there are context vectors, or leaves fixed words where
+                the name does not stand at the end.
         """
         phrase = (template.split("{}")[0] if self.init is None else self.init.replace("_", " ")).strip()
-        (tokens,) = self.tokenizer.contents([phrase or "a photo of a"])
+        phrase = phrase or "a photo of a"
+        (tokens,) = self.tokenizer.contents([phrase])
+        fixed: Tokens = ()
+        if self.options["layout"] == "published":
+            count = len(phrase.split())
+            tokens, fixed = tokens[:count], tokens[count:]
+        if fixed and self.position != "end":
+            raise ConfigurationError(
+                f"layout='published' keeps the last words of {phrase!r} fixed before the class name, which must stand "
+                f"at the end, not at position {self.position!r}"
+            )
         if not 0 < len(tokens) <= self.context_length:
             raise ConfigurationError(
                 f"the phrase {phrase!r} ProGrad starts from has {len(tokens)} tokens, and context_length="
@@ -101,21 +121,27 @@ class ProGrad(Learner):
             )
         dtype = torch.float64 if self.text.dtype == torch.float64 else torch.float32
         words = self.text.embed(tokens).to(dtype)
-        return F.pad(words, (0, 0, self.context_length - len(words), 0))
+        return F.pad(words, (0, 0, self.context_length - len(words), 0)), fixed
 
     def set_template(self, template: str | Sequence[str]) -> None:
         """Use the template of a data set where none was given; an untrained context starts anew from its words."""
         if self.options["template"] is not None:
             return
-        vectors = self.vectors.detach()
-        if torch.equal(vectors, self.initial_vectors(self.templates[0])):
-            vectors = self.initial_vectors(check_templates(template)[0])
+        vectors, fixed = self.vectors.detach(), self.fixed
+        if torch.equal(vectors, self.start(self.templates[0])[0]):
+            vectors, fixed = self.start(check_templates(template)[0])
+        layout = self.tokenizer.layout(self._prompts(self.class_names, fixed), self.class_names)
         super().set_template(template)
         self.vectors.data.copy_(vectors)
+        self.fixed, self.layout = fixed, layout
 
     def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """[v_1 .. v_M, name, "."], with the name moved as `position` says."""
-        return context_prompts(self.tokenizer, names, self.context_length, self.position)
+        """[v_1 .. v_M, fixed words, name, "."], with the name moved as `position` says."""
+        return self._prompts(names, self.fixed)
+
+    def _prompts(self, names: Sequence[str], fixed: Tokens) -> list[Tokens]:
+        prompts = context_prompts(self.tokenizer, names, self.context_length, self.position)
+        return [(*each[: self.context_length], *fixed, *each[self.context_length :]) for each in prompts]
 
     def context(self) -> torch.Tensor:
         """Context vectors (1, vectors, width)."""

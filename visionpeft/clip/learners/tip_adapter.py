@@ -12,6 +12,12 @@ from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError, StorageError
 
 NUM_BETAS, NUM_ALPHAS = 200, 20
+OF_IMAGENET = {"alpha": 1.17, "beta": 1.0, "max_alpha": 3.0, "max_beta": 7.0}
+
+
+def grid(end: float, count: int) -> list[float]:
+    """The authors' search values 0.1 + i (end - 0.1) / count, i < count: the end itself is not among them."""
+    return [0.1 + i * (end - 0.1) / count for i in range(count)]
 
 
 class TipAdapter(Learner):
@@ -19,27 +25,36 @@ class TipAdapter(Learner):
 
     logits = scale f t^T + alpha exp(-beta (1 - f F^T)) L, with unit image features f, unit text features t of a
     template, the cache of unit training features F (images, features), and their labels L (images, classes) as one-hot
-    rows. `fit_features` fills the cache; where a validation split is given, alpha and beta are those of a grid of 20
-    times 200 values up to `max_alpha` and `max_beta` that classify it best (the first of equals), else the values given
+    rows. `fit_features` fills the cache: F is the normalised mean of the features of `cache_views` augmentations of an
+    image, which are not normalised before. Where a validation split is given, alpha and beta are those of a grid of 20
+    times 200 values below `max_alpha` and `max_beta` that classify it best (the first of equals), else the values given
     here. Tip-Adapter trains nothing. Tip-Adapter-F (`train_keys`) trains F, so call `fit_features` before an optimiser
     is made; it chooses alpha and beta in `choose`, for the keys that are reported. Trainable: images * features.
-    Source: Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, 2022.
+    Source: Zhang et al., Tip-Adapter: Training-free Adaption of CLIP for Few-shot Classification, 2022. The authors
+    search on a whole validation split, on ImageNet's test split, and report Tip-Adapter-F's best epoch on the test
+    split.
 
     Args:
         clip: an OpenCLIP model.
         tokenizer: its tokenizer.
         class_names: names of the classes.
         train_keys: train the cached features (Tip-Adapter-F).
-        alpha: weight of the votes.
-        beta: how fast a vote fades with the distance.
-        max_alpha: largest alpha of the grid, which starts at 0.1.
-        max_beta: largest beta of the grid, which starts at 0.1.
+        alpha: weight of the votes; None is what was published for the data set in a run, and ImageNet's 1.17 otherwise.
+        beta: how fast a vote fades with the distance; None likewise, 1 for all of them.
+        max_alpha: end of the grid of alpha, which starts at 0.1 and leaves the end out; None likewise, ImageNet's 3.
+        max_beta: end of the grid of beta, which starts at 0.1 and leaves the end out; None likewise, ImageNet's 7.
         template: one template or several for the texts, with {} for the class name; None is the data set's own in a
             run, and "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
+        cache_views: augmentations of each training image whose mean is cached in a run, unless the data shows a fixed
+            number of views, which are cached then.
+
+    Raises:
+        ConfigurationError: a number out of range, or class names or templates that cannot be used.
     """
 
     class_bound = True
+    fits_raw_features = True
 
     def __init__(
         self,
@@ -47,28 +62,33 @@ class TipAdapter(Learner):
         tokenizer: Callable,
         class_names: Sequence[str],
         train_keys: bool = False,
-        alpha: float = 1.0,
-        beta: float = 1.0,
-        max_alpha: float = 3.0,
-        max_beta: float = 7.0,
+        alpha: float | None = None,
+        beta: float | None = None,
+        max_alpha: float | None = None,
+        max_beta: float | None = None,
         template: str | list[str] | None = None,
         allow_duplicates: bool = False,
+        cache_views: int = 10,
     ):
-        options = {"train_keys": train_keys, "alpha": alpha, "beta": beta}
-        options |= {"max_alpha": max_alpha, "max_beta": max_beta, "template": template}
+        given = {"alpha": alpha, "beta": beta, "max_alpha": max_alpha, "max_beta": max_beta}
         super().__init__(
             clip,
             tokenizer,
             class_names,
-            options=options,
+            options={"train_keys": train_keys, **given, "template": template, "cache_views": cache_views},
             templates=PHOTO if template is None else template,
             allow_duplicates=allow_duplicates,
         )
+        values = OF_IMAGENET | {name: value for name, value in given.items() if value is not None}
+        alpha, beta, max_alpha, max_beta = (values[name] for name in OF_IMAGENET)
         if alpha < 0 or beta < 0 or max_alpha < 0.1 or max_beta < 0.1:
             raise ConfigurationError(
                 f"alpha and beta must not be negative and max_alpha and max_beta not below 0.1, not {alpha}, {beta}, "
                 f"{max_alpha} and {max_beta}"
             )
+        if cache_views < 1:
+            raise ConfigurationError(f"cache_views must be at least 1, not {cache_views}")
+        self.fitted_views = cache_views
         self.train_keys = self.by_gradient = train_keys
         self.max_alpha, self.max_beta = max_alpha, max_beta
         self.set_class_names(class_names)
@@ -85,6 +105,17 @@ class TipAdapter(Learner):
         else:
             self.register_buffer("keys", keys)
 
+    def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
+        """Take over the alpha, beta and ends of the grid of the data set; a cache that is filled keeps its own."""
+        if len(self.keys):
+            return
+        own = {name: v for name, v in values.get("tip_adapter", {}).items() if self.options[name] is None}
+        for name, value in own.items():
+            if name in ("alpha", "beta"):
+                getattr(self, name).fill_(value)
+            else:
+                setattr(self, name, value)
+
     def prompts(self, names: Sequence[str]) -> list[Tokens]:
         """The first template with each name."""
         return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
@@ -99,11 +130,11 @@ class TipAdapter(Learner):
         train: tuple[torch.Tensor, torch.Tensor],
         validation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> dict:
-        """Fill the cache, and choose alpha and beta on the validation split; Tip-Adapter-F does that behind training.
+        """Fill the cache, and choose alpha and beta on the validation split; Tip-Adapter-F does that after training.
 
         Args:
-            train: unit image features (images, features), or (images, views, features) of several augmented views,
-                whose mean is normalised and cached; labels (images,).
+            train: image features (images, features), or (images, views, features) of several augmented views, as
+                `encode_images` gives them; their mean over the views is normalised and cached. Labels (images,).
             validation: unit image features (images, features) and labels (images,).
 
         Returns:
@@ -138,9 +169,9 @@ class TipAdapter(Learner):
         zero_shot = self.logits(features, self.text_features())
         affinities = features @ self.keys.T
         best, alpha, beta = -1, None, None
-        for b in torch.linspace(0.1, self.max_beta, NUM_BETAS).tolist():
+        for b in grid(self.max_beta, NUM_BETAS):
             votes = self._votes(affinities, b)
-            for a in torch.linspace(0.1, self.max_alpha, NUM_ALPHAS).tolist():
+            for a in grid(self.max_alpha, NUM_ALPHAS):
                 correct = int(((zero_shot + a * votes).argmax(dim=1) == labels).sum())
                 if correct > best:
                     best, alpha, beta = correct, a, b

@@ -48,7 +48,8 @@ class FewShot(ImageDataModule):
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
         augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
         batch_size: Images in a batch.
-        drop_last: Leave out the last incomplete training batch; when absent, where there is a whole one.
+        drop_last: Leave out the last incomplete training batch; when absent, where there is a whole one, as all
+            learners do that were published on CoOp's trainer. Tip-Adapter-F and CLIP-LoRA keep it.
 
     Raises:
         ConfigurationError: an unknown data set, or an option out of range.
@@ -137,6 +138,14 @@ class FewShot(ImageDataModule):
         """
         key = str(self.images.about["task"])
         return self.template if self.own_template or key in OWN else dataset_template(key, style)
+
+    @property
+    def published(self) -> dict[str, dict[str, float]]:
+        """What learners' authors chose for this data set, by the learner: of "tip_adapter" its alpha and search range.
+
+        Empty for data sets that they had not.
+        """
+        return few_shot_datasets().get(str(self.images.about["task"]), {}).get("published", {})
 
 
 def _check(shots: int | None, classes: str, split: str) -> None:

@@ -58,7 +58,10 @@ class VideoDataset(LabelledDataset):
         """Random frames and augmentation: uint8 (T, 3, H, W)."""
         video = self._open(index)
         draws = uniform_draws(self.sampling.num_frames, self.seed, epoch, index)
-        chosen = self.sampling.train(len(video), draws)
+        if self.sampling.by == "time":
+            chosen = np.array(video.at(self.sampling.train_times(video.length, draws).tolist()))
+        else:
+            chosen = self.sampling.train(len(video), draws)
         frames = video.read(chosen.tolist(), self.transform.prepare)
         clip = torch.stack([frames[frame] for frame in chosen.tolist()])
         return self.transform.augment(clip, self.seed, epoch, index)
@@ -66,7 +69,12 @@ class VideoDataset(LabelledDataset):
     def _views(self, index: int) -> torch.Tensor:
         """Fixed frames: uint8 (T, 3, H, W), or (V, T, 3, H, W) with `crops`."""
         video = self._open(index)
-        chosen = self.sampling.test(len(video), clips=1 if self.crops is None else None)
+        clips = 1 if self.crops is None else None
+        if self.sampling.by == "time":
+            times = self.sampling.test_times(video.length, clips)
+            chosen = np.array(video.at(times.ravel().tolist())).reshape(times.shape)
+        else:
+            chosen = self.sampling.test(len(video), clips)
         if self.shuffle_frames:
             order = np.argsort(mix(self.seed, index, np.arange(self.sampling.num_frames)), kind="stable")
             chosen = chosen[:, order]

@@ -44,12 +44,14 @@ class FrameIndex:
             can be relied on, and frames can only be counted from the beginning.
         keyframes: Time stamps of the keyframes, int64, ascending.
         time_base: Seconds of one unit of the time stamps.
+        last: Units of it for which the last frame is shown; the mean of the others where the file does not say.
     """
 
     frames: int
     times: np.ndarray
     keyframes: np.ndarray
     time_base: Fraction
+    last: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -96,12 +98,31 @@ class FrameFolder:
     index = None
 
     def __init__(self, path: Path):
+        self.path = path
         self.files = sorted((file for file in list_images(path) if file.parent == path), key=_numbered)
         if not self.files:
             raise DataError(f"video folder {path} holds no frames (images); {REMEDY}")
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def length(self) -> float:
+        """Refused, because images have no times.
+
+        Raises:
+            DataError: always.
+        """
+        raise self._timeless()
+
+    def at(self, seconds: Sequence[float]) -> list[int]:
+        """Refused like `length`."""
+        raise self._timeless()
+
+    def _timeless(self) -> DataError:
+        return DataError(
+            f"video folder {self.path} holds images, and nobody knows when one is shown; sample its frames by index"
+        )
 
     def read(self, indices: Sequence[int], prepare: Callable[[Image.Image], Prepared]) -> dict[int, Prepared]:
         """`prepare(frame)` for each of the indices; raises DataError when a frame is damaged."""
@@ -147,6 +168,23 @@ class EncodedVideo:
             raise DataError(f"video file {self.path} cannot be read (no frame {missing} of {len(self)}); {REMEDY}")
         return found
 
+    @property
+    def length(self) -> float:
+        """Seconds from the time stamp of the first frame to the end of the last.
+
+        Raises:
+            DataError: the file has no time stamps that can be relied on.
+        """
+        self._require_times()
+        return float((self.index.times[-1] - self.index.times[0] + self.index.last) * self.index.time_base)
+
+    def _require_times(self) -> None:
+        if not len(self.index.times):
+            raise DataError(
+                f"video file {self.path} has no time stamps, so that nobody knows when a frame is shown; name its "
+                "frames by their numbers (sample them by index)"
+            )
+
     def at(self, seconds: Sequence[float]) -> list[int]:
         """Index of the frame that a player shows at each of these times, counted from the first frame.
 
@@ -156,11 +194,7 @@ class EncodedVideo:
         Raises:
             DataError: the file has no time stamps that can be relied on.
         """
-        if not len(self.index.times):
-            raise DataError(
-                f"video file {self.path} has no time stamps, so that nobody knows when a frame is shown; name its "
-                "frames by their numbers"
-            )
+        self._require_times()
         # In integers: a product of floats could fall just below the time stamp that it names.
         ticks = [math.floor(Fraction(second).limit_denominator(10**9) / self.index.time_base) for second in seconds]
         places = np.searchsorted(self.index.times, np.array(ticks, np.int64) + self.index.times[0], side="right") - 1
@@ -222,6 +256,7 @@ def _index(path: Path) -> FrameIndex:
     """Time stamps and keyframes from the packets, without decoding."""
     times, keyframes = array("q"), array("q")
     frames, ticks, same, end = 0, 0, True, 0.0
+    latest, lasting = None, 0  # time stamp of the frame that is shown last, and for how long
     with _opened(path) as (container, stream):
         for packet in container.demux():
             if packet.size == 0 or packet.is_discard:
@@ -238,6 +273,8 @@ def _index(path: Path) -> FrameIndex:
             ticks = max(ticks, (packet.dts or 0) + 1)
             if packet.pts is not None:
                 times.append(packet.pts)
+                if latest is None or packet.pts > latest:
+                    latest, lasting = packet.pts, packet.duration or 0
                 if packet.is_keyframe:
                     keyframes.append(packet.pts)
         declared = (container.duration or 0) / 1e6
@@ -257,7 +294,9 @@ def _index(path: Path) -> FrameIndex:
     stamps = np.unique(np.frombuffer(times, np.int64)) if times else np.zeros(0, np.int64)
     if len(stamps) < frames or len(keyframes) == 0 or not reliable:
         stamps = np.zeros(0, np.int64)
-    return FrameIndex(frames, stamps, np.sort(np.array(keyframes, np.int64)), time_base)
+    if not lasting and len(stamps) > 1:
+        lasting = max(1, round(int(stamps[-1] - stamps[0]) / (len(stamps) - 1)))
+    return FrameIndex(frames, stamps, np.sort(np.array(keyframes, np.int64)), time_base, lasting)
 
 
 class _Overshot(Exception):

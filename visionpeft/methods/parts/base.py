@@ -4,9 +4,9 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import get_type_hints
+from typing import ClassVar, Protocol, get_type_hints
 
 import torch
 import torch.fx
@@ -20,8 +20,25 @@ from visionpeft.methods.parts.field_types import fits, in_words
 from visionpeft.methods.parts.sparse_delta import Candidate
 from visionpeft.sites import Placement, Shared
 
-# (candidates, samples, whether it is each sample or each batch whose gradient is squared) -> sums by name
-Squares = Callable[[Mapping[str, Candidate], int, bool], dict[str, torch.Tensor]]
+
+class Squares(Protocol):
+    """Measures sums of squared gradients for a method that must see data; `adapters.allocate` has it.
+
+    Attributes:
+        head_values: trained values of the adapter's heads.
+    """
+
+    head_values: int
+
+    def __call__(
+        self,
+        candidates: Mapping[str, Candidate],
+        samples: int,
+        each: bool,
+        clip: float | None = None,
+        training: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Sums by name; see `adapters.allocate.SquaredGradients`."""
 
 
 class Method:
@@ -34,6 +51,8 @@ class Method:
     """
 
     towers: str | list[str] | None = None
+    # Values of fields that an adapter saved by an older version does not have, where they are not the defaults.
+    written_without: ClassVar[Mapping[str, object]] = {}
 
     def __post_init__(self):
         try:
@@ -71,8 +90,18 @@ class Method:
         """
         raise TypeError(f"{type(self).__name__} needs no data to know where it acts")
 
-    def mask_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """What a parameter of `trains` gets for its gradient in training mode."""
+    @property
+    def masks_gradients(self) -> bool:
+        """Whether the method masks gradients, by `mask_gradient`."""
+        return type(self).mask_gradient is not Method.mask_gradient
+
+    def mask_gradient(self, gradient: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """What a parameter of `trains` or of the head gets for its gradient in a step of an optimiser.
+
+        Args:
+            gradient: as it is after clipping.
+            generator: for what is drawn; the same in all processes of a training.
+        """
         return gradient
 
     def penalty(self, part: nn.Module) -> torch.Tensor | float:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -54,23 +55,34 @@ class Candidate:
         return layer.bias_owner, layer.bias, layer.bias_rows
 
 
-def candidates_of(tower: Tower, blocks: Sequence[int], norms: bool) -> dict[str, Candidate]:
+def candidates_of(
+    tower: Tower,
+    blocks: Sequence[int],
+    norms: bool,
+    *,
+    outside: Literal["all", "final_norms", "none"] = "final_norms",
+    key_bias: bool = False,
+) -> dict[str, Candidate]:
     """Weights and biases of the linear layers of the blocks, and with `norms` those of the norms, by name.
 
-    The final norms belong to the last block. The key bias is left out: unless keys are rotated or normalised it has
-    no gradient. So are weights of norms other than LayerNorm.
+    Of what is outside the blocks, the final norms belong to the last block, or all layers are there, the patch
+    embedding among them, or none. Without `key_bias` it is left out: unless keys are rotated or normalised it has no
+    gradient. Weights of norms other than LayerNorm are left out in any case.
     """
     found = {}
     for index, layer in tower.all_layers():
-        here = layer.site in tower.final_norms and tower.depth - 1 in blocks if index is None else index in blocks
-        if not here or layer.kind == "conv" or (layer.kind == "norm" and not norms):
+        here = index in blocks
+        if index is None:
+            final = layer.site in tower.final_norms and tower.depth - 1 in blocks
+            here = outside == "all" or (outside == "final_norms" and final)
+        if not here or (layer.kind == "norm" and not norms):
             continue
         path = ".".join(str(part) for part in (tower.name, index, layer.site) if part is not None)
         if is_quantised(layer.weight_tensor):
             raise UnsupportedError(f"the weight of {path} is quantised, so that single entries of it cannot be trained")
-        if layer.kind == "linear" or isinstance(layer.owner, nn.LayerNorm):
+        if layer.kind != "norm" or isinstance(layer.owner, nn.LayerNorm):
             found[f"{path}.weight"] = Candidate(index, layer, "weight")
-        if layer.bias_tensor is not None and layer.site != "k":
+        if layer.bias_tensor is not None and (key_bias or layer.site != "k"):
             found[f"{path}.bias"] = Candidate(index, layer, "bias")
     return found
 
@@ -151,7 +163,7 @@ class SparseDelta(nn.Module):
     than that of D, D gets a product of its own.
 
     Args:
-        layer: a linear layer or a LayerNorm.
+        layer: a linear layer, a patch convolution or a LayerNorm.
         weight: flat indices (number,) of the trained entries of the weight, or None.
         bias: of the bias, or None.
     """
@@ -161,27 +173,37 @@ class SparseDelta(nn.Module):
     def __init__(self, layer: Layer, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None):
         super().__init__()
         self.shape = tuple(layer.weight_tensor.shape)
+        self.kind = layer.kind
         self.eps = layer.owner.eps if layer.kind == "norm" else None
+        self.trailing = (1, 1) if layer.kind == "conv" else ()
+        self.geometry = {}
+        if layer.kind == "conv":
+            self.geometry = {"stride": layer.owner.stride, "padding": layer.owner.padding}
         for part, index in (("weight", weight), ("bias", bias)):
             values = None if index is None else nn.Parameter(torch.zeros(len(index)))
             self.register_parameter(part, values)
             self.register_buffer(f"{part}_index", index)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
-        """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""
+        """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out).
+
+        Of a convolution, x is (batch, in, H, W) and y (batch, out, h, w).
+        """
         if self.weight is not None:
             dtype = y.dtype if torch.is_autocast_enabled(x.device.type) else self.weight.dtype
-            if self.eps is None:
+            if self.kind == "conv":
+                change = F.conv2d(x.to(dtype), self.dense("weight").to(dtype), **self.geometry)
+            elif self.eps is None:
                 change = sparse_product(x, self.weight, self.weight_index, self.shape, dtype)
             else:
                 change = self.dense("weight") * F.layer_norm(x.to(self.weight.dtype), self.shape, eps=self.eps)
             y = y + change.to(y.dtype)
-        return y if self.bias is None else (y + self.dense("bias")).to(y.dtype)
+        return y if self.bias is None else (y + self.dense("bias").view(-1, *self.trailing)).to(y.dtype)
 
     def sparse_change(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] | None:
         """Values and flat indices of D, and d, for a linear layer."""
         of_bias = None if self.bias is None else self.dense("bias")
-        return None if self.eps is not None else (self.weight, self.weight_index, of_bias)
+        return (self.weight, self.weight_index, of_bias) if self.kind == "linear" else None
 
     def dense(self, part: str) -> torch.Tensor:
         """The change as a tensor like the weight or bias, zeros included."""

@@ -1,0 +1,217 @@
+"""Several processes train as one: with the same global batch they have the numbers and the weights of one process."""
+
+import csv
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from forked import start, start_together, wait
+from safetensors.torch import load_file
+from small_learner_runs import learner_arguments
+from small_runs import arguments, draw_images
+from small_video_runs import draw_videos, video_arguments
+
+from visionpeft import fit
+from visionpeft.data.ordering import ShareSampler
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a forked process must find no other threads running
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """24 images to train on, 9 to select on and 9 to test: an odd number, so that two shares are not equal."""
+    root = tmp_path_factory.mktemp("images")
+    for split, per_class in (("train", 8), ("val", 3), ("test", 3)):
+        draw_images(root / split, per_class)
+    return root
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("videos")
+    for split, per_class in (("train", 4), ("test", 1)):
+        draw_videos(root / split, per_class)
+    return root
+
+
+def only_run(folder):
+    (run,) = (path for path in folder.iterdir() if path.is_dir())
+    return run
+
+
+def together(folder, given, processes=2):
+    """Train in several processes; returns the run directory."""
+    options = ["--trainer.devices", str(processes), "--output", str(folder / "runs")]
+    started = start_together(folder, fit.main, [*given, *options], processes=processes)
+    codes = [wait(child, 300) for child in started]
+    assert codes == [0] * processes, "".join(path.read_text() for path in folder.glob("*.txt"))
+    return only_run(folder / "runs")
+
+
+def alone(folder, given):
+    assert fit.main([*given, "--output", str(folder)]) == 0
+    return only_run(folder)
+
+
+def rows(run):
+    """metrics.csv without what takes time."""
+    with (run / "metrics.csv").open() as file:
+        return [{key: float(value) for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def tensors(run):
+    (file,) = (path for path in run.glob("*/*.safetensors"))
+    return load_file(file)
+
+
+def results(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def furthest(run, other):
+    """The largest difference of losses, accuracies and weights of two runs, of large numbers the relative one."""
+    assert len(rows(run)) == len(rows(other))
+    numbers = [(a[key], b[key]) for a, b in zip(rows(run), rows(other), strict=True) for key in a]
+    numbers += [(results(run)["test"][key], value) for key, value in results(other)["test"].items()]
+    found = [abs(a - b) / max(1, abs(b)) for a, b in numbers]
+    mine, others = tensors(run), tensors(other)
+    assert mine.keys() == others.keys()
+    return max([*found, *((mine[name].double() - others[name].double()).abs().max().item() for name in mine)])
+
+
+TASKS = {
+    "images": lambda images, videos: [*arguments(images)],
+    "a method that sees data first": lambda images, videos: [*arguments(images), "--model.method", "SPT"],
+    "learner": lambda images, videos: [*learner_arguments(images / "train"), "--model.optimisation.lr", "0.002"],
+    "videos": lambda images, videos: video_arguments(videos),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_are_as_one(tmp_path, images, videos, task):
+    """Losses, accuracies and weights to 1e-6; every test image is counted once."""
+    given = [*TASKS[task](images, videos), "--global_batch", "4"]
+    two, one = together(tmp_path / "two", given), alone(tmp_path / "one", given)
+    assert furthest(two, one) < 1e-6
+    assert results(two)["batch"] == {"devices": 2, "batch_size": 2, "accumulated": 1, "global_batch": 4}
+    assert results(one)["batch"] == {"devices": 1, "batch_size": 4, "accumulated": 1, "global_batch": 4}
+    assert results(two)["data"] == results(one)["data"]
+    if task == "images":  # the negative control: another global batch is another training
+        other = together(tmp_path / "other", arguments(images, "--data.batch_size", "4"))
+        assert results(other)["batch"]["global_batch"] == 8
+        assert furthest(other, together(tmp_path / "again", arguments(images, "--data.batch_size", "4"))) == 0
+        assert results(other)["test"]["loss"] != pytest.approx(results(one)["test"]["loss"], abs=1e-4)
+
+
+def test_every_sample_is_in_one_share():
+    for processes in (2, 3, 5):
+        shares = [list(ShareSampler(range(11), processes, rank)) for rank in range(processes)]
+        assert sorted(index for share in shares for index in share) == list(range(11))
+        assert [len(ShareSampler(range(11), processes, rank)) for rank in range(processes)] == list(map(len, shares))
+    # the negative control: what PyTorch's sampler does to numbers
+    repeated = [torch.utils.data.DistributedSampler(range(11), 2, rank, shuffle=False) for rank in range(2)]
+    assert sum(len(list(each)) for each in repeated) == 12
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_another_number_of_devices(tmp_path, images):
+    given = [*arguments(images, epochs=6), "--global_batch", "4"]
+    options = ["--trainer.devices", "2", "--output", str(tmp_path / "two" / "runs")]
+    started = start_together(tmp_path / "two", fit.main, [*given, *options])
+    deadline = time.monotonic() + 120
+    while not any(len(path.read_text().splitlines()) > 2 for path in tmp_path.glob("two/runs/*/metrics.csv")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(started[1], signal.SIGKILL)
+    assert wait(started[1]) == -signal.SIGKILL
+    assert wait(started[0], 60) == 2  # it does not wait for ever
+    said = (tmp_path / "two" / "0.txt").read_text()
+    run = only_run(tmp_path / "two" / "runs")
+    assert "another process of this training has ended" in said
+    assert f"--resume {run}" in said
+    assert "Traceback" not in said
+    assert not (run / "results.json").exists()
+    assert fit.main(["--resume", str(run), "--trainer.devices", "1"]) == 0
+    assert furthest(run, alone(tmp_path / "one", given)) < 1e-6
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks processes up as Linux lists them")
+def test_a_process_that_is_killed_ends_the_others(tmp_path, images):
+    """`--trainer.devices 2` starts the processes itself, and says in one sentence which of them ended."""
+    given = [*arguments(images, epochs=1000), "--trainer.devices", "2", "--output", str(tmp_path / "runs")]
+    began = start(fit.main, given, output=tmp_path / "said.txt")
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob("runs/*/metrics.csv")):
+        assert time.monotonic() < deadline, (tmp_path / "said.txt").read_text()
+        time.sleep(0.1)
+    (second,) = (child for child in children(began) if b"LOCAL_RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes())
+    os.kill(second, signal.SIGKILL)
+    assert wait(began, 60) == 2
+    run = only_run(tmp_path / "runs")
+    errors = [line for line in (tmp_path / "said.txt").read_text().splitlines() if line.startswith("error")]
+    assert errors == [
+        "error: process 2 of 2 ended with signal SIGKILL, and the others were stopped; finished epochs are kept. "
+        f"Continue with: python -m visionpeft.fit --resume {run}"
+    ]
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+
+
+REFUSED = {
+    "more processes than cores": (["--trainer.devices", "999"], "CPU cores"),
+    "several machines": (["--trainer.devices", "2", "--trainer.num_nodes", "2"], "start this command on every machine"),
+    "sharded": (["--trainer.devices", "2", "--trainer.strategy", "fsdp"], "requires a GPU"),
+    "one process for several devices": (["--trainer.devices", "2", "--trainer.strategy", "ddp_spawn"], "with ddp"),
+    "uneven": (["--trainer.devices", "2", "--global_batch", "5"], "use a multiple of 2"),
+    "no batch": (["--global_batch", "0"], "use a multiple of 1"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_at_once(tmp_path, images, capsys, case):
+    options, words = REFUSED[case]
+    assert fit.main([*arguments(images), *options, "--output", str(tmp_path / "runs")]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_fewer_images_than_devices(tmp_path, images, capsys):
+    options = ["--trainer.devices", "2", "--data.test_samples", "1", "--output", str(tmp_path / "runs")]
+    assert fit.main([*arguments(images), *options]) == 2
+    assert "1 test images cannot be shared by 2 devices" in capsys.readouterr().err
+
+
+def test_nothing_to_train(tmp_path, images, capsys):
+    options = ["--trainer.devices", "2", "--output", str(tmp_path / "runs")]
+    assert fit.main([*learner_arguments(images / "train", learner="ZeroShot"), *options]) == 2
+    assert "ZeroShot trains nothing by gradient steps" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_only_one_process_says_what_is_wrong(tmp_path, images):
+    """The first one cannot make the run directory; the other ends, too, and says nothing."""
+    (tmp_path / "file").write_text("")
+    options = ["--trainer.devices", "2", "--output", str(tmp_path / "file")]
+    started = start_together(tmp_path / "said", fit.main, [*arguments(images), *options])
+    assert [wait(child, 120) for child in started] == [2, 2]
+    assert "no run directory can be made" in (tmp_path / "said" / "0.txt").read_text()
+    assert "error" not in (tmp_path / "said" / "1.txt").read_text()

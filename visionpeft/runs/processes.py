@@ -1,0 +1,183 @@
+"""Several processes that train as one: how they are started, and what they agree on.
+
+`--trainer.devices N` starts N processes of the same command under PyTorch's elastic agent, the one of `torchrun`. This
+process then trains nothing: it has checked everything, made the run directory and holds its lock, and it says in
+one sentence which process ended and why. Processes that somebody else starts (torchrun, srun) find each other over the
+network, and the first of them makes the run directory for all.
+"""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from torch.distributed import DistError
+
+from visionpeft.errors import ConfigurationError, UserError
+from visionpeft.runs.command import RUN, Interrupted, PeerLost, is_started
+from visionpeft.sharing.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+
+class TrainingEnded(UserError):
+    """One of the processes of a training ended before its end; the message says how to go on."""
+
+
+def check_devices(trainer: pl.Trainer) -> None:
+    """Refuse more processes than this machine can run, and several machines of which nobody starts the processes.
+
+    Raises:
+        ConfigurationError: so it is.
+    """
+    if trainer.world_size == 1:
+        return
+    cores = os.cpu_count() or 1
+    if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
+        raise ConfigurationError(
+            f"--trainer.devices {trainer.num_devices}: this machine has {cores} CPU cores, and each process needs one; "
+            f"use at most {cores}"
+        )
+    if trainer.num_nodes > 1 and not started_by_others(trainer):
+        raise ConfigurationError(
+            f"--trainer.num_nodes {trainer.num_nodes}: start this command on every machine with torchrun --nnodes "
+            f"{trainer.num_nodes} --nproc-per-node {trainer.num_devices} ..., or with srun"
+        )
+    if not isinstance(trainer.strategy, DDPStrategy) or trainer.strategy._start_method != "popen":
+        raise ConfigurationError(
+            f"{type(trainer.strategy).__name__} is not among what this command trains with: several devices train with "
+            "ddp, which keeps a whole backbone on each; leave --trainer.strategy out"
+        )
+
+
+def share_of_batch(global_batch: int, trainer: pl.Trainer) -> int:
+    """Images of one step on one device.
+
+    Raises:
+        ConfigurationError: they cannot be shared evenly.
+    """
+    parts = trainer.world_size * trainer.accumulate_grad_batches
+    if global_batch < 1 or global_batch % parts:
+        raise ConfigurationError(
+            f"--global_batch {global_batch} cannot be shared by {trainer.world_size} devices with "
+            f"{trainer.accumulate_grad_batches} batches a step; use a multiple of {parts}"
+        )
+    return global_batch // parts
+
+
+def started_by_others(trainer: pl.Trainer) -> bool:
+    """Whether this is one of several processes that another program, or this command, has started."""
+    return isinstance(trainer.strategy, ParallelStrategy) and (
+        trainer.strategy.cluster_environment.creates_processes_externally
+    )
+
+
+def agreed_run(trainer: pl.Trainer, make: Callable[[], RunDirectory]) -> RunDirectory:
+    """The run directory of all processes, made by the first of them.
+
+    Args:
+        trainer: says which process this is.
+        make: makes it, or finds that of the run to resume.
+
+    Raises:
+        UserError: none can be made; the other processes end without a word.
+    """
+    if is_started():
+        return RunDirectory(Path(os.environ[RUN]))
+    if trainer.world_size == 1 or not started_by_others(trainer):
+        return make()
+    trainer.strategy.setup_environment()
+    path, failure = None, None
+    if trainer.is_global_zero:
+        try:
+            path = str(make().path)
+        except UserError as error:
+            failure = error
+    path = trainer.strategy.broadcast(path)
+    if failure is not None:
+        raise failure
+    if path is None:
+        raise SystemExit(2)  # the first process says why
+    return RunDirectory(Path(path))
+
+
+def start(arguments: list[str], trainer: pl.Trainer, run: RunDirectory) -> None:
+    """Run the command line in as many processes as the trainer has devices, and wait for them.
+
+    Args:
+        arguments: the command line without the program's name.
+        trainer: says how many.
+        run: the directory in which they train.
+
+    Raises:
+        TrainingEnded: a process failed, or was ended.
+        Interrupted: this process was asked to end.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ[RUN] = str(run.path)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=trainer.num_devices,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.5,
+    )
+    command = ["-m", "visionpeft.fit", *arguments]
+    try:
+        elastic_launch(config, sys.executable)(*command)
+    except ChildFailedError as error:
+        raise TrainingEnded(_why(error.failures, trainer.num_devices, run)) from None
+    except SignalException:
+        raise Interrupted(
+            f"interrupted; finished epochs are kept. Continue with: python -m visionpeft.fit --resume {run.path}"
+        ) from None
+    finally:
+        del os.environ[RUN]
+
+
+@contextmanager
+def lost_peers(run: RunDirectory) -> Iterator[None]:
+    """Say that another process is gone where the network says that it does not answer any more.
+
+    Raises:
+        PeerLost: so it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, DistError) or "gloo" in str(error).lower()):
+            raise
+        raise PeerLost(
+            "another process of this training has ended; finished epochs are kept. Continue with: "
+            f"python -m visionpeft.fit --resume {run.path}"
+        ) from error
+
+
+def _why(failures: dict[int, "ProcessFailure"], processes: int, run: RunDirectory) -> str:
+    """What the process that failed first said itself; if it could not, how it ended and how to go on."""
+    said = [failure for failure in failures.values() if Path(failure.error_file).is_file()]
+    if said:
+        return min(said, key=lambda failure: failure.timestamp).message
+    # One that a signal ended did not end because of the others, unless by the signal with which the agent stops them.
+    stopped = -signal.SIGTERM
+    rank, failure = min(failures.items(), key=lambda item: (item[1].exitcode > 0, item[1].exitcode == stopped, item[0]))
+    ended = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    return (
+        f"process {rank + 1} of {processes} ended with {ended}, and the others were stopped; finished epochs are kept. "
+        f"Continue with: python -m visionpeft.fit --resume {run.path}"
+    )
