@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import visionpeft as vp
 from visionpeft.clip import learners
-from visionpeft.tasks import ImageClassification, PromptLearning
+from visionpeft.tasks import ImageClassification, PromptLearning, VideoClassification
 from visionpeft.tasks.optimisation import Optimisation
 
 NAMES = ["blue car", "green tree", "red rose"]
@@ -188,6 +188,25 @@ def test_ema_is_the_average_of_what_is_trained(tmp_path, name, use_buffers):
         again = TASKS[name]()
         fit(tmp_path / f"resumed {epoch}", again, ema(), resume=tmp_path / "whole" / f"epoch={epoch}.ckpt")
         assert_same(again.state_dict(), task.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ema_of_videos(tmp_path):
+    def video_task():
+        options = {"pretrained": False, "backbone_kwargs": {"img_size": 32}, "num_frames": 2, "optimisation": RATES}
+        return VideoClassification(vp.STAdapter(bottleneck=4), NAMES, "test_vit", **options)
+
+    data = Squares()
+    data.images = torch.stack((data.images, data.images.flip(-1)), dim=2)
+    task, record = video_task(), Record()
+    before = frozen(task)
+    fit(tmp_path / "whole", task, plc.EMAWeightAveraging(decay=DECAY), record, data=data)
+    assert_same(trained(task), averages(record.weights, DECAY), 1e-6)
+    assert_same(frozen(task), before)
+    again = video_task()
+    checkpoint = tmp_path / "whole" / "epoch=1.ckpt"
+    fit(tmp_path / "resumed", again, plc.EMAWeightAveraging(decay=DECAY), data=data, resume=checkpoint)
+    assert_same(again.state_dict(), task.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -467,6 +486,7 @@ def test_searching_callbacks_leave_the_training_of_what_they_found(tmp_path, nam
 REFUSED = {
     "two averages": (image_task, [plc.EMAWeightAveraging(), LastTwoEpochs()], "both average"),
     "pruning": (image_task, [plc.ModelPruning("l1_unstructured", amount=0.5)], "ModelPruning"),
+    "fine-tuning": (image_task, [plc.BackboneFinetuning()], "stays frozen"),
     "nothing trained": (lambda: learner_task("ZeroShot"), [plc.EMAWeightAveraging()], "nothing by gradient steps"),
     "an average of its own": (lambda: learner_task("PromptSRC"), [plc.EMAWeightAveraging()], "average_mean to null"),
     "scaled rate": (

@@ -373,6 +373,9 @@ class Learner(nn.Module):
             with_graph: compute them with gradients.
             adapters: the adapters of the CLIP that act when they are computed; by default those that act now.
         """
+        if torch.compiler.is_exporting():  # what is computed then is no number, and nothing to keep
+            with torch.set_grad_enabled(with_graph):
+                return compute()
         current = [tensor.detach() for tensor in depends_on]
         acting = acting_adapters(self.clip) if adapters is None else adapters
         state = {id(p): p._version for p in self._parameters_of_text(acting)}

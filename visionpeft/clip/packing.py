@@ -88,6 +88,8 @@ class Packing:
     def of(cls, layout: Layout, share: bool, chunk_size: int | None, device: torch.device) -> "Packing":
         """The packing of a layout, computed once and kept with it."""
         key = (share, chunk_size, str(device))
+        if key not in layout.packings and torch.compiler.is_exporting():
+            return cls(layout, share, chunk_size, device)  # its tensors are the exporter's, and nothing to keep
         if key not in layout.packings:
             # Lightning validates in inference mode before it trains, and inference tensors allow no gradient later.
             with torch.inference_mode(False):

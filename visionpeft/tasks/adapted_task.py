@@ -14,6 +14,7 @@ from visionpeft.adapters.attach import detach, layer_distances, plain, trainable
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.storage import is_older, load, method_from, read_metadata, save
 from visionpeft.adapters.training_hooks import after_step, penalty
+from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError, UserError, one_line
 from visionpeft.methods import Method
 from visionpeft.methods.parts.base import describe_method
@@ -209,10 +210,12 @@ class AdaptedTask(ImageTask):
             images, labels = batch
             return self.objective.measured_loss(self(images).float(), labels)
 
+        # Another's data module has not shared its batches among several devices yet.
+        shown = datamodule.train_loader() if isinstance(datamodule, ImageDataModule) else datamodule.train_dataloader()
         # What is drawn for the chosen places is a function of the seed, on any number of devices.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            allocate(self.model, datamodule.train_loader(), loss, self.adapter_name)
+            allocate(self.model, shown, loss, self.adapter_name)
         copy_again(self.trainer.callbacks, self.trainer, self)
 
     def _allocate_together(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
@@ -39,6 +40,11 @@ def check_callbacks(callbacks: Iterable[pl.Callback], task: pl.LightningModule) 
             raise ConfigurationError(
                 f"{name} replaces the backbone's weights by others under other names, and they are not to change here; "
                 "leave it out"
+            )
+        if isinstance(callback, BackboneFinetuning):
+            raise ConfigurationError(
+                f"{name} lets the backbone train from some epoch on, and it stays frozen here; leave it out, and name "
+                "what is to be trained as well with --model.train"
             )
         if isinstance(callback, FINDERS) and not task.trained_parameters():
             raise ConfigurationError(f"{name} has nothing to search for: {task.label} trains nothing by gradient steps")

@@ -138,18 +138,27 @@ class ImageTask(pl.LightningModule):
             ConfigurationError: the model does not take the images.
         """
 
-    def setup(self, stage: str) -> None:
-        """Connect task and data; before training, look at the callbacks.
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """No further callbacks; those that the trainer has are looked at here, before they do anything.
 
         Raises:
-            ConfigurationError: a callback cannot work with what is trained.
+            ConfigurationError: one cannot work with what is trained.
+        """
+        if self.trainer.state.fn == "fit":
+            check_callbacks(self.trainer.callbacks, self)
+        return []
+
+    def setup(self, stage: str) -> None:
+        """Connect task and data; before training, see to it that callbacks average what is trained.
+
+        Raises:
+            ConfigurationError: the objective cannot be computed in the trainer's precision.
         """
         self.objective.check_precision(self.trainer.precision)
         if self.trainer.datamodule is not None:
             self.connect(self.trainer.datamodule)
         if stage == "fit":
             self._configured, self._trains = (), False
-            check_callbacks(self.trainer.callbacks, self)
             average_trained_only(self.trainer.callbacks)
 
     def on_train_epoch_start(self) -> None:
