@@ -65,9 +65,14 @@ def test_what_acts_on_whole_texts_is_run_in_full():
     assert torch.equal(features_and_gradient(learner, fast=True)[0], features_and_gradient(learner, fast=False)[0])
 
 
-def test_gates_see_whole_texts():
-    learner = vp.CoOp(adapted(vp.UniPELT(rank=2, num_tokens=2, bottleneck=4, towers="text")), TOKENIZER, NAMES)
-    assert learner.text.why_in_full(learner.layout) == "GatedBottleneck acts on whole texts"
+@pytest.mark.parametrize(
+    ("gate", "reason"),
+    [("input", "GatedPrefix acts on the keys of whole texts"), ("values", "GatedBottleneck acts on whole texts")],
+)
+def test_gates_see_whole_texts(gate, reason):
+    method = vp.UniPELT(rank=2, num_tokens=2, bottleneck=4, prefix_gate=gate, towers="text")
+    learner = vp.CoOp(adapted(method), TOKENIZER, NAMES)
+    assert learner.text.why_in_full(learner.layout) == reason
     assert torch.equal(features_and_gradient(learner, fast=True)[0], features_and_gradient(learner, fast=False)[0])
 
 
