@@ -48,7 +48,7 @@ def refused(capsys, *command, output):
 
 def test_the_command_for_lists_in_the_documentation(lists, capsys):
     """As it is written, and without a list to select on as the sentence beside it says."""
-    (command,) = re.findall(r"^python -m visionpeft\.fit (.*ImageList.*)$", PAGE.read_text(), re.MULTILINE)
+    (command,) = re.findall(r"^python -m visionpeft\.fit (.*ImageList.*test\.csv)$", PAGE.read_text(), re.MULTILINE)
     assert fit.main([*command.split(), *BACKBONE, *QUICK]) == 0
     (run,) = (lists / "runs").iterdir()
     assert results(run)["data"]["sizes"] == {"train": 18, "val": 6, "test": 6}
