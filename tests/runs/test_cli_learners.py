@@ -273,7 +273,10 @@ WRONG = {
     "choice": (["--model.learner.position", "top"], "position takes one of end, middle, front, not 'top'"),
     "refused by the learner": (["--model.learner.context_length", "0"], "must be an integer of at least 1, not 0"),
     "too long": (["--model.learner.context_length", "90"], "this CLIP reads 77"),
-    "schedule": (["--model.optimisation.schedule", "step"], "takes one of cosine, epoch_cosine, not 'step'"),
+    "schedule": (
+        ["--model.optimisation.schedule", "step"],
+        "takes one of cosine, epoch_cosine, cosine_by_epoch, not 'step'",
+    ),
     "backbone": (["--model.backbone", "vit_base_patch16_224"], "there is no CLIP model 'vit_base_patch16_224'"),
     "OpenCLIP model": (["--model.backbone", "open_clip/tiny_clp"], "OpenCLIP has no model 'tiny_clp'"),
     "weights": (["--model.pretrained", "true"], "name the weights of open_clip/tiny_clip"),
