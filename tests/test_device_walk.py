@@ -15,7 +15,7 @@ from conftest import CASES, FEW_CASES, FEW_HOSTS, MECHANISMS, VIDEO_CASES, adapt
 from device_traffic import Traffic, autocast, moved, no_values, there
 from reference.hosts import HOSTS, Host, vit
 from shared_cells import shared
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 
 import visionpeft as vp
 from visionpeft.clip import learners
@@ -150,9 +150,15 @@ WAYS += [(*learner, KINDS[index % len(KINDS)]) for index, learner in enumerate(L
 
 @pytest.fixture
 def without_autograd(monkeypatch):
-    """Gradients inside a loss are tensors of the right shape: PyTorch computes none on a device that is not there."""
+    """Gradients inside a loss are tensors of the right shape: PyTorch computes none on a device that is not there.
 
-    def empty(outputs, inputs, *_, **__):
+    Those of tensors with values, from which a learner is fitted before the walk, are computed.
+    """
+    computed = torch.autograd.grad
+
+    def empty(outputs, inputs, *further, **options):
+        if not isinstance(outputs, FakeTensor):
+            return computed(outputs, inputs, *further, **options)
         return tuple(torch.empty_like(each) for each in ([inputs] if isinstance(inputs, torch.Tensor) else inputs))
 
     monkeypatch.setattr(torch.autograd, "grad", empty)
