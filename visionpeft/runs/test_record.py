@@ -1,6 +1,7 @@
 """What the test split showed, beyond its averages: a confusion matrix and the most confident mistakes."""
 
 import heapq
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,9 @@ class Record(pl.Callback):
         answers = pl_module.objective.answers(outputs.float())
         self.add(answers, batch, trainer.datamodule.preprocessing)
 
+    @abstractmethod
     def add(self, answers: Tensor, batch, preprocessing) -> None:
         """Add a batch: what the outputs say, the batch itself, and how its images were prepared."""
-        raise NotImplementedError
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put together what several processes have collected."""
@@ -33,13 +34,13 @@ class Record(pl.Callback):
             torch.distributed.all_gather_object(shares, self)
             self.take(shares)
 
+    @abstractmethod
     def take(self, shares: Sequence["Record"]) -> None:
         """Put together the shares of several processes, this one's among them, in the order of their ranks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def numbers(self) -> dict[str, float | None]:
         """Numbers of the test, beside what the task has measured."""
-        raise NotImplementedError
 
     def about(self) -> dict:
         """Further entries of results.json, that say what the numbers are of."""

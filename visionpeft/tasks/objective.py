@@ -1,5 +1,6 @@
 """What the objectives of tasks have in common: loss, metrics, and what outputs mean."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -65,25 +66,25 @@ class Objective:
             ConfigurationError: weights that cannot be computed from them.
         """
 
+    @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of a training batch, of logits (batch, outputs) in float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measured_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss without weights and smoothing, as it is measured outside training."""
-        raise NotImplementedError
 
+    @abstractmethod
     def metrics(self, split: str) -> dict[str, Metric]:
         """What is measured of a split beside the loss."""
-        raise NotImplementedError
 
     def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
         """Add a batch to one of these metrics."""
         metric.update(logits, labels)
 
+    @abstractmethod
     def answers(self, logits: Tensor) -> Tensor:
         """What the outputs say: probabilities (batch, classes), or numbers (batch,)."""
-        raise NotImplementedError
 
     def describe(self) -> dict:
         """For the record of a run, and for who uses what was trained."""
