@@ -28,7 +28,7 @@ def has_rows(weight: torch.Tensor) -> bool:
         return True
     try:
         full_precision(weight.detach()[:1])
-    except (NotImplementedError, TypeError, RuntimeError):
+    except (NotImplementedError, TypeError, RuntimeError):  # what torchao's kinds raise where slicing is not there
         return False
     return True
 
@@ -99,6 +99,7 @@ def check_product(path: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
     try:
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
             y = F.linear(x, weight)
+    # torchao's kinds raise each of these where they have no such product.
     except (RuntimeError, NotImplementedError, AssertionError, TypeError) as error:
         raise UnsupportedError(
             f"{kind} cannot be multiplied with {str(dtype).removeprefix('torch.')} ({one_line(error)}); bring the "

@@ -103,7 +103,7 @@ class FolderCache(ContentCache):
         try:
             with FileLock(self.folder / "lock"):
                 self._count()
-        except NotImplementedError:
+        except NotImplementedError:  # by filelock, where the system call is not there
             raise StorageError(
                 f"{folder} is on a file system without locks, so that several processes could fill it beyond its "
                 "bound; name another folder to keep"
