@@ -42,9 +42,14 @@ def plain(name: str) -> nn.Module:
     return timm.create_model(name, num_classes=CLASSES).requires_grad_(False)
 
 
-def adapted(method: vp.Method) -> Callable[[str], nn.Module]:
-    """Makes the backbone with one of our methods."""
+def attached(method: vp.Method) -> Callable[[str], nn.Module]:
+    """Makes the backbone with one of our methods, following every token to the end as the library does."""
     return lambda name: vp.attach(plain(name), method)
+
+
+def adapted(method: vp.Method) -> Callable[[str], nn.Module]:
+    """Makes the backbone with one of our methods as `fit` does by default: in the last block the class token alone."""
+    return lambda name: vp.economise(attached(method)(name), class_token_only=True)
 
 
 def full(name: str) -> nn.Module:
@@ -76,13 +81,15 @@ INFERENCE: dict[str, Callable[[str], nn.Module]] = {
     "frozen forward": plain,
     "sited forward, nothing attached": sited,
     "LoRA r8 on all linears, merged": merged,
-    "LoRA r8 on all linears, not merged": adapted(vp.LoRA(rank=8, targets=EVERY_MATRIX)),
+    "LoRA r8 on all linears, not merged": attached(vp.LoRA(rank=8, targets=EVERY_MATRIX)),
+    "LoRA r8 on all linears, not merged, class token only": adapted(vp.LoRA(rank=8, targets=EVERY_MATRIX)),
 }
 STEPS: dict[str, Callable[[str], nn.Module]] = {
     "linear probe": adapted(vp.LinearProbe()),
     "full fine-tuning": full,
     "LoRA r8 on q k v": adapted(vp.LoRA(rank=8, targets=("q", "k", "v"))),
     "LoRA r8 on all linears": adapted(vp.LoRA(rank=8, targets=EVERY_MATRIX)),
+    "LoRA r8 on all linears, every token to the end": attached(vp.LoRA(rank=8, targets=EVERY_MATRIX)),
     "VPT-deep, 10 prompts": adapted(vp.VPT(num_tokens=10, deep=True)),
     "VPT-deep, 50 prompts": adapted(vp.VPT(num_tokens=50, deep=True)),
     "SSF": adapted(vp.SSF()),
