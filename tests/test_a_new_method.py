@@ -68,7 +68,7 @@ class BranchShift(Method):
 def copy(tmp_path_factory):
     """A copy of the project with one method more."""
     folder = tmp_path_factory.mktemp("copy")
-    ignored = shutil.ignore_patterns("__pycache__", "written_by_0_1_0")
+    ignored = shutil.ignore_patterns("written_by_0_1_0")
     for part in ("visionpeft", "configs", "datasets", "tests", "docs"):
         shutil.copytree(ROOT / part, folder / part, ignore=ignored)
     for file in ("pyproject.toml", "README.md"):

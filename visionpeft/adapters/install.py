@@ -4,7 +4,7 @@ A model without active adapters has its original classes; its parameters and hea
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch.nn as nn
 
@@ -259,6 +259,7 @@ def _install_parameters(peft: Adapters, model: nn.Module) -> None:
     # The trained copy stands in the model in the place of the original, which is kept aside until it is put back.
     by_parameter: dict[str, str] = {}
     copies: dict[nn.Module, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
+    holding = holders(model)
     for name in peft.active if peft.route is None else ():
         for parameter_name in peft[name].trained_names:
             if parameter_name in by_parameter:
@@ -268,7 +269,7 @@ def _install_parameters(peft: Adapters, model: nn.Module) -> None:
                 )
             by_parameter[parameter_name] = name
             path, _, last = f"trained.{parameter_name}".rpartition(".")
-            for module, slot in holders(model, own_parameter(model, parameter_name)):
+            for module, slot in holding[own_parameter(model, parameter_name)]:
                 copies[module][slot] = peft[name].get_submodule(path), last
     # The original stays where it is and keeps its `state_dict` key. Every module that holds it, tied or not, gets a
     # class whose attribute of that name gives the trained copy, which its forward then reads.
@@ -276,11 +277,15 @@ def _install_parameters(peft: Adapters, model: nn.Module) -> None:
         peft.stand_in(module, reads_copies(type(module), tuple(read))).copies = read
 
 
-def holders(model: nn.Module, parameter: nn.Parameter) -> Iterator[tuple[nn.Module, str]]:
+def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
     """Every module of the model that has a parameter, and the name it has there; several where it is tied."""
+    found = defaultdict(list)
     for path, module in model.named_modules():
         if path != "peft" and not path.startswith("peft."):
-            yield from ((module, name) for name, each in module._parameters.items() if each is parameter)
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    found[parameter].append((module, name))
+    return found
 
 
 def _install_heads(

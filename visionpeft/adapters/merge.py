@@ -1,7 +1,7 @@
 """Merge adapters into the weights, exactly where the algebra allows it, and take them out again."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn as nn
@@ -53,9 +53,10 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
     except Exception:  # whatever failed: leave the model as it was, then raise
         install(model)
         raise
+    holding = holders(model)
     for owner, name, value in changes:
         merged = nn.Parameter(value, requires_grad=False)
-        for holder, slot in [*holders(model, owner._parameters[name])]:
+        for holder, slot in holding[owner._parameters[name]]:
             peft.replace(holder, slot, merged)
     for path, head in heads.items():
         parent, _, name = path.rpartition(".")
@@ -109,7 +110,7 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
 
     for path, _, name in (each.rpartition(".") for each in copies):
         value(model.get_submodule(path), name)
-    towers = describe(model).towers
+    towers, holding = describe(model).towers, holders(model)
     methods = dict.fromkeys(type(method).__name__ for name in peft.active for method in peft[name].methods)
     # What acts on the input of a layer is folded into what its output has become.
     plan = sorted(plan_of(peft, peft.active).items(), key=lambda entry: entry[0][2] in INPUTS)
@@ -117,22 +118,22 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
         tower = towers[tower_name]
         place = f"{' and '.join(methods)} at {_place(tower, block, site)}"
         if site not in INPUTS:
-            _check_own(model, tower.layer(block, site), place)
+            _check_own(holding, tower.layer(block, site), place)
             _merge_layer(tower.layer(block, site), [module.merge for module in modules], value, place)
             continue
         readers = [layer for layer in tower.blocks[block].layers.values() if layer.reads == site]
         if not readers:
             raise UnsupportedError(f"{place} cannot be merged: no linear layer reads it directly")
         for layer in readers:
-            _check_own(model, layer, place)
+            _check_own(holding, layer, place)
             _merge_layer(layer, [module.merge_input for module in reversed(modules)], value, place)
     return [(owner, name, v.to(computing_dtype(model, owner, name))) for owner, name, v in values.values()]
 
 
-def _check_own(model: nn.Module, layer: Layer, place: str) -> None:
+def _check_own(holding: Mapping[nn.Parameter, list], layer: Layer, place: str) -> None:
     """Refuse a layer whose weight or bias other layers compute with, too: adapters change what one of them computes."""
     for owner, name in ((layer.owner, layer.weight), (layer.bias_owner, layer.bias)):
-        if owner is not None and len([*holders(model, owner._parameters[name])]) > 1:
+        if owner is not None and len(holding[owner._parameters[name]]) > 1:
             raise UnsupportedError(
                 f"{place} cannot be merged: other layers of the model have the same {name}, and no one tensor computes "
                 "what each of them does with its adapter; keep the adapter attached"
