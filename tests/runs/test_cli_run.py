@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_evaluate_repeats_the_test(finished, capsys):
     again = json.loads((finished / "evaluation.json").read_text())
     assert again["test"] == results(finished)["test"]
     assert "test top-1 accuracy" in capsys.readouterr().out
+
+
+def test_evaluate_refuses_classes_of_other_names(finished, images, tmp_path, capsys):
+    """By their order alone, squares of other colours would be counted as right or wrong."""
+    for name, other in {"blue": "amber", "green": "green", "red": "red"}.items():
+        shutil.copytree(images / name, tmp_path / "other" / other)
+    assert evaluate.main([str(finished), "--data.root", str(tmp_path / "other")]) == 2
+    assert "class 0 is 'blue', not 'amber'" in capsys.readouterr().err
+    shutil.copytree(images, tmp_path / "same")
+    assert evaluate.main([str(finished), "--data.root", str(tmp_path / "same")]) == 0
 
 
 def test_evaluate_takes_other_data(finished, images):

@@ -267,7 +267,7 @@ def test_a_download_chooses_what_the_model_is_and_nothing_else(source, said, tmp
 
 
 @pytest.mark.parametrize("kind", ["adapter", "learner"])
-def test_a_file_of_weights_is_named_by_the_user(kind, tmp_path, monkeypatch):
+def test_a_file_of_weights_is_named_by_the_user(kind, hub, tmp_path, monkeypatch):
     """A folder records where the weights were. They are read from there for a run of the user's own alone."""
     recorded, given, other = (tmp_path / f"{name}.safetensors" for name in ("recorded", "given", "other"))
     torch.manual_seed(3)
@@ -290,7 +290,13 @@ def test_a_file_of_weights_is_named_by_the_user(kind, tmp_path, monkeypatch):
         images = torch.randn(2, 3, *clip.visual.image_size)
     options = {"class_names": ["cat", "dog"]} if kind == "adapter" else {}
     vp.save_pretrained(trained, tmp_path / "folder", **options)
-    assert 'checkpoint="recorded.safetensors"' in (tmp_path / "folder" / "README.md").read_text()
+    card, written = (tmp_path / "folder" / "README.md").read_text(), (tmp_path / "folder" / f"{kind}.json").read_text()
+    assert 'checkpoint="recorded.safetensors"' in card
+    assert str(tmp_path) not in card
+    assert str(recorded) in written  # which is where `evaluate` and `predict` find it on this machine
+    vp.push_to_hub(tmp_path / "folder", REPO)
+    assert not any(str(tmp_path).encode() in content for content in hub.files.values())
+    assert "recorded.safetensors" in hub.files[f"{kind}.json"].decode()
     with monkeypatch.context() as patch:
         patch.setattr(trained_model, "create_backbone", not_called)
         patch.setattr("visionpeft.models.create_clip.create_clip", not_called)

@@ -59,7 +59,7 @@ def described_arguments(description: Mapping, what: str, own: bool, checkpoint: 
                 f"on, and no path is taken from a description; {yourself}"
             )
         if recorded is not None and checkpoint is None:
-            file = PureWindowsPath(recorded).name  # which knows the separators of both kinds of systems
+            file = file_name_of(recorded)
             raise ConfigurationError(
                 f"the description names {recorded!r}, a file on the machine it was trained on, and no path is taken "
                 f"from a description; give the weights with checkpoint=, as checkpoint={file!r}, or {yourself}"
@@ -72,6 +72,21 @@ def described_arguments(description: Mapping, what: str, own: bool, checkpoint: 
             )
     chosen = recorded if checkpoint is None else checkpoint  # also an empty one, so that it is never the recorded one
     return {"name": name, "pretrained": source["pretrained"], "checkpoint": chosen} | kwargs
+
+
+def file_name_of(recorded: str | None) -> str | None:
+    """The file of a recorded path alone: where it lay is nobody's business but that of who trained."""
+    return None if recorded is None else PureWindowsPath(recorded).name  # which knows the separators of all systems
+
+
+def without_folders(description: Mapping) -> dict:
+    """A description for others: of the weights' file, or of a folder given as `local-dir:`, nothing but the name."""
+    source = dict(description["backbone"]["source"])
+    if source.get("checkpoint") is not None:
+        source["checkpoint"] = file_name_of(source["checkpoint"])
+    if source["name"].startswith("local-dir:"):
+        source["name"] = f"local-dir:{file_name_of(source['name'].removeprefix('local-dir:'))}"
+    return {**description, "backbone": {**description["backbone"], "source": source}}
 
 
 def _allowed(name: str) -> frozenset[str]:

@@ -11,12 +11,13 @@ import torch.nn as nn
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from visionpeft.adapters.described_tensors import copy_described
+from visionpeft.adapters.described_tensors import copy_described, read_described, write_described
 from visionpeft.adapters.storage import save
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.errors import ConfigurationError, one_line
 from visionpeft.files import write_whole
 from visionpeft.models.network import offline_if_unreachable
+from visionpeft.sharing.described_backbone import without_folders
 from visionpeft.sharing.model_card import model_card
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import TrainedModel, open_saved, read_description, stem_of
@@ -121,6 +122,8 @@ def push_to_hub(
 ) -> str:
     """Upload what was trained, never the backbone, in one commit; the repository is made if it does not exist.
 
+    Of a file of weights and of a local folder of the backbone the name alone is uploaded, not where it lies.
+
     Args:
         source: a model with adapters, a learner, the directory of a finished run (its results go into the card), or a
             folder that `save_pretrained`, `save` or `save_learner` wrote.
@@ -151,6 +154,7 @@ def push_to_hub(
             if given:
                 raise ConfigurationError(f"{given[0]}= belongs to a model; the files in {source} say it already")
             _stage(Path(source), staged, repo_id)
+        _leave_folders_out(staged)
         api = HfApi(token=token)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -182,6 +186,14 @@ def _stage(source: Path, staged: Path, repo_id: str) -> None:
     _write_card(staged, repo_id, results)
 
 
+def _leave_folders_out(staged: Path) -> None:
+    """Write what is to be uploaded again if its description says where on this machine the backbone's weights lie."""
+    description, tensors = read_described(staged, stem_of(staged), lambda description, path: None)
+    shared = without_folders(description)
+    if shared != description:
+        write_described(staged, stem_of(staged), tensors, shared)
+
+
 def _write_card(folder: Path, repo_id: str, results: Mapping | None) -> None:
     """Write README.md, unless it is there and is not exactly what this wrote before: a page of the user's stays."""
     path = folder / "README.md"
@@ -190,7 +202,7 @@ def _write_card(folder: Path, repo_id: str, results: Mapping | None) -> None:
             f"{path} was written or changed by hand and stays as it is; remove it to get a new model card", stacklevel=3
         )
         return
-    text = model_card(read_description(folder), results, repo_id).content.encode()
+    text = model_card(without_folders(read_description(folder)), results, repo_id).content.encode()
     write_whole(path, text + SEAL % hashlib.sha256(text).hexdigest().encode())
 
 

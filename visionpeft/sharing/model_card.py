@@ -1,7 +1,6 @@
 """The model card of an adapter or a learner: what was trained, on which backbone and data, with which result."""
 
 from collections.abc import Mapping
-from pathlib import PureWindowsPath
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -14,7 +13,7 @@ def model_card(description: Mapping, results: Mapping | None, repo_id: str) -> M
     """Card with the method, the backbone, the protocol and the result, as far as they are known.
 
     Args:
-        description: what `visionpeft.save` or `save_learner` wrote.
+        description: what `visionpeft.save` or `save_learner` wrote, without the folders of this machine.
         results: the results.json of the run it comes from, or None.
         repo_id: name of the repository, `user/name`; shown in the example.
     """
@@ -95,7 +94,7 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
     if names:
         shown = ", ".join(names[:50]) + (f" and {len(names) - 50} more" if len(names) > 50 else "")
         sections.append(f"Classes: {shown}.")
-    given = f', checkpoint="{PureWindowsPath(source["checkpoint"]).name}"' if source.get("checkpoint") else ""
+    given = f', checkpoint="{source["checkpoint"]}"' if source.get("checkpoint") else ""
     load = (
         f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}"{given})\nlogits = trained.model(images)'
     )

@@ -286,13 +286,28 @@ class AdaptedTask(ImageTask):
         """Read an adapter in the place of the attached one.
 
         Raises:
-            ConfigurationError: it has learnt from labels of another kind.
+            ConfigurationError: it has learnt from labels of another kind, or other classes.
         """
-        learnt = learnt_objective(read_metadata(folder), folder)
+        description = read_metadata(folder)
+        learnt = learnt_objective(description, folder)
         if learnt["labels"] != self.objective.labels:
             raise ConfigurationError(
                 f"the adapter in {folder} has learnt from labels {learnt['labels']!r}, not {self.objective.labels!r}; "
                 "leave --data.labels as in its training"
+            )
+        names = description.get("class_names")
+        if names is not None and names != self.class_names:
+            index = next(
+                (i for i, pair in enumerate(zip(names, self.class_names, strict=False)) if len({*pair}) > 1), None
+            )
+            part = (
+                f"{len(names)}, not {len(self.class_names)}"
+                if index is None
+                else f"class {index} is {names[index]!r}, not {self.class_names[index]!r}"
+            )
+            raise ConfigurationError(
+                f"the adapter in {folder} tells other classes apart than the data has ({part}); its head knows them by "
+                "their order, so test on data with the same names"
             )
         detach(self.model)
         self.adapter_name = load(self.model, folder)
