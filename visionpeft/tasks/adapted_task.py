@@ -297,14 +297,10 @@ class AdaptedTask(ImageTask):
             )
         names = description.get("class_names")
         if names is not None and names != self.class_names:
-            index = next(
-                (i for i, pair in enumerate(zip(names, self.class_names, strict=False)) if len({*pair}) > 1), None
-            )
-            part = (
-                f"{len(names)}, not {len(self.class_names)}"
-                if index is None
-                else f"class {index} is {names[index]!r}, not {self.class_names[index]!r}"
-            )
+            part = f"{len(names)}, not {len(self.class_names)}"
+            if len(names) == len(self.class_names):
+                pairs = enumerate(zip(names, self.class_names, strict=True))
+                part = next(f"class {index} is {own!r}, not {other!r}" for index, (own, other) in pairs if own != other)
             raise ConfigurationError(
                 f"the adapter in {folder} tells other classes apart than the data has ({part}); its head knows them by "
                 "their order, so test on data with the same names"
