@@ -22,6 +22,11 @@ def shipped(kind: str) -> Path:
     raise ConfigurationError(f"the folder '{kind}' shipped with visionpeft is missing under {package}; reinstall it")
 
 
+def cache_folder() -> Path:
+    """Folder `visionpeft` in the user's cache folder, for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "visionpeft"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A file to write in the place of `path`: what is there stays until the new file is complete and on the disk.

@@ -1,4 +1,4 @@
-"""`python -m visionpeft.prepare vtab1k|fgvc|few_shot`: builds what a data set lacks, from its archives or from disk."""
+"""`python -m visionpeft.prepare vtab1k|fgvc|few_shot|backbone`: builds what a data set or a backbone lacks."""
 
 import sys
 

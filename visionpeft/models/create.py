@@ -1,4 +1,4 @@
-"""Create a backbone by name: the embedded `nano_vit`, any timm model, or the image tower of any OpenCLIP model."""
+"""Create a backbone by name: `nano_vit`, a prepared one, any timm model, or the image tower of any OpenCLIP model."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from torch import nn
 from visionpeft.errors import ConfigurationError, StorageError, near
 from visionpeft.models.checkpoints import load_timm_checkpoint
 from visionpeft.models.network import fetched
+from visionpeft.models.prepared import PREPARED, prepared_weights
 
 NANO_VIT = Path(__file__).parent.parent / "weights" / "nano_vit"
 
@@ -26,9 +27,10 @@ def create_backbone(
     adapter can name the model it belongs to.
 
     Args:
-        name: `nano_vit` (weights in the package), a timm name with or without tag such as
-            `vit_base_patch16_224.orig_in21k`, or `open_clip/<model>/<tag>` for the image tower of an OpenCLIP model,
-            such as `open_clip/ViT-B-16/laion2b_s34b_b88k`.
+        name: `nano_vit` (weights in the package), `dinov2_small_focus` (made by `python -m visionpeft.prepare
+            backbone dinov2_small`), a timm name with or without tag such as `vit_base_patch16_224.orig_in21k`, or
+            `open_clip/<model>/<tag>` for the image tower of an OpenCLIP model, such as
+            `open_clip/ViT-B-16/laion2b_s34b_b88k`.
         pretrained: load the published weights, downloading them when they are not cached.
         checkpoint: a local file to load instead: `.safetensors`, `.pth`/`.pt`/`.bin` (tensors only) or `.npz`
             (the format of Google's ViT releases; timm models only). Nothing is downloaded.
@@ -37,8 +39,8 @@ def create_backbone(
             of an OpenCLIP tower.
 
     Raises:
-        ConfigurationError: the name or tag does not exist, the weights cannot be downloaded, or the library refuses
-            an argument.
+        ConfigurationError: the name or tag does not exist, the weights cannot be downloaded or have not been
+            prepared, or the library refuses an argument.
         StorageError: the checkpoint cannot be read or does not fit.
     """
     source = {
@@ -61,6 +63,10 @@ def create_backbone(
 def _create_timm(name: str, pretrained: bool, checkpoint, num_classes: int, **kwargs) -> nn.Module:
     _check_timm_name(name)
     timm_name = f"local-dir:{NANO_VIT}" if name == "nano_vit" else name
+    if name in PREPARED:
+        timm_name = PREPARED[name].architecture
+        kwargs = PREPARED[name].arguments | kwargs
+        checkpoint = prepared_weights(name) if pretrained and checkpoint is None else checkpoint
     load = pretrained and checkpoint is None
 
     def create() -> nn.Module:
@@ -76,11 +82,11 @@ def _create_timm(name: str, pretrained: bool, checkpoint, num_classes: int, **kw
 
 
 def _check_timm_name(name: str) -> None:
-    if name == "nano_vit" or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if name == "nano_vit" or name in PREPARED or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        found = near(architecture, ["nano_vit", *timm.list_models()])  # all names would be too many to list
+        found = near(architecture, ["nano_vit", *PREPARED, *timm.list_models()])  # all names would be too many to list
         advice = f"did you mean {' or '.join(found)}? " if found else ""
         raise ConfigurationError(
             f"there is no backbone {name!r}; {advice}"

