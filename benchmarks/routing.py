@@ -2,20 +2,21 @@
 
     python benchmarks/routing.py --model vit_small_patch16_224 --repetitions 30
 
-Every repetition runs all variants one after another in one process, on one thread; each of them is divided by the plain
-forward before and after it. Prints a table in Markdown: the median of these ratios over the repetitions with the
-quartiles, and the ratio of the fastest runs, which is what other work on the machine disturbs least. Adapters have
-random weights. With `--peft` the same batch also goes through Hugging Face PEFT's `adapter_names`, if it is installed.
+Every repetition runs all variants one after another in one process, on one thread; the CPU time of each of them is
+divided by that of the plain forwards before and after it. Prints a table in Markdown: the median of these ratios over
+the repetitions with the quartiles, and the ratio of the fastest runs, which is what other work on the machine disturbs
+least. Adapters have random weights. With `--peft` the same batch also goes through Hugging Face PEFT's `adapter_names`,
+if it is installed.
 """
 
 import argparse
 import contextlib
 import statistics
-import time
 from collections.abc import Callable
 
 import timm
 import torch
+from measuring import clock
 
 import visionpeft as vp
 
@@ -27,10 +28,10 @@ METHODS = {
 }
 
 
-def adapted(name: str, method: vp.Method, number: int) -> torch.nn.Module:
+def adapted(name: str, method: vp.Method, number: int, **options) -> torch.nn.Module:
     """A model with so many adapters, none of which acts, with random weights and without heads of their own."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=100).eval()
+    model = timm.create_model(name, num_classes=100, **options).eval()
     for index in range(number):
         vp.attach(model, method, f"n{index}", head=False)
         with torch.no_grad():
@@ -71,9 +72,9 @@ def measure(variants: dict[str, Callable], repetitions: int) -> dict[str, tuple[
     ratios: dict[str, list[float]] = {name: [] for name in variants}
 
     def timed(name: str) -> float:
-        start = time.perf_counter()
+        start = clock("cpu")
         variants[name]()
-        seconds[name].append(time.perf_counter() - start)
+        seconds[name].append(clock("cpu") - start)
         return seconds[name][-1]
 
     for run in variants.values():

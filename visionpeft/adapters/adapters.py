@@ -145,7 +145,8 @@ class Adapters(nn.ModuleDict):
         self.chosen: tuple[str, ...] = ()  # the adapters that are active where no route is open
         self.routing = Routing()
         self.was_trainable: tuple[str, ...] = ()
-        self.resting: frozenset[tuple[str, str]] = frozenset()  # (adapter, parameter) frozen until it is used again
+        self.resting: dict[str, frozenset[str]] = {}  # parameters of adapters, frozen until they are used again
+        self.rested: dict[str, tuple[list, frozenset[str]]] = {}  # where they were when all of an adapter came to rest
         self.backbone: Backbone | None = None  # the model as it was described when adapters were put in force
         self.installations: dict[tuple, Installation] = {}  # what has been put in force before
         self.anatomies: dict[str, Anatomy] = {}
@@ -158,7 +159,13 @@ class Adapters(nn.ModuleDict):
 
     def __getstate__(self) -> dict:
         # A copy decides anew what acts where, in the modules of its own model.
-        return self.__dict__ | {"backbone": None, "installations": {}, "anatomies": {}, "routing": Routing()}
+        return self.__dict__ | {
+            "backbone": None,
+            "installations": {},
+            "anatomies": {},
+            "rested": {},
+            "routing": Routing(),
+        }
 
     @property
     def route(self) -> tuple[str | None, ...] | None:
@@ -182,6 +189,7 @@ class Adapters(nn.ModuleDict):
         """Put adapters in force anew from now on, and let go of those that are gone."""
         self.installations.clear()
         self.anatomies.clear()
+        self.rested.clear()
         if self.routing.routes is not None:
             self.routing.routes.forget()
 

@@ -144,7 +144,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     for each in gone:
         del peft[each]
     peft.chosen = tuple(each for each in peft.chosen if each in peft)
-    peft.resting = frozenset((owner, path) for owner, path in peft.resting if owner in peft)
+    peft.resting = {owner: paths for owner, paths in peft.resting.items() if owner in peft}
     if len(peft) > 0:
         install(model)
         return model

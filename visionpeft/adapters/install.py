@@ -301,18 +301,56 @@ def freeze_unused(peft: Adapters, passing: bool) -> None:
     """
     routed = [name for opened in peft.routing.opened if opened.trains for name in opened.names]
     active = None if routed else peft.chosen
-    in_use, resting = {id(parameter) for parameter in _parameters_of(peft, active, routed)}, set(peft.resting)
     used = frozenset(peft.chosen if active is not None else filter(None, routed))
+    in_use = {id(p) for p in _parameters_of(peft, active, routed)} if active is not None or not passing else set()
     for name in [name for name in peft if not passing or name in used or name in peft.used]:
-        for owner, key, parameter in peft.anatomy(name).parameters():
-            if parameter.requires_grad:
-                if id(parameter) not in in_use:
-                    parameter.requires_grad_(False)
-                    resting.add((name, join(owner, key)))
-            elif id(parameter) in in_use and (name, join(owner, key)) in resting:
-                parameter.requires_grad_(True)
-                resting.remove((name, join(owner, key)))
-    peft.resting, peft.used = frozenset(resting), used
+        if passing and name not in used:
+            _rest(peft, name)
+        elif passing and routed:
+            _use_again(peft, name)
+        else:
+            _settle(peft, name, in_use)
+    peft.used = used
+
+
+def _settle(peft: Adapters, name: str, in_use: set[int]) -> None:
+    """Freeze what is not in use of an adapter, and no longer what came to rest and is in use."""
+    resting = set(peft.resting.get(name, ()))
+    for owner, key, parameter in peft.anatomy(name).parameters():
+        if parameter.requires_grad:
+            if id(parameter) not in in_use:
+                parameter.requires_grad_(False)
+                resting.add(join(owner, key))
+        elif id(parameter) in in_use and join(owner, key) in resting:
+            parameter.requires_grad_(True)
+            resting.remove(join(owner, key))
+    peft.resting[name] = frozenset(resting)
+
+
+def _rest(peft: Adapters, name: str) -> None:
+    """Freeze all of an adapter."""
+    anatomy = peft.anatomies.get(name) or peft.anatomy(name)
+    places = [place for place in anatomy.parameters() if place[2].requires_grad]
+    for _, _, parameter in places:
+        parameter.requires_grad = False
+    seen, paths = peft.rested.get(name, ([], frozenset()))
+    if [id(place[2]) for place in places] != [id(place[2]) for place in seen]:
+        paths = frozenset(join(owner, key) for owner, key, _ in places)
+        peft.rested[name] = places, paths
+    before = peft.resting.get(name)
+    peft.resting[name] = before | paths if before else paths
+
+
+def _use_again(peft: Adapters, name: str) -> None:
+    """No longer freeze what has come to rest of an adapter."""
+    places, paths = peft.rested.get(name, ([], frozenset()))
+    anatomy = peft.anatomies.get(name)
+    if anatomy is None or peft.resting.get(name, frozenset()) != paths or not anatomy.has(places):
+        _settle(peft, name, {id(parameter) for parameter in peft[name].parameters()})
+        return
+    for _, _, parameter in places:
+        parameter.requires_grad = True
+    peft.resting[name] = frozenset()
 
 
 def stood_in_for(model: nn.Module) -> set[nn.Parameter]:

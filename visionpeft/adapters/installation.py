@@ -68,6 +68,11 @@ class Anatomy:
         """Whether the tree still is made of the same modules."""
         return all(module.__class__ is kind and module._modules == children for module, kind, children in self._seen)
 
+    def has(self, places: list[tuple[str, str, nn.Parameter]]) -> bool:
+        """Whether these parameters, as `parameters` gives them, still are there."""
+        owners = dict(self._owners)
+        return all(owners[path]._parameters.get(name) is parameter for path, name, parameter in places)
+
     def parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """Path of the owner, name and value of each parameter, several times where it is tied."""
         for path, module in self._owners:
