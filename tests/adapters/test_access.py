@@ -1,5 +1,7 @@
 """Compiled models and several threads: what is done to a model is done to the model itself, by one thread at a time."""
 
+import contextlib
+import functools
 import threading
 
 import pytest
@@ -90,12 +92,18 @@ def answers(model, alone, threads=4, times=20):
             except Exception as error:
                 failed.append(error)
 
-    started = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    in_threads(*(functools.partial(work, number) for number in range(threads)))
+    return sum(right), threads * times
+
+
+def in_threads(*works):
+    """Run functions at the same time."""
+    started = [threading.Thread(target=work) for work in works]
     for thread in started:
         thread.start()
     for thread in started:
         thread.join(timeout=120)
-    return sum(right), threads * times
+    assert not any(thread.is_alive() for thread in started)
 
 
 @pytest.fixture
@@ -118,13 +126,27 @@ def test_threads_take_turns(shared):
 def test_without_turns_answers_are_wrong(shared, monkeypatch):
     """The negative control: threads that do not wait get answers of each other's adapter, or none."""
 
-    class NoLock:
-        def __enter__(self):
-            pass
+    class NoTurns:
+        alone = beside = staticmethod(contextlib.nullcontext)
 
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setitem(access._LOCKS, shared[0], NoLock())
+    monkeypatch.setitem(access._TURNS, shared[0], NoTurns())
     right, every = answers(*shared)
     assert right < every
+
+
+def test_two_routes_that_want_to_change_the_model_are_refused(shared):
+    """Each would wait for the other; one of them is told so, and the other gets its turn when it has left."""
+    model, _ = shared
+    inside, told = threading.Barrier(2, timeout=60), []
+
+    def work():
+        try:
+            with vp.route(model, ["a", "b"]):
+                inside.wait()
+                vp.activate(model, "a")
+        except ConfigurationError as error:
+            told.append(str(error))
+
+    in_threads(work, work)
+    assert len(told) == 1
+    assert "each would wait for the other" in told[0]

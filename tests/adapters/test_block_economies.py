@@ -78,7 +78,7 @@ class ScaledStream(Method):
 
 def all_sites(model):
     """The sites of every block of the image tower."""
-    found = [block.module.__dict__.get("sites") for block in describe(model).towers["visual"].blocks]
+    found = [getattr(block.module, "sites", None) for block in describe(model).towers["visual"].blocks]
     return [sites for sites in found if sites is not None]
 
 

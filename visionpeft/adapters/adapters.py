@@ -15,6 +15,7 @@ from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, nearest
 from visionpeft.methods.parts.base import Method, select_towers
 from visionpeft.sites import Placement
+from visionpeft.sites.routing import Routing
 
 
 class AttachedAdapter(nn.Module):
@@ -141,10 +142,11 @@ class Adapters(nn.ModuleDict):
 
     def __init__(self):
         super().__init__()
-        self.active: tuple[str, ...] = ()
-        self.route: tuple[str | None, ...] | None = None
+        self.chosen: tuple[str, ...] = ()  # the adapters that are active where no route is open
+        self.routing = Routing()
         self.was_trainable: tuple[str, ...] = ()
-        self.resting: frozenset[tuple[str, str]] = frozenset()  # (adapter, parameter) frozen until it is used again
+        self.resting: dict[str, frozenset[str]] = {}  # parameters of adapters, frozen until they are used again
+        self.rested: dict[str, tuple[list, frozenset[str]]] = {}  # where they were when all of an adapter came to rest
         self.backbone: Backbone | None = None  # the model as it was described when adapters were put in force
         self.installations: dict[tuple, Installation] = {}  # what has been put in force before
         self.anatomies: dict[str, Anatomy] = {}
@@ -157,7 +159,24 @@ class Adapters(nn.ModuleDict):
 
     def __getstate__(self) -> dict:
         # A copy decides anew what acts where, in the modules of its own model.
-        return self.__dict__ | {"backbone": None, "installations": {}, "anatomies": {}}
+        return self.__dict__ | {
+            "backbone": None,
+            "installations": {},
+            "anatomies": {},
+            "rested": {},
+            "routing": Routing(),
+        }
+
+    @property
+    def route(self) -> tuple[str | None, ...] | None:
+        """The adapter of each sample by the route that is open in this context, None if none is."""
+        opened = self.routing.current()
+        return None if opened is None else opened.names
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters that act here on a whole batch: none within a route."""
+        return self.chosen if self.route is None else ()
 
     def anatomy(self, name: str) -> Anatomy:
         """The modules of an adapter."""
@@ -170,6 +189,9 @@ class Adapters(nn.ModuleDict):
         """Put adapters in force anew from now on, and let go of those that are gone."""
         self.installations.clear()
         self.anatomies.clear()
+        self.rested.clear()
+        if self.routing.routes is not None:
+            self.routing.routes.forget()
 
     def _apply(self, fn: Callable, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -179,13 +201,6 @@ class Adapters(nn.ModuleDict):
             else:
                 original._apply(fn)
         return self
-
-    def stand_in(self, module: nn.Module, new_class: type[nn.Module]) -> nn.Module:
-        """Give a module a class on top of the one it has, sited or not."""
-        if not any(swapped is module for swapped, _ in self.swapped):
-            self.swapped.append((module, type(module)))
-        module.__class__ = new_class
-        return module
 
     def replace(self, owner: nn.Module, name: str, new: nn.Parameter | nn.Module) -> None:
         """Put a parameter or module in the place of another and keep the original."""
@@ -233,6 +248,7 @@ class Adapters(nn.ModuleDict):
             object.__setattr__(module, "__class__", original)  # that of modules first asks whether it is a parameter
             for attribute in ATTRIBUTES:
                 module.__dict__.pop(attribute, None)
+        self.routing.installed = False
 
 
 def check_allocated(adapter: AttachedAdapter) -> None:

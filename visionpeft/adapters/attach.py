@@ -1,17 +1,20 @@
 """Attach adapters to a model, choose which of them act, and take them off again."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 import torch.nn as nn
 
-from visionpeft.adapters.access import alone_with, on_model, uncompiled
+from visionpeft.adapters.access import alone_with, beside_others, on_model, uncompiled
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
 from visionpeft.adapters.economies import Economies
-from visionpeft.adapters.install import check_unchanged, install, parameters_in_use, remember_hosts
+from visionpeft.adapters.install import check_unchanged, freeze_unused, install, parameters_in_use, remember_hosts
 from visionpeft.adapters.layer_decay import distances
+from visionpeft.adapters.route import Opened
+from visionpeft.adapters.routes import check_not_routed, routes_of
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import check_product, check_products, is_quantised
@@ -19,6 +22,7 @@ from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
 from visionpeft.sites import Order, order_of
+from visionpeft.sites.routing import OPEN
 
 SPANNING = (Order.ENTER_SPAN, Order.LEAVE_SPAN)
 
@@ -92,15 +96,15 @@ def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: B
         model.peft.was_trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
     peft: Adapters = model.peft
-    before = peft.active, peft.route
+    before = peft.chosen
     peft[name] = adapter
     adapter.train(model.training)
-    peft.active, peft.route = (name,) if alone else (*peft.active, name), None
+    peft.chosen = (name,) if alone else (*peft.chosen, name)
     try:
         install(model)
     except Exception:  # whatever failed: leave the model as it was, then raise
         detach(model, name)
-        peft.active, peft.route = before
+        peft.chosen = before
         if has_adapters(model):
             install(model)
         raise
@@ -132,13 +136,15 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     peft.require_whole()
     if name is not None:
         known(peft, name)
+    gone = list(peft) if name is None else [name]
+    check_not_routed(peft, gone)
     if "merged_peft" in model.__dict__:
         reattach(model)
     peft.forget()
-    for each in list(peft) if name is None else [name]:
+    for each in gone:
         del peft[each]
-    peft.active, peft.route = tuple(each for each in peft.active if each in peft), None
-    peft.resting = frozenset((owner, path) for owner, path in peft.resting if owner in peft)
+    peft.chosen = tuple(each for each in peft.chosen if each in peft)
+    peft.resting = {owner: paths for owner, paths in peft.resting.items() if owner in peft}
     if len(peft) > 0:
         install(model)
         return model
@@ -158,14 +164,14 @@ def unfreeze(model: nn.Module, peft: Adapters) -> None:
 @on_model
 def activate(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
     """Let exactly these adapters act. Of several with a head, the last one's head is used."""
-    _choose(model, names, None)
+    _choose(model, names)
     return model
 
 
 @on_model
 def disable(model: nn.Module) -> nn.Module:
     """Let no adapter act: the model computes as it did before the first was attached."""
-    _choose(model, (), None)
+    _choose(model, ())
     return model
 
 
@@ -210,19 +216,31 @@ def use(model: nn.Module, names: str | Sequence[str] | None):
     """Within the context, let exactly these adapters act, or none for None. Call `backward` inside it, too.
 
     Other threads that call `use` or `route` wait until the context ends; one that calls the model outside of any such
-    context is not held up, and computes with whatever acts.
+    context is not held up, and computes with whatever acts. Within a route, the route stands aside.
     """
-    with _restoring(model):
-        _choose(uncompiled(model), names or (), None, passing=True)
-        yield model
+    inner = uncompiled(model)
+    with alone_with(inner):
+        peft = attached(inner)
+        before = peft.chosen
+        unrouted = OPEN.set(((peft.routing, None), *OPEN.get()))
+        try:
+            _choose(inner, names or (), passing=True)
+            yield model
+        finally:
+            OPEN.reset(unrouted)
+            peft.chosen = before
+            install(inner, passing=True)
 
 
 @contextmanager
 def route(model: nn.Module, names: Sequence[str | None]):
     """Within the context, sample i of a batch goes through adapter names[i], or through the plain backbone for None.
 
-    Row i of the result is what that adapter alone gives. Call `backward` inside the context, too. Other threads wait,
-    as in `use`.
+    Row i of the result is what that adapter alone gives. Call `backward` inside the context, too. The route is seen
+    in this context alone (`contextvars`): other threads may be within routes of their own at the same time, and a
+    thread outside of any computes with the active adapters. What changes the model (`use`, `attach`, `detach` and
+    others) waits until the routes of other threads end. `requires_grad` of the adapters is the model's, so that
+    entered with gradients a route counts for all threads: train in one.
 
     Raises:
         ConfigurationError: if no names are given.
@@ -234,9 +252,27 @@ def route(model: nn.Module, names: Sequence[str | None]):
             f"route needs a list with the name of an adapter, or None, for each sample of the batch, not {names!r}; to "
             "let one adapter, or none, act on a whole batch call use"
         )
-    with _restoring(model):
-        _choose(uncompiled(model), (), route, passing=True)
-        yield model
+    inner = uncompiled(model)
+    with beside_others(inner):
+        peft = attached(inner)
+        for name in dict.fromkeys(filter(None, route)):
+            known(peft, name)
+        opened = Opened(routes_of(peft).route(inner, route), trains=torch.is_grad_enabled())
+        _note(peft, opened, peft.routing.opened.append)
+        routed = OPEN.set(((peft.routing, opened), *OPEN.get()))
+        try:
+            yield model
+        finally:
+            OPEN.reset(routed)
+            _note(peft, opened, peft.routing.opened.remove)
+
+
+def _note(peft: Adapters, opened: Opened, change: Callable[[Opened], None]) -> None:
+    """Note that a route was opened or left; one with gradients decides what is frozen."""
+    with peft.routing.changing:
+        change(opened)
+        if opened.trains:
+            freeze_unused(peft, passing=True)
 
 
 @on_model
@@ -332,19 +368,17 @@ def reattach(model: nn.Module) -> None:
     model.add_module("peft", peft)
 
 
-def _choose(
-    model: nn.Module, names: str | Sequence[str], route: tuple[str | None, ...] | None, passing: bool = False
-) -> None:
+def _choose(model: nn.Module, names: str | Sequence[str], passing: bool = False) -> None:
     peft = attached(model)
     names = (names,) if isinstance(names, str) else tuple(names)
-    for name in (*names, *filter(None, route or ())):
+    for name in names:
         known(peft, name)
-    before = peft.active, peft.route
-    peft.active, peft.route = tuple(dict.fromkeys(names)), route
+    before = peft.chosen
+    peft.chosen = tuple(dict.fromkeys(names))
     try:
         install(model, passing)
     except Exception:  # whatever failed: leave the model as it was, then raise
-        peft.active, peft.route = before
+        peft.chosen = before
         install(model)
         raise
 
@@ -354,24 +388,16 @@ def plain(model: nn.Module):
     """Within the context the model computes without adapters, whether it has any or not."""
     with alone_with(model):
         peft = model.peft if has_adapters(model) else None
-        if peft is None or not (peft.active or peft.route or peft.swapped):
+        if peft is None or not (peft.chosen or peft.swapped):
             yield model
             return
-        with use(model, None):
-            yield model
-
-
-@contextmanager
-def _restoring(model: nn.Module):
-    model = uncompiled(model)
-    with alone_with(model):
-        peft = attached(model)
-        before = peft.active, peft.route
+        before, peft.routing.suspended = peft.routing.suspended, True
         try:
-            yield
+            with use(model, None):
+                yield model
+                peft.routing.suspended = before
         finally:
-            peft.active, peft.route = before
-            install(model, passing=True)
+            peft.routing.suspended = before
 
 
 def _check_name(model: nn.Module, name: str) -> None:

@@ -4,20 +4,21 @@ A model without active adapters has its original classes; its parameters and hea
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter, join, own_parameter
-from visionpeft.adapters.installation import Anatomy, Installation, of_swapped
+from visionpeft.adapters.installation import Anatomy, Installation, Swaps
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
-from visionpeft.adapters.route import Batch, Routed, RoutedHead, check_routable
 from visionpeft.backbones.dispatch import describe
-from visionpeft.backbones.tower import Tower
+from visionpeft.backbones.tower import BlockSites, Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.sites import Located, OnPatches, Order, SitedLayer, Sites, order_of, sited_layer_class
-from visionpeft.sites.stand_ins import attributes_of, reads_copies, routes_heads, uses_head
+from visionpeft.sites import Located, OnPatches, Order, Sites, order_of
+from visionpeft.sites.stand_ins import attributes_of, reads_copies, uses_head
+
+SHALLOW = "shallow prompts travel between the blocks; use VPT(deep=True)"
 
 MOST_KEPT = 32  # combinations of adapters whose places in the model are kept
 
@@ -26,7 +27,7 @@ Plan = dict[tuple[str, int | None, str, str | None], list[nn.Module]]
 
 
 def install(model: nn.Module, passing: bool = False) -> None:
-    """Make the model compute with the adapters that `model.peft` says are active, or route its batch.
+    """Make the model compute with the adapters that `model.peft` says are active, where no route is open.
 
     Args:
         model: a model with adapters.
@@ -36,48 +37,38 @@ def install(model: nn.Module, passing: bool = False) -> None:
     # which adapters were switched on and off.
     peft: Adapters = model.peft
     peft.restore()
-    # A group is what acts on one part of the batch: all active adapters on all of it, or one on its samples each.
-    groups = [(name,) for name in dict.fromkeys(peft.route) if name] if peft.route else [peft.active]
-    _freeze_unused(peft, passing)
-    if not any(groups):
-        return
-    # Samples may go to the same adapters in another order: that is the same but for the batch.
-    key = peft.active if peft.route is None else ("route", tuple(dict.fromkeys(peft.route)))
-    made = peft.installations.pop(key, None)
-    if made is None or not made.holds(peft):
-        made = _decide(model, groups)
-    else:
+    freeze_unused(peft, passing)
+    if peft.chosen:
+        made = peft.installations.pop(peft.chosen, None)
+        if made is None or not made.holds(peft):
+            made = _decide(model)
+        peft.installations[peft.chosen] = made  # as the last one, so that the first was not used for longest
+        if len(peft.installations) > MOST_KEPT:
+            del peft.installations[next(iter(peft.installations))]
         peft.swapped = made.put_in_force()
-    peft.installations[key] = made  # as the last one, so that the first one is that which was not used for longest
-    if len(peft.installations) > MOST_KEPT:
-        del peft.installations[next(iter(peft.installations))]
-    peft.backbone = made.backbone
-    peft.recompute_blocks(model)
-    if made.batch is not None:
-        made.batch.choose(peft.route, next(model.parameters()).device)
+        peft.backbone = made.backbone
+        peft.recompute_blocks(model)
+    # The last call of what other modules of this package do, which import this one.
+    if peft.routing.opened and not peft.routing.suspended:
+        peft.routing.routes.reopen(model)
 
 
-def _decide(model: nn.Module, groups: list[tuple[str, ...]]) -> Installation:
-    """Put adapters in force in a model in which none acts."""
+def _decide(model: nn.Module) -> Installation:
+    """What the chosen adapters make of a model in which none acts."""
     peft: Adapters = model.peft
-    check_unchanged(model, [name for names in groups for name in names])
+    names = peft.chosen
+    check_unchanged(model, names)
     anatomy = Anatomy(model, without=peft)
     backbone = describe(model)
-    plans = [plan_of(peft, names) for names in groups]
-    batch, routed = None, None
-    if peft.route is not None:
-        check_routable(peft, plans, groups)
-        batch = Batch()
-        routed = [name for (name,) in groups], batch
+    plan, swaps = plan_of(peft, names), Swaps()
     for tower in backbone.towers.values():
-        _install_tower(peft, tower, plans, routed)
+        _install_tower(swaps, peft, tower, plan)
     if hasattr(model, "group_matcher"):
-        model.__dict__["group_matcher"] = GroupMatcher(model)
-        peft.swapped.append((model, type(model)))
-    _install_parameters(peft, model)
-    _install_heads(peft, model, backbone.heads, groups, batch)
-    acting = {name: peft.anatomy(name) for names in groups for name in names}
-    return Installation(anatomy, acting, of_swapped(peft.swapped), backbone, batch)
+        swaps.swap(model, swaps.kind(model), group_matcher=GroupMatcher(model))
+    _install_parameters(swaps, peft, model)
+    _install_heads(swaps, peft, model, backbone.heads)
+    swapped = [(module, swaps.original(module), kind, swaps.given[module]) for module, kind in swaps.kinds.items()]
+    return Installation(anatomy, {name: peft.anatomy(name) for name in names}, swapped, backbone)
 
 
 def plan_of(peft: Adapters, names: tuple[str, ...]) -> Plan:
@@ -93,123 +84,117 @@ def plan_of(peft: Adapters, names: tuple[str, ...]) -> Plan:
     return {key: [module for _, module in sorted(acting, key=lambda e: e[0])] for key, acting in entries.items()}
 
 
-def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> None:
-    # here[block][site, add] holds one list of modules for each group; block None is the tower outside its blocks.
-    here: dict[int | None, dict] = defaultdict(lambda: defaultdict(lambda: [[] for _ in plans]))
-    for number, plan in enumerate(plans):
-        for (tower_name, block, site, add), modules in plan.items():
-            if tower_name == tower.name:
-                here[block][site, add][number] = modules
-    if tower.frames is not None and routed is not None:
-        routed = *routed, tower.frames
+def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> None:
+    acting = acting_in(tower, plan)
     # Before the blocks are looked at, because it may add to the first one.
-    _enter_tokens(peft, tower, here, routed)
-    travelling = [_travelling(tower, plan, peft) for plan in plans]
+    travelling = travelling_prompts(tower, plan, peft, peft.chosen)
     for index, block in enumerate(tower.blocks):
         # A block is sited if something acts in it, if prompts travel through it (its attention mask must make room for
         # them), or if an economy needs it. Every other block stays the library's.
-        prompts = [inside[index] for inside in travelling]
-        if index not in here and not prompts[0] and not peft.economies.need(tower, index):
+        prompts, here = travelling[index], acting.get(index, {})
+        if index not in acting and not prompts and not peft.economies.need(tower, index):
             continue
         sites = Sites(tower.num_prefix_tokens, tower.causal)
-        acting = here.get(index, {})
-        alone = {key: groups[0] for key, groups in acting.items()} if routed is None else None
-        peft.economies.apply(sites, tower, index, alone)
-        # Prompts as keys and values are for one group, because they are shared by the batch, and for towers that are
-        # not causal, where every token sees them. They act no more as modules and count no more as tokens.
-        if alone is not None and not tower.causal:
-            sites.key_prompts = key_prompts(block.module, alone)
+        peft.economies.apply(sites, tower, index, here)
+        # Prompts as keys and values are for towers that are not causal, where every token sees them. They act no more
+        # as modules and count no more as tokens.
+        if not tower.causal:
+            sites.key_prompts = key_prompts(block.module, here)
         if sites.key_prompts is not None:
-            acting = without_prompts(acting, sites.key_prompts.prompts)
-            prompts = [[module for module in prompts[0] if module not in sites.key_prompts.prompts]]
-        sites.extra_tokens = sum(module.num_tokens for module in prompts[0])
-        # Block and attention share their sites: the attention asks for those of q, k, v and kv, the block for its
-        # tokens'.
-        swap(peft, block.module, block.sited_class).sites = sites
-        swap(peft, block.attention, block.sited_attention_class).sites = sites
-        for layer in block.economical:
-            swap_layer(peft, layer)
-        _fill(peft, sites, block.layers, _located(acting, sites, prompts), routed)
-    _fill(peft, None, tower.layers, here.get(None, {}), routed)
+            here = without_prompts(here, sites.key_prompts.prompts)
+            prompts = [module for module in prompts if module not in sites.key_prompts.prompts]
+        sites.extra_tokens = sum(module.num_tokens for module in prompts)
+        swap_block(swaps, block, sites)
+        located = {key: located_in(modules, sites.first_patch, prompts) for key, modules in here.items()}
+        fill(swaps, sites, block.layers, located)
+    fill(swaps, None, tower.layers, {key: tuple(modules) for key, modules in acting.get(None, {}).items()})
     # `forward_intermediates` would hand out tokens with prompts among them, or the class token alone.
-    acting = [module for sites in here.values() for groups in sites.values() for group in groups for module in group]
-    if any(order_of(module) == Order.ENTER_SPAN for module in acting):
-        _refuse_intermediates(peft, tower, "shallow prompts travel between the blocks; use VPT(deep=True)")
+    if any(
+        order_of(module) == Order.ENTER_SPAN
+        for sites in acting.values()
+        for group in sites.values()
+        for module in group
+    ):
+        refuse_intermediates(swaps, tower, SHALLOW)
     elif peft.economies.narrows(tower):
-        _refuse_intermediates(peft, tower, "class_token_only follows one token; switch it off with economise")
+        refuse_intermediates(swaps, tower, "class_token_only follows one token; switch it off with economise")
 
 
-def _enter_tokens(peft: Adapters, tower: Tower, here: dict, routed) -> None:
-    """Let act at `tokens`: before the norm that precedes the blocks, or, without one, first in the first block."""
-    groups = here[None].pop(("tokens", None), None)
-    if groups is None:
-        return
-    norm = tower.layers.get("norm_pre")
-    if norm is None:
-        first = here[0]["stream_in", None]
-        first[:] = [mine + others for mine, others in zip(groups, first, strict=True)]
-    else:
-        swap_layer(peft, norm.owner).entering = _acting(groups, routed, False)
+def acting_in(tower: Tower, plan: Plan) -> dict[int | None, dict[tuple[str, str | None], list[nn.Module]]]:
+    """What acts in each block of a tower, block None being the tower outside its blocks, at (site, add).
+
+    What acts at `tokens` does so before the norm that precedes the blocks, or, without one, first in the first block.
+    """
+    acting: dict[int | None, dict] = defaultdict(dict)
+    for (name, block, site, add), modules in plan.items():
+        if name == tower.name:
+            acting[block][site, add] = modules
+    entering = None if "norm_pre" in tower.layers else acting.get(None, {}).pop(("tokens", None), None)
+    if entering is not None:
+        acting[0]["stream_in", None] = entering + acting[0].get(("stream_in", None), [])
+    return dict(acting)
 
 
-def _acting(groups: list[list[nn.Module]], routed, branch: bool) -> tuple:
-    return tuple(groups[0]) if routed is None else (Routed(groups, branch, *routed),)
+def swap_block(swaps: Swaps, block: BlockSites, sites: Sites) -> None:
+    """Give a block and what is in it their sited classes.
+
+    Block and attention share their sites: the attention asks for those of q, k, v and kv, the block for its tokens'.
+    """
+    swaps.swap(block.module, block.sited_class, sites=sites)
+    swaps.swap(block.attention, block.sited_attention_class, sites=sites)
+    for layer in block.economical:
+        swaps.swap_layer(layer)
 
 
-def _fill(peft: Adapters, sites: Sites | None, layers: dict, here: dict, routed) -> None:
+def fill(
+    swaps: Swaps, sites: Sites | None, layers: dict[str, Layer], here: dict[tuple[str, str | None], tuple]
+) -> None:
+    """Put what acts at (site, add) in its place."""
     # A layer that is called acts by itself, on its output or, for `hidden`, on its input. The rows of a fused q, k, v
     # are no layer of their own, so what acts there is called by the attention, as at a token site.
-    for (site, add), groups in here.items():
-        acting = _acting(groups, routed, add is not None)
+    for (site, add), acting in here.items():
         if site == "hidden":
-            swap_layer(peft, layers["fc2"].owner).entering = acting
+            swaps.swap_layer(layers["fc2"].owner, entering=acting)
+        elif site == "tokens":
+            swaps.swap_layer(layers["norm_pre"].owner, entering=acting)
         elif site in layers and layers[site].called:
-            swap_layer(peft, layers[site].owner).acting = acting
+            swaps.swap_layer(layers[site].owner, acting=acting)
         elif add is not None:
             sites.branches[site] = sites.branches.get(site, ()) + tuple((module, add) for module in acting)
         else:
             sites.acting[site] = acting
 
 
-def swap(peft: Adapters, module: nn.Module, sited_class: type) -> nn.Module:
-    """Give a module its sited class and remember the original one."""
-    peft.swapped.append((module, type(module)))
-    module.__class__ = sited_class
-    return module
+def located_in(modules: list[nn.Module], first_patch: int, inside: list[nn.Module]) -> tuple:
+    """Modules with where the tokens are for those who treat some of them apart.
 
+    Args:
+        modules: what acts at one site.
+        first_patch: number of tokens before the patches.
+        inside: whose prompts travel through the block.
+    """
 
-def swap_layer(peft: Adapters, layer: nn.Module) -> nn.Module:
-    """Give a layer that is called its sited class, unless it has it."""
-    return layer if isinstance(layer, SitedLayer) else swap(peft, layer, sited_layer_class(type(layer)))
-
-
-def _located(here: dict, sites: Sites, prompts: list[list[nn.Module]]) -> dict:
-    """What acts in a block, with where the tokens are for those who treat some of them apart."""
-
-    def located(module: nn.Module, inside: list[nn.Module]) -> nn.Module | OnPatches | Located:
+    def located(module: nn.Module) -> nn.Module | OnPatches | Located:
         if getattr(module, "patches_only", False):
-            return OnPatches(module, sites.first_patch)
+            return OnPatches(module, first_patch)
         place = getattr(module, "located_at", None)
         if place is None:
             return module
         # Prompts that enter later stand before those that are there.
         after = [] if place == "patches" else inside[: inside.index(place) + 1]
-        return Located(module, sites.first_patch - sum(each.num_tokens for each in after))
+        return Located(module, first_patch - sum(each.num_tokens for each in after))
 
-    return {
-        key: [[located(module, inside) for module in group] for group, inside in zip(groups, prompts, strict=True)]
-        for key, groups in here.items()
-    }
+    return tuple(map(located, modules))
 
 
-def _travelling(tower: Tower, plan: Plan, peft: Adapters) -> list[list[nn.Module]]:
-    """Whose prompts travel through each block, in the order in which they entered.
+def travelling_prompts(tower: Tower, plan: Plan, peft: Adapters, names: Iterable[str]) -> list[list[nn.Module]]:
+    """Whose prompts travel through each block, in the order in which they entered, when these adapters act.
 
     Refuses spans that overlap without one containing the other, or that shift tokens to be replaced by position.
     """
     # Spans open and close like brackets: prompts enter right after the prefix tokens, before the prompts that are there
     # already, and are removed from that place. So what leaves must be what entered last.
-    owners = {p.module: (name, index) for name, adapter in peft.items() for index, p in adapter.placements}
+    owners = {p.module: (name, index) for name in names for index, p in peft[name].placements}
     open_spans: list[nn.Module] = []
     travelling = []
     for index in range(tower.depth):
@@ -248,19 +233,18 @@ class NoIntermediates:
         raise UnsupportedError(f"forward_intermediates cannot be used while {self.reason}")
 
 
-def _refuse_intermediates(peft: Adapters, tower: Tower, reason: str) -> None:
-    # In the instance, and noted as swapped only so that `restore_classes` finds the module and removes it again.
+def refuse_intermediates(swaps: Swaps, tower: Tower, reason: str) -> None:
+    """Refuse `forward_intermediates` of a tower."""
     for module in tower.spanning:
-        module.__dict__["forward_intermediates"] = NoIntermediates(reason)
-        peft.swapped.append((module, type(module)))
+        swaps.swap(module, swaps.kind(module), forward_intermediates=NoIntermediates(reason))
 
 
-def _install_parameters(peft: Adapters, model: nn.Module) -> None:
+def _install_parameters(swaps: Swaps, peft: Adapters, model: nn.Module) -> None:
     # The trained copy stands in the model in the place of the original, which is kept aside until it is put back.
     by_parameter: dict[str, str] = {}
     copies: dict[nn.Module, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
     holding = holders(model)
-    for name in peft.active if peft.route is None else ():
+    for name in peft.chosen:
         for parameter_name in peft[name].trained_names:
             if parameter_name in by_parameter:
                 raise ConfigurationError(
@@ -274,7 +258,7 @@ def _install_parameters(peft: Adapters, model: nn.Module) -> None:
     # The original stays where it is and keeps its `state_dict` key. Every module that holds it, tied or not, gets a
     # class whose attribute of that name gives the trained copy, which its forward then reads.
     for module, read in copies.items():
-        peft.stand_in(module, reads_copies(type(module), tuple(read))).copies = read
+        swaps.swap(module, reads_copies(swaps.kind(module), tuple(read)), copies=read)
 
 
 def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
@@ -288,57 +272,90 @@ def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]
     return found
 
 
-def _install_heads(
-    peft: Adapters,
-    model: nn.Module,
-    heads: tuple[str, ...],
-    groups: list[tuple[str, ...]],
-    batch: Batch | None,
-) -> None:
-    acting = [name for names in groups for name in names]
-    for path in dict.fromkeys((*heads, *(path for name in acting for path in peft[name].heads))):
-        own = model.get_submodule(path)
-        if peft.route is not None:
-            peft.stand_in(own, routes_heads(type(own))).routed = RoutedHead(
-                _head_of(peft, path), tuple(dict.fromkeys(peft.route)), batch
-            )
-        elif head_in_use(peft, path) is not None:
-            _use_head(peft, own, peft[head_in_use(peft, path)].get_submodule(path))
+def _install_heads(swaps: Swaps, peft: Adapters, model: nn.Module, heads: tuple[str, ...]) -> None:
+    for path in dict.fromkeys((*heads, *(path for name in peft.chosen for path in peft[name].heads))):
+        if head_in_use(peft, path) is not None:
+            _use_head(swaps, model.get_submodule(path), peft[head_in_use(peft, path)].get_submodule(path))
 
 
 def head_in_use(peft: Adapters, path: str) -> str | None:
     """Which active adapter's head is used: that of the last one."""
-    return next((name for name in reversed(peft.active) if path in peft[name].heads), None)
+    return next((name for name in reversed(peft.chosen) if path in peft[name].heads), None)
 
 
 def parameters_in_use(peft: Adapters) -> list[nn.Parameter]:
-    """Parameters of the adapters that act or are routed, without heads that another one's head stands in for."""
-    names = peft.active if peft.route is None else tuple(dict.fromkeys(filter(None, peft.route)))
+    """Parameters of the adapters that act or are routed here, without heads that another one's head stands in for."""
+    return _parameters_of(peft, peft.chosen if peft.route is None else None, peft.route or ())
+
+
+def _parameters_of(peft: Adapters, active: tuple[str, ...] | None, routed: Iterable[str | None]) -> list[nn.Parameter]:
+    names = active if active is not None else tuple(dict.fromkeys(filter(None, routed)))
     unused = set()
-    for name in names if peft.route is None else ():
+    for name in active or ():
         for path in peft[name].heads:
             if head_in_use(peft, path) != name:
                 unused |= set(peft[name].get_submodule(path).parameters())
     return [*dict.fromkeys(p for name in names for _, _, p in peft.anatomy(name).parameters() if p not in unused)]
 
 
-def _freeze_unused(peft: Adapters, passing: bool) -> None:
-    """Let `requires_grad` follow what acts: DDP waits for gradients of everything that has it.
+def freeze_unused(peft: Adapters, passing: bool) -> None:
+    """Let `requires_grad` follow what acts, or the routes that are open with gradients: DDP waits for gradients of
+    everything that has it.
 
     What was frozen before it came to rest stays frozen when it acts again.
     """
-    in_use, resting = {id(parameter) for parameter in parameters_in_use(peft)}, set(peft.resting)
-    used = frozenset(peft.active if peft.route is None else filter(None, peft.route))
+    routed = [name for opened in peft.routing.opened if opened.trains for name in opened.names]
+    active = None if routed else peft.chosen
+    used = frozenset(peft.chosen if active is not None else filter(None, routed))
+    in_use = {id(p) for p in _parameters_of(peft, active, routed)} if active is not None or not passing else set()
     for name in [name for name in peft if not passing or name in used or name in peft.used]:
-        for owner, key, parameter in peft.anatomy(name).parameters():
-            if parameter.requires_grad:
-                if id(parameter) not in in_use:
-                    parameter.requires_grad_(False)
-                    resting.add((name, join(owner, key)))
-            elif id(parameter) in in_use and (name, join(owner, key)) in resting:
-                parameter.requires_grad_(True)
-                resting.remove((name, join(owner, key)))
-    peft.resting, peft.used = frozenset(resting), used
+        if passing and name not in used:
+            _rest(peft, name)
+        elif passing and routed:
+            _use_again(peft, name)
+        else:
+            _settle(peft, name, in_use)
+    peft.used = used
+
+
+def _settle(peft: Adapters, name: str, in_use: set[int]) -> None:
+    """Freeze what is not in use of an adapter, and no longer what came to rest and is in use."""
+    resting = set(peft.resting.get(name, ()))
+    for owner, key, parameter in peft.anatomy(name).parameters():
+        if parameter.requires_grad:
+            if id(parameter) not in in_use:
+                parameter.requires_grad_(False)
+                resting.add(join(owner, key))
+        elif id(parameter) in in_use and join(owner, key) in resting:
+            parameter.requires_grad_(True)
+            resting.remove(join(owner, key))
+    peft.resting[name] = frozenset(resting)
+
+
+def _rest(peft: Adapters, name: str) -> None:
+    """Freeze all of an adapter."""
+    anatomy = peft.anatomies.get(name) or peft.anatomy(name)
+    places = [place for place in anatomy.parameters() if place[2].requires_grad]
+    for _, _, parameter in places:
+        parameter.requires_grad = False
+    seen, paths = peft.rested.get(name, ([], frozenset()))
+    if [id(place[2]) for place in places] != [id(place[2]) for place in seen]:
+        paths = frozenset(join(owner, key) for owner, key, _ in places)
+        peft.rested[name] = places, paths
+    before = peft.resting.get(name)
+    peft.resting[name] = before | paths if before else paths
+
+
+def _use_again(peft: Adapters, name: str) -> None:
+    """No longer freeze what has come to rest of an adapter."""
+    places, paths = peft.rested.get(name, ([], frozenset()))
+    anatomy = peft.anatomies.get(name)
+    if anatomy is None or peft.resting.get(name, frozenset()) != paths or not anatomy.has(places):
+        _settle(peft, name, {id(parameter) for parameter in peft[name].parameters()})
+        return
+    for _, _, parameter in places:
+        parameter.requires_grad = True
+    peft.resting[name] = frozenset()
 
 
 def stood_in_for(model: nn.Module) -> set[nn.Parameter]:
@@ -390,15 +407,11 @@ def _at(model: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
     return owner._modules.get(last, owner._parameters.get(last))
 
 
-def _use_head(peft: Adapters, own: nn.Module, head: nn.Module) -> None:
+def _use_head(swaps: Swaps, own: nn.Module, head: nn.Module) -> None:
     """Let a head compute with another one, layer by layer where they are built alike, so that hooks see each layer."""
     alike = type(own) is type(head) is nn.Sequential and own._modules.keys() == head._modules.keys()
     if alike:
         for mine, other in zip(own, head, strict=True):
-            _use_head(peft, mine, other)
+            _use_head(swaps, mine, other)
     else:
-        peft.stand_in(own, uses_head(type(own), attributes_of(head))).acting = (head,)
-
-
-def _head_of(peft: Adapters, path: str) -> Callable[[str | None], nn.Module | None]:
-    return lambda name: peft[name].get_submodule(path) if name and path in peft[name].heads else None
+        swaps.swap(own, uses_head(swaps.kind(own), attributes_of(head)), acting=(head,))

@@ -11,11 +11,43 @@ from dataclasses import dataclass, field
 
 import torch.nn as nn
 
-from visionpeft.adapters.route import Batch
 from visionpeft.backbones.tower import Backbone
+from visionpeft.sites import SitedLayer, sited_layer_class
+from visionpeft.sites.routing import KEPT
 
-# What a module has in its own `__dict__` while adapters act, and only then.
-ATTRIBUTES = ("sites", "acting", "entering", "copies", "routed", "forward_intermediates", "group_matcher")
+# What a module has in its own `__dict__` while adapters act or are routed, and only then.
+ATTRIBUTES = ("sites", "acting", "entering", "copies", "forward_intermediates", "group_matcher", *KEPT)
+
+
+class Swaps:
+    """Which modules are to have another class, and what they are to have besides; nothing is done to them yet.
+
+    Args:
+        originals: the own classes of modules that have another one now.
+    """
+
+    def __init__(self, originals: dict[nn.Module, type] | None = None):
+        self.originals = originals or {}
+        self.kinds: dict[nn.Module, type] = {}
+        self.given: dict[nn.Module, dict[str, object]] = {}
+
+    def original(self, module: nn.Module) -> type:
+        """The module's own class."""
+        return self.originals.get(module, type(module))
+
+    def kind(self, module: nn.Module) -> type:
+        """The class that it is to have."""
+        return self.kinds.get(module, self.original(module))
+
+    def swap(self, module: nn.Module, kind: type, **given) -> None:
+        """Give a module a class, and attributes besides those it was given before."""
+        self.kinds[module] = kind
+        self.given.setdefault(module, {}).update(given)
+
+    def swap_layer(self, layer: nn.Module, **given) -> None:
+        """Give a layer that is called its sited class, unless it has it."""
+        kind = self.kind(layer)
+        self.swap(layer, kind if issubclass(kind, SitedLayer) else sited_layer_class(kind), **given)
 
 
 class Anatomy:
@@ -36,6 +68,11 @@ class Anatomy:
         """Whether the tree still is made of the same modules."""
         return all(module.__class__ is kind and module._modules == children for module, kind, children in self._seen)
 
+    def has(self, places: list[tuple[str, str, nn.Parameter]]) -> bool:
+        """Whether these parameters, as `parameters` gives them, still are there."""
+        owners = dict(self._owners)
+        return all(owners[path]._parameters.get(name) is parameter for path, name, parameter in places)
+
     def parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """Path of the owner, name and value of each parameter, several times where it is tied."""
         for path, module in self._owners:
@@ -46,21 +83,19 @@ class Anatomy:
 
 @dataclass
 class Installation:
-    """What certain adapters, active together or routed, make of a model.
+    """What certain adapters that are active together make of a model.
 
     Args:
         model: the modules of the model without adapters, while none acts.
         adapters: the acting adapters by name.
         swapped: the modules that have another class, with their own one, that one, and what they have besides.
         backbone: the described model.
-        batch: which samples go to which adapter, where they are routed.
     """
 
     model: Anatomy
     adapters: dict[str, Anatomy]
     swapped: list[tuple[nn.Module, type, type, dict]]
     backbone: Backbone
-    batch: Batch | None = None
     copies: list[tuple[nn.Module, str, nn.Module, str]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -81,19 +116,8 @@ class Installation:
         return fitting and self.model.holds() and all(anatomy.holds() for anatomy in self.adapters.values())
 
     def put_in_force(self) -> list[tuple[nn.Module, type]]:
-        """Give the modules their classes again; returns them with their own ones."""
+        """Give the modules their classes; returns them with their own ones."""
         for module, _, kind, own in self.swapped:
-            object.__setattr__(module, "__class__", kind)  # that of modules first asks whether it is a parameter
             module.__dict__.update(own)
+            object.__setattr__(module, "__class__", kind)  # that of modules first asks whether it is a parameter
         return [(module, original) for module, original, _, _ in self.swapped]
-
-
-def of_swapped(swapped: list[tuple[nn.Module, type]]) -> list[tuple[nn.Module, type, type, dict]]:
-    """Each module once, with its own class, the one it has now, and what it has in its `__dict__` while it has it."""
-    found: dict[nn.Module, type] = {}
-    for module, original in swapped:
-        found.setdefault(module, original)
-    return [
-        (module, original, type(module), {key: vars(module)[key] for key in ATTRIBUTES if key in vars(module)})
-        for module, original in found.items()
-    ]

@@ -92,14 +92,14 @@ def key_prompts(block: nn.Module, acting: Acting) -> KeyPrompts | None:
     return KeyPrompts(block, prompts, _on_all(at_entrance), _on_all(at_attention), drawing)
 
 
-def without_prompts(acting: dict, prompts: Iterable[nn.Module]) -> dict:
+def without_prompts(acting: Acting, prompts: Iterable[nn.Module]) -> Acting:
     """What acts in a block but for the prompts' own entering and leaving."""
     own = [*prompts]
 
     def stays(module: nn.Module) -> bool:
         return module not in own and order_of(module) != Order.LEAVE
 
-    return {key: [[m for m in group if stays(m)] for group in groups] for key, groups in acting.items()}
+    return {key: [module for module in modules if stays(module)] for key, modules in acting.items()}
 
 
 def _each(acting: Acting) -> Iterable[tuple[tuple[str, str | None], nn.Module]]:

@@ -1,205 +1,374 @@
-"""One adapter per sample: rows of a batch go through the modules of the adapter that serves them."""
+"""One adapter per sample: what acts at each site on a batch whose rows go to several adapters."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
 
+from visionpeft.adapters.together import Acts, Together, alike_heads, on_rows
 from visionpeft.backbones.frames import Frames
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.sites import act_on_kv, join
+from visionpeft.sites import Located, OnPatches, act_on_kv, join
+from visionpeft.sites.frozen_layers import is_hooked, traced
+from visionpeft.sites.routing import Routing
 from visionpeft.sites.stand_ins import in_own_precision
 
-
-class Batch:
-    """Which samples of a batch go to which adapter; what acts in a model asks for them at each use.
-
-    Attributes:
-        size: number of samples.
-        rows: for the name of each adapter, and None for the plain backbone, the samples as indices on the device of the
-            model. Made where they are used, they would be copied to the device at every site of every batch.
-    """
-
-    def __init__(self):
-        self.size = 0
-        self.rows: dict[str | None, torch.Tensor] = {}
-
-    def choose(self, route: Sequence[str | None], device: torch.device) -> None:
-        """Send sample i to adapter route[i] from now on."""
-        samples: dict[str | None, list[int]] = {}
-        for sample, name in enumerate(route):
-            samples.setdefault(name, []).append(sample)
-        self.size = len(route)
-        with torch.inference_mode(False):  # a route chosen without gradients may serve a batch with them
-            self.rows = {name: torch.tensor(group, device=device) for name, group in samples.items()}
+# (tower, block, site, where the result is added)
+Key = tuple[str, int | None, str, str | None]
 
 
-class Routed:
-    """Acts at one site on each group of rows with the modules of the group's adapter; other rows stay as they are.
+@dataclass
+class RoutedAdapter:
+    """An adapter as routes know it.
 
     Args:
-        groups: for each group, the modules that act here, in order.
-        branch: whether the site is a branch, which `join` ends.
-        names: for each group, the adapter.
-        batch: says which samples each adapter serves.
+        root: the adapter.
+        inserted: how many tokens or keys it inserts or removes at each site.
+        chains: what acts at each site, in order.
+        alike: for each site, what has to be the same in adapters that act together there; None for those that do not.
+        owned: its modules.
+    """
+
+    root: nn.Module
+    inserted: frozenset[tuple[Key, int]]
+    chains: dict[Key, tuple[Acts, ...]]
+    alike: dict[Key, tuple]
+    owned: set[nn.Module]
+
+
+@dataclass
+class Group:
+    """Adapters that act together at a site.
+
+    Args:
+        names: the adapters.
+        chains: for each of them, what acts, in order.
+        together: for each place in that order, the modules of all of them; none for one adapter.
+        rows: for a device, the samples that they serve, None for all in order; and for each of these samples the
+            number of its adapter, None if sample i is that of adapter i.
+    """
+
+    names: tuple[str, ...]
+    chains: list[tuple[Acts, ...]]
+    together: tuple[Together, ...]
+    rows: Callable[[torch.device], tuple[torch.Tensor | None, torch.Tensor | None]]
+
+    def acting(self, index: torch.Tensor | None, rows: int) -> list[Callable]:
+        """What acts, in order, on the rows of so many samples."""
+        if not self.together:
+            return list(self.chains[0])
+        return [on_rows(acts, each, index, rows) for acts, each in zip(self.chains[0], self.together, strict=True)]
+
+
+class Route:
+    """Which samples of a batch go to which adapter.
+
+    Args:
+        names: the adapter of each sample, or None for the plain backbone.
+        adapters: the adapters by name.
+        plan: key of the plan by which modules look up what they compute with.
+    """
+
+    def __init__(self, names: tuple[str | None, ...], adapters: dict[str, RoutedAdapter], plan: int):
+        self.names = names
+        self.adapters = adapters
+        self.plan = plan
+        self.samples: dict[str | None, list[int]] = {}
+        for sample, name in enumerate(names):
+            self.samples.setdefault(name, []).append(sample)
+        self._groups: dict[tuple, list[Group]] = {}
+        self._rows: dict[tuple, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        self._heads: dict[str, list[Group]] = {}
+
+    def groups(self, key: Key) -> list[Group]:
+        """The adapters that act at a site, those together that can."""
+        apart = traced()
+        groups = self._groups.get((key, apart))
+        if groups is None:
+            groups = self._groups[key, apart] = self._grouped(key, apart)
+        if not apart and any(together.hooked() for group in groups for together in group.together):
+            return self._grouped(key, True)
+        return groups
+
+    def _grouped(self, key: Key, apart: bool) -> list[Group]:
+        found: dict[tuple, list[str]] = {}
+        for name, adapter in self.adapters.items():
+            if key in adapter.chains:
+                same = None if apart else adapter.alike[key]
+                found.setdefault((name,) if same is None else (None, same), []).append(name)
+        return [self._group(names, [self.adapters[name].chains[key] for name in names]) for names in found.values()]
+
+    def _group(self, names: Sequence[str | None], chains: list[tuple[Acts, ...]]) -> Group:
+        together = ()
+        if len(names) > 1 and chains[0][0] is not None:
+            owned = [self.adapters[name].owned for name in names]
+            together = tuple(Together([_inner(acts) for acts in place], owned) for place in zip(*chains, strict=True))
+        names = tuple(names)
+        return Group(names, chains, together, lambda device: self.rows(names, device))
+
+    def heads(self, path: str) -> list[Group]:
+        """The heads for the samples, those together that can; None in the place of the model's own."""
+        groups = self._heads.get(path)
+        if groups is None:
+            found: dict[tuple, list[str | None]] = {}
+            for name in self.samples:
+                head = self.head_of(name, path)
+                same = None if head is None or traced() else alike_heads(head)
+                alone = ("own",) if head is None else (name,)
+                found.setdefault(alone if same is None else (None, same), []).append(name)
+            groups = [self._group(names, [(self.head_of(name, path),) for name in names]) for names in found.values()]
+            if not traced():
+                self._heads[path] = groups
+        return groups
+
+    def head_of(self, name: str | None, path: str) -> nn.Module | None:
+        """The head of an adapter, or None for the model's own."""
+        root = None if name is None else self.adapters[name].root
+        return root.get_submodule(path) if root is not None and path in root.heads else None
+
+    def rows(self, names: tuple, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The samples that these adapters serve, and the number of the adapter of each; see `Group.rows`."""
+        found = self._rows.get((names, device))
+        if found is None:
+            number = {name: index for index, name in enumerate(names)}
+            samples = [sample for sample, name in enumerate(self.names) if name in number]
+            members = [number[self.names[sample]] for sample in samples]
+            everything = len(samples) == len(self.names)
+            one_each = members == list(range(len(names)))
+            found = (
+                None if everything else _index(samples, device),
+                None if one_each else _index(members, device),
+            )
+            self._rows[names, device] = found
+        return found
+
+    def members(self, names: tuple, device: torch.device) -> torch.Tensor:
+        """For each sample of the batch the number of its adapter, or one more than there are."""
+        key = (names, device, "all")
+        if key not in self._rows:
+            number = {name: index for index, name in enumerate(names)}
+            self._rows[key] = _index([number.get(name, len(names)) for name in self.names], device)
+        return self._rows[key]
+
+    def check(self, samples: int) -> None:
+        """Refuse a batch of another size.
+
+        Raises:
+            ConfigurationError: naming both.
+        """
+        if samples != len(self.names):
+            raise ConfigurationError(
+                f"route names an adapter for each of {len(self.names)} samples, but the batch has {samples}"
+            )
+
+
+@dataclass
+class Opened:
+    """A route that is open in some context; see `sites.routing.Opened`."""
+
+    route: Route
+    trains: bool = False
+    differentiated: bool = False
+    refusal: str | None = None
+    names: tuple[str | None, ...] = field(init=False)
+
+    def __post_init__(self):
+        self.names = self.route.names
+
+    @property
+    def plan(self) -> int:
+        """Key of the plan of the route."""
+        return self.route.plan
+
+
+def _index(numbers: list[int], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # a route that is first used without gradients may serve a batch with them
+        return torch.tensor(numbers, device=device)
+
+
+def _inner(acts: Acts) -> nn.Module:
+    return acts.module if isinstance(acts, OnPatches | Located) else acts
+
+
+class RoutedSite:
+    """Acts at one site on each row with the modules of the row's adapter; other rows stay as they are.
+
+    Args:
+        routing: says which route is open.
+        key: the site.
         frames: for clips, how many rows make one sample.
     """
 
-    def __init__(
-        self,
-        groups: list[list[nn.Module]],
-        branch: bool,
-        names: list[str],
-        batch: Batch,
-        frames: Frames | None = None,
-    ):
-        self.groups = groups
-        self.branch = branch
-        self.names = names
-        self.batch = batch
+    def __init__(self, routing: Routing, key: Key, frames: Frames | None = None):
+        self.routing = routing
+        self.key = key
         self.frames = frames
 
     @property
     def reads_attention_input(self) -> bool:
         """Whether one of the modules at `kv` does."""
-        return any(getattr(module, "reads_attention_input", False) for group in self.groups for module in group)
+        groups = self._route().groups(self.key)
+        return any(getattr(_inner(acts), "reads_attention_input", False) for g in groups for acts in g.chains[0])
 
-    @property
-    def rows(self) -> list[torch.Tensor]:
-        """For each group, the rows of the tokens it serves."""
-        samples = [self.batch.rows[name] for name in self.names]
-        if self.frames is None:
-            return samples
-        number = self.frames.number
-        within = torch.arange(number, device=samples[0].device)
-        return [(number * group[:, None] + within).flatten() for group in samples]
+    def _route(self) -> Route:
+        opened = self.routing.current()
+        if torch.is_grad_enabled():
+            opened.differentiated = True
+        return opened.route
+
+    def _parts(self, x: torch.Tensor, groups: list[Group], route: Route):
+        """For each group, the rows of x that it serves, None for all, and what acts on them."""
+        number = 1 if self.frames is None else self.frames.number
+        route.check(len(x) // number)
+        for group in groups:
+            rows, index = group.rows(x.device)
+            samples = len(route.names) if rows is None else len(rows)
+            if rows is not None and number > 1:
+                rows = (number * rows[:, None] + torch.arange(number, device=rows.device)).flatten()
+            yield rows, group.acting(index, samples)
 
     def __call__(self, *inputs):
         """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v) or (k, v, h)."""
-        batched = [value for value in inputs if isinstance(value, torch.Tensor)]
-        _check_batch(self.batch.size, len(batched[0]) // (1 if self.frames is None else self.frames.number))
+        route = self._route()
+        groups = route.groups(self.key)
         if len(inputs) in (2, 3):
             k, v, *read = inputs
-            parts = [self._chain(modules, k[r], v[r], *(h[r] for h in read)) for r, modules in self._parts(k)]
-            return tuple(self._gather(x, [p[i] for p in parts]) for i, x in enumerate((k, v)))
+            results = []
+            for rows, acting in self._parts(k, groups, route):
+                own = [_taken(value, rows) for value in (k, v, *read)]
+                for acts in acting:
+                    own[:2] = act_on_kv(acts, own[0], own[1], *(own[2:] or [None]))
+                results.append((rows, own))
+            return tuple(_gather(x, [(rows, own[i]) for rows, own in results]) for i, x in enumerate((k, v)))
         if len(inputs) == 4:
             x, y, weight, bias = inputs
-            return self._gather(y, [self._layer(m, x[r], y[r], weight, bias) for r, m in self._parts(y)])
+            results = []
+            for rows, acting in self._parts(y, groups, route):
+                own_x, own_y = _taken(x, rows), _taken(y, rows)
+                for acts in acting:
+                    own_y = acts(own_x, own_y, weight, bias)
+                results.append((rows, own_y))
+            return _gather(y, results)
         (x,) = inputs
-        if self.branch:
-            return [[module(x[rows]) for module in modules] for rows, modules in self._parts(x)]
-        return self._gather(x, [self._tokens(m, x[r]) for r, m in self._parts(x)])
+        if self.key[3] is not None:
+            return [[acts(_taken(x, rows)) for acts in acting] for rows, acting in self._parts(x, groups, route)]
+        results = []
+        for rows, acting in self._parts(x, groups, route):
+            own = _taken(x, rows)
+            for acts in acting:
+                own = acts(own)
+            results.append((rows, own))
+        return _gather(x, results)
 
     def join(self, x: torch.Tensor, deltas: list[list[torch.Tensor]]) -> torch.Tensor:
         """End the branches of each group in its rows of the tokens x."""
-        parts = []
-        for (rows, modules), carried in zip(self._parts(x), deltas, strict=True):
-            part = x[rows]
-            for module, delta in zip(modules, carried, strict=True):
-                part = join(module, part, delta)
-            parts.append(part)
-        return self._gather(x, parts)
+        route = self._route()
+        results = []
+        for (rows, acting), carried in zip(self._parts(x, route.groups(self.key), route), deltas, strict=True):
+            own = _taken(x, rows)
+            for acts, delta in zip(acting, carried, strict=True):
+                own = join(acts, own, delta)
+            results.append((rows, own))
+        return _gather(x, results)
 
-    def _parts(self, x: torch.Tensor):
-        return [(rows.to(x.device), modules) for rows, modules in zip(self.rows, self.groups, strict=True)]
+    def low_rank_by_row(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A (samples, rank, in) and B (samples, out, rank), if that B A x is added to each row is all that is done.
 
-    @staticmethod
-    def _chain(modules: list[nn.Module], k: torch.Tensor, v: torch.Tensor, h: torch.Tensor | None = None) -> tuple:
-        for module in modules:
-            k, v = act_on_kv(module, k, v, h)
-        return k, v
+        None where that is not so, or where gradients are computed.
+        """
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+            return None
+        route = self._route()
+        groups = route.groups(self.key)
+        if len(groups) != 1 or any(len(chain) != 1 for chain in groups[0].chains):
+            return None
+        (group,) = groups
+        modules = [chain[0] for chain in group.chains]
+        changes = [_low_rank_change(module) for module in modules]
+        if any(change is None for change in changes) or changes[0][0].dtype != x.dtype:
+            return None
+        route.check(len(x) // (1 if self.frames is None else self.frames.number))
+        if not group.together:
+            group.together = (Together(modules, [route.adapters[group.names[0]].owned]),)
+        rows, index = group.rows(x.device)
+        if rows is not None or (index is None and len(route.names) != len(modules)):
+            index = route.members(group.names, x.device)
+        values = group.together[0].gathered(index, missing=rows is not None)
+        return values["A"] * values["scaling"][:, None, None], values["B"]
 
-    @staticmethod
-    def _layer(modules: list[nn.Module], x, y, weight, bias) -> torch.Tensor:
-        for module in modules:
-            y = module(x, y, weight, bias)
-        return y
 
-    @staticmethod
-    def _tokens(modules: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
-        for module in modules:
-            x = module(x)
+def _low_rank_change(module) -> tuple | None:
+    own = next((kind.__dict__ for kind in type(module).__mro__ if "forward" in kind.__dict__), {})
+    if "low_rank_change" not in own or "by_row" not in own or is_hooked(module):
+        return None
+    return module.low_rank_change()
+
+
+def _taken(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _gather(x: torch.Tensor, results: list[tuple[torch.Tensor | None, torch.Tensor]]) -> torch.Tensor:
+    """Put the groups' results back in the order of the batch."""
+    if not results:
         return x
-
-    def _gather(self, x: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
-        """Put the groups' results back in the order of the batch."""
-        shapes = {part.shape[1:] for part in parts}
-        (shape,) = shapes
-        if shape == x.shape[1:]:
-            result = x
-        else:
-            result = x.new_zeros(len(x), *shape)
-        for rows, part in zip(self.rows, parts, strict=True):
-            result = result.index_copy(0, rows.to(x.device), part.to(result.dtype))
-        return result
+    if results[0][0] is None:
+        return results[0][1]
+    (shape,) = {result.shape[1:] for _, result in results}
+    whole = x if shape == x.shape[1:] else x.new_zeros(len(x), *shape)
+    for rows, result in results:
+        whole = whole.index_copy(0, rows, result.to(whole.dtype))
+    return whole
 
 
 class RoutedHead:
     """The head of each sample's adapter.
 
     Args:
-        head_of: gives the head for the name of an adapter, or None for the model's own.
-        names: the adapters, and None for the plain backbone.
-        batch: says which samples each of them serves.
+        routing: says which route is open.
+        path: the model's head.
     """
 
-    def __init__(self, head_of: Callable[[str | None], nn.Module | None], names: Sequence[str | None], batch: Batch):
-        self._heads = tuple(head_of(name) for name in names)
-        self._names = tuple(names)
-        self._batch = batch
+    def __init__(self, routing: Routing, path: str):
+        self.routing = routing
+        self.path = path
 
     def __call__(self, x: torch.Tensor, own: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Map pooled features (batch, width) to logits (batch, classes); `own` is the model's own head."""
-        _check_batch(self._batch.size, len(x))
-        rows_of = [self._batch.rows[name].to(x.device) for name in self._names]
-        heads = list(zip(self._heads, rows_of, strict=True))
-        parts = [own(x[rows]) if head is None else in_own_precision(head, x[rows]) for head, rows in heads]
-        classes = {part.shape[-1] for part in parts}
+        route = self.routing.current().route
+        route.check(len(x))
+        results = []
+        for group in route.heads(self.path):
+            rows, index = group.rows(x.device)
+            part = _taken(x, rows)
+            head = group.chains[0][0]
+            together = bool(group.together) and head is not None
+            if together and (group.together[0].hooked() or alike_heads(head) is None or traced()):
+                for number, name in enumerate(group.names):
+                    own_rows, _ = route.rows((name,), x.device)
+                    results.append((own_rows, in_own_precision(group.chains[number][0], _taken(x, own_rows))))
+            elif together:
+                results.append((rows, _heads_on_rows(group, head, index, part)))
+            else:
+                results.append((rows, own(part) if head is None else in_own_precision(head, part)))
+        classes = {part.shape[-1] for _, part in results}
         if len(classes) > 1:
             raise UnsupportedError(
-                f"the heads of {', '.join(map(str, self._names))} have {sorted(classes)} classes, which is no one "
+                f"the heads of {', '.join(map(str, route.samples))} have {sorted(classes)} classes, which is no one "
                 "tensor; route adapters with equally many classes, or attach them with head=False"
             )
-        result = x.new_zeros(len(x), classes.pop(), dtype=parts[0].dtype)
-        for (_, rows), part in zip(heads, parts, strict=True):
+        if results[0][0] is None:
+            return results[0][1]
+        result = x.new_zeros(len(x), classes.pop(), dtype=results[0][1].dtype)
+        for rows, part in results:
             result = result.index_copy(0, rows, part)
         return result
 
 
-def _check_batch(named: int, samples: int) -> None:
-    if samples != named:
-        raise ConfigurationError(f"route names an adapter for each of {named} samples, but the batch has {samples}")
-
-
-def check_routable(peft, plans: list[dict], groups: list[tuple[str, ...]]) -> None:
-    """Refuse adapters that cannot act on single rows exactly.
-
-    Raises:
-        UnsupportedError: if one trains parameters of the backbone itself, acts on the text tower, or inserts tokens
-            that other rows do not have.
-    """
-    for (name,) in groups:
-        adapter = peft[name]
-        methods = ", ".join(type(method).__name__ for method in adapter.methods)
-        if adapter.trained_names:
-            raise UnsupportedError(
-                f"adapter {name!r} ({methods}) trains {adapter.trained_names[0]!r} and others of the backbone, which "
-                "all samples of a batch share; use it for a whole batch"
-            )
-        if any(placement.tower == "text" for _, placement in adapter.placements):
-            raise UnsupportedError(f"adapter {name!r} ({methods}) acts on the text tower, whose batch is not images")
-    tokens = [_inserted(plan) for plan in plans]
-    if None in peft.route:
-        tokens.append({})
-    if any(inserted != tokens[0] for inserted in tokens):
-        names = ", ".join(name for (name,), inserted in zip(groups, tokens, strict=False) if inserted)
-        raise UnsupportedError(
-            f"{names} inserts tokens or keys, so that the samples of this batch would differ in length; "
-            "use it for a whole batch, or with adapters that insert equally many"
-        )
-
-
-def _inserted(plan: dict) -> dict:
-    """How many tokens are inserted or removed at each site."""
-    counts = {key: sum(getattr(module, "num_tokens", 0) for module in modules) for key, modules in plan.items()}
-    return {key: count for key, count in counts.items() if count}
+def _heads_on_rows(group: Group, head: nn.Module, index: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """The logits of heads that act together, in the dtype of x, each computed in the precision of the head."""
+    dtype = next((t.dtype for t in (*head.parameters(), *head.buffers()) if t.is_floating_point()), x.dtype)
+    if dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+        return group.together[0].act("forward", index, len(x), (x,))
+    return group.together[0].act("forward", index, len(x), (x.to(dtype),)).to(x.dtype)

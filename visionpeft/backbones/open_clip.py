@@ -52,7 +52,7 @@ def join_heads(
 
 def sites_of(attention: nn.MultiheadAttention | Attention) -> Sites:
     """The sites of an attention; none act in one that has no adapters."""
-    return attention.__dict__.get("sites", UNTOUCHED)
+    return getattr(attention, "sites", UNTOUCHED)
 
 
 class SitedMultiheadAttention(nn.MultiheadAttention):

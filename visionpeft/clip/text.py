@@ -116,7 +116,7 @@ class TextEncoder:
                 return f"{type(module).__name__} is drawn for whole texts"
         replaced = 0
         for block in self.blocks:
-            sites: Sites | None = block.__dict__.get("sites")
+            sites: Sites | None = getattr(block, "sites", None)
             for module in () if sites is None else sites.acting.get("kv", ()):
                 # keys before a text are among those the texts share, unless they depend on the text
                 if not hasattr(module, "num_tokens") or getattr(module, "reads_attention_input", False):
@@ -138,8 +138,8 @@ class TextEncoder:
         """Everything inside the modules that act somewhere in the tower."""
         for part in (*self.blocks, self.module.ln_final):
             for module in part.modules():
-                sites = module.__dict__.get("sites")
-                acting = [*module.__dict__.get("acting", ()), *module.__dict__.get("entering", ())]
+                sites = getattr(module, "sites", None)
+                acting = [*getattr(module, "acting", ()), *getattr(module, "entering", ())]
                 if sites is not None:
                     acting += [each for modules in sites.acting.values() for each in modules]
                     acting += [each for branches in sites.branches.values() for each, _ in branches]
@@ -167,7 +167,7 @@ class TextEncoder:
 
         def attention(block: nn.Module, h: torch.Tensor) -> torch.Tensor:
             q, k, v = project(block.attn, h)
-            sites = block.__dict__.get("sites")
+            sites = getattr(block, "sites", None)
             k, v = (k, v) if sites is None else sites.kv(k, v, h)
             keys_and_values.append((k, v))
             return join_heads(block.attn, attend(q, k, v, is_causal=True))
@@ -185,7 +185,7 @@ class TextEncoder:
         x = self._embedded(chunk, context)
         shared = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
         for block, (keys, values) in zip(self.blocks, shared, strict=True):
-            sites: Sites | None = block.__dict__.get("sites")
+            sites: Sites | None = getattr(block, "sites", None)
             # A branch that starts before the attention and ends after it needs all tokens on the way.
             ends_only = block is self.blocks[-1] and not (sites is not None and sites.branches)
 
@@ -275,7 +275,7 @@ def _token_modules(sites: Sites | None) -> Iterator[tuple[str, nn.Module]]:
 
 def _acting(block: nn.Module, replacing: bool = True):
     """What acts at the token sites of a block; without what replaces tokens if they are not among the tokens."""
-    sites: Sites | None = block.__dict__.get("sites")
+    sites: Sites | None = getattr(block, "sites", None)
     if sites is None:
         return lambda site, x: x
     if replacing or not any(hasattr(module, "replaced_tokens") for _, module in _token_modules(sites)):

@@ -39,6 +39,8 @@ class AfterScaling(Bottleneck):
     t is taken as the difference of the stream after and before it.
     """
 
+    stackable = True
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The stream (batch, tokens, width) before the branch."""
         return x

@@ -35,6 +35,8 @@ class DropClips(DropPath):
 class TemporalEmbedding(nn.Module):
     """Adds the vector of a frame's time to all of its tokens; (num_frames, width), zero at the start."""
 
+    stackable = True
+
     def __init__(self, num_frames: int, width: int, frames: Frames):
         super().__init__()
         self.embedding = nn.Parameter(torch.zeros(num_frames, width))
@@ -60,6 +62,8 @@ class TemporalAttention(nn.Module):
         adapter: A, without a skip connection.
         frames: how clips lie in the batch.
     """
+
+    stackable = True
 
     def __init__(self, block: nn.Module, inner: nn.Module | None, adapter: nn.Module, frames: Frames):
         super().__init__()

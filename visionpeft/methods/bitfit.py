@@ -17,6 +17,7 @@ from visionpeft.sites import Order, Placement
 class Shift(nn.Module):
     """y + shift on the channels of a layer's output: its bias is b + shift; (out,), zero at the start."""
 
+    stackable = True
     order = Order.WEIGHT
 
     def __init__(self, layer: Layer):

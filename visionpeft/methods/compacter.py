@@ -44,6 +44,7 @@ class KroneckerLinear(nn.Module):
 class CompactBottleneck(nn.Module):
     """x + up(dropout(act(down x))) with two `KroneckerLinear`."""
 
+    stackable = True
     tokenwise = True
 
     def __init__(self, rule: Rule, width: int, bottleneck: int, rank: int, activation: str, dropout: float):

@@ -40,6 +40,7 @@ class ConvolutionalBypass(nn.Module):
         init: one of `INITS`.
     """
 
+    stackable = True
     located_at = "patches"
 
     def __init__(

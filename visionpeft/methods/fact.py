@@ -48,6 +48,7 @@ class FactoredChange(nn.Module):
         dropout: dropout before V.
     """
 
+    stackable = True
     order = Order.WEIGHT
 
     def __init__(self, factors: Factors, layer: Layer, width: int, scale: float, dropout: float):

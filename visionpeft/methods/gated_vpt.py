@@ -30,6 +30,8 @@ class PromptGate(nn.Module):
         logit: where the one trained number starts.
     """
 
+    stackable = True
+
     def __init__(self, prompts: Prompts, logit: float):
         super().__init__()
         self.logit = nn.Parameter(torch.full((1,), float(logit)))
@@ -57,6 +59,8 @@ class Temperature(nn.Module):
     It is kept within `TEMPERATURES`; beyond, the gradient is that of the border.
     """
 
+    stackable = True
+
     def __init__(self):
         super().__init__()
         self.temperature = nn.Parameter(torch.ones(1))
@@ -75,6 +79,7 @@ class PooledPrompts(RemovePrompts):
     because they travel around these, are part of it.
     """
 
+    stackable = True
     tokenwise = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

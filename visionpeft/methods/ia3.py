@@ -20,6 +20,7 @@ TARGETS = ("k", "v", "hidden")
 class ScaleOutput(nn.Module):
     """scale * y on the channels of a layer's output; (out,), one at the start."""
 
+    stackable = True
     order = Order.OUTPUT
 
     def __init__(self, features: int):
@@ -39,6 +40,7 @@ class ScaleOutput(nn.Module):
 class ScaleInput(nn.Module):
     """scale * x on the channels of a layer's input; (in,), one at the start."""
 
+    stackable = True
     tokenwise = True
 
     def __init__(self, features: int):

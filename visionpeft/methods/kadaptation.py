@@ -24,6 +24,7 @@ class KroneckerSumChange(nn.Module):
     u (terms, rank, out / terms) is normal with standard deviation 1 / sqrt(rank), v (terms, rank, in / terms) zero.
     """
 
+    stackable = True
     order = Order.WEIGHT
 
     def __init__(self, rule: Rule, in_features: int, out_features: int, rank: int, dropout: float):

@@ -22,6 +22,7 @@ class KroneckerChange(nn.Module):
     A (a1, a2) is Kaiming-uniform with a = sqrt(5), B (out / a1, in / a2) is zero: no change at the start.
     """
 
+    stackable = True
     order = Order.WEIGHT
 
     def __init__(self, in_features: int, out_features: int, shape: tuple[int, int], scale: float, dropout: float):

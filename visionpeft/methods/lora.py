@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -25,6 +26,7 @@ class LowRank(nn.Module):
 
     order = Order.WEIGHT
     output_side = ("B",)
+    padded: ClassVar = {"A": 0, "B": 1}
 
     def __init__(self, in_features: int, out_features: int, rank: int, scaling: float, dropout: float):
         super().__init__()
@@ -42,6 +44,19 @@ class LowRank(nn.Module):
         # One pass over the wide output instead of a product, a scaling and a sum.
         return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), self.B.to(z.dtype).t()).view(y.shape)
 
+    def row_values(self) -> dict[str, torch.Tensor | float]:
+        """A, B and the scale."""
+        return {"A": self.A, "B": self.B, "scaling": self.scaling}
+
+    def by_row(self, values: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
+        """What `forward` gives, with A (rows, rank, in), B (rows, out, rank) and a scale (rows,) of each row."""
+        z = torch.bmm(self.dropout(to_parameter_dtype(x, values["A"])).flatten(1, -2), values["A"].mT)
+        z = values["scaling"][:, None, None] * z
+        flat = y.flatten(1, -2)
+        if z.dtype != y.dtype:
+            return (flat + torch.bmm(z, values["B"].mT).to(y.dtype)).view(y.shape)
+        return torch.baddbmm(flat, z, values["B"].to(z.dtype).mT).view(y.shape)
+
     def low_rank_change(self) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """A, B and alpha / rank, if that is all: no dropout is drawn."""
         drawn = self.dropout.training and self.dropout.p > 0
@@ -54,6 +69,8 @@ class LowRank(nn.Module):
 
 class LowRankConv(LowRank):
     """`LowRank` for a patch convolution: A (rank, in * height * width) is applied as a kernel, B to each position."""
+
+    stackable = True
 
     def __init__(self, convolution: nn.Conv2d, rank: int, scaling: float, dropout: float):
         super().__init__(convolution.weight[0].numel(), convolution.out_channels, rank, scaling, dropout)

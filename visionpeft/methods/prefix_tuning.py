@@ -15,6 +15,8 @@ from visionpeft.sites import Placement, Shared
 class Prefix(nn.Module):
     """Learned keys and values (num_tokens, width) before those of the tokens, split over the heads."""
 
+    stackable = True
+
     def __init__(self, num_tokens: int, width: int):
         super().__init__()
         self.num_tokens = num_tokens
@@ -57,6 +59,8 @@ class Reparameterisation(nn.Module):
 
 class ReparameterisedPrefix(nn.Module):
     """A `Prefix` whose keys and values come from a `Reparameterisation`."""
+
+    stackable = True
 
     def __init__(self, source: Reparameterisation, position: int):
         super().__init__()

@@ -32,6 +32,7 @@ class LinearAdapter(nn.Module):
         dropout: dropout in the bottleneck.
     """
 
+    stackable = True
     tokenwise = True
 
     def __init__(self, width: int, bottleneck: int, groups: int, scale: float, dropout: float):

@@ -34,6 +34,7 @@ class OutputBottleneck(nn.Module):
     The weight of down (rank, width) is Kaiming-uniform with a = sqrt(5), its bias PyTorch's; up (out, rank) is zero.
     """
 
+    stackable = True
     order = Order.OUTPUT
 
     def __init__(self, layer: Layer, rank: int, dropout: float):

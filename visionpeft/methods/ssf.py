@@ -32,6 +32,16 @@ class ScaleShift(nn.Module):
             return (y * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).to(y.dtype)
         return scale_shift(y, self.scale, self.shift)
 
+    def row_values(self) -> dict[str, torch.Tensor]:
+        """Scale and shift."""
+        return {"scale": self.scale, "shift": self.shift}
+
+    def by_row(self, values: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
+        """What `forward` gives, with a scale and shift (rows, out) of each row."""
+        shape = (len(y), -1, 1, 1) if self.convolution else (len(y), *(1,) * (y.ndim - 2), -1)
+        scale, shift = values["scale"].view(shape), values["shift"].view(shape)
+        return torch.addcmul(shift, y.to(scale.dtype), scale).to(y.dtype)
+
     def merge(self, weight: torch.Tensor, bias: torch.Tensor | None):
         """Weight and bias that compute the same: diag(scale) W and scale * b + shift."""
         scale, shift = self.scale.to(weight), self.shift.to(weight)

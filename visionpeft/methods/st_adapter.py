@@ -35,6 +35,7 @@ class SpatioTemporalBottleneck(nn.Module):
         frames: how clips lie in the batch.
     """
 
+    stackable = True
     patches_only = True
 
     def __init__(
@@ -85,6 +86,7 @@ class MeanOverFrames(nn.Module):
     What a `VideoClassifier` averages after it are then equal features: those of the final norm of the mean.
     """
 
+    stackable = True
     order = Order.READ
     tokenwise = True
 

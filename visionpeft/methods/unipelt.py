@@ -40,6 +40,7 @@ class SubmoduleGate(nn.Module):
 class GatedLowRank(nn.Module):
     """y + gate(x) (alpha / rank) B A dropout(x) for a linear layer y = W x + b."""
 
+    stackable = True
     order = Order.WEIGHT
     tokenwise = False  # the gate is a mean over tokens
 
@@ -55,6 +56,8 @@ class GatedLowRank(nn.Module):
 
 class GatedBottleneck(nn.Module):
     """x + gate(x) up(act(down x))."""
+
+    stackable = True
 
     def __init__(self, bottleneck: Bottleneck, width: int):
         super().__init__()
@@ -72,6 +75,8 @@ class GatedPrefix(nn.Module):
     The gate reads the input h of the attention, (batch, tokens, width), or else the values v as other methods left
     them.
     """
+
+    stackable = True
 
     def __init__(self, prefix: Prefix, width: int, reads_attention_input: bool):
         super().__init__()

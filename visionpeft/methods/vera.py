@@ -45,6 +45,7 @@ def random_matrix(rows: int, columns: int, seed: int, letter: int) -> torch.Tens
 class ScaledRandom(nn.Module):
     """y + b * (B (d * (A dropout(x)))) with frozen A and B; d (rank,) starts at `initial`, b (out,) at zero."""
 
+    stackable = True
     order = Order.WEIGHT
     output_side = ("b",)
 

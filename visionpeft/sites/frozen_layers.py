@@ -108,7 +108,9 @@ def linear(
 
     A module says what it is: by `low_rank_change() -> (A, B, s)` that s B A x added to the rows is all it does; by
     `sparse_change() -> (values, index, d)` that the rows are those of W + D and b + d, where D has these values at
-    these flat indices of its rows and is zero elsewhere; by None that it is neither.
+    these flat indices of its rows and is zero elsewhere; by None that it is neither. Or by `low_rank_by_row(x) -> (A,
+    B)`, with A (samples, rank, in) and B (samples, out, rank), that B A x is added, with an A and B of each sample; by
+    None that it is not so. That is for passes without gradients.
     """
     # Other tensor classes (quantised, sharded, wrapped) bring products of their own, which only F.linear calls.
     frozen = type(weight) in (torch.Tensor, nn.Parameter) and not (weight.requires_grad and torch.is_grad_enabled())
@@ -118,13 +120,14 @@ def linear(
     for rows, modules in acting:
         rows = slice(0, len(weight)) if rows is None else rows
         # Modules act in their order, so what follows the first one that cannot be taken over is left to act, too.
-        first = next((i for i, module in enumerate(modules) if not changes.add(module, rows, weight, bias)), None)
+        first = next((i for i, module in enumerate(modules) if not changes.add(module, rows, x, weight, bias)), None)
         left.append((rows, () if first is None else modules[first:]))
     # Without a change of the weight there is nothing to save: PyTorch keeps no input for a frozen weight either. Under
     # autocast, though, it would keep the cast copy of the weight.
     if not changes.factors and not changes.entries and _autocast_dtype(x) is None:
-        return F.linear(x, weight, changes.of_bias(bias)), left
-    return _FrozenLinear.apply(x, weight, changes.of_bias(bias), origin_of(x), *changes.arguments()), left
+        return changes.by_row(x, F.linear(x, weight, changes.of_bias(bias))), left
+    y = _FrozenLinear.apply(x, weight, changes.of_bias(bias), origin_of(x), *changes.arguments())
+    return changes.by_row(x, y), left
 
 
 class _Changes:
@@ -134,9 +137,17 @@ class _Changes:
         self.factors: list[tuple[slice, torch.Tensor, torch.Tensor, float]] = []  # rows, A, B, s
         self.entries: list[tuple[slice, torch.Tensor, torch.Tensor]] = []  # rows, values, index
         self.biases: list[tuple[slice, torch.Tensor]] = []
+        self.factors_by_row: list[tuple[slice, torch.Tensor, torch.Tensor]] = []  # rows, A and B of each sample
 
-    def add(self, module: Callable, rows: slice, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    def add(
+        self, module: Callable, rows: slice, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> bool:
         """Take over what a module does to some rows, if that is possible."""
+        if hasattr(module, "low_rank_by_row"):
+            found = module.low_rank_by_row(x) if x.dtype == weight.dtype else None
+            if found is not None:
+                self.factors_by_row.append((rows, *found))
+            return found is not None
         low_rank = _said(module, "low_rank_change")
         if low_rank is not None:
             self.factors.append((rows, *low_rank))
@@ -162,6 +173,19 @@ class _Changes:
         for rows, change in self.biases:
             bias = bias.slice_scatter(bias[rows] + change, 0, rows.start, rows.stop)
         return bias
+
+    def by_row(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y (..., out) with the low-rank changes of each sample of x (..., in) added to it in place."""
+        if self.factors_by_row:
+            rows, down, up = zip(*self.factors_by_row, strict=True)
+            samples = len(down[0])
+            # z = x A^T of every sample, for all changes in one narrow product; then z B^T, added where it belongs.
+            z = torch.bmm(x.reshape(samples, -1, x.shape[-1]), torch.cat(down, dim=1).mT)
+            flat = y.view(samples, -1, y.shape[-1])
+            parts = z.split([each.shape[1] for each in down], dim=2)
+            for own_rows, part, own_up in zip(rows, parts, up, strict=True):
+                flat[:, :, own_rows].baddbmm_(part, own_up.mT)
+        return y
 
     def arguments(self) -> tuple:
         """What `_FrozenLinear` is given of them."""

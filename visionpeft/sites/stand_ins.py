@@ -62,16 +62,6 @@ class UsesHead(StandIn):
         return in_own_precision(self.acting[0], own(x) if isinstance(self.acting[0], nn.Linear) else x)
 
 
-class RoutesHeads(StandIn):
-    """A head that gives each row of a batch to the head of the row's adapter, by a `RoutedHead`."""
-
-    routed: object
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map pooled features (batch, width) to logits (batch, classes)."""
-        return self.routed(x, super().forward)
-
-
 def in_own_precision(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """head(x) computed in the precision of the head, in the dtype of x; autocast chooses where it is on."""
     dtype = next((t.dtype for t in (*head.parameters(), *head.buffers()) if t.is_floating_point()), x.dtype)
@@ -119,20 +109,15 @@ def uses_head(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
     return _made(uses_head, UsesHead, below, names, {name: of_head(name) for name in names})
 
 
-@functools.cache
-def routes_heads(below: type[nn.Module], names: tuple[str, ...] = ()) -> type[nn.Module]:
-    """The class of a head that gives rows to the heads of their adapters."""
-    return _made(routes_heads, RoutesHeads, below, names, {})
-
-
 def attributes_of(head: nn.Module) -> tuple[str, ...]:
     """The attributes of a head that are seen at the module it stands in for."""
     return (*head._parameters, *(name for name in SIZES if name in vars(head)))
 
 
 def class_below(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without what is mixed in here."""
-    return module.below if isinstance(module, StandIn) else type(module)
+    """The class of a module without what is mixed in here, or for routes."""
+    kind = getattr(type(module), "unrouted", type(module))
+    return kind.below if issubclass(kind, StandIn) else kind
 
 
 def _refuse_input_size(self, *args, **kwargs) -> None:

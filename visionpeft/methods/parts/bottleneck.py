@@ -1,6 +1,7 @@
 """The bottleneck that serial and parallel adapters share."""
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -31,6 +32,7 @@ class Bottleneck(nn.Module):
     """
 
     tokenwise = True
+    padded: ClassVar = {"down": 0, "down_bias": 0, "up": 1}  # all activations map zero to zero
 
     def __init__(
         self,
@@ -69,4 +71,19 @@ class Bottleneck(nn.Module):
         """Map tokens (batch, tokens, width) to the same shape."""
         h = self.dropout(self.act(self.down(to_parameter_dtype(x, self.down.weight))))
         delta = (self.scale * self.drop_path(self.up(h))).to(x.dtype)
+        return x + delta if self.serial else delta
+
+    def row_values(self) -> dict[str, torch.Tensor | float]:
+        """Weights, biases and the scale."""
+        down, up = self.down, self.up
+        weights = {"down": down.weight, "down_bias": down.bias, "up": up.weight, "up_bias": up.bias}
+        return weights | {"scale": self.scale}
+
+    def by_row(self, values: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """What `forward` gives, with weights, biases and a scale of each row (rows, ...)."""
+        tokens = to_parameter_dtype(x, values["down"])
+        h = torch.baddbmm(values["down_bias"][:, None], tokens, values["down"].mT)
+        delta = torch.baddbmm(values["up_bias"][:, None], self.dropout(self.act(h)), values["up"].mT)
+        scale = values["scale"].view(len(values["scale"]), 1, -1)
+        delta = (scale * self.drop_path(delta)).to(x.dtype)
         return x + delta if self.serial else delta

@@ -47,6 +47,8 @@ class EnteringPrompts(nn.Module):
         spanning: whether they stay for several blocks.
     """
 
+    stackable = True
+
     def __init__(self, num_tokens: int, at: int, norm: nn.Module | None, spanning: bool):
         super().__init__()
         self.num_tokens = num_tokens

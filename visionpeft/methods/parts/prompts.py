@@ -12,6 +12,8 @@ class Prompts(nn.Module):
     P (num_tokens, width) carries no position. It is shared by the batch; its dropout is drawn for each sample.
     """
 
+    stackable = True
+
     def __init__(self, prompts: torch.Tensor, at: int, dropout: float, projection: nn.Linear | None, spanning: bool):
         super().__init__()
         self.prompts = nn.Parameter(prompts)
@@ -36,6 +38,8 @@ class Prompts(nn.Module):
 
 class RemovePrompts(nn.Module):
     """Removes the `num_tokens` tokens after the prefix tokens."""
+
+    stackable = True
 
     def __init__(self, num_tokens: int, at: int, spanning: bool):
         super().__init__()

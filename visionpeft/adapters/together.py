@@ -1,0 +1,302 @@
+"""Modules of several adapters that act as one: their tensors stacked once, and gathered by the rows of a batch.
+
+What may act together says so. A class of modules that has `stackable = True` computes nothing in its `forward` but what
+`torch.vmap` maps over rows; its tensors are found in it. One that has a method `by_row` computes all rows at once:
+
+* `row_values() -> {name: tensor or number}`: what differs between adapters;
+* `padded = {name: dimension}`: where their sizes may differ, and zeros change nothing;
+* `by_row(values, *inputs)`: what `forward(*inputs)` gives, with values (rows, ...) of which each row has its own.
+
+Both count for the class that defines `forward`, and not for a subclass with another one.
+"""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from visionpeft.sites import Located, OnPatches
+from visionpeft.sites.frozen_layers import is_hooked
+
+Acts = nn.Module | OnPatches | Located
+
+SIMPLE = (bool, int, float, str, bytes, type(None))
+# The parts of heads that may act together as they are.
+PLAIN = (nn.Linear, nn.LayerNorm, nn.Sequential, nn.Identity, nn.Dropout, nn.BatchNorm1d)
+
+
+def alike(acts: Acts, owned: set[nn.Module]) -> Hashable | None:
+    """What modules have in common that can act together; None for one that acts alone.
+
+    Args:
+        acts: what acts at a site.
+        owned: the modules of its adapter; others that it refers to are the backbone's, which all adapters share.
+    """
+    if isinstance(acts, OnPatches | Located):
+        inner = alike(acts.module, owned)
+        return None if inner is None else (type(acts), acts.first, inner)
+    own = _definition(acts)
+    if "by_row" not in own and not own.get("stackable"):
+        return None
+    padded, numbers = own.get("padded", {}), ()
+    if "by_row" in own:
+        values = acts.row_values()
+        numbers = tuple(name for name, value in values.items() if not isinstance(value, torch.Tensor))
+        shapes = tuple(
+            (name, value.dtype, _but(value.shape, padded.get(name)))
+            for name, value in values.items()
+            if name not in numbers
+        )
+        without = [tuple(_structure(m, owned)) for m in acts.children() if not any(True for _ in m.parameters())]
+        return type(acts), numbers, shapes, tuple(_settings(acts, owned, numbers)), tuple(without)
+    return tuple(_structure(acts, owned))
+
+
+def alike_heads(head: nn.Module) -> Hashable | None:
+    """What heads have in common that can act together; None for one that acts alone."""
+    parts = list(head.modules())
+    drawn = any(isinstance(part, nn.BatchNorm1d) and part.training for part in parts)
+    if drawn or not all(type(part) in PLAIN for part in parts):
+        return None
+    return tuple(_structure(head, set(parts)))
+
+
+def _definition(module: nn.Module) -> dict:
+    return next((kind.__dict__ for kind in type(module).__mro__ if "forward" in kind.__dict__), {})
+
+
+def _but(shape: torch.Size, dimension: int | None) -> tuple[int, ...]:
+    return tuple(0 if index == dimension else size for index, size in enumerate(shape))
+
+
+def _structure(module: nn.Module, owned: set[nn.Module]) -> Iterator[Hashable]:
+    yield type(module)
+    for kind in (module._parameters, module._buffers):
+        for name, tensor in kind.items():
+            yield name, None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+    yield from _settings(module, owned, ())
+    for name, child in module._modules.items():
+        yield name, None if child is None else tuple(_structure(child, owned))
+
+
+def _settings(module: nn.Module, owned: set[nn.Module], but: Sequence[str]) -> Iterator[Hashable]:
+    for name, value in sorted(vars(module).items()):
+        if name in ("training", *but) or name in _OF_MODULES:
+            continue
+        if isinstance(value, tuple) and any(isinstance(each, nn.Module) for each in value):
+            yield name, tuple(tuple(_structure(m, owned)) if m in owned else id(m) for m in value)
+        else:
+            yield name, repr(value) if _is_simple(value) else id(value)
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _is_simple(value) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_simple, value))
+    if isinstance(value, dict):
+        return all(map(_is_simple, (*value, *value.values())))
+    return isinstance(value, SIMPLE)
+
+
+class Together:
+    """Modules that are `alike`, one of each adapter.
+
+    Args:
+        modules: the modules.
+        owned: for each, the modules of its adapter.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], owned: Sequence[set[nn.Module]]):
+        self.modules = tuple(modules)
+        self.template = modules[0]
+        self.rows_at_once = "by_row" in _definition(self.template)
+        self.padded = _definition(self.template).get("padded", {}) if self.rows_at_once else {}
+        self.parts = [list(_parts(module, each)) for module, each in zip(modules, owned, strict=True)]
+        self.owned = owned[0]
+        self._kept: tuple[list, dict[str, torch.Tensor]] | None = None
+
+    def hooked(self) -> bool:
+        """Whether a hook watches the calls of one of the modules."""
+        return any(is_hooked(part) for parts in self.parts for part in parts)
+
+    def act(self, method: str, index: torch.Tensor | None, rows: int, inputs: tuple):
+        """What a method of the modules gives, each for its rows.
+
+        Args:
+            method: "forward" or "join".
+            index: for each sample the module that acts on it, or None if sample i is that of module i.
+            rows: number of samples, of which each is as many consecutive rows of the inputs.
+            inputs: those of the method.
+        """
+        if not self.rows_at_once and not self._values(0):  # the modules are equal
+            return getattr(self.template, method)(*inputs)
+        values = self.gathered(index)
+        if self.rows_at_once and method == "forward":
+            each = len(inputs[0]) // rows
+            if each > 1:
+                values = {name: value.repeat_interleave(each, 0) for name, value in values.items()}
+            return self.template.by_row(values, *inputs)
+        return self._mapped(method, values, rows, inputs)
+
+    def gathered(self, index: torch.Tensor | None, missing: bool = False) -> dict[str, torch.Tensor]:
+        """For each name, the values (rows, ...) of the module of each sample.
+
+        Args:
+            index: for each sample its module, or None if sample i is that of module i.
+            missing: whether an index that is one too large stands for zeros.
+        """
+        stacked = self._stacked()
+        if missing:
+            stacked = {name: F.pad(value, (*(0, 0) * (value.ndim - 1), 0, 1)) for name, value in stacked.items()}
+        if index is None:
+            return stacked
+        return {name: value.index_select(0, index) for name, value in stacked.items()}
+
+    def _stacked(self) -> dict[str, torch.Tensor]:
+        """The values (modules, ...) as they are now."""
+        values = [self._values(number) for number in range(len(self.modules))]
+        if torch.is_grad_enabled():  # each stack is part of the graph of this forward
+            return self._stack(values)
+        # Stacked once, and again after something was written, exchanged or moved. The tensors are held, and with them
+        # their memory, so that what has the same identity and memory later is the same.
+        seen = [(value, _state(value)) for each in values for value in each.values()]
+        if self._kept is not None and _same(self._kept[0], seen):
+            return self._kept[1]
+        stacked = self._stack(values)
+        self._kept = seen, stacked
+        return stacked
+
+    def _values(self, number: int) -> dict[str, torch.Tensor | float]:
+        if self.rows_at_once:
+            return self.modules[number].row_values()
+        found = {}
+        for place, part in enumerate(self.parts[number]):
+            for kind in (part._parameters, part._buffers):
+                found |= {f"{place}.{name}": tensor for name, tensor in kind.items() if tensor is not None}
+        return found
+
+    def _stack(self, values: list[dict[str, torch.Tensor | float]]) -> dict[str, torch.Tensor]:
+        like = next((value for value in values[0].values() if isinstance(value, torch.Tensor)), None)
+        stacked = {}
+        for name, first in values[0].items():
+            each = [own[name] for own in values]
+            if not isinstance(first, torch.Tensor):
+                stacked[name] = torch.tensor(each, dtype=like.dtype, device=like.device)
+                continue
+            if name in self.padded:
+                dimension = self.padded[name]
+                most = max(value.shape[dimension] for value in each)
+                behind = first.ndim - 1 - dimension
+                each = [
+                    value
+                    if value.shape[dimension] == most
+                    else F.pad(value, (*(0, 0) * behind, 0, most - value.shape[dimension]))
+                    for value in each
+                ]
+            stacked[name] = torch.stack(each)
+        return stacked
+
+    def _mapped(self, method: str, values: dict[str, torch.Tensor], rows: int, inputs: tuple):
+        """The method of one module, mapped over rows."""
+        batched = 2 if len(inputs) == 4 else len(inputs)  # of a layer's input, output, weight and bias, the first two
+
+        def of_row(values, own, others):
+            twin = _with_values(self.template, dict(enumerate(self.parts[0])), values, self.owned)
+            return getattr(twin, method)(*own, *others)
+
+        own = [x for x in inputs[:batched] if isinstance(x, torch.Tensor)]
+        others = inputs[len(own) :]
+        own = [x.unflatten(0, (rows, -1)) for x in own]
+        result = torch.vmap(of_row, in_dims=(0, 0, None), randomness="different")(values, own, others)
+        if isinstance(result, tuple):
+            return tuple(each.flatten(0, 1) for each in result)
+        return result.flatten(0, 1)
+
+
+def _same(before: list[tuple], now: list[tuple]) -> bool:
+    pairs = zip(before, now, strict=True)
+    return all(old is new and state is not None and state == later for (old, state), (new, later) in pairs)
+
+
+def _state(value: torch.Tensor | float):
+    """What changes when a tensor is written to, or gets other memory; None where that cannot be seen."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return None if value.is_inference() else (value._version, value.untyped_storage()._cdata, value.dtype)
+
+
+def _parts(module: nn.Module, owned: set[nn.Module]) -> Iterator[nn.Module]:
+    """The modules whose tensors a module computes with, but for those of the backbone; itself first."""
+    yield module
+    for child in module._modules.values():
+        if child is not None:
+            yield from _parts(child, owned)
+    for name, value in sorted(vars(module).items()):
+        if isinstance(value, tuple) and name not in _OF_MODULES:
+            for each in value:
+                if isinstance(each, nn.Module) and each in owned:
+                    yield from _parts(each, owned)
+
+
+def _with_values(
+    module: nn.Module, parts: dict[int, nn.Module], values: dict[str, torch.Tensor], owned: set[nn.Module]
+) -> nn.Module:
+    """A module like this one that computes with other tensors; this one stays as it is, for other threads."""
+    numbers = iter(parts)
+
+    def twin_of(module: nn.Module) -> nn.Module:
+        place = next(numbers)  # in the order of `_parts`
+        twin = type(module).__new__(type(module))
+        own = dict(vars(module))
+        for kind in ("_parameters", "_buffers"):
+            own[kind] = {name: values.get(f"{place}.{name}") for name in own[kind]}
+        own["_modules"] = {name: child and twin_of(child) for name, child in own["_modules"].items()}
+        for name, value in sorted(vars(module).items()):
+            if isinstance(value, tuple) and name not in _OF_MODULES:
+                own[name] = tuple(
+                    twin_of(each) if isinstance(each, nn.Module) and each in owned else each for each in value
+                )
+        twin.__dict__ = own
+        return twin
+
+    return twin_of(module)
+
+
+class OnRows:
+    """Lets modules that act together be called like one of them.
+
+    Args:
+        together: the modules.
+        index: for each sample its module, or None if sample i is that of module i.
+        rows: number of samples.
+    """
+
+    def __init__(self, together: Together, index: torch.Tensor | None, rows: int):
+        self.together, self.index, self.rows = together, index, rows
+
+    def __call__(self, *inputs):
+        """What `forward` of the modules gives."""
+        return self.together.act("forward", self.index, self.rows, inputs)
+
+    @property
+    def reads_attention_input(self) -> bool:
+        """Whether the modules do."""
+        return getattr(self.together.template, "reads_attention_input", False)
+
+
+class JoiningOnRows(OnRows):
+    """Likewise for modules with a `join`."""
+
+    def join(self, *inputs):
+        """What `join` of the modules gives."""
+        return self.together.act("join", self.index, self.rows, inputs)
+
+
+def on_rows(acts: Acts, together: Together, index: torch.Tensor | None, rows: int) -> Callable:
+    """What acts in the place of one of the modules."""
+    if isinstance(acts, OnPatches | Located):
+        return type(acts)(on_rows(acts.module, together, index, rows), acts.first)
+    return (JoiningOnRows if hasattr(acts, "join") else OnRows)(together, index, rows)
