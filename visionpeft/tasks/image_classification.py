@@ -63,6 +63,7 @@ class ImageClassification(AdaptedTask):
         cutmix: alpha of CutMix, 0 for none; with both, one of the two is drawn for each batch.
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch (dropout, mixup) is a function of the seed and the epoch.
+        compile: run the model as one graph made by `torch.compile`; the first steps take minutes, later ones less time.
     """
 
     def __init__(
@@ -91,7 +92,13 @@ class ImageClassification(AdaptedTask):
         cutmix: float = 0.0,
         optimisation: Optimisation = Optimisation(),  # noqa: B008  (frozen)
         seed: int = 0,
+        compile: bool = False,
     ):
+        if compile and cache:
+            raise ConfigurationError(
+                "compile makes one graph of the whole model, of which cache runs only what follows the frozen part; "
+                "leave one of the two out"
+            )
         objective = build_objective(
             labels,
             len(class_names),
@@ -130,6 +137,8 @@ class ImageClassification(AdaptedTask):
             size = cache_mib * 2**20
             kept = ContentCache(size) if cache == "memory" else FolderCache(cache, size)
             self.trunk = CachedTrunk(self.model, kept)
+        if compile:
+            self.compile_model()
 
         self.mix = None
         if mixup or cutmix:

@@ -42,6 +42,7 @@ class VideoClassification(AdaptedTask):
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch (dropout) is a function of the seed and the epoch.
         head_std: standard deviation of the head's first weights; ST-Adapter has 0.02, AIM 0.01.
+        compile: run the model as one graph made by `torch.compile`; the first steps take minutes, later ones less time.
     """
 
     kind = "videos"
@@ -63,6 +64,7 @@ class VideoClassification(AdaptedTask):
         optimisation: Optimisation = Optimisation(),  # noqa: B008  (frozen)
         seed: int = 0,
         head_std: float = 0.02,
+        compile: bool = False,
     ):
         super().__init__(method, class_names, backbone, label_smoothing, optimisation, seed)
         kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
@@ -74,6 +76,8 @@ class VideoClassification(AdaptedTask):
         )
         self.model.set_num_frames(num_frames, interpolate)
         attach(self.model, self.methods, name=self.adapter_name, train=tuple(train or ()))
+        if compile:
+            self.compile_model()
 
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how this backbone wants its frames.
@@ -95,4 +99,4 @@ class VideoClassification(AdaptedTask):
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (batch, classes) of clips; of several views of each video, the log of the mean probabilities."""
-        return over_views(self.model, clips) if clips.ndim == 6 else self.model(clips)
+        return over_views(self.run_model, clips) if clips.ndim == 6 else self.run_model(clips)
