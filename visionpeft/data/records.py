@@ -1,5 +1,6 @@
 """Labelled image files: what a list or a folder of images becomes, and the checks every data set passes."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -69,6 +70,20 @@ class ImageFiles(Files):
     def image(self, index: int) -> Image.Image:
         """RGB image; raises DataError when the file is missing or damaged."""
         return open_image(self.paths[index])
+
+    def stamp(self, index: int) -> tuple | None:
+        """Which file `image` would read and which writing of it, None where it cannot be known.
+
+        Two stamps are equal only if the file was not written, replaced or exchanged between them.
+        """
+        if type(self).image is not ImageFiles.image:  # another class may make its images of something else
+            return None
+        try:
+            status = os.stat(self.paths[index])
+        except OSError:
+            return None
+        # The time of the last change of any kind cannot be set back, as that of the last writing can.
+        return str(self.paths[index]), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     def subset(self, indices: np.ndarray) -> "ImageFiles":
         """The images at `indices`."""
