@@ -1,7 +1,7 @@
-"""What `torch.compile` makes of a training step: time, bytes kept for backward, and what compiling costs; ours, HF peft.
+"""What `torch.compile` makes of a training step: time, bytes kept for backward, seconds of compiling; ours and HF peft.
 
-The cases are those of `adaptation.py`, as they are and compiled in place, which `--model.compile true` of `fit` does.
-They take turns. Compiled, it is the partitioner of the compiler that decides what is kept for the backward pass.
+The cases are those of `adaptation.py`: as they are, compiled by PyTorch's defaults, and ours also as `--model.compile
+true` of `fit` compiles them, which computes cheap results again in the backward pass. All take turns.
 
     python benchmarks/compiled.py --models vit_small_patch16_224 --batch-size 4 --rounds 3
     python benchmarks/compiled.py --device cuda --precisions bfloat16 --batch-size 64 --rounds 10
@@ -16,20 +16,27 @@ import torch
 from adaptation import MIB, STEPS, Case
 from measuring import clock, table, write
 
+from visionpeft.tasks.compiling import compile_in_place
+
 CASES = ["LoRA r8 on all linears", "HF peft LoRA r8 on all linears", "VPT-deep, 10 prompts", "SSF"]
 
 
 class Compiled(Case):
-    """A case whose model is compiled.
+    """A case whose model is compiled by PyTorch's defaults.
 
     Attributes:
         compiling: seconds of the first step above those of a later one, by the clock; set by `warm_up`.
     """
 
+    how = ", torch.compile"
     compiling: float | None = None
 
     def __init__(self, *args):
         super().__init__(*args)
+        self.compile()
+
+    def compile(self) -> None:
+        """Compile the model in place."""
         self.model.compile(fullgraph=True, isolate_recompiles=True)
 
     def warm_up(self) -> None:
@@ -43,11 +50,26 @@ class Compiled(Case):
         self.compiling = seconds[0] - seconds[1]
 
 
+class CompiledByFit(Compiled):
+    """A case whose model is compiled as `fit` does it."""
+
+    how = ", --model.compile true"
+
+    def compile(self) -> None:
+        """Compile the model in place."""
+        compile_in_place(self.model)
+
+
+def kinds(name: str) -> list[type[Case]]:
+    """How a case is run."""
+    return [Case, Compiled] if name.startswith(("HF peft", "full")) else [Case, Compiled, CompiledByFit]
+
+
 def measure(model: str, precision: str, args: argparse.Namespace) -> list[dict]:
     """The rows of one backbone in one precision."""
     options = (model, precision, args.batch_size, args.device)
     forward = Case("frozen forward", *options)
-    cases = [kind(name, *options) for name in args.only for kind in (Case, Compiled)]
+    cases = [kind(name, *options) for name in args.only for kind in kinds(name)]
     for case in [forward, *cases]:
         if isinstance(case, Compiled):
             case.warm_up()
@@ -65,7 +87,7 @@ def measure(model: str, precision: str, args: argparse.Namespace) -> list[dict]:
         compiling = getattr(case, "compiling", None)
         rows.append(
             {
-                "case": f"{case.name}, compiled" if isinstance(case, Compiled) else case.name,
+                "case": case.name + getattr(case, "how", ""),
                 "backbone": model,
                 "precision": precision,
                 "seconds": f"{statistics.median(case.seconds):.3f}",

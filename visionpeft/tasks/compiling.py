@@ -1,6 +1,6 @@
 """A network compiled where it is: the same module with the same keys, whose calls run what `torch.compile` made."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 from visionpeft.errors import ConfigurationError, one_line
 
-BACKEND = "inductor"
+BACKEND: str | Callable = "inductor"
 # Training, validation and test, with batches of another size and of one, and adapters that were loaded since, are
 # graphs of their own. Beyond so many PyTorch gives up.
 MOST_GRAPHS = 32
@@ -17,6 +17,7 @@ MOST_GRAPHS = 32
 def compile_in_place(model: nn.Module) -> None:
     """Let calls of a model run as one graph without breaks, compiled at the first call of each kind.
 
+    What the adapted blocks spare of memory by computing norms and activations again, the compiled graph spares, too.
     The model stays the module that it is, so that its `state_dict` has no further prefix, adapters can be switched, and
     what copies it gets a model that is not compiled.
 
@@ -25,11 +26,25 @@ def compile_in_place(model: nn.Module) -> None:
     """
     try:
         # Isolated, because the graphs of all models that are compiled so would be counted together.
-        model.compile(backend=BACKEND, fullgraph=True, recompile_limit=MOST_GRAPHS, isolate_recompiles=True)
+        model.compile(backend=_keep_little, fullgraph=True, recompile_limit=MOST_GRAPHS, isolate_recompiles=True)
     except RuntimeError as error:  # a Python or a system that it does not know
         raise _refused(error) from error
     if BACKEND == "inductor" and not torch.cuda.is_available():
         _require_cpp_compiler()
+
+
+def _keep_little(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+    """Compile a graph that keeps no cheap result for its backward pass.
+
+    By itself the compiler keeps what a product of matrices will read there, such as the output of a norm, although to
+    compute it again costs next to nothing: it cannot be computed within the product's own kernel.
+    """
+    from torch._dynamo import lookup_backend
+    from torch._functorch import config
+
+    compiler = lookup_backend(BACKEND) if isinstance(BACKEND, str) else BACKEND
+    with config.patch(ban_recompute_materialized_backward=False):
+        return compiler(graph, inputs)
 
 
 def _require_cpp_compiler() -> None:
