@@ -26,25 +26,31 @@ def compile_in_place(model: nn.Module) -> None:
     """
     try:
         # Isolated, because the graphs of all models that are compiled so would be counted together.
-        model.compile(backend=_keep_little, fullgraph=True, recompile_limit=MOST_GRAPHS, isolate_recompiles=True)
+        model.compile(
+            backend=_keeping_little(BACKEND), fullgraph=True, recompile_limit=MOST_GRAPHS, isolate_recompiles=True
+        )
     except RuntimeError as error:  # a Python or a system that it does not know
         raise _refused(error) from error
     if BACKEND == "inductor" and not torch.cuda.is_available():
         _require_cpp_compiler()
 
 
-def _keep_little(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-    """Compile a graph that keeps no cheap result for its backward pass.
+def _keeping_little(backend: str | Callable) -> Callable:
+    """A backend that keeps no cheap result for the backward pass.
 
     By itself the compiler keeps what a product of matrices will read there, such as the output of a norm, although to
     compute it again costs next to nothing: it cannot be computed within the product's own kernel.
     """
-    from torch._dynamo import lookup_backend
-    from torch._functorch import config
 
-    compiler = lookup_backend(BACKEND) if isinstance(BACKEND, str) else BACKEND
-    with config.patch(ban_recompute_materialized_backward=False):
-        return compiler(graph, inputs)
+    def compile_graph(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        from torch._dynamo import lookup_backend
+        from torch._functorch import config
+
+        compiler = lookup_backend(backend) if isinstance(backend, str) else backend
+        with config.patch(ban_recompute_materialized_backward=False):
+            return compiler(graph, inputs)
+
+    return compile_graph
 
 
 def _require_cpp_compiler() -> None:
