@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.access import alone_with, on_model, uncompiled
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
-from visionpeft.adapters.economies import Economies
+from visionpeft.adapters.economies import Economies, may_narrow
 from visionpeft.adapters.install import check_unchanged, install, parameters_in_use, remember_hosts
 from visionpeft.adapters.layer_decay import distances
 from visionpeft.adapters.selfcheck import check_tower
@@ -171,7 +171,7 @@ def disable(model: nn.Module) -> nn.Module:
 
 @on_model
 def economise(
-    model: nn.Module, *, class_token_only: bool = False, recompute: Literal["mlp", "block"] | None = None
+    model: nn.Module, *, class_token_only: bool | None = False, recompute: Literal["mlp", "block"] | None = None
 ) -> nn.Module:
     """Choose exact economies for a model with adapters; without arguments, none. Outputs and gradients stay the same.
 
@@ -182,7 +182,8 @@ def economise(
         class_token_only: in the last block of an image tower that pools its class token, compute queries, projection
             and MLP for this token alone. What the blocks give, such as timm's `forward_features`, is then that token.
             It stands aside, and all tokens are there, while a hook sees them, while a batch is routed, and if an active
-            method mixes tokens after the attention of this block; `forward_intermediates` is refused.
+            method mixes tokens after the attention of this block; `forward_intermediates` is refused. None chooses it
+            where the tower allows it.
         recompute: "mlp" computes the hidden activations of every MLP again in the backward pass instead of keeping
             them, "block" all activations of every block, by the library's own gradient checkpointing.
 
@@ -193,9 +194,10 @@ def economise(
         ConfigurationError: if the model has no adapters, or there is no such choice.
         UnsupportedError: if the image tower pools its tokens in another way.
     """
-    peft, chosen = attached(model), Economies(class_token_only, recompute)
+    peft = attached(model)
     with plain(model):
         towers = describe(model).towers
+        chosen = Economies(may_narrow(towers) if class_token_only is None else class_token_only, recompute)
         chosen.check(towers)
         for tower in towers.values():
             check_tower(tower, {index: set() for index in range(tower.depth) if chosen.need(tower, index)})

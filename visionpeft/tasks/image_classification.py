@@ -43,7 +43,8 @@ class ImageClassification(AdaptedTask):
         head_init: initialisation of the head: "truncated_normal", "zeros", "kaiming" or "uniform".
         train: names of further backbone parameters to train, such as "cls_token"; they travel with the adapter.
         drop_path: rate of the backbone's stochastic depth while training, rising linearly with depth.
-        class_token_only: in the last block follow the class token alone, if it is all that is read; exact and cheaper.
+        class_token_only: in the last block follow the class token alone; exact and cheaper. By default where it is all
+            that is read.
         recompute: compute "mlp" (hidden activations) or "block" (all activations) again in the backward pass instead
             of keeping them; exact, for less memory.
         cache: keep what the frozen part before the first trained block gives for each image, in "memory" or in a
@@ -78,7 +79,7 @@ class ImageClassification(AdaptedTask):
         head_init: HeadInit = "truncated_normal",
         train: list[str] | None = None,
         drop_path: float = 0.0,
-        class_token_only: bool = False,
+        class_token_only: bool | None = None,
         recompute: Literal["mlp", "block"] | None = None,
         cache: str | None = None,
         cache_mib: int = 2048,

@@ -1,10 +1,12 @@
 """Video classification with a frozen, adapted backbone of images."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from visionpeft.adapters.attach import attach
+from visionpeft.adapters.attach import attach, economise
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
@@ -76,6 +78,7 @@ class VideoClassification(AdaptedTask):
         )
         self.model.set_num_frames(num_frames, interpolate)
         attach(self.model, self.methods, name=self.adapter_name, train=tuple(train or ()))
+        economise(self.model, class_token_only=None)
         if compile:
             self.compile_model()
 
@@ -92,6 +95,11 @@ class VideoClassification(AdaptedTask):
                 f"the data gives clips of {given} frames (--data.sampling.num_frames), but the model takes "
                 f"{self.model.num_frames} (--model.num_frames); give both the same number"
             )
+
+    def load(self, folder: Path) -> None:
+        """Read an adapter in the place of the attached one."""
+        super().load(folder)
+        economise(self.model, class_token_only=None)
 
     def example(self) -> Tensor:
         """A batch of one clip, of zeros."""
