@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import time
 from dataclasses import replace
 
 import pytest
@@ -21,10 +22,13 @@ from visionpeft.data import ImageFolder
 from visionpeft.data.records import ImageFiles
 from visionpeft.data.transforms import ImageTransform
 
+TICK = 0.05  # after which the time of a file tells whether it was written to again
+
 
 @pytest.fixture
 def folder(tmp_path):
     write_class_folders(tmp_path / "images" / "train", {"a": 4, "b": 4})
+    time.sleep(TICK)
     return tmp_path / "images"
 
 
@@ -102,6 +106,7 @@ def test_a_changed_file_is_another_image(folder, kept):
     file.write_bytes(rotated.read_bytes())
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert file.stat().st_mtime_ns == status.st_mtime_ns
+    time.sleep(TICK)
     after, _ = dataset.__getitems__(keys)
     differing = [one != other for one, other in zip(names_of(before), names_of(after), strict=True)]
     assert differing == [index == 3 and not kept for index in keys]
@@ -109,6 +114,16 @@ def test_a_changed_file_is_another_image(folder, kept):
     assert torch.equal(after, before) == kept
     anew, _ = module(folder).dataset("train").__getitems__(keys)
     assert torch.equal(cache.rows("source", anew, means), means(anew))
+
+
+def test_a_file_just_written_has_no_name(folder, monkeypatch):
+    """It could be written once more before the clock of the file system ticks."""
+    dataset = module(folder).dataset("train")
+    assert dataset.source.stamp(0) is not None
+    changed = dataset.source.paths[0].stat().st_ctime_ns
+    monkeypatch.setattr(time, "time_ns", lambda: changed + 10**6)
+    assert dataset.source.stamp(0) is None
+    assert type(dataset.__getitems__([0, 1])) is tuple
 
 
 def test_augmentation_is_in_the_name(folder):

@@ -56,10 +56,28 @@ def test_the_last_block_follows_the_class_token(method):
     assert not averaged.model.peft.economies.class_token_only
 
 
-def test_videos_and_learners_follow_it_too(tmp_path):
+def test_a_block_of_another_library_keeps_all_tokens(monkeypatch):
+    """A probe needs no sited form, so that one that does not compute the same is no reason to refuse it."""
+
+    def refuse(_, blocks):
+        if blocks:
+            raise vp.UnsupportedError("it computes something else")
+
+    monkeypatch.setattr("visionpeft.adapters.attach.check_tower", refuse)
+    task = make(vp.LinearProbe())
+    assert rows(task.model, IMAGES) == [TOKENS] * 3
+    with pytest.raises(vp.UnsupportedError):
+        make(vp.LinearProbe(), class_token_only=True)
+
+
+def test_videos_and_learners_follow_it_too():
     clips = torch.randn(2, 3, 2, 32, 32)
     video = make(vp.AIM(num_frames=2), VideoClassification, num_frames=2)
     assert rows(video.model, clips, blocks="backbone.blocks") == [TOKENS, TOKENS, 1]
+    video.eval()
+    found = video(clips)
+    vp.economise(video.model)
+    torch.testing.assert_close(video(clips), found, atol=1e-6, rtol=1e-5)
     learner = PromptLearning(functools.partial(learners.CLIPLoRA, rank=2), NAMES).learner
     assert learner.clip.peft.economies.class_token_only
     with_all = vp.economise(learner.clip, class_token_only=False)

@@ -15,7 +15,7 @@ from visionpeft.adapters.layer_decay import distances
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import check_product, check_products, is_quantised
-from visionpeft.backbones.tower import Backbone
+from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
 from visionpeft.sites import Order, order_of
@@ -197,7 +197,9 @@ def economise(
     peft = attached(model)
     with plain(model):
         towers = describe(model).towers
-        chosen = Economies(may_narrow(towers) if class_token_only is None else class_token_only, recompute)
+        if class_token_only is None:
+            class_token_only = may_narrow(towers) and _can_be_sited(towers["visual"], towers["visual"].depth - 1)
+        chosen = Economies(class_token_only, recompute)
         chosen.check(towers)
         for tower in towers.values():
             check_tower(tower, {index: set() for index in range(tower.depth) if chosen.need(tower, index)})
@@ -205,6 +207,15 @@ def economise(
     peft.forget()
     install(model)
     return model
+
+
+def _can_be_sited(tower: Tower, index: int) -> bool:
+    """Whether the sited form of a block computes what the block does."""
+    try:
+        check_tower(tower, {index: set()})
+    except UnsupportedError:
+        return False
+    return True
 
 
 @contextmanager
