@@ -31,6 +31,7 @@ from conftest import (
     output_of,
     randomise,
     same_bytes,
+    show_data,
     spread,
     spread_pairs,
 )
@@ -785,8 +786,44 @@ COMPILED = [(BY_HOST["vit_cls"], names) for names in IN_ONE_GRAPH]
 COMPILED += [(host, ("vpt_deep", "lora_all")) for host in FEW_HOSTS if host.name != "vit_cls"]
 
 
+# The other methods are traced without the compiler's own work, which is the same for all.
+ONLY_TRACED = (
+    ("full", "lora", "vera", "ada_lora", "krona"),
+    ("layer_norm_tuning", "kadaptation", "compacter"),
+    ("last_block", "fact", "mam", "child_f", "linear_probe"),
+    ("fish_mask", "spt"),
+)
+
+
 def test_every_method_is_in_a_graph():
     assert sorted(name for names in IN_ONE_GRAPH for name in names) == sorted(FEW_NAMES)
+    traced = {type(BY_NAME[name].method) for names in (*IN_ONE_GRAPH, *ONLY_TRACED) for name in names}
+    assert traced == {type(case.method) for case in CASES}
+
+
+@pytest.mark.parametrize("names", ONLY_TRACED, ids="-".join)
+def test_no_graph_breaks(names):
+    """Nor is there another graph after a step, in which what the methods do between the steps has changed them."""
+    torch._dynamo.reset()
+    host, graphs, dtype = shallow(BY_HOST["vit_cls"], 1), [], torch.float64
+    model = vp.attach(host.build(dtype), [BY_NAME[name].on(host) for name in names])
+    if model.peft["default"].pending:
+        show_data(host, model)
+    randomise(model.peft["default"])
+
+    def run_as_it_is(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model.eval(), backend=run_as_it_is, fullgraph=True)
+    for step in (1, 2):
+        output, gradients = compiled_loss(host, model, compiled, dtype)
+        expected, others = compiled_loss(host, model, model, dtype)
+        assert distance(output, expected) < 1e-11
+        assert gradients.keys() == others.keys()
+        assert all(torch.allclose(gradients[name], others[name], atol=1e-9) for name in gradients)
+        vp.after_step(model, step, 10)
+    assert len(graphs) == 1
 
 
 @pytest.mark.slow

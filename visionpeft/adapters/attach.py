@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.access import alone_with, beside_others, on_model, uncompiled
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
-from visionpeft.adapters.economies import Economies
+from visionpeft.adapters.economies import Economies, may_narrow
 from visionpeft.adapters.install import check_unchanged, freeze_unused, install, parameters_in_use, remember_hosts
 from visionpeft.adapters.layer_decay import distances
 from visionpeft.adapters.route import Opened
@@ -18,7 +18,7 @@ from visionpeft.adapters.routes import check_not_routed, routes_of
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import check_product, check_products, is_quantised
-from visionpeft.backbones.tower import Backbone
+from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
 from visionpeft.sites import Order, order_of
@@ -177,7 +177,7 @@ def disable(model: nn.Module) -> nn.Module:
 
 @on_model
 def economise(
-    model: nn.Module, *, class_token_only: bool = False, recompute: Literal["mlp", "block"] | None = None
+    model: nn.Module, *, class_token_only: bool | None = False, recompute: Literal["mlp", "block"] | None = None
 ) -> nn.Module:
     """Choose exact economies for a model with adapters; without arguments, none. Outputs and gradients stay the same.
 
@@ -188,7 +188,8 @@ def economise(
         class_token_only: in the last block of an image tower that pools its class token, compute queries, projection
             and MLP for this token alone. What the blocks give, such as timm's `forward_features`, is then that token.
             It stands aside, and all tokens are there, while a hook sees them, while a batch is routed, and if an active
-            method mixes tokens after the attention of this block; `forward_intermediates` is refused.
+            method mixes tokens after the attention of this block; `forward_intermediates` is refused. None chooses it
+            where the tower allows it.
         recompute: "mlp" computes the hidden activations of every MLP again in the backward pass instead of keeping
             them, "block" all activations of every block, by the library's own gradient checkpointing.
 
@@ -199,9 +200,12 @@ def economise(
         ConfigurationError: if the model has no adapters, or there is no such choice.
         UnsupportedError: if the image tower pools its tokens in another way.
     """
-    peft, chosen = attached(model), Economies(class_token_only, recompute)
+    peft = attached(model)
     with plain(model):
         towers = describe(model).towers
+        if class_token_only is None:
+            class_token_only = may_narrow(towers) and _can_be_sited(towers["visual"], towers["visual"].depth - 1)
+        chosen = Economies(class_token_only, recompute)
         chosen.check(towers)
         for tower in towers.values():
             check_tower(tower, {index: set() for index in range(tower.depth) if chosen.need(tower, index)})
@@ -209,6 +213,15 @@ def economise(
     peft.forget()
     install(model)
     return model
+
+
+def _can_be_sited(tower: Tower, index: int) -> bool:
+    """Whether the sited form of a block computes what the block does."""
+    try:
+        check_tower(tower, {index: set()})
+    except UnsupportedError:
+        return False
+    return True
 
 
 @contextmanager

@@ -33,8 +33,7 @@ class Economies:
         Raises:
             UnsupportedError: `class_token_only` for a model that reads other tokens after its last block.
         """
-        tower = towers.get("visual")
-        if self.class_token_only and (tower is None or not tower.pools_class_token):
+        if self.class_token_only and not may_narrow(towers):
             raise UnsupportedError(
                 "class_token_only is for image towers that read nothing but the class token after the last block; "
                 "this one pools its tokens in another way"
@@ -58,6 +57,12 @@ class Economies:
         if last and acting is not None and _treats_class_token_alone(acting):
             norms = [tower.layers[site].owner for site in tower.final_norms if site in tower.layers]
             sites.class_token_only = ClassTokenOnly(tower.module, tower.blocks[index].module, norms)
+
+
+def may_narrow(towers: dict[str, Tower]) -> bool:
+    """Whether nothing but the class token of the image tower is read after its last block."""
+    tower = towers.get("visual")
+    return tower is not None and tower.pools_class_token
 
 
 def _treats_class_token_alone(acting: Acting) -> bool:

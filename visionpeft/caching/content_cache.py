@@ -1,10 +1,10 @@
-"""What frozen modules make of images, kept by what it depends on: the content of the image and of the modules."""
+"""What frozen modules make of images, kept by what it depends on: the image and the content of the modules."""
 
 import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from visionpeft.caching.named_images import names_of
 from visionpeft.errors import StorageError
 from visionpeft.files import write_whole
 
@@ -27,8 +28,9 @@ PARTIAL_ROW = re.compile(r"\.[0-9a-f]{32}\.safetensors\..+")  # as `write_whole`
 class ContentCache:
     """Rows of tensors computed from images, in memory, found again by the bytes of the image and a source.
 
-    A changed image or source is another key, so that a stale row is never given out. What is kept is bounded: when it
-    is full, rows of other sources make room, and then further ones are computed each time.
+    A changed image or source is another key, so that a stale row is never given out. Images that have names are found
+    by these, without reading them. What is kept is bounded: when it is full, rows of other sources make room, and then
+    further ones are computed each time.
 
     Args:
         max_bytes: most bytes that are kept.
@@ -51,7 +53,7 @@ class ContentCache:
             images: the images.
             work_out: makes the rows of some images.
         """
-        keys = [(source, content) for content in contents(images)]
+        keys = [(source, identity) for identity in self.identities(images)]
         found = {key: self._find(key, images.device) for key in dict.fromkeys(keys)}
         missing = [index for index, key in enumerate(keys) if found[key] is None]
         if missing:
@@ -62,6 +64,10 @@ class ContentCache:
                         found[keys[index]] = row
                         self._keep(keys[index], row)
         return torch.stack([found[key] for key in keys])
+
+    def identities(self, images: Tensor) -> Sequence[bytes]:
+        """What each of (batch, ...) images is known by: its name, or else its content."""
+        return names_of(images) or contents(images)
 
     def _find(self, key: tuple[str, bytes], device: torch.device) -> Tensor | None:
         return self.kept.get(key)
@@ -82,7 +88,8 @@ class FolderCache(ContentCache):
     All of it is in `folder/visionpeft-rows`, and only files that have the names of rows are ever deleted, so that
     `folder` may hold anything else. Several processes may use one folder, and the bound holds for all of them together:
     the file `bytes` has the sum of what is kept, and is changed under the lock of the file `lock`. When the folder is
-    full, the sources make room that were not written to for longest.
+    full, the sources make room that were not written to for longest. Rows are found by contents, as names do not
+    outlive a process; of an image that has a name, this process reads the content once.
 
     Args:
         folder: where `visionpeft-rows` is, or is made.
@@ -99,6 +106,7 @@ class FolderCache(ContentCache):
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made ({error.strerror}); name another folder to keep") from None
+        self._contents: dict[bytes, bytes] = {}  # of the images that had names
         self._no_room: tuple[Path, int] | None = None  # source and sum of bytes at which nothing else could make room
         try:
             with FileLock(self.folder / "lock"):
@@ -110,6 +118,15 @@ class FolderCache(ContentCache):
             ) from None
         except OSError:  # one that may only be read still gives what it has
             self.bytes = sum(path.stat().st_size for path in self._rows())
+
+    def identities(self, images: Tensor) -> Sequence[bytes]:
+        """The content of each image, which is read where it has no name, or has not been read under this one."""
+        names = names_of(images)
+        if names is None:
+            return contents(images)
+        if not all(name in self._contents for name in names):
+            self._contents.update(zip(names, contents(images), strict=True))
+        return [self._contents[name] for name in names]
 
     def _find(self, key: tuple[str, bytes], device: torch.device) -> Tensor | None:
         try:

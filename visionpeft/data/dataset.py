@@ -1,5 +1,6 @@
 """Labelled images as tensors: prepared once, kept in memory while they fit, augmented and normalised batch by batch."""
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from visionpeft.caching.named_images import Batch
 from visionpeft.data.records import Source
 from visionpeft.errors import ConfigurationError, DataError
 
@@ -51,9 +53,14 @@ class LabelledDataset(Dataset):
 
     def _batch(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
-        inputs = [self._input(index, epoch) for index, epoch in pairs]
+        inputs, names = zip(*(self._named_input(index, epoch) for index, epoch in pairs), strict=True)
         labels = self.as_labels([self.source.labels[index] for index, _ in pairs])
-        return self.transform.normalise(torch.stack(inputs)), labels
+        images = self.transform.normalise(torch.stack(inputs))
+        return (images, labels) if None in names else Batch((images, labels), names)
+
+    def _named_input(self, index: int, epoch: int) -> tuple[torch.Tensor, bytes | None]:
+        """An input, and the name by which it can be known; None where it has none."""
+        return self._input(index, epoch), None
 
 
 class ImageDataset(LabelledDataset):
@@ -87,21 +94,32 @@ class ImageDataset(LabelledDataset):
         self.free_bytes = cache_bytes
         self.views = views
         self.as_labels = as_labels
-        self.prepared: dict[int, torch.Tensor] = {}
+        self.prepared: dict[int, tuple[torch.Tensor, tuple | None]] = {}
 
-    def _input(self, index: int, epoch: int) -> torch.Tensor:
-        if self.views is not None:
-            epoch %= self.views
-        return self.transform.augment(self._prepare(index), self.seed, epoch, index)
+    def _named_input(self, index: int, epoch: int) -> tuple[torch.Tensor, bytes | None]:
+        image, stamp = self._prepare(index)
+        seeds = self.seed, epoch if self.views is None else epoch % self.views, index
+        return self.transform.augment(image, *seeds), self._name(stamp, seeds)
 
-    def _prepare(self, index: int) -> torch.Tensor:
-        image = self.prepared.get(index)
-        if image is None:
-            image = self.transform.prepare(self.source.image(index))
-            if image.nbytes <= self.free_bytes:
-                self.free_bytes -= image.nbytes
-                self.prepared[index] = image
-        return image
+    def _name(self, stamp: tuple | None, seeds: tuple[int, int, int]) -> bytes | None:
+        described = self.transform.description() if hasattr(self.transform, "description") else None
+        if described is None or stamp is None:
+            return None
+        # Without augmentation all epochs show the same; with it, what is drawn is a function of the seeds.
+        drawn = None if self.transform.augmentation == "none" else seeds
+        return hashlib.sha256(f"{described} {stamp} {drawn}".encode()).digest()[:16]
+
+    def _prepare(self, index: int) -> tuple[torch.Tensor, tuple | None]:
+        """The prepared image, and which writing of its file it is."""
+        if index in self.prepared:
+            return self.prepared[index]
+        # Before the file is read: one that is changed meanwhile will have another stamp when it is read again.
+        stamp = self.source.stamp(index) if hasattr(self.source, "stamp") else None
+        image = self.transform.prepare(self.source.image(index))
+        if image.nbytes <= self.free_bytes:
+            self.free_bytes -= image.nbytes
+            self.prepared[index] = image, stamp
+        return image, stamp
 
 
 class ImageLoader(DataLoader):
@@ -121,9 +139,9 @@ class TrainLoader(ImageLoader):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.delivered = self.sampler.start
-        for images, labels in super().__iter__():
-            self.delivered += len(labels)
-            yield images, labels
+        for batch in super().__iter__():
+            self.delivered += len(batch[1])
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and how many of its samples were delivered, by all processes together."""

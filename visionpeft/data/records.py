@@ -1,5 +1,7 @@
 """Labelled image files: what a list or a folder of images becomes, and the checks every data set passes."""
 
+import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -11,6 +13,8 @@ from PIL import Image
 from visionpeft.data.images import open_image
 from visionpeft.data.labels import Labels, check_numbers, in_words, parts_of
 from visionpeft.errors import DataError
+
+SECOND = 10**9  # in nanoseconds
 
 
 class Source(Protocol):
@@ -69,6 +73,26 @@ class ImageFiles(Files):
     def image(self, index: int) -> Image.Image:
         """RGB image; raises DataError when the file is missing or damaged."""
         return open_image(self.paths[index])
+
+    def stamp(self, index: int) -> tuple | None:
+        """Which file `image` would read and which writing of it, None where it cannot be known.
+
+        Two stamps are equal only if the file was not written, replaced or exchanged between them. (On Windows, which
+        does not tell when a file was last changed, one whose time of writing was set back would pass.)
+        """
+        if type(self).image is not ImageFiles.image:  # another class may make its images of something else
+            return None
+        try:
+            status = os.stat(self.paths[index])
+        except OSError:
+            return None
+        # Clocks of file systems tick. A file that was written within the last tick may be written again in the same.
+        whole_seconds = status.st_mtime_ns % SECOND == status.st_ctime_ns % SECOND == 0
+        if time.time_ns() - status.st_ctime_ns < (2 * SECOND if whole_seconds else SECOND // 50):
+            return None
+        # The time of the last change of any kind cannot be set back, as that of the last writing can.
+        times = status.st_mtime_ns, status.st_ctime_ns
+        return str(self.paths[index]), status.st_dev, status.st_ino, status.st_size, *times
 
     def subset(self, indices: np.ndarray) -> "ImageFiles":
         """The images at `indices`."""

@@ -91,6 +91,14 @@ class ImageTransform:
         """uint8 (..., 3, H, W) -> float32 (..., 3, H, W), `(image / 255 - mean) / std`."""
         return images.float().sub_(self.mean).div_(self.std)
 
+    def description(self) -> str | None:
+        """All that decides what becomes of an image, seeds apart; None of a class that may do something else."""
+        if type(self) is not ImageTransform:
+            return None
+        scale = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        random = None if self.augmentation == "none" else self._random
+        return f"{self.resize} {self.size} {self.crop_pct} {self.interpolation} {scale} {self.augmentation} {random}"
+
     def _resized(self, image: Image.Image, size: list[int]) -> Image.Image:
         return F.resize(image, size, interpolation=self.interpolation, antialias=True)
 

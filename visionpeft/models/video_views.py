@@ -1,12 +1,12 @@
 """Several views of a video, tested by the mean of their predictions."""
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import nn
 
 
-def over_views(model: nn.Module, views: torch.Tensor) -> torch.Tensor:
+def over_views(model: Callable[[torch.Tensor], torch.Tensor], views: torch.Tensor) -> torch.Tensor:
     """Log of the class probabilities averaged over the views of each video: log(mean_v softmax(model(view_v))).
 
     Args:

@@ -1,6 +1,6 @@
 """What the tasks share that train adapters and a head on a frozen backbone."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,6 +20,7 @@ from visionpeft.methods import Method
 from visionpeft.methods.parts.base import describe_method
 from visionpeft.sharing.trained_model import learnt_objective
 from visionpeft.tasks.averaging import copy_again
+from visionpeft.tasks.compiling import check_device, compile_in_place, in_one_sentence, not_compiled
 from visionpeft.tasks.objective import Objective
 from visionpeft.tasks.objectives import OneClass
 from visionpeft.tasks.optimisation import Optimisation
@@ -62,6 +63,27 @@ class AdaptedTask(ImageTask):
         self.methods = list(method) if isinstance(method, list | tuple) else [method]
         self.label_smoothing = label_smoothing
         self.adapter_name = "default"
+        self.compiled = False
+
+    def compile_model(self) -> None:
+        """Let the model run as one compiled graph from now on; what is trained and saved stays what it is.
+
+        Raises:
+            ConfigurationError: there is no compiler.
+        """
+        compile_in_place(self.model)
+        self.compiled = True
+
+    def run_model(self, inputs: Tensor) -> Tensor:
+        """Logits of the model, whether it is compiled or not.
+
+        Raises:
+            ConfigurationError: it cannot be compiled as one graph.
+        """
+        if not self.compiled:
+            return self.model(inputs)
+        with in_one_sentence():
+            return self.model(inputs)
 
     @property
     def adapter(self) -> AttachedAdapter:
@@ -93,7 +115,7 @@ class AdaptedTask(ImageTask):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, outputs)."""
-        return self.model(images)
+        return self.run_model(images)
 
     def example(self) -> Tensor:
         """A batch of one input, of zeros."""
@@ -114,7 +136,7 @@ class AdaptedTask(ImageTask):
         try:
             # A method that has to see data first cannot act yet.
             acting = plain(self.model) if self.adapter.pending else nullcontext()
-            with torch.no_grad(), evaluating(self.model), acting:
+            with torch.no_grad(), evaluating(self.model), acting, self._uncompiled():
                 self.model(example)
         except UserError:
             raise
@@ -125,9 +147,19 @@ class AdaptedTask(ImageTask):
                 f"pixels: {one_line(error)}"
             ) from error
 
+    def _uncompiled(self) -> AbstractContextManager:
+        """Within the context the model runs as it is, for passes that do not come again."""
+        return not_compiled() if self.compiled else nullcontext()
+
     def setup(self, stage: str) -> None:
-        """As for every task; before training, look at all labels, and check its last batch."""
+        """As for every task; before training, look at all labels, and check its last batch.
+
+        Raises:
+            ConfigurationError: the model cannot be compiled for the trainer's device.
+        """
         super().setup(stage)
+        if self.compiled:
+            check_device(self.trainer.strategy.root_device)
         if stage == "fit" and self.trainer.datamodule is not None:
             self._learn_labels(self.trainer.datamodule)
             self._check_last_batch(self.trainer.datamodule)
@@ -213,7 +245,7 @@ class AdaptedTask(ImageTask):
         # Another's data module has not shared its batches among several devices yet.
         shown = datamodule.train_loader() if isinstance(datamodule, ImageDataModule) else datamodule.train_dataloader()
         # What is drawn for the chosen places is a function of the seed, on any number of devices.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self._uncompiled():
             torch.manual_seed(self.seed)
             allocate(self.model, shown, loss, self.adapter_name)
         copy_again(self.trainer.callbacks, self.trainer, self)

@@ -43,7 +43,8 @@ class ImageClassification(AdaptedTask):
         head_init: initialisation of the head: "truncated_normal", "zeros", "kaiming" or "uniform".
         train: names of further backbone parameters to train, such as "cls_token"; they travel with the adapter.
         drop_path: rate of the backbone's stochastic depth while training, rising linearly with depth.
-        class_token_only: in the last block follow the class token alone, if it is all that is read; exact and cheaper.
+        class_token_only: in the last block follow the class token alone; exact and cheaper. By default where it is all
+            that is read.
         recompute: compute "mlp" (hidden activations) or "block" (all activations) again in the backward pass instead
             of keeping them; exact, for less memory.
         cache: keep what the frozen part before the first trained block gives for each image, in "memory" or in a
@@ -63,6 +64,7 @@ class ImageClassification(AdaptedTask):
         cutmix: alpha of CutMix, 0 for none; with both, one of the two is drawn for each batch.
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch (dropout, mixup) is a function of the seed and the epoch.
+        compile: run the model as one graph made by `torch.compile`; the first steps take minutes, later ones less time.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class ImageClassification(AdaptedTask):
         head_init: HeadInit = "truncated_normal",
         train: list[str] | None = None,
         drop_path: float = 0.0,
-        class_token_only: bool = False,
+        class_token_only: bool | None = None,
         recompute: Literal["mlp", "block"] | None = None,
         cache: str | None = None,
         cache_mib: int = 2048,
@@ -91,7 +93,13 @@ class ImageClassification(AdaptedTask):
         cutmix: float = 0.0,
         optimisation: Optimisation = Optimisation(),  # noqa: B008  (frozen)
         seed: int = 0,
+        compile: bool = False,
     ):
+        if compile and cache:
+            raise ConfigurationError(
+                "compile makes one graph of the whole model, of which cache runs only what follows the frozen part; "
+                "leave one of the two out"
+            )
         objective = build_objective(
             labels,
             len(class_names),
@@ -130,6 +138,8 @@ class ImageClassification(AdaptedTask):
             size = cache_mib * 2**20
             kept = ContentCache(size) if cache == "memory" else FolderCache(cache, size)
             self.trunk = CachedTrunk(self.model, kept)
+        if compile:
+            self.compile_model()
 
         self.mix = None
         if mixup or cutmix:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from visionpeft.data.dataset import ImageLoader, as_batch
@@ -31,7 +32,8 @@ def in_order(
         num_workers=datamodule.num_workers,
         collate_fn=as_batch,
     )
-    for images, labels in loader:
+    for batch in loader:
+        images, labels = move_data_to_device(batch, device)
         with task.trainer.precision_plugin.forward_context():
-            result = work_out(images.to(device))
-        yield result, labels.to(device)
+            result = work_out(images)
+        yield result, labels

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from visionpeft.adapters.attach import detach, has_adapters
+from visionpeft.adapters.attach import detach, economise, has_adapters
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learner import Learner
@@ -82,6 +82,7 @@ class PromptLearning(ImageTask):
         torch.manual_seed(seed)
         self.learner = learner(clip, self.tokenizer, self.class_names)
         self.learner.chunk_size = chunk_size
+        self._economise()
         self.fixed_views: int | None = None
         self.chosen: dict = {}
         self.cache = FeatureCache() if cache_features else None
@@ -193,6 +194,12 @@ class PromptLearning(ImageTask):
             detach(clip)
         self.learner = load_learner(folder, clip, self.tokenizer, self.class_names)
         self.learner.chunk_size = self.chunk_size
+        self._economise()
+
+    def _economise(self) -> None:
+        """Follow the class token alone in the last block of an adapted image tower, where it is all that is read."""
+        if has_adapters(self.learner.clip):
+            economise(self.learner.clip, class_token_only=None)
 
     @property
     def _keeps_features(self) -> bool:

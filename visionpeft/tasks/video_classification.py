@@ -1,10 +1,12 @@
 """Video classification with a frozen, adapted backbone of images."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from visionpeft.adapters.attach import attach
+from visionpeft.adapters.attach import attach, economise
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
@@ -42,6 +44,7 @@ class VideoClassification(AdaptedTask):
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch (dropout) is a function of the seed and the epoch.
         head_std: standard deviation of the head's first weights; ST-Adapter has 0.02, AIM 0.01.
+        compile: run the model as one graph made by `torch.compile`; the first steps take minutes, later ones less time.
     """
 
     kind = "videos"
@@ -63,6 +66,7 @@ class VideoClassification(AdaptedTask):
         optimisation: Optimisation = Optimisation(),  # noqa: B008  (frozen)
         seed: int = 0,
         head_std: float = 0.02,
+        compile: bool = False,
     ):
         super().__init__(method, class_names, backbone, label_smoothing, optimisation, seed)
         kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
@@ -74,6 +78,9 @@ class VideoClassification(AdaptedTask):
         )
         self.model.set_num_frames(num_frames, interpolate)
         attach(self.model, self.methods, name=self.adapter_name, train=tuple(train or ()))
+        economise(self.model, class_token_only=None)
+        if compile:
+            self.compile_model()
 
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how this backbone wants its frames.
@@ -89,10 +96,15 @@ class VideoClassification(AdaptedTask):
                 f"{self.model.num_frames} (--model.num_frames); give both the same number"
             )
 
+    def load(self, folder: Path) -> None:
+        """Read an adapter in the place of the attached one."""
+        super().load(folder)
+        economise(self.model, class_token_only=None)
+
     def example(self) -> Tensor:
         """A batch of one clip, of zeros."""
         return torch.zeros(1, 3, self.model.num_frames, *self.preprocessing.input_size)
 
     def forward(self, clips: Tensor) -> Tensor:
         """Logits (batch, classes) of clips; of several views of each video, the log of the mean probabilities."""
-        return over_views(self.model, clips) if clips.ndim == 6 else self.model(clips)
+        return over_views(self.run_model, clips) if clips.ndim == 6 else self.run_model(clips)
