@@ -17,6 +17,7 @@ from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.runs.processes import agreed_run, lost_peers, start, started_by_others
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import batches, record_of, setting, tested
+from visionpeft.runs.sharding import EqualBatches, ShardedBackbone
 from visionpeft.runs.tables import print_results, print_setting
 from visionpeft.runs.test_record import Record
 from visionpeft.runs.training_cost import TrainingCost
@@ -58,6 +59,8 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
 
     cost, record = TrainingCost(), record_of(task)
     callbacks = [cost, EpochHistory(run.metrics), record, *checkpoint_callbacks(run, has_validation, task.objective)]
+    if isinstance(cli.trainer.strategy, ShardedBackbone):
+        callbacks.append(EqualBatches())
     trainer = cli.build_trainer(
         [*callbacks, TrainingProgress()] if first else callbacks,
         logger=TensorBoardLogger(run.path, name="", version="tensorboard"),

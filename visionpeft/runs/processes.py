@@ -54,7 +54,7 @@ def check_devices(trainer: pl.Trainer) -> None:
     if not isinstance(trainer.strategy, DDPStrategy) or trainer.strategy._start_method != "popen":
         raise ConfigurationError(
             f"{type(trainer.strategy).__name__} is not among what this command trains with: several devices train with "
-            "ddp, which keeps a whole backbone on each; leave --trainer.strategy out"
+            "ddp, which keeps a whole backbone on each (leave --trainer.strategy out), or with fsdp2, which shards it"
         )
 
 
