@@ -1,7 +1,7 @@
 """Labelled images as tensors: prepared once, kept in memory while they fit, augmented and normalised batch by batch."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -114,16 +114,37 @@ class ImageLoader(DataLoader):
             yield batch
 
 
+class Part(NamedTuple):
+    """What one of several processes has of a batch that they cannot share evenly.
+
+    Args:
+        own: samples in this process; with none, it computes one that counts for nothing, as all must compute.
+        together: samples in all processes.
+    """
+
+    own: int
+    together: int
+
+
 class TrainLoader(ImageLoader):
-    """ImageLoader over an EpochSampler, whose state lets Lightning resume in the middle of an epoch."""
+    """ImageLoader over an EpochSampler, whose state lets Lightning resume in the middle of an epoch.
+
+    Batches are images and labels. Of one that several processes cannot share evenly, the repeats with which the sampler
+    evens it out are left out, and a `Part` follows.
+    """
 
     delivered = 0
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, Part]]:
         self.delivered = self.sampler.start
         for images, labels in super().__iter__():
-            self.delivered += len(labels)
-            yield images, labels
+            first, self.delivered = self.delivered, self.delivered + len(labels)
+            part = Part(*self.sampler.fresh(first, self.delivered))
+            if part.together == len(labels) * self.sampler.num_replicas:
+                yield images, labels
+            else:
+                kept = part.own or len(labels)
+                yield images[:kept], labels[:kept], part
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and how many of its samples were delivered, by all processes together."""
