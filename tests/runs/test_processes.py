@@ -157,14 +157,3 @@ def test_nothing_to_train(tmp_path, images, capsys):
     options = ["--trainer.devices", "2", "--output", str(tmp_path / "runs")]
     assert fit.main([*learner_arguments(images / "train", learner="ZeroShot"), *options]) == 2
     assert "ZeroShot trains nothing by gradient steps" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_only_one_process_says_what_is_wrong(tmp_path, images):
-    """The first one cannot make the run directory; the other ends, too, and says nothing."""
-    (tmp_path / "file").write_text("")
-    options = ["--trainer.devices", "2", "--output", str(tmp_path / "file")]
-    started = start_together(tmp_path / "said", fit.main, [*arguments(images), *options])
-    assert [wait(child, 120) for child in started] == [2, 2]
-    assert "no run directory can be made" in (tmp_path / "said" / "0.txt").read_text()
-    assert "error" not in (tmp_path / "said" / "1.txt").read_text()
