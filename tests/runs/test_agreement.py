@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -99,19 +96,4 @@ def test_one_process_says_it_and_all_end(tmp_path, images, case):
     assert codes == [2, 2]
     assert len(errors) == 1
     assert sentence in errors[0]
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.slow
-def test_under_torchrun(tmp_path, images):
-    """Of two processes that `torchrun` starts with what cannot be, one says so, and neither shows where."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    given = [*arguments(images), "--trainer.devices", "3", "--output", str(tmp_path / "runs")]
-    command = [*torchrun, "--log-dir", str(tmp_path / "log"), "--redirects", "3", "-m", "visionpeft.fit", *given]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert ended.returncode != 0
-    said = "".join(path.read_text() for path in Path(tmp_path / "log").rglob("std*.log"))
-    assert said.count("error: ") == 1
-    assert "give --trainer.devices 2 --trainer.num_nodes 1" in said or "CPU cores" in said
-    assert "Traceback" not in said
     assert not (tmp_path / "runs").exists()
