@@ -48,6 +48,14 @@ TASKS = {
     "images": lambda images, videos: [*arguments(images)],
     "a method that sees data first": lambda images, videos: [*arguments(images), "--model.method", "SPT"],
     "learner": lambda images, videos: [*learner_arguments(images / "train"), "--model.optimisation.lr", "0.002"],
+    "features that are fitted first": lambda images, videos: [
+        *learner_arguments(images / "train", learner="TipAdapter", epochs=1),
+        *("--model.learner.train_keys", "true", "--model.optimisation.lr", "0.002"),
+    ],
+    "a kept trunk": lambda images, videos: [
+        *arguments(images, epochs=1),
+        *("--model.method.blocks", "last:1", "--model.cache", "memory", "--data.augmentation", "none"),
+    ],
     "videos": lambda images, videos: video_arguments(videos),
 }
 
