@@ -472,7 +472,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_measured_loss():
     )
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     measured = []
-    task._measure = lambda metrics, loss, logits, labels: measured.append(loss.item())
+    task._measure = lambda metrics, loss, logits, labels, counts: measured.append(loss.item())
     loss = task.training_step((images, labels), 0)
     assert loss.item() == pytest.approx(measured[0] + vp.penalty(task.model).item(), rel=1e-5)
     assert vp.penalty(task.model) > 1

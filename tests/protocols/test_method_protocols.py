@@ -441,32 +441,6 @@ def test_workers_share_the_pieces(tmp_path, capsys):
     assert all((tmp_path / str(number) / "done").read_text() != str(os.getpid()) for number in range(5))
 
 
-@pytest.mark.slow
-def test_a_ray_cluster_shares_the_pieces(tmp_path, monkeypatch, capsys):
-    """Each piece is done in a process of the cluster, in the folder from which the paths of the user start."""
-    pytest.importorskip("ray", reason="Ray, an extra, is not installed")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # where the processes find Piece
-    monkeypatch.chdir(tmp_path)
-    pieces = [Piece(str(number)) for number in range(4)]
-    pieces.insert(2, Piece("wrong", "it is wrong"))
-    with pytest.raises(ConfigurationError, match="it is wrong"):
-        work.finish(pieces, Path("output"), workers="ray")
-    assert [piece.name for piece in pieces if not piece.done(Path("output") / piece.name)] == ["wrong"]
-    assert (tmp_path / "output" / "workers" / "wrong.log").is_file()
-    assert all((tmp_path / "output" / str(number) / "done").read_text() != str(os.getpid()) for number in range(4))
-    assert "0 of 5 finished" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_node_that_lacks_a_module_is_told(tmp_path, monkeypatch):
-    pytest.importorskip("ray", reason="Ray, an extra, is not installed")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.delenv("PYTHONPATH", raising=False)
-    with pytest.raises(ConfigurationError, match=r"could not do a part of the work .*test_method_protocols"):
-        work.finish([Piece("a")], tmp_path, workers="ray")
-
-
 @pytest.mark.parametrize(("address", "asked"), [(None, "local"), ("head:6379", "head:6379")])
 def test_a_ray_cluster_that_does_not_answer(address, asked, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="Ray, an extra, is not installed")

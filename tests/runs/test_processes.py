@@ -1,7 +1,5 @@
 """Several processes train as one: with the same global batch they have the numbers and the weights of one process."""
 
-import csv
-import json
 import os
 import signal
 import time
@@ -10,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import start, start_together, wait
-from safetensors.torch import load_file
+from process_runs import alone, furthest, only_run, results, together
 from small_learner_runs import learner_arguments
 from small_runs import arguments, draw_images
 from small_video_runs import draw_videos, video_arguments
@@ -46,55 +44,18 @@ def videos(tmp_path_factory):
     return root
 
 
-def only_run(folder):
-    (run,) = (path for path in folder.iterdir() if path.is_dir())
-    return run
-
-
-def together(folder, given, processes=2):
-    """Train in several processes; returns the run directory."""
-    options = ["--trainer.devices", str(processes), "--output", str(folder / "runs")]
-    started = start_together(folder, fit.main, [*given, *options], processes=processes)
-    codes = [wait(child, 300) for child in started]
-    assert codes == [0] * processes, "".join(path.read_text() for path in folder.glob("*.txt"))
-    return only_run(folder / "runs")
-
-
-def alone(folder, given):
-    assert fit.main([*given, "--output", str(folder)]) == 0
-    return only_run(folder)
-
-
-def rows(run):
-    """metrics.csv without what takes time."""
-    with (run / "metrics.csv").open() as file:
-        return [{key: float(value) for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
-
-
-def tensors(run):
-    (file,) = (path for path in run.glob("*/*.safetensors"))
-    return load_file(file)
-
-
-def results(run):
-    return json.loads((run / "results.json").read_text())
-
-
-def furthest(run, other):
-    """The largest difference of losses, accuracies and weights of two runs, of large numbers the relative one."""
-    assert len(rows(run)) == len(rows(other))
-    numbers = [(a[key], b[key]) for a, b in zip(rows(run), rows(other), strict=True) for key in a]
-    numbers += [(results(run)["test"][key], value) for key, value in results(other)["test"].items()]
-    found = [abs(a - b) / max(1, abs(b)) for a, b in numbers]
-    mine, others = tensors(run), tensors(other)
-    assert mine.keys() == others.keys()
-    return max([*found, *((mine[name].double() - others[name].double()).abs().max().item() for name in mine)])
-
-
 TASKS = {
     "images": lambda images, videos: [*arguments(images)],
     "a method that sees data first": lambda images, videos: [*arguments(images), "--model.method", "SPT"],
     "learner": lambda images, videos: [*learner_arguments(images / "train"), "--model.optimisation.lr", "0.002"],
+    "features that are fitted first": lambda images, videos: [
+        *learner_arguments(images / "train", learner="TipAdapter", epochs=1),
+        *("--model.learner.train_keys", "true", "--model.optimisation.lr", "0.002"),
+    ],
+    "a kept trunk": lambda images, videos: [
+        *arguments(images, epochs=1),
+        *("--model.method.blocks", "last:1", "--model.cache", "memory", "--data.augmentation", "none"),
+    ],
     "videos": lambda images, videos: video_arguments(videos),
 }
 
@@ -204,14 +165,3 @@ def test_nothing_to_train(tmp_path, images, capsys):
     options = ["--trainer.devices", "2", "--output", str(tmp_path / "runs")]
     assert fit.main([*learner_arguments(images / "train", learner="ZeroShot"), *options]) == 2
     assert "ZeroShot trains nothing by gradient steps" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_only_one_process_says_what_is_wrong(tmp_path, images):
-    """The first one cannot make the run directory; the other ends, too, and says nothing."""
-    (tmp_path / "file").write_text("")
-    options = ["--trainer.devices", "2", "--output", str(tmp_path / "file")]
-    started = start_together(tmp_path / "said", fit.main, [*arguments(images), *options])
-    assert [wait(child, 120) for child in started] == [2, 2]
-    assert "no run directory can be made" in (tmp_path / "said" / "0.txt").read_text()
-    assert "error" not in (tmp_path / "said" / "1.txt").read_text()

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import get_type_hints
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn as nn
@@ -25,10 +26,13 @@ from visionpeft.errors import ConfigurationError, StorageError, UserError, neare
 from visionpeft.extensions import classes_by_name
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.parts.field_types import from_json
+from visionpeft.sites.stand_ins import is_sharded
 
 FORMAT = 1
 _MODULES = {"open_clip_torch": "open_clip"}  # packages whose module has another name
 STEM = "adapter"
+
+_REMEMBERED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # of models that have been sharded since
 
 
 @on_model
@@ -151,6 +155,8 @@ def backbone_record(model: nn.Module, with_fingerprint: bool = True, backbone: B
         with_fingerprint: whether to hash its weights.
         backbone: what `describe` says of it, if that is known.
     """
+    if any(is_sharded(parameter) for parameter in model.parameters()) and model in _REMEMBERED:
+        return dict(_REMEMBERED[model]) | ({} if with_fingerprint else {"fingerprint": None})
     backbone = backbone or describe(model)
     source = getattr(model, "backbone_source", None) or {"library": backbone.library, "name": backbone.name}
     record = {"source": source, "class": type(model).__name__, "architecture": backbone.name}
@@ -158,6 +164,15 @@ def backbone_record(model: nn.Module, with_fingerprint: bool = True, backbone: B
         return record | {"fingerprint": None}
     with plain(model):
         return record | weights_record(model, backbone)
+
+
+def remember_backbone(model: nn.Module) -> None:
+    """Hash a backbone that is about to be sharded, which `save` in one process could not; its weights stay as they are.
+
+    Args:
+        model: a model with adapters, whose blocks are then given to `fully_shard`, but not itself.
+    """
+    _REMEMBERED[model] = backbone_record(model)
 
 
 def check_backbone(model: nn.Module, saved: dict, actual: dict, what: str) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -132,16 +132,38 @@ class ImageLoader(DataLoader):
             yield batch
 
 
+class Part(NamedTuple):
+    """What one of several processes has of a batch that they cannot share evenly.
+
+    Args:
+        own: samples in this process; with none, it computes one that counts for nothing, as all must compute.
+        together: samples in all processes.
+    """
+
+    own: int
+    together: int
+
+
 class TrainLoader(ImageLoader):
-    """ImageLoader over an EpochSampler, whose state lets Lightning resume in the middle of an epoch."""
+    """ImageLoader over an EpochSampler, whose state lets Lightning resume in the middle of an epoch.
+
+    Batches are images and labels. Of one that several processes cannot share evenly, the repeats with which the sampler
+    evens it out are left out, and a `Part` follows.
+    """
 
     delivered = 0
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, Part]]:
         self.delivered = self.sampler.start
         for batch in super().__iter__():
-            self.delivered += len(batch[1])
-            yield batch
+            images, labels = batch
+            first, self.delivered = self.delivered, self.delivered + len(labels)
+            part = Part(*self.sampler.fresh(first, self.delivered))
+            if part.together == len(labels) * self.sampler.num_replicas:
+                yield batch  # whose images may have names
+            else:
+                kept = part.own or len(labels)
+                yield images[:kept], labels[:kept], part
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and how many of its samples were delivered, by all processes together."""

@@ -260,7 +260,7 @@ class ImageDataModule(lightning.LightningDataModule):
     def train_loader(self, num_processes: int = 1, rank: int = 0) -> TrainLoader:
         """The share of the shuffled batches that one of several processes trains on; all of them by default.
 
-        Where they cannot be shared evenly, some images are seen twice in an epoch.
+        Where they cannot be shared evenly, the last batches are of different sizes, and `Part` says of which.
         """
         dataset = self.dataset("train")
         sampler = self.sampler(

@@ -55,6 +55,19 @@ class EpochSampler(DistributedSampler):
         """Indices of the current epoch, in this process."""
         return super().__iter__()
 
+    def fresh(self, begin: int, end: int) -> tuple[int, int]:
+        """How many of its samples from `begin` to `end` are no repeats, in this process and in all together.
+
+        Where samples cannot be shared evenly, the last of some processes are others' once more.
+        """
+        shares = [self._share(rank) for rank in range(self.num_replicas)]
+        counts = [max(0, min(end, share) - begin) for share in shares]
+        return counts[self.rank], sum(counts)
+
+    def _share(self, rank: int) -> int:
+        """How many samples of an epoch a process has that are no repeats."""
+        return len(range(rank, len(self.dataset), self.num_replicas))
+
 
 class BalancedSampler(EpochSampler):
     """An `EpochSampler` that draws each of K classes equally often, repeating images of the rare ones.
@@ -132,6 +145,9 @@ class SceneSampler(EpochSampler):
 
     def __len__(self) -> int:
         return super().__len__() * self.samples.shape[1]
+
+    def _share(self, rank: int) -> int:
+        return super()._share(rank) * self.samples.shape[1]
 
     def order(self) -> Iterator[int]:
         """Indices of the current epoch, in this process, scene by scene."""

@@ -79,7 +79,7 @@ def check_before_training(
                 + (f" in whole batches of {share}" if share > 1 else "")
                 + "; use fewer devices (--trainer.devices)"
             )
-    task.check_before_training(datamodule)
+    task.check_before_training(datamodule, processes)
 
 
 def _check_callbacks(trainer: Mapping, task: ImageTask) -> None:

@@ -21,6 +21,7 @@ from visionpeft.runs.config_files import config_content
 from visionpeft.runs.explain import explain, missing_package, user_error
 from visionpeft.runs.options import CONFIG, OPTIONS, PROGRAM, SEED, WHOLE_PAGE
 from visionpeft.runs.processes import check_devices, share_of_batch
+from visionpeft.runs.sharding import check_sharding
 from visionpeft.runs.trainer import Trainer
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, VideoClassification
@@ -139,13 +140,15 @@ class CLI(LightningCLI):
         # wrong options are refused before a run exists
         self.trainer = self.build_trainer([], logger=False, enable_checkpointing=False)
         check_devices(self.trainer)
+        check_sharding(self.trainer, self.model)
         if self.config.global_batch is not None:
             self.datamodule.batch_size = share_of_batch(self.config.global_batch, self.trainer)
 
     def build_trainer(self, callbacks: list[pl.Callback], **own) -> pl.Trainer:
         """Lightning's Trainer with the options given under `trainer`, and ours."""
         given = dict(self.config_init.trainer)
-        callbacks = [*(given.pop("callbacks", None) or []), *callbacks]
+        before = given.pop("callbacks", None) or []
+        callbacks = [*(before if isinstance(before, list) else [before]), *callbacks]
         if own.get("logger") and isinstance(given["logger"], Logger | list):
             further = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]
             own["logger"] = [own["logger"], *further]

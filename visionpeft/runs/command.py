@@ -56,18 +56,18 @@ def command(
         silence()  # after the imports, because libraries set the levels of their loggers then
         run(arguments)
     except Interrupted as error:
-        return _fail(str(error), 130)
+        return said(str(error), 130)
     except KeyboardInterrupt:
-        return _fail("interrupted before training began", 130)
+        return said("interrupted before training began", 130)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        return _fail("no space is left on the device; what was saved before is intact", 2)
+        return said("no space is left on the device; what was saved before is intact", 2)
     except PeerLost as error:
         # The process that started this one knows better which one ended, and why.
-        return 2 if is_started() else _fail(str(error), 2)
+        return 2 if is_started() else said(str(error), 2)
     except (UserError, *_errors_of_lightning()) as error:
-        return _fail(str(error), 2)
+        return said(str(error), 2)
     return 0
 
 
@@ -82,7 +82,8 @@ def is_started() -> bool:
     return RUN in os.environ and ERRORS in os.environ
 
 
-def _fail(message: str, code: int) -> int:
+def said(message: str, code: int) -> int:
+    """Say what is wrong, in one line on stderr or to the process that started this one; returns the exit code."""
     message = " ".join(message.split())
     if is_started():  # it says what the first of us has said
         Path(os.environ[ERRORS]).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))

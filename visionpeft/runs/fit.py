@@ -4,9 +4,11 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, UserError
 from visionpeft.files import claim, write_json
+from visionpeft.runs.agreement import Peers, what_must_agree
 from visionpeft.runs.before_training import check_before_training
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
@@ -17,6 +19,7 @@ from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.runs.processes import agreed_run, lost_peers, start, started_by_others
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import batches, record_of, setting, tested
+from visionpeft.runs.sharding import EqualBatches, ShardedBackbone
 from visionpeft.runs.tables import print_results, print_setting
 from visionpeft.runs.test_record import Record
 from visionpeft.runs.training_cost import TrainingCost
@@ -26,16 +29,18 @@ from visionpeft.tasks import ImageTask
 
 def fit(arguments: list[str]) -> None:
     """Train, test and report, as the command line says."""
-    cli = CLI(arguments)
-    datamodule, report = cli.datamodule, cli.config.report
-    if report == "best_test":
-        datamodule.select_on_test()
-    has_validation = "val" in datamodule.description()["sizes"]
-    datamodule.setup()  # a missing file is refused before there is a run directory
-    trainer = cli.trainer
-    options = (cli.config_init.trainer, report, cli.config.test, trainer.world_size)
-    check_before_training(cli.model, datamodule, *options)
-    run = agreed_run(trainer, lambda: _run_directory(cli))
+    peers = Peers.started()
+    try:
+        cli = _checked(arguments)
+    except (UserError, MisconfigurationException) as error:
+        if peers is not None:
+            peers.compare({}, failure=str(error))
+        raise
+    trainer, has_validation = cli.trainer, "val" in cli.datamodule.description()["sizes"]
+    peers = peers or Peers.of(trainer)
+    if peers is not None:
+        peers.compare(what_must_agree(trainer, cli.model, cli.datamodule))
+    run = agreed_run(peers, lambda: _run_directory(cli))
     if is_started() or not trainer.is_global_zero:  # the lock is held by the process that began
         with lost_peers(run):
             _train_and_test(cli, run, has_validation)
@@ -50,6 +55,18 @@ def fit(arguments: list[str]) -> None:
                 _train_and_test(cli, run, has_validation)
 
 
+def _checked(arguments: list[str]) -> CLI:
+    """The command line, and what it builds, which can be trained as far as can be known."""
+    cli = CLI(arguments)
+    datamodule, report = cli.datamodule, cli.config.report
+    if report == "best_test":
+        datamodule.select_on_test()
+    datamodule.setup()  # a missing file is refused before there is a run directory
+    options = (cli.config_init.trainer, report, cli.config.test, cli.trainer.world_size)
+    check_before_training(cli.model, datamodule, *options)
+    return cli
+
+
 def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     task, datamodule = cli.model, cli.datamodule
     first = cli.trainer.is_global_zero  # of several processes, one writes and prints
@@ -58,6 +75,8 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
 
     cost, record = TrainingCost(), record_of(task)
     callbacks = [cost, EpochHistory(run.metrics), record, *checkpoint_callbacks(run, has_validation, task.objective)]
+    if isinstance(cli.trainer.strategy, ShardedBackbone):
+        callbacks.append(EqualBatches())
     trainer = cli.build_trainer(
         [*callbacks, TrainingProgress()] if first else callbacks,
         logger=TensorBoardLogger(run.path, name="", version="tensorboard"),

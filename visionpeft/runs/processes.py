@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from torch.distributed import DistError
 
 from visionpeft.errors import ConfigurationError, UserError
+from visionpeft.runs.agreement import Peers
 from visionpeft.runs.command import RUN, Interrupted, PeerLost, is_started
 from visionpeft.sharing.run_directory import RunDirectory
 
@@ -38,6 +40,7 @@ def check_devices(trainer: pl.Trainer) -> None:
     Raises:
         ConfigurationError: so it is.
     """
+    _check_started(trainer)
     if trainer.world_size == 1:
         return
     cores = os.cpu_count() or 1
@@ -54,7 +57,25 @@ def check_devices(trainer: pl.Trainer) -> None:
     if not isinstance(trainer.strategy, DDPStrategy) or trainer.strategy._start_method != "popen":
         raise ConfigurationError(
             f"{type(trainer.strategy).__name__} is not among what this command trains with: several devices train with "
-            "ddp, which keeps a whole backbone on each; leave --trainer.strategy out"
+            "ddp, which keeps a whole backbone on each (leave --trainer.strategy out), or with fsdp2, which shards it"
+        )
+
+
+def _check_started(trainer: pl.Trainer) -> None:
+    """Refuse other numbers of devices and machines than `torchrun` has started processes for.
+
+    Raises:
+        ConfigurationError: so it is.
+    """
+    if not TorchElasticEnvironment.detect():
+        return
+    processes = int(os.environ["WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
+    if (processes, here) != (trainer.num_devices * trainer.num_nodes, trainer.num_devices):
+        raise ConfigurationError(
+            f"{processes} processes were started, {here} of them on this machine, and --trainer.devices "
+            f"{trainer.num_devices} with --trainer.num_nodes {trainer.num_nodes} make {trainer.num_devices} x "
+            f"{trainer.num_nodes}; give --trainer.devices {here} --trainer.num_nodes {max(1, processes // here)}"
         )
 
 
@@ -80,33 +101,19 @@ def started_by_others(trainer: pl.Trainer) -> bool:
     )
 
 
-def agreed_run(trainer: pl.Trainer, make: Callable[[], RunDirectory]) -> RunDirectory:
+def agreed_run(peers: Peers | None, make: Callable[[], RunDirectory]) -> RunDirectory:
     """The run directory of all processes, made by the first of them.
 
     Args:
-        trainer: says which process this is.
+        peers: these processes; None if this one is alone, or starts them.
         make: makes it, or finds that of the run to resume.
 
     Raises:
-        UserError: none can be made; the other processes end without a word.
+        UserError: none can be made; of several processes the first says so, and all end.
     """
     if is_started():
         return RunDirectory(Path(os.environ[RUN]))
-    if trainer.world_size == 1 or not started_by_others(trainer):
-        return make()
-    trainer.strategy.setup_environment()
-    path, failure = None, None
-    if trainer.is_global_zero:
-        try:
-            path = str(make().path)
-        except UserError as error:
-            failure = error
-    path = trainer.strategy.broadcast(path)
-    if failure is not None:
-        raise failure
-    if path is None:
-        raise SystemExit(2)  # the first process says why
-    return RunDirectory(Path(path))
+    return make() if peers is None else RunDirectory(Path(peers.first_does(lambda: str(make().path))))
 
 
 def start(arguments: list[str], trainer: pl.Trainer, run: RunDirectory) -> None:

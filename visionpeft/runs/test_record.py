@@ -34,6 +34,10 @@ class Record(pl.Callback):
             torch.distributed.all_gather_object(shares, self)
             self.take(shares)
 
+    def __getstate__(self) -> dict:
+        """What was collected. Lightning gives callbacks methods of the task, and with them would go the backbone."""
+        return {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+
     @abstractmethod
     def take(self, shares: Sequence["Record"]) -> None:
         """Put together the shares of several processes, this one's among them, in the order of their ranks."""

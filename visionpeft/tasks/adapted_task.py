@@ -121,7 +121,7 @@ class AdaptedTask(ImageTask):
         """A batch of one input, of zeros."""
         return torch.zeros(1, 3, *self.preprocessing.input_size)
 
-    def check_before_training(self, datamodule: pl.LightningDataModule) -> None:
+    def check_before_training(self, datamodule: pl.LightningDataModule, processes: int = 1) -> None:
         """Show the objective the labels and the model one input, and look at the size of the last batch.
 
         Raises:
@@ -129,7 +129,7 @@ class AdaptedTask(ImageTask):
                 would meet a head that takes statistics of a batch; or weights cannot be computed from the labels.
         """
         self._learn_labels(datamodule)
-        self._check_last_batch(datamodule)
+        self._check_last_batch(datamodule, processes)
         example = self.example()
         if next(self.model.parameters()).dtype != example.dtype:
             return  # the trainer's precision decides
@@ -162,7 +162,7 @@ class AdaptedTask(ImageTask):
             check_device(self.trainer.strategy.root_device)
         if stage == "fit" and self.trainer.datamodule is not None:
             self._learn_labels(self.trainer.datamodule)
-            self._check_last_batch(self.trainer.datamodule)
+            self._check_last_batch(self.trainer.datamodule, self.trainer.world_size)
             if self.trainer.world_size > 1 and self.adapter.pending:
                 self._allocate_together()
 
@@ -170,7 +170,7 @@ class AdaptedTask(ImageTask):
         if train := getattr(datamodule, "sources", {}).get("train"):
             self.objective.learn(train.labels, self.class_names)
 
-    def _check_last_batch(self, datamodule: pl.LightningDataModule) -> None:
+    def _check_last_batch(self, datamodule: pl.LightningDataModule, processes: int) -> None:
         """Refuse a last batch of one where statistics of a batch are taken.
 
         Raises:
@@ -182,10 +182,12 @@ class AdaptedTask(ImageTask):
         ):
             return
         count, size = len(images), datamodule.batch_size
-        if count and (size == 1 or count % size == 1):
+        shares = {count // processes, -(-count // processes)}
+        if count and (size == 1 or any(share % size == 1 for share in shares)):
+            among = f" on {processes} devices" if processes > 1 else ""
             raise ConfigurationError(
-                f"{count} training {self.kind} in batches of {size} leave one alone in a batch, of which the batch "
-                "normalisation of the head can take no statistics; set --data.drop_last true, or another "
+                f"{count} training {self.kind} in batches of {size}{among} leave one alone in a batch, of which "
+                "the batch normalisation of the head can take no statistics; set --data.drop_last true, or another "
                 "--data.batch_size"
             )
 
@@ -204,6 +206,10 @@ class AdaptedTask(ImageTask):
         """Loss and logits."""
         logits = self(images)
         return self.objective.loss(logits.float(), labels), logits
+
+    def loss_weight(self, labels: Tensor) -> Tensor | None:
+        """By what the objective divides."""
+        return self.objective.loss_weight(labels)
 
     def penalty(self) -> Tensor | float:
         """What the methods add to the loss."""
@@ -228,7 +234,7 @@ class AdaptedTask(ImageTask):
         """As for every task; look at the last batch, whose size a callback may have changed."""
         super().on_fit_start()
         if self.trainer.datamodule is not None:
-            self._check_last_batch(self.trainer.datamodule)
+            self._check_last_batch(self.trainer.datamodule, self.trainer.world_size)
 
     def _allocate(self) -> None:
         datamodule = self.trainer.datamodule

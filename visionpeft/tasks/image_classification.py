@@ -188,6 +188,10 @@ class ImageClassification(AdaptedTask):
         if self.trunk is not None:
             self.trunk = CachedTrunk(self.model, self.trunk.cache)
 
+    def loss_weight(self, labels: Tensor) -> Tensor | None:
+        """By what the objective divides; of mixed images it is their number."""
+        return super().loss_weight(labels) if self.mix is None else None
+
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and logits; mixed images are judged by their mixed labels."""
         if self.mix is None or len(images) % 2:  # timm mixes in pairs; an odd last batch stays as it is

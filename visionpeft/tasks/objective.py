@@ -70,6 +70,10 @@ class Objective:
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of a training batch, of logits (batch, outputs) in float32."""
 
+    def loss_weight(self, labels: Tensor) -> Tensor | None:
+        """By what the sum over a batch is divided in `loss`, (); None if it is the number of samples."""
+        return None
+
     @abstractmethod
     def measured_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss without weights and smoothing, as it is measured outside training."""

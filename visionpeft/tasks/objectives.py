@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import torch
 import torch.nn.functional as F
 from timm.loss import AsymmetricLossMultiLabel
 from torch import Tensor
@@ -89,6 +90,10 @@ class OneClass(Objective):
         """Cross-entropy; `labels` are class indices (batch,)."""
         weights = beside(logits, self.given, self.weights, "class_weights")
         return F.cross_entropy(logits, labels, weight=weights, label_smoothing=self.label_smoothing)
+
+    def loss_weight(self, labels: Tensor) -> Tensor | None:
+        """The sum of the weights of a batch's images, if they have any."""
+        return None if self.given is None else labels.new_tensor(self.weights, dtype=torch.float32)[labels].sum()
 
     def mixed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy with probabilities (batch, classes), which are smoothed already."""

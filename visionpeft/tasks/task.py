@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ImageDataModule, VideoDataModule
+from visionpeft.data.dataset import Part
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.averaging import average_trained_only
 from visionpeft.tasks.callbacks import check_callbacks, check_resuming, finish_training, stop_as_before
@@ -79,6 +80,10 @@ class ImageTask(pl.LightningModule):
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean loss of a batch, and its logits (batch, classes)."""
 
+    def loss_weight(self, labels: Tensor) -> Tensor | None:
+        """By what the sum over a batch is divided in `training_loss`, (); None if it is the number of samples."""
+        return None
+
     def penalty(self) -> Tensor | float:
         """What is added to the loss of every batch."""
         return 0.0
@@ -131,8 +136,8 @@ class ImageTask(pl.LightningModule):
             )
         datamodule.preprocessing = self.preprocessing
 
-    def check_before_training(self, datamodule: pl.LightningDataModule) -> None:
-        """Refuse what is known to fail with the batches of this data, which is set up.
+    def check_before_training(self, datamodule: pl.LightningDataModule, processes: int = 1) -> None:
+        """Refuse what is known to fail with the batches of this data, which is set up, shared by so many processes.
 
         Raises:
             ConfigurationError: the model does not take the images.
@@ -189,17 +194,38 @@ class ImageTask(pl.LightningModule):
         Raises:
             DivergedError: the loss is not finite, or that of an earlier step since the device was last read.
         """
-        images, labels = batch
+        images, labels, *part = batch
         measured, logits = self.training_loss(images, labels)
-        loss = measured + self.penalty()
+        share, samples = self._share_of_step(labels, *part)
+        loss = measured if share is None else measured * (share * self.trainer.world_size)
+        loss = loss + self.penalty()
         self.divergence.note(loss, self.global_step)
         # A CPU has the answer at once. Another device would be waited for, so it is asked once per logging interval,
         # and at the end of an epoch, before anything is validated or saved.
         interval = 1 if loss.device.type == "cpu" else max(1, self.trainer.log_every_n_steps)
         if (batch_idx + 1) % interval == 0 or self.trainer.is_last_batch:
             self.divergence.check(self.current_epoch)
-        self._measure(self.train_metrics, measured.detach(), logits.detach(), labels)
+        measured = measured.detach()
+        if share is not None and samples.own:  # so that the mean over all samples is that of the whole batches' losses
+            measured = measured * (share * samples.together / samples.own)
+        self._measure(self.train_metrics, measured, logits.detach(), labels, counts=samples is None or samples.own > 0)
         return loss
+
+    def _share_of_step(self, labels: Tensor, part: Part | None = None) -> tuple[Tensor | float | None, Part | None]:
+        """The share that this process has in the mean over the batches of all, where they are not all equal.
+
+        Gradients are averaged over processes; times share and number of processes, a mean over a process's own batch
+        becomes its part of the mean over the samples of all, as one process with the whole batch has it.
+        """
+        alone = self._trainer is None or self.trainer.world_size == 1
+        weight = None if alone else self.loss_weight(labels)
+        if weight is None:
+            return (None, None) if part is None else (part.own / part.together, part)
+        part = part or Part(len(labels), len(labels) * self.trainer.world_size)
+        weight = weight if part.own else torch.zeros_like(weight)
+        total = weight.clone()
+        torch.distributed.all_reduce(total)
+        return weight / total, part
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Measure a batch of the validation split."""
@@ -220,9 +246,13 @@ class ImageTask(pl.LightningModule):
         self._measure(metrics, self.objective.measured_loss(logits, labels), logits, labels)
         return logits
 
-    def _measure(self, metrics: MetricCollection, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def _measure(
+        self, metrics: MetricCollection, loss: Tensor, logits: Tensor, labels: Tensor, counts: bool = True
+    ) -> None:
         for name, metric in metrics.items():
-            if name.endswith("loss"):
+            if not counts:
+                pass  # it is logged all the same, as all processes have to do that together
+            elif name.endswith("loss"):
                 metric.update(loss, len(labels))
             else:
                 self.objective.measure(metric, logits, labels)
