@@ -17,25 +17,25 @@ class StreamLoader:
     """Every image of this process's share once, in batches of which only the last may be smaller.
 
     Args:
-        dataset: The share.
+        share: The images of this process.
         split: Its name, for messages.
         num_workers: Processes that load; at most as many as the share has parts.
     """
 
-    def __init__(self, dataset: StreamDataset, split: str, num_workers: int):
-        self.dataset = dataset
+    def __init__(self, share: StreamDataset, split: str, num_workers: int):
+        self.share = share  # not `dataset`: Lightning takes a loader of an iterable one to know no length
         self.split = split
-        self.num_workers = min(num_workers, dataset.stream.parts(dataset.processes))
+        self.num_workers = min(num_workers, share.stream.parts(share.processes))
 
     def __iter__(self) -> Iterator[Batch]:
         found = 0
-        for batch in regrouped(self._read(), self.dataset.batch_size):
+        for batch in regrouped(self._read(), self.share.batch_size):
             found += len(batch[1])
             yield batch
         self._check_any(found)
-        if self.dataset.processes > 1:
+        if self.share.processes > 1:
             return
-        stream = self.dataset.stream
+        stream = self.share.stream
         if stream.size not in (None, found):
             raise DataError(
                 f"the {self.split} split is said to hold {stream.size:,} images, but {found:,} were read; correct the "
@@ -46,7 +46,7 @@ class StreamLoader:
     def _read(self) -> Iterator[Part]:
         """What the workers yield, in turn; their errors are raised."""
         loader = DataLoader(
-            self.dataset,
+            self.share,
             batch_size=None,  # they are batches already
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
@@ -61,23 +61,23 @@ class StreamLoader:
 
     def _check_any(self, found: int) -> None:
         if not found:
-            device = f" for device {self.dataset.rank + 1} of {self.dataset.processes}"
+            device = f" for device {self.share.rank + 1} of {self.share.processes}"
             raise DataError(
-                f"the {self.split} split holds no images{device if self.dataset.processes > 1 else ''}"
-                + ("; use fewer devices (--trainer.devices)" if self.dataset.processes > 1 else "")
+                f"the {self.split} split holds no images{device if self.share.processes > 1 else ''}"
+                + ("; use fewer devices (--trainer.devices)" if self.share.processes > 1 else "")
             )
 
 
 class StreamTrainLoader(StreamLoader):
     """As many images in each epoch as the split is said to hold, shared evenly by the processes.
 
-    One process reads each image once. Of several, one whose share is smaller than that of the others begins it again,
-    in another order, and one whose share is larger does not come to its last images.
+    One process reads each image once. Of several, one whose share is smaller than that of the others goes on with a
+    share of the next order, and one whose share is larger does not come to its last images.
 
     Its state lets Lightning resume in the middle of an epoch: what was seen is read once more, without being decoded.
 
     Args:
-        dataset: The share.
+        share: The images of this process.
         split: Its name, for messages.
         num_workers: Processes that load.
         drop_last: Leave out the last incomplete batch.
@@ -85,35 +85,35 @@ class StreamTrainLoader(StreamLoader):
 
     resume: tuple[int, int] = (-1, 0)  # an epoch, and how many of its images this process has seen
 
-    def __init__(self, dataset: StreamDataset, split: str, num_workers: int, drop_last: bool = False):
-        super().__init__(dataset, split, num_workers)
-        total, size = len(dataset.stream), dataset.batch_size
-        self.images = total // dataset.processes // size * size if drop_last else -(-total // dataset.processes)
+    def __init__(self, share: StreamDataset, split: str, num_workers: int, drop_last: bool = False):
+        super().__init__(share, split, num_workers)
+        total, size = len(share.stream), share.batch_size
+        self.images = total // share.processes // size * size if drop_last else -(-total // share.processes)
         self.delivered = 0
 
     @property
     def sampler(self) -> StreamDataset:
         """What Lightning tells each epoch, by `set_epoch`; it asks the sampler of a loader for that."""
-        return self.dataset
+        return self.share
 
     def __len__(self) -> int:
-        return math.ceil(self.images / self.dataset.batch_size)
+        return math.ceil(self.images / self.share.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, seen = self.resume
-        self.delivered = seen if epoch == self.dataset.epoch else 0
-        for batch in regrouped(self._epoch(self.delivered), self.dataset.batch_size):
+        self.delivered = seen if epoch == self.share.epoch else 0
+        for batch in regrouped(self._epoch(self.delivered), self.share.batch_size):
             self.delivered += len(batch[1])
             yield batch
 
     def _epoch(self, seen: int) -> Iterator[Batch]:
         """The images of the present epoch after those that were seen."""
         read = turn = 0
-        while read < self.images:
+        while read < self.images and seen < self.images:
             begun = read
-            self.dataset.turn = turn
+            self.share.turn = turn
             # So many batches of every worker are among what was seen, because they come in turn.
-            self.dataset.skipped = max(0, seen - read) // (self.dataset.batch_size * max(1, self.num_workers))
+            self.share.skipped = max(0, seen - read) // (self.share.batch_size * max(1, self.num_workers))
             for part in self._read():
                 number = part if isinstance(part, int) else len(part[1])
                 first, last = max(0, seen - read), min(number, self.images - read)
@@ -123,9 +123,9 @@ class StreamTrainLoader(StreamLoader):
                 if read >= self.images:
                     break
             self._check_any(read - begun)
-            if read < self.images and self.dataset.processes == 1:
+            if read < self.images and self.share.processes == 1:
                 raise DataError(
-                    f"the {self.split} split is said to hold {len(self.dataset.stream):,} images, but there are "
+                    f"the {self.split} split is said to hold {len(self.share.stream):,} images, but there are "
                     f"{read:,}; correct the number, or look for shards that are missing"
                 )
             turn += 1
@@ -133,11 +133,12 @@ class StreamTrainLoader(StreamLoader):
     def state_dict(self) -> dict[str, int]:
         """Epoch, how many of its images this process was given, and what decides which ones."""
         return {
-            "epoch": self.dataset.epoch,
+            "epoch": self.share.epoch,
             "images": self.delivered,
-            "processes": self.dataset.processes,
+            "of": self.images,
+            "processes": self.share.processes,
             "workers": self.num_workers,
-            "batch_size": self.dataset.batch_size,
+            "batch_size": self.share.batch_size,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -146,7 +147,10 @@ class StreamTrainLoader(StreamLoader):
         Raises:
             ConfigurationError: in the middle of an epoch, with another number of devices or workers, or other batches.
         """
-        if 0 < state["images"] < self.images:
+        seen = state["images"]
+        if seen == state["of"]:
+            seen = self.images
+        elif seen:
             now = self.state_dict()
             for key, option in (
                 ("processes", "--trainer.devices"),
@@ -158,7 +162,7 @@ class StreamTrainLoader(StreamLoader):
                         f"this run stopped in the middle of epoch {state['epoch'] + 1} of a stream that was shared by "
                         f"{option} {state[key]}; resume with as many, not {now[key]}"
                     )
-        self.resume = (state["epoch"], state["images"])
+        self.resume = (state["epoch"], seen)
 
 
 def regrouped(parts: Iterator[Batch], size: int) -> Iterator[Batch]:

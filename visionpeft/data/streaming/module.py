@@ -42,7 +42,8 @@ class StreamedImages(ImageDataModule):
     - An epoch has as many images as the training split is said to hold, and one process reads each of them once.
       Shards are shuffled anew in each epoch, and images in a buffer.
     - Processes that train together share the shards if these can be shared evenly, and otherwise the images. In
-      validation and test each image counts once. In training, a share that is smaller than the others is begun again.
+      validation and test each image counts once. In an epoch of training all devices take equally many, so that with
+      shares of different sizes some images are seen twice in it, and some not.
     - A run that is resumed in the middle of an epoch goes on with the very next image, with as many devices and workers
       as before: what it has seen is read once more, but not decoded.
     - Before training, the first image of each split and the ends of local shards are looked at. What is wrong further

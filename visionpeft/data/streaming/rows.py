@@ -41,7 +41,9 @@ class Rows(Stream):
 
         dataset = self.dataset
         if shuffle is not None:
-            dataset = dataset.shuffle(seed=shuffle.seed, buffer_size=shuffle.buffer)
+            # One file at a time: with several, each epoch would end with five seconds of sleep, and leave threads
+            # (findings/datasets_shuffled_stream_sleeps_at_the_end_of_each_pass.sh).
+            dataset = dataset.shuffle(seed=shuffle.seed, buffer_size=shuffle.buffer, max_buffer_input_shards=1)
         if share.processes > 1:
             dataset = split_dataset_by_node(dataset, share.rank, share.processes)
         try:

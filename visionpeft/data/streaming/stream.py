@@ -85,12 +85,13 @@ class Stream(ABC):
         return self.size
 
     @property
-    def labels(self) -> list:
-        """Not known before everything has been read; raises ConfigurationError."""
+    def labels(self) -> Iterator[int]:
+        """Not known before everything has been read: asking for the first one raises ConfigurationError."""
         raise ConfigurationError(
             "the labels of a stream are known only when it is read, so nothing can be balanced by them before; give "
             "weights as a list, or read a data set that can be looked up (--data.source hfds/...)"
         )
+        yield
 
     @abstractmethod
     def parts(self, processes: int) -> int:
@@ -166,7 +167,7 @@ class StreamDataset(IterableDataset):
         self.seed = seed
         self.buffer = buffer
         self.epoch = 0
-        self.turn = 0  # how often this process has read its share in the epoch
+        self.turn = 0  # how many shares this process has read to their end in the epoch
         self.skipped = 0  # batches of each worker
 
     def set_epoch(self, epoch: int) -> None:
