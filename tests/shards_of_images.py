@@ -4,9 +4,10 @@ import io
 import tarfile
 from pathlib import Path
 
-import datasets
 import numpy as np
 from PIL import Image
+
+import datasets
 
 CLASSES = ["blue", "green", "red"]
 SHARDS = (7, 5, 6, 4)  # images in each of the train shards, 22 in all

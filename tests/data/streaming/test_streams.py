@@ -161,7 +161,7 @@ def test_resuming_with_another_number_of_devices(shards):
     begun = data.train_loader(2, 1)
     next(iter(begun))
     state = begun.state_dict()
-    with pytest.raises(ConfigurationError, match="middle of epoch 1 of a stream .* --trainer.devices 2; resume with"):
+    with pytest.raises(ConfigurationError, match=r"middle of epoch 1 of a stream .* --trainer.devices 2; resume with"):
         data.train_loader(1, 0).load_state_dict(state)
     finished = data.train_loader(1, 0)
     finished.load_state_dict(state | {"images": state["of"]})
@@ -235,11 +235,11 @@ def test_an_address_that_is_not_local(shards):
     assert seen(data.test_dataloader()) == list(range(7, 12))
     assert sorted(seen(data.train_loader())) == [*range(7), *range(12, 18)]
     memory.rm("/far/train-2.tar")
-    with pytest.raises(DataError, match="shard memory://far/train-2.tar does not exist"):
+    with pytest.raises(DataError, match=r"shard memory://far/train-2.tar does not exist"):
         list(data.train_loader())
     whole = memory.cat("/far/train-1.tar")
     memory.pipe("/far/train-2.tar", whole[:1700])
-    with pytest.raises(DataError, match="shard memory://far/train-2.tar cannot be read .*; fetch it again"):
+    with pytest.raises(DataError, match=r"shard memory://far/train-2.tar cannot be read .*; fetch it again"):
         list(data.train_loader())
 
 
@@ -351,7 +351,7 @@ def test_broken_shards_are_refused_before_training(tmp_path, case):
 def test_what_is_wrong_further_on_stops_the_run(tmp_path, workers):
     """A label beyond the classes; in a worker, too, it is one sentence."""
     data = module(tmp_path, **damage(tmp_path, "beyond the classes"), num_workers=workers)
-    with pytest.raises(DataError, match="label '2' is out of range; class_names allows 0 to 1$"):
+    with pytest.raises(DataError, match=r"label '2' is out of range; class_names allows 0 to 1$"):
         list(data.train_loader())
 
 
@@ -471,11 +471,11 @@ def test_a_table_that_is_cut(tmp_path):
     table = write_parquet(tmp_path / "table")
     cut(table / "train-00002-of-00004.parquet", 400)
     for kind in ("hfids", "hfds"):
-        with pytest.raises(DataError, match="split 'train' of the data set .* cannot be") as error:
+        with pytest.raises(DataError, match=r"split 'train' of the data set .* cannot be") as error:
             module(table, source=f"{kind}/{table}")
         assert "\n" not in str(error.value)
 
 
 def test_a_table_of_shards_is_not_decoded_by_its_endings(shards, tmp_path):
-    with pytest.raises(DataError, match="read them by --data.source wds"):
+    with pytest.raises(DataError, match=r"read them by --data.source wds"):
         StreamedImages(f"hfids/{shards}", root=tmp_path)
