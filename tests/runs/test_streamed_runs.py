@@ -74,15 +74,8 @@ def test_two_devices(tmp_path, shards, capsys):
 
     The two devices share two val shards of 5 and 4 images; of the three test shards, each takes every second image.
     """
-    given = [
-        *arguments(shards, epochs=2),
-        "--trainer.devices",
-        "2",
-        "--output",
-        str(tmp_path / "runs"),
-        "--report",
-        "last",
-    ]
+    options = ["--trainer.devices", "2", "--output", str(tmp_path / "runs"), "--report", "last"]
+    given = [*arguments(shards, epochs=2), *options]
     started = start_together(tmp_path / "said", fit.main, given)
     codes = [wait(child, 300) for child in started]
     assert codes == [0, 0], "".join(path.read_text() for path in tmp_path.glob("said/*.txt"))
