@@ -106,8 +106,9 @@ class StreamedImages(ImageDataModule):
         about = {
             "dataset": type(self).__name__,
             "task": (PurePosixPath(name) if name else PurePosixPath(str(root or ""))).name or kind,
-            "source": source,
-            "splits": splits,
+            # Without the folders of this machine, because the record is published with what was trained.
+            "source": f"{kind}/{PurePosixPath(name).name if Path(name).exists() else name}" if name else kind,
+            "splits": {key: split.rpartition("/")[2] for key, split in splits.items()},
             "trained_on": "train",
             "selected_on": "val" if val else None,
         }
