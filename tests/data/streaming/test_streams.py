@@ -4,6 +4,7 @@ import contextlib
 import pickle
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 import webdataset
@@ -153,6 +154,45 @@ def test_resuming_in_the_middle_of_an_epoch(request, kind, of, monkeypatch):
     again = data.train_loader(*of)  # the negative control
     again.sampler.set_epoch(5)
     assert not torch.equal(next(iter(again))[0][:3], rest[0][0][:3])
+
+
+class Recorder(lightning.LightningModule):
+    """Notes what it is trained on."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, seen([batch])))
+        return self.weight * batch[0].mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train(place, folder, steps=-1, resume=None):
+    """Two epochs of six steps, or as many as are asked for, with a checkpoint after each."""
+    recorder = Recorder()
+    checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = lightning.Trainer(max_epochs=2, max_steps=steps, callbacks=[checkpoint], **quiet)
+    trainer.fit(recorder, module(place), ckpt_path=resume)
+    return recorder.seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("kind", "steps"), [("shards", 6), ("shards", 8), ("table", 8)])
+def test_resumed_training_sees_what_the_uninterrupted_one_saw(request, tmp_path, kind, steps):
+    """At the end of an epoch, and in the middle of one."""
+    place = request.getfixturevalue(kind)
+    whole = train(place, tmp_path / "whole")
+    assert [epoch for epoch, _ in whole] == [0] * 6 + [1] * 6
+    begun = train(place, tmp_path / "begun", steps)
+    assert begun == whole[:steps]
+    (saved,) = (tmp_path / "begun").glob(f"*step={steps}.ckpt")
+    assert train(place, tmp_path / "rest", resume=saved) == whole[steps:]
 
 
 def test_resuming_with_another_number_of_devices(shards):
