@@ -42,14 +42,31 @@ def _class_index(rows: Sequence[Row], class_names: Sequence[str] | None) -> tupl
         ordered = sorted(found)
         return [str(part) for part in ordered], {part: position for position, part in enumerate(ordered)}
     names = list(class_names)
-    index: dict[int | str, int] = {position: position for position in range(len(names))}
-    index.update({name: position for position, name in enumerate(names)})
+    index = positions(names)
     for row in rows:
         for part in parts_of(row.label):
             if part not in index:
-                known = f"0 to {len(names) - 1}" if isinstance(part, int) else ", ".join(names[:10])
-                raise DataError(f"{row.where}: label '{part}' is out of range; class_names allows {known}")
+                raise out_of_range(part, row.where, names)
     return names, index
+
+
+def positions(names: Sequence[str]) -> dict[int | str, int]:
+    """The class index of each label as it may be written: a name, or the index itself."""
+    index: dict[int | str, int] = {position: position for position in range(len(names))}
+    index.update({name: position for position, name in enumerate(names)})
+    return index
+
+
+def out_of_range(label: int | str, where: str, names: Sequence[str]) -> DataError:
+    """The error about a label that is none of the classes.
+
+    Args:
+        label: As read.
+        where: What messages call the place where it stands.
+        names: Of the classes.
+    """
+    known = f"0 to {len(names) - 1}" if isinstance(label, int) else ", ".join(names[:10])
+    return DataError(f"{where}: label '{label}' is out of range; class_names allows {known}")
 
 
 def otherwise(rows: Iterable[Row]) -> tuple[Labels, Row] | None:

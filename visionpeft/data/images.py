@@ -4,6 +4,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, features
@@ -21,6 +22,9 @@ EXTENSIONS = frozenset(
 )
 
 
+LEAVE_OUT = "repair or remove it, or set skip_corrupt to leave it out"
+
+
 def open_image(path: Path) -> Image.Image:
     """Read an image as 8-bit RGB: upright by its EXIF flag, transparency over white, 16 bits scaled to 8.
 
@@ -29,25 +33,34 @@ def open_image(path: Path) -> Image.Image:
     """
     if not path.is_file():
         raise DataError(f"image file {path} does not exist")
+    return decode_image(path, f"image file {path}")
+
+
+def decode_image(file: Path | BinaryIO, name: str, remedy: str = LEAVE_OUT) -> Image.Image:
+    """As `open_image`, of a file or a stream of bytes.
+
+    Args:
+        file: The image.
+        name: What messages call it.
+        remedy: What to do about one that cannot be read.
+    """
     try:
         with warnings.catch_warnings():
             # Between one and two times its limit Pillow would only warn.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 image.load()
                 return _rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"image file {path} is refused as a possible decompression bomb: more than {Image.MAX_IMAGE_PIXELS} pixels"
+            f"{name} is refused as a possible decompression bomb: more than {Image.MAX_IMAGE_PIXELS} pixels"
         ) from error
     except MemoryError:
         raise
     # Pillow's decoders raise a dozen types on damaged files (OSError, SyntaxError, ValueError, struct.error, ...).
     except Exception as error:
         reason = "not an image Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        raise DataError(
-            f"image file {path} cannot be read ({reason}); repair or remove it, or set skip_corrupt to leave it out"
-        ) from error
+        raise DataError(f"{name} cannot be read ({reason}); {remedy}") from error
 
 
 def list_images(folder: Path) -> list[Path]:

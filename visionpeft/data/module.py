@@ -13,7 +13,7 @@ from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_batch
 from visionpeft.data.labels import Labels, as_tensor
 from visionpeft.data.ordering import BalancedSampler, EpochSampler, ShareSampler, subset
-from visionpeft.data.records import Files, ImageSet, Source
+from visionpeft.data.records import Files, ImageSet, Source, size_of
 from visionpeft.data.transforms import CROP_AREA, Augmentation, ImageTransform, check_crop_area
 from visionpeft.data.views import ImageViews
 from visionpeft.errors import ConfigurationError, DataError
@@ -217,20 +217,22 @@ class ImageDataModule(lightning.LightningDataModule):
             ConfigurationError: `preprocessing` was not set.
         """
         self._check_ready(split)
-        if split == "test" and self.test_views is not None:
-            transform = ImageViews(self.preprocessing, self.resize, self.test_views, self.augmix)
-        else:
-            augmentation = self.augmentation if split == "train" else "none"
-            transform = ImageTransform(self.preprocessing, self.resize, augmentation, self.crop_area)
         return ImageDataset(
             self.sources[split],
-            transform,
+            self._transform(split),
             seed=self._seed(),
             # The test split is read once.
             cache_bytes=self._cache_bytes(split),
             views=self.views,
             as_labels=partial(as_tensor, kind=self.labels, num_classes=len(self.class_names)),
         )
+
+    def _transform(self, split: str) -> ImageTransform | ImageViews:
+        """What is done to the images of a split."""
+        if split == "test" and self.test_views is not None:
+            return ImageViews(self.preprocessing, self.resize, self.test_views, self.augmix)
+        augmentation = self.augmentation if split == "train" else "none"
+        return ImageTransform(self.preprocessing, self.resize, augmentation, self.crop_area)
 
     def _cache_bytes(self, split: str) -> int:
         """What one process may keep of a split, so that all splits and workers together keep `CACHE_BYTES` at most."""
@@ -308,7 +310,7 @@ class ImageDataModule(lightning.LightningDataModule):
             **self.images.about,
             "labels": self.labels,
             "classes": len(self.class_names),
-            "sizes": {split: len(source) for split, source in self.sources.items()},
+            "sizes": {split: size_of(source) for split, source in self.sources.items()},
             "test_subset": self.test_subset,
             f"skipped_{self.images.kind}s": dict(self.skipped),
             "input_size": list(used.input_size) if used else None,

@@ -34,6 +34,14 @@ class Source(Protocol):
         """The images at `indices`."""
 
 
+def size_of(source: Source | Sequence) -> int | None:
+    """How many images a split has; None of a stream that does not say."""
+    try:
+        return len(source)
+    except TypeError:
+        return None
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of an annotation file: image path as written, label as read, and where it stands."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from visionpeft.data import ImageDataModule
+from visionpeft.data.records import size_of
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks import ImageTask
 from visionpeft.tasks.callbacks import check_callbacks
@@ -15,6 +16,7 @@ OPTIONS = {
         "ImageFolder": "a folder val/, or --data.val_fraction 0.1 where the folder has no splits",
         "VideoFolder": "a folder val/, or --data.val_fraction 0.1 where the folder has no splits",
         "ImageList": "--data.val val.csv",
+        "StreamedImages": "--data.val with the name of one",
         "VideoList": "--data.val val.csv",
         "VTAB-1k": "--data.train_on train800",
     },
@@ -22,6 +24,7 @@ OPTIONS = {
         "ImageFolder": "a folder test/, or --data.test_fraction 0.2 where the folder has no splits",
         "VideoFolder": "a folder test/, or --data.test_fraction 0.2 where the folder has no splits",
         "ImageList": "--data.test test.csv",
+        "StreamedImages": "--data.test with the name of one",
         "VideoList": "--data.test test.csv",
     },
 }
@@ -73,9 +76,10 @@ def check_before_training(
         )
     for split in ("train", *(["val"] if "val" in sources else []), *(["test"] if tests else [])):
         share = datamodule.batch_size if split == "train" and datamodule.drop_last else 1
-        if len(sources.get(split, ())) < processes * share and processes > 1:
+        size = size_of(sources.get(split, ()))
+        if size is not None and size < processes * share and processes > 1:
             raise ConfigurationError(
-                f"{len(sources.get(split, ()))} {split} images cannot be shared by {processes} devices"
+                f"{size} {split} images cannot be shared by {processes} devices"
                 + (f" in whole batches of {share}" if share > 1 else "")
                 + "; use fewer devices (--trainer.devices)"
             )

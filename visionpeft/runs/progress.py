@@ -1,5 +1,6 @@
 """The progress of training: a bar in a terminal, a line now and then in a log."""
 
+import math
 import time
 
 import lightning.pytorch as pl
@@ -48,7 +49,8 @@ class TrainingProgress(pl.Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar of the test."""
-        self._open("testing", total=sum(trainer.num_test_batches), completed=0)
+        total = sum(trainer.num_test_batches)
+        self._open("testing", total=total if math.isfinite(total) else None, completed=0)  # of a stream it is not known
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         """Advance by a batch."""
@@ -66,7 +68,7 @@ class TrainingProgress(pl.Callback):
     def _epoch(trainer: pl.Trainer) -> str:
         return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
 
-    def _open(self, title: str, total: int, completed: int) -> None:
+    def _open(self, title: str, total: int | None, completed: int) -> None:
         if not self.console.is_terminal:
             return
         self.bar = Progress(

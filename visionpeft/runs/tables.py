@@ -67,7 +67,7 @@ def print_setting(setting: dict, run_directory: Path) -> None:
     outside = f", {parameters['adapter']:,} of them outside the head" if "adapter" in parameters else ""
     if parameters.get("waiting"):
         outside = ", and what the method will choose by the data"
-    sizes = ", ".join(f"{size:,} {split}" for split, size in data["sizes"].items())
+    sizes = ", ".join(f"{number(size)} {split}" for split, size in data["sizes"].items())
     console = Console()
     for line in (
         f"[bold]{trained}[/bold] on {setting['backbone']['name']}: {parameters['trainable']:,} of "
@@ -112,8 +112,13 @@ def test_size(data: dict) -> str:
     """How many images were scored, and whether they are all of the test split."""
     size, subset = data["sizes"]["test"], data.get("test_subset")
     if subset:
-        return f"{size:,} (a fixed random subset of {subset['of']:,}; all with --data.test_samples null)"
-    return f"{size:,}"
+        return f"{number(size)} (a fixed random subset of {subset['of']:,}; all with --data.test_samples null)"
+    return number(size)
+
+
+def number(size: int | None) -> str:
+    """How many images a split has, as far as a stream says it."""
+    return "an unknown number of" if size is None else f"{size:,}"
 
 
 def percent(share: float) -> str:

@@ -152,6 +152,11 @@ class ImageClassification(AdaptedTask):
             ConfigurationError: the data has videos, or shows images in ever new ways, so that nothing can be kept.
         """
         super().connect(datamodule)
+        if self.trunk is not None and getattr(datamodule, "streams", False):
+            raise ConfigurationError(
+                "cache looks images up again by what was kept of them, and a stream is only read in order; leave cache "
+                "out, or use a data set that is fetched as a whole (--data.source hfds/...)"
+            )
         if self.trunk is not None and getattr(datamodule, "deterministic_views", None) is None:
             raise ConfigurationError(
                 "cache keeps what the frozen part gives for an image, but the data augments images anew in each epoch; "

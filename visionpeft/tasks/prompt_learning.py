@@ -114,6 +114,18 @@ class PromptLearning(ImageTask):
             self.learner.set_template(datamodule.template_for(self.learner.template_style))
         self.learner.set_published(getattr(datamodule, "published", {}))
 
+    def check_before_training(self, datamodule: pl.LightningDataModule) -> None:
+        """Refuse a learner that is fitted on all images where they are only read in order.
+
+        Raises:
+            ConfigurationError: so it is.
+        """
+        if getattr(datamodule, "streams", False) and type(self.learner).fit_features is not Learner.fit_features:
+            raise ConfigurationError(
+                f"{self.label} is fitted on the features of all images before training, and a stream is only read in "
+                "order; use a data set that is fetched as a whole (--data.source hfds/...), or ImageFolder"
+            )
+
     def setup(self, stage: str) -> None:
         """Connect task and data; before training, fit what is not learnt by gradient steps."""
         super().setup(stage)
