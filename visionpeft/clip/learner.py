@@ -46,6 +46,7 @@ class Learner(nn.Module):
         averages: how it averages its trained values itself, and what to do if another average is wanted; None if it
             does not.
         by_gradient: an optimiser has something to train; otherwise `fit_features` or nothing at all does the learning.
+        online: what it predicts depends on the images before; see `reset`.
         adapter_name: name of the adapter that the learner attaches to its CLIP, None if it attaches none.
         acting: the adapters of the CLIP with which this learner computes.
         fits_raw_features: `fit_features` takes image features that are not normalised.
@@ -63,6 +64,7 @@ class Learner(nn.Module):
     class_bound = False
     averages: str | None = None
     by_gradient = True
+    online = False
     adapter_name: str | None = None
     fits_raw_features = False
     fitted_views = 1
@@ -146,6 +148,9 @@ class Learner(nn.Module):
 
     def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
         """Take what was published for the data set, by learner, where none was given; most learners have nothing."""
+
+    def reset(self) -> None:
+        """Begin a new stream: forget the images that an online learner has seen; others have nothing to forget."""
 
     def adapt(self, method: Method) -> None:
         """Attach the method to the CLIP, as the adapter of this learner.

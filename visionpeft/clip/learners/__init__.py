@@ -11,12 +11,15 @@ from visionpeft.clip.learners.kgcoop import KgCoOp
 from visionpeft.clip.learners.maple import MaPLe
 from visionpeft.clip.learners.prograd import ProGrad
 from visionpeft.clip.learners.promptsrc import PromptSRC
+from visionpeft.clip.learners.task_res import TaskRes
+from visionpeft.clip.learners.tda import TDA
 from visionpeft.clip.learners.tip_adapter import TipAdapter
 from visionpeft.clip.learners.tpt import TPT
 from visionpeft.clip.learners.zero_shot import ZeroShot
 
 __all__ = [
     "IVLP",
+    "TDA",
     "TPT",
     "CLIPAdapter",
     "CLIPLinearProbe",
@@ -28,6 +31,7 @@ __all__ = [
     "MaPLe",
     "ProGrad",
     "PromptSRC",
+    "TaskRes",
     "TipAdapter",
     "ZeroShot",
 ]
