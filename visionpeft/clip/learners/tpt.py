@@ -152,7 +152,7 @@ class TPT(Learner):
                     texts = graph.detach().requires_grad_()
                 if chosen is None:
                     chosen = confident(features, self.logits(features, texts.detach()), self.selection)
-                loss = marginal_entropy(self.logits(chosen, texts)).sum()
+                loss = self.objective(chosen, texts).sum()
                 (upstream,) = torch.autograd.grad(loss, texts)
             if step == 0:
                 gradients = [self.gradient(graph, start, one, keep_graph=True) for one in upstream]
@@ -161,6 +161,15 @@ class TPT(Learner):
                 context.grad = self.gradient(graph, context, upstream)
             optimizer.step()
         return context.detach()
+
+    def objective(self, features: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """What is made small for each image (batch,).
+
+        Args:
+            features: unit features (batch, chosen views, features).
+            texts: unit text features (batch, classes, features), of the context of each image.
+        """
+        return marginal_entropy(self.logits(features, texts))
 
     def _first_texts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Starting context and its unit text features (classes, features), with the graph between them.
