@@ -30,7 +30,7 @@ OVERLAYS = sorted(
 PROTOCOLS = {
     "fewshot": (
         *("zero_shot", "linear_probe", "coop", "cocoop", "prograd", "kgcoop", "maple", "ivlp", "promptsrc", "tpt"),
-        *("clip_adapter", "tip_adapter", "tip_adapter_f", "clip_lora", "task_res", "tda"),
+        *("clip_adapter", "tip_adapter", "tip_adapter_f", "clip_lora", "task_res", "tda", "clap", "lp_plus_plus"),
     ),
     **dict.fromkeys(
         ("base_to_new", "cross_dataset"),
@@ -45,10 +45,10 @@ WITHOUT_IMAGES = {
 }
 UNPUBLISHED = {
     *("base_to_new_tpt.yaml", "base_to_new_clip_lora.yaml", "cross_dataset_ivlp.yaml", "cross_dataset_clip_lora.yaml"),
-    "base_to_new_tda.yaml",
+    *("base_to_new_tda.yaml", "fewshot_clap.yaml", "fewshot_lp_plus_plus.yaml"),
     *(f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in ON_VIEWS),
 }
-WITH_A_RECIPE_OF_THEIR_OWN = ("TipAdapter", "CLIPLoRA", "TaskRes")  # others have that of CoOp's trainer
+WITH_A_RECIPE_OF_THEIR_OWN = ("TipAdapter", "CLIPLoRA", "TaskRes", "CLAP")  # others have that of CoOp's trainer
 LEARNERS = [f"{protocol}_{name}.yaml" for protocol, names in PROTOCOLS.items() for name in names]
 WITHOUT_BENCHMARK_NUMBERS = (
     *("dora", "vera", "adalora", "krona", "kadaptation", "compacter", "mam", "unipelt", "lora_plus"),

@@ -2,6 +2,7 @@
 
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.c_tpt import CTPT
+from visionpeft.clip.learners.clap import CLAP
 from visionpeft.clip.learners.clip_adapter import CLIPAdapter
 from visionpeft.clip.learners.clip_linear_probe import CLIPLinearProbe
 from visionpeft.clip.learners.clip_lora import CLIPLoRA
@@ -9,6 +10,7 @@ from visionpeft.clip.learners.cocoop import CoCoOp
 from visionpeft.clip.learners.coop import CoOp
 from visionpeft.clip.learners.ivlp import IVLP
 from visionpeft.clip.learners.kgcoop import KgCoOp
+from visionpeft.clip.learners.lp_plus_plus import LPPlusPlus
 from visionpeft.clip.learners.maple import MaPLe
 from visionpeft.clip.learners.mta import MTA
 from visionpeft.clip.learners.prograd import ProGrad
@@ -22,6 +24,7 @@ from visionpeft.clip.learners.zero import ZERO
 from visionpeft.clip.learners.zero_shot import ZeroShot
 
 __all__ = [
+    "CLAP",
     "CTPT",
     "IVLP",
     "MTA",
@@ -35,6 +38,7 @@ __all__ = [
     "CoCoOp",
     "CoOp",
     "KgCoOp",
+    "LPPlusPlus",
     "Learner",
     "MaPLe",
     "ProGrad",

@@ -17,9 +17,9 @@ class ZERO(Learner):
     Of the views, the share `selection` whose zero-shot predictions have the lowest entropy is kept. Each has one vote,
     which classes of equal logit (to rounding) share. If several classes have most votes, the most confident of the
     other views whose class is among them has one more vote; if there is none, the first of the others (of all views,
-    where all were kept) decides between them. The logits are the logarithm of the share of votes, so that softmax gives it back; a class
-    without votes has that of the smallest number. Nothing is trained, tuned or differentiated; the image tower is run
-    once on all views, and the texts are kept. Images do not see each other.
+    where all were kept) decides between them. The logits are the logarithm of the share of votes, so that softmax gives
+    it back; a class without votes has that of the smallest number. Nothing is trained, tuned or differentiated; the
+    image tower is run once on all views, and the texts are kept. Images do not see each other.
     Source: Farina et al., Frustratingly Easy Test-Time Adaptation of Vision-Language Models, 2024.
 
     The learner takes views (batch, views, 3, height, width), view 0 being plain. For images it draws the other views
