@@ -197,7 +197,11 @@ class Learner(nn.Module):
             )
         self.check_acting()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
-            return self.clip.encode_image(images.to(image_dtype(self.clip)))
+            return self.run_image_tower(images.to(image_dtype(self.clip)))
+
+    def run_image_tower(self, images: torch.Tensor) -> torch.Tensor:
+        """What the image tower gives of images that have been checked, not normalised."""
+        return self.clip.encode_image(images)
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Unit image features (batch, features) of images (batch, 3, height, width).

@@ -13,6 +13,7 @@ from visionpeft.clip.learners.kgcoop import KgCoOp
 from visionpeft.clip.learners.lp_plus_plus import LPPlusPlus
 from visionpeft.clip.learners.maple import MaPLe
 from visionpeft.clip.learners.mta import MTA
+from visionpeft.clip.learners.plot import PLOT
 from visionpeft.clip.learners.prograd import ProGrad
 from visionpeft.clip.learners.promptsrc import PromptSRC
 from visionpeft.clip.learners.task_res import TaskRes
@@ -28,6 +29,7 @@ __all__ = [
     "CTPT",
     "IVLP",
     "MTA",
+    "PLOT",
     "TDA",
     "TPS",
     "TPT",
