@@ -10,8 +10,20 @@ from small_learner_runs import CLIP
 from small_runs import draw_images
 
 from visionpeft.clip.learner import Learner
-from visionpeft.clip.learners import IVLP, TPT, CLIPAdapter, CLIPLinearProbe, CoOp, KgCoOp, MaPLe, TipAdapter, ZeroShot
+from visionpeft.clip.learners import (
+    IVLP,
+    TDA,
+    TPT,
+    CLIPAdapter,
+    CLIPLinearProbe,
+    CoOp,
+    KgCoOp,
+    MaPLe,
+    TipAdapter,
+    ZeroShot,
+)
 from visionpeft.data import FewShot
+from visionpeft.data.dataset import as_batch
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.tasks import PromptLearning
 from visionpeft.tasks.optimisation import Optimisation
@@ -376,3 +388,35 @@ def test_nothing_to_train_is_no_error_of_the_optimiser(tmp_path, images):
     task = make(ZeroShot, optimisation=Optimisation())
     assert isinstance(task.learner, Learner)
     assert task.configure_optimizers() is None
+
+
+def test_an_order_that_matters_is_recorded_and_repeated(tmp_path, images):
+    """An online learner begins anew with each test, in the order that the data says."""
+    task, tester = make(TDA, seed=3), trainer(tmp_path)
+    module = data(images, shots=0, views=None, test_order="shuffled")
+    measured = [tester.test(task, module, verbose=False)[0]["test/loss"] for _ in range(2)]
+    assert measured[0] == measured[1]
+    assert task.learner.seen == len(module.sources["test"])
+    assert task.describe()["stream"] == {"order": module.description()["test_order"]}
+    listed = data(images, shots=0, views=None)
+    assert "test_order" not in listed.description()
+    assert listed.sources["test"].paths != module.sources["test"].paths
+    assert sorted(listed.sources["test"].paths) == sorted(module.sources["test"].paths)
+    assert tester.test(task, listed, verbose=False)[0]["test/loss"] != measured[0]
+    assert task.describe()["stream"] == {"order": "listed"}
+    assert "stream" not in make(ZeroShot).describe()
+    with pytest.raises(ConfigurationError, match="choose listed or shuffled"):
+        data(images, test_order="random")
+
+
+def test_an_order_that_matters_and_cannot_be_repeated_is_refused(tmp_path, images):
+    loader = data(images, shots=0, views=None)
+    loader.preprocessing = make(TDA).preprocessing
+    dataset = loader.dataset("test")
+    for learner in (TDA, ZeroShot):
+        shuffled = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True, collate_fn=as_batch)
+        if learner is ZeroShot:
+            trainer(tmp_path).test(make(learner), dataloaders=shuffled, verbose=False)
+            continue
+        with pytest.raises(ConfigurationError, match="shuffles them in a way that is not recorded"):
+            trainer(tmp_path).test(make(learner), dataloaders=shuffled, verbose=False)

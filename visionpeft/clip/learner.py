@@ -46,6 +46,7 @@ class Learner(nn.Module):
         averages: how it averages its trained values itself, and what to do if another average is wanted; None if it
             does not.
         by_gradient: an optimiser has something to train; otherwise `fit_features` or nothing at all does the learning.
+        online: what it predicts depends on the images before; see `reset`.
         adapter_name: name of the adapter that the learner attaches to its CLIP, None if it attaches none.
         acting: the adapters of the CLIP with which this learner computes.
         fits_raw_features: `fit_features` takes image features that are not normalised.
@@ -63,6 +64,7 @@ class Learner(nn.Module):
     class_bound = False
     averages: str | None = None
     by_gradient = True
+    online = False
     adapter_name: str | None = None
     fits_raw_features = False
     fitted_views = 1
@@ -147,6 +149,9 @@ class Learner(nn.Module):
     def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
         """Take what was published for the data set, by learner, where none was given; most learners have nothing."""
 
+    def reset(self) -> None:
+        """Begin a new stream: forget the images that an online learner has seen; others have nothing to forget."""
+
     def adapt(self, method: Method) -> None:
         """Attach the method to the CLIP, as the adapter of this learner.
 
@@ -192,7 +197,11 @@ class Learner(nn.Module):
             )
         self.check_acting()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
-            return self.clip.encode_image(images.to(image_dtype(self.clip)))
+            return self.run_image_tower(images.to(image_dtype(self.clip)))
+
+    def run_image_tower(self, images: torch.Tensor) -> torch.Tensor:
+        """What the image tower gives of images that have been checked, not normalised."""
+        return self.clip.encode_image(images)
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Unit image features (batch, features) of images (batch, 3, height, width).

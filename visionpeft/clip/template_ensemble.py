@@ -22,3 +22,10 @@ def ensemble(text: TextEncoder, layouts: Sequence[Layout], chunk_size: int | Non
     """Unit text features (classes, features): the mean over templates of unit features, normalised again."""
     features = [unit(text.encode(layout, chunk_size=chunk_size, fast=fast))[0] for layout in layouts]
     return features[0] if len(features) == 1 else unit(torch.stack(features).mean(dim=0))
+
+
+@torch.no_grad()
+def raw_ensemble(text: TextEncoder, layouts: Sequence[Layout], chunk_size: int | None = None, fast: bool = True):
+    """Text features (classes, features) of the length that the tower gives them: their mean over templates."""
+    features = [text.encode(layout, chunk_size=chunk_size, fast=fast)[0] for layout in layouts]
+    return features[0] if len(features) == 1 else torch.stack(features).mean(dim=0)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_batch
 from visionpeft.data.labels import Labels, as_tensor
-from visionpeft.data.ordering import BalancedSampler, EpochSampler, ShareSampler, subset
+from visionpeft.data.ordering import BalancedSampler, EpochSampler, ShareSampler, permutation, subset
 from visionpeft.data.records import Files, ImageSet, Source, size_of
 from visionpeft.data.transforms import CROP_AREA, Augmentation, ImageTransform, check_crop_area
 from visionpeft.data.views import ImageViews
@@ -54,6 +54,8 @@ class ImageDataModule(lightning.LightningDataModule):
             features of a frozen backbone can be kept; anew in each epoch when absent.
         test_views: Test batches hold this many views of each image, (B, V, 3, H, W): the usual one and random crops.
         augmix: Mix the random ones of the test views by AugMix.
+        test_order: Of the test split: "listed", as the files are listed, in many data sets class by class; or
+            "shuffled" by the seed, for what depends on the order.
         crop_area: Smallest and largest share of the area that "random_resized_crop" cuts.
         balanced: Draw training images so that all classes come equally often, those of rare ones repeatedly; an epoch
             has as many images as without. For labels that are classes.
@@ -77,6 +79,7 @@ class ImageDataModule(lightning.LightningDataModule):
         views: int | None = None,
         test_views: int | None = None,
         augmix: bool = False,
+        test_order: Literal["listed", "shuffled"] = "listed",
         crop_area: tuple[float, float] = CROP_AREA,
         balanced: bool = False,
     ):
@@ -98,6 +101,8 @@ class ImageDataModule(lightning.LightningDataModule):
             raise ConfigurationError(
                 f"unknown normalisation '{normalisation}': choose pretrained, {', '.join(NORMALISATIONS)}"
             )
+        if test_order not in ("listed", "shuffled"):
+            raise ConfigurationError(f"unknown test_order '{test_order}': choose listed or shuffled")
         check_crop_area(crop_area)
         if balanced and images.labels != "classes":
             remedy = "; weigh them by --model.positive_weights balanced" if images.labels == "several" else ""
@@ -131,6 +136,11 @@ class ImageDataModule(lightning.LightningDataModule):
             images.sources["test"] = test.subset(subset(len(test), test_samples, TEST_SUBSET_SEED))
             self.test_subset = {"samples": test_samples, "of": len(test), "seed": TEST_SUBSET_SEED}
             images.check()
+        self.test_order: str = test_order
+        if test_order == "shuffled" and "test" in images.sources:
+            test = images.sources["test"]
+            images.sources["test"] = test.subset(permutation(len(test), self._seed()))
+            self.test_order = f"shuffled by seed {self._seed()}"
 
     @property
     def class_names(self) -> list[str]:
@@ -322,6 +332,7 @@ class ImageDataModule(lightning.LightningDataModule):
             },
             **({"views": self.views} if self.views else {}),
             **({"balanced": True} if self.balanced else {}),
+            **({"test_order": self.test_order} if self.test_order != "listed" else {}),
             **({"test_views": self.test_views, "augmix": self.augmix} if self.test_views else {}),
             "notes": list(self.images.notes),
         }

@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 
 from visionpeft.adapters.attach import detach, economise, has_adapters
 from visionpeft.backbones.preprocessing import preprocessing_of
@@ -85,6 +86,7 @@ class PromptLearning(ImageTask):
         self._economise()
         self.fixed_views: int | None = None
         self.chosen: dict = {}
+        self.order: str | None = None  # of the test images; the data says it
         self.cache = FeatureCache() if cache_features else None
 
     @property
@@ -103,11 +105,13 @@ class PromptLearning(ImageTask):
             "backbone": learner.clip.backbone_source,
             "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
             **({"chosen": self.chosen} if self.chosen else {}),
+            **({"stream": {"order": self.order}} if learner.online else {}),
         }
 
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how the CLIP wants its images, and the learner the data set's template."""
         super().connect(datamodule)
+        self.order = getattr(datamodule, "test_order", None)
         # In how many ways the data shows each training image, None if their number is not bounded.
         self.fixed_views = getattr(datamodule, "deterministic_views", None)
         if hasattr(datamodule, "template_for"):
@@ -138,6 +142,40 @@ class PromptLearning(ImageTask):
             elif self._keeps_features and self.fixed_views is not None:
                 self._fill_cache(min(self.fixed_views, self.num_epochs))
             self.train()  # features were computed in evaluation mode
+
+    def on_test_start(self) -> None:
+        """Refuse an order of the images that could not be repeated where the learner depends on it.
+
+        Raises:
+            ConfigurationError: the loader shuffles, or several devices share the images.
+        """
+        if not self.learner.online:
+            return
+        if self.trainer.world_size > 1:
+            raise ConfigurationError(
+                f"what {self.label} predicts depends on the images before, and each of {self.trainer.world_size} "
+                "devices would see its share of them alone; test on one device (--trainer.devices 1)"
+            )
+        loaders = self.trainer.test_dataloaders
+        for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+            if isinstance(getattr(loader, "sampler", None), RandomSampler):
+                raise ConfigurationError(
+                    f"what {self.label} predicts depends on the images before, and this loader shuffles them in a way "
+                    "that is not recorded; give a loader without shuffle, or data with test_order='shuffled'"
+                )
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new stream of images."""
+        self.learner.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Seed the test, and begin a new stream of images."""
+        super().on_test_epoch_start()
+        self.learner.reset()
+
+    def on_predict_epoch_start(self) -> None:
+        """Begin a new stream of images."""
+        self.learner.reset()
 
     def configure_optimizers(self) -> dict | None:
         """SGD or AdamW over what is trained; nothing if nothing is."""

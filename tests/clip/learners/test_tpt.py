@@ -17,8 +17,8 @@ from clip_reference import (
 )
 
 from visionpeft.clip.learners import TPT, CoOp, ZeroShot
-from visionpeft.clip.learners.tpt import confident, draw_views, marginal_entropy
 from visionpeft.clip.storage import load_learner, save_learner
+from visionpeft.clip.views import confident, draw_views, marginal_entropy
 from visionpeft.errors import ConfigurationError, StorageError
 
 CLEAN = [name.replace("_", " ") for name in NAMES]

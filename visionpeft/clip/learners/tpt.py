@@ -1,12 +1,9 @@
 """TPT: Test-Time Prompt Tuning for Zero-Shot Generalization in Vision-Language Models, https://arxiv.org/abs/2209.07511."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
-from torchvision.transforms import RandomResizedCrop
-from torchvision.transforms.v2.functional import resized_crop
 
 from visionpeft.adapters.storage import backbone_record, check_backbone
 from visionpeft.clip.description import read_saved
@@ -15,6 +12,7 @@ from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.coop import CoOp, Position, context_prompts, initial_context
 from visionpeft.clip.model import check_clip
 from visionpeft.clip.text import unit
+from visionpeft.clip.views import check_views, confident, features_of_views, marginal_entropy
 from visionpeft.errors import ConfigurationError, StorageError
 
 
@@ -121,14 +119,7 @@ class TPT(Learner):
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Unit features (batch, views, features) of views (batch, views, 3, height, width), or of images."""
-        if images.ndim not in (4, 5) or images.shape[-3] != 3:
-            raise ConfigurationError(
-                "TPT takes views (batch, views, 3, height, width) or images (batch, 3, height, width), not "
-                f"{tuple(images.shape)}; convert gray images to RGB"
-            )
-        views = images if images.ndim == 5 else draw_views(images, self.num_views)
-        with torch.no_grad():
-            return super().image_features(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        return features_of_views(self, images, self.num_views)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of view 0, after tuning on the unit features (batch, views, features) of all views.
@@ -136,11 +127,7 @@ class TPT(Learner):
         Raises:
             ConfigurationError: features of one view only, without which there is nothing to tune.
         """
-        if features.ndim != 3:
-            raise ConfigurationError(
-                f"TPT tunes on several views of an image; pass features (batch, views, features), not "
-                f"{tuple(features.shape)}"
-            )
+        check_views(self, features)
         # Lightning tests in inference mode, where no gradient exists.
         with torch.inference_mode(False):
             features = features.detach().clone()
@@ -165,7 +152,7 @@ class TPT(Learner):
                     texts = graph.detach().requires_grad_()
                 if chosen is None:
                     chosen = confident(features, self.logits(features, texts.detach()), self.selection)
-                loss = marginal_entropy(self.logits(chosen, texts)).sum()
+                loss = self.objective(chosen, texts).sum()
                 (upstream,) = torch.autograd.grad(loss, texts)
             if step == 0:
                 gradients = [self.gradient(graph, start, one, keep_graph=True) for one in upstream]
@@ -174,6 +161,15 @@ class TPT(Learner):
                 context.grad = self.gradient(graph, context, upstream)
             optimizer.step()
         return context.detach()
+
+    def objective(self, features: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """What is made small for each image (batch,).
+
+        Args:
+            features: unit features (batch, chosen views, features).
+            texts: unit text features (batch, classes, features), of the context of each image.
+        """
+        return marginal_entropy(self.logits(features, texts))
 
     def _first_texts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Starting context and its unit text features (classes, features), with the graph between them.
@@ -200,35 +196,3 @@ def read_context(folder: str, clip: nn.Module) -> tuple[torch.Tensor, Position]:
     check_clip(clip)
     check_backbone(clip, description["backbone"], backbone_record(clip), f"the learner in {folder}")
     return tensors["vectors"], description["learner"]["options"].get("position", "end")
-
-
-def confident(features: torch.Tensor, logits: torch.Tensor, selection: float) -> torch.Tensor:
-    """Of features (batch, views, features) those whose logits (batch, views, classes) have the lowest entropy."""
-    probabilities = logits.log_softmax(dim=-1)
-    entropies = -(probabilities.exp() * probabilities).sum(dim=-1)
-    count = max(1, int(logits.shape[1] * selection))
-    chosen = entropies.argsort(dim=1, stable=True)[:, :count]
-    return features.take_along_dim(chosen[..., None], dim=1)
-
-
-def marginal_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy (batch,) of the mean over views of the probabilities that logits (batch, views, classes) give."""
-    mean = logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(logits.shape[1])
-    mean = mean.clamp(min=torch.finfo(mean.dtype).min)
-    return -(mean.exp() * mean).sum(dim=-1)
-
-
-def draw_views(images: torch.Tensor, num_views: int) -> torch.Tensor:
-    """Views (batch, views, 3, height, width) of images (batch, 3, height, width): the image, then random crops of it.
-
-    A crop has 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, is resized bilinearly to the size of the image,
-    and is flipped with probability 1/2.
-    """
-    size = list(images.shape[-2:])
-
-    def crop(image: torch.Tensor) -> torch.Tensor:
-        box = RandomResizedCrop.get_params(image, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
-        view = resized_crop(image, *box, size=size, antialias=True)
-        return view.flip(-1) if torch.rand(()) < 0.5 else view
-
-    return torch.stack([torch.stack([image, *(crop(image) for _ in range(num_views - 1))]) for image in images])

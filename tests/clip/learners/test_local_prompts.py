@@ -1,0 +1,136 @@
+"""Several prompts against parts of images: PLOT, by float64 formulas written out here."""
+
+import functools
+
+import pytest
+import torch
+from clip_reference import (
+    NAMES,
+    clip_model,
+    cross_entropy,
+    image_features,
+    images,
+    lively_,
+    prompt_features,
+    tokenizer,
+)
+
+from visionpeft.clip.learners import PLOT
+from visionpeft.clip.learners.plot import transport
+from visionpeft.clip.local_features import with_local_features
+from visionpeft.clip.storage import load_learner, save_learner
+from visionpeft.errors import ConfigurationError, UnsupportedError
+
+LABELS = torch.tensor([0, 2, 3])
+
+
+@functools.cache
+def plain():
+    """The CLIP of all tests here, which no learner changes."""
+    return clip_model()
+
+
+def unit_rows(x):
+    return x / x.square().sum(-1, keepdim=True).sqrt()
+
+
+def parts_by_hand(clip):
+    """Features (batch, patches, e) of patches: the last tokens of the ViT through its last norm and projection."""
+    seen = []
+    visual = clip.visual
+    hook = visual.transformer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        clip.encode_image(images())
+        hook.remove()
+        return visual.ln_post(seen[0])[:, 1:] @ visual.proj
+
+
+def plan_by_hand(s, epsilon=0.1):
+    """T (parts, contexts) of similarities (parts, contexts)."""
+    k = (-(1 - s) / epsilon).exp()
+    r, c = torch.ones(len(s), dtype=s.dtype), torch.ones(s.shape[1], dtype=s.dtype)
+    for _ in range(100):
+        before, r = r, 1 / len(s) / (k @ c)
+        c = 1 / s.shape[1] / (k.T @ r)
+        if (r - before).abs().mean() < 1e-2:
+            break
+    return torch.diag(r) @ k @ torch.diag(c)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_plot_is_the_formula(pooled, tmp_path):
+    torch.manual_seed(0)
+    learner = PLOT(plain(), tokenizer(), NAMES, num_contexts=3, context_length=4, pooled=pooled)
+    assert sum(p.numel() for p in learner.trainable_parameters()) == 3 * 4 * 32
+    lively_(learner)
+    f = unit_rows(parts_by_hand(plain()))
+    t = torch.stack([prompt_features(plain(), NAMES, context) for context in learner.vectors])  # contexts, classes, e
+    scale = plain().logit_scale.detach().exp()
+    rows = []
+    for own in f:
+        similarities = [own @ t[:, k].T for k in range(4)]
+        rows.append(torch.stack([scale * (plan_by_hand(s.detach()) * s).sum() for s in similarities]))
+    expected = torch.stack(rows)
+    if pooled:
+        raw = learner.encode(learner.layout, learner.context())  # its directions are checked above
+        torch.testing.assert_close(unit_rows(raw), t, rtol=0, atol=1e-10)
+        expected = expected + scale * image_features(plain(), images()) @ unit_rows(raw.mean(0)).T
+    loss, logits = learner.loss(images(), LABELS)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    (found,) = torch.autograd.grad(loss, learner.vectors)
+    (wanted,) = torch.autograd.grad(cross_entropy(expected, LABELS), learner.vectors)
+    assert wanted.abs().max() > 1e-3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    learner.eval()
+    with torch.no_grad():
+        alone = torch.cat([learner(images()[i : i + 1]) for i in range(3)])
+        torch.testing.assert_close(alone, learner(images()), rtol=0, atol=1e-11)
+        save_learner(learner, tmp_path)
+        loaded = load_learner(tmp_path, clip_model(), tokenizer(), ["heron", "passion flower"])
+        learner.set_class_names(["heron", "passion flower"])
+        assert torch.equal(loaded(images()), learner(images()))
+
+
+def test_transport_has_the_marginals_it_is_given():
+    s = torch.rand(5, 3, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = transport(s, 0.1)
+    torch.testing.assert_close(plan.sum(-2), torch.full((5, 3, 4), 1 / 4, dtype=torch.float64))
+    assert ((plan.sum(-1) - 1 / 9).abs().amax() < 0.05) & ((plan.sum(-1) - 1 / 9).abs().amax() > 1e-9)
+    order = torch.tensor([3, 1, 0, 2])
+    torch.testing.assert_close(transport(s[..., order], 0.1), plan[..., order])
+    # One context: every part has the same share. One part: every context.
+    torch.testing.assert_close(transport(s[..., :1], 0.1), torch.full_like(s[..., :1], 1 / 9))
+    torch.testing.assert_close(transport(s[..., :1, :], 0.1), torch.full_like(s[..., :1, :], 1 / 4))
+
+
+def test_parts_of_a_resnet_are_what_its_attention_pool_gives():
+    clip = clip_model("resnet")
+    with torch.no_grad():
+        found = with_local_features(clip, images())
+        torch.testing.assert_close(found[:, 0], clip.encode_image(images()), rtol=0, atol=1e-11)
+    assert found.shape == (3, 2, 64)  # the last grid of 32 pixels is one place
+    assert (found[:, 1] - found[:, 0]).abs().max() > 1e-3
+    learner = lively_(PLOT(clip, tokenizer(), NAMES, context_length=4))
+    assert learner.loss(images(), LABELS)[0].isfinite()
+
+
+REFUSED = {
+    "no contexts": (lambda: PLOT(plain(), tokenizer(), NAMES, num_contexts=0), "integer of at least 1"),
+    "epsilon": (lambda: PLOT(plain(), tokenizer(), NAMES, epsilon=0), "epsilon positive"),
+    "no parts": (lambda: PLOT(plain(), tokenizer(), NAMES).classify(torch.ones(2, 64)), "parts of an image"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_are_one_clear_sentence(case):
+    act, message = REFUSED[case]
+    with pytest.raises(ConfigurationError) as caught:
+        act()
+    assert message in str(caught.value)
+
+
+def test_a_tower_that_pools_by_attention_is_refused(monkeypatch):
+    clip = clip_model()
+    monkeypatch.setattr(clip.visual, "pool_type", "none")
+    with pytest.raises(UnsupportedError, match="local image features need"):
+        PLOT(clip, tokenizer(), NAMES)
