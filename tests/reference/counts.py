@@ -42,4 +42,7 @@ PUBLISHED = [
     (vp.Compacter(placement="pfeiffer"), 28_576),
     (vp.MAM(), 1_742_592),
     (vp.UniPELT(), 1_410_672),
+    (vp.LoRA(rank=8, train_A=False), 147_456),
+    (vp.PiSSA(rank=8), 294_912),
+    (vp.OLoRA(rank=8), 294_912),
 ]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .arithmetic import ACTIVATIONS, join_heads, linear, quick_gelu, split_heads
+from .weight_changes import CHANGES, edit_with
 
 
 def lora(sites, fields, shape):
@@ -488,6 +489,7 @@ METHODS = {
     "fish_mask": sparse,
     "child_tuning": sparse,
     "spt": spt,
+    **{name: edit_with(change) for name, change in CHANGES.items()},
 }
 
 

@@ -21,8 +21,10 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.mam import MAM
+from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
+from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.rep_adapter import RepAdapter
 from visionpeft.methods.spt import SPT
@@ -58,7 +60,9 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Method",
+    "OLoRA",
     "PaFi",
+    "PiSSA",
     "PrefixTuning",
     "RepAdapter",
     "STAdapter",
