@@ -139,6 +139,8 @@ CASES = [
     Case("ada_lora", vp.AdaLoRA(rank=2, initial_rank=3, alpha=6), identity=True, mergeable=True),
     Case("pissa", vp.PiSSA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True),
     Case("olora", vp.OLoRA(rank=2, alpha=3), identity=True, mergeable=True),
+    Case("oft", vp.OFT(block=4, targets=("q", "v", "proj")), identity=True, mergeable=True),
+    Case("boft", vp.BOFT(block=4, factors=2, targets=("k", "proj")), identity=True, mergeable=True),
     Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True),
     Case("krona_shape", vp.KronA(shape=(4, 8)), identity=True, mergeable=True),
     Case("kadaptation", vp.KAdaptation(terms=4, rank=2, targets=EVERY_MATRIX), identity=True, mergeable=True),

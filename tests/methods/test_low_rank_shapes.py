@@ -137,3 +137,46 @@ def test_a_part_larger_than_the_weight_is_refused():
             vp.attach(model, method)
     with pytest.raises(vp.ConfigurationError, match="^PiSSA: alpha must be positive"):
         vp.PiSSA(alpha=-1.0)
+
+
+# rotations
+
+
+@pytest.mark.parametrize(
+    "method", [vp.OFT(block=8, targets=("q",)), vp.BOFT(block=4, factors=4, targets=("q",))], ids=["oft", "boft"]
+)
+def test_a_rotation_keeps_lengths_angles_and_singular_values(method):
+    """W W^T is W0 W0^T wherever Q is; of BOFT but for the scale of the rows. LoRA of the same size fails it."""
+    model = attached(method)
+    before = weight_of(model).clone()
+    scale = getattr(model.peft["default"].get_submodule(f"{method.name}.visual.0.q"), "scale", torch.ones(32).double())
+    vp.merge(model)
+    after = weight_of(model) / scale.detach()[:, None]
+    assert torch.allclose(after @ after.T, before @ before.T, atol=1e-12)
+    assert not torch.allclose(after, before, atol=1e-2)
+    change, before = change_of(vp.LoRA(rank=8, targets=("q",)))
+    after = before + change
+    assert not torch.allclose(after @ after.T, before @ before.T, atol=1e-2)
+
+
+def test_each_factor_of_boft_doubles_what_a_feature_reaches():
+    """R itself, read off a weight that is the identity."""
+    for factors in (1, 2, 3, 4):
+        module = vp.BOFT(block=4, factors=factors, targets=("q",))
+        model = attached(module)
+        rotation = model.peft["default"].get_submodule("boft.visual.0.q")
+        torch.nn.init.ones_(rotation.scale)
+        R, _ = rotation.merge(torch.eye(32, dtype=torch.float64), None)
+        reached = {int(n) for n in (R.abs() > 1e-12).sum(1)}
+        assert reached == {4 * 2 ** (factors - 1)}
+
+
+def test_rotations_that_do_not_fit_are_refused():
+    for method, sentence in (
+        (vp.OFT(block=5), "OFT: q reads 32 features, which blocks of 5 do not divide"),
+        (vp.BOFT(block=4, factors=5), "BOFT: q reads 32 features, but 5 factors with blocks of 4 connect groups of 64"),
+    ):
+        with pytest.raises(vp.ConfigurationError, match=f"^{sentence}"):
+            vp.attach(HOST.build(), method)
+    with pytest.raises(vp.ConfigurationError, match="blocks of an even size"):
+        vp.BOFT(block=3, factors=2)

@@ -16,14 +16,55 @@ def counted_from_start(weight, fields, found, sites):
     return weight + scale * (found["U"] @ found["V"] - found["U_start"] @ found["V_start"])
 
 
+def cayley(upper, block):
+    """(I - Q) (I + Q)^-1 for the skew-symmetric Q with this upper triangle, row by row."""
+    places = [(i, j) for i in range(block) for j in range(i + 1, block)]
+    Q = torch.zeros(block, block, dtype=upper.dtype)
+    for value, (i, j) in zip(upper, places, strict=True):
+        unit = torch.zeros_like(Q)
+        unit[i, j], unit[j, i] = 1, -1
+        Q = Q + value * unit
+    identity = torch.eye(block, dtype=upper.dtype)
+    return (identity - Q) @ torch.linalg.inv(identity + Q)
+
+
+def oft(weight, fields, found, sites):
+    """OFT, arXiv 2306.07280: W R with a block diagonal R of Cayley transforms."""
+    return weight @ torch.block_diag(*(cayley(upper, fields["block"]) for upper in found["Q"]))
+
+
+def boft(weight, fields, found, sites):
+    """BOFT, arXiv 2311.06243: s * (W F_0 F_1 ...), the blocks of F_i joining halves that are 2^i halves apart."""
+    half = fields["block"] // 2
+    for level, of_level in enumerate(found["Q"]):
+        factor = torch.zeros(weight.shape[1], weight.shape[1], dtype=weight.dtype)
+        for number, upper in enumerate(of_level):
+            group, place = divmod(number, 2**level)
+            first = (group * 2 ** (level + 1) + place) * half
+            rows = [*range(first, first + half), *range(first + 2**level * half, first + (2**level + 1) * half)]
+            if level == 0:
+                rows = range(number * fields["block"], (number + 1) * fields["block"])
+            take = torch.eye(weight.shape[1], dtype=weight.dtype)[list(rows)]
+            factor = factor + take.T @ cayley(upper, fields["block"]) @ take
+        weight = weight @ factor
+    return found["scale"][:, None] * weight
+
+
 CHANGES = {
     "pissa": counted_from_start,
     "olora": counted_from_start,
+    "oft": oft,
+    "boft": boft,
 }
 
 SHAPES = {
     "pissa": lambda m, rows, columns: {"U": (rows, m.rank), "V": (m.rank, columns)},
     "olora": lambda m, rows, columns: {"U": (rows, m.rank), "V": (m.rank, columns)},
+    "oft": lambda m, rows, columns: {"Q": (columns // m.block, m.block * (m.block - 1) // 2)},
+    "boft": lambda m, rows, columns: {
+        "Q": (m.factors, columns // m.block, m.block * (m.block - 1) // 2),
+        "scale": (rows,),
+    },
 }
 
 # name -> (name of what a tower shares, shapes of its trained tensors by method, its targets' (rows, columns))

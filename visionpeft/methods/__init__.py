@@ -5,6 +5,7 @@ from visionpeft.methods.adapter import Adapter
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
 from visionpeft.methods.bitfit import BitFit
+from visionpeft.methods.boft import BOFT
 from visionpeft.methods.child_tuning import ChildTuning
 from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
@@ -21,6 +22,7 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.mam import MAM
+from visionpeft.methods.oft import OFT
 from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
@@ -36,8 +38,10 @@ from visionpeft.methods.vpt import VPT
 
 __all__ = [
     "AIM",
+    "BOFT",
     "IA3",
     "MAM",
+    "OFT",
     "SPT",
     "SSF",
     "VPT",
