@@ -23,8 +23,8 @@ class ButterflyRotation(nn.Module):
 
     F_i turns groups of `block` features: half a block each from two places that are 2^i half blocks apart. So F_0 is
     diag(R_1 ... R_n), and each further factor doubles what a feature can reach. The matrices are Cayley transforms of
-    skew-symmetric ones as in `OFT`, with the upper triangles Q (factors, in / block, block (block - 1) / 2), zero at the
-    start; scale (out,) starts at one: no change.
+    skew-symmetric ones as in `OFT`, with the upper triangles Q (factors, in / block, block (block - 1) / 2), which
+    start at zero; scale (out,) starts at one: no change.
     """
 
     order = Order.RENEW
@@ -58,7 +58,8 @@ class ButterflyRotation(nn.Module):
         """(..., in): matrices (n, block, block) times the groups of x whose halves are so many half blocks apart."""
         if distance == 1:
             return turned(blocks, x.unflatten(-1, (-1, self.block))).flatten(-2)
-        groups = x.unflatten(-1, (-1, 2, distance, self.block // 2)).transpose(-3, -2)  # (..., n / distance, distance, 2, .)
+        # from (..., n / distance, distance, 2, block / 2) to (..., n, block) and back
+        groups = x.unflatten(-1, (-1, 2, distance, self.block // 2)).transpose(-3, -2)
         groups = turned(blocks, groups.flatten(-2).flatten(-3, -2))
         return groups.unflatten(-1, (2, -1)).unflatten(-3, (-1, distance)).transpose(-3, -2).flatten(-4)
 

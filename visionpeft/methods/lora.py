@@ -78,7 +78,8 @@ def concatenated(
 ) -> tuple[int, dict[str, torch.Tensor]]:
     """Rank and tensors "A" and "B" of low-rank changes that are weighted sums of those of several adapters.
 
-    `scales` are the factors of B A by its rank. Every layer gets the sum of the adapters' largest ranks. What a layer does not use of it starts as in `LowRank`.
+    `scales` are the factors of B A by its rank. Every layer gets the sum of the adapters' largest ranks. What a layer
+    does not use of it starts as in `LowRank`.
     """
     layers = [[path.removesuffix("A") for path in part if path.rpartition(".")[2] == "A"] for part in parts]
     ranks = [
@@ -106,11 +107,11 @@ class LoRA(Method):
     """Low-rank change of weight matrices: W + (alpha / rank) B A, each target with its own A and B.
 
     Acts on the rows of q, k and v separately, also where the backbone keeps them in one matrix. Mergeable.
-    `rank_stabilised` makes the scale alpha / sqrt(rank) (rsLoRA), with which the change neither dies nor explodes as the
-    rank grows. Without `train_A` only B is trained (LoRA-FA): half the values, and A, drawn as ever, is saved. Memory is
-    no reason for it here, where no input of A is kept anyway; and the optimiser of that name in peft, which divides the
-    gradient of B by A A^T, is not part of it.
-    Trainable: sum over target layers of rank * (in + out); 294,912 on ViT-B/16 for rank 8 on q and v, 147,456 without A.
+    `rank_stabilised` makes the scale alpha / sqrt(rank) (rsLoRA), with which the change neither dies nor explodes as
+    the rank grows. Without `train_A` only B is trained (LoRA-FA): half the values, and A, drawn as ever, is saved.
+    Memory is no reason for it here, where no input of A is kept anyway; and the optimiser of that name in peft, which
+    divides the gradient of B by A A^T, is not part of it.
+    Trainable: sum over target layers of rank * (in + out); 294,912 on ViT-B/16 for rank 8 on q and v, without A half.
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021. Kalajdzievski, A Rank Stabilization
     Scaling Factor for Fine-Tuning with LoRA, 2023. Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation, 2023.
 
