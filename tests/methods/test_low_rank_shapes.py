@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import adapter_tensors, randomise
+from conftest import adapter_tensors, distance, randomise
 from reference.hosts import HOSTS
 from safetensors.torch import load_file
 
