@@ -9,6 +9,7 @@ import torch
 from conftest import CASES, TRAINED_ALONE, every_pair
 from reference import addresses_of, shapes_of
 from reference.counts import PUBLISHED, D, L
+from reference.weight_changes import SHAPES
 from shared_cells import plain, shared
 
 import visionpeft as vp
@@ -109,6 +110,8 @@ def changed_weight_shapes(method, rows, columns):
     if name == "kadaptation":
         terms, rank = method.terms, method.rank
         return {"u": (terms, rank, rows // terms), "v": (terms, rank, columns // terms)}
+    if name in SHAPES:
+        return SHAPES[name](method, rows, columns)
     assert name == "unipelt"
     own = {"low_rank.A": (method.rank, columns), "low_rank.B": (rows, method.rank)}
     return own | gate_shapes(columns)
@@ -127,7 +130,7 @@ def compact_shapes(method, width):
     return down | {"up.u": wide, "up.v": narrow, "up.bias": (width,)}
 
 
-CHANGING_WEIGHTS = ("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt")
+CHANGING_WEIGHTS = ("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", *SHAPES)
 SHARING_A_RULE = ("kadaptation", "compacter")
 
 

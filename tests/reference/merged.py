@@ -4,6 +4,7 @@ import torch
 
 from .anatomy import addresses_of, shapes_of
 from .methods import fact_change, grouped, random_matrix, sites_of
+from .weight_changes import CHANGES as OF_WEIGHTS
 
 # what several layers share, which is no layer itself
 SHARED = ("rule", "factors")
@@ -86,7 +87,7 @@ def kadaptation(weight, fields, found, sites):
     return weight + change.reshape(weight.shape)
 
 
-CHANGES = {"dora": dora, "vera": vera, "ada_lora": ada_lora, "krona": krona, "kadaptation": kadaptation}
+CHANGES = {"dora": dora, "vera": vera, "ada_lora": ada_lora, "krona": krona, "kadaptation": kadaptation} | OF_WEIGHTS
 
 
 def merged_weights(model, tensors, fields):

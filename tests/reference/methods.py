@@ -5,12 +5,10 @@ the `shape` of the tower ({"depth": blocks, "prefix": tokens before the patches}
 a station to a function. To add a method, write the function and enter it in METHODS.
 """
 
-import math
-
-import numpy as np
 import torch
 
 from .arithmetic import ACTIVATIONS, join_heads, linear, quick_gelu, split_heads
+from .weight_changes import CHANGES, edit_with, random_matrix
 
 
 def lora(sites, fields, shape):
@@ -185,17 +183,6 @@ def dora(sites, fields, shape):
         return found["magnitude"][:, None] * changed / length, pair[1]
 
     return {"weight": weight}
-
-
-def random_matrix(rows, columns, seed, letter):
-    """The frozen matrix of VeRA: the upper 24 bits of PCG64 as numbers in +-sqrt(6 / columns), in float32.
-
-    `letter` is 0 for A and 1 for B.
-    """
-    generator = np.random.PCG64(np.random.SeedSequence((seed, rows, columns, letter)))
-    numbers = [int(generator.random_raw()) // 2**40 for _ in range(rows * columns)]
-    values = [(2 * number / 2**24 - 1) * math.sqrt(6 / columns) for number in numbers]
-    return torch.tensor(values, dtype=torch.float32).to(torch.float64).reshape(rows, columns)
 
 
 def vera(sites, fields, shape):
@@ -488,6 +475,7 @@ METHODS = {
     "fish_mask": sparse,
     "child_tuning": sparse,
     "spt": spt,
+    **{name: edit_with(change) for name, change in CHANGES.items()},
 }
 
 

@@ -63,6 +63,12 @@ NAMES = (
     *("linear_probe", "full", "last_blocks", "gated_vpt", "rep_adapter", "convpass", "fact_tt", "fact_tk"),
     *("spt_lora", "spt_adapter"),
 )
+# relatives of LoRA, of which the fine-grained benchmark has no configuration
+VTAB_ALONE = (
+    *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
+    *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
+)
+UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
@@ -91,6 +97,7 @@ def build(*arguments: str) -> CLI:
 
 def test_every_method_has_a_configuration_for_each_benchmark():
     assert {f"{benchmark}_{name}.yaml" for benchmark in ("vtab", "fgvc") for name in NAMES} <= set(WHOLE)
+    assert {f"vtab_{name}.yaml" for name in VTAB_ALONE} <= set(WHOLE)
     named = {method_of(name)["class_path"] for name in WHOLE}
     of_videos = {method_of(name)["class_path"] for name in VIDEOS}
     assert set(VIDEOS) == {f"video_{name}.yaml" for name in VIDEO_NAMES}

@@ -311,6 +311,8 @@ METHODS = {
     "last_block": vp.LoRA(rank=2, targets=("k", "fc1"), blocks="last:1", dropout=0.1),
     "patch_embed": vp.LoRA(rank=2, alpha=5, targets=("patch_embed", "v")),
     "dora": vp.DoRA(rank=2, alpha=3, targets=("q", "v", "fc1"), overrides={"q": 1}),
+    "pissa": vp.PiSSA(rank=2, alpha=3, targets=("q", "v", "fc1"), overrides={"q": 1}),
+    "stabilised": vp.LoRA(rank=2, alpha=3, overrides={"q": 3}, rank_stabilised=True, train_A=False),
     "ia3": vp.IA3(),
     "ia3_values": vp.IA3(targets=("v", "hidden"), blocks="last:2"),
     "two": [vp.LoRA(rank=2), vp.LoRA(rank=3, alpha=1, targets=("v", "fc1"))],

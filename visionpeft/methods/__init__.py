@@ -5,14 +5,21 @@ from visionpeft.methods.adapter import Adapter
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
 from visionpeft.methods.bitfit import BitFit
+from visionpeft.methods.boft import BOFT
+from visionpeft.methods.capaboost import CapaBoost
 from visionpeft.methods.child_tuning import ChildTuning
 from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.dora import DoRA
+from visionpeft.methods.dylora import DyLoRA
 from visionpeft.methods.fact import FacT
 from visionpeft.methods.fish_mask import FishMask
+from visionpeft.methods.fourierft import FourierFT
 from visionpeft.methods.full_fine_tuning import FullFineTuning
 from visionpeft.methods.gated_vpt import GatedVPT
+from visionpeft.methods.gralora import GraLoRA
+from visionpeft.methods.hira import HiRA
+from visionpeft.methods.hiwi import HiWi
 from visionpeft.methods.ia3 import IA3
 from visionpeft.methods.kadaptation import KAdaptation
 from visionpeft.methods.krona import KronA
@@ -20,22 +27,33 @@ from visionpeft.methods.last_blocks import LastBlocks
 from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
+from visionpeft.methods.lora_dropout import LoRADropout
 from visionpeft.methods.mam import MAM
+from visionpeft.methods.miss import MiSS
+from visionpeft.methods.moslora import MoSLoRA
+from visionpeft.methods.oft import OFT
+from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
+from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.prefix_tuning import PrefixTuning
+from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
+from visionpeft.methods.sora import SoRA
 from visionpeft.methods.spt import SPT
 from visionpeft.methods.ssf import SSF
 from visionpeft.methods.st_adapter import STAdapter
 from visionpeft.methods.unipelt import UniPELT
 from visionpeft.methods.vera import VeRA
 from visionpeft.methods.vpt import VPT
+from visionpeft.methods.waveft import WaveFT
 
 __all__ = [
     "AIM",
+    "BOFT",
     "IA3",
     "MAM",
+    "OFT",
     "SPT",
     "SSF",
     "VPT",
@@ -43,25 +61,39 @@ __all__ = [
     "AdaptFormer",
     "Adapter",
     "BitFit",
+    "CapaBoost",
     "ChildTuning",
     "Compacter",
     "Convpass",
     "DoRA",
+    "DyLoRA",
     "FacT",
     "FishMask",
+    "FourierFT",
     "FullFineTuning",
     "GatedVPT",
+    "GraLoRA",
+    "HiRA",
+    "HiWi",
     "KAdaptation",
     "KronA",
     "LastBlocks",
     "LayerNormTuning",
     "LinearProbe",
     "LoRA",
+    "LoRADropout",
     "Method",
+    "MiSS",
+    "MoSLoRA",
+    "OLoRA",
     "PaFi",
+    "PiSSA",
     "PrefixTuning",
+    "RandLoRA",
     "RepAdapter",
     "STAdapter",
+    "SoRA",
     "UniPELT",
     "VeRA",
+    "WaveFT",
 ]

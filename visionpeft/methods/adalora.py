@@ -3,8 +3,9 @@
 https://arxiv.org/abs/2303.10512
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn as nn
@@ -15,6 +16,7 @@ from visionpeft.methods.lora import LoRA, LowRank
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, require
 from visionpeft.methods.parts.targets import require_targets, target_layers
+from visionpeft.methods.parts.trees import tree_of
 from visionpeft.sites import Placement
 
 TRIPLET = ("P", "values", "Q")
@@ -208,31 +210,7 @@ class AdaLoRA(Method):
 
     def fold(self, part: nn.Module) -> tuple[LoRA, nn.Module]:
         """LoRA of the triplets that act. Where layers cannot have ranks of their own, they get the largest of them."""
-        layers = _triplets_of(part)
-        towers = {path.partition(".")[0] for path in layers}
-        # A rank can be given by block and target, but not by tower.
-        key_of = {path: _rank_key(path, layer) if len(towers) == 1 else "all" for path, layer in layers.items()}
-        ranks: dict[str, int] = {}
-        for path, layer in layers.items():
-            ranks[key_of[path]] = max(ranks.get(key_of[path], 1), int(layer.acting().sum()))
-        folded = nn.ModuleDict()
-        for path, layer in layers.items():
-            *owners, site = path.split(".")
-            inside = folded
-            for name in owners:
-                if name not in inside:
-                    inside[name] = nn.ModuleDict()
-                inside = inside[name]
-            inside[site] = layer.low_rank(ranks[key_of[path]])
-        lora = LoRA(
-            rank=self.rank,
-            targets=self.targets,
-            dropout=self.dropout,
-            overrides={key: rank for key, rank in ranks.items() if rank != self.rank},
-            blocks=self.blocks,
-            towers=self.towers,
-        )
-        return lora, folded
+        return lora_of_ranks(self, _triplets_of(part))
 
     def _choose(self, layers: list[Triplets], number: int) -> None:
         """Keep the most important triplets of all layers together."""
@@ -248,7 +226,38 @@ def _triplets_of(part: nn.Module) -> dict[str, Triplets]:
     return {path: module for path, module in part.named_modules() if isinstance(module, Triplets)}
 
 
-def _rank_key(path: str, layer: Triplets) -> str:
+class OfRanks(Protocol):
+    """A low-rank change of which not every rank acts."""
+
+    target: str
+
+    def acting(self) -> torch.Tensor:
+        """Which ranks act: (rank,)."""
+
+    def low_rank(self, rank: int) -> LowRank:
+        """The same change with this rank and a scale of 1."""
+
+
+def lora_of_ranks(method: Method, layers: Mapping[str, OfRanks]) -> tuple[LoRA, nn.Module]:
+    """LoRA, and its modules, of the ranks that act in the layers of a method, by path <tower>.<block>.<site>."""
+    towers = {path.partition(".")[0] for path in layers}
+    # A rank can be given by block and target, but not by tower.
+    key_of = {path: _rank_key(path, layer) if len(towers) == 1 else "all" for path, layer in layers.items()}
+    ranks: dict[str, int] = {}
+    for path, layer in layers.items():
+        ranks[key_of[path]] = max(ranks.get(key_of[path], 1), int(layer.acting().sum()))
+    lora = LoRA(
+        rank=method.rank,
+        targets=method.targets,
+        dropout=method.dropout,
+        overrides={key: rank for key, rank in ranks.items() if rank != method.rank},
+        blocks=method.blocks,
+        towers=method.towers,
+    )
+    return lora, tree_of({path: layer.low_rank(ranks[key_of[path]]) for path, layer in layers.items()})
+
+
+def _rank_key(path: str, layer: OfRanks) -> str:
     """How the rank of a layer is named among LoRA's overrides."""
     _, *block, _ = path.split(".")
     return "/".join([*block, layer.target])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.methods.parts.addressing import Blocks, Overrides
-from visionpeft.methods.parts.base import Method, require_same, to_parameter_dtype
+from visionpeft.methods.parts.base import Method, require, require_same, to_parameter_dtype
 from visionpeft.methods.parts.targets import require_low_rank, target_layers
 from visionpeft.sites import Order, Placement
 
@@ -21,18 +21,24 @@ from visionpeft.sites import Order, Placement
 class LowRank(nn.Module):
     """y + (alpha / rank) B A dropout(x) for a linear layer y = W x + b.
 
-    A (rank, in) is Kaiming-uniform with a = sqrt(5), B (out, rank) is zero: no change at the start.
+    A (rank, in) is Kaiming-uniform with a = sqrt(5), B (out, rank) is zero: no change at the start. Without `train_A`
+    A is a buffer, saved like a parameter.
     """
 
     order = Order.WEIGHT
     output_side = ("B",)
     padded: ClassVar = {"A": 0, "B": 1}
 
-    def __init__(self, in_features: int, out_features: int, rank: int, scaling: float, dropout: float):
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, scaling: float, dropout: float, train_A: bool = True
+    ):
         super().__init__()
-        self.A = nn.Parameter(torch.empty(rank, in_features))
+        A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5))
+        if train_A:
+            self.A = nn.Parameter(A)
+        else:
+            self.register_buffer("A", A)
         self.B = nn.Parameter(torch.zeros(out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.scaling = scaling
         self.dropout = nn.Dropout(dropout)
 
@@ -72,8 +78,8 @@ class LowRankConv(LowRank):
 
     stackable = True
 
-    def __init__(self, convolution: nn.Conv2d, rank: int, scaling: float, dropout: float):
-        super().__init__(convolution.weight[0].numel(), convolution.out_channels, rank, scaling, dropout)
+    def __init__(self, convolution: nn.Conv2d, rank: int, scaling: float, dropout: float, train_A: bool = True):
+        super().__init__(convolution.weight[0].numel(), convolution.out_channels, rank, scaling, dropout, train_A)
         self.kernel = convolution.weight.shape[1:]
         self.geometry = {"stride": convolution.stride, "padding": convolution.padding}
 
@@ -85,11 +91,12 @@ class LowRankConv(LowRank):
 
 
 def concatenated(
-    parts: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float], alphas: Sequence[float | None]
+    parts: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float], scales: Sequence[Callable[[int], float]]
 ) -> tuple[int, dict[str, torch.Tensor]]:
     """Rank and tensors "A" and "B" of low-rank changes that are weighted sums of those of several adapters.
 
-    Every layer gets the sum of the adapters' largest ranks. What a layer does not use of it starts as in `LowRank`.
+    `scales` are the factors of B A by its rank. Every layer gets the sum of the adapters' largest ranks. What a layer
+    does not use of it starts as in `LowRank`.
     """
     layers = [[path.removesuffix("A") for path in part if path.rpartition(".")[2] == "A"] for part in parts]
     ranks = [
@@ -102,11 +109,11 @@ def concatenated(
         a, b = like_a.new_empty(sum(ranks), like_a.shape[1]), like_b.new_zeros(len(like_b), sum(ranks))
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         start = 0
-        for part, weight, alpha, most in zip(parts, weights, alphas, ranks, strict=True):
+        for part, weight, scale, most in zip(parts, weights, scales, ranks, strict=True):
             if f"{path}A" in part:
                 rank = len(part[f"{path}A"])
                 a[start : start + rank] = part[f"{path}A"]
-                b[:, start : start + rank] = weight * (1 if alpha is None else alpha / rank) * part[f"{path}B"]
+                b[:, start : start + rank] = weight * scale(rank) * part[f"{path}B"]
             start += most
         tensors |= {f"{path}A": a, f"{path}B": b}
     return sum(ranks), tensors
@@ -117,8 +124,13 @@ class LoRA(Method):
     """Low-rank change of weight matrices: W + (alpha / rank) B A, each target with its own A and B.
 
     Acts on the rows of q, k and v separately, also where the backbone keeps them in one matrix. Mergeable.
-    Trainable: sum over target layers of rank * (in + out); 294,912 on ViT-B/16 for rank 8 on q and v.
-    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
+    `rank_stabilised` makes the scale alpha / sqrt(rank) (rsLoRA), with which the change neither dies nor explodes as
+    the rank grows. Without `train_A` only B is trained (LoRA-FA): half the values, and A, drawn as ever, is saved.
+    Memory is no reason for it here, where no input of A is kept anyway; and the optimiser of that name in peft, which
+    divides the gradient of B by A A^T, is not part of it.
+    Trainable: sum over target layers of rank * (in + out); 294,912 on ViT-B/16 for rank 8 on q and v, without A half.
+    Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021. Kalajdzievski, A Rank Stabilization
+    Scaling Factor for Fine-Tuning with LoRA, 2023. Zhang et al., LoRA-FA: Memory-efficient Low-rank Adaptation, 2023.
 
     Args:
         rank: rank r of the change.
@@ -128,6 +140,8 @@ class LoRA(Method):
         overrides: other ranks for some blocks or targets, such as {"fc1": 4, "last:4": 16, "first:2/q": 2}.
         blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
         towers: which towers, "visual" or "text" or both; by default the image tower.
+        rank_stabilised: divide alpha, which must be given, by the square root of the rank.
+        train_A: whether A is trained, too.
     """
 
     rank: int = 8
@@ -137,10 +151,14 @@ class LoRA(Method):
     overrides: dict[str, int] = field(default_factory=dict)
     blocks: Blocks = "all"
     towers: str | list[str] | None = None
+    rank_stabilised: bool = False
+    train_A: bool = True
 
     def __post_init__(self):
         super().__post_init__()
         require_low_rank(self)
+        given = self.alpha is not None or not self.rank_stabilised
+        require(given, self, "rank_stabilised divides alpha by the square root of the rank, so alpha must be given")
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `LowRank` at every target layer of the chosen blocks."""
@@ -150,13 +168,19 @@ class LoRA(Method):
 
     def combine(self, methods, parts, weights):
         """LoRA that changes each weight by the weighted sum of the changes: ranks are put one after another."""
-        require_same(methods, but=("rank", "alpha", "overrides", "dropout"))
-        alphas = [method.alpha for method in methods]
-        rank, tensors = concatenated(parts, weights, alphas)
-        return dataclasses.replace(self, rank=rank, alpha=None, overrides={}), tensors
+        require_same(methods, but=("rank", "alpha", "overrides", "dropout", "rank_stabilised"))
+        rank, tensors = concatenated(parts, weights, [method.scale for method in methods])
+        changed = {"rank": rank, "alpha": None, "overrides": {}, "rank_stabilised": False}
+        return dataclasses.replace(self, **changed), tensors
+
+    def scale(self, rank: int) -> float:
+        """Factor of B A where it has this rank."""
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     def _module(self, layer: Layer, rank: int) -> LowRank:
-        scaling = 1.0 if self.alpha is None else self.alpha / rank
+        scaling = self.scale(rank)
         if layer.kind == "conv":
-            return LowRankConv(layer.owner, rank, scaling, self.dropout)
-        return LowRank(layer.in_features, layer.out_features, rank, scaling, self.dropout)
+            return LowRankConv(layer.owner, rank, scaling, self.dropout, self.train_A)
+        return LowRank(layer.in_features, layer.out_features, rank, scaling, self.dropout, self.train_A)

@@ -134,7 +134,7 @@ class SPT(Method):
         """The weighted sum of the changes, with the structured matrices and the entries of all."""
         require_same(methods, but=FOUND)
         require(self.structure == "lora", self, "bottlenecks of structure='adapter' cannot be combined")
-        rank, low_rank = concatenated(parts, weights, [None] * len(parts))
+        rank, low_rank = concatenated(parts, weights, [lambda rank: 1.0] * len(parts))
         entries, sparse = united(parts, weights)
         structured = list(dict.fromkeys(name for method in methods for name in method.structured))
         changed = {"rank": rank or self.rank, "entries": entries, "structured": structured}

@@ -18,17 +18,20 @@ from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 from visionpeft.methods.dora import DoRA
 from visionpeft.methods.ia3 import IA3
 from visionpeft.methods.lora import LoRA
+from visionpeft.methods.olora import OLoRA
+from visionpeft.methods.pissa import PiSSA
 from visionpeft.sharing import peft_ia3, peft_lora
 from visionpeft.sharing.peft_config import expression
 from visionpeft.sharing.peft_import import FORMATS, PREFIX
 from visionpeft.sharing.peft_modules import PeftModule, peft_modules
 
-METHODS = {LoRA: peft_lora, DoRA: peft_lora, IA3: peft_ia3}
+# PiSSA and OLoRA as LoRA of twice the rank: in peft's own form, a file depends on a decomposition being made again.
+METHODS = {LoRA: peft_lora, DoRA: peft_lora, PiSSA: peft_lora, OLoRA: peft_lora, IA3: peft_ia3}
 
 
 @on_model
 def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> None:
-    """Write a LoRA, DoRA or IA3 adapter with which peft's `PeftModel.from_pretrained` gives equal logits.
+    """Write a LoRA, DoRA, PiSSA, OLoRA or IA3 adapter with which peft's `PeftModel.from_pretrained` gives equal logits.
 
     peft adapts a fused qkv as one matrix. Changes of q, k and v that still share their A (after `import_peft`) become
     one of the same rank; others become one whose rank is the sum of theirs, B being zero outside their rows. peft then
