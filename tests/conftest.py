@@ -148,6 +148,8 @@ CASES = [
         "unipelt_values",
         vp.UniPELT(rank=2, num_tokens=2, bottleneck=3, prefix_gate="values", activation="gelu", init="lora"),
     ),
+    Case("molora", vp.MoLORA(experts=3, rank=2, alpha=6), identity=True),
+    Case("mov", vp.MoV(experts=3), identity=True),
 ]
 
 

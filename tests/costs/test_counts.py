@@ -109,6 +109,9 @@ def changed_weight_shapes(method, rows, columns):
     if name == "kadaptation":
         terms, rank = method.terms, method.rank
         return {"u": (terms, rank, rows // terms), "v": (terms, rank, columns // terms)}
+    if name == "molora":
+        experts, rank = method.experts, method.rank
+        return {"A": (experts, rank, columns), "B": (experts, rows, rank), "router.weight": (experts, columns)}
     assert name == "unipelt"
     own = {"low_rank.A": (method.rank, columns), "low_rank.B": (rows, method.rank)}
     return own | gate_shapes(columns)
@@ -127,7 +130,7 @@ def compact_shapes(method, width):
     return down | {"up.u": wide, "up.v": narrow, "up.bias": (width,)}
 
 
-CHANGING_WEIGHTS = ("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt")
+CHANGING_WEIGHTS = ("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora")
 SHARING_A_RULE = ("kadaptation", "compacter")
 
 
@@ -214,6 +217,13 @@ def tower_shapes(method, tower, weights, sites, shape):
             for site in ("k", "v"):
                 enter((index, site), {"scale": (read[index, site][0].shape[0],)})
             enter((index, "hidden"), {"scale": (read[index, "fc2"][0].shape[1],)})
+    elif name == "mov":
+        for index in blocks:
+            for site, matrix, axis in (("k", "k", 0), ("v", "v", 0), ("hidden", "fc2", 1)):
+                channels = read[index, matrix][0].shape[axis]
+                read_by_router = channels if site == "hidden" else read[index, "q"][0].shape[0] // shape["heads"]
+                shapes = {"scales": (method.experts, channels), "router.weight": (method.experts, read_by_router)}
+                enter((index, site), shapes)
     elif name in ("rep_adapter", "convpass"):
         inner = method.bottleneck
         shapes = {"down.weight": (inner, width), "down.bias": (inner,), "up.bias": (width,)}

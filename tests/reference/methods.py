@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from .arithmetic import ACTIVATIONS, join_heads, linear, quick_gelu, split_heads
+from .arithmetic import ACTIVATIONS, join_heads, linear, quick_gelu, softmax, split_heads
 
 
 def lora(sites, fields, shape):
@@ -463,7 +463,47 @@ def fact(sites, fields, shape):
     return {"weight": weight}
 
 
+def molora(sites, fields, shape):
+    """MoLORA, arXiv 2309.05444: y + alpha / r sum_e softmax(G x)_e B_e A_e x, expert by expert."""
+
+    def driven(y, index, site, x):
+        found = sites.get((index, site))
+        if found is None:
+            return y
+        experts, rank = found["A"].shape[:2]
+        share = softmax(linear(x, found["router.weight"]))
+        scale = 1 if fields["alpha"] is None else fields["alpha"] / rank
+        for e in range(experts):
+            y = y + scale * share[..., e : e + 1] * linear(x, found["B"][e] @ found["A"][e])
+        return y
+
+    return {"driven": driven}
+
+
+def mov(sites, fields, shape):
+    """MoV, arXiv 2309.05444: u sum_e softmax(G u)_e s_e on the keys and values of each head and on hidden u."""
+
+    def scaled(u, found, width):
+        parts = []
+        for part, scales in zip(u.split(width, dim=-1), found["scales"].split(width, dim=-1), strict=True):
+            share = softmax(linear(part, found["router.weight"]))
+            parts.append(part * sum(share[..., e : e + 1] * scale for e, scale in enumerate(scales)))
+        return torch.cat(parts, dim=-1)
+
+    def output(y, index, site):
+        found = sites.get((index, site)) if site in ("k", "v") else None
+        return y if found is None else scaled(y, found, found["router.weight"].shape[1])
+
+    def hidden(x, index):
+        found = sites.get((index, "hidden"))
+        return x if found is None else scaled(x, found, x.shape[-1])
+
+    return {"output": output, "hidden": hidden}
+
+
 METHODS = {
+    "molora": molora,
+    "mov": mov,
     "gated_vpt": gated_vpt,
     "ia3": ia3,
     "rep_adapter": rep_adapter,

@@ -21,6 +21,8 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.mam import MAM
+from visionpeft.methods.molora import MoLORA
+from visionpeft.methods.mov import MoV
 from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.prefix_tuning import PrefixTuning
@@ -58,6 +60,8 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Method",
+    "MoLORA",
+    "MoV",
     "PaFi",
     "PrefixTuning",
     "RepAdapter",
