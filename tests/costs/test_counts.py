@@ -217,6 +217,12 @@ def tower_shapes(method, tower, weights, sites, shape):
             for site in ("k", "v"):
                 enter((index, site), {"scale": (read[index, site][0].shape[0],)})
             enter((index, "hidden"), {"scale": (read[index, "fc2"][0].shape[1],)})
+    elif name == "ada_mix":
+        experts, inner = method.experts, method.bottleneck
+        shapes = {"down_weight": (inner, width), "down_bias": (inner,), "up_weight": (width, inner)}
+        shapes |= {"up_bias": (width,)}
+        for index in blocks:
+            enter((index, "mlp_out"), {part: (experts, *size) for part, size in shapes.items()})
     elif name == "mov":
         for index in blocks:
             for site, matrix, axis in (("k", "k", 0), ("v", "v", 0), ("hidden", "fc2", 1)):

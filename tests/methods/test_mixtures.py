@@ -1,8 +1,10 @@
 """Mixtures of experts: what holds of them beside their formulas."""
 
+import itertools
+
 import pytest
 import torch
-from conftest import output_of, randomise
+from conftest import distance, output_of, randomise
 from reference.hosts import HOSTS
 
 import visionpeft as vp
@@ -58,6 +60,9 @@ def test_a_token_is_weighed_by_itself(name):
 @pytest.mark.parametrize(
     ("kind", "fields", "sentence"),
     [
+        (vp.AdaMix, {"experts": 0}, "experts must be a positive integer"),
+        (vp.AdaMix, {"consistency": -1}, "consistency must not be negative, but is -1"),
+        (vp.AdaMix, {"activation": "tanh"}, "activation must be one of gelu"),
         (vp.MoLORA, {"experts": 0}, "experts must be a positive integer"),
         (vp.MoLORA, {"rank": 0}, "rank must be a positive integer"),
         (vp.MoLORA, {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
@@ -69,3 +74,99 @@ def test_a_token_is_weighed_by_itself(name):
 def test_refusals(kind, fields, sentence):
     with pytest.raises(ConfigurationError, match=f"^{kind.__name__}: {sentence}"):
         kind(**fields)
+
+
+# AdaMix
+
+
+def test_routes_are_drawn_in_training_alone():
+    """Each pass is that of one down- and one up-projection, all pairs are met, and the mean is none of them."""
+    module = moved(vp.AdaMix(experts=2, bottleneck=3, shared_up=False)).peft["default"].placements[0][1].module
+    x = torch.randn(1, 4, 32, dtype=torch.float64)
+
+    def formula(i, j):
+        """x + U_j gelu(D_i x + d_i) + u_j."""
+        down, up = (module.down_weight[i], module.down_bias[i]), (module.up_weight[j], module.up_bias[j])
+        return x + torch.nn.functional.gelu(x @ down[0].T + down[1]) @ up[0].T + up[1]
+
+    with torch.no_grad():
+        expected = {pair: formula(*pair) for pair in itertools.product(range(2), repeat=2)}
+        in_use = module.eval()(x)
+        assert min(distance(in_use, each) for each in expected.values()) > 1e-3
+        module.train()
+        met = []
+        for _ in range(60):
+            found = module(x)
+            met += [pair for pair, each in expected.items() if distance(found, each) < 1e-12]
+    assert len(met) == 60
+    assert set(met) == set(expected)
+
+
+def test_projections_differ_at_the_start():
+    """In published code they are copies of one."""
+    torch.manual_seed(0)
+    for _, placement in vp.attach(HOST.build(), vp.AdaMix()).peft["default"].placements:
+        down = placement.module.down_weight
+        assert len(placement.module.up_weight) == 1
+        assert min((a - b).abs().max().item() for a, b in itertools.combinations(down, 2)) > 0.01
+
+
+def test_undrawn_projections_have_a_gradient_of_zero():
+    """So that several processes, which draw for themselves, wait for none."""
+    model = vp.attach(HOST.build(), vp.AdaMix(experts=3, bottleneck=2)).train()
+    HOST.run(model, HOST.inputs()).square().sum().backward()
+    for _, placement in model.peft["default"].placements:
+        assert (placement.module.down_weight.grad.flatten(1).norm(dim=1) > 0).sum() == 1
+
+
+def symmetric_divergence(first, second):
+    """The mean over the batch of sum_c (p_c - q_c) (log p_c - log q_c) / 2, its halves with a constant target."""
+    p, q = (torch.exp(z.double()) / torch.exp(z.double()).sum(1, keepdim=True) for z in (first, second))
+    halves = (q.detach() * (q.detach() / p).log()).sum() + (p.detach() * (p.detach() / q).log()).sum()
+    return halves / (2 * len(first))
+
+
+def test_passes_are_compared():
+    """By formula, with its gradients; the same twice costs nothing."""
+    torch.manual_seed(0)
+    model = vp.attach(HOST.build(), vp.AdaMix(experts=2, consistency=0.7), head=False)
+    first, second = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+    found = vp.penalty(model, first, lambda: second)
+    expected = 0.7 * symmetric_divergence(first, second)
+    assert abs(found.item() - expected.item()) < 1e-6 * expected.item()
+    for ours, theirs in zip(*(torch.autograd.grad(loss, (first, second)) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    assert abs(vp.penalty(model, first, lambda: first).item()) < 1e-6
+    with pytest.raises(ConfigurationError, match="AdaMix compares two passes"):
+        vp.penalty(model)
+    vp.disable(model)
+    assert vp.penalty(model) == 0
+
+
+def test_equal_projections_give_no_divergence():
+    model = moved(vp.AdaMix(experts=2, bottleneck=3)).train()
+    found = []
+    for equal in (False, True):
+        with torch.no_grad():
+            for _, placement in model.peft["default"].placements if equal else ():
+                for parameter in placement.module.parameters():
+                    parameter.copy_(parameter[:1].expand_as(parameter))
+            logits = HOST.run(model, HOST.inputs(4, torch.float64))
+            divergences = [
+                vp.penalty(model, logits, lambda: HOST.run(model, HOST.inputs(4, torch.float64))) for _ in range(4)
+            ]
+        found.append(max(float(each) for each in divergences))
+    assert found[0] > 1e-3
+    assert found[1] < 1e-6
+
+
+def test_adamix_is_saved_as_one_adapter(tmp_path):
+    """Which can be trained, merged into soups, and gives the same bytes."""
+    model = vp.attach(HOST.build(), vp.AdaMix(experts=3, bottleneck=4, activation="relu")).eval()
+    randomise(model.peft["default"])
+    vp.save(model, tmp_path)
+    fresh = HOST.build().eval()
+    vp.load(fresh, tmp_path)
+    assert fresh.peft["default"].methods == (vp.Adapter(bottleneck=4, placement="pfeiffer", activation="relu"),)
+    assert torch.equal(output_of(HOST, fresh), output_of(HOST, model))
+    assert vp.summary(fresh).adapter == 3 * (2 * 32 * 4 + 4 + 32)

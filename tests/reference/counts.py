@@ -44,6 +44,8 @@ PUBLISHED = [
     (vp.UniPELT(), 1_410_672),
     (vp.MoLORA(targets=("q", "v")), 1_658_880),
     (vp.MoLORA(), L * 10 * (4 * (4 * 2 * D + 2 * 5 * D) + 4 * D + D + 4 * D)),
+    (vp.AdaMix(), 747_264),
+    (vp.AdaMix(shared_up=False), L * 4 * (2 * 16 * D + 16 + D)),
     (vp.MoV(), 936_960),
     (vp.MoV(experts=1), 6 * D * L + L * (2 * 64 + 4 * D)),
 ]

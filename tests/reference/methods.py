@@ -480,6 +480,20 @@ def molora(sites, fields, shape):
     return {"driven": driven}
 
 
+def ada_mix(sites, fields, shape):
+    """AdaMix, arXiv 2205.12410, in use: an adapter behind the MLP whose weights are the means of those trained."""
+
+    def mlp_out(m, index):
+        found = sites.get((index, "mlp_out"))
+        if found is None:
+            return m
+        mean = {name: sum(tensor.unbind()) / len(tensor) for name, tensor in found.items()}
+        own = {name.replace("_", "."): tensor for name, tensor in mean.items()}
+        return m + bottleneck(own, {"activation": fields["activation"], "scale": 1}, m)
+
+    return {"mlp_out": mlp_out}
+
+
 def mov(sites, fields, shape):
     """MoV, arXiv 2309.05444: u sum_e softmax(G u)_e s_e on the keys and values of each head and on hidden u."""
 
@@ -503,6 +517,7 @@ def mov(sites, fields, shape):
 
 METHODS = {
     "molora": molora,
+    "ada_mix": ada_mix,
     "mov": mov,
     "gated_vpt": gated_vpt,
     "ia3": ia3,

@@ -1,6 +1,7 @@
 """What acts: one file for each method."""
 
 from visionpeft.methods.adalora import AdaLoRA
+from visionpeft.methods.adamix import AdaMix
 from visionpeft.methods.adapter import Adapter
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
@@ -42,6 +43,7 @@ __all__ = [
     "SSF",
     "VPT",
     "AdaLoRA",
+    "AdaMix",
     "AdaptFormer",
     "Adapter",
     "BitFit",

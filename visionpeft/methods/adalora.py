@@ -14,6 +14,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.methods.lora import LoRA, LowRank
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, require
+from visionpeft.methods.parts.folding import tree_of
 from visionpeft.methods.parts.targets import require_targets, target_layers
 from visionpeft.sites import Placement
 
@@ -215,15 +216,7 @@ class AdaLoRA(Method):
         ranks: dict[str, int] = {}
         for path, layer in layers.items():
             ranks[key_of[path]] = max(ranks.get(key_of[path], 1), int(layer.acting().sum()))
-        folded = nn.ModuleDict()
-        for path, layer in layers.items():
-            *owners, site = path.split(".")
-            inside = folded
-            for name in owners:
-                if name not in inside:
-                    inside[name] = nn.ModuleDict()
-                inside = inside[name]
-            inside[site] = layer.low_rank(ranks[key_of[path]])
+        folded = tree_of({path: layer.low_rank(ranks[key_of[path]]) for path, layer in layers.items()})
         lora = LoRA(
             rank=self.rank,
             targets=self.targets,
