@@ -150,6 +150,7 @@ CASES = [
     ),
     Case("molora", vp.MoLORA(experts=3, rank=2, alpha=6), identity=True),
     Case("mov", vp.MoV(experts=3), identity=True),
+    Case("mix_lora", vp.MixLoRA(experts=3, rank=2, alpha=6), identity=True),
     Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False)),
 ]
 

@@ -304,7 +304,7 @@ def test_routed_rows_are_those_of_each_adapter(host, case):
     names = ["a", None, "b", "a"]
     # nor can two values of one parameter of the backbone act in one batch
     refused = host.takes == "text" or any(name.startswith("trained.") for name in adapter_tensors(model, "a"))
-    longer = case.name.startswith(("vpt", "prefix", "mam", "unipelt"))
+    longer = case.name.startswith(("vpt", "prefix", "mam", "unipelt", "mix_lora"))
     if refused or longer:
         with pytest.raises(UserError), vp.route(model, names):
             output_of(host, model, 4, torch.float64)

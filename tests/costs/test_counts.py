@@ -93,7 +93,7 @@ def nearest_divisor(width):
     return min((abs(n - width**0.5), n) for n in range(1, width + 1) if width % n == 0)[1]
 
 
-def changed_weight_shapes(method, rows, columns):
+def changed_weight_shapes(method, key, rows, columns):
     """Tensors of one layer whose weight a method changes."""
     name = method.name
     if name == "dora":
@@ -109,6 +109,10 @@ def changed_weight_shapes(method, rows, columns):
     if name == "kadaptation":
         terms, rank = method.terms, method.rank
         return {"u": (terms, rank, rows // terms), "v": (terms, rank, columns // terms)}
+    if name == "mix_lora":
+        pair = {"A": (method.rank, columns), "B": (rows, method.rank)}
+        several = key[1].startswith("fc")
+        return {part: (method.experts, *size) if several else size for part, size in pair.items()}
     if name == "molora":
         experts, rank = method.experts, method.rank
         return {"A": (experts, rank, columns), "B": (experts, rows, rank), "router.weight": (experts, columns)}
@@ -130,7 +134,7 @@ def compact_shapes(method, width):
     return down | {"up.u": wide, "up.v": narrow, "up.bias": (width,)}
 
 
-CHANGING_WEIGHTS = ("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora")
+CHANGING_WEIGHTS = ("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "mix_lora")
 SHARING_A_RULE = ("kadaptation", "compacter")
 
 
@@ -152,7 +156,10 @@ def tower_shapes(method, tower, weights, sites, shape):
     if name in CHANGING_WEIGHTS:
         for key in acting:
             if {"fc1_g": "fc1", "fc1_x": "fc1"}.get(key[1], key[1]) in method.targets:
-                enter(key, changed_weight_shapes(method, *read[key][0].shape))
+                enter(key, changed_weight_shapes(method, key, *read[key][0].shape))
+    if name == "mix_lora":
+        for index in blocks:
+            enter((index, "mlp_in"), {"router.weight": (method.experts, width)})
     if name in ("mam", "unipelt"):
         prefix = "prefix." if name == "unipelt" else ""
         for index in blocks:

@@ -51,8 +51,9 @@ def test_normal(method, ending, mean, std):
         (vp.VPT(num_tokens=8), ".prompts", math.sqrt(6 / (3 * 8 * 8 + 32))),
         # Kaiming-uniform with a = sqrt(5) is 1 / sqrt(inputs)
         (vp.LoRA(rank=4), ".A", 1 / math.sqrt(32)),
+        (vp.MixLoRA(rank=4), "fc1.A", 1 / math.sqrt(32)),
     ],
-    ids=["vpt_uniform", "lora_a"],
+    ids=["vpt_uniform", "lora_a", "mix_lora_a"],
 )
 def test_uniform(method, ending, bound):
     """Evenly between the bounds."""

@@ -1,14 +1,17 @@
 """Mixtures of experts: what holds of them beside their formulas."""
 
+import copy
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from conftest import distance, output_of, randomise
+from reference import edits_of, forward, shapes_of
 from reference.hosts import HOSTS
 
 import visionpeft as vp
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, UnsupportedError
 
 HOST = next(host for host in HOSTS if host.name == "vit_cls")
 MIXED = {"molora": vp.MoLORA(experts=3, rank=2), "mov": vp.MoV(experts=3)}
@@ -60,6 +63,11 @@ def test_a_token_is_weighed_by_itself(name):
 @pytest.mark.parametrize(
     ("kind", "fields", "sentence"),
     [
+        (vp.MixLoRA, {"top": 1}, "top must be from 2 to the number of experts, 8, not 1"),
+        (vp.MixLoRA, {"top": 9}, "top must be from 2 to the number of experts, 8, not 9"),
+        (vp.MixLoRA, {"rank": 0}, "rank must be a positive integer"),
+        (vp.MixLoRA, {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        (vp.MixLoRA, {"balance": -0.1}, "balance must not be negative, but is -0.1"),
         (vp.AdaMix, {"experts": 0}, "experts must be a positive integer"),
         (vp.AdaMix, {"consistency": -1}, "consistency must not be negative, but is -1"),
         (vp.AdaMix, {"activation": "tanh"}, "activation must be one of gelu"),
@@ -170,3 +178,88 @@ def test_adamix_is_saved_as_one_adapter(tmp_path):
     assert fresh.peft["default"].methods == (vp.Adapter(bottleneck=4, placement="pfeiffer", activation="relu"),)
     assert torch.equal(output_of(HOST, fresh), output_of(HOST, model))
     assert vp.summary(fresh).adapter == 3 * (2 * 32 * 4 + 4 + 32)
+
+
+# MixLoRA
+
+
+def test_the_mlp_gets_each_token_as_often_as_it_has_experts():
+    """Two experts of eight cost two passes of the MLP, not eight."""
+    model, seen = moved(vp.MixLoRA(rank=1)), []
+    model.blocks[0].mlp.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    output_of(HOST, model, dtype=torch.float64)
+    vp.disable(model)
+    output_of(HOST, model, dtype=torch.float64)
+    assert seen == [2 * 17, 17]
+
+
+def test_balance_by_formula():
+    """balance * the mean over blocks of E sum_e f_e P_e, counted token by token, with its gradient."""
+    model = moved(vp.MixLoRA(experts=4, rank=1, balance=0.3)).train()
+    with pytest.raises(ConfigurationError, match="pass in training mode"):
+        vp.penalty(model)
+    part, read = model.peft["default"].mix_lora.visual, []
+    for block in part.values():
+        block.mlp_in.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].detach()))
+    HOST.run(model, HOST.inputs(dtype=torch.float64))
+    found, routers = vp.penalty(model), [block.mlp_in.router.weight for block in part.values()]
+    terms = []
+    for x, router in zip(read, routers, strict=True):
+        tokens, used, total = x.flatten(0, 1), [0] * 4, 0
+        for token in tokens:
+            e = torch.exp(router @ token)
+            total = total + e / e.sum()
+            for expert in sorted(range(4), key=lambda index, e=e: -e[index].item())[:2]:
+                used[expert] += 1
+        terms.append(4 * sum(n / len(tokens) * p / len(tokens) for n, p in zip(used, total, strict=True)))
+    expected = 0.3 * sum(terms) / len(terms)
+    assert abs(found.item() - expected.item()) < 1e-12
+    # earlier routers also change what later ones read, which was taken as it was here
+    ours, theirs = (torch.autograd.grad(loss, routers[-1])[0] for loss in (found, expected))
+    assert distance(ours, theirs) < 1e-10
+    with pytest.raises(ConfigurationError, match="pass in training mode"):  # that pass was judged already
+        vp.penalty(model)
+    assert vp.penalty(vp.attach(HOST.build(), vp.MixLoRA(balance=0))) == 0
+
+
+def test_a_model_is_copied_between_a_pass_and_its_penalty():
+    """What is kept of a pass is part of its graph, which cannot be copied, and does not belong to the copy."""
+    model = moved(vp.MixLoRA(rank=1)).train()
+    HOST.run(model, HOST.inputs(dtype=torch.float64))
+    twin = copy.deepcopy(model)
+    with pytest.raises(ConfigurationError, match="pass in training mode"):
+        vp.penalty(twin)
+    assert vp.penalty(model) > 0
+
+
+@pytest.mark.parametrize(("other", "said"), [(vp.Convpass(2), "no branch"), (vp.MixLoRA(rank=1), "of their own")])
+def test_what_would_meet_other_tokens_is_refused(other, said):
+    """In the same blocks, and nothing is changed; apart they act together."""
+    model = moved(vp.MixLoRA(rank=1, blocks="first:1"))
+    before = output_of(HOST, model, dtype=torch.float64)
+    with pytest.raises(UnsupportedError, match=said):
+        vp.attach(model, other, "other")
+    assert torch.equal(output_of(HOST, model, dtype=torch.float64), before)
+    vp.attach(
+        model, vp.MixLoRA(rank=1, blocks="last:1") if isinstance(other, vp.MixLoRA) else vp.AdaptFormer(2), "other"
+    )
+    randomise(model.peft["other"])
+    assert distance(output_of(HOST, model, dtype=torch.float64), before) > 1e-3
+
+
+def test_what_acts_around_the_experts_meets_the_tokens_of_the_block():
+    """Stacked with what acts before, in and after the MLP, it is what the transcriptions make together."""
+    methods = [vp.MixLoRA(experts=3, rank=2, alpha=6), vp.Adapter(bottleneck=3), vp.RepAdapter(2), vp.IA3()]
+    torch.manual_seed(0)
+    model = vp.attach(HOST.build(torch.float64), methods, head=False).eval()
+    randomise(model.peft["default"])
+    plain = HOST.build(torch.float64)
+    tensors = {name: tensor.detach() for name, tensor in model.peft["default"].state_dict().items()}
+    # In the law of order what acts on the MLP's input comes before the experts.
+    order = {
+        method.name: dataclasses.asdict(method) for method in sorted(methods, key=lambda m: m.name != "rep_adapter")
+    }
+    edits = edits_of(tensors, order, shapes_of(plain))
+    with torch.no_grad():
+        expected = forward(plain, HOST.inputs(dtype=torch.float64), edits)
+    assert distance(output_of(HOST, model, dtype=torch.float64), expected) < 1e-12

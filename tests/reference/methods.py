@@ -494,6 +494,30 @@ def ada_mix(sites, fields, shape):
     return {"mlp_out": mlp_out}
 
 
+def mix_lora(sites, fields, shape):
+    """MixLoRA, arXiv 2404.15159: the MLPs of the best experts, each with W + alpha / r B_e A_e, by their shares."""
+    scale = 1 if fields["alpha"] is None else fields["alpha"] / fields["rank"]
+
+    def experts(h, index, branch):
+        router = sites[index, "mlp_in"]["router.weight"]
+        share = softmax(linear(h, router))
+        order = share.argsort(dim=-1, descending=True)[..., : fields["top"]]
+        kept = torch.zeros_like(share).scatter(-1, order, 1.0) * share
+        kept = kept / kept.sum(-1, keepdim=True)
+
+        def expert(e):
+            def weight(pair, at, site):
+                found = sites.get((at, site)) if site.startswith("fc") else None
+                return pair if found is None else (pair[0] + scale * found["B"][e] @ found["A"][e], pair[1])
+
+            return {"weight": weight}
+
+        return sum(kept[..., e : e + 1] * branch(expert(e)) for e in range(len(router)))
+
+    attention = {key: found for key, found in sites.items() if key[1] in ("q", "k", "v", "proj")}
+    return lora(attention, fields, shape) | {"experts": experts}
+
+
 def mov(sites, fields, shape):
     """MoV, arXiv 2309.05444: u sum_e softmax(G u)_e s_e on the keys and values of each head and on hidden u."""
 
@@ -517,6 +541,7 @@ def mov(sites, fields, shape):
 
 METHODS = {
     "molora": molora,
+    "mix_lora": mix_lora,
     "ada_mix": ada_mix,
     "mov": mov,
     "gated_vpt": gated_vpt,

@@ -12,6 +12,7 @@ from visionpeft.adapters.adapters import Adapters, AttachedAdapter, join, own_pa
 from visionpeft.adapters.installation import Anatomy, Installation, of_swapped
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
+from visionpeft.adapters.multiplied_tokens import check_multiplied
 from visionpeft.adapters.route import Batch, Routed, RoutedHead, check_routable
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
@@ -113,6 +114,7 @@ def _install_tower(peft: Adapters, tower: Tower, plans: list[Plan], routed) -> N
             continue
         sites = Sites(tower.num_prefix_tokens, tower.causal)
         acting = here.get(index, {})
+        check_multiplied(acting)
         alone = {key: groups[0] for key, groups in acting.items()} if routed is None else None
         peft.economies.apply(sites, tower, index, alone)
         # Prompts as keys and values are for one group, because they are shared by the batch, and for towers that are

@@ -22,6 +22,7 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.mam import MAM
+from visionpeft.methods.mixlora import MixLoRA
 from visionpeft.methods.molora import MoLORA
 from visionpeft.methods.mov import MoV
 from visionpeft.methods.pafi import PaFi
@@ -62,6 +63,7 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "Method",
+    "MixLoRA",
     "MoLORA",
     "MoV",
     "PaFi",

@@ -4,41 +4,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, require, to_parameter_dtype
+from visionpeft.methods.parts.base import Method, require
+from visionpeft.methods.parts.low_rank_experts import LowRankExperts
 from visionpeft.methods.parts.router import Router
 from visionpeft.methods.parts.targets import require_targets, target_layers
-from visionpeft.sites import Order, Placement
+from visionpeft.sites import Placement
 
 
-class MixedLowRank(nn.Module):
-    """y + scaling * sum_e p_e B_e A_e dropout(x) with shares p = router(x), for a linear layer y = W x + b.
-
-    A (experts, rank, in) is N(0, 0.02), B (experts, out, rank) is zero: no change at the start.
-    """
-
-    order = Order.WEIGHT
-    output_side = ("B",)
+class MixedLowRank(LowRankExperts):
+    """`LowRankExperts`, each token of whose input x has the shares router(x)."""
 
     def __init__(self, in_features: int, out_features: int, experts: int, rank: int, scaling: float, dropout: float):
-        super().__init__()
-        self.A = nn.Parameter(torch.randn(experts, rank, in_features) * 0.02)
-        self.B = nn.Parameter(torch.zeros(experts, out_features, rank))
+        super().__init__(in_features, out_features, experts, rank, scaling, dropout, std=0.02)
         self.router = Router(in_features, experts)
-        self.scaling = scaling
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""
-        x = to_parameter_dtype(x, self.A)
-        # All experts are one low-rank change, whose parts the shares scale where they are narrow.
-        z = F.linear(self.dropout(x), self.A.flatten(0, 1)).unflatten(-1, self.A.shape[:2])
-        z = self.scaling * self.router(x)[..., None] * z
-        return y + F.linear(z.flatten(-2), self.B.transpose(0, 1).flatten(1)).to(y.dtype)
+        return self.changed(x, y, self.router(x))
 
 
 @dataclass(frozen=True)
