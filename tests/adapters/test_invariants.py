@@ -66,6 +66,8 @@ def without_gradient(host, case, name):
     """Tensors that cannot have a gradient, by the algebra of softmax or because the output does not contain them."""
     if name == "trained.logit_scale":
         return True
+    if case.name == "adapter_fusion" and name.endswith("key.bias"):  # adds the same to the scores of all adapters
+        return True
     # a vector added to every key adds the same to all scores of a query, unless keys are rotated or normalised later
     rotated = host.name.startswith(("eva", "dinov3"))
     normalised = host.name in ("vit_qk_norm", "clip_custom")

@@ -109,6 +109,8 @@ def changed_weight_shapes(method, key, rows, columns):
     if name == "kadaptation":
         terms, rank = method.terms, method.rank
         return {"u": (terms, rank, rows // terms), "v": (terms, rank, columns // terms)}
+    if name == "mole":
+        return {"router.weight": (2, 2 * rows)}
     if name == "mix_lora":
         pair = {"A": (method.rank, columns), "B": (rows, method.rank)}
         several = key[1].startswith("fc")
@@ -134,7 +136,7 @@ def compact_shapes(method, width):
     return down | {"up.u": wide, "up.v": narrow, "up.bias": (width,)}
 
 
-CHANGING_WEIGHTS = ("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "mix_lora")
+CHANGING_WEIGHTS = ("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "mix_lora", "mole")
 SHARING_A_RULE = ("kadaptation", "compacter")
 
 
@@ -155,7 +157,8 @@ def tower_shapes(method, tower, weights, sites, shape):
         enter((None, "rule"), {"A": (method.terms,) * 3})
     if name in CHANGING_WEIGHTS:
         for key in acting:
-            if {"fc1_g": "fc1", "fc1_x": "fc1"}.get(key[1], key[1]) in method.targets:
+            targets = ("q", "v") if name == "mole" else method.targets
+            if {"fc1_g": "fc1", "fc1_x": "fc1"}.get(key[1], key[1]) in targets:
                 enter(key, changed_weight_shapes(method, key, *read[key][0].shape))
     if name == "mix_lora":
         for index in blocks:
@@ -224,6 +227,10 @@ def tower_shapes(method, tower, weights, sites, shape):
             for site in ("k", "v"):
                 enter((index, site), {"scale": (read[index, site][0].shape[0],)})
             enter((index, "hidden"), {"scale": (read[index, "fc2"][0].shape[1],)})
+    elif name == "adapter_fusion":
+        square = {f"{part}.weight": (width, width) for part in ("query", "key", "value")}
+        for index in blocks:
+            enter((index, "mlp_out"), square | {"query.bias": (width,), "key.bias": (width,)})
     elif name == "ada_mix":
         experts, inner = method.experts, method.bottleneck
         shapes = {"down_weight": (inner, width), "down_bias": (inner,), "up_weight": (width, inner)}

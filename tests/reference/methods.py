@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from .arithmetic import ACTIVATIONS, join_heads, linear, quick_gelu, softmax, split_heads
+from .arithmetic import ACTIVATIONS, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
 
 
 def lora(sites, fields, shape):
@@ -518,6 +518,49 @@ def mix_lora(sites, fields, shape):
     return lora(attention, fields, shape) | {"experts": experts}
 
 
+def parts_of(found, fields):
+    """(fields, tensors) of each source of a method over trained adapters, at one place."""
+    parts = []
+    for number, own in enumerate(fields["sources"]):
+        start = f"frozen.{number}."
+        parts.append((own, {key.removeprefix(start): value for key, value in found.items() if key.startswith(start)}))
+    return parts
+
+
+def mole(sites, fields, shape):
+    """MoLE, arXiv 2404.13628: y + sum_n g_n d_n, g a softmax over the normalised changes d_n side by side."""
+
+    def driven(y, index, site, x):
+        found = sites.get((index, site))
+        if found is None:
+            return y
+        changes = []
+        for own, part in parts_of(found, fields):
+            scale = 1 if own["alpha"] is None else own["alpha"] / own["rank"]
+            changes.append(scale * linear(x, part["B"] @ part["A"]))
+        gates = softmax(linear(layer_norm(torch.cat(changes, -1), None, None, 1e-5), found["router.weight"]))
+        return y + sum(gates[..., n : n + 1] * change for n, change in enumerate(changes))
+
+    return {"driven": driven}
+
+
+def adapter_fusion(sites, fields, shape):
+    """AdapterFusion, arXiv 2005.00247: x + sum_n softmax_n(Q x . K z_n) V z_n, z_n what adapter n gives for x."""
+
+    def mlp_out(x, index):
+        found = sites.get((index, "mlp_out"))
+        if found is None:
+            return x
+        given = [bottleneck(part, own, x) for own, part in parts_of(found, fields)]
+        query = linear(x, found["query.weight"], found["query.bias"])
+        keys = [linear(z, found["key.weight"], found["key.bias"]) for z in given]
+        scores = torch.stack([(query * key).sum(-1) for key in keys], dim=-1) / fields["temperature"]
+        shares = softmax(scores)
+        return x + sum(shares[..., n : n + 1] * linear(z, found["value.weight"]) for n, z in enumerate(given))
+
+    return {"mlp_out": mlp_out}
+
+
 def mov(sites, fields, shape):
     """MoV, arXiv 2309.05444: u sum_e softmax(G u)_e s_e on the keys and values of each head and on hidden u."""
 
@@ -541,6 +584,8 @@ def mov(sites, fields, shape):
 
 METHODS = {
     "molora": molora,
+    "mole": mole,
+    "adapter_fusion": adapter_fusion,
     "mix_lora": mix_lora,
     "ada_mix": ada_mix,
     "mov": mov,

@@ -3,6 +3,7 @@
 from visionpeft.methods.adalora import AdaLoRA
 from visionpeft.methods.adamix import AdaMix
 from visionpeft.methods.adapter import Adapter
+from visionpeft.methods.adapter_fusion import AdapterFusion
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
 from visionpeft.methods.bitfit import BitFit
@@ -23,6 +24,7 @@ from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.mixlora import MixLoRA
+from visionpeft.methods.mole import MoLE
 from visionpeft.methods.molora import MoLORA
 from visionpeft.methods.mov import MoV
 from visionpeft.methods.pafi import PaFi
@@ -47,6 +49,7 @@ __all__ = [
     "AdaMix",
     "AdaptFormer",
     "Adapter",
+    "AdapterFusion",
     "BitFit",
     "ChildTuning",
     "Compacter",
@@ -64,6 +67,7 @@ __all__ = [
     "LoRA",
     "Method",
     "MixLoRA",
+    "MoLE",
     "MoLORA",
     "MoV",
     "PaFi",

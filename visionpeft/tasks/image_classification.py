@@ -8,7 +8,8 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from visionpeft.adapters.attach import attach, economise
+from visionpeft.adapters.attach import economise
+from visionpeft.adapters.over_folders import attach_over_folders
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.content_cache import ContentCache, FolderCache
 from visionpeft.caching.trunk import CachedTrunk
@@ -120,7 +121,7 @@ class ImageClassification(AdaptedTask):
         )
         replace_head(self.model, head, outputs, head_init)
         self.preprocessing = preprocessing_of(self.model)
-        attach(self.model, self.methods, name=self.adapter_name, train=tuple(train or ()))
+        attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
         self.economies = {"class_token_only": class_token_only, "recompute": recompute}
         economise(self.model, **self.economies)
         self.trunk: CachedTrunk | None = None
