@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.adapters.combine import combine as combine
     from visionpeft.adapters.combine import feature_mean as feature_mean
     from visionpeft.adapters.combine import similar_adapters as similar_adapters
+    from visionpeft.adapters.lorahub import lorahub as lorahub
     from visionpeft.adapters.merge import merge as merge
     from visionpeft.adapters.merge import unmerge as unmerge
     from visionpeft.adapters.storage import load as load
@@ -67,6 +68,7 @@ _HOMES = {
         "feature_mean",
         "similar_adapters",
     ),
+    "visionpeft.adapters.lorahub": ("lorahub",),
     "visionpeft.adapters.merge": (
         "merge",
         "unmerge",
