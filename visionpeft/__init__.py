@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.adapters.lorahub import lorahub as lorahub
     from visionpeft.adapters.merge import merge as merge
     from visionpeft.adapters.merge import unmerge as unmerge
+    from visionpeft.adapters.start import prompt_similarity as prompt_similarity
+    from visionpeft.adapters.start import start_from as start_from
     from visionpeft.adapters.storage import load as load
     from visionpeft.adapters.storage import read_metadata as read_metadata
     from visionpeft.adapters.storage import save as save
@@ -72,6 +74,10 @@ _HOMES = {
     "visionpeft.adapters.merge": (
         "merge",
         "unmerge",
+    ),
+    "visionpeft.adapters.start": (
+        "prompt_similarity",
+        "start_from",
     ),
     "visionpeft.adapters.storage": (
         "load",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from visionpeft.adapters.attach import economise
 from visionpeft.adapters.over_folders import attach_over_folders
+from visionpeft.adapters.start import start_from
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.content_cache import ContentCache, FolderCache
 from visionpeft.caching.trunk import CachedTrunk
@@ -43,6 +44,7 @@ class ImageClassification(AdaptedTask):
         head: "linear", or with a normalisation before it: "batchnorm_linear" (no scale and shift), "layernorm_linear".
         head_init: initialisation of the head: "truncated_normal", "zeros", "kaiming" or "uniform".
         train: names of further backbone parameters to train, such as "cls_token"; they travel with the adapter.
+        start: folder of a saved adapter of the same method, from whose values the training starts, the head's excepted.
         drop_path: rate of the backbone's stochastic depth while training, rising linearly with depth.
         class_token_only: in the last block follow the class token alone, if it is all that is read; exact and cheaper.
         recompute: compute "mlp" (hidden activations) or "block" (all activations) again in the backward pass instead
@@ -77,6 +79,7 @@ class ImageClassification(AdaptedTask):
         head: Head = "linear",
         head_init: HeadInit = "truncated_normal",
         train: list[str] | None = None,
+        start: str | None = None,
         drop_path: float = 0.0,
         class_token_only: bool = False,
         recompute: Literal["mlp", "block"] | None = None,
@@ -122,6 +125,8 @@ class ImageClassification(AdaptedTask):
         replace_head(self.model, head, outputs, head_init)
         self.preprocessing = preprocessing_of(self.model)
         attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
+        if start:
+            start_from(self.model, start, self.adapter_name)
         self.economies = {"class_token_only": class_token_only, "recompute": recompute}
         economise(self.model, **self.economies)
         self.trunk: CachedTrunk | None = None
