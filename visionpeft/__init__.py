@@ -45,6 +45,8 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.methods import *  # noqa: F403
     from visionpeft.models.create import create_backbone as create_backbone
     from visionpeft.models.create_clip import create_clip as create_clip
+    from visionpeft.models.proxy_tuning import ProxyTuned as ProxyTuned
+    from visionpeft.models.proxy_tuning import proxy_logits as proxy_logits
     from visionpeft.models.video_classifier import VideoClassifier as VideoClassifier
     from visionpeft.sharing.hub import from_pretrained as from_pretrained
     from visionpeft.sharing.hub import push_to_hub as push_to_hub
@@ -104,6 +106,10 @@ _HOMES = {
     ),
     "visionpeft.models.create": ("create_backbone",),
     "visionpeft.models.create_clip": ("create_clip",),
+    "visionpeft.models.proxy_tuning": (
+        "ProxyTuned",
+        "proxy_logits",
+    ),
     "visionpeft.models.video_classifier": ("VideoClassifier",),
     "visionpeft.sharing.hub": (
         "from_pretrained",
