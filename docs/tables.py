@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import open_clip
@@ -35,6 +35,9 @@ VARIANTS = {
     "STAdapter": ['STAdapter(positions=("before_mlp",))', 'STAdapter(positions=("before_attention", "before_mlp"))'],
     "CoOp": ['CoOp(init="a photo of a")'],
 }
+
+# methods over trained adapters of other methods, and two of those
+OVER = {"MoLE": "LoRA()", "AdapterFusion": "Adapter()"}
 
 # in the order in which tokens meet them; sites that are not listed come last
 SITES = (
@@ -90,12 +93,18 @@ def method_lines(public: Sequence[str] | None = None, module=methods) -> list[Li
     lines = []
     for name, call in calls_of(module.__all__ if public is None else public, vp.Method, module):
         method = eval(call, dict(vars(module)))
+        if name in OVER:
+            method = replace(method, adapters=("a", "b"))
+            for source in method.adapters:
+                vp.attach(plain, eval(OVER[name], dict(vars(module))), source, head=False)
         try:
             model = vp.attach(plain, method)
             of_clips = ""
         except vp.UnsupportedError:  # it acts across the frames of clips
             model = vp.attach(clips, method)
             of_clips = ", on clips"
+        for source in OVER.get(name, ()) and method.adapters:
+            vp.detach(plain, source)
         trained = counted(model, method)
         line = Line(name, call, first_sentence(type(method)), acts_at(model) + of_clips, trained, mergeable(model))
         lines.append(line)

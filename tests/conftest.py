@@ -67,6 +67,7 @@ class Case:
         identity: attaching it changes nothing.
         mergeable: it can be merged into the weights.
         image_only: of two towers it acts on that of the images.
+        sources: the methods of trained adapters that it is over, which are attached before it under its names.
     """
 
     name: str
@@ -74,14 +75,19 @@ class Case:
     identity: bool = False
     mergeable: bool = False
     image_only: bool = False
+    sources: tuple[vp.Method, ...] = ()
 
     def __repr__(self):
         return self.name
 
+    def sources_on(self, host):
+        """The methods of its sources for a host."""
+        return [dataclasses.replace(self, method=source, sources=()).on(host) for source in self.sources]
+
     def on(self, host):
         """The method for a host: on both towers where it has both; prompts in text have no patch size to start from."""
         changes = {}
-        chooses = "towers" in {field.name for field in dataclasses.fields(self.method)}
+        chooses = "towers" in {field.name for field in dataclasses.fields(self.method)} and not self.sources
         if host.takes == "both" and chooses and not self.image_only:
             changes["towers"] = ["visual", "text"]
         if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT):
@@ -164,6 +170,16 @@ CASES = [
         "unipelt_values",
         vp.UniPELT(rank=2, num_tokens=2, bottleneck=3, prefix_gate="values", activation="gelu", init="lora"),
     ),
+    Case("molora", vp.MoLORA(experts=3, rank=2, alpha=6), identity=True),
+    Case("mov", vp.MoV(experts=3), identity=True),
+    Case("mole", vp.MoLE(adapters=("s0", "s1")), sources=(vp.LoRA(rank=2), vp.LoRA(rank=3, alpha=6))),
+    Case(
+        "adapter_fusion",
+        vp.AdapterFusion(adapters=("s0", "s1", "s2"), temperature=2.0),
+        sources=(vp.Adapter(bottleneck=2), vp.Adapter(3, activation="relu", scale="learned"), vp.Adapter(2, scale=0.5)),
+    ),
+    Case("mix_lora", vp.MixLoRA(experts=3, rank=2, alpha=6), identity=True),
+    Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False)),
 ]
 
 
@@ -263,7 +279,16 @@ def attach(model, host, case, name="default", **options):
         with pytest.raises(UserError):
             vp.attach(model, case.on(host), name, **options)
         pytest.skip(REFUSALS[host.name, case.name])
+    active = model.peft.active if hasattr(model, "peft") else ()
+    names = case.method.adapters if case.sources else ()
+    for seed, (source, method) in enumerate(zip(names, case.sources_on(host), strict=True)):
+        vp.attach(model, method, source, head=False)
+        randomise(model.peft[source], seed)
     vp.attach(model, case.on(host), name, **options)
+    for source in names:
+        vp.detach(model, source)
+    if names:
+        assert model.peft.active == (*active, name)
     if model.peft[name].pending:
         show_data(host, model, name)
     return model
@@ -313,6 +338,9 @@ def expected_output(host, case, tensors, inputs):
     """What the reference computes for a case with these tensors on a fresh host, in float64."""
     plain = shared_cells.plain(host, torch.float64)
     method = case.on(host)
-    edits = edits_of(tensors, {method.name: dataclasses.asdict(method)}, shapes_of(plain))
+    fields = dataclasses.asdict(method) | (
+        {"sources": [*map(dataclasses.asdict, case.sources)]} if case.sources else {}
+    )
+    edits = edits_of(tensors, {method.name: fields}, shapes_of(plain))
     output = forward(plain, inputs, edits, trained_weights(plain.state_dict(), tensors))
     return torch.cat(output[:2], dim=-1) if host.takes == "both" else output

@@ -21,8 +21,11 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.adapters.combine import combine as combine
     from visionpeft.adapters.combine import feature_mean as feature_mean
     from visionpeft.adapters.combine import similar_adapters as similar_adapters
+    from visionpeft.adapters.lorahub import lorahub as lorahub
     from visionpeft.adapters.merge import merge as merge
     from visionpeft.adapters.merge import unmerge as unmerge
+    from visionpeft.adapters.start import prompt_similarity as prompt_similarity
+    from visionpeft.adapters.start import start_from as start_from
     from visionpeft.adapters.storage import load as load
     from visionpeft.adapters.storage import read_metadata as read_metadata
     from visionpeft.adapters.storage import save as save
@@ -42,6 +45,8 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.methods import *  # noqa: F403
     from visionpeft.models.create import create_backbone as create_backbone
     from visionpeft.models.create_clip import create_clip as create_clip
+    from visionpeft.models.proxy_tuning import ProxyTuned as ProxyTuned
+    from visionpeft.models.proxy_tuning import proxy_logits as proxy_logits
     from visionpeft.models.video_classifier import VideoClassifier as VideoClassifier
     from visionpeft.sharing.hub import from_pretrained as from_pretrained
     from visionpeft.sharing.hub import push_to_hub as push_to_hub
@@ -67,9 +72,14 @@ _HOMES = {
         "feature_mean",
         "similar_adapters",
     ),
+    "visionpeft.adapters.lorahub": ("lorahub",),
     "visionpeft.adapters.merge": (
         "merge",
         "unmerge",
+    ),
+    "visionpeft.adapters.start": (
+        "prompt_similarity",
+        "start_from",
     ),
     "visionpeft.adapters.storage": (
         "load",
@@ -96,6 +106,10 @@ _HOMES = {
     ),
     "visionpeft.models.create": ("create_backbone",),
     "visionpeft.models.create_clip": ("create_clip",),
+    "visionpeft.models.proxy_tuning": (
+        "ProxyTuned",
+        "proxy_logits",
+    ),
     "visionpeft.models.video_classifier": ("VideoClassifier",),
     "visionpeft.sharing.hub": (
         "from_pretrained",

@@ -94,7 +94,7 @@ def nearest_divisor(width):
     return min((abs(n - width**0.5), n) for n in range(1, width + 1) if width % n == 0)[1]
 
 
-def changed_weight_shapes(method, rows, columns):
+def changed_weight_shapes(method, key, rows, columns):
     """Tensors of one layer whose weight a method changes."""
     name = method.name
     if name == "dora":
@@ -112,6 +112,15 @@ def changed_weight_shapes(method, rows, columns):
         return {"u": (terms, rank, rows // terms), "v": (terms, rank, columns // terms)}
     if name in SHAPES:
         return SHAPES[name](method, rows, columns)
+    if name == "mole":
+        return {"router.weight": (2, 2 * rows)}
+    if name == "mix_lora":
+        pair = {"A": (method.rank, columns), "B": (rows, method.rank)}
+        several = key[1].startswith("fc")
+        return {part: (method.experts, *size) if several else size for part, size in pair.items()}
+    if name == "molora":
+        experts, rank = method.experts, method.rank
+        return {"A": (experts, rank, columns), "B": (experts, rows, rank), "router.weight": (experts, columns)}
     assert name == "unipelt"
     own = {"low_rank.A": (method.rank, columns), "low_rank.B": (rows, method.rank)}
     return own | gate_shapes(columns)
@@ -130,7 +139,10 @@ def compact_shapes(method, width):
     return down | {"up.u": wide, "up.v": narrow, "up.bias": (width,)}
 
 
-CHANGING_WEIGHTS = ("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", *SHAPES)
+CHANGING_WEIGHTS = (
+    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "mix_lora", "mole"),
+    *SHAPES,
+)
 SHARING_A_RULE = ("kadaptation", "compacter")
 
 
@@ -151,8 +163,12 @@ def tower_shapes(method, tower, weights, sites, shape):
         enter((None, "rule"), {"A": (method.terms,) * 3})
     if name in CHANGING_WEIGHTS:
         for key in acting:
-            if {"fc1_g": "fc1", "fc1_x": "fc1"}.get(key[1], key[1]) in method.targets:
-                enter(key, changed_weight_shapes(method, *read[key][0].shape))
+            targets = ("q", "v") if name == "mole" else method.targets
+            if {"fc1_g": "fc1", "fc1_x": "fc1"}.get(key[1], key[1]) in targets:
+                enter(key, changed_weight_shapes(method, key, *read[key][0].shape))
+    if name == "mix_lora":
+        for index in blocks:
+            enter((index, "mlp_in"), {"router.weight": (method.experts, width)})
     if name in ("mam", "unipelt"):
         prefix = "prefix." if name == "unipelt" else ""
         for index in blocks:
@@ -217,6 +233,23 @@ def tower_shapes(method, tower, weights, sites, shape):
             for site in ("k", "v"):
                 enter((index, site), {"scale": (read[index, site][0].shape[0],)})
             enter((index, "hidden"), {"scale": (read[index, "fc2"][0].shape[1],)})
+    elif name == "adapter_fusion":
+        square = {f"{part}.weight": (width, width) for part in ("query", "key", "value")}
+        for index in blocks:
+            enter((index, "mlp_out"), square | {"query.bias": (width,), "key.bias": (width,)})
+    elif name == "ada_mix":
+        experts, inner = method.experts, method.bottleneck
+        shapes = {"down_weight": (inner, width), "down_bias": (inner,), "up_weight": (width, inner)}
+        shapes |= {"up_bias": (width,)}
+        for index in blocks:
+            enter((index, "mlp_out"), {part: (experts, *size) for part, size in shapes.items()})
+    elif name == "mov":
+        for index in blocks:
+            for site, matrix, axis in (("k", "k", 0), ("v", "v", 0), ("hidden", "fc2", 1)):
+                channels = read[index, matrix][0].shape[axis]
+                read_by_router = channels if site == "hidden" else read[index, "q"][0].shape[0] // shape["heads"]
+                shapes = {"scales": (method.experts, channels), "router.weight": (method.experts, read_by_router)}
+                enter((index, site), shapes)
     elif name in ("rep_adapter", "convpass"):
         inner = method.bottleneck
         shapes = {"down.weight": (inner, width), "down.bias": (inner,), "up.bias": (width,)}

@@ -28,8 +28,10 @@ def started(method, ending):
         (vp.SSF(), ".shift", 0.0, 0.02),
         (vp.SSF(std=0.3), ".scale", 1.0, 0.3),
         (vp.VPT(num_tokens=8, init="normal"), ".prompts", 0.0, 0.02),
+        (vp.MoLORA(experts=4), ".A", 0.0, 0.02),
+        (vp.MoV(experts=4), ".router.weight", 0.0, 0.02),
     ],
-    ids=["ssf_scale", "ssf_shift", "ssf_wide", "vpt_normal"],
+    ids=["ssf_scale", "ssf_shift", "ssf_wide", "vpt_normal", "molora_a", "router"],
 )
 def test_normal(method, ending, mean, std):
     """Mean and standard deviation within five standard errors, and as far out as a normal distribution reaches."""
@@ -49,8 +51,9 @@ def test_normal(method, ending, mean, std):
         (vp.VPT(num_tokens=8), ".prompts", math.sqrt(6 / (3 * 8 * 8 + 32))),
         # Kaiming-uniform with a = sqrt(5) is 1 / sqrt(inputs)
         (vp.LoRA(rank=4), ".A", 1 / math.sqrt(32)),
+        (vp.MixLoRA(rank=4), "fc1.A", 1 / math.sqrt(32)),
     ],
-    ids=["vpt_uniform", "lora_a"],
+    ids=["vpt_uniform", "lora_a", "mix_lora_a"],
 )
 def test_uniform(method, ending, bound):
     """Evenly between the bounds."""

@@ -40,18 +40,24 @@ def addresses_of(model, tower, prefix=""):
 
 
 def shapes_of(model):
-    """{tower: {"depth": blocks, "prefix": tokens before the patches, or the start of text, "grid": of patches}}."""
+    """{tower: {"depth": blocks, "heads": of the attention, "prefix": tokens before the patches, or the start of text,
+    "grid": of patches}}.
+    """
     if hasattr(model, "visual"):
-        text = getattr(model, "text", model)
-        return shapes_of(model.visual) | {"text": {"depth": len(text.transformer.resblocks), "prefix": 1}}
+        return shapes_of(model.visual) | {"text": size_of(getattr(model, "text", model).transformer.resblocks)}
     if hasattr(model, "trunk"):
         return shapes_of(model.trunk)
     if hasattr(model, "token_embedding"):
-        return {"text": {"depth": len(model.transformer.resblocks), "prefix": 1}}
+        return {"text": size_of(model.transformer.resblocks)}
     if hasattr(model, "transformer"):
-        return {"visual": {"depth": len(model.transformer.resblocks), "prefix": 1, "grid": model.grid_size}}
+        return {"visual": size_of(model.transformer.resblocks) | {"grid": model.grid_size}}
     grid = model.patch_embed.grid_size
-    return {"visual": {"depth": len(model.blocks), "prefix": model.num_prefix_tokens, "grid": grid}}
+    return {"visual": size_of(model.blocks) | {"prefix": model.num_prefix_tokens, "grid": grid}}
+
+
+def size_of(blocks):
+    """Depth and heads of some blocks, after one token of another kind."""
+    return {"depth": len(blocks), "heads": blocks[0].attn.num_heads, "prefix": 1}
 
 
 def text_addresses(model, prefix):

@@ -15,6 +15,8 @@ Stations (an edit is a dict from a station to a function of the value passing th
     aside    y, index, h                the stream after the attention residual, given what the attention read
     mid      y, index                   the same point, after `aside`
     mlp_in   h, index                   what the MLP reads
+    experts  h, index, branch           the whole MLP branch in its place, of what it reads; branch(edit) is the MLP
+                                        with one more edit
     hidden   x, index                   what fc2 reads
     mlp_out  m, index                   MLP branch before LayerScale
     joint    z, index, h                the stream at the exit, given what the MLP read
@@ -138,6 +140,12 @@ def attend(block, weights, h, index, edits, prompts):
 
 def feed_forward(block, weights, h, index, edits):
     """The MLP branch: plain, gated with one packed matrix, or gated with two."""
+    routed, *_ = [edit for edit in edits if "experts" in edit] or [None]
+    if routed is not None:
+        rest = [edit for edit in edits if edit is not routed]
+        inside = [{station: act for station, act in edit.items() if station != "mlp_out"} for edit in rest]
+        m = routed["experts"](h, index, lambda more: feed_forward(block, weights, h, index, [*inside, more]))
+        return amend(rest, "mlp_out", m, index)
     if block.mlp == "split":
         gate = project(block, weights, "fc1_g", h, index, edits)
         x = block.activation(gate) * project(block, weights, "fc1_x", h, index, edits)

@@ -62,4 +62,12 @@ PUBLISHED = [
     (vp.LoRADropout(), 294_912),
     (vp.CapaBoost(), 294_912),
     (vp.HiWi(), 2 * L * (2 * D * 8 + 8 + D)),
+    (vp.MoLORA(targets=("q", "v")), 1_658_880),
+    (vp.MoLORA(), L * 10 * (4 * (4 * 2 * D + 2 * 5 * D) + 4 * D + D + 4 * D)),
+    (vp.MixLoRA(), L * (16 * (4 * 2 * D + 8 * 2 * 5 * D) + 8 * D)),
+    (vp.MixLoRA(rank=8), 6_561_792),
+    (vp.AdaMix(), 747_264),
+    (vp.AdaMix(shared_up=False), L * 4 * (2 * 16 * D + 16 + D)),
+    (vp.MoV(), 936_960),
+    (vp.MoV(experts=1), 6 * D * L + L * (2 * 64 + 4 * D)),
 ]

@@ -7,7 +7,7 @@ a station to a function. To add a method, write the function and enter it in MET
 
 import torch
 
-from .arithmetic import ACTIVATIONS, join_heads, linear, quick_gelu, split_heads
+from .arithmetic import ACTIVATIONS, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
 from .weight_changes import CHANGES, edit_with, random_matrix
 
 
@@ -450,7 +450,132 @@ def fact(sites, fields, shape):
     return {"weight": weight}
 
 
+def molora(sites, fields, shape):
+    """MoLORA, arXiv 2309.05444: y + alpha / r sum_e softmax(G x)_e B_e A_e x, expert by expert."""
+
+    def driven(y, index, site, x):
+        found = sites.get((index, site))
+        if found is None:
+            return y
+        experts, rank = found["A"].shape[:2]
+        share = softmax(linear(x, found["router.weight"]))
+        scale = 1 if fields["alpha"] is None else fields["alpha"] / rank
+        for e in range(experts):
+            y = y + scale * share[..., e : e + 1] * linear(x, found["B"][e] @ found["A"][e])
+        return y
+
+    return {"driven": driven}
+
+
+def ada_mix(sites, fields, shape):
+    """AdaMix, arXiv 2205.12410, in use: an adapter behind the MLP whose weights are the means of those trained."""
+
+    def mlp_out(m, index):
+        found = sites.get((index, "mlp_out"))
+        if found is None:
+            return m
+        mean = {name: sum(tensor.unbind()) / len(tensor) for name, tensor in found.items()}
+        own = {name.replace("_", "."): tensor for name, tensor in mean.items()}
+        return m + bottleneck(own, {"activation": fields["activation"], "scale": 1}, m)
+
+    return {"mlp_out": mlp_out}
+
+
+def mix_lora(sites, fields, shape):
+    """MixLoRA, arXiv 2404.15159: the MLPs of the best experts, each with W + alpha / r B_e A_e, by their shares."""
+    scale = 1 if fields["alpha"] is None else fields["alpha"] / fields["rank"]
+
+    def experts(h, index, branch):
+        router = sites[index, "mlp_in"]["router.weight"]
+        share = softmax(linear(h, router))
+        order = share.argsort(dim=-1, descending=True)[..., : fields["top"]]
+        kept = torch.zeros_like(share).scatter(-1, order, 1.0) * share
+        kept = kept / kept.sum(-1, keepdim=True)
+
+        def expert(e):
+            def weight(pair, at, site):
+                found = sites.get((at, site)) if site.startswith("fc") else None
+                return pair if found is None else (pair[0] + scale * found["B"][e] @ found["A"][e], pair[1])
+
+            return {"weight": weight}
+
+        return sum(kept[..., e : e + 1] * branch(expert(e)) for e in range(len(router)))
+
+    attention = {key: found for key, found in sites.items() if key[1] in ("q", "k", "v", "proj")}
+    return lora(attention, fields, shape) | {"experts": experts}
+
+
+def parts_of(found, fields):
+    """(fields, tensors) of each source of a method over trained adapters, at one place."""
+    parts = []
+    for number, own in enumerate(fields["sources"]):
+        start = f"frozen.{number}."
+        parts.append((own, {key.removeprefix(start): value for key, value in found.items() if key.startswith(start)}))
+    return parts
+
+
+def mole(sites, fields, shape):
+    """MoLE, arXiv 2404.13628: y + sum_n g_n d_n, g a softmax over the normalised changes d_n side by side."""
+
+    def driven(y, index, site, x):
+        found = sites.get((index, site))
+        if found is None:
+            return y
+        changes = []
+        for own, part in parts_of(found, fields):
+            scale = 1 if own["alpha"] is None else own["alpha"] / own["rank"]
+            changes.append(scale * linear(x, part["B"] @ part["A"]))
+        gates = softmax(linear(layer_norm(torch.cat(changes, -1), None, None, 1e-5), found["router.weight"]))
+        return y + sum(gates[..., n : n + 1] * change for n, change in enumerate(changes))
+
+    return {"driven": driven}
+
+
+def adapter_fusion(sites, fields, shape):
+    """AdapterFusion, arXiv 2005.00247: x + sum_n softmax_n(Q x . K z_n) V z_n, z_n what adapter n gives for x."""
+
+    def mlp_out(x, index):
+        found = sites.get((index, "mlp_out"))
+        if found is None:
+            return x
+        given = [bottleneck(part, own, x) for own, part in parts_of(found, fields)]
+        query = linear(x, found["query.weight"], found["query.bias"])
+        keys = [linear(z, found["key.weight"], found["key.bias"]) for z in given]
+        scores = torch.stack([(query * key).sum(-1) for key in keys], dim=-1) / fields["temperature"]
+        shares = softmax(scores)
+        return x + sum(shares[..., n : n + 1] * linear(z, found["value.weight"]) for n, z in enumerate(given))
+
+    return {"mlp_out": mlp_out}
+
+
+def mov(sites, fields, shape):
+    """MoV, arXiv 2309.05444: u sum_e softmax(G u)_e s_e on the keys and values of each head and on hidden u."""
+
+    def scaled(u, found, width):
+        parts = []
+        for part, scales in zip(u.split(width, dim=-1), found["scales"].split(width, dim=-1), strict=True):
+            share = softmax(linear(part, found["router.weight"]))
+            parts.append(part * sum(share[..., e : e + 1] * scale for e, scale in enumerate(scales)))
+        return torch.cat(parts, dim=-1)
+
+    def output(y, index, site):
+        found = sites.get((index, site)) if site in ("k", "v") else None
+        return y if found is None else scaled(y, found, found["router.weight"].shape[1])
+
+    def hidden(x, index):
+        found = sites.get((index, "hidden"))
+        return x if found is None else scaled(x, found, x.shape[-1])
+
+    return {"output": output, "hidden": hidden}
+
+
 METHODS = {
+    "molora": molora,
+    "mole": mole,
+    "adapter_fusion": adapter_fusion,
+    "mix_lora": mix_lora,
+    "ada_mix": ada_mix,
+    "mov": mov,
     "gated_vpt": gated_vpt,
     "ia3": ia3,
     "rep_adapter": rep_adapter,

@@ -70,6 +70,34 @@ def test_frozen_modules_stay_in_evaluation_mode():
     assert not any(module.training for module in task.model.modules())
 
 
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_a_method_that_compares_passes_is_shown_the_same_images_again(mixup):
+    """The penalty is that of the logits of the training pass and of a second one of the same, mixed images."""
+    data = Random()
+    images, labels = data.images[:4].clone(), data.labels[:4]  # which are mixed in place
+    task = make(vp.AdaMix(experts=2, bottleneck=4, init="bert"), mixup=mixup).train()
+    seen = []
+    task.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    task.model.register_forward_hook(lambda *call: seen.append(call[-1]))
+    task.training_loss(images, labels)
+    penalty = task.penalty()
+    (first, p), (second, q) = (seen[:2], seen[2:])
+    assert torch.equal(first, second)
+    assert torch.equal(first, data.images[:4]) == (not mixup)
+    assert not torch.equal(p, q)
+    p, q = (z.double().softmax(dim=1) for z in (p, q))
+    assert penalty.item() == pytest.approx(((p - q) * (p.log() - q.log())).sum().item() / 8, rel=1e-3)
+    task.eval()
+    task(images)
+    assert len(seen) == 6  # nothing is compared where nothing is trained
+
+
+def test_passes_are_compared_of_classes_alone():
+    with pytest.raises(vp.ConfigurationError, match="AdaMix compares the class probabilities of two passes"):
+        make(vp.AdaMix(), labels="several")
+    assert make(vp.AdaMix(consistency=0), labels="several").objective.labels == "several"
+
+
 def test_metrics_equal_their_definitions(tmp_path):
     task, data = make(), Random()
     measured = trainer(tmp_path)

@@ -16,6 +16,7 @@ from visionpeft.adapters.layer_decay import distances
 from visionpeft.adapters.route import Opened
 from visionpeft.adapters.routes import check_not_routed, routes_of
 from visionpeft.adapters.selfcheck import check_tower
+from visionpeft.adapters.sources import fill, used_by, with_sources
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import check_product, check_products, is_quantised
 from visionpeft.backbones.tower import Backbone, Tower
@@ -37,7 +38,8 @@ def attach(
 ) -> nn.Module:
     """Attach a method, or several stacked ones, to a model in place. The new adapter acts beside those already active.
 
-    The first adapter freezes the model. Nothing is changed if anything is refused.
+    The first adapter freezes the model. Nothing is changed if anything is refused. Adapters that a method is over
+    (`MoLE`, `AdapterFusion`) are copied into the new one, and act no more by themselves.
 
     Args:
         model: a timm or OpenCLIP model, not compiled.
@@ -62,6 +64,8 @@ def attach(
         if getattr(each, "entries", None) is not None:  # which of them, only a saved adapter says
             raise ConfigurationError(f"{type(each).__name__}: entries are found, not given; leave them out")
     words = " and ".join(type(each).__name__ for each in methods)
+    used = used_by(methods)
+    methods, given = with_sources(model.peft if has_adapters(model) else None, methods)
     with plain(model):
         backbone = describe(model)
         try:
@@ -72,7 +76,10 @@ def attach(
             raise ConfigurationError(f"{words} cannot be made here ({one_line(error)}); choose other values") from error
     if not adapter.pending and not any(True for _ in adapter.parameters()):
         raise ConfigurationError(f"{words} trains nothing here: the model has no head, or head=False was asked for")
+    fill(adapter, given)
     register(model, name, adapter, backbone)
+    if used:  # they act inside the new one
+        activate(model, [each for each in model.peft.active if each not in used])
     return model
 
 

@@ -12,6 +12,7 @@ from visionpeft.adapters.adapters import Adapters, AttachedAdapter, join, own_pa
 from visionpeft.adapters.installation import Anatomy, Installation, Swaps
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
+from visionpeft.adapters.multiplied_tokens import check_multiplied
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import BlockSites, Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
@@ -95,6 +96,7 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
         if index not in acting and not prompts and not peft.economies.need(tower, index):
             continue
         sites = Sites(tower.num_prefix_tokens, tower.causal)
+        check_multiplied(here)
         peft.economies.apply(sites, tower, index, here)
         # Prompts as keys and values are for towers that are not causal, where every token sees them. They act no more
         # as modules and count no more as tokens.

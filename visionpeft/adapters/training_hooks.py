@@ -2,14 +2,15 @@
 
 The tasks do it by themselves. In a training loop of your own:
 
-    loss = criterion(model(images), labels) + visionpeft.penalty(model)
+    logits = model(images)
+    loss = criterion(logits, labels) + visionpeft.penalty(model, logits, again=lambda: model(images))
     loss.backward()
     optimizer.step()
     visionpeft.after_step(model, step, total_steps)
     optimizer.zero_grad()
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -21,9 +22,30 @@ from visionpeft.methods.parts.base import Method
 
 
 @on_model
-def penalty(model: nn.Module) -> torch.Tensor | float:
-    """What the methods of the active adapters add to the loss, such as AdaLoRA's orthogonality; 0 if nothing."""
-    return sum(method.penalty(part) for method, part in _acting(model))
+def penalty(
+    model: nn.Module, logits: torch.Tensor | None = None, again: Callable[[], torch.Tensor] | None = None
+) -> torch.Tensor | float:
+    """What the methods of the active adapters add to the loss, such as AdaLoRA's orthogonality; 0 if nothing.
+
+    Args:
+        model: a model with adapters, after its forward pass.
+        logits: what the pass has given, (batch, classes); for methods that compare two passes, such as `AdaMix`.
+        again: gives the logits of another pass of the same batch; called once, and only if such a method acts.
+
+    Raises:
+        ConfigurationError: a method compares two passes, and `logits` or `again` is missing.
+    """
+    total = sum(method.penalty(part) for method, part in _acting(model))
+    comparing = [method for method, _ in _acting(model) if method.compares_passes]
+    if not comparing:
+        return total
+    if logits is None or again is None:
+        raise ConfigurationError(
+            f"{type(comparing[0]).__name__} compares two passes of the same batch: call "
+            "penalty(model, logits, again=lambda: model(images))"
+        )
+    second = again()
+    return total + sum(method.compare_passes(logits, second) for method in comparing)
 
 
 @on_model

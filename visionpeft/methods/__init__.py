@@ -1,7 +1,9 @@
 """What acts: one file for each method."""
 
 from visionpeft.methods.adalora import AdaLoRA
+from visionpeft.methods.adamix import AdaMix
 from visionpeft.methods.adapter import Adapter
+from visionpeft.methods.adapter_fusion import AdapterFusion
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
 from visionpeft.methods.bitfit import BitFit
@@ -30,7 +32,11 @@ from visionpeft.methods.lora import LoRA
 from visionpeft.methods.lora_dropout import LoRADropout
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
+from visionpeft.methods.mixlora import MixLoRA
+from visionpeft.methods.mole import MoLE
+from visionpeft.methods.molora import MoLORA
 from visionpeft.methods.moslora import MoSLoRA
+from visionpeft.methods.mov import MoV
 from visionpeft.methods.oft import OFT
 from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pafi import PaFi
@@ -58,8 +64,10 @@ __all__ = [
     "SSF",
     "VPT",
     "AdaLoRA",
+    "AdaMix",
     "AdaptFormer",
     "Adapter",
+    "AdapterFusion",
     "BitFit",
     "CapaBoost",
     "ChildTuning",
@@ -84,7 +92,11 @@ __all__ = [
     "LoRADropout",
     "Method",
     "MiSS",
+    "MixLoRA",
+    "MoLE",
+    "MoLORA",
     "MoSLoRA",
+    "MoV",
     "OLoRA",
     "PaFi",
     "PiSSA",

@@ -11,6 +11,7 @@ from visionpeft.adapters.allocate import allocate
 from visionpeft.costs.saved_bytes import saved_bytes, storages
 from visionpeft.errors import ConfigurationError, did_you_mean
 from visionpeft.methods.parts.base import snake_case
+from visionpeft.methods.parts.frozen_sources import OverAdapters
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import config_content, config_name, find_config, shipped_configs
 
@@ -53,7 +54,9 @@ def configs_of_methods(names: Sequence[str], prefix: str) -> list[str]:
         by_class.setdefault(_plain(_method_class(config)), []).append(config)
     of_clips = {_plain(_method_class(config)) for config in shipped_configs("video_")}
     for method in methods.__all__:  # those without a configuration take the benchmark's default
-        if method != "Method" and _plain(method) not in by_class.keys() | of_clips:
+        if method == "Method" or issubclass(getattr(methods, method), OverAdapters):
+            continue  # over which adapters, only a configuration of the user's own says
+        if _plain(method) not in by_class.keys() | of_clips:
             config = f"{prefix}{snake_case(method)}.yaml"
             known[snake_case(method)] = config
             by_class[_plain(method)] = [config]

@@ -26,7 +26,8 @@ What acts at a token site may also declare `patches_only = True`: it is called o
 and the class, register and prompt tokens before them stay as they are. Or it may declare `located_at`: it is
 called with the index of the first of some tokens as one more argument, of the patches for `located_at = "patches"`, or
 of the prompts that the module `located_at` has inserted. What inserts prompts that leave after the same block may
-offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see `adapters/key_prompts.py`.
+offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see `adapters/key_prompts.py`. What gives
+the MLP each token several times says so by `multiplies_tokens = True` at `mlp_in`, and puts them together at `mlp_out`.
 """
 
 from collections.abc import Callable

@@ -63,6 +63,13 @@ class AdaptedTask(ImageTask):
         self.methods = list(method) if isinstance(method, list | tuple) else [method]
         self.label_smoothing = label_smoothing
         self.adapter_name = "default"
+        self._last_pass: tuple[Tensor, Tensor] | None = None  # images and logits, until the penalty has read them
+        for each in self.methods:
+            if each.compares_passes and self.objective.labels != "classes":
+                raise ConfigurationError(
+                    f"{type(each).__name__} compares the class probabilities of two passes, which labels "
+                    f"{self.objective.labels!r} do not have; set its consistency to 0"
+                )
         self.compiled = False
 
     def compile_model(self) -> None:
@@ -204,8 +211,14 @@ class AdaptedTask(ImageTask):
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and logits."""
-        logits = self(images)
+        logits = self.noted_pass(images)
         return self.objective.loss(logits.float(), labels), logits
+
+    def noted_pass(self, images: Tensor) -> Tensor:
+        """Logits (batch, outputs) of a pass that the methods may compare with another one of the same images."""
+        logits = self(images)
+        self._last_pass = images, logits
+        return logits
 
     def loss_weight(self, labels: Tensor) -> Tensor | None:
         """By what the objective divides."""
@@ -213,7 +226,10 @@ class AdaptedTask(ImageTask):
 
     def penalty(self) -> Tensor | float:
         """What the methods add to the loss."""
-        return penalty(self.model)
+        if self._last_pass is None:
+            return penalty(self.model)
+        (images, logits), self._last_pass = self._last_pass, None
+        return penalty(self.model, logits.float(), lambda: self(images).float())
 
     def optimizer_step(self, *args, **kwargs) -> None:
         """One step of the optimiser, then what the methods do after it."""

@@ -8,7 +8,9 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from visionpeft.adapters.attach import attach, economise
+from visionpeft.adapters.attach import economise
+from visionpeft.adapters.over_folders import attach_over_folders
+from visionpeft.adapters.start import start_from
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.content_cache import ContentCache, FolderCache
 from visionpeft.caching.trunk import CachedTrunk
@@ -42,6 +44,7 @@ class ImageClassification(AdaptedTask):
         head: "linear", or with a normalisation before it: "batchnorm_linear" (no scale and shift), "layernorm_linear".
         head_init: initialisation of the head: "truncated_normal", "zeros", "kaiming" or "uniform".
         train: names of further backbone parameters to train, such as "cls_token"; they travel with the adapter.
+        start: folder of a saved adapter of the same method, from whose values the training starts, the head's excepted.
         drop_path: rate of the backbone's stochastic depth while training, rising linearly with depth.
         class_token_only: in the last block follow the class token alone; exact and cheaper. By default where it is all
             that is read.
@@ -78,6 +81,7 @@ class ImageClassification(AdaptedTask):
         head: Head = "linear",
         head_init: HeadInit = "truncated_normal",
         train: list[str] | None = None,
+        start: str | None = None,
         drop_path: float = 0.0,
         class_token_only: bool | None = None,
         recompute: Literal["mlp", "block"] | None = None,
@@ -128,7 +132,9 @@ class ImageClassification(AdaptedTask):
         )
         replace_head(self.model, head, outputs, head_init)
         self.preprocessing = preprocessing_of(self.model)
-        attach(self.model, self.methods, name=self.adapter_name, train=tuple(train or ()))
+        attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
+        if start:
+            start_from(self.model, start, self.adapter_name)
         self.economies = {"class_token_only": class_token_only, "recompute": recompute}
         economise(self.model, **self.economies)
         self.trunk: CachedTrunk | None = None
@@ -202,5 +208,5 @@ class ImageClassification(AdaptedTask):
         if self.mix is None or len(images) % 2:  # timm mixes in pairs; an odd last batch stays as it is
             return super().training_loss(images, labels)
         images, targets = self.mix(images, labels)
-        logits = self(images)
+        logits = self.noted_pass(images)
         return self.objective.mixed_loss(logits.float(), targets), logits

@@ -6,7 +6,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from visionpeft.adapters.attach import attach, economise
+from visionpeft.adapters.attach import economise
+from visionpeft.adapters.over_folders import attach_over_folders
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
@@ -77,7 +78,7 @@ class VideoClassification(AdaptedTask):
             images, num_frames=num_frames, num_classes=len(class_names), dropout=dropout, head_std=head_std
         )
         self.model.set_num_frames(num_frames, interpolate)
-        attach(self.model, self.methods, name=self.adapter_name, train=tuple(train or ()))
+        attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
         economise(self.model, class_token_only=None)
         if compile:
             self.compile_model()

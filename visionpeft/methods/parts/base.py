@@ -108,6 +108,15 @@ class Method:
         """What the method adds to the loss, given its modules of one adapter; see `visionpeft.penalty`."""
         return 0.0
 
+    @property
+    def compares_passes(self) -> bool:
+        """Whether the method adds something to the loss that compares two passes of the same batch."""
+        return False
+
+    def compare_passes(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor | float:
+        """What it adds for the logits (batch, classes) of two passes if `compares_passes`; see `visionpeft.penalty`."""
+        return 0.0
+
     def after_step(self, part: nn.Module, step: int, total_steps: int) -> None:
         """Act on its modules after an optimiser step; see `visionpeft.after_step`."""
 
