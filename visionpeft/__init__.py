@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.models.create import create_backbone as create_backbone
     from visionpeft.models.create_clip import create_clip as create_clip
     from visionpeft.models.video_classifier import VideoClassifier as VideoClassifier
+    from visionpeft.sharing.adapter_pool import AdapterPool as AdapterPool
     from visionpeft.sharing.hub import from_pretrained as from_pretrained
     from visionpeft.sharing.hub import push_to_hub as push_to_hub
     from visionpeft.sharing.hub import save_pretrained as save_pretrained
@@ -97,6 +98,7 @@ _HOMES = {
     "visionpeft.models.create": ("create_backbone",),
     "visionpeft.models.create_clip": ("create_clip",),
     "visionpeft.models.video_classifier": ("VideoClassifier",),
+    "visionpeft.sharing.adapter_pool": ("AdapterPool",),
     "visionpeft.sharing.hub": (
         "from_pretrained",
         "push_to_hub",
