@@ -118,7 +118,7 @@ class AdapterPool:
         """The adapters that can be asked for."""
         if self.root is None:
             return [*self._sources]
-        return sorted(path.name for path in self.root.iterdir() if _is_name(path.name) and _saved_in(path) is not None)
+        return sorted(path.name for path in self.root.iterdir() if is_name(path.name) and _saved_in(path) is not None)
 
     def loaded(self) -> dict[str, PooledAdapter]:
         """The adapters in memory by name, the least recently used first."""
@@ -240,7 +240,7 @@ class AdapterPool:
             place = Path(self._sources[name])
             place = place if place.is_dir() else download(str(self._sources[name]))
         else:
-            place = self.root / name if _is_name(name) else None
+            place = self.root / name if is_name(name) else None
             # A link may lead anywhere; what it leads to must lie below the folder, too.
             if place is None or not place.resolve().is_relative_to(self.root) or not place.is_dir():
                 raise ConfigurationError(f"there is no adapter {name!r}{did_you_mean(name, self.names())}")
@@ -293,7 +293,7 @@ class AdapterPool:
         return [output[: each.classes] for output, each in zip(outputs, adapters, strict=False)]
 
 
-def _places(source) -> tuple[Path | None, dict[str, str | Path]]:
+def _places(source) -> tuple[Path | None, Mapping[str, str | Path]]:
     """The folder in which adapters lie, or each by its name."""
     if isinstance(source, str | Path):
         root = Path(source)
@@ -301,7 +301,7 @@ def _places(source) -> tuple[Path | None, dict[str, str | Path]]:
             raise ConfigurationError(f"there is no folder {source}; a Hub name alone goes into a list")
         return root.resolve(), {}
     if isinstance(source, Mapping):
-        return None, dict(source)
+        return None, source  # as it is, so that it may change
     named: dict[str, str | Path] = {}
     for each in source:
         name = Path(each).name
@@ -313,7 +313,8 @@ def _places(source) -> tuple[Path | None, dict[str, str | Path]]:
     return None, named
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
+    """Whether this can name an adapter below a folder: one part of a path, which leads nowhere else."""
     return NAME.fullmatch(name) is not None
 
 
