@@ -4,23 +4,12 @@ import asyncio
 import base64
 import random
 import signal
-import time
 
 import httpx
 import pytest
 import serving_of_adapters as eight
 
 REQUESTS, AT_A_TIME = 1000, 32
-
-
-@pytest.fixture(scope="module")
-def files():
-    return eight.draw_files(4)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return eight.save_adapters(tmp_path / "adapters")
 
 
 # Requests that must be refused, and with what.
@@ -52,14 +41,14 @@ async def send(client: httpx.AsyncClient, number: int, files: list[bytes], drawn
     return (name, file), 200, {each["name"]: each["probability"] for each in content["classes"]}
 
 
-async def load(address: str, requests: int, files, middle=lambda: None, again=False) -> list:
-    """Send requests, a number of them at a time; `middle` is called when half are sent."""
+async def load(address: str, requests: int, files, middle, again=False) -> list:
+    """Send requests, a number of them at a time; `middle` is called with the client when half are sent."""
     drawn, numbers, results = random.Random(0), iter(range(requests)), []
 
     async def worker(client):
         for number in numbers:
             if number == requests // 2:
-                middle()
+                await middle(client)
             while True:
                 try:
                     results.append(await send(client, number, files, drawn))
@@ -88,65 +77,72 @@ def check(results: list, expected: dict, allowed: dict[tuple[str, int], str]) ->
     return codes
 
 
-def test_a_thousand_requests_of_eight_adapters_one_of_which_is_damaged_meanwhile(folder, files, tmp_path):
-    expected = eight.offline(folder, files)
-    # Room for about half of them, so that they come and go, and the damage is met.
-    size = max((folder / name / "adapter.safetensors").stat().st_size for name in eight.NAMES) / 2**20
-    options = ["--port", 0, "--max-batch", eight.BATCH, "--capacity-mb", 4 * size, "--max-body-mb", 1]
-    process, address = eight.start(folder, *options, folder=tmp_path)
+class Served:
+    """A service in a process of its own, started when it is first needed."""
 
-    def damage():
-        file = folder / "task3" / "adapter.safetensors"
-        content = bytearray(file.read_bytes())
-        content[-100] ^= 255
-        file.write_bytes(content)
+    def __init__(self, place):
+        self.place, self.folder, self.files = place, eight.save_adapters(place / "adapters"), eight.draw_files(4)
+        self.expected = eight.offline(self.folder, self.files)
+        self.options = ["--max-batch", eight.BATCH, "--max-body-mb", 1]
+        self.processes, self.port = [], 0
 
-    try:
-        results = asyncio.run(load(address, REQUESTS, files, damage))
-        codes = check(results, expected, {("task3", 500): "'task3' cannot be loaded"})
-        assert sum(codes.values()) == REQUESTS  # none lost
-        assert codes[500] > 0  # the damage was met
-        assert codes[200] + codes[500] == REQUESTS - REQUESTS // 20
-        metrics = httpx.get(f"{address}/metrics").text
-        assert f'visionpeft_requests_total{{code="200",path="/predict"}} {float(codes[200])}' in metrics
-        images, batches = (
-            float(metrics.split(f"visionpeft_batch_images_{what} ")[1].split()[0]) for what in ("sum", "count")
-        )
-        assert images / batches > 1.5  # requests did share batches
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
-        assert "Traceback" not in (tmp_path / "log").read_text()
-    finally:
+    def start(self):
+        process, self.address = eight.start(self.folder, "--port", self.port, *self.options, folder=self.place)
+        self.port = int(self.address.rpartition(":")[2])
+        self.processes.append(process)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    served = Served(tmp_path_factory.mktemp("served"))
+    served.start()
+    yield served
+    for process in served.processes:
         process.kill()
         process.wait()
 
 
-def test_a_service_that_is_killed_under_load_goes_on_where_it_is_started_again(folder, files, tmp_path):
-    names = eight.NAMES
-    expected = eight.offline(folder, files, names)
-    options = ["--max-batch", eight.BATCH, "--max-body-mb", 1]
-    process, address = eight.start(folder, "--port", 0, *options, folder=tmp_path)
-    port, started = address.rpartition(":")[2], [process]
+def test_a_thousand_requests_of_eight_adapters_one_of_which_is_damaged_meanwhile(served):
+    file = served.folder / "task3" / "adapter.safetensors"
+    whole = file.read_bytes()
 
+    async def damage(client):
+        file.write_bytes(whole[:-100] + bytes([whole[-100] ^ 255]) + whole[-99:])
+        for name in eight.NAMES[2:5]:  # so that they are read again
+            while (await client.delete(f"/adapters/{name}")).status_code == 409:
+                await asyncio.sleep(0.01)  # in use
+
+    results = asyncio.run(load(served.address, REQUESTS, served.files, damage))
+    file.write_bytes(whole)
+    codes = check(results, served.expected, {("task3", 500): "'task3' cannot be loaded"})
+    assert sum(codes.values()) == REQUESTS  # none lost
+    assert codes[500] > 0  # the damage was met
+    assert codes[200] + codes[500] == REQUESTS - REQUESTS // 20
+    metrics = httpx.get(f"{served.address}/metrics").text
+    assert f'visionpeft_requests_total{{code="200",path="/predict"}} {float(codes[200])}' in metrics
+    images, batches = (
+        float(metrics.split(f"visionpeft_batch_images_{what} ")[1].split()[0]) for what in ("sum", "count")
+    )
+    assert images / batches > 1.5  # requests did share batches
+
+
+def test_a_service_that_is_killed_under_load_goes_on_where_it_is_started_again(served):
     async def everything():
-        killed = asyncio.Event()
-        sending = asyncio.create_task(load(address, 300, files, killed.set, again=True))
-        await killed.wait()
-        started[-1].kill()
-        started[-1].wait()
-        again, _ = await asyncio.to_thread(eight.start, folder, "--port", port, *options, folder=tmp_path)
-        started.append(again)
+        async def kill(_):
+            half.set()
+
+        half = asyncio.Event()
+        sending = asyncio.create_task(load(served.address, 200, served.files, kill, again=True))
+        await half.wait()
+        served.processes[-1].kill()
+        await asyncio.to_thread(served.processes[-1].wait)
+        await asyncio.to_thread(served.start)
         return await sending
 
-    try:
-        before = time.monotonic()
-        results = asyncio.run(everything())
-        assert time.monotonic() - before < 120
-        codes = check(results, expected, {})
-        assert codes[200] == 300 - 300 // 20
-        assert sum(codes.values()) == 300
-        assert process.returncode == -signal.SIGKILL
-    finally:
-        for each in started:
-            each.kill()
-            each.wait()
+    codes = check(asyncio.run(everything()), served.expected, {})
+    assert codes[200] == 200 - 200 // 20
+    assert sum(codes.values()) == 200
+    assert served.processes[0].returncode == -signal.SIGKILL
+    served.processes[1].send_signal(signal.SIGINT)  # it also ends by itself
+    assert served.processes[1].wait(30) == 0
+    assert "Traceback" not in (served.place / "log").read_text()

@@ -1,6 +1,7 @@
 """`python -m visionpeft.serve RUN_OR_FOLDER...`: answer requests over HTTP with what was trained."""
 
 import argparse
+import contextlib
 import socket as socketlib
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def serve(arguments: list[str]) -> None:
     )
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {', '.join(service.names()[:8])} on http://{shown}:{port}", flush=True)
-    uvicorn.Server(config).run(sockets=[socket])
+    with contextlib.suppress(KeyboardInterrupt):  # raised again when everything has been answered
+        uvicorn.Server(config).run(sockets=[socket])
 
 
 def listening(host: str, port: int) -> socketlib.socket:

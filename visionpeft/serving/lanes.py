@@ -53,17 +53,19 @@ class AdaptersLane:
         self.device = next(pool.model.parameters()).device
 
     def compute(self, jobs: Sequence[Job]) -> list[torch.Tensor | Exception]:
-        """The answer of each job, or why it has none: an adapter that fails does so alone."""
-        names = dict.fromkeys(job.name for job in jobs)
+        """The answer of each job, or why it has none: an adapter that fails does so alone.
+
+        Where a batch fails, as when its adapters are too large together, each half of its adapters is a batch.
+        """
+        names = [*dict.fromkeys(job.name for job in jobs)]
         try:
             return self._together(jobs)
         except Exception as error:
             if len(names) == 1:
                 return [error] * len(jobs)
-        results: dict[int, torch.Tensor | Exception] = {}
-        for name in names:
-            own = [job for job in jobs if job.name == name]
-            results |= zip(map(id, own), self.compute(own), strict=True)
+        first = set(names[: len(names) // 2])
+        halves = [[job for job in jobs if (job.name in first) is chosen] for chosen in (True, False)]
+        results = {id(job): result for half in halves for job, result in zip(half, self.compute(half), strict=True)}
         return [results[id(job)] for job in jobs]
 
     def _together(self, jobs: Sequence[Job]) -> list[torch.Tensor | Exception]:
