@@ -1,11 +1,14 @@
 """Eight adapters of the embedded backbone on small images, and what they say offline."""
 
+import asyncio
+import base64
 import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import torch
 from PIL import Image
@@ -13,6 +16,7 @@ from PIL import Image
 import visionpeft as vp
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data.transforms import ImageTransform
+from visionpeft.serving.application import application
 from visionpeft.sharing.adapter_pool import AdapterPool
 
 BATCH = 8
@@ -78,3 +82,24 @@ def start(*arguments: str | Path, folder: Path) -> tuple[subprocess.Popen, str]:
         if line.startswith("serving "):
             return process, line.split()[-1]
     raise AssertionError((folder / "log").read_text())
+
+
+def ask(service, method, path, **options) -> httpx.Response:
+    return asyncio.run(ask_all(service, [(method, path, options)]))[0]
+
+
+async def ask_all(service, requests) -> list[httpx.Response]:
+    transport = httpx.ASGITransport(application(service), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return await asyncio.gather(*(client.request(method, path, **options) for method, path, options in requests))
+
+
+def as_json(file: bytes, **more) -> dict:
+    return {"json": {"image": base64.b64encode(file).decode(), **more}}
+
+
+def refused(answer: httpx.Response, code: int, said: str) -> bool:
+    assert answer.status_code == code, answer.text
+    assert said in answer.json()["error"]
+    assert answer.json().keys() == {"error"}
+    return True

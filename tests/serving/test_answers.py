@@ -9,16 +9,15 @@ import struct
 import time
 import zlib
 
-import httpx
 import pytest
 import serving_of_adapters as eight
 import torch
 from PIL import Image
+from serving_of_adapters import as_json, ask, ask_all, refused
 
 import visionpeft as vp
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data.transforms import ImageTransform
-from visionpeft.serving.application import application
 from visionpeft.serving.limits import Limits
 from visionpeft.serving.refusals import Refusal
 from visionpeft.serving.service import Service, Settings
@@ -46,27 +45,6 @@ def service(folder):
     assert service.remarks == []
     yield service
     service.close()
-
-
-def ask(service, method, path, **options) -> httpx.Response:
-    return asyncio.run(ask_all(service, [(method, path, options)]))[0]
-
-
-async def ask_all(service, requests) -> list[httpx.Response]:
-    transport = httpx.ASGITransport(application(service), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        return await asyncio.gather(*(client.request(method, path, **options) for method, path, options in requests))
-
-
-def as_json(file: bytes, **more) -> dict:
-    return {"json": {"image": base64.b64encode(file).decode(), **more}}
-
-
-def refused(answer: httpx.Response, code: int, said: str) -> bool:
-    assert answer.status_code == code, answer.text
-    assert said in answer.json()["error"]
-    assert answer.json().keys() == {"error"}
-    return True
 
 
 def test_both_forms_of_a_request_give_the_offline_prediction(service, files, expected):
