@@ -12,6 +12,7 @@ import torch
 import visionpeft as vp
 from visionpeft.sharing import adapter_pool
 from visionpeft.sharing.adapter_pool import PoolFull
+from visionpeft.sharing.batch_sizes import sizes_that_agree
 
 # name -> (method, number of classes): routed together, alone for their tokens, alone for the backbone's parameters
 SAVED = {
@@ -224,3 +225,32 @@ def test_adapters_may_be_named_one_by_one(folder, images):
         vp.AdapterPool(backbone(), [folder / "cars", "somebody/cars"])
     with pytest.raises(vp.ConfigurationError, match="there is no folder"):
         vp.AdapterPool(backbone(), folder / "absent")
+
+
+def test_a_batch_is_filled_up_to_a_size_whose_rows_have_the_bits_of_a_full_one():
+    """The control is a product whose values do depend on the size of the batch."""
+
+    def odd(images):
+        return images.sum(1) + 1e-3 * (len(images) in (1, 4))
+
+    assert sizes_that_agree(odd, torch.zeros(1, 3), 12) == {2, 8, 12}
+    assert sizes_that_agree(lambda images: images, torch.zeros(1, 3), 8) == {1, 2, 4, 8}
+    with pytest.warns(UserWarning, match="depend on its row"):
+        sizes_that_agree(lambda images: images + torch.arange(len(images))[:, None], torch.zeros(1, 3), 4)
+
+
+def test_sizes_are_measured_once_for_adapters_of_one_kind_and_kept_to(folder, images, monkeypatch):
+    counted, ran = [], []
+
+    def two_sizes(compute, like, most):
+        counted.append(most)
+        return frozenset({3, most})
+
+    monkeypatch.setattr(adapter_pool, "sizes_that_agree", two_sizes)
+    model = backbone()
+    model.register_forward_hook(lambda module, inputs, output: ran.append(len(inputs[0])))
+    pool = vp.AdapterPool(model, folder, batch_size=8)
+    for rows in (1, 3, 4, 8, 10):
+        assert len(pool.logits(images[:rows], ["birds", "dogs"] * (rows // 2) + ["dogs"] * (rows % 2))) == rows
+    assert ran == [3, 3, 8, 8, 8, 3]
+    assert counted == [8, 8]  # birds and dogs

@@ -13,6 +13,7 @@ from visionpeft.errors import UnsupportedError
 from visionpeft.serving.batches import Job
 from visionpeft.serving.refusals import Refusal
 from visionpeft.sharing.adapter_pool import AdapterPool
+from visionpeft.sharing.batch_sizes import filled, sizes_that_agree
 from visionpeft.sharing.trained_model import TrainedModel
 
 
@@ -92,7 +93,7 @@ class LearnerModel:
 
     Args:
         served: the learner.
-        batch_size: rows of each batch, which is filled up.
+        batch_size: most rows of a batch; as in an `AdapterPool`, it is filled up to one whose bits agree.
         kept: for how many lists of class names text features are kept.
     """
 
@@ -102,6 +103,7 @@ class LearnerModel:
         self.kept = kept
         self.device = next(served.trained.model.parameters()).device
         self._views: OrderedDict[tuple[str, ...], torch.nn.Module] = OrderedDict()
+        self._sizes: dict[int, frozenset[int]] = {}
 
     def view(self, names: tuple[str, ...] | None) -> torch.nn.Module:
         """The learner with these class names; all of them share what was learnt, and the CLIP."""
@@ -116,6 +118,13 @@ class LearnerModel:
                 self._views.popitem(last=False)
         self._views.move_to_end(names)
         return self._views[names]
+
+    def sizes(self, view: torch.nn.Module, images: torch.Tensor) -> frozenset[int]:
+        """In which sizes of a batch its rows have the same bits; measured once for each number of classes."""
+        classes = len(view.class_names)
+        if classes not in self._sizes:
+            self._sizes[classes] = sizes_that_agree(view, images, self.batch_size)
+        return self._sizes[classes]
 
 
 @dataclass(frozen=True)
@@ -132,9 +141,8 @@ class LearnerLane:
 
     def compute(self, jobs: Sequence[Job]) -> list[torch.Tensor | Exception]:
         """The answer of each job."""
-        served, missing = self.model.served, self.model.batch_size - len(jobs)
-        images = [served.transform.normalise(job.image) for job in jobs]
-        batch = torch.stack(images + images[-1:] * missing).to(self.model.device)
+        served, model = self.model.served, self.model.view(self.names)
+        images = torch.stack([served.transform.normalise(job.image) for job in jobs]).to(self.model.device)
         with torch.inference_mode():
-            logits = self.model.view(self.names)(batch)
-            return [served.answer(row) for row in logits[: len(jobs)]]
+            rows = min(size for size in self.model.sizes(model, images) if size >= len(images))
+            return [served.answer(row) for row in model(filled(images, rows))[: len(jobs)]]

@@ -36,7 +36,7 @@ class Settings:
     """How a service works.
 
     Args:
-        max_batch: rows of each batch; one that is not full is filled up, so that no answer depends on other requests.
+        max_batch: most images of a batch; no bit of an answer depends on how many there are, see `AdapterPool`.
         max_wait: seconds for which a request waits for others to share its batch.
         capacity: most bytes of the adapters in memory, for each backbone.
         checkpoint: file with the weights of backbones whose description names a file of another machine.

@@ -1,6 +1,7 @@
 """Many saved adapters on one backbone, of which as many are in memory as a bound allows."""
 
 import itertools
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.attach import activate, detach, has_adapters, register, route, use
 from visionpeft.adapters.storage import made_adapter, read_saved
 from visionpeft.errors import ConfigurationError, did_you_mean
+from visionpeft.sharing.batch_sizes import filled, sizes_that_agree
 from visionpeft.sharing.hub import download
 from visionpeft.sharing.own_heads import filled_to, give_own_heads
 
@@ -81,9 +83,10 @@ class AdapterPool:
             those which are added later); or folders and Hub names `user/name`, by name or in a list, where each is
             called what its path ends with.
         capacity: most bytes of parameters and buffers of the attached adapters; one that is being read comes on top.
-        batch_size: rows of each batch that `logits` computes; what is missing is filled up. A row's logits are then the
-            same, bit for bit, whatever the other rows are, where the products of the machine depend on nothing but
-            their shapes. None for the rows that are given.
+        batch_size: most rows of a batch that `logits` computes. A row's logits are then the same, bit for bit, whatever
+            the other rows are and however many: when adapters of a kind are first used, it is measured in which sizes
+            the rows of a batch agree with those of a full one, and to the next of these a batch is filled up. None
+            for batches of the rows that are given, whose last bits may differ from one size to another.
         check_fingerprint: refuse adapters that were trained on other weights than those of the model.
 
     Raises:
@@ -111,6 +114,7 @@ class AdapterPool:
         self._table = Lock()  # of what is above; held for moments
         self._attaching = Lock()  # held while room is made and filled, or two would fill the same
         self._numbers = itertools.count()
+        self._sizes: dict[str, frozenset[int]] = {}
 
     # What there is
 
@@ -283,14 +287,30 @@ class AdapterPool:
 
     def _compute(self, images: torch.Tensor, adapters: list[PooledAdapter]) -> list[torch.Tensor]:
         """Logits of rows that can share a batch."""
-        missing = (self.batch_size or len(adapters)) - len(adapters)
-        images = torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]) if missing else images
-        names = [adapter.attached for adapter in adapters]
-        names += names[-1:] * missing
-        acting = use(self.model, names[0]) if adapters[0].alone else route(self.model, names)
-        with acting, filled_to(max(adapter.classes or 0 for adapter in adapters)):
-            outputs = self.model(images)
+        rows = len(images)
+        if self.batch_size is not None:
+            agree = frozenset.intersection(*(self._sizes_of(each, images) for each in adapters))
+            rows = min(size for size in agree if size >= len(images))
+        outputs = self._run(filled(images, rows), [*adapters, *adapters[-1:] * (rows - len(images))])
         return [output[: each.classes] for output, each in zip(outputs, adapters, strict=False)]
+
+    def _run(self, images: torch.Tensor, adapters: list[PooledAdapter]) -> torch.Tensor:
+        """Outputs of one batch, filled up to the classes of the adapter that has most."""
+        alone, names = adapters[0].alone, [adapter.attached for adapter in adapters]
+        acting = use(self.model, names[0]) if alone else route(self.model, names)
+        with acting, filled_to(max(adapter.classes or 0 for adapter in adapters)):
+            return self.model(images)
+
+    def _sizes_of(self, adapter: PooledAdapter, images: torch.Tensor) -> frozenset[int]:
+        """In which sizes of a batch its rows have the same bits; measured once for adapters of the same products."""
+        key = json.dumps([adapter.description["methods"], adapter.description["heads"], images.shape[1:]])
+        if key not in self._sizes:
+
+            def compute(batch: torch.Tensor) -> torch.Tensor:
+                return self._run(batch, [adapter] * len(batch))
+
+            self._sizes[key] = sizes_that_agree(compute, images, self.batch_size)
+        return self._sizes[key]
 
 
 def _places(source) -> tuple[Path | None, Mapping[str, str | Path]]:
