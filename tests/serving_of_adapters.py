@@ -6,17 +6,23 @@ import io
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import numpy as np
 import torch
+import uvicorn
 from PIL import Image
 
 import visionpeft as vp
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data.transforms import ImageTransform
 from visionpeft.serving.application import application
+from visionpeft.serving.command import listening
+from visionpeft.serving.service import Service
 from visionpeft.sharing.adapter_pool import AdapterPool
 
 BATCH = 8
@@ -103,3 +109,17 @@ def refused(answer: httpx.Response, code: int, said: str) -> bool:
     assert said in answer.json()["error"]
     assert answer.json().keys() == {"error"}
     return True
+
+
+@contextmanager
+def in_thread(service: Service) -> Iterator[str]:
+    """The address of a service in a thread of this process."""
+    socket = listening("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(application(service), log_level="warning"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)

@@ -4,10 +4,12 @@ import asyncio
 import base64
 import io
 import pickle
+import re
 import shutil
 import struct
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 import serving_of_adapters as eight
@@ -216,3 +218,18 @@ def test_a_service_says_what_it_does_not_serve(folder, files, tmp_path):
 def test_refusals_survive_the_way_between_processes():
     error = pickle.loads(pickle.dumps(Refusal(404, "there is none")))
     assert (error.code, str(error)) == (404, "there is none")
+
+
+def test_what_the_documentation_shows(tmp_path, monkeypatch, capsys):
+    """Its Python as it stands, with a service at another address."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    *offline, online = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names = {}
+    for block in offline:
+        exec(block, names)
+    assert [len(row) for row in names["logits"]] == [3, 2, 3]
+    with eight.in_thread(Service(["adapters"])) as address:
+        assert online.count("http://127.0.0.1:8000") == 1
+        exec(online.replace("http://127.0.0.1:8000", address), names)
+    assert "'adapter': 'pets', 'labels': 'classes'" in capsys.readouterr().out

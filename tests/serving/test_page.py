@@ -1,17 +1,13 @@
 """The page of a service, used in headless Chromium as a person would use it."""
 
 import shutil
-import threading
 import time
 
 import pytest
 import serving_of_adapters as eight
-import uvicorn
 
 import visionpeft as vp
 from visionpeft.backbones.preprocessing import preprocessing_of
-from visionpeft.serving.application import application
-from visionpeft.serving.command import listening
 from visionpeft.serving.service import Service, Settings
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
@@ -50,13 +46,8 @@ def address(tmp_path):
     learner = vp.ZeroShot(clip, tokenizer, ["a cat", "a dog"])
     vp.save_learner(learner, tmp_path / "served" / "words", preprocessing=preprocessing_of(clip))
     service = Service([tmp_path / "served"], Settings(max_batch=2))
-    socket = listening("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(application(service), log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
-    thread.start()
-    yield f"http://127.0.0.1:{socket.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+    with eight.in_thread(service) as address:
+        yield address
 
 
 def until(seen, seconds=30):
