@@ -33,6 +33,7 @@ import visionpeft as vp
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.serving.application import application
 from visionpeft.serving.command import listening
+from visionpeft.serving.limits import Limits
 from visionpeft.serving.service import Service, Settings
 
 CLASSES, RANK, AT_A_TIME = 20, 8, 32
@@ -70,7 +71,7 @@ def serve(kind: str, places: list[Path], checkpoint: Path, batch: int) -> None:
     """Serve in this process; prints the address."""
     import uvicorn
 
-    service = Service(places, Settings(max_batch=batch, checkpoint=checkpoint))
+    service = Service(places, Settings(max_batch=batch, checkpoint=checkpoint, limits=Limits(seconds=600)))
     if kind == "peft":
         (lane,) = service._lanes.values()
         lane.compute = PeftLane(lane, service.names()).compute

@@ -1,11 +1,12 @@
 """The service over HTTP."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
+from typing import Protocol
 
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, Response
@@ -14,6 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from visionpeft.serving.bodies import Bodies
+from visionpeft.serving.limits import Limits
+from visionpeft.serving.metrics import Metrics
 from visionpeft.serving.refusals import Refusal, refusal_of
 from visionpeft.serving.requests import (
     PREDICTION_BODY,
@@ -26,7 +29,6 @@ from visionpeft.serving.requests import (
     parsed,
     read_prediction,
 )
-from visionpeft.serving.service import Service
 
 PATHS = frozenset({"/", "/predict", "/adapters", "/health", "/metrics", "/openapi.json"})
 # The page has its script and style in it, and loads nothing from anywhere else.
@@ -36,19 +38,41 @@ POLICY = (
 )
 
 
-def application(service: Service, *, close: bool = True) -> Bodies:
-    """The ASGI application of a service.
+class Served(Protocol):
+    """What is served: a `Service` here, or replicas of it elsewhere. Its errors are `Refusal`s."""
 
-    Args:
-        service: what is served.
-        close: end the service with the application.
-    """
+    limits: Limits
+    metrics: Metrics
+
+    async def predict(self, content: bytes, name: str | None, top_k: int, class_names: Sequence[str] | None) -> dict:
+        """What is on an image."""
+
+    async def load(self, name: str) -> None:
+        """Have an adapter in memory."""
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter."""
+
+    def adapters(self) -> list[dict]:
+        """Everything that can be asked."""
+
+    def adapter(self, name: str) -> dict:
+        """What one tells apart."""
+
+    def health(self) -> dict:
+        """How it is."""
+
+    def close(self) -> None:
+        """Answer what waits, and end."""
+
+
+def application(service: Served) -> Bodies:
+    """The ASGI application of a service, which ends with it."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        if close:
-            await asyncio.get_running_loop().run_in_executor(None, service.close)
+        await asyncio.get_running_loop().run_in_executor(None, service.close)
 
     # The pages for OpenAPI that FastAPI brings load their scripts from elsewhere.
     app = FastAPI(title="visionpeft", version=version("visionpeft"), lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -56,7 +80,7 @@ def application(service: Service, *, close: bool = True) -> Bodies:
     return Bodies(app, service.limits, service.metrics.answered, PATHS)
 
 
-def add_routes(app: FastAPI, service: Service) -> None:
+def add_routes(app: FastAPI, service: Served) -> None:
     """What can be asked of the service."""
     errors = {code: {"model": Error} for code in (404, 408, 413, 415, 422, 429, 500, 503, 504)}
 
@@ -114,10 +138,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/health", response_model=Health, responses={503: {"model": Error}})
     async def health() -> dict:
         """Whether the service answers."""
-        busy = service.batches.busy_for()
-        if busy > service.limits.seconds:
-            raise Refusal(503, f"the model has computed for {busy:.0f} seconds and has not answered")
-        return {"status": "ok", "adapters_loaded": service.number_loaded(), "waiting": service.batches.waiting()}
+        return await in_thread(service.health)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:

@@ -12,13 +12,9 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """Counters of one service.
+    """Counters of one process that serves."""
 
-    Args:
-        service: asked for its queue and its adapters when the metrics are read.
-    """
-
-    def __init__(self, service: "Service"):
+    def __init__(self):
         self.registry = CollectorRegistry()
         of = {"registry": self.registry}
         self.requests = Counter("visionpeft_requests", "Requests answered", ("path", "code"), **of)
@@ -27,8 +23,12 @@ class Metrics:
         )
         self.images = Histogram("visionpeft_batch_images", "Images in a batch", buckets=IMAGES, **of)
         self.batch_seconds = Histogram("visionpeft_batch_seconds", "Time of a batch", buckets=SECONDS, **of)
+
+    def watch(self, service: "Service") -> None:
+        """Tell of the queue and the adapters of a service, too, as they are when the metrics are read."""
+        of = {"registry": self.registry}
         waiting = Gauge("visionpeft_waiting", "Images that wait for their batch", **of)
-        waiting.set_function(lambda: service.batches.waiting())
+        waiting.set_function(service.batches.waiting)
         loaded = Gauge("visionpeft_adapters_loaded", "Adapters in memory", **of)
         loaded.set_function(service.number_loaded)
         held = Gauge("visionpeft_adapter_bytes", "Bytes of the adapters in memory", **of)

@@ -78,7 +78,7 @@ class Service:
         self.limits = self.settings.limits
         self.catalogue = Catalogue(places)
         self.remarks: list[str] = []
-        self.metrics = Metrics(self)
+        self.metrics = Metrics()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._lanes: dict[str, AdaptersLane] = {}  # by what is saved of their backbone
         self._learners: dict[str, LearnerModel] = {}
@@ -99,6 +99,7 @@ class Service:
         self._decoding = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decoding")
         settings = self.settings
         self.batches = Batches(settings.max_batch, settings.max_wait, self.limits.queue, self.metrics.computed)
+        self.metrics.watch(self)
 
     def close(self) -> None:
         """Answer what waits, and end."""
@@ -136,6 +137,17 @@ class Service:
             "class_names": served.trained.class_names,
             "takes_class_names": bool(learner) and not served.trained.model.class_bound,
         }
+
+    def health(self) -> dict:
+        """That it answers, how many adapters are in memory, and how many images wait.
+
+        Raises:
+            Refusal: 503 while a batch takes longer than a request may.
+        """
+        busy = self.batches.busy_for()
+        if busy > self.limits.seconds:
+            raise Refusal(503, f"the model has computed for {busy:.0f} seconds and has not answered")
+        return {"status": "ok", "adapters_loaded": self.number_loaded(), "waiting": self.batches.waiting()}
 
     def bytes_loaded(self) -> int:
         """Of all adapters in memory."""
