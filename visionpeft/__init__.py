@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.models.proxy_tuning import ProxyTuned as ProxyTuned
     from visionpeft.models.proxy_tuning import proxy_logits as proxy_logits
     from visionpeft.models.video_classifier import VideoClassifier as VideoClassifier
+    from visionpeft.sharing.adapter_pool import AdapterPool as AdapterPool
     from visionpeft.sharing.hub import from_pretrained as from_pretrained
     from visionpeft.sharing.hub import push_to_hub as push_to_hub
     from visionpeft.sharing.hub import save_pretrained as save_pretrained
@@ -111,6 +112,7 @@ _HOMES = {
         "proxy_logits",
     ),
     "visionpeft.models.video_classifier": ("VideoClassifier",),
+    "visionpeft.sharing.adapter_pool": ("AdapterPool",),
     "visionpeft.sharing.hub": (
         "from_pretrained",
         "push_to_hub",

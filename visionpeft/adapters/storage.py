@@ -93,13 +93,42 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
     Raises:
         StorageError: if the folder is damaged or edited, or belongs to another backbone; nothing is changed.
     """
-    description, tensors = read_described(folder, STEM, _check_description)
-    methods = tuple(method_from(entry) for entry in description["methods"])
+    description, tensors = read_saved(folder)
     name = name or "default"
+    adapter, backbone = made_adapter(model, description, tensors, f"the adapter in {folder}", check_fingerprint)
+    register(model, name, adapter, backbone, alone=True)
+    return name
+
+
+def read_saved(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Description and tensors of a saved adapter, checked; no model is needed.
+
+    Raises:
+        StorageError: if the folder holds no intact adapter.
+    """
+    return read_described(folder, STEM, _check_description)
+
+
+def made_adapter(
+    model: nn.Module, description: dict, tensors: Mapping[str, torch.Tensor], what: str, check_fingerprint: bool = True
+) -> tuple[AttachedAdapter, Backbone]:
+    """The adapter that `read_saved` read, made for a backbone but not attached to it, and the described backbone.
+
+    Args:
+        model: the backbone.
+        description: what the folder says of the adapter.
+        tensors: its tensors.
+        what: the adapter, for an error.
+        check_fingerprint: refuse a backbone whose weights differ from those the adapter was trained on.
+
+    Raises:
+        StorageError: if it belongs to another backbone, or its parts do not fit each other.
+    """
+    methods = tuple(method_from(entry) for entry in description["methods"])
     with plain(model):
         backbone = describe(model)
         actual = backbone_record(model, check_fingerprint, backbone)
-        check_backbone(model, description["backbone"], actual, f"the adapter in {folder}")
+        check_backbone(model, description["backbone"], actual, what)
         try:
             adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
             adapter.heads = tuple(description["heads"])
@@ -109,15 +138,14 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check
             raise
         except (RuntimeError, TypeError, ValueError, KeyError) as error:  # sizes and names torch refuses
             reason = str(error).splitlines()[0]
-            raise StorageError(f"what the adapter in {folder} describes cannot be made: {reason}") from None
+            raise StorageError(f"what {what} describes cannot be made: {reason}") from None
     reference = next(model.parameters())
     adapter.to(reference.device)
     for path in adapter.heads:
         adapter.get_submodule(path).to(training_dtype(reference))
-    check_tensors(tensors, adapter.state_dict(), f"the adapter in {folder}")
+    check_tensors(tensors, adapter.state_dict(), what)
     adapter.load_state_dict(tensors)
-    register(model, name, adapter, backbone, alone=True)
-    return name
+    return adapter, backbone
 
 
 def read_metadata(folder: str | Path) -> dict:
@@ -126,7 +154,7 @@ def read_metadata(folder: str | Path) -> dict:
     Raises:
         StorageError: if the folder holds no intact adapter.
     """
-    return read_described(folder, STEM, _check_description)[0]
+    return read_saved(folder)[0]
 
 
 def folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tensor]]:

@@ -3,13 +3,14 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, features
 
-from visionpeft.errors import DataError
+from visionpeft.errors import DataError, one_line
 
 # A build of Pillow may lack a codec; what it cannot read is counted among the files left out.
 EXTENSIONS = frozenset(
@@ -20,6 +21,11 @@ EXTENSIONS = frozenset(
         *((".jp2", ".j2k", ".j2c", ".jpf", ".jpx") if features.check("jpg_2000") else ()),
     }
 )
+DECODED_HERE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000")
+
+
+class TooManyPixels(DataError):
+    """An image that is larger than what is decoded."""
 
 
 LEAVE_OUT = "repair or remove it, or set skip_corrupt to leave it out"
@@ -61,6 +67,36 @@ def decode_image(file: Path | BinaryIO, name: str, remedy: str = LEAVE_OUT) -> I
     except Exception as error:
         reason = "not an image Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DataError(f"{name} cannot be read ({reason}); {remedy}") from error
+
+
+def decode_image(content: bytes, max_pixels: int) -> Image.Image:
+    """Read the bytes of an image file that may come from anywhere, as `open_image` reads a file.
+
+    Only formats that Pillow decodes itself are tried: others start programs. Pillow's own limit on pixels warns, and
+    what is to be done with a warning is the same for all threads of a process; so the pixels are counted here.
+
+    Args:
+        content: the file.
+        max_pixels: the most that are decoded.
+
+    Raises:
+        TooManyPixels: there are more; nothing has been decoded.
+        DataError: it is no image, or damaged.
+    """
+    try:
+        with Image.open(BytesIO(content), formats=DECODED_HERE) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise TooManyPixels(f"the image has {width} x {height} pixels, and at most {max_pixels:,} are decoded")
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
+    except (MemoryError, TooManyPixels):
+        raise
+    except Image.DecompressionBombError:
+        raise TooManyPixels(f"the image has more than {max_pixels:,} pixels, which is the most decoded") from None
+    except Exception as error:  # as in open_image
+        reason = "not one Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
+        raise DataError(f"the image cannot be decoded ({reason})") from error
 
 
 def list_images(folder: Path) -> list[Path]:

@@ -103,7 +103,7 @@ def from_pretrained(
     folder = Path(source)
     if not folder.is_dir():
         options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-        folder = _download(str(source), options)
+        folder = download(str(source), **options)
     return open_saved(folder, class_names, model, tokenizer, checkpoint=checkpoint)
 
 
@@ -211,9 +211,19 @@ def _is_our_card(content: bytes) -> bool:
     return bool(seal) and content == text + SEAL % hashlib.sha256(text).hexdigest().encode()
 
 
-def _download(repo_id: str, options: dict) -> Path:
+def download(repo_id: str, *, local_files_only: bool = False, **options) -> Path:
+    """The folder with the files of an adapter or a learner of the Hub; exactly those four are downloaded.
+
+    Args:
+        repo_id: `user/name` on the Hub.
+        local_files_only: use what has been downloaded before.
+        **options: `revision`, `cache_dir` and `token`, as for `from_pretrained`.
+
+    Raises:
+        ConfigurationError: there is no such repository, or it cannot be reached.
+    """
     with offline_if_unreachable() as offline:
-        options["local_files_only"] |= offline
+        options["local_files_only"] = local_files_only or offline
         try:
             return Path(snapshot_download(repo_id, allow_patterns=FILES, **options))
         except LocalEntryNotFoundError as error:

@@ -103,7 +103,6 @@ def open_saved(
     if checkpoint is not None and model is not None:
         raise ConfigurationError("checkpoint= is for a backbone that is made here; leave it out where model= is given")
     description = read_description(folder)
-    objective = learnt_objective(description, folder)
     if stem_of(folder) == "learner":
         # imported here, because OpenCLIP takes seconds and an adapter of a timm model does not need it
         from visionpeft.clip.storage import load_learner
@@ -125,8 +124,24 @@ def open_saved(
                 "a learner on a CLIP, such as that of fewshot_coop.yaml, takes any class names"
             )
         if model is None:
-            model = _classifier(description, described_arguments(description, "the model", own, checkpoint), objective)
+            model = described_classifier(description, folder, own, checkpoint)
         load(model, folder)
+    return as_described(model, names, description, folder)
+
+
+def as_described(model: nn.Module, names: list[str] | None, description: Mapping, folder: Path | str) -> TrainedModel:
+    """A model, and how it is used by what `save` or `save_learner` wrote about it.
+
+    Args:
+        model: the model, with what was trained; put into evaluation mode.
+        names: names of its classes.
+        description: what was written.
+        folder: where, for an error.
+
+    Raises:
+        StorageError: it predicts numbers, and their mean or deviation is missing.
+    """
+    objective = learnt_objective(description, folder)
     trained = TrainedModel(model.eval(), names)
     if preprocessing := description["preprocessing"]:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()}
@@ -180,13 +195,27 @@ def learnt_objective(description: Mapping, folder: Path | str) -> dict:
     return dict(objective)
 
 
-def _classifier(description: dict, arguments: dict, objective: dict) -> nn.Module:
-    """The model that an adapter belongs to, made with the arguments of its backbone."""
+def described_classifier(
+    description: Mapping, folder: Path | str, own: bool = False, checkpoint: str | Path | None = None
+) -> nn.Module:
+    """The model that an adapter belongs to, without the adapter.
+
+    Args:
+        description: what `save` wrote.
+        folder: where, for an error.
+        own: as for `open_saved`.
+        checkpoint: as for `open_saved`.
+
+    Raises:
+        ConfigurationError: the backbone cannot be made.
+        StorageError: the description is not one that `save` writes.
+    """
+    arguments = described_arguments(description, "the model", own, checkpoint)
     data = description["metadata"].get("data", {})
     names = description["class_names"]
     if "sampling" not in data:
         # With the outputs of the training, or a backbone without pretrained weights would be drawn differently.
-        number = objective["labels"] == "number"
+        number = learnt_objective(description, folder)["labels"] == "number"
         return create_backbone(**arguments, num_classes=1 if number else len(names or ()))
     images = create_backbone(**arguments)
     model = VideoClassifier(images, num_frames=data["sampling"]["num_frames"], num_classes=len(names))
