@@ -69,7 +69,7 @@ def decode_image(file: Path | BinaryIO, name: str, remedy: str = LEAVE_OUT) -> I
         raise DataError(f"{name} cannot be read ({reason}); {remedy}") from error
 
 
-def decode_image(content: bytes, max_pixels: int) -> Image.Image:
+def decode_foreign(content: bytes, max_pixels: int) -> Image.Image:
     """Read the bytes of an image file that may come from anywhere, as `open_image` reads a file.
 
     Only formats that Pillow decodes itself are tried: others start programs. Pillow's own limit on pixels warns, and

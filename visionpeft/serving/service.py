@@ -13,7 +13,7 @@ from threading import Lock
 import torch
 
 from visionpeft.adapters.attach import detach
-from visionpeft.data.images import decode_image
+from visionpeft.data.images import decode_foreign
 from visionpeft.errors import ConfigurationError, UserError, did_you_mean
 from visionpeft.serving.batches import Batches, Job, Lane
 from visionpeft.serving.catalogue import Catalogue, Saved
@@ -224,7 +224,7 @@ class Service:
         if time.monotonic() > deadline:
             raise Refusal(504, f"the image was not decoded within {self.limits.seconds:g} seconds")
         lane = self._lane(served, class_names)
-        image = served.transform.prepare(decode_image(content, self.limits.pixels))
+        image = served.transform.prepare(decode_foreign(content, self.limits.pixels))
         return Job(lane, name, image, served, deadline)
 
     def _lane(self, served: Served, class_names: Sequence[str] | None) -> Lane:
