@@ -67,6 +67,8 @@ class Case:
         identity: attaching it changes nothing.
         mergeable: it can be merged into the weights.
         image_only: of two towers it acts on that of the images.
+        relative: it changes weights through the same sites as `lora_all` or `dora`, with another formula, so that three
+            hosts are enough where a property is tested on all of them.
         sources: the methods of trained adapters that it is over, which are attached before it under its names.
     """
 
@@ -75,6 +77,7 @@ class Case:
     identity: bool = False
     mergeable: bool = False
     image_only: bool = False
+    relative: bool = False
     sources: tuple[vp.Method, ...] = ()
 
     def __repr__(self):
@@ -143,22 +146,34 @@ CASES = [
     Case("dora", vp.DoRA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True),
     Case("vera", vp.VeRA(rank=5, targets=EVERY_MATRIX, seed=3), identity=True, mergeable=True),
     Case("ada_lora", vp.AdaLoRA(rank=2, initial_rank=3, alpha=6), identity=True, mergeable=True),
-    Case("pissa", vp.PiSSA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True),
-    Case("olora", vp.OLoRA(rank=2, alpha=3), identity=True, mergeable=True),
-    Case("oft", vp.OFT(block=4, targets=("q", "v", "proj")), identity=True, mergeable=True),
-    Case("boft", vp.BOFT(block=4, factors=2, targets=("k", "proj")), identity=True, mergeable=True),
-    Case("hira", vp.HiRA(rank=3, targets=("q", "v", "fc2")), identity=True, mergeable=True),
-    Case("miss", vp.MiSS(rank=5, targets=EVERY_MATRIX), identity=True, mergeable=True),
-    Case("rand_lora", vp.RandLoRA(rank=6, scale=2.0, targets=("q", "fc1", "fc2")), identity=True, mergeable=True),
-    Case("gra_lora", vp.GraLoRA(rank=4, cuts=2, alpha=6, targets=("q", "v", "proj")), identity=True, mergeable=True),
-    Case("fourierft", vp.FourierFT(number=9, scale=40.0), mergeable=True),
-    Case("waveft", vp.WaveFT(number=9, scale=3.0), identity=True, mergeable=True),
-    Case("moslora", vp.MoSLoRA(rank=3, alpha=6), identity=True, mergeable=True),
-    Case("sora", vp.SoRA(rank=3, alpha=6), identity=True, mergeable=True),
-    Case("dy_lora", vp.DyLoRA(rank=3, used=2, alpha=6), identity=True, mergeable=True),
-    Case("lora_dropout", vp.LoRADropout(rank=2, alpha=6), identity=True, mergeable=True),
-    Case("capa_boost", vp.CapaBoost(rank=2, alpha=6), identity=True, mergeable=True),
-    Case("hi_wi", vp.HiWi(bottleneck=3), identity=True, mergeable=True),
+    Case("pissa", vp.PiSSA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True, relative=True),
+    Case("olora", vp.OLoRA(rank=2, alpha=3), identity=True, mergeable=True, relative=True),
+    Case("oft", vp.OFT(block=4, targets=("q", "v", "proj")), identity=True, mergeable=True, relative=True),
+    Case("boft", vp.BOFT(block=4, factors=2, targets=("k", "proj")), identity=True, mergeable=True, relative=True),
+    Case("hira", vp.HiRA(rank=3, targets=("q", "v", "fc2")), identity=True, mergeable=True, relative=True),
+    Case("miss", vp.MiSS(rank=5, targets=EVERY_MATRIX), identity=True, mergeable=True, relative=True),
+    Case(
+        "rand_lora",
+        vp.RandLoRA(rank=6, scale=2.0, targets=("q", "fc1", "fc2")),
+        identity=True,
+        mergeable=True,
+        relative=True,
+    ),
+    Case(
+        "gra_lora",
+        vp.GraLoRA(rank=4, cuts=2, alpha=6, targets=("q", "v", "proj")),
+        identity=True,
+        mergeable=True,
+        relative=True,
+    ),
+    Case("fourierft", vp.FourierFT(number=9, scale=40.0), mergeable=True, relative=True),
+    Case("waveft", vp.WaveFT(number=9, scale=3.0), identity=True, mergeable=True, relative=True),
+    Case("moslora", vp.MoSLoRA(rank=3, alpha=6), identity=True, mergeable=True, relative=True),
+    Case("sora", vp.SoRA(rank=3, alpha=6), identity=True, mergeable=True, relative=True),
+    Case("dy_lora", vp.DyLoRA(rank=3, used=2, alpha=6), identity=True, mergeable=True, relative=True),
+    Case("lora_dropout", vp.LoRADropout(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
+    Case("capa_boost", vp.CapaBoost(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
+    Case("hi_wi", vp.HiWi(bottleneck=3), identity=True, mergeable=True, relative=True),
     Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True),
     Case("krona_shape", vp.KronA(shape=(4, 8)), identity=True, mergeable=True),
     Case("kadaptation", vp.KAdaptation(terms=4, rank=2, targets=EVERY_MATRIX), identity=True, mergeable=True),
@@ -227,6 +242,8 @@ MECHANISMS = ("bit_fit", "vpt_deep", "houlsby", "adapt_former", "lora_all", "ssf
 # these add no module: they train the head or parameters of the backbone themselves
 TRAINED_ALONE = ("linear_probe", "full", "last_block", "child_f", "layer_norm_tuning")
 
+TWO = ("vit_cls", "clip_whole")
+
 # the only cells attach may refuse, and why
 REFUSALS: dict[tuple[str, str], str] = {
     (host.name, "linear_probe"): "CLIP has no classification head to train" for host in HOSTS if not host.head_paths()
@@ -262,14 +279,18 @@ def spread(cases=CASES):
 
 
 def every_pair(hosts=HOSTS, cases=CASES):
-    """Every (host, case)."""
-    return list(itertools.product(hosts, cases))
+    """Every (host, case); of relatives the two hosts of `spread` and a third one, another one for each next relative."""
+    third = {case.name: hosts[index % len(hosts)] for index, case in enumerate(case for case in cases if case.relative)}
+    return [
+        (host, case)
+        for host, case in itertools.product(hosts, cases)
+        if not case.relative or host.name in TWO or host is third[case.name]
+    ]
 
 
 def spread_pairs(cases=CASES):
     """The (host, case) pairs of `spread`."""
-    two = ("vit_cls", "clip_whole")
-    found = [(h, c) for h in HOSTS for c in cases if h.name in two or c.name in MECHANISMS]
+    found = [(h, c) for h in HOSTS for c in cases if h.name in TWO or c.name in MECHANISMS]
     return found + [(h, c) for h in FEW_HOSTS for c in FEW_CASES if c in cases and (h, c) not in found]
 
 
