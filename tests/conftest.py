@@ -279,7 +279,7 @@ def spread(cases=CASES):
 
 
 def every_pair(hosts=HOSTS, cases=CASES):
-    """Every (host, case); of relatives the two hosts of `spread` and a third one, another one for each next relative."""
+    """Every (host, case); of relatives the two hosts of `spread` and a third one, another for each relative."""
     third = {case.name: hosts[index % len(hosts)] for index, case in enumerate(case for case in cases if case.relative)}
     return [
         (host, case)
