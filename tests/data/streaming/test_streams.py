@@ -12,6 +12,7 @@ from shards_of_images import CLASSES, SHARDS, png, write_parquet, write_shards, 
 
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ImageFolder, StreamedImages
+from visionpeft.data.streaming.sources import is_installed
 from visionpeft.data.streaming.stream import Encoded
 from visionpeft.errors import ConfigurationError, DataError
 
@@ -465,6 +466,21 @@ def test_a_library_that_is_not_installed(shards, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
     with pytest.raises(ConfigurationError, match=r"the package webdataset, .* pip install 'visionpeft\[streaming\]'"):
         module(shards)
+
+
+def test_a_folder_is_no_library(tmp_path, monkeypatch):
+    """Python takes it for a package without content: `datasets/` in the working directory, where the library is not."""
+    (tmp_path / "folder_of_images").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert __import__("folder_of_images")
+    assert not is_installed("folder_of_images")
+    assert is_installed("datasets")
+
+
+def test_several_views_of_test_images(shards):
+    data = module(shards, test_views=3)
+    images, _ = next(iter(data.test_dataloader()))
+    assert images.shape == (4, 3, 3, 8, 8)
 
 
 def test_what_needs_all_images_before_training(shards):

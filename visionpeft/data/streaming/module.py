@@ -19,7 +19,7 @@ from visionpeft.data.streaming.sources import (
     open_streams,
     parsed,
 )
-from visionpeft.data.streaming.stream import ClassOf, Share, StreamDataset
+from visionpeft.data.streaming.stream import ClassOf, StreamDataset
 from visionpeft.data.transforms import Augmentation
 from visionpeft.errors import ConfigurationError
 
@@ -56,7 +56,7 @@ class StreamedImages(ImageDataModule):
         val: Split for selection.
         test: Split for the test.
         num_samples: Images of splits of a stream that do not say how many they are, such as `{train: 50000}`. For
-            training it has to be known; for the others it is checked.
+            training it has to be known; for the others one process checks it.
         class_names: Names in the order of the labels, or a text file with one a line; those of the data set where it
             has names. Shards have none.
         image_key: Column of the images, "image" when absent; of shards the endings of images, separated by semicolons,
@@ -147,8 +147,7 @@ class StreamedImages(ImageDataModule):
             super().setup(stage)
         elif not self._checked:
             for stream in self.sources.values():
-                stream.check()
-                first = next(stream.samples(Share()))
+                first = stream.check()
                 self._class_of(first)
                 first.decode()
             self._checked = True

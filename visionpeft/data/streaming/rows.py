@@ -25,10 +25,12 @@ class Rows(Stream):
         self.label_key = label_key
         self.name = name
 
-    def check(self) -> None:
-        """Check that there is an image with a label; raises DataError."""
-        if next(self.samples(Share()), None) is None:
+    def check(self) -> Encoded:
+        """The first image; raises DataError where there is none, or it cannot be read."""
+        first = next(self.samples(Share()), None)
+        if first is None:
             raise DataError(f"{self.name} holds no images")
+        return first
 
     def parts(self, processes: int) -> int:
         """As many as there are files for it."""

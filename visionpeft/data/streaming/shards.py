@@ -46,19 +46,21 @@ class Shards(Stream):
         self.label_key = label_key
         self.label_ending = "cls" if label_key is None else "json"
 
-    def check(self) -> None:
-        """Check that local shards exist and end as a tar file does, and that the first image has a label.
+    def check(self) -> Encoded:
+        """The first image, after a look whether local shards exist and end as a tar file does.
 
         Raises:
-            DataError: so it is not.
+            DataError: they do not, or there is no image, or it has no label.
         """
         for address in self.addresses:
             if not is_remote(address):
                 check_whole(Path(address))
-        if next(self.samples(Share()), None) is None:
+        first = next(self.samples(Share()), None)
+        if first is None:
             raise DataError(
                 f"shard {self.addresses[0]} holds no image with one of the endings {', '.join(self.image_keys)}"
             )
+        return first
 
     def parts(self, processes: int) -> int:
         """As many as there are shards for it."""

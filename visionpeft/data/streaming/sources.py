@@ -52,12 +52,18 @@ def parsed(source: str) -> tuple[str, str]:
         form = f"{kind}/NAME" if kind in NAMED else kind
         raise ConfigurationError(f"source '{source}' is written {form}; where it lies is --data.root")
     package = PACKAGES.get(kind)
-    if package is not None and find_spec(package) is None:
+    if package is not None and not is_installed(package):
         raise ConfigurationError(
             f"--data.source {kind} is read by the package {package}, which is not installed; run pip install "
             "'visionpeft[streaming]'"
         )
     return kind, name
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of that name, such as `datasets/`, is none."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def names_given(class_names: Sequence[str] | str | None) -> list[str] | None:

@@ -94,6 +94,14 @@ class Stream(ABC):
         yield
 
     @abstractmethod
+    def check(self) -> Encoded:
+        """Look at what can be seen before training, and return the first image.
+
+        Raises:
+            DataError: something is missing or cut, or there is no image, or it has no label.
+        """
+
+    @abstractmethod
     def parts(self, processes: int) -> int:
         """Into how many parts one of several processes can share its images among workers."""
 
