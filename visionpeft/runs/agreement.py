@@ -7,6 +7,7 @@ could not even read its command line comes there, and the others need not wait f
 import hashlib
 import json
 import logging
+import os
 import socket
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -38,15 +39,19 @@ class Peers:
         processes: how many there are.
     """
 
+    _meetings = 0  # of this process, in which one training may follow another
+
     def __init__(self, address: str, port: int, rank: int, processes: int):
         self.rank, self.processes = rank, processes
+        Peers._meetings += 1
         logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
         where = f"tcp://{address}:{port}?rank={rank}&world_size={processes}"
         try:
             store, _, _ = next(dist.rendezvous(where, timeout=PATIENCE))
         except (dist.DistError, RuntimeError, TimeoutError) as error:
             raise PeerLost(f"the processes of this training cannot meet at {address}:{port}: {error}") from error
-        self.store = dist.PrefixStore("visionpeft", store)
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives processes that are restarted
+        self.store = dist.PrefixStore(f"visionpeft/{restarts}/{Peers._meetings}", store)
 
     @classmethod
     def started(cls) -> "Peers | None":

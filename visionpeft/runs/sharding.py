@@ -147,5 +147,6 @@ class EqualBatches(pl.Callback):
 
     def _make_up(self, trainer: pl.Trainer, task: AdaptedTask, batch: int) -> None:
         for _ in range(self.missing if batch + 1 == self.own else 0):
+            example = trainer.precision_plugin.convert_input(task.example().to(trainer.strategy.root_device))
             with trainer.precision_plugin.forward_context():
-                task(task.example().to(trainer.strategy.root_device))
+                task(example)
