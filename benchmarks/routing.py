@@ -3,7 +3,7 @@
     python benchmarks/routing.py --model vit_small_patch16_224 --repetitions 30
 
 Every repetition runs all variants one after another in one process, on one thread; the CPU time of each of them is
-divided by that of the plain forwards before and after it. Prints a table in Markdown: the median of these ratios over
+divided by that of the plain forwards around it. Prints a table in Markdown: the median of these ratios over
 the repetitions with the quartiles, and the ratio of the fastest runs, which is what other work on the machine disturbs
 least. Adapters have random weights. With `--peft` the same batch also goes through Hugging Face PEFT's `adapter_names`,
 if it is installed.
@@ -67,9 +67,12 @@ def by_peft(name: str, number: int, batch: int, images: torch.Tensor) -> Callabl
 
 @torch.inference_mode()
 def measure(variants: dict[str, Callable], repetitions: int) -> dict[str, tuple[list[float], float]]:
-    """For each variant its ratios to the runs of "plain" around it, and the ratio of the fastest runs."""
+    """For each variant its ratios to the runs of "plain" around it, and the ratio of the fastest runs.
+
+    "plain" runs before every third variant and after the last. An interrupt ends the measurement early.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    ratios: dict[str, list[float]] = {name: [] for name in variants}
+    ratios: dict[str, list[float]] = {name: [] for name in variants if name != "plain"}
 
     def timed(name: str) -> float:
         start = clock("cpu")
@@ -79,14 +82,16 @@ def measure(variants: dict[str, Callable], repetitions: int) -> dict[str, tuple[
 
     for run in variants.values():
         run()
-    for _ in range(repetitions):
-        before = timed("plain")
-        for name in variants:
-            if name != "plain":
-                own, after = timed(name), timed("plain")
-                ratios[name].append(2 * own / (before + after))
+    with contextlib.suppress(KeyboardInterrupt):
+        for _ in range(repetitions):
+            before = timed("plain")
+            for few in ([*ratios][index : index + 3] for index in range(0, len(ratios), 3)):
+                own = [timed(name) for name in few]
+                after = timed("plain")
+                for name, each in zip(few, own, strict=True):
+                    ratios[name].append(2 * each / (before + after))
                 before = after
-    return {name: (ratios[name], min(seconds[name]) / min(seconds["plain"])) for name in variants if name != "plain"}
+    return {name: (each, min(seconds[name]) / min(seconds["plain"])) for name, each in ratios.items()}
 
 
 def main() -> None:
@@ -120,10 +125,9 @@ def main() -> None:
     found = measure({"plain": lambda: plain(images)} | variants, options.repetitions)
     print(f"| {options.model}, batch {batch} | median [quartiles] / plain | fastest / plain |\n| --- | ---: | ---: |")
     for name, (ratios, fastest) in found.items():
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         print(f"| {name} | {middle:.3f} [{low:.3f}, {high:.3f}] | {fastest:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
+    main()

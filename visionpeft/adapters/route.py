@@ -9,7 +9,7 @@ import torch.nn as nn
 from visionpeft.adapters.together import Acts, Together, alike_heads, on_rows
 from visionpeft.backbones.frames import Frames
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.sites import Located, OnPatches, act_on_kv, join
+from visionpeft.sites import UNSEEN, Located, OnPatches, act_on_kv, join
 from visionpeft.sites.frozen_layers import is_hooked, traced
 from visionpeft.sites.routing import Routing
 from visionpeft.sites.stand_ins import in_own_precision
@@ -28,6 +28,8 @@ class RoutedAdapter:
         chains: what acts at each site, in order.
         alike: for each site, what has to be the same in adapters that act together there; None for those that do not.
         owned: its modules.
+        key_prompts: by tower and block, the modules whose prompts are keys and values alone and no tokens; their
+            chains are those of the site "prompts".
     """
 
     root: nn.Module
@@ -35,6 +37,7 @@ class RoutedAdapter:
     chains: dict[Key, tuple[Acts, ...]]
     alike: dict[Key, tuple]
     owned: set[nn.Module]
+    key_prompts: dict[tuple[str, int], list[nn.Module]]
 
 
 @dataclass
@@ -150,6 +153,12 @@ class Route:
             number = {name: index for index, name in enumerate(names)}
             self._rows[key] = _index([number.get(name, len(names)) for name in self.names], device)
         return self._rows[key]
+
+    def let_go(self) -> None:
+        """Keep nothing stacked."""
+        for groups in (*self._groups.values(), *self._heads.values()):
+            for together in (each for group in groups for each in group.together):
+                together.let_go()
 
     def check(self, samples: int) -> None:
         """Refuse a batch of another size.
@@ -285,8 +294,9 @@ class RoutedSite:
             return None
         (group,) = groups
         modules = [chain[0] for chain in group.chains]
-        changes = [_low_rank_change(module) for module in modules]
-        if any(change is None for change in changes) or changes[0][0].dtype != x.dtype:
+        # Alike modules differ in what they say of themselves only where some of them are trained and others not.
+        asked = modules if any(module.training for module in modules) else modules[:1]
+        if any(_low_rank_change(module) is None for module in asked) or modules[0].A.dtype != x.dtype:
             return None
         route.check(len(x) // (1 if self.frames is None else self.frames.number))
         if not group.together:
@@ -296,6 +306,36 @@ class RoutedSite:
             index = route.members(group.names, x.device)
         values = group.together[0].gathered(index, missing=rows is not None)
         return values["A"] * values["scaling"][:, None, None], values["B"]
+
+
+class RoutedKeyPrompts(RoutedSite):
+    """Prompts of one block that are keys and values of its attention and no tokens, of each row its adapter's.
+
+    Args:
+        routing: says which route is open.
+        key: stands for the prompts of the block.
+        block: the sited block, which says what its attention reads of the stream.
+    """
+
+    def __init__(self, routing: Routing, key: Key, block: nn.Module):
+        super().__init__(routing, key)
+        self.block = block
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the prompts (rows, prompts, width), where x is what it reads of tokens."""
+        route, results = self._route(), []
+        for group in route.groups(self.key):
+            rows, index = group.rows(x.device)
+            samples = len(route.names) if rows is None else len(rows)
+            own, parts = _taken(x, rows), []
+            for number, module in enumerate(group.chains[0]):
+                if group.together:
+                    prompts = group.together[number].act("prompts_for", index, samples, (own,))
+                else:
+                    prompts = module.prompts_for(own).expand(len(own), -1, -1)
+                parts.append(prompts)
+            results.append((rows, torch.cat(parts, dim=1)))
+        return self.block.attention_input(_gather(x, results), UNSEEN)
 
 
 def _low_rank_change(module) -> tuple | None:
