@@ -226,25 +226,29 @@ class RoutedSite:
             opened.differentiated = True
         return opened.route
 
-    def _parts(self, x: torch.Tensor, groups: list[Group], route: Route):
-        """For each group, the rows of x that it serves, None for all, and what acts on them."""
+    def _served(self, x: torch.Tensor, route: Route):
+        """Of each group: itself, the rows of x that it serves, None for all, its members and number of samples."""
         number = 1 if self.frames is None else self.frames.number
         route.check(len(x) // number)
-        for group in groups:
+        for group in route.groups(self.key):
             rows, index = group.rows(x.device)
             samples = len(route.names) if rows is None else len(rows)
             if rows is not None and number > 1:
                 rows = (number * rows[:, None] + torch.arange(number, device=rows.device)).flatten()
+            yield group, rows, index, samples
+
+    def _parts(self, x: torch.Tensor, route: Route):
+        """For each group, the rows of x that it serves, None for all, and what acts on them."""
+        for group, rows, index, samples in self._served(x, route):
             yield rows, group.acting(index, samples)
 
     def __call__(self, *inputs):
         """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v) or (k, v, h)."""
         route = self._route()
-        groups = route.groups(self.key)
         if len(inputs) in (2, 3):
             k, v, *read = inputs
             results = []
-            for rows, acting in self._parts(k, groups, route):
+            for rows, acting in self._parts(k, route):
                 own = [_taken(value, rows) for value in (k, v, *read)]
                 for acts in acting:
                     own[:2] = act_on_kv(acts, own[0], own[1], *(own[2:] or [None]))
@@ -253,7 +257,7 @@ class RoutedSite:
         if len(inputs) == 4:
             x, y, weight, bias = inputs
             results = []
-            for rows, acting in self._parts(y, groups, route):
+            for rows, acting in self._parts(y, route):
                 own_x, own_y = _taken(x, rows), _taken(y, rows)
                 for acts in acting:
                     own_y = acts(own_x, own_y, weight, bias)
@@ -261,9 +265,9 @@ class RoutedSite:
             return _gather(y, results)
         (x,) = inputs
         if self.key[3] is not None:
-            return [[acts(_taken(x, rows)) for acts in acting] for rows, acting in self._parts(x, groups, route)]
+            return [[acts(_taken(x, rows)) for acts in acting] for rows, acting in self._parts(x, route)]
         results = []
-        for rows, acting in self._parts(x, groups, route):
+        for rows, acting in self._parts(x, route):
             own = _taken(x, rows)
             for acts in acting:
                 own = acts(own)
@@ -274,7 +278,7 @@ class RoutedSite:
         """End the branches of each group in its rows of the tokens x."""
         route = self._route()
         results = []
-        for (rows, acting), carried in zip(self._parts(x, route.groups(self.key), route), deltas, strict=True):
+        for (rows, acting), carried in zip(self._parts(x, route), deltas, strict=True):
             own = _taken(x, rows)
             for acts, delta in zip(acting, carried, strict=True):
                 own = join(acts, own, delta)
@@ -315,22 +319,22 @@ class RoutedKeyPrompts(RoutedSite):
         routing: says which route is open.
         key: stands for the prompts of the block.
         block: the sited block, which says what its attention reads of the stream.
+        frames: for clips, how many rows make one sample.
     """
 
-    def __init__(self, routing: Routing, key: Key, block: nn.Module):
-        super().__init__(routing, key)
+    def __init__(self, routing: Routing, key: Key, block: nn.Module, frames: Frames | None):
+        super().__init__(routing, key, frames)
         self.block = block
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """What the attention reads of the prompts (rows, prompts, width), where x is what it reads of tokens."""
         route, results = self._route(), []
-        for group in route.groups(self.key):
-            rows, index = group.rows(x.device)
-            samples = len(route.names) if rows is None else len(rows)
+        for group, rows, index, samples in self._served(x, route):
             own, parts = _taken(x, rows), []
             for number, module in enumerate(group.chains[0]):
                 if group.together:
                     prompts = group.together[number].act("prompts_for", index, samples, (own,))
+                    prompts = prompts.repeat_interleave(len(own) // len(prompts), 0)  # those of a clip, of its frames
                 else:
                     prompts = module.prompts_for(own).expand(len(own), -1, -1)
                 parts.append(prompts)

@@ -228,7 +228,8 @@ class Routes:
                 _, block, site, add = key
                 if site == "prompts":
                     module = tower.blocks[block].module
-                    plan.sites[tower.name, block].key_prompts = RoutedKeyPrompts(self.routing, key, module)
+                    prompts = RoutedKeyPrompts(self.routing, key, module, tower.frames)
+                    plan.sites[tower.name, block].key_prompts = prompts
                     continue
                 layers = tower.layers if block is None else tower.blocks[block].layers
                 sites = None if block is None else plan.sites[tower.name, block]
