@@ -11,6 +11,7 @@ if it is installed.
 
 import argparse
 import contextlib
+import signal
 import statistics
 from collections.abc import Callable
 
@@ -51,13 +52,13 @@ def routed(model: torch.nn.Module, names: list[str], images: torch.Tensor) -> Ca
     return run
 
 
-def by_peft(name: str, number: int, batch: int, images: torch.Tensor) -> Callable[[], torch.Tensor]:
+def by_peft(name: str, number: int, batch: int, images: torch.Tensor, **options) -> Callable[[], torch.Tensor]:
     """The same with PEFT's mixed batches, of LoRA on the rows of q, k and v together, which it cannot tell apart."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
     config = LoraConfig(r=8, target_modules=["qkv"], init_lora_weights=False)
-    model = get_peft_model(timm.create_model(name, num_classes=100).eval(), config, adapter_name="n0")
+    model = get_peft_model(timm.create_model(name, num_classes=100, **options).eval(), config, adapter_name="n0")
     for index in range(1, number):
         model.add_adapter(f"n{index}", config)
     model.eval()
@@ -98,6 +99,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="vit_small_patch16_224", help="name of a timm model")
+    parser.add_argument("--depth", type=int, help="so many of its blocks, which are alike; by default all")
     parser.add_argument("--batch-size", type=int, default=16, help="images in a batch")
     parser.add_argument("--repetitions", type=int, default=30, help="runs of each variant")
     parser.add_argument("--attached", type=int, default=256, help="adapters of LoRA for one variant, 0 for none")
@@ -105,22 +107,24 @@ def main() -> None:
     parser.add_argument("--only", default="", help="variants whose name contains this")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background does not have
+    depth = {} if options.depth is None else {"depth": options.depth}
     batch = options.batch_size
-    plain = adapted(options.model, METHODS["SSF"], 0)
+    plain = adapted(options.model, METHODS["SSF"], 0, **depth)
     images = torch.randn(batch, 3, *plain.patch_embed.img_size)
     variants: dict[str, Callable] = {}
     for label, method in METHODS.items():
-        model = adapted(options.model, method, batch)
-        for number in (batch, 4, 1) if isinstance(method, vp.LoRA) else (batch,):
+        model = adapted(options.model, method, batch, **depth)
+        for number in (batch, 4) if isinstance(method, vp.LoRA) else (batch,):
             names = [f"n{index % number}" for index in range(batch)]
             variants[f"{label}: {number} adapters"] = routed(model, names, images)
     if options.attached:
-        model = adapted(options.model, METHODS["LoRA 8 on q and v"], options.attached)
+        model = adapted(options.model, METHODS["LoRA 8 on q and v"], options.attached, **depth)
         names = [f"n{index * options.attached // batch}" for index in range(batch)]
         variants[f"LoRA 8 on q and v: {batch} of {options.attached} attached adapters"] = routed(model, names, images)
     if options.peft:
         for number in (batch, 4):
-            variants[f"PEFT, LoRA 8 on qkv: {number} adapters"] = by_peft(options.model, number, batch, images)
+            variants[f"PEFT, LoRA 8 on qkv: {number} adapters"] = by_peft(options.model, number, batch, images, **depth)
     variants = {name: run for name, run in variants.items() if options.only in name}
     found = measure({"plain": lambda: plain(images)} | variants, options.repetitions)
     print(f"| {options.model}, batch {batch} | median [quartiles] / plain | fastest / plain |\n| --- | ---: | ---: |")

@@ -85,12 +85,9 @@ class Routes:
             UnsupportedError: if an adapter cannot act on single rows exactly.
         """
         ready = self.routing.installed and self.installed is not None and self.installed.holds()
-        known = self.routes.get(names)
-        if (
-            not ready
-            or known is None
-            or any(model.peft._modules.get(n) is not a.root for n, a in known.adapters.items())
-        ):
+        known, attached = self.routes.get(names), model.peft._modules
+        same = known is not None and all(attached.get(name) is each.root for name, each in known.adapters.items())
+        if not ready or not same:
             with self.routing.changing:
                 known = self._made_ready(model, names)
                 self.routes[names] = known
@@ -137,7 +134,7 @@ class Routes:
             for name, adapter in adapters.items()
             if id(adapter) not in plan.adapters
         ]
-        if changed or not self.routing.installed or self.installed is None or not self.installed.holds():
+        if any(changed) or not self.routing.installed or self.installed is None or not self.installed.holds():
             self._put(model, originals)
         return Route(names, adapters, plan.number)
 
@@ -210,8 +207,7 @@ class Routes:
 
     def _add(self, peft: Adapters, plan: Plan, name: str, adapter: RoutedAdapter) -> bool:
         """Add the sites of an adapter to a plan; whether there were new ones."""
-        acting = plan_of(peft, (name,))
-        before = len(plan.keys)
+        acting, before = plan_of(peft, (name,)), _size(plan)
         for tower in self.backbone.towers.values():
             travelling = [
                 [module for module in inside if module not in adapter.key_prompts.get((tower.name, index), ())]
@@ -240,7 +236,7 @@ class Routes:
         for path in adapter.root.heads:
             self._route_head(plan, path)
         plan.adapters.add(id(adapter))
-        return len(plan.keys) > before or before == 0
+        return _size(plan) > before or len(plan.adapters) == 1
 
     def _put(self, model: nn.Module, originals: dict[nn.Module, type]) -> None:
         """Give modules the classes that ask for routes, and what they compute with in each plan."""
@@ -263,6 +259,10 @@ class Routes:
                 peft.swapped.append((module, original))
         self.routing.installed = True
         self.installed = Anatomy(model, without=peft)
+
+
+def _size(plan: Plan) -> int:
+    return sum(map(len, plan.swaps.given.values())) + len(plan.swaps.kinds)
 
 
 def _key_prompts(tower: Tower, block: int | None, here: Acting) -> list[nn.Module]:
