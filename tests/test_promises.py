@@ -4,6 +4,7 @@ Every test asks the other tool, or a formula in float64, for the right value: of
 one tiny ViT, and of CoOp on a tiny CLIP.
 """
 
+import contextlib
 import copy
 import os
 import pickle
@@ -625,7 +626,7 @@ def test_quantised(method):
 @row("threads that switch adapters", "promised")
 @each_method
 def test_threads(method):
-    """`use` and `route` take turns: each thread gets the answer of the adapter that it chose."""
+    """`use` takes turns: each thread gets the answer of the adapter that it chose."""
     model = adapted(method)
     vp.attach(model, METHODS[method], "other")
     alone, right = {}, []
@@ -647,6 +648,40 @@ def test_threads(method):
         thread.join(timeout=60)
     assert right == [True] * 24
     assert not torch.equal(alone["default"], alone["other"])
+
+
+@row("threads that route batches", "promised")
+@each_method
+def test_threads_that_route(method):
+    """All within their routes when they compute, and one without a route gets the adapter that is active."""
+    model = adapted(method)
+    vp.attach(model, METHODS[method], "other")
+    with torch.no_grad():
+        for parameter in model.peft["other"].parameters():
+            parameter.add_(0.2)
+        alone = {}
+        for name in ("default", "other"):
+            with vp.use(model, name):
+                alone[name] = model(IMAGES)
+    vp.activate(model, "other")
+    together, right = threading.Barrier(3, timeout=60), []
+
+    def work(names):
+        wanted = torch.stack([alone[name][row] for row, name in enumerate(names or ["other"] * 4)])
+        with torch.no_grad(), vp.route(model, names) if names else contextlib.nullcontext():
+            for _ in range(4):
+                together.wait()
+                right.append(torch.allclose(model(IMAGES), wanted, rtol=0, atol=1e-12))
+            together.wait()
+
+    routes = (["default", "other", "other", "default"], ["other", "default", "default", "default"], None)
+    threads = [threading.Thread(target=work, args=(names,)) for names in routes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert right == [True] * 12
+    assert not torch.allclose(alone["default"], alone["other"], atol=1e-3)
 
 
 # Changes of the model

@@ -167,7 +167,7 @@ def test_prompts_as_keys_beside_other_methods_are_the_papers(stack):
 
 
 def test_prompts_stay_tokens_where_that_matters():
-    """In causal towers, with several adapters in a batch, and with modules that mix tokens."""
+    """In causal towers, with modules that mix tokens, and in a batch some rows of which go through such modules."""
     text = BY_NAME["clip_text"]
     model = adapted(text, next(c for c in CASES if c.name == "vpt_deep"))
     assert all(block.__dict__["sites"].key_prompts is None for block in model.transformer.resblocks)
@@ -175,8 +175,11 @@ def test_prompts_stay_tokens_where_that_matters():
     model = stacked(host, vp.VPT(3))
     vp.attach(model, vp.VPT(3), "other")
     with vp.route(model, ["own", "other"]):
-        assert prompts_are_keys(model) == 0
+        assert prompts_are_keys(model) == 3
     assert prompts_are_keys(model) == 3  # both act
+    vp.attach(model, [vp.VPT(3), vp.Convpass(2)], "mixing")
+    with vp.route(model, ["own", "mixing"]):
+        assert prompts_are_keys(model) == 0
     vp.activate(model, "own")
     assert [sites.key_prompts(torch.zeros(2, 17, 32).double()).shape[1] for sites in all_sites(model)] == [3] * 3
     for method in (vp.VPT(3, deep=False), vp.GatedVPT(3)):

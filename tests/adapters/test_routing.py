@@ -16,7 +16,7 @@ from reference.hosts import HOSTS
 from test_access import in_threads
 
 import visionpeft as vp
-from visionpeft.adapters import attach, together
+from visionpeft.adapters import attach, routes, together
 from visionpeft.sites import routing
 
 HOST = next(host for host in HOSTS if host.name == "vit_cls")
@@ -70,7 +70,7 @@ def test_alike_adapters_act_together(case):
     """In one group at every site, exactly, with the gradients of each alone; on all rows, on some, with one each."""
     model = model_with(a=case.method, b=case.method)
     assert groups(model, ["a", "b", "b", "a"]) <= {2 if type(case.method).__name__ in ALONE else 1}
-    lengthens = bool(model.peft.routing.routes.adapters["a"].inserted)
+    lengthens = bool(model.peft.routing.routes.adapters["a", True].inserted)
     for names in (["b", "a", "a", "b"], ["b", "a"], ["a", "a"] if lengthens else ["a", None, "b"]):
         images = IMAGES[: len(names)]
         with torch.no_grad():
@@ -117,6 +117,17 @@ def test_ranks_may_differ():
             with torch.no_grad():
                 assert distance(routed(model, names), row_by_row(model, names)) < 1e-12
             assert distance(routed(model, names), row_by_row(model, names)) < 1e-12
+
+
+def test_prompts_are_tokens_for_all_rows_or_for_none():
+    """Keys and values alone, unless something mixes the tokens of one of the rows."""
+    model = model_with(a=vp.VPT(3), b=[vp.VPT(3), vp.SSF()], c=[vp.VPT(3), vp.Convpass(2)])
+    for names in (["a", "b", "b", "a"], ["a", "c", "b", "a"]):
+        with torch.no_grad():
+            assert distance(routed(model, names), row_by_row(model, names)) < 1e-12
+        with vp.route(model, names):
+            keys = [block.sites.key_prompts is not None for block in model.blocks]
+        assert keys == [True] * 3 if "c" not in names else keys == [False] * 3
 
 
 def test_heads_act_together(monkeypatch):
@@ -195,6 +206,18 @@ def test_it_is_stacked_once(monkeypatch):
     assert once == len(made) == 2 * len(model.blocks) + 1  # q and v of each block, and the head
     routed(model, names)  # whose gradients each forward computes
     assert len(made) == 2 * once
+
+
+def test_few_routes_are_kept():
+    """Rows of the last ones, and stacks of fewer, which are large."""
+    model = model_with(a=vp.LoRA(rank=1), b=vp.LoRA(rank=1))
+    with torch.no_grad():
+        for number in range(routes.MOST_KEPT + 5):
+            routed(model, [*f"{number:07b}".replace("0", "a").replace("1", "b")], HOST.inputs(7).double())
+    kept = model.peft.routing.routes
+    assert len(kept.routes) == routes.MOST_KEPT
+    stacked = [any(t._kept for g in each._groups.values() for t in g[0].together) for each in kept.routes.values()]
+    assert sum(stacked) == routes.MOST_STACKED
 
 
 def test_hooks_see_each_adapter():

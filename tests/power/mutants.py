@@ -62,7 +62,7 @@ NEAREST = {
         "merge and (vit_cls or beit or vit_pre_norm)",
     ),
     "adapters/route.py": (
-        ("test_one_place",),
+        ("test_one_place", "test_routing"),
         "rout and (vit_cls or clip_whole) or routed_heads or large_batches or refusal",
     ),
     "adapters/storage.py": (("test_storage", "test_clip_storage", "test_fingerprint"), "(save or load) and vit_cls"),
@@ -79,9 +79,8 @@ NEAREST = {
 
 EQUIVALENT = {
     "sites/placement.py: @dataclass(frozen=True) -> @dataclass(frozen=False)": "nothing writes to a placement",
-    "adapters/route.py: classes = {part.shape[-1] for part in parts} -> classes = {part.shape[+1] for part in parts}": (
-        "logits have two dimensions"
-    ),
+    "adapters/route.py: classes = {part.shape[-1] for _, part in results} -> "
+    "classes = {part.shape[+1] for _, part in results}": ("logits have two dimensions"),
 }
 
 # Written because mutants of the sample of seed 0 had survived, so that for a comparison of suites they do not count.

@@ -258,8 +258,8 @@ FAULTS = [
     ),
     Fault(
         "route_index", "routing gives the rows of the first group to the next sample",
-        "rows = [[row for row, name in enumerate(peft.route) if (name,) == group] for group in groups]",
-        "rows = [[(row + 1) % len(peft.route) for row, name in enumerate(peft.route) if (name,) == group] for group in groups]",
+        "members = [number[self.names[sample]] for sample in samples]",
+        "members = [number[self.names[samples[place - 1]]] for place in range(len(samples))]",
         ("test_invariants",), "routed",
     ),
     Fault(

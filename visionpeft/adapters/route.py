@@ -9,7 +9,7 @@ import torch.nn as nn
 from visionpeft.adapters.together import Acts, Together, alike_heads, on_rows
 from visionpeft.backbones.frames import Frames
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.sites import Located, OnPatches, act_on_kv, join
+from visionpeft.sites import UNSEEN, Located, OnPatches, act_on_kv, join
 from visionpeft.sites.frozen_layers import is_hooked, traced
 from visionpeft.sites.routing import Routing
 from visionpeft.sites.stand_ins import in_own_precision
@@ -28,6 +28,8 @@ class RoutedAdapter:
         chains: what acts at each site, in order.
         alike: for each site, what has to be the same in adapters that act together there; None for those that do not.
         owned: its modules.
+        key_prompts: by tower and block, the modules whose prompts are keys and values alone and no tokens; their
+            chains are those of the site "prompts".
     """
 
     root: nn.Module
@@ -35,6 +37,7 @@ class RoutedAdapter:
     chains: dict[Key, tuple[Acts, ...]]
     alike: dict[Key, tuple]
     owned: set[nn.Module]
+    key_prompts: dict[tuple[str, int], list[nn.Module]]
 
 
 @dataclass
@@ -151,6 +154,12 @@ class Route:
             self._rows[key] = _index([number.get(name, len(names)) for name in self.names], device)
         return self._rows[key]
 
+    def let_go(self) -> None:
+        """Keep nothing stacked."""
+        for groups in (*self._groups.values(), *self._heads.values()):
+            for together in (each for group in groups for each in group.together):
+                together.let_go()
+
     def check(self, samples: int) -> None:
         """Refuse a batch of another size.
 
@@ -217,25 +226,29 @@ class RoutedSite:
             opened.differentiated = True
         return opened.route
 
-    def _parts(self, x: torch.Tensor, groups: list[Group], route: Route):
-        """For each group, the rows of x that it serves, None for all, and what acts on them."""
+    def _served(self, x: torch.Tensor, route: Route):
+        """Of each group: itself, the rows of x that it serves, None for all, its members and number of samples."""
         number = 1 if self.frames is None else self.frames.number
         route.check(len(x) // number)
-        for group in groups:
+        for group in route.groups(self.key):
             rows, index = group.rows(x.device)
             samples = len(route.names) if rows is None else len(rows)
             if rows is not None and number > 1:
                 rows = (number * rows[:, None] + torch.arange(number, device=rows.device)).flatten()
+            yield group, rows, index, samples
+
+    def _parts(self, x: torch.Tensor, route: Route):
+        """For each group, the rows of x that it serves, None for all, and what acts on them."""
+        for group, rows, index, samples in self._served(x, route):
             yield rows, group.acting(index, samples)
 
     def __call__(self, *inputs):
         """Apply to (x), to (x, y, weight, bias) of a layer, or to (k, v) or (k, v, h)."""
         route = self._route()
-        groups = route.groups(self.key)
         if len(inputs) in (2, 3):
             k, v, *read = inputs
             results = []
-            for rows, acting in self._parts(k, groups, route):
+            for rows, acting in self._parts(k, route):
                 own = [_taken(value, rows) for value in (k, v, *read)]
                 for acts in acting:
                     own[:2] = act_on_kv(acts, own[0], own[1], *(own[2:] or [None]))
@@ -244,7 +257,7 @@ class RoutedSite:
         if len(inputs) == 4:
             x, y, weight, bias = inputs
             results = []
-            for rows, acting in self._parts(y, groups, route):
+            for rows, acting in self._parts(y, route):
                 own_x, own_y = _taken(x, rows), _taken(y, rows)
                 for acts in acting:
                     own_y = acts(own_x, own_y, weight, bias)
@@ -252,9 +265,9 @@ class RoutedSite:
             return _gather(y, results)
         (x,) = inputs
         if self.key[3] is not None:
-            return [[acts(_taken(x, rows)) for acts in acting] for rows, acting in self._parts(x, groups, route)]
+            return [[acts(_taken(x, rows)) for acts in acting] for rows, acting in self._parts(x, route)]
         results = []
-        for rows, acting in self._parts(x, groups, route):
+        for rows, acting in self._parts(x, route):
             own = _taken(x, rows)
             for acts in acting:
                 own = acts(own)
@@ -265,7 +278,7 @@ class RoutedSite:
         """End the branches of each group in its rows of the tokens x."""
         route = self._route()
         results = []
-        for (rows, acting), carried in zip(self._parts(x, route.groups(self.key), route), deltas, strict=True):
+        for (rows, acting), carried in zip(self._parts(x, route), deltas, strict=True):
             own = _taken(x, rows)
             for acts, delta in zip(acting, carried, strict=True):
                 own = join(acts, own, delta)
@@ -285,8 +298,9 @@ class RoutedSite:
             return None
         (group,) = groups
         modules = [chain[0] for chain in group.chains]
-        changes = [_low_rank_change(module) for module in modules]
-        if any(change is None for change in changes) or changes[0][0].dtype != x.dtype:
+        # Alike modules differ in what they say of themselves only where some of them are trained and others not.
+        asked = modules if any(module.training for module in modules) else modules[:1]
+        if any(_low_rank_change(module) is None for module in asked) or modules[0].A.dtype != x.dtype:
             return None
         route.check(len(x) // (1 if self.frames is None else self.frames.number))
         if not group.together:
@@ -296,6 +310,36 @@ class RoutedSite:
             index = route.members(group.names, x.device)
         values = group.together[0].gathered(index, missing=rows is not None)
         return values["A"] * values["scaling"][:, None, None], values["B"]
+
+
+class RoutedKeyPrompts(RoutedSite):
+    """Prompts of one block that are keys and values of its attention and no tokens, of each row its adapter's.
+
+    Args:
+        routing: says which route is open.
+        key: stands for the prompts of the block.
+        block: the sited block, which says what its attention reads of the stream.
+        frames: for clips, how many rows make one sample.
+    """
+
+    def __init__(self, routing: Routing, key: Key, block: nn.Module, frames: Frames | None):
+        super().__init__(routing, key, frames)
+        self.block = block
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the prompts (rows, prompts, width), where x is what it reads of tokens."""
+        route, results = self._route(), []
+        for group, rows, index, samples in self._served(x, route):
+            own, parts = _taken(x, rows), []
+            for number, module in enumerate(group.chains[0]):
+                if group.together:
+                    prompts = group.together[number].act("prompts_for", index, samples, (own,))
+                    prompts = prompts.repeat_interleave(len(own) // len(prompts), 0)  # those of a clip, of its frames
+                else:
+                    prompts = module.prompts_for(own).expand(len(own), -1, -1)
+                parts.append(prompts)
+            results.append((rows, torch.cat(parts, dim=1)))
+        return self.block.attention_input(_gather(x, results), UNSEEN)
 
 
 def _low_rank_change(module) -> tuple | None:

@@ -6,6 +6,7 @@ insert equally many tokens at the same places share one plan. A plan grows by th
 for the first time; which of them act on which rows is looked up in the route itself.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 
@@ -24,16 +25,19 @@ from visionpeft.adapters.install import (
     travelling_prompts,
 )
 from visionpeft.adapters.installation import Anatomy, Swaps
+from visionpeft.adapters.key_prompts import Acting, key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
-from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter, RoutedHead, RoutedSite
+from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter, RoutedHead, RoutedKeyPrompts, RoutedSite
 from visionpeft.adapters.together import alike
 from visionpeft.backbones.dispatch import describe
-from visionpeft.backbones.tower import Backbone
+from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError
 from visionpeft.sites import Order, SitedLayer, Sites, order_of
 from visionpeft.sites.routing import Routable, Routing, routable
 
 MOST_KEPT = 64  # routes whose rows are kept as indices on the device
+MOST_STACKED = 4  # routes whose adapters are kept stacked, each as large as the adapters
+_NUMBERS = itertools.count()
 
 
 class Plan:
@@ -49,7 +53,7 @@ class Plan:
         self.swaps = swaps
         self.sites: dict[tuple[str, int], Sites] = {}
         self.keys: set[Key] = set()
-        self.adapters: set[nn.Module] = set()
+        self.adapters: set[int] = set()
 
 
 class Routes:
@@ -63,9 +67,10 @@ class Routes:
         self.routing = routing
         self.backbone: Backbone | None = None
         self.described: list[tuple[nn.Module, type, dict]] = []
-        self.adapters: dict[str, RoutedAdapter] = {}
+        self.adapters: dict[tuple[str, bool], RoutedAdapter] = {}
         self.plans: dict[frozenset, Plan] = {}
         self.routes: OrderedDict[tuple, Route] = OrderedDict()
+        self.stacked: list[Route] = []
         self.installed: Anatomy | None = None
 
     def forget(self) -> None:
@@ -80,17 +85,19 @@ class Routes:
             UnsupportedError: if an adapter cannot act on single rows exactly.
         """
         ready = self.routing.installed and self.installed is not None and self.installed.holds()
-        known = self.routes.get(names)
-        if (
-            not ready
-            or known is None
-            or any(model.peft._modules.get(n) is not a.root for n, a in known.adapters.items())
-        ):
+        known, attached = self.routes.get(names), model.peft._modules
+        same = known is not None and all(attached.get(name) is each.root for name, each in known.adapters.items())
+        if not ready or not same:
             with self.routing.changing:
                 known = self._made_ready(model, names)
                 self.routes[names] = known
                 while len(self.routes) > MOST_KEPT:
                     self.routes.popitem(last=False)
+        if not any(known is each for each in self.stacked):
+            with self.routing.changing:
+                self.stacked.append(known)
+                while len(self.stacked) > MOST_STACKED:
+                    self.stacked.pop(0).let_go()
         return known
 
     def reopen(self, model: nn.Module) -> None:
@@ -109,46 +116,69 @@ class Routes:
             originals.setdefault(module, original)
         described = _described(model, peft, originals)
         if self.backbone is None or described != self.described:
+            for opened in self.routing.opened if self.backbone is not None else ():
+                opened.refusal = "modules of the model were exchanged while this route was open; open it again"
             self.forget()
             self.backbone, self.described = describe(model), described
-        adapters = {name: self._adapter(model, name) for name in dict.fromkeys(filter(None, names))}
+        named = dict.fromkeys(filter(None, names))
+        adapters = {name: self._adapter(model, name, True) for name in named}
+        if len({adapter.inserted for adapter in adapters.values()}) > 1:  # prompts of some have to be tokens
+            adapters = {name: self._adapter(model, name, False) for name in named}
         _check_lengths(adapters, None in names)
         inserted = next((adapter.inserted for adapter in adapters.values()), frozenset())
         plan = self.plans.get(inserted)
         if plan is None:
             plan = self.plans[inserted] = self._plan(model, Swaps(originals))
-        changed = [self._add(peft, plan, adapter) for adapter in adapters.values() if adapter.root not in plan.adapters]
-        if changed or not self.routing.installed or self.installed is None or not self.installed.holds():
+        changed = [
+            self._add(peft, plan, name, adapter)
+            for name, adapter in adapters.items()
+            if id(adapter) not in plan.adapters
+        ]
+        if any(changed) or not self.routing.installed or self.installed is None or not self.installed.holds():
             self._put(model, originals)
         return Route(names, adapters, plan.number)
 
-    def _adapter(self, model: nn.Module, name: str) -> RoutedAdapter:
+    def _adapter(self, model: nn.Module, name: str, keyed: bool) -> RoutedAdapter:
+        """An adapter as routes know it.
+
+        Args:
+            model: the model.
+            name: its name.
+            keyed: let prompts be keys and values alone where they can.
+        """
         peft: Adapters = model.peft
-        known, root = self.adapters.get(name), peft[name]
+        known, root = self.adapters.get((name, keyed)), peft[name]
         if known is not None and known.root is root:
             return known
         _check_routable(name, root)
         check_unchanged(model, (name,))
         plan = plan_of(peft, (name,))
         counts = {key: sum(getattr(module, "num_tokens", 0) for module in modules) for key, modules in plan.items()}
-        owned, chains = set(root.modules()), {}
+        owned, chains, prompts_of = set(root.modules()), {}, {}
         for tower in self.backbone.towers.values():
             travelling = travelling_prompts(tower, plan, peft, (name,))
             for block, here in acting_in(tower, plan).items():
                 inside = [] if block is None else travelling[block]
+                prompts = _key_prompts(tower, block, here) if keyed else []
+                if prompts:
+                    prompts_of[tower.name, block] = prompts
+                    here = without_prompts(here, prompts)
+                    inside = [module for module in inside if module not in prompts]
+                    chains[tower.name, block, "prompts", None] = tuple(prompts)
+                    counts[tower.name, block, "prompts", None] = sum(module.num_tokens for module in prompts)
                 first_patch = tower.num_prefix_tokens + sum(module.num_tokens for module in inside)
-                for (site, add), modules in here.items():
+                for (site, add), modules in ((key, modules) for key, modules in here.items() if modules):
                     chains[tower.name, block, site, add] = located_in(modules, first_patch, inside)
         same = {}
         for key, chain in chains.items():
             found = tuple(alike(acts, owned) for acts in chain)
             same[key] = None if None in found else found
-        made = RoutedAdapter(root, frozenset((k, n) for k, n in counts.items() if n), chains, same, owned)
-        self.adapters[name] = made
+        made = RoutedAdapter(root, frozenset((k, n) for k, n in counts.items() if n), chains, same, owned, prompts_of)
+        self.adapters[name, keyed] = made
         return made
 
     def _plan(self, model: nn.Module, swaps: Swaps) -> Plan:
-        plan = Plan(len(self.plans), swaps)
+        plan = Plan(next(_NUMBERS), swaps)
         for tower in self.backbone.towers.values():
             for index in range(tower.depth):
                 if model.peft.economies.need(tower, index):
@@ -166,7 +196,7 @@ class Routes:
         if "routed" not in plan.swaps.given.get(head, {}):
             plan.swaps.swap(head, plan.swaps.kind(head), routed=RoutedHead(self.routing, path))
 
-    def _sites(self, peft: Adapters, plan: Plan, tower, index: int, prompts: list[nn.Module]) -> Sites:
+    def _sites(self, peft: Adapters, plan: Plan, tower: Tower, index: int, prompts: list[nn.Module]) -> Sites:
         sites = plan.sites.get((tower.name, index))
         if sites is None:
             sites = plan.sites[tower.name, index] = Sites(tower.num_prefix_tokens, tower.causal)
@@ -175,13 +205,14 @@ class Routes:
         sites.extra_tokens = sum(module.num_tokens for module in prompts)
         return sites
 
-    def _add(self, peft: Adapters, plan: Plan, adapter: RoutedAdapter) -> bool:
+    def _add(self, peft: Adapters, plan: Plan, name: str, adapter: RoutedAdapter) -> bool:
         """Add the sites of an adapter to a plan; whether there were new ones."""
-        name = next(name for name, known in self.adapters.items() if known is adapter)
-        acting = plan_of(peft, (name,))
-        before = len(plan.keys)
+        acting, before = plan_of(peft, (name,)), _size(plan)
         for tower in self.backbone.towers.values():
-            travelling = travelling_prompts(tower, acting, peft, (name,))
+            travelling = [
+                [module for module in inside if module not in adapter.key_prompts.get((tower.name, index), ())]
+                for index, inside in enumerate(travelling_prompts(tower, acting, peft, (name,)))
+            ]
             blocks = {key[1] for key in adapter.chains if key[0] == tower.name}
             for index in range(tower.depth):
                 if index in blocks or travelling[index]:
@@ -191,6 +222,11 @@ class Routes:
                     continue
                 plan.keys.add(key)
                 _, block, site, add = key
+                if site == "prompts":
+                    module = tower.blocks[block].module
+                    prompts = RoutedKeyPrompts(self.routing, key, module, tower.frames)
+                    plan.sites[tower.name, block].key_prompts = prompts
+                    continue
                 layers = tower.layers if block is None else tower.blocks[block].layers
                 sites = None if block is None else plan.sites[tower.name, block]
                 fill(plan.swaps, sites, layers, {(site, add): (RoutedSite(self.routing, key, tower.frames),)})
@@ -199,8 +235,8 @@ class Routes:
                 refuse_intermediates(plan.swaps, tower, SHALLOW)
         for path in adapter.root.heads:
             self._route_head(plan, path)
-        plan.adapters.add(adapter.root)
-        return len(plan.keys) > before or before == 0
+        plan.adapters.add(id(adapter))
+        return _size(plan) > before or len(plan.adapters) == 1
 
     def _put(self, model: nn.Module, originals: dict[nn.Module, type]) -> None:
         """Give modules the classes that ask for routes, and what they compute with in each plan."""
@@ -223,6 +259,16 @@ class Routes:
                 peft.swapped.append((module, original))
         self.routing.installed = True
         self.installed = Anatomy(model, without=peft)
+
+
+def _size(plan: Plan) -> int:
+    return sum(map(len, plan.swaps.given.values())) + len(plan.swaps.kinds)
+
+
+def _key_prompts(tower: Tower, block: int | None, here: Acting) -> list[nn.Module]:
+    """The modules of a block whose prompts can be keys and values alone, and are seen by nothing else that acts."""
+    found = None if block is None or tower.causal else key_prompts(tower.blocks[block].module, here)
+    return [] if found is None or found.at_entrance or found.at_attention else found.prompts
 
 
 def _described(model: nn.Module, peft: Adapters, originals: dict[nn.Module, type]) -> list[tuple]:

@@ -3,7 +3,7 @@
 What may act together says so. A class of modules that has `stackable = True` computes nothing in its `forward` but what
 `torch.vmap` maps over rows; its tensors are found in it. One that has a method `by_row` computes all rows at once:
 
-* `row_values() -> {name: tensor or number}`: what differs between adapters;
+* `row_values() -> {name: tensor or number}`: what differs between adapters, numbers by the names of attributes;
 * `padded = {name: dimension}`: where their sizes may differ, and zeros change nothing;
 * `by_row(values, *inputs)`: what `forward(*inputs)` gives, with values (rows, ...) of which each row has its own.
 
@@ -116,11 +116,22 @@ class Together:
         self.padded = _definition(self.template).get("padded", {}) if self.rows_at_once else {}
         self.parts = [list(_parts(module, each)) for module, each in zip(modules, owned, strict=True)]
         self.owned = owned[0]
-        self._kept: tuple[list, dict[str, torch.Tensor]] | None = None
+        self.every = [part for parts in self.parts for part in parts]
+        kinds = [kind for part in self.every for kind in (part._parameters, part._buffers)]
+        self.sources = [(kind, name) for kind in kinds for name in kind]
+        first = self.template.row_values() if self.rows_at_once else {}
+        names = [name for name, value in first.items() if not isinstance(value, torch.Tensor)]
+        self.numbers = [(module, name) for module in self.modules for name in names]
+        # What was stacked of which tensors and numbers, and what came of it.
+        self._kept: tuple[list, list, dict[str, torch.Tensor]] | None = None
+
+    def let_go(self) -> None:
+        """Keep nothing stacked, until it is needed again."""
+        self._kept = None
 
     def hooked(self) -> bool:
         """Whether a hook watches the calls of one of the modules."""
-        return any(is_hooked(part) for parts in self.parts for part in parts)
+        return any(map(is_hooked, self.every))
 
     def act(self, method: str, index: torch.Tensor | None, rows: int, inputs: tuple):
         """What a method of the modules gives, each for its rows.
@@ -157,16 +168,20 @@ class Together:
 
     def _stacked(self) -> dict[str, torch.Tensor]:
         """The values (modules, ...) as they are now."""
-        values = [self._values(number) for number in range(len(self.modules))]
-        if torch.is_grad_enabled():  # each stack is part of the graph of this forward
-            return self._stack(values)
-        # Stacked once, and again after something was written, exchanged or moved. The tensors are held, and with them
-        # their memory, so that what has the same identity and memory later is the same.
-        seen = [(value, _state(value)) for each in values for value in each.values()]
-        if self._kept is not None and _same(self._kept[0], seen):
-            return self._kept[1]
-        stacked = self._stack(values)
-        self._kept = seen, stacked
+        # With gradients each stack is part of the graph of this forward. Without, it is made once, and again after
+        # something was written, exchanged or moved. Aliases hold the memory of the tensors, so that what is at the
+        # same place later is the same.
+        if torch.is_grad_enabled():
+            return self._stack([self._values(number) for number in range(len(self.modules))])
+        kept = self._kept
+        if kept is not None and _same(kept[0], self.sources, kept[1], self.numbers):
+            return kept[2]
+        stacked = self._stack([self._values(number) for number in range(len(self.modules))])
+        tensors = [tensors[name] for tensors, name in self.sources]
+        seen = [None if t is None or t.is_inference() else (t, t.detach(), *_state(t)) for t in tensors]
+        # What does not count its versions is stacked each time.
+        whole = all(each is not None or t is None for each, t in zip(seen, tensors, strict=True))
+        self._kept = (seen, [getattr(m, name) for m, name in self.numbers], stacked) if whole else None
         return stacked
 
     def _values(self, number: int) -> dict[str, torch.Tensor | float]:
@@ -216,16 +231,19 @@ class Together:
         return result.flatten(0, 1)
 
 
-def _same(before: list[tuple], now: list[tuple]) -> bool:
-    pairs = zip(before, now, strict=True)
-    return all(old is new and state is not None and state == later for (old, state), (new, later) in pairs)
+def _same(seen: list, sources: list, numbers: list, owners: list) -> bool:
+    """Whether nothing was written, exchanged or moved."""
+    for before, (tensors, name) in zip(seen, sources, strict=True):
+        now = tensors.get(name)
+        if (now is None) is not (before is None):
+            return False
+        if before is not None and (now is not before[0] or _state(now) != before[2:]):
+            return False
+    return numbers == [getattr(module, name) for module, name in owners]
 
 
-def _state(value: torch.Tensor | float):
-    """What changes when a tensor is written to, or gets other memory; None where that cannot be seen."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return None if value.is_inference() else (value._version, value.untyped_storage()._cdata, value.dtype)
+def _state(tensor: torch.Tensor) -> tuple:
+    return tensor._version, tensor.untyped_storage()._cdata, tensor.dtype
 
 
 def _parts(module: nn.Module, owned: set[nn.Module]) -> Iterator[nn.Module]:

@@ -194,6 +194,8 @@ def apply_fused(
         y, acting = frozen_layers.linear(x, weight, bias, acting)
     else:
         y = layer(x)
+        if any(modules for _, modules in acting) and not torch.is_grad_enabled() and isinstance(layer, nn.Module):
+            y = y.clone()  # a hook may have kept what the layer gave, which modules may write to
     outputs, parts = [], y.chunk(3, dim=-1)
     for index, (rows, modules) in enumerate(acting):
         output = parts[index]  # and not by iterating, which torch.fx cannot trace

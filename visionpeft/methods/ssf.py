@@ -10,7 +10,7 @@ from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, blocks_of, require
 from visionpeft.sites import Order, Placement
-from visionpeft.sites.frozen_layers import scale_shift
+from visionpeft.sites.frozen_layers import scale_shift, shares_memory
 
 TARGETS = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")
 
@@ -40,7 +40,9 @@ class ScaleShift(nn.Module):
         """What `forward` gives, with a scale and shift (rows, out) of each row."""
         shape = (len(y), -1, 1, 1) if self.convolution else (len(y), *(1,) * (y.ndim - 2), -1)
         scale, shift = values["scale"].view(shape), values["shift"].view(shape)
-        return torch.addcmul(shift, y.to(scale.dtype), scale).to(y.dtype)
+        # Without gradients the output of the layer is read by nobody else, unless it is the input itself.
+        in_place = not torch.is_grad_enabled() and y.dtype == scale.dtype and not shares_memory(x, y)
+        return torch.addcmul(shift, y.to(scale.dtype), scale, out=y if in_place else None).to(y.dtype)
 
     def merge(self, weight: torch.Tensor, bias: torch.Tensor | None):
         """Weight and bias that compute the same: diag(scale) W and scale * b + shift."""

@@ -24,8 +24,9 @@ class VPT(Method):
     Where a breakpoint hits: in the default job (`vtab_vpt.yaml`: deep, on a ViT) it is `Prompts.prompts_for` that runs
     in every block, and never `Prompts.forward` nor `RemovePrompts.forward`. Prompts that leave their own block reach
     the other tokens through keys and values alone, so that is all they are. The two `forward` run where prompts are
-    tokens of the stream: shallow prompts, a causal tower, a mixed batch (`visionpeft.route`), or a block in which
-    something acts that does not take each token by itself. Outputs and gradients are the same.
+    tokens of the stream: shallow prompts, a causal tower, or a block in which something acts that does not take each
+    token by itself; in a mixed batch (`visionpeft.route`) also if that is so for one of its rows, or if anything acts
+    on the prompts before the attention. Outputs and gradients are the same.
     P ~ U(-v, v) with v = sqrt(6 / (3 * patch height * patch width + prompt width)). The projection's weight is
     Kaiming-normal over its outputs, its bias PyTorch's default.
     Trainable on L blocks of width D: L * num_tokens * D deep, num_tokens * D shallow; with a projection of width d,

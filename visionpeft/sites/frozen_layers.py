@@ -45,8 +45,8 @@ def is_plain(layer: Callable) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a hook watches the calls of a module."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return bool(before or after or module._backward_pre_hooks or module._backward_hooks)
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,14 @@ def remember(y: torch.Tensor, function: Callable, *tensors: torch.Tensor | None)
     """Mark y = function(*tensors); the first of the tensors is kept for the backward pass anyway."""
     # What shares memory with its source (an identity, a view) would not be freed by forgetting it. Sources are
     # detached: what is made again is a value for the weight gradients, and must not hold the graph of the forward pass.
-    if torch.is_grad_enabled() and not _shares(y, tensors[0]):
+    if torch.is_grad_enabled() and not shares_memory(y, tensors[0]):
         # Not detached: a gradient that is differentiated again follows the remade tensor back through its sources.
         y.origin = Origin(function, tensors, _autocast_dtype(y), y._version)
     return y
 
 
-def _shares(x: torch.Tensor, y: torch.Tensor) -> bool:
+def shares_memory(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors are parts of the same memory."""
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
