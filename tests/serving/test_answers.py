@@ -197,20 +197,37 @@ def test_a_service_says_what_it_does_not_serve(folder, files, tmp_path):
     assert service.remarks[0].startswith("bad is not served: ")
     assert refused(ask(service, "POST", "/predict", **as_json(files[0], adapter="bad")), 500, "'bad' cannot be loaded")
     assert str(tmp_path) not in ask(service, "POST", "/predict", **as_json(files[0], adapter="bad")).text
+    # with others in its batch it fails alone
+    pairs = [("POST", "/predict", as_json(files[0], adapter=name)) for name in ("bad", "good", "bad", "good")]
+    assert [answer.status_code for answer in asyncio.run(ask_all(service, pairs))] == [500, 200, 500, 200]
 
     shutil.copytree(folder / "task3", root / "later")  # is found
     assert ask(service, "POST", "/predict", **as_json(files[0], adapter="later")).status_code == 200
 
+    request = ("POST", "/predict")
     shutil.rmtree(root / "later")  # replaced by another one after it was loaded
     shutil.copytree(folder / "task4", root / "later")
     assert ask(service, "DELETE", "/adapters/later").status_code == 204
-    answer = ask(service, "POST", "/predict", **as_json(files[0], adapter="later", top_k=99)).json()
+    answer = ask(service, *request, **as_json(files[0], adapter="later", top_k=99)).json()
     assert {each["name"] for each in answer["classes"]} == {f"task4 class {index}" for index in range(7)}
-    service.close()
 
-    other = vp.create_backbone("nano_vit", img_size=64)  # another backbone, which nobody has asked for
+    shutil.rmtree(root / "later")  # and read again after its classes had been read
+    shutil.copytree(folder / "task5", root / "later")
+    next(iter(service._lanes.values())).pool.unload("later")
+    assert refused(ask(service, *request, **as_json(files[0], adapter="later")), 503, "was replaced")
+    answer = ask(service, *request, **as_json(files[0], adapter="later", top_k=99)).json()
+    assert {each["name"] for each in answer["classes"]} == {f"task5 class {index}" for index in range(8)}
+
+    shutil.rmtree(root / "later")  # and gone
+    next(iter(service._lanes.values())).pool.unload("later")
+    assert refused(ask(service, *request, **as_json(files[0], adapter="later")), 404, "any more")
+
+    other = vp.create_backbone("nano_vit", img_size=64)  # another backbone, which is made for nobody
     vp.attach(other, vp.LoRA())
     vp.save(other, root / "other")
+    assert refused(ask(service, *request, **as_json(files[0], adapter="other")), 422, "has not loaded")
+    service.close()
+
     with pytest.raises(vp.ConfigurationError, match="no folder"):
         Service([tmp_path / "absent"])
     with pytest.raises(vp.ConfigurationError, match="can be served"):

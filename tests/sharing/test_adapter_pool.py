@@ -12,12 +12,13 @@ import torch
 import visionpeft as vp
 from visionpeft.sharing import adapter_pool
 from visionpeft.sharing.adapter_pool import PoolFull
-from visionpeft.sharing.batch_sizes import sizes_that_agree
+from visionpeft.sharing.batch_sizes import rows_agree, sizes_that_agree
 
 # name -> (method, number of classes): routed together, alone for their tokens, alone for the backbone's parameters
 SAVED = {
     "birds": (vp.LoRA(rank=4), 5),
     "cars": (vp.LoRA(rank=2), 3),
+    "cats": (vp.SSF(), 3),
     "dogs": (vp.SSF(), 4),
     "flowers": (vp.VPT(num_tokens=2, deep=True), 2),
     "pets": (vp.BitFit(), 6),
@@ -239,6 +240,28 @@ def test_a_batch_is_filled_up_to_a_size_whose_rows_have_the_bits_of_a_full_one()
         sizes_that_agree(lambda images: images + torch.arange(len(images))[:, None], torch.zeros(1, 3), 4)
 
 
+def test_what_has_other_bits_in_company_gets_batches_of_its_own(folder, images, monkeypatch):
+    asked = []
+
+    def never(mixed, alone, like, most):
+        asked.append(most)
+        return False
+
+    monkeypatch.setattr(adapter_pool, "rows_agree", never)
+    ran = []
+    model = backbone()
+    model.register_forward_hook(lambda module, inputs, output: ran.append(len(inputs[0])))
+    pool = vp.AdapterPool(model, folder, batch_size=4)
+    pool.logits(images[:4], ["dogs", "cats", "birds", "dogs"])
+    ran.clear()
+    pool.logits(images[:4], ["dogs", "cats", "birds", "dogs"])
+    assert len(ran) == 3
+    assert asked == [4, 4]  # two of one kind, and two kinds
+    apart = torch.arange(4.0)[:, None]
+    assert rows_agree(lambda x: x * 0 + apart % 2, [lambda x: x * 0, lambda x: x * 0 + 1], torch.zeros(1, 3), 4)
+    assert not rows_agree(lambda x: x * 0 + apart, [lambda x: x * 0, lambda x: x * 0 + 1], torch.zeros(1, 3), 4)
+
+
 def test_sizes_are_measured_once_for_adapters_of_one_kind_and_kept_to(folder, images, monkeypatch):
     counted, ran = [], []
 
@@ -247,6 +270,7 @@ def test_sizes_are_measured_once_for_adapters_of_one_kind_and_kept_to(folder, im
         return frozenset({3, most})
 
     monkeypatch.setattr(adapter_pool, "sizes_that_agree", two_sizes)
+    monkeypatch.setattr(adapter_pool, "rows_agree", lambda *_: True)
     model = backbone()
     model.register_forward_hook(lambda module, inputs, output: ran.append(len(inputs[0])))
     pool = vp.AdapterPool(model, folder, batch_size=8)

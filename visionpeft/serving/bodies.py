@@ -42,9 +42,10 @@ class Bodies:
         predicts = path == "/predict" and scope["method"] == "POST"
         self.predicting += predicts
         try:
-            if predicts and self.predicting > self.limits.queue:
+            full = predicts and self.predicting > self.limits.queue
+            receive = await self._read(scope, receive, keep=not full)
+            if full:
                 raise Refusal(429, f"{self.limits.queue} requests are being answered already; ask again later")
-            receive = await self._read(scope, receive)
             await self.app(scope, receive, sending)
         except Refusal as refusal:
             await refuse(refusal, sending)
@@ -54,8 +55,11 @@ class Bodies:
             self.predicting -= predicts
             self.answered(path, code, time.monotonic() - began)
 
-    async def _read(self, scope: dict, receive: Receive) -> Receive:
-        """Read the whole body; gives what the application receives in its place."""
+    async def _read(self, scope: dict, receive: Receive, keep: bool) -> Receive:
+        """Read the whole body; gives what the application receives in its place.
+
+        Also a body that is of no use is read, but not kept: a client that is still sending would not see the answer.
+        """
         too_large = Refusal(413, f"the request is larger than {self.limits.body:,} bytes")
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > 2 * self.limits.body:
@@ -71,9 +75,9 @@ class Bodies:
                     size += len(message.get("body", b""))
                     more = message.get("more_body", False)
                     if size <= self.limits.body:
-                        body += message.get("body", b"")
+                        body += message.get("body", b"") if keep else b""
                     elif size > 2 * self.limits.body or not more:
-                        raise too_large  # not at once: a client that is still sending would not see the answer
+                        raise too_large
         except TimeoutError:
             raise Refusal(408, f"the request was not sent within {self.limits.seconds:g} seconds") from None
         whole: list[dict] = [{"type": "http.request", "body": bytes(body), "more_body": False}]

@@ -1,5 +1,6 @@
 """What computes batches: the adapters of one backbone together, or a learner for certain class names."""
 
+import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import torch
 
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data.transforms import ImageTransform
-from visionpeft.errors import UnsupportedError
+from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.serving.batches import Job
 from visionpeft.serving.refusals import Refusal
 from visionpeft.sharing.adapter_pool import AdapterPool
@@ -72,12 +73,19 @@ class AdaptersLane:
     def _together(self, jobs: Sequence[Job]) -> list[torch.Tensor | Exception]:
         with self.pool.hold(dict.fromkeys(job.name for job in jobs)) as held:
             descriptions = {adapter.name: adapter.description for adapter in held}
-            images = torch.stack([job.about.transform.normalise(job.image) for job in jobs]).to(self.device)
-            logits = self.pool.logits(images, [job.name for job in jobs])
-            return [
-                job.about.answer(row) if job.about.description == descriptions[job.name] else Replaced(job.name)
-                for job, row in zip(jobs, logits, strict=True)
-            ]
+            replaced = {job.name for job in jobs if job.about.description != descriptions[job.name]}
+            going = [job for job in jobs if job.name not in replaced]
+            rows = self._answers(going) if going else []
+        for name in replaced:  # whichever of the two is older is read anew
+            with contextlib.suppress(ConfigurationError):  # somebody else holds it
+                self.pool.unload(name)
+        answers = dict(zip(map(id, going), rows, strict=True))
+        return [Replaced(job.name) if job.name in replaced else answers[id(job)] for job in jobs]
+
+    def _answers(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
+        images = torch.stack([job.about.transform.normalise(job.image) for job in jobs]).to(self.device)
+        logits = self.pool.logits(images, [job.name for job in jobs])
+        return [job.about.answer(row) for job, row in zip(jobs, logits, strict=True)]
 
 
 class Replaced(Refusal):
@@ -123,7 +131,8 @@ class LearnerModel:
         """In which sizes of a batch its rows have the same bits; measured once for each number of classes."""
         classes = len(view.class_names)
         if classes not in self._sizes:
-            self._sizes[classes] = sizes_that_agree(view, images, self.batch_size)
+            with torch.inference_mode():
+                self._sizes[classes] = sizes_that_agree(view, images, self.batch_size)
         return self._sizes[classes]
 
 

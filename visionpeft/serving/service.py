@@ -203,16 +203,21 @@ class Service:
             Refusal: with the status code and the sentence for the client.
         """
         deadline = time.monotonic() + self.limits.seconds
-        name = name or await self._in_thread(self._only)
-        job = await self._in_thread(self._job, content, name, top_k, class_names, deadline)
         try:
-            future = asyncio.wrap_future(self.batches.submit(job))
-            values = await asyncio.wait_for(future, deadline - time.monotonic())
+            async with asyncio.timeout(self.limits.seconds):
+                name = name or await self._in_thread(self._only)
+                job = await self._in_thread(self._job, content, name, top_k, class_names, deadline)
+                values = await asyncio.wrap_future(self.batches.submit(job))
         except TimeoutError:
             raise Refusal(504, f"the prediction was not ready within {self.limits.seconds:g} seconds") from None
-        except Exception as error:
-            if isinstance(error, Replaced) or refusal_of(error).code == 500:
+        except Refusal as refusal:
+            if isinstance(refusal, Replaced):
                 self._forget(name)
+            raise
+        except Exception as error:
+            self._forget(name)  # whatever it was, read again what the adapter is
+            if name not in self.catalogue:
+                raise Refusal(404, f"there is no adapter {name!r} any more") from error
             raise refusal_of(error, name) from error
         names = class_names or job.about.trained.class_names
         return {"adapter": name} | answer(values, job.about.trained, names, top_k)
@@ -308,17 +313,24 @@ class Service:
             torch.manual_seed(saved.run.read_results()["seed"])
         if saved.stem == "learner":
             trained = self._open_learner(saved, key, own, clips)
-            served = Served(saved.name, trained, description)
-            self._learners[saved.name] = LearnerModel(served, self.settings.max_batch, self.limits.texts)
+            learner = LearnerModel(Served(saved.name, trained, description), self.settings.max_batch, self.limits.texts)
+            learner.sizes(trained.model, self._blank(learner.served))
+            self._learners[saved.name] = learner
         elif key not in self._lanes:
             model = described_classifier(description, saved.folder, own, self.settings.checkpoint)
-            Served(saved.name, as_described(model, description["class_names"], description, saved.folder), description)
+            trained = as_described(model, description["class_names"], description, saved.folder)
+            served = Served(saved.name, trained, description)
             settings = self.settings
             pool = AdapterPool(
                 model.to(self._device), self.catalogue, capacity=settings.capacity, batch_size=settings.max_batch
             )
-            with pool.hold([saved.name]):  # refuses another backbone than that of the training
-                self._lanes[key] = AdaptersLane(pool)
+            # Refuses another backbone than that of the training; and what is done once is not left to a request.
+            pool.logits(self._blank(served), [saved.name])
+            self._lanes[key] = AdaptersLane(pool)
+
+    def _blank(self, served: Served) -> torch.Tensor:
+        """An image as the model of what is served takes it."""
+        return torch.zeros(1, 3, *served.transform.size, device=self._device)
 
     def _open_learner(self, saved: Saved, key: str, own: bool, clips: dict[str, tuple]) -> TrainedModel:
         """The learner; those that attach nothing to their CLIP share one."""

@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.attach import activate, detach, has_adapters, register, route, use
 from visionpeft.adapters.storage import made_adapter, read_saved
 from visionpeft.errors import ConfigurationError, did_you_mean
-from visionpeft.sharing.batch_sizes import filled, sizes_that_agree
+from visionpeft.sharing.batch_sizes import filled, rows_agree, sizes_that_agree
 from visionpeft.sharing.hub import download
 from visionpeft.sharing.own_heads import filled_to, give_own_heads
 
@@ -85,8 +85,9 @@ class AdapterPool:
         capacity: most bytes of parameters and buffers of the attached adapters; one that is being read comes on top.
         batch_size: most rows of a batch that `logits` computes. A row's logits are then the same, bit for bit, whatever
             the other rows are and however many: when adapters of a kind are first used, it is measured in which sizes
-            the rows of a batch agree with those of a full one, and to the next of these a batch is filled up. None
-            for batches of the rows that are given, whose last bits may differ from one size to another.
+            the rows of a batch agree with those of a full one, and to the next of these a batch is filled up; and
+            adapters of two kinds, or two of one kind, share batches if their rows there agree with those of each alone.
+            None for batches of the rows that are given, whose last bits may differ from one to another.
         check_fingerprint: refuse adapters that were trained on other weights than those of the model.
 
     Raises:
@@ -115,6 +116,7 @@ class AdapterPool:
         self._attaching = Lock()  # held while room is made and filled, or two would fill the same
         self._numbers = itertools.count()
         self._sizes: dict[str, frozenset[int]] = {}
+        self._agreeing: dict[frozenset[str], bool] = {}
 
     # What there is
 
@@ -270,13 +272,7 @@ class AdapterPool:
         results: list[torch.Tensor | None] = [None] * len(names)
         with self.hold(dict.fromkeys(names)) as held, torch.inference_mode():
             by_name = {adapter.name: adapter for adapter in held}
-            together: dict[object, list[int]] = {}
-            for row, name in enumerate(names):
-                adapter = by_name[name]
-                # Without a head there is nothing to fill up.
-                key = adapter.name if adapter.alone else (adapter.inserted, adapter.classes is None)
-                together.setdefault(key, []).append(row)
-            for rows in together.values():
+            for rows in self._sharing(images, [by_name[name] for name in names]):
                 step = self.batch_size or len(rows)
                 for start in range(0, len(rows), step):
                     part = rows[start : start + step]
@@ -284,6 +280,21 @@ class AdapterPool:
                     for row, output in zip(part, outputs, strict=True):
                         results[row] = output
         return results
+
+    def _sharing(self, images: torch.Tensor, adapters: list[PooledAdapter]) -> list[list[int]]:
+        """The rows, put together where their adapters can share a batch."""
+        shared: list[tuple[object, dict[str, PooledAdapter], list[int]]] = []
+        for row, adapter in enumerate(adapters):
+            # Without a head there is nothing to fill up.
+            key = adapter.name if adapter.alone else (adapter.inserted, adapter.classes is None)
+            for other, members, rows in shared:
+                if other == key and all(self._agree(adapter, member, images) for member in members.values()):
+                    members[adapter.name] = adapter
+                    rows.append(row)
+                    break
+            else:
+                shared.append((key, {adapter.name: adapter}, [row]))
+        return [rows for _, _, rows in shared]
 
     def _compute(self, images: torch.Tensor, adapters: list[PooledAdapter]) -> list[torch.Tensor]:
         """Logits of rows that can share a batch."""
@@ -302,15 +313,41 @@ class AdapterPool:
             return self.model(images)
 
     def _sizes_of(self, adapter: PooledAdapter, images: torch.Tensor) -> frozenset[int]:
-        """In which sizes of a batch its rows have the same bits; measured once for adapters of the same products."""
-        key = json.dumps([adapter.description["methods"], adapter.description["heads"], images.shape[1:]])
-        if key not in self._sizes:
+        """In which sizes of a batch its rows have the same bits; measured once for adapters of one kind."""
+        kind = _kind(adapter, images)
+        if kind not in self._sizes:
 
             def compute(batch: torch.Tensor) -> torch.Tensor:
                 return self._run(batch, [adapter] * len(batch))
 
-            self._sizes[key] = sizes_that_agree(compute, images, self.batch_size)
-        return self._sizes[key]
+            self._sizes[kind] = sizes_that_agree(compute, images, self.batch_size)
+        return self._sizes[kind]
+
+    def _agree(self, one: PooledAdapter, other: PooledAdapter, images: torch.Tensor) -> bool:
+        """Whether rows of the two have the bits in one batch that each has alone; measured once for two kinds.
+
+        Several adapters of a kind may act in one product where a single one acts in another.
+        """
+        if self.batch_size is None or self.batch_size == 1 or one.name == other.name:
+            return True
+        kinds = frozenset((_kind(one, images), _kind(other, images)))
+        if kinds not in self._agreeing:
+            both = [one, other] * self.batch_size
+
+            def mixed(batch: torch.Tensor) -> torch.Tensor:
+                return self._run(batch, both[: len(batch)])
+
+            def alone(adapter: PooledAdapter) -> Callable[[torch.Tensor], torch.Tensor]:
+                return lambda batch: self._run(batch, [adapter] * len(batch))
+
+            self._agreeing[kinds] = rows_agree(mixed, [alone(one), alone(other)], images, self.batch_size)
+        return self._agreeing[kinds]
+
+
+def _kind(adapter: PooledAdapter, images: torch.Tensor) -> str:
+    """What is the same for adapters whose products have the same shapes; heads compute row by row in any case."""
+    saved = adapter.description
+    return json.dumps([saved["methods"], saved["train"], adapter.classes is None, images.shape[1:]])
 
 
 def _places(source) -> tuple[Path | None, Mapping[str, str | Path]]:

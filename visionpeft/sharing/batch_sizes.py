@@ -5,7 +5,7 @@ that shows depends on the processor, the number of threads and the model, so it 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -33,6 +33,33 @@ def sizes_that_agree(compute: Callable[[torch.Tensor], torch.Tensor], like: torc
     smaller = (2**power for power in range(most.bit_length()) if 2**power < most)
     agree = [size for size in smaller if torch.equal(compute(images[:size]), whole[:size])]
     return frozenset((*agree, most))
+
+
+def rows_agree(
+    mixed: Callable[[torch.Tensor], torch.Tensor],
+    alone: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    like: torch.Tensor,
+    most: int,
+) -> bool:
+    """Whether row i of `mixed`, which is that of number i modulo n, has the bits that the whole batch has by it alone.
+
+    Args:
+        mixed: maps images (most, ...) to outputs, whose rows several take turns to compute.
+        alone: those n by themselves.
+        like: images (n, ...), of whose shape random ones are drawn.
+        most: the size of the batch.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(most, *like.shape[1:], generator=generator).to(like.device, like.dtype)
+    rows = mixed(images)
+    for number, each in enumerate(alone):
+        own = each(images)[number :: len(alone)]
+        theirs = rows[number :: len(alone)]
+        # Rows of fewer values than those of others are filled up.
+        width = min(own.shape[-1], theirs.shape[-1])
+        if not torch.equal(own[..., :width], theirs[..., :width]):
+            return False
+    return True
 
 
 def filled(images: torch.Tensor, rows: int) -> torch.Tensor:
