@@ -142,6 +142,7 @@ CASES = [
     Case("oft", vp.OFT(block=4, targets=("q", "v", "proj")), identity=True, mergeable=True),
     Case("boft", vp.BOFT(block=4, factors=2, targets=("k", "proj")), identity=True, mergeable=True),
     Case("hira", vp.HiRA(rank=3, targets=("q", "v", "fc2")), identity=True, mergeable=True),
+    Case("vb_lora", vp.VBLoRA(rank=2, number=5, length=4), mergeable=True),
     Case("miss", vp.MiSS(rank=5, targets=EVERY_MATRIX), identity=True, mergeable=True),
     Case("rand_lora", vp.RandLoRA(rank=6, scale=2.0, targets=("q", "fc1", "fc2")), identity=True, mergeable=True),
     Case("gra_lora", vp.GraLoRA(rank=4, cuts=2, alpha=6, targets=("q", "v", "proj")), identity=True, mergeable=True),

@@ -27,6 +27,7 @@ from visionpeft.methods.oft import OFT
 from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.sora import SoRA
+from visionpeft.methods.vblora import VBLoRA
 from visionpeft.sharing import peft_ia3, peft_lora
 from visionpeft.sharing.peft_changes import CHANGES
 from visionpeft.sharing.peft_config import expression
@@ -35,7 +36,7 @@ from visionpeft.sharing.peft_modules import PeftModule, peft_modules
 
 # PiSSA and OLoRA as LoRA of twice the rank: in peft's own form, a file depends on a decomposition being made again.
 METHODS = {LoRA: peft_lora, DoRA: peft_lora, PiSSA: peft_lora, OLoRA: peft_lora, IA3: peft_ia3}
-METHODS |= {MoSLoRA: peft_lora, CapaBoost: peft_lora, SoRA: peft_lora}
+METHODS |= {MoSLoRA: peft_lora, CapaBoost: peft_lora, SoRA: peft_lora, VBLoRA: peft_lora}
 METHODS |= {HiRA: CHANGES["HIRA"], MiSS: CHANGES["MISS"], OFT: CHANGES["OFT"], BOFT: CHANGES["BOFT"]}
 
 
@@ -43,7 +44,8 @@ METHODS |= {HiRA: CHANGES["HIRA"], MiSS: CHANGES["MISS"], OFT: CHANGES["OFT"], B
 def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> None:
     """Write an adapter with which peft's `PeftModel.from_pretrained` gives equal logits.
 
-    Those of LoRA, DoRA, IA3, HiRA, MiSS, OFT and BOFT, and as LoRA those of PiSSA, OLoRA, MoSLoRA, SoRA and CapaBoost.
+    Those of LoRA, DoRA, IA3, HiRA, MiSS, OFT and BOFT, and as LoRA those of PiSSA, OLoRA, MoSLoRA, SoRA, CapaBoost and
+    VBLoRA.
 
     peft adapts a fused qkv as one matrix. Changes of q, k and v that still share their A (after `import_peft`) become
     one of the same rank; others become one whose rank is the sum of theirs, B being zero outside their rows. peft then
