@@ -151,6 +151,7 @@ CASES = [
     Case("oft", vp.OFT(block=4, targets=("q", "v", "proj")), identity=True, mergeable=True, relative=True),
     Case("boft", vp.BOFT(block=4, factors=2, targets=("k", "proj")), identity=True, mergeable=True, relative=True),
     Case("hira", vp.HiRA(rank=3, targets=("q", "v", "fc2")), identity=True, mergeable=True, relative=True),
+    Case("vb_lora", vp.VBLoRA(rank=2, number=5, length=4), mergeable=True, relative=True),
     Case("miss", vp.MiSS(rank=5, targets=EVERY_MATRIX), identity=True, mergeable=True, relative=True),
     Case(
         "rand_lora",

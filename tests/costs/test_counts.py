@@ -9,7 +9,7 @@ import torch
 from conftest import CASES, TRAINED_ALONE, every_pair
 from reference import addresses_of, shapes_of
 from reference.counts import PUBLISHED, D, L
-from reference.weight_changes import SHAPES
+from reference.weight_changes import SHAPES, SHARED_SHAPES
 from shared_cells import plain, shared
 
 import visionpeft as vp
@@ -161,6 +161,9 @@ def tower_shapes(method, tower, weights, sites, shape):
 
     if name in SHARING_A_RULE:
         enter((None, "rule"), {"A": (method.terms,) * 3})
+    if name in SHARED_SHAPES:
+        owner, shapes = SHARED_SHAPES[name]
+        enter((None, owner), shapes(method))
     if name in CHANGING_WEIGHTS:
         for key in acting:
             targets = ("q", "v") if name == "mole" else method.targets

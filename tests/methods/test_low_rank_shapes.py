@@ -381,3 +381,21 @@ def test_masks_of_ones_make_capaboost_so_many_loras():
     masked, _ = change_of(vp.CapaBoost(rank=2, copies=3, density=0.5, targets=("q",)))
     assert torch.linalg.matrix_rank(masked) == 6
     assert torch.linalg.matrix_rank(wanted) == 2
+
+
+def test_a_few_numbers_of_vectors_and_weights_are_all_of_vblora():
+    """From the bank, the places of the two highest logits and their softmax the change is made again."""
+    model = attached(vp.VBLoRA(rank=2, number=6, length=8, targets=("q",)))
+    bank = model.peft["default"].get_parameter("vblora.visual.bank.vectors").detach()
+    module = model.peft["default"].get_submodule("vblora.visual.0.q")
+    factors = []
+    for logits in (module.down_logits.detach(), module.up_logits.detach().transpose(0, 1)):
+        chosen = logits.argsort(-1, descending=True)[..., :2]
+        first = 1 / (1 + (logits.gather(-1, chosen[..., 1:]) - logits.gather(-1, chosen[..., :1])).exp())
+        factors.append((first * bank[chosen[..., 0]] + (1 - first) * bank[chosen[..., 1]]).flatten(1))
+    change, _ = change_of(vp.VBLoRA(rank=2, number=6, length=8, targets=("q",)))
+    assert torch.allclose(change, factors[1].T @ factors[0], atol=1e-12)
+    with pytest.raises(vp.ConfigurationError, match=r"^VBLoRA: q maps 32 to 32 features, which a length of 5 does not"):
+        vp.attach(HOST.build(), vp.VBLoRA(length=5))
+    with pytest.raises(vp.ConfigurationError, match=r"^VBLoRA: top must be from 2 to number"):
+        vp.VBLoRA(top=1)

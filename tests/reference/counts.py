@@ -49,6 +49,7 @@ PUBLISHED = [
     (vp.BOFT(factors=1), 46_080),
     (vp.BOFT(), 129_024),
     (vp.HiRA(), 1_179_648),
+    (vp.VBLoRA(), 212_992),
     (vp.HiRA(rank=8), 294_912),
     (vp.MiSS(), 1_179_648),
     (vp.MiSS(rank=16), 294_912),

@@ -3,7 +3,7 @@
 A function of CHANGES gets the weight (out, in), the fields of the method, the tensors found at the layer, all `sites`
 of the tower, and answers with the new weight; the bias stays. SHAPES gives the shapes of the trained tensors of a layer
 from the method, rows and columns of its weight, SHARED_SHAPES those of what a tower shares. To add a method, enter its
-name in both.
+name in CHANGES and SHAPES.
 """
 
 import math
@@ -189,6 +189,21 @@ def waveft(weight, fields, found, sites):
     return weight + fields["scale"] * haar[0].T @ placed(weight, fields, found) @ haar[1]
 
 
+def vblora(weight, fields, found, sites):
+    """VB-LoRA, arXiv 2405.15179: W + B A from pieces, each the softmax over its highest logits of vectors of a bank."""
+    bank = sites[None, "bank"]["vectors"]
+
+    def piece(logits):
+        chosen = sorted(range(len(logits)), key=lambda i: -logits[i].item())[: fields["top"]]
+        total = sum(logits[i].exp() for i in chosen)
+        return sum(logits[i].exp() / total * bank[i] for i in chosen)
+
+    A = torch.stack([torch.cat([piece(logits) for logits in row]) for row in found["down_logits"]])
+    columns = found["up_logits"].transpose(0, 1)
+    B = torch.stack([torch.cat([piece(logits) for logits in column]) for column in columns], dim=1)
+    return weight + B @ A
+
+
 CHANGES = {
     "pissa": counted_from_start,
     "olora": counted_from_start,
@@ -206,6 +221,7 @@ CHANGES = {
     "hi_wi": hi_wi,
     "fourierft": fourierft,
     "waveft": waveft,
+    "vblora": vblora,
 }
 
 SHAPES = {
@@ -239,10 +255,14 @@ SHAPES = {
     },
     "fourierft": lambda m, rows, columns: {"coefficients": (m.number,)},
     "waveft": lambda m, rows, columns: {"coefficients": (m.number,)},
+    "vblora": lambda m, rows, columns: {
+        "down_logits": (m.rank, columns // m.length, m.number),
+        "up_logits": (rows // m.length, m.rank, m.number),
+    },
 }
 
-# name -> (name of what a tower shares, shapes of its trained tensors by method, its targets' (rows, columns))
-SHARED_SHAPES = {}
+# name -> (name of what a tower shares, shapes of its trained tensors by method)
+SHARED_SHAPES = {"vblora": ("bank", lambda m: {"vectors": (m.number, m.length)})}
 
 
 def edit_with(change):

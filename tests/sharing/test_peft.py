@@ -425,6 +425,107 @@ def test_export_refuses_what_peft_has_not(method, options, sentence, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# other changes of weights, in their own forms
+
+CHANGES = {
+    "hira": (peft.HiraConfig, dict(r=3, target_modules=EVERYWHERE), vp.HiRA(rank=2, targets=("q", "v", "fc2"))),
+    "miss": (peft.MissConfig, dict(r=5, target_modules=EVERYWHERE), vp.MiSS(rank=5, targets=("q", "v", "fc2"))),
+    "oft": (
+        peft.OFTConfig,
+        dict(oft_block_size=4, target_modules=EVERYWHERE, use_cayley_neumann=False),
+        vp.OFT(block=4, targets=("proj", "fc1")),
+    ),
+    "boft": (
+        peft.BOFTConfig,
+        dict(boft_block_size=4, target_modules=["qkv", "fc2"]),
+        vp.BOFT(block=4, factors=1, targets=("proj", "fc2")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_changes_come_from_peft_and_go_there(name, tmp_path):
+    """Of a fused qkv, too: what peft changes as a whole, acts at q, k and v here, and becomes one again."""
+    host = HOST["vit_cls"]
+    kind, options, method = CHANGES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that of BOFT's missing extension
+        expected = made_by_peft(host, tmp_path / "theirs", kind, **options)
+        model = host.build()
+        plain = output(host, model)
+        vp.import_peft(model, tmp_path / "theirs")
+        assert close(output(host, model), expected)
+        assert not torch.allclose(expected, plain, atol=1e-2)
+        assert {type(each) for each in model.peft["default"].methods} == {type(method)}
+        vp.export_peft(model, tmp_path / "again")
+    assert close(output_of_peft(host, tmp_path / "again"), expected)
+    own = vp.attach(host.build(), method)
+    randomise(own.peft["default"])
+    vp.export_peft(own, tmp_path / "ours")
+    assert close(output_of_peft(host, tmp_path / "ours"), output(host, own))
+
+
+def output_of_peft(host, folder):
+    """Likewise, with peft's own remarks about compiled extensions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(host.build(), folder).eval()
+        with torch.no_grad():
+            return host.run(model, host.inputs())
+
+
+def test_factors_of_boft_are_those_of_peft(tmp_path, monkeypatch):
+    """With its compiled extension peft takes several factors; what that computes is written out here."""
+    layer = sys.modules["peft.tuners.boft.layer"]
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: True)
+
+    def block_diagonals(blocks):
+        return torch.stack([torch.block_diag(*each) for each in blocks])
+
+    monkeypatch.setattr(layer.FastBlockDiag, "apply", block_diagonals)
+    host = HOST["vit_cls"]
+    options = dict(boft_block_size=4, boft_n_butterfly_factor=3, target_modules=["qkv", "fc2"])
+    expected = made_by_peft(host, tmp_path / "theirs", peft.BOFTConfig, **options)
+    model = host.build()
+    vp.import_peft(model, tmp_path / "theirs")
+    assert {(each.block, each.factors) for each in model.peft["default"].methods} == {(4, 3)}
+    assert close(output(host, model), expected)
+    vp.export_peft(model, tmp_path / "ours")
+    assert close(output_of_peft(host, tmp_path / "ours"), expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        (vp.OFT(block=4, targets=("q", "v")), "peft turns what blocks.0.attn.qkv reads as a whole, so it has no form"),
+        (vp.OFT(block=4, targets=("q", "k", "v")), "are not turned all alike"),
+        ([vp.MiSS(rank=4), vp.MiSS(rank=8)], "one rank of MiSS, not 4 and 8"),
+        (vp.GraLoRA(rank=4), "peft has no GraLoRA"),
+    ],
+)
+def test_export_refuses_changes_that_peft_cannot_make(method, sentence, tmp_path):
+    model = vp.attach(HOST["vit_cls"].build(), method)
+    randomise(model.peft["default"])
+    with pytest.raises(vp.UnsupportedError, match=sentence):
+        vp.export_peft(model, tmp_path / "ours")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "sentence"),
+    [
+        (peft.OFTConfig, dict(oft_block_size=4), "only use_cayley_neumann=False is imported"),
+        (peft.OFTConfig, dict(oft_block_size=4, use_cayley_neumann=False, block_share=True), "block_share=True"),
+        (peft.MissConfig, dict(r=4, init_weights="bat"), "another form of MiSS"),
+        (peft.HiraConfig, dict(r=4, hira_dropout=0.1), "hira_dropout=0.1 is not supported"),
+        (peft.C3AConfig, dict(block_size=4), "C3A, which is not imported; LoRA, DoRA, IA3, HiRA"),
+    ],
+)
+def test_other_forms_of_changes_are_refused(kind, options, sentence, tmp_path):
+    made_by_peft(HOST["vit_cls"], tmp_path / "theirs", kind, target_modules=["fc1"], **options)
+    refused(tmp_path / "theirs", sentence)
+
+
 # damaged and foreign files
 
 

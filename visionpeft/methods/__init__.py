@@ -50,6 +50,7 @@ from visionpeft.methods.spt import SPT
 from visionpeft.methods.ssf import SSF
 from visionpeft.methods.st_adapter import STAdapter
 from visionpeft.methods.unipelt import UniPELT
+from visionpeft.methods.vblora import VBLoRA
 from visionpeft.methods.vera import VeRA
 from visionpeft.methods.vpt import VPT
 from visionpeft.methods.waveft import WaveFT
@@ -106,6 +107,7 @@ __all__ = [
     "STAdapter",
     "SoRA",
     "UniPELT",
+    "VBLoRA",
     "VeRA",
     "WaveFT",
 ]

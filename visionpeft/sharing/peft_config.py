@@ -17,6 +17,17 @@ WITHOUT_EFFECT = {
 WITHOUT_PART, WITH_PART = (True, False, "gaussian", "eva", "orthogonal", "mica"), ("pissa", "olora")
 DRAWN_ANEW = "pissa_niter_"  # findings/peft_pissa_niter_differs_at_each_reload.sh
 CONVERSION = "convert it in the process that trains it (save_pretrained with path_initial_model_for_weight_conversion)"
+# Kinds of adapters, and what is said in other fields of theirs: sizes, which the tensors have, too, and what only
+# counts beside an option that is refused.
+KINDS = {
+    "LORA": ("r", "lora_alpha", "init_lora_weights", "kasa_config"),
+    "IA3": ("init_lora_weights", "kasa_config"),
+    "HIRA": ("r", "init_weights"),
+    "MISS": ("r", "init_weights", "mini_r"),
+    "OFT": ("r", "init_weights", "oft_block_size", "eps", "num_cayley_neumann_terms", "use_cayley_neumann"),
+    "BOFT": ("init_weights", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
+}
+IMPORTED = "LoRA, DoRA, IA3, HiRA, MiSS, OFT and BOFT"
 # Kinds of adapters that no change of weights or features can be equal to, and why:
 # findings/peft_lily_depends_on_the_batch.sh
 WITHOUT_EQUAL = {
@@ -29,7 +40,7 @@ class PeftConfig:
     """The fields that decide what an adapter computes.
 
     Args:
-        peft_type: "LORA" or "IA3".
+        peft_type: one of `KINDS`.
         auto_mapping: class and module of the backbone.
         target_modules: full names or ends of names of the adapted modules, or a regular expression.
         exclude_modules: likewise, of modules that are left out.
@@ -113,27 +124,44 @@ def read_config(content: object, what: str) -> PeftConfig:
     if not isinstance(content, dict) or not isinstance(content.get("peft_type"), str):
         raise StorageError(f"{what} is not a configuration of peft: it lacks peft_type")
     kind = content["peft_type"]
-    if kind not in ("LORA", "IA3"):
+    if kind not in KINDS:
         why = f", because {WITHOUT_EQUAL[kind]}" if kind in WITHOUT_EQUAL else ""
-        raise StorageError(f"{what} is of peft_type {kind}, which is not imported{why}; LORA and IA3 can be imported")
+        raise StorageError(f"{what} is of peft_type {kind}, which is not imported{why}; {IMPORTED} are")
+    _check_options(kind, content, what)
     values = {"peft_type": kind}
     for key, (describe, accepts) in FIELDS.items():
         value = content.get(key)
-        if value is None:
+        if value is None or (key == "r" and kind == "OFT"):  # there r is a number of blocks, or zero
             continue
         if not accepts(value):
             raise StorageError(f"{what}: {key} is {value!r}, but must be {describe}")
         values[key] = value
     values |= _initialisation(content, what)
-    known = {*FIELDS, *WITHOUT_EFFECT, "init_lora_weights", "kasa_config"}
+    known = {*FIELDS, *WITHOUT_EFFECT, *KINDS[kind]}
     for key, value in content.items():
         if key not in known and value not in (None, False, [], {}, "none"):
-            raise StorageError(f"{what}: {key}={value!r} is not supported; only plain LoRA, DoRA and IA3 are imported")
+            raise StorageError(f"{what}: {key}={value!r} is not supported; only plain {IMPORTED} are imported")
     if "target_modules" not in values:
         raise StorageError(f"{what} lacks target_modules")
     config = PeftConfig(**values)
     _check_expressions(config, what)
     return config
+
+
+def _check_options(kind: str, content: dict, what: str) -> None:
+    """Refuse forms of the changes of weights that compute something else.
+
+    Raises:
+        StorageError: naming the field.
+    """
+    if kind == "OFT" and content.get("use_cayley_neumann", True) is not False:
+        raise StorageError(
+            f"{what}: with use_cayley_neumann peft cuts the inverse to some terms of a series, so that what it turns "
+            "by is no rotation; only use_cayley_neumann=False is imported"
+        )
+    if kind == "MISS" and content.get("init_weights") in ("bat", "mini"):
+        form = content["init_weights"]
+        raise StorageError(f"{what}: init_weights={form!r} is another form of MiSS, which is not imported")
 
 
 def _initialisation(content: dict, what: str) -> dict[str, bool | str]:

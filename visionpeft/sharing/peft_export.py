@@ -15,23 +15,37 @@ from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.attach import attached, known, plain
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
+from visionpeft.methods.boft import BOFT
+from visionpeft.methods.capaboost import CapaBoost
 from visionpeft.methods.dora import DoRA
+from visionpeft.methods.hira import HiRA
 from visionpeft.methods.ia3 import IA3
 from visionpeft.methods.lora import LoRA
+from visionpeft.methods.miss import MiSS
+from visionpeft.methods.moslora import MoSLoRA
+from visionpeft.methods.oft import OFT
 from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pissa import PiSSA
+from visionpeft.methods.sora import SoRA
+from visionpeft.methods.vblora import VBLoRA
 from visionpeft.sharing import peft_ia3, peft_lora
+from visionpeft.sharing.peft_changes import CHANGES
 from visionpeft.sharing.peft_config import expression
 from visionpeft.sharing.peft_import import FORMATS, PREFIX
 from visionpeft.sharing.peft_modules import PeftModule, peft_modules
 
 # PiSSA and OLoRA as LoRA of twice the rank: in peft's own form, a file depends on a decomposition being made again.
 METHODS = {LoRA: peft_lora, DoRA: peft_lora, PiSSA: peft_lora, OLoRA: peft_lora, IA3: peft_ia3}
+METHODS |= {MoSLoRA: peft_lora, CapaBoost: peft_lora, SoRA: peft_lora, VBLoRA: peft_lora}
+METHODS |= {HiRA: CHANGES["HIRA"], MiSS: CHANGES["MISS"], OFT: CHANGES["OFT"], BOFT: CHANGES["BOFT"]}
 
 
 @on_model
 def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> None:
-    """Write a LoRA, DoRA, PiSSA, OLoRA or IA3 adapter with which peft's `PeftModel.from_pretrained` gives equal logits.
+    """Write an adapter with which peft's `PeftModel.from_pretrained` gives equal logits.
+
+    Those of LoRA, DoRA, IA3, HiRA, MiSS, OFT and BOFT, and as LoRA those of PiSSA, OLoRA, MoSLoRA, SoRA, CapaBoost and
+    VBLoRA.
 
     peft adapts a fused qkv as one matrix. Changes of q, k and v that still share their A (after `import_peft`) become
     one of the same rank; others become one whose rank is the sum of theirs, B being zero outside their rows. peft then
@@ -64,7 +78,6 @@ def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "target_modules": "|".join(expression(module.path) for module, _ in changes),
         "modules_to_save": list(whole) or None,
-        "fan_in_fan_out": False,
         "inference_mode": True,
         "task_type": None,
         "base_model_name_or_path": None,

@@ -14,19 +14,26 @@ from visionpeft.adapters.adapters import AttachedAdapter, nest, own_copy, traini
 from visionpeft.adapters.attach import activate, plain, register
 from visionpeft.errors import StorageError
 from visionpeft.sharing import peft_ia3, peft_lora
+from visionpeft.sharing.peft_changes import CHANGES
 from visionpeft.sharing.peft_config import PeftConfig, read_config
 from visionpeft.sharing.peft_modules import peft_modules
 
 PREFIX = "base_model.model."
-TENSOR = re.compile(r"(?P<path>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|lora_diag|ia3_l)(\.weight)?")
+PARTS = (
+    *("lora_A", "lora_B", "lora_magnitude_vector", "lora_diag", "ia3_l", "hira_A", "hira_B", "miss_block"),
+    *("oft_R", "boft_R", "boft_s"),
+)
+TENSOR = re.compile(rf"(?P<path>.+)\.(?P<part>{'|'.join(PARTS)})(\.weight)?")
 
 
 # peft_type -> how its changes are split into the sites of methods
-FORMATS = {"LORA": peft_lora, "IA3": peft_ia3}
+FORMATS = {"LORA": peft_lora, "IA3": peft_ia3} | CHANGES
 
 
 def import_peft(model: nn.Module, folder: str | Path, name: str = "default") -> str:
-    """Attach the LoRA, DoRA or IA3 that peft's `save_pretrained` wrote, and activate it alone: equal logits.
+    """Attach what peft's `save_pretrained` wrote of LoRA, DoRA, IA3, HiRA, MiSS, OFT or BOFT: equal logits.
+
+    It is activated alone.
 
     Where peft adapts a fused qkv with one A, the sites q, k and v each get a copy of it and their rows of B. They
     compute the same, but are trained separately from here on, so that there are more parameters. Modules that peft

@@ -1,7 +1,7 @@
 """LoRA and DoRA: what peft keeps for one module, and what acts at its layer sites here."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,23 @@ def read_change(
         shapes["lora_diag"] = (rank,)
     if kernel and makes_again(config):
         raise StorageError(f"{what} changes {path}, but what peft takes out of weights is that of linear layers only")
+    check_shapes(tensors, shapes, path, what)
+    A, B = tensors["lora_A"].flatten(1), tensors["lora_B"].flatten(1)
+    if config.kasa:
+        A = tensors["lora_diag"][:, None] * A
+    if makes_again(config):
+        A, B = with_part(config, full_precision(weight), A, B, scale, f"{path} in {what}")
+    return Change(A, B, scale, tensors.get("lora_magnitude_vector"))
+
+
+def check_shapes(
+    tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], path: str, what: str
+) -> None:
+    """Refuse tensors of a module that are not those of these names and shapes.
+
+    Raises:
+        StorageError: a tensor is missing, not expected, or of another shape.
+    """
     if tensors.keys() != shapes.keys():
         raise StorageError(f"{what} has {', '.join(sorted(tensors))} for {path} instead of {', '.join(shapes)}")
     for part, shape in shapes.items():
@@ -71,12 +88,6 @@ def read_change(
                 f"{part} of {path} in {what} is {tuple(tensors[part].shape)} instead of {shape}, by its "
                 "adapter_config.json and this backbone"
             )
-    A, B = tensors["lora_A"].flatten(1), tensors["lora_B"].flatten(1)
-    if config.kasa:
-        A = tensors["lora_diag"][:, None] * A
-    if makes_again(config):
-        A, B = with_part(config, full_precision(weight), A, B, scale, f"{path} in {what}")
-    return Change(A, B, scale, tensors.get("lora_magnitude_vector"))
 
 
 def split(config: PeftConfig, module: PeftModule, tensors: dict[str, torch.Tensor], what: str) -> Iterator[Part]:
@@ -101,7 +112,7 @@ def methods(config: PeftConfig, backbone: Backbone, parts: list[Part], what: str
     Raises:
         StorageError: the halves of a gated MLP, which are one target, are not changed alike.
     """
-    _check_halves(backbone, parts, what)
+    check_halves(backbone, parts, what)
     spread = defaultdict(set)
     for part in parts:
         tower, block, _ = part.place
@@ -134,7 +145,7 @@ def join(changes: Sequence[tuple[PeftModule, list[tuple[slice, nn.Module]]]]) ->
     tensors, ranks, alphas = {}, {}, {}
     for module, parts in changes:
         path, weight = module.path, module.module.weight
-        A, B, scaling = _one_change(module, parts)
+        A, B, scaling = one_change(module, parts)
         tensors[f"{path}.lora_A.weight"] = A.unflatten(1, weight.shape[1:])
         tensors[f"{path}.lora_B.weight"] = B.view(*B.shape, *(1 for _ in weight.shape[2:]))
         if isinstance(parts[0][1], DecomposedLowRank):
@@ -162,9 +173,12 @@ def most_common(values):
 
 
 @torch.no_grad()
-def _one_change(module: PeftModule, parts: list[tuple[slice, LowRank]]) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A (rank, in), B (out, rank) and the scale of one change that is the sum of changes of some rows."""
-    scales = {part.scaling for _, part in parts}
+def one_change(module: PeftModule, parts: list[tuple[slice, LowRank]]) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A (rank, in), B (out, rank) and the scale of one change that is the sum of changes of some rows.
+
+    Those of HiRA have no scale.
+    """
+    scales = {getattr(part, "scaling", 1.0) for _, part in parts}
     first = parts[0][1].A
     disjoint = len({rows.start for rows, _ in parts}) == len(parts)
     shared = disjoint and len(scales) == 1 and all(torch.equal(part.A, first) for _, part in parts)
@@ -178,7 +192,12 @@ def _one_change(module: PeftModule, parts: list[tuple[slice, LowRank]]) -> tuple
     return A, B, scales.pop() if len(scales) == 1 else 1.0
 
 
-def _check_halves(backbone: Backbone, parts: list[Part], what: str) -> None:
+def check_halves(backbone: Backbone, parts: list[Part], what: str) -> None:
+    """Refuse changes of the halves of a gated MLP, which are one target, that are not of one size.
+
+    Raises:
+        StorageError: naming the halves.
+    """
     found: dict[tuple, dict[str, tuple]] = defaultdict(dict)
     for part in parts:
         tower, block, site = part.place
