@@ -14,6 +14,7 @@ from visionpeft.clip.learners.lp_plus_plus import LPPlusPlus
 from visionpeft.clip.learners.maple import MaPLe
 from visionpeft.clip.learners.mta import MTA
 from visionpeft.clip.learners.plot import PLOT
+from visionpeft.clip.learners.proda import ProDA
 from visionpeft.clip.learners.prograd import ProGrad
 from visionpeft.clip.learners.promptsrc import PromptSRC
 from visionpeft.clip.learners.task_res import TaskRes
@@ -43,6 +44,7 @@ __all__ = [
     "LPPlusPlus",
     "Learner",
     "MaPLe",
+    "ProDA",
     "ProGrad",
     "PromptSRC",
     "TaskRes",
