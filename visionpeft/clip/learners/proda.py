@@ -60,7 +60,7 @@ class ProDA(Learner):
         counts = (num_contexts, contexts_per_step)
         if not all(isinstance(n, int) and n > 0 and n % 4 == 0 for n in counts) or contexts_per_step > num_contexts:
             raise ConfigurationError(
-                "num_contexts and contexts_per_step must be multiples of 4 (in a quarter the name stands at the front), "
+                "num_contexts and contexts_per_step must be multiples of 4 (a quarter has the name at the front), "
                 f"and contexts_per_step at most num_contexts, not {num_contexts} and {contexts_per_step}"
             )
         if not 0 <= orthogonality < math.inf:
