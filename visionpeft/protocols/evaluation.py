@@ -150,6 +150,7 @@ def row(protocol: str, cell: Cell, dataset: str, classes: str, results: dict) ->
         "top1": results["test"]["top1"],
         "mean_per_class": results["test"]["mean_per_class"],
         "ece": results["test"].get("ece"),
+        **{f"{name}_without_adaptation": value for name, value in results.get("without_adaptation", {}).items()},
         "template": _template(results.get("template")),
         "trained_parameters": results["parameters"]["trainable"],
         "training_seconds": results["training_seconds"],

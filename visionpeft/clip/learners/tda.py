@@ -60,6 +60,7 @@ class TDA(Learner):
     """
 
     by_gradient = False
+    adapts_while_testing = True
     online = True
 
     def __init__(
