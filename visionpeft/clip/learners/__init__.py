@@ -22,6 +22,7 @@ from visionpeft.clip.learners.tda import TDA
 from visionpeft.clip.learners.tip_adapter import TipAdapter
 from visionpeft.clip.learners.tps import TPS
 from visionpeft.clip.learners.tpt import TPT
+from visionpeft.clip.learners.tuned_clip import TunedCLIP
 from visionpeft.clip.learners.zero import ZERO
 from visionpeft.clip.learners.zero_shot import ZeroShot
 
@@ -49,5 +50,6 @@ __all__ = [
     "PromptSRC",
     "TaskRes",
     "TipAdapter",
+    "TunedCLIP",
     "ZeroShot",
 ]
