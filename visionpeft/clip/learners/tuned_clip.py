@@ -72,7 +72,7 @@ class TunedCLIP(Learner):
         (self.template,) = templates
         self.set_class_names(class_names)
         self.adapt(method)
-        # <method>.<tower>. ...; parameters of the CLIP itself are under "trained" by their own names, where all that are
+        # <method>.<tower>. ...; parameters of the CLIP itself are under "trained" by their own names, where all that is
         # not visual are of the texts. What several towers share has neither name, and belongs to both.
         trained = [
             name.partition(".")[::2] for name, p in clip.peft["tuned_clip"].named_parameters() if p.requires_grad
