@@ -36,6 +36,7 @@ FITTED = {
     "TPT": ["--model.learner.num_views", "4", "--model.learner.selection", "0.5"],
     "TipAdapter": [],
     "CLIPLinearProbe": [],
+    "TDA": ["--data.test_order", "shuffled"],
 }
 
 
@@ -187,11 +188,24 @@ def test_learner_without_gradient_steps(learner, tmp_path, images):
     assert not (made / "curves.png").exists()
     assert (made / "confusion_matrix.png").exists()
     assert ("chosen" in found) == (learner in ("TipAdapter", "CLIPLinearProbe"))
+    assert ("without_adaptation" in found) == (learner in ("TPT", "TDA"))
+    assert ("stream" in found) == (learner == "TDA")
     assert fit.main(["--resume", str(made)]) == 0
     assert results(made)["test"] == found["test"]
     assert evaluate.main([str(made)]) == 0
     assert json.loads((made / "evaluation.json").read_text())["test"] == found["test"]
     assert len(predictions(made, images, tmp_path)) == 30
+
+
+@pytest.mark.parametrize("learner", ["TDA", "TPT"])
+def test_what_adapts_while_testing_is_recorded_beside_zero_shot(learner, tmp_path, images):
+    """Under the same template, which TPT has as its first words."""
+    options = {"TDA": [], "TPT": ["--model.learner.num_views", "4"]}[learner]
+    adapted = results(run_learner(tmp_path, images, *options, learner=learner))
+    plain = results(run_learner(tmp_path, images, "--model.learner.template", "a photo of a {}.", learner="ZeroShot"))
+    assert adapted["without_adaptation"]["top1"] == pytest.approx(plain["test"]["top1"], abs=1e-6)
+    assert adapted["without_adaptation"]["ece"] == pytest.approx(plain["test"]["ece"], abs=1e-5)
+    assert adapted["test"]["ece"] != pytest.approx(plain["test"]["ece"], abs=1e-5)
 
 
 def test_template_is_recorded(tmp_path, images):

@@ -30,7 +30,17 @@ OVERLAYS = sorted(
 PROTOCOLS = {
     "fewshot": (
         *("zero_shot", "linear_probe", "coop", "cocoop", "prograd", "kgcoop", "maple", "ivlp", "promptsrc", "tpt"),
-        *("clip_adapter", "tip_adapter", "tip_adapter_f", "clip_lora", "task_res", "tda", "clap", "lp_plus_plus"),
+        *(
+            "clip_adapter",
+            "tip_adapter",
+            "tip_adapter_f",
+            "clip_lora",
+            "task_res",
+            "tda",
+            "clap",
+            "lp_plus_plus",
+            "tuned_clip",
+        ),
     ),
     **dict.fromkeys(
         ("base_to_new", "cross_dataset"),
@@ -38,7 +48,7 @@ PROTOCOLS = {
     ),
 }
 # Learners without training images, and those for whose protocol there are no published numbers.
-OF_SEVERAL_CONTEXTS = ("plot",)
+OF_SEVERAL_CONTEXTS = ("plot", "proda")
 ON_VIEWS = ("zero", "mta", "tps", "c_tpt")  # learners that see several views of each test image
 PROTOCOLS = {protocol: (*names, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
 WITHOUT_IMAGES = {
@@ -46,10 +56,16 @@ WITHOUT_IMAGES = {
 }
 UNPUBLISHED = {
     *("base_to_new_tpt.yaml", "base_to_new_clip_lora.yaml", "cross_dataset_ivlp.yaml", "cross_dataset_clip_lora.yaml"),
-    *("base_to_new_tda.yaml", "fewshot_clap.yaml", "fewshot_lp_plus_plus.yaml"),
+    *("base_to_new_tda.yaml", "fewshot_clap.yaml", "fewshot_lp_plus_plus.yaml", "fewshot_tuned_clip.yaml"),
     *(f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in (*ON_VIEWS, *OF_SEVERAL_CONTEXTS)),
 }
-WITH_A_RECIPE_OF_THEIR_OWN = ("TipAdapter", "CLIPLoRA", "TaskRes", "CLAP")  # others have that of CoOp's trainer
+WITH_A_RECIPE_OF_THEIR_OWN = (
+    "TipAdapter",
+    "CLIPLoRA",
+    "TaskRes",
+    "CLAP",
+    "TunedCLIP",
+)  # others have that of CoOp's trainer
 LEARNERS = [f"{protocol}_{name}.yaml" for protocol, names in PROTOCOLS.items() for name in names]
 WITHOUT_BENCHMARK_NUMBERS = (
     *("dora", "vera", "adalora", "krona", "kadaptation", "compacter", "mam", "unipelt", "lora_plus"),
@@ -279,7 +295,7 @@ def test_configuration_of_a_learner_builds(name, small_nano_clip):
     learner, given = cli.model.learner, learner_of(name)
     assert type(learner).__name__ == given["class_path"]
     for option, value in given.get("init_args", {}).items():
-        if option not in (*options, "allow_duplicates"):
+        if option not in (*options, "allow_duplicates", "method"):
             assert learner.options[option] == value
     assert learner.allow_duplicates == name.startswith("cross_dataset")  # ImageNet has two names twice
     description = cli.datamodule.description()

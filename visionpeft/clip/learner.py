@@ -46,6 +46,7 @@ class Learner(nn.Module):
         averages: how it averages its trained values itself, and what to do if another average is wanted; None if it
             does not.
         by_gradient: an optimiser has something to train; otherwise `fit_features` or nothing at all does the learning.
+        adapts_while_testing: test images change how it classifies; a run also records what `unadapted` says.
         online: what it predicts depends on the images before; see `reset`.
         adapter_name: name of the adapter that the learner attaches to its CLIP, None if it attaches none.
         acting: the adapters of the CLIP with which this learner computes.
@@ -64,6 +65,7 @@ class Learner(nn.Module):
     class_bound = False
     averages: str | None = None
     by_gradient = True
+    adapts_while_testing = False
     online = False
     adapter_name: str | None = None
     fits_raw_features = False
@@ -255,6 +257,14 @@ class Learner(nn.Module):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of unit image features (batch, features)."""
         return self.logits(features, self.text_features())
+
+    def unadapted(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes) of a learner that adapts while testing, as they would be if it did not.
+
+        Args:
+            features: unit features (batch, features), or (batch, views, features) of views, of which the first counts.
+        """
+        return self.logits(features if features.ndim == 2 else features[:, 0], self.text_features())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of images (batch, 3, height, width)."""

@@ -149,6 +149,8 @@ def row(protocol: str, cell: Cell, dataset: str, classes: str, results: dict) ->
         "test_images": results["data"]["sizes"]["test"],
         "top1": results["test"]["top1"],
         "mean_per_class": results["test"]["mean_per_class"],
+        "ece": results["test"].get("ece"),
+        **{f"{name}_without_adaptation": value for name, value in results.get("without_adaptation", {}).items()},
         "template": _template(results.get("template")),
         "trained_parameters": results["parameters"]["trainable"],
         "training_seconds": results["training_seconds"],

@@ -58,6 +58,9 @@ def _tested(results: dict) -> Iterator[tuple[str, str]]:
         yield over, percent(test["mean_per_class"])
     if "ece" in test:
         yield "expected calibration error", percent(test["ece"])
+    if without := results.get("without_adaptation"):
+        yield "top-1 without adapting to the test", percent(without["top1"])
+        yield "its expected calibration error", percent(without["ece"])
 
 
 def print_setting(setting: dict, run_directory: Path) -> None:

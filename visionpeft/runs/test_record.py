@@ -22,6 +22,12 @@ class Record(pl.Callback):
         """Add the logits (batch, outputs) that `test_step` returned."""
         answers = pl_module.objective.answers(outputs.float())
         self.add(answers, batch, trainer.datamodule.preprocessing)
+        unadapted = getattr(pl_module, "unadapted", None)
+        if unadapted is not None:
+            self.add_unadapted(pl_module.objective.answers(unadapted.float()), batch)
+
+    def add_unadapted(self, answers: Tensor, batch) -> None:
+        """Add what a learner that adapts while testing would say of a batch if it did not."""
 
     @abstractmethod
     def add(self, answers: Tensor, batch, preprocessing) -> None:
@@ -70,6 +76,12 @@ class TestRecord(Record):
         self.mistakes: list[Mistake] = []
         self.seen = 0
         self.calibration = Calibration("the class found in each image, which came true where it is right")
+        self.unadapted = Calibration("the class found in each image without adapting to the test images")
+
+    def add_unadapted(self, answers: Tensor, batch) -> None:
+        """Add the class probabilities of a batch as they would be without adapting."""
+        confidences, predictions = (tensor.cpu() for tensor in answers.max(dim=-1))
+        self.unadapted.add(confidences, predictions == batch[1].cpu())
 
     def add(self, answers: Tensor, batch, preprocessing) -> None:
         """Add the class probabilities of a batch."""
@@ -100,6 +112,7 @@ class TestRecord(Record):
         self.mistakes = heapq.nsmallest(self.num_mistakes, heapq.nlargest(self.num_mistakes, mistakes))
         self.seen = sum(share.seen for share in shares)
         self.calibration.take([share.calibration for share in shares])
+        self.unadapted.take([share.unadapted for share in shares])
 
     @staticmethod
     def _displayed(image: Tensor, preprocessing) -> Tensor:
@@ -147,7 +160,13 @@ class TestRecord(Record):
                 "macro_top1": "torchmetrics' macro average: a class that is predicted and does not occur counts as 0",
             },
             "calibration": self.calibration.describe(),
+            **({"without_adaptation": self._without()} if self.unadapted.counts.sum() else {}),
         }
+
+    def _without(self) -> dict:
+        """Accuracy and calibration error without adapting to the test images."""
+        share = (self.unadapted.hits.sum() / self.unadapted.counts.sum()).item()
+        return {"top1": share, "ece": self.unadapted.error}
 
     def draw(self, folder: Path, class_names: list[str]) -> None:
         """Confusion matrix, reliability diagram, and the most confident mistakes."""

@@ -86,6 +86,7 @@ class PromptLearning(ImageTask):
         self._economise()
         self.fixed_views: int | None = None
         self.chosen: dict = {}
+        self.unadapted: Tensor | None = None
         self.order: str | None = None  # of the test images; the data says it
         self.cache = FeatureCache() if cache_features else None
 
@@ -184,11 +185,21 @@ class PromptLearning(ImageTask):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, classes)."""
         if self._keeps_features and not self.training and images.ndim == 4:
-            return self.learner.classify(self.cache.image_features(self.learner, images))
+            return self._classify(self.cache.image_features(self.learner, images))
         with_gradients = torch.is_grad_enabled()
         # Learners that tune at test time need gradients, which inference mode cannot give.
         with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
-            return self.learner(images.clone() if images.is_inference() else images)
+            images = images.clone() if images.is_inference() else images
+            if self.learner.adapts_while_testing:
+                return self._classify(self.learner.image_features(images))
+            return self.learner(images)
+
+    def _classify(self, features: Tensor) -> Tensor:
+        """Logits of the learner; in a test of one that adapts, those without adapting are kept for the record."""
+        if self.learner.adapts_while_testing and self._trainer is not None and self.trainer.testing:
+            with torch.no_grad():
+                self.unadapted = self.learner.unadapted(features)
+        return self.learner.classify(features)
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of the learner and logits."""

@@ -29,7 +29,9 @@ from open_clip.model import convert_weights_to_lp
 
 from visionpeft.clip import packing
 from visionpeft.clip.learners import (
+    CLAP,
     IVLP,
+    PLOT,
     TPT,
     CLIPAdapter,
     CLIPLinearProbe,
@@ -37,8 +39,10 @@ from visionpeft.clip.learners import (
     CoCoOp,
     CoOp,
     KgCoOp,
+    ProDA,
     ProGrad,
     PromptSRC,
+    TaskRes,
     TipAdapter,
     ZeroShot,
     prograd,
@@ -744,6 +748,9 @@ def test_trainable_counts_at_real_widths():
     assert count(ProGrad) == 8192
     assert count(KgCoOp) == 2048
     assert count(CLIPAdapter) == 131_072
+    assert count(PLOT) == 32_768
+    assert count(ProDA) == 262_144
+    assert count(TaskRes) == count(CLAP) == 51_200
     assert count(CLIPLinearProbe, solver="gradient") == 100 * 513
     assert count(ZeroShot) == count(TipAdapter) == count(TPT) == count(CLIPLinearProbe) == 0
     assert TPT(clip, tokenizer(), NAMES).num_tuned == 2048

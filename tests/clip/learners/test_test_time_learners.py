@@ -147,7 +147,7 @@ def test_tda_keeps_no_stream_where_it_is_saved_or_named_anew(tmp_path):
     assert torch.equal(learner.classify(stream()), fresh.classify(stream()))
 
 
-def test_values_of_a_data_set_are_taken_when_asked_for():
+def test_values_of_a_data_set_are_taken_when_asked_for(tmp_path):
     published = {key: entry["published"] for key, entry in few_shot_datasets().items() if "published" in entry}
     assert len([key for key, values in published.items() if "tda" in values]) == 15
     learner = TDA(plain(), tokenizer(), NAMES)
@@ -156,6 +156,9 @@ def test_values_of_a_data_set_are_taken_when_asked_for():
     learner = TDA(plain(), tokenizer(), NAMES, published=True, alpha=9)
     learner.set_published(published["imagenet_sketch"])
     assert (learner.alpha, learner.beta) == (9, 7.45)
+    save_learner(learner, tmp_path)
+    again = load_learner(tmp_path, plain(), tokenizer())
+    assert (again.alpha, again.beta) == (9, 7.45)  # also where no data set says them
     learner.set_published({})
     assert (learner.alpha, learner.beta) == (9, 5)
 

@@ -14,6 +14,7 @@ from visionpeft.clip.learners.lp_plus_plus import LPPlusPlus
 from visionpeft.clip.learners.maple import MaPLe
 from visionpeft.clip.learners.mta import MTA
 from visionpeft.clip.learners.plot import PLOT
+from visionpeft.clip.learners.proda import ProDA
 from visionpeft.clip.learners.prograd import ProGrad
 from visionpeft.clip.learners.promptsrc import PromptSRC
 from visionpeft.clip.learners.task_res import TaskRes
@@ -21,6 +22,7 @@ from visionpeft.clip.learners.tda import TDA
 from visionpeft.clip.learners.tip_adapter import TipAdapter
 from visionpeft.clip.learners.tps import TPS
 from visionpeft.clip.learners.tpt import TPT
+from visionpeft.clip.learners.tuned_clip import TunedCLIP
 from visionpeft.clip.learners.zero import ZERO
 from visionpeft.clip.learners.zero_shot import ZeroShot
 
@@ -43,9 +45,11 @@ __all__ = [
     "LPPlusPlus",
     "Learner",
     "MaPLe",
+    "ProDA",
     "ProGrad",
     "PromptSRC",
     "TaskRes",
     "TipAdapter",
+    "TunedCLIP",
     "ZeroShot",
 ]

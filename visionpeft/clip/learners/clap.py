@@ -69,6 +69,8 @@ class CLAP(Learner):
 
     def _start(self) -> torch.Tensor:
         """Where the classifier starts (classes, features)."""
+        if self.text.device.type == "meta":  # there are no text features without memory
+            return torch.empty(len(self.class_names), self.text.num_features, dtype=self.dtype, device="meta")
         return self.raw_template_features().to(self.dtype).clone()
 
     def set_template(self, template: str | Sequence[str]) -> None:

@@ -52,6 +52,7 @@ class MTA(Learner):
     # Views are drawn anew, so that image features cannot be kept.
     frozen_images = False
     by_gradient = False
+    adapts_while_testing = True
 
     def __init__(
         self,

@@ -60,6 +60,7 @@ class TDA(Learner):
     """
 
     by_gradient = False
+    adapts_while_testing = True
     online = True
 
     def __init__(
@@ -108,7 +109,9 @@ class TDA(Learner):
             allow_duplicates=allow_duplicates,
         )
         values = OF_IMAGENET | {name: value for name in OF_IMAGENET if (value := options[name]) is not None}
-        self.alpha, self.beta = values["alpha"], values["beta"]
+        dtype = torch.float64 if self.text.dtype == torch.float64 else torch.float32
+        for name, value in values.items():  # saved, because a run may take those of its data set
+            self.register_buffer(name, torch.tensor(value, dtype=dtype, device=self.text.device))
         self.capacity, self.negative_capacity = capacity, negative_capacity
         self.negative_alpha, self.negative_beta = negative_alpha, negative_beta
         self.entropy_window, self.probability_window = tuple(entropy_window), tuple(probability_window)
@@ -128,11 +131,9 @@ class TDA(Learner):
     def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
         """Take over alpha and beta of the data set, with the option `published`."""
         if self.published:
-            own = values.get("tda", {})
-            self.alpha, self.beta = (
-                own.get(name, OF_IMAGENET[name]) if self.options[name] is None else self.options[name]
-                for name in ("alpha", "beta")
-            )
+            for name, otherwise in OF_IMAGENET.items():
+                if self.options[name] is None:
+                    getattr(self, name).fill_(values.get("tda", {}).get(name, otherwise))
 
     def reset(self) -> None:
         """Forget the images of the stream."""
@@ -159,6 +160,10 @@ class TDA(Learner):
     def text_features(self) -> torch.Tensor:
         """Unit text features (classes, features), frozen."""
         return self.template_features()
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """alpha and beta, by name; the caches are not saved."""
+        return {"alpha": self.alpha, "beta": self.beta}
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Unit features (batch, features) of images, or (batch, views, features) of views."""
@@ -214,7 +219,7 @@ class TDA(Learner):
         entropies[label, place] = torch.where(enters, entropy, highest)
         return place, enters
 
-    def _affinities(self, cache: str, feature: torch.Tensor, beta: float) -> torch.Tensor:
+    def _affinities(self, cache: str, feature: torch.Tensor, beta: torch.Tensor | float) -> torch.Tensor:
         """exp(-beta (1 - f k)) (classes, places) of the keys, 0 at free places."""
         keys, entropies = getattr(self, f"{cache}_keys"), getattr(self, f"{cache}_entropies")
         return torch.where(entropies.isinf(), 0.0, (-beta * (1 - keys @ feature)).exp())

@@ -51,6 +51,7 @@ class TPT(Learner):
     # Views are drawn anew, so that image features cannot be kept.
     frozen_images = False
     by_gradient = False
+    adapts_while_testing = True
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Several prompts against parts of images: PLOT, by float64 formulas written out here."""
+"""Several prompts for each class: PLOT and ProDA, by float64 formulas written out here."""
 
 import functools
 
@@ -12,10 +12,11 @@ from clip_reference import (
     images,
     lively_,
     prompt_features,
+    text_feature,
     tokenizer,
 )
 
-from visionpeft.clip.learners import PLOT
+from visionpeft.clip.learners import PLOT, ProDA
 from visionpeft.clip.learners.plot import transport
 from visionpeft.clip.local_features import with_local_features
 from visionpeft.clip.storage import load_learner, save_learner
@@ -114,7 +115,89 @@ def test_parts_of_a_resnet_are_what_its_attention_pool_gives():
     assert learner.loss(images(), LABELS)[0].isfinite()
 
 
+def small_proda():
+    torch.manual_seed(0)
+    return lively_(ProDA(plain(), tokenizer(), NAMES, num_contexts=8, context_length=4, contexts_per_step=4))
+
+
+def proda_by_hand(t, f, labels, nameless, weight=0.1):
+    """Loss and logits from text features (contexts, classes, e), with every covariance written out."""
+    count = len(t)
+    scale = plain().logit_scale.detach().exp()
+    mean = t.mean(0)
+    s = torch.einsum("nkd,njd->kjd", t - mean, t - mean) / (count + 1)
+    logits, rows = scale * f @ mean.T, []
+    for own, y in zip(f, labels, strict=True):
+        spread = [(own**2 * (s[y, y] + s[k, k] - 2 * s[y, k])).sum() for k in range(4)]
+        rows.append(scale * mean @ own + scale**2 / 2 * torch.stack(spread))
+    upper = torch.stack(rows)
+    pairs = [(nameless[i] @ nameless[j]).abs() for i in range(count) for j in range(count) if i != j]
+    assert ((upper - logits) > -1e-9).all()
+    assert (upper - logits)[range(3), labels].abs().max() < 1e-9
+    assert (upper - logits).max() > 0.1
+    return cross_entropy(upper, labels) + weight * sum(pairs) / len(pairs), logits
+
+
+def nameless_by_hand(contexts):
+    """Unit features (contexts, e) of texts that are a context alone."""
+    clip, rows = plain(), []
+    for context in contexts:
+        start, end = clip.token_embedding.weight[[49406]], clip.token_embedding.weight[[49407]]
+        padding = clip.token_embedding.weight[[0]].expand(77 - 2 - len(context), -1)
+        rows.append(text_feature(clip, torch.cat((start, context, end, padding)), 1 + len(context)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_proda_is_the_formula(training, tmp_path):
+    learner = small_proda().train(training)
+    assert sum(p.numel() for p in learner.trainable_parameters()) == 8 * 4 * 32
+    places = ("front",) * 2 + ("middle",) * 2 + ("end",) * 4
+    chosen = range(8)
+    if training:
+        torch.manual_seed(5)
+        chosen = learner.draw().tolist()
+        assert [places[i] for i in chosen] == ["front", "middle", "end", "end"]
+        assert len(set(chosen)) == 4
+        torch.manual_seed(5)
+    t = torch.stack([prompt_features(plain(), NAMES, learner.vectors[i], places[i]) for i in chosen])
+    f = image_features(plain(), images())
+    expected, expected_logits = proda_by_hand(t, f, LABELS, nameless_by_hand(learner.vectors[list(chosen)]))
+    loss, logits = learner.loss(images(), LABELS)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(logits, expected_logits, rtol=0, atol=1e-9)
+    (found,) = torch.autograd.grad(loss, learner.vectors)
+    (wanted,) = torch.autograd.grad(expected, learner.vectors)
+    assert wanted.abs().max() > 1e-3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8)
+    if training:
+        return
+    with torch.no_grad():
+        torch.testing.assert_close(learner(images()), expected_logits.detach(), rtol=0, atol=1e-9)
+        save_learner(learner, tmp_path)
+        loaded = load_learner(tmp_path, clip_model(), tokenizer(), ["heron", "passion flower"])
+        learner.set_class_names(["heron", "passion flower"])
+        assert torch.equal(loaded(images()), learner(images()))
+
+
+def test_the_loss_of_proda_bounds_the_mean_over_gaussian_classifiers():
+    """Classifiers w = m + sum_n z_n (t_n - m) / sqrt(contexts + 1), z normal, have just these means and covariances."""
+    learner = small_proda().eval()
+    with torch.no_grad():
+        t, f = learner.features_of(), image_features(plain(), images())
+        learner.orthogonality = 0
+        bound, _ = learner.loss(images(), LABELS)
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(4000, 8, generator=generator, dtype=torch.float64) / 3
+        drawn = t.mean(0) + torch.einsum("sn,nkd->skd", z, t - t.mean(0))
+        logits = plain().logit_scale.exp() * torch.einsum("bd,skd->sbk", f, drawn)
+        mean = torch.stack([cross_entropy(each, LABELS) for each in logits]).mean()
+        assert cross_entropy(plain().logit_scale.exp() * f @ t.mean(0).T, LABELS) < mean < bound
+
+
 REFUSED = {
+    "three contexts": (lambda: ProDA(plain(), tokenizer(), NAMES, num_contexts=3), "must be multiples of 4"),
+    "weight": (lambda: ProDA(plain(), tokenizer(), NAMES, orthogonality=-1), "orthogonality must be a number"),
     "no contexts": (lambda: PLOT(plain(), tokenizer(), NAMES, num_contexts=0), "integer of at least 1"),
     "epsilon": (lambda: PLOT(plain(), tokenizer(), NAMES, epsilon=0), "epsilon positive"),
     "no parts": (lambda: PLOT(plain(), tokenizer(), NAMES).classify(torch.ones(2, 64)), "parts of an image"),
