@@ -69,6 +69,7 @@ def _check_started(trainer: pl.Trainer) -> None:
     """
     if not TorchElasticEnvironment.detect():
         return
+    # With one device each process would train by itself: findings/lightning_trains_apart_under_torchrun.sh
     processes = int(os.environ["WORLD_SIZE"])
     here = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
     if (processes, here) != (trainer.num_devices * trainer.num_nodes, trainer.num_devices):
