@@ -67,7 +67,7 @@ class Case:
         identity: attaching it changes nothing.
         mergeable: it can be merged into the weights.
         image_only: of two towers it acts on that of the images.
-        relative: it changes weights through the same sites as `lora_all` or `dora`, with another formula, so that three
+        relative: it acts through the sites of `lora_all`, `dora` or `pfeiffer`, with another formula, so that three
             hosts are enough where a property is tested on all of them.
         sources: the methods of trained adapters that it is over, which are attached before it under its names.
     """
@@ -186,16 +186,17 @@ CASES = [
         "unipelt_values",
         vp.UniPELT(rank=2, num_tokens=2, bottleneck=3, prefix_gate="values", activation="gelu", init="lora"),
     ),
-    Case("molora", vp.MoLORA(experts=3, rank=2, alpha=6), identity=True),
+    Case("molora", vp.MoLORA(experts=3, rank=2, alpha=6), identity=True, relative=True),
     Case("mov", vp.MoV(experts=3), identity=True),
-    Case("mole", vp.MoLE(adapters=("s0", "s1")), sources=(vp.LoRA(rank=2), vp.LoRA(rank=3, alpha=6))),
+    Case("mole", vp.MoLE(adapters=("s0", "s1")), relative=True, sources=(vp.LoRA(rank=2), vp.LoRA(3, alpha=6))),
     Case(
         "adapter_fusion",
         vp.AdapterFusion(adapters=("s0", "s1", "s2"), temperature=2.0),
+        relative=True,
         sources=(vp.Adapter(bottleneck=2), vp.Adapter(3, activation="relu", scale="learned"), vp.Adapter(2, scale=0.5)),
     ),
     Case("mix_lora", vp.MixLoRA(experts=3, rank=2, alpha=6), identity=True),
-    Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False)),
+    Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False), relative=True),
 ]
 
 

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -230,6 +232,24 @@ def test_a_model_is_copied_between_a_pass_and_its_penalty():
     with pytest.raises(ConfigurationError, match="pass in training mode"):
         vp.penalty(twin)
     assert vp.penalty(model) > 0
+
+
+def test_passes_of_two_threads_are_apart():
+    """Each has chosen experts for its own tokens; here both have passed the router before one enters the MLP."""
+    model, together = moved(vp.MixLoRA(experts=4, rank=2)), threading.Barrier(2)
+    inputs = [HOST.inputs(3, torch.float64, seed=seed) for seed in range(2)]
+
+    def meet(*_):
+        together.wait(timeout=60)
+
+    with torch.no_grad():
+        expected = [model(each) for each in inputs]
+        model.blocks[0].mlp.fc1.register_forward_pre_hook(meet)
+        with ThreadPoolExecutor(2) as pool:
+            found = [*pool.map(lambda each: torch.no_grad()(model)(each), inputs)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert distance(ours, theirs) < 1e-13
+    assert distance(*found) > 0.1
 
 
 @pytest.mark.parametrize(("other", "said"), [(vp.Convpass(2), "no branch"), (vp.MixLoRA(rank=1), "of their own")])

@@ -3,6 +3,7 @@
 https://arxiv.org/abs/2404.15159
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,11 +24,24 @@ ATTENTION = ("q", "k", "v", "proj")
 MLP = ("fc1", "fc2")
 
 
+class Passing(threading.local):
+    """What one pass through a block carries from the router to what follows, in its own thread.
+
+    Attributes:
+        choice: the shares of the chosen experts, which add up to 1, and which they are, both (batch, tokens, top).
+    """
+
+    choice: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __reduce__(self):
+        return Passing, ()  # of a copy: it is in no pass
+
+
 class Dispatch(nn.Module):
     """Gives the MLP every token `top` times, once for each of the experts with its largest shares.
 
-    What follows in the block reads `choice`: the shares of the chosen, which add up to 1, and which experts they are,
-    both (batch, tokens, top). `Collect` takes it away again. While training, `seen` holds what the balance is made of.
+    What follows in the block reads `passing.choice`, and `Collect` takes it away again. While training, `seen` holds
+    what the balance is made of.
     """
 
     order = Order.LEAVE  # after all else that acts on what the MLP reads
@@ -39,23 +53,23 @@ class Dispatch(nn.Module):
         self.router = Router(width, experts)
         self.top = top
         self.num_tokens = top - 1  # more for each, so that other rows of a batch would differ in length
-        self.choice: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.passing = Passing()
         self.seen: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"choice": None, "seen": None}  # of a copy: they belong to one pass
+        return self.__dict__ | {"seen": None}  # of a copy: it belongs to one pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens (batch, tokens, width) to (batch, tokens * top, width), those of one token one after another."""
         shares = self.router(x)
         largest, index = shares.topk(self.top, dim=-1)
-        self.choice = largest / largest.sum(dim=-1, keepdim=True), index
+        self.passing.choice = largest / largest.sum(dim=-1, keepdim=True), index
         self.seen = (shares, index) if self.training and torch.is_grad_enabled() else None
         return x.repeat_interleave(self.top, dim=1)
 
     def chosen(self) -> torch.Tensor:
         """Ones and zeros (batch, tokens * top, experts): the expert of each token of the MLP."""
-        shares, index = self.choice
+        shares, index = self.passing.choice
         experts = len(self.router.weight)
         return nn.functional.one_hot(index.flatten(1), experts).to(shares.dtype)
 
@@ -101,8 +115,8 @@ class Collect(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (batch, tokens * top, width) to tokens (batch, tokens, width)."""
-        (dispatch,) = self._dispatch
-        (shares, _), dispatch.choice = dispatch.choice, None
+        passing = self._dispatch[0].passing
+        (shares, _), passing.choice = passing.choice, None
         return (shares[..., None] * x.unflatten(1, shares.shape[1:])).sum(dim=2).to(x.dtype)
 
 
