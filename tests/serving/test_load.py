@@ -58,7 +58,7 @@ async def load(address: str, requests: int, files, middle, again=False) -> list:
                     await asyncio.sleep(0.1)
 
     limits = httpx.Limits(max_connections=AT_A_TIME)
-    async with httpx.AsyncClient(base_url=address, timeout=60, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=address, timeout=150, limits=limits) as client:
         await asyncio.gather(*(worker(client) for _ in range(AT_A_TIME)))
     return results
 
@@ -83,7 +83,7 @@ class Served:
     def __init__(self, place):
         self.place, self.folder, self.files = place, eight.save_adapters(place / "adapters"), eight.draw_files(4)
         self.expected = eight.offline(self.folder, self.files)
-        self.options = ["--max-batch", eight.BATCH, "--max-body-mb", 1]
+        self.options = ["--max-batch", eight.BATCH, "--max-body-mb", 1, "--timeout", 120]
         self.processes, self.port = [], 0
 
     def start(self):
