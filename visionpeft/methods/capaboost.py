@@ -73,7 +73,7 @@ class CapaBoost(Method):
     Args:
         rank: rank r of one copy.
         alpha: numerator of the scale alpha / rank; None for a scale of 1.
-        copies: number n of masked copies.
+        copies: number n of masked copies, at most 64.
         density: share of ones in the masks, above 0 and at most 1.
         targets: layers, out of q k v proj fc1 fc2 gate; fc1 covers both halves of a gated MLP.
         dropout: dropout on the input of A.
@@ -97,7 +97,7 @@ class CapaBoost(Method):
     def __post_init__(self):
         super().__post_init__()
         require_low_rank(self)
-        require(self.copies > 0, self, f"copies must be a positive integer, not {self.copies}")
+        require(0 < self.copies <= 64, self, f"copies must be from 1 to 64, not {self.copies}")
         require(0 < self.density <= 1, self, f"density must be above 0 and at most 1, not {self.density}")
         require(self.seed >= 0, self, "seed must be an integer that is not negative")
 
