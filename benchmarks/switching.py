@@ -2,8 +2,9 @@
 
     python benchmarks/switching.py --model vit_base_patch16_224 --adapters 100
 
-Prints a table in Markdown: milliseconds to enter and leave `use` and `route` with adapters that have acted before, the
-median of `--rounds`; then the seconds in which many saved adapters are loaded into one model that has none.
+Prints a table in Markdown: milliseconds to enter and leave `use` and `route`, this with gradients and without, with
+adapters that have acted before, the median of `--rounds`; then the seconds in which many saved adapters are loaded into
+one model that has none.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def median_ms(action, rounds: int) -> float:
     return statistics.median(durations)
 
 
-def switching(name: str, method: vp.Method, rounds: int) -> tuple[float, float]:
+def switching(name: str, method: vp.Method, rounds: int) -> tuple[float, float, float]:
     """Milliseconds to enter and leave `use` without adapters, and `route` over two of them and none."""
     model = timm.create_model(name, num_classes=100).eval()
     for each in ("a", "b"):
@@ -46,7 +47,7 @@ def switching(name: str, method: vp.Method, rounds: int) -> tuple[float, float]:
         with vp.route(model, names):
             pass
 
-    return median_ms(use, rounds), median_ms(route, rounds)
+    return median_ms(use, rounds), median_ms(route, rounds), median_ms(torch.no_grad()(route), rounds)
 
 
 def loading(name: str, number: int) -> float:
@@ -73,10 +74,10 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=100, help="adapters to load, 0 for none")
     options = parser.parse_args()
     torch.manual_seed(0)
-    print(f"| {options.model} | use, ms | route, ms |\n| --- | ---: | ---: |", flush=True)
+    print(f"| {options.model}, ms | use | route | without gradients |\n| --- | ---: | ---: | ---: |", flush=True)
     for label, method in {"LoRA r8": vp.LoRA(rank=8), "VPT-deep, 10": vp.VPT(num_tokens=10)}.items():
-        use, route = switching(options.model, method, options.rounds)
-        print(f"| {label} | {use:.2f} | {route:.2f} |", flush=True)
+        use, *routes = switching(options.model, method, options.rounds)
+        print(f"| {label} | {use:.2f} | {' | '.join(f'{each:.2f}' for each in routes)} |", flush=True)
     if options.adapters:
         print(f"\n{options.adapters} adapters of LoRA r8 load in {loading(options.model, options.adapters):.1f} s")
 

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.economies import Economies
 from visionpeft.adapters.gradient_masks import mask_at_steps
-from visionpeft.adapters.installation import ATTRIBUTES, Anatomy, Installation
+from visionpeft.adapters.installation import ATTRIBUTES, Anatomy, Installation, Rested
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, nearest
@@ -146,7 +146,7 @@ class Adapters(nn.ModuleDict):
         self.routing = Routing()
         self.was_trainable: tuple[str, ...] = ()
         self.resting: dict[str, frozenset[str]] = {}  # parameters of adapters, frozen until they are used again
-        self.rested: dict[str, tuple[list, frozenset[str]]] = {}  # where they were when all of an adapter came to rest
+        self.rested: dict[str, Rested] = {}  # what was trained of adapters that came to rest as a whole
         self.backbone: Backbone | None = None  # the model as it was described when adapters were put in force
         self.installations: dict[tuple, Installation] = {}  # what has been put in force before
         self.anatomies: dict[str, Anatomy] = {}

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter, join, own_parameter
-from visionpeft.adapters.installation import Anatomy, Installation, Swaps
+from visionpeft.adapters.installation import Anatomy, Installation, Rested, Swaps
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
 from visionpeft.adapters.multiplied_tokens import check_multiplied
@@ -336,26 +336,26 @@ def _settle(peft: Adapters, name: str, in_use: set[int]) -> None:
 
 def _rest(peft: Adapters, name: str) -> None:
     """Freeze all of an adapter."""
-    anatomy = peft.anatomies.get(name) or peft.anatomy(name)
-    places = [place for place in anatomy.parameters() if place[2].requires_grad]
-    for _, _, parameter in places:
+    seen = peft.rested.get(name)
+    if seen is None or not seen.everything or not seen.holds(True):
+        anatomy = peft.anatomy(name)
+        places = [place for place in anatomy.parameters() if place[2].requires_grad]
+        seen = peft.rested[name] = Rested(anatomy, places)
+    for _, _, parameter in seen.places:
         parameter.requires_grad = False
-    seen, paths = peft.rested.get(name, ([], frozenset()))
-    if [id(place[2]) for place in places] != [id(place[2]) for place in seen]:
-        paths = frozenset(join(owner, key) for owner, key, _ in places)
-        peft.rested[name] = places, paths
     before = peft.resting.get(name)
-    peft.resting[name] = before | paths if before else paths
+    peft.resting[name] = before | seen.paths if before else seen.paths
 
 
 def _use_again(peft: Adapters, name: str) -> None:
     """No longer freeze what has come to rest of an adapter."""
-    places, paths = peft.rested.get(name, ([], frozenset()))
-    anatomy = peft.anatomies.get(name)
-    if anatomy is None or peft.resting.get(name, frozenset()) != paths or not anatomy.has(places):
+    seen, resting = peft.rested.get(name), peft.resting.get(name)
+    if not resting:
+        return
+    if seen is None or resting is not seen.paths or not seen.holds(False):
         _settle(peft, name, {id(parameter) for parameter in peft[name].parameters()})
         return
-    for _, _, parameter in places:
+    for _, _, parameter in seen.places:
         parameter.requires_grad = True
     peft.resting[name] = frozenset()
 

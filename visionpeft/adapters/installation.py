@@ -68,17 +68,31 @@ class Anatomy:
         """Whether the tree still is made of the same modules."""
         return all(module.__class__ is kind and module._modules == children for module, kind, children in self._seen)
 
-    def has(self, places: list[tuple[str, str, nn.Parameter]]) -> bool:
-        """Whether these parameters, as `parameters` gives them, still are there."""
-        owners = dict(self._owners)
-        return all(owners[path]._parameters.get(name) is parameter for path, name, parameter in places)
-
     def parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """Path of the owner, name and value of each parameter, several times where it is tied."""
         for path, module in self._owners:
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     yield path, name, parameter
+
+
+class Rested:
+    """The parameters of an adapter that were trained when all of it came to rest.
+
+    Args:
+        anatomy: the adapter.
+        places: owner, name and value of each, as `Anatomy.parameters` gives them.
+    """
+
+    def __init__(self, anatomy: Anatomy, places: list[tuple[str, str, nn.Parameter]]):
+        owners = {path: module._parameters for path, module in anatomy._owners}
+        self.places = [(owners[path], name, parameter) for path, name, parameter in places]
+        self.paths = frozenset(f"{path}.{name}" if path else name for path, name, _ in places)
+        self.everything = len(places) == sum(True for _ in anatomy.parameters())
+
+    def holds(self, trained: bool) -> bool:
+        """Whether they are still there, and all of them trained, or none."""
+        return all(own.get(name) is p and p.requires_grad is trained for own, name, p in self.places)
 
 
 @dataclass
