@@ -420,3 +420,7 @@ def test_an_order_that_matters_and_cannot_be_repeated_is_refused(tmp_path, image
             continue
         with pytest.raises(ConfigurationError, match="shuffles them in a way that is not recorded"):
             trainer(tmp_path).test(make(learner), dataloaders=shuffled, verbose=False)
+        with pytest.raises(ConfigurationError, match="shuffles them in a way that is not recorded"):
+            trainer(tmp_path).predict(make(learner), dataloaders=shuffled)
+    ordered = torch.utils.data.DataLoader(dataset, batch_size=4, collate_fn=as_batch)
+    assert trainer(tmp_path).predict(make(TDA), dataloaders=ordered)

@@ -150,16 +150,28 @@ class PromptLearning(ImageTask):
         Raises:
             ConfigurationError: the loader shuffles, or several devices share the images.
         """
+        self._check_order(self.trainer.test_dataloaders)
+
+    def on_predict_start(self) -> None:
+        """As `on_test_start`.
+
+        Raises:
+            ConfigurationError: the loader shuffles, or several devices share the images.
+        """
+        self._check_order(self.trainer.predict_dataloaders)
+
+    def _check_order(self, loaders) -> None:
         if not self.learner.online:
             return
         if self.trainer.world_size > 1:
             raise ConfigurationError(
                 f"what {self.label} predicts depends on the images before, and each of {self.trainer.world_size} "
-                "devices would see its share of them alone; test on one device (--trainer.devices 1)"
+                "devices would see its share of them alone; take one device (--trainer.devices 1)"
             )
-        loaders = self.trainer.test_dataloaders
         for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-            if isinstance(getattr(loader, "sampler", None), RandomSampler):
+            # For predictions Lightning wraps the sampler in that of batches.
+            samplers = (loader, getattr(loader, "batch_sampler", None))
+            if any(isinstance(getattr(each, "sampler", None), RandomSampler) for each in samplers):
                 raise ConfigurationError(
                     f"what {self.label} predicts depends on the images before, and this loader shuffles them in a way "
                     "that is not recorded; give a loader without shuffle, or data with test_order='shuffled'"
