@@ -128,7 +128,8 @@ def main() -> None:
     variants = {name: run for name, run in variants.items() if options.only in name}
     found = measure({"plain": lambda: plain(images)} | variants, options.repetitions)
     done = len(next(iter(found.values()))[0])
-    print(f"| {options.model}, batch {batch}, {done} repetitions | median [quartiles] / plain | fastest / plain |\n| --- | ---: | ---: |")
+    print(f"| {options.model}, batch {batch}, {done} repetitions | median [quartiles] / plain | fastest / plain |")
+    print("| --- | ---: | ---: |")
     for name, (ratios, fastest) in found.items():
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         print(f"| {name} | {middle:.3f} [{low:.3f}, {high:.3f}] | {fastest:.3f} |", flush=True)
