@@ -127,7 +127,9 @@ def main() -> None:
             variants[f"PEFT, LoRA 8 on qkv: {number} adapters"] = by_peft(options.model, number, batch, images, **depth)
     variants = {name: run for name, run in variants.items() if options.only in name}
     found = measure({"plain": lambda: plain(images)} | variants, options.repetitions)
-    print(f"| {options.model}, batch {batch} | median [quartiles] / plain | fastest / plain |\n| --- | ---: | ---: |")
+    done = len(next(iter(found.values()))[0])
+    print(f"| {options.model}, batch {batch}, {done} repetitions | median [quartiles] / plain | fastest / plain |")
+    print("| --- | ---: | ---: |")
     for name, (ratios, fastest) in found.items():
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
         print(f"| {name} | {middle:.3f} [{low:.3f}, {high:.3f}] | {fastest:.3f} |", flush=True)

@@ -9,6 +9,8 @@ new method or learner appears with `--write` and without an edit.
 
 import argparse
 import inspect
+import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -215,12 +217,13 @@ def defaults_alone(lines: list[Line]) -> list[Line]:
     return [line for line in lines if line.call == f"{line.name}()"]
 
 
-def side_by_side(lines: list[Line], columns: dict[str, Callable[[Line], str]]) -> str:
-    """A table with two of them in a row."""
-    half = (len(lines) + 1) // 2
-    left, right = (markdown(part, columns).splitlines() for part in (lines[:half], lines[half:]))
-    right += ["|" + "  |" * len(columns)] * (len(left) - len(right))
-    return "\n".join(one + other[1:] for one, other in zip(left, right, strict=True))
+def side_by_side(lines: list[Line], columns: dict[str, Callable[[Line], str]], number: int = 3) -> str:
+    """A table with several of them in a row."""
+    height = math.ceil(len(lines) / number)
+    parts = [markdown(lines[start : start + height], columns).splitlines() for start in range(0, len(lines), height)]
+    empty = "|" + "  |" * len(columns)
+    rows = itertools.zip_longest(*parts, fillvalue=empty)
+    return "\n".join(first + "".join(other[1:] for other in others) for first, *others in rows)
 
 
 def short_methods(lines: list[Line]) -> str:
