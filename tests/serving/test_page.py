@@ -1,5 +1,6 @@
 """The page of a service, used in headless Chromium as a person would use it."""
 
+import contextlib
 import shutil
 import time
 
@@ -11,6 +12,7 @@ from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.serving.service import Service, Settings
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="Selenium is not installed")
+StaleElementReferenceException = pytest.importorskip("selenium.common.exceptions").StaleElementReferenceException
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
 pytestmark = [
     pytest.mark.slow,
@@ -53,10 +55,12 @@ def address(tmp_path):
 def until(seen, seconds=30):
     """What `seen` gives, as soon as it is true."""
     end = time.monotonic() + seconds
-    while not (found := seen()):
-        assert time.monotonic() < end
+    while time.monotonic() < end:
+        with contextlib.suppress(StaleElementReferenceException):  # the page was changed between two looks
+            if found := seen():
+                return found
         time.sleep(0.05)
-    return found
+    raise AssertionError("it has not come")
 
 
 def test_drop_an_image_choose_an_adapter_and_see_its_classes(browser, address, tmp_path):

@@ -14,7 +14,7 @@ from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.serving.batches import Job
 from visionpeft.serving.refusals import Refusal
 from visionpeft.sharing.adapter_pool import AdapterPool
-from visionpeft.sharing.batch_sizes import filled, sizes_that_agree
+from visionpeft.sharing.batch_sizes import filled
 from visionpeft.sharing.trained_model import TrainedModel
 
 
@@ -101,7 +101,7 @@ class LearnerModel:
 
     Args:
         served: the learner.
-        batch_size: most rows of a batch; as in an `AdapterPool`, it is filled up to one whose bits agree.
+        batch_size: rows of each batch, which is filled up.
         kept: for how many lists of class names text features are kept.
     """
 
@@ -111,7 +111,6 @@ class LearnerModel:
         self.kept = kept
         self.device = next(served.trained.model.parameters()).device
         self._views: OrderedDict[tuple[str, ...], torch.nn.Module] = OrderedDict()
-        self._sizes: dict[int, frozenset[int]] = {}
 
     def view(self, names: tuple[str, ...] | None) -> torch.nn.Module:
         """The learner with these class names; all of them share what was learnt, and the CLIP."""
@@ -126,14 +125,6 @@ class LearnerModel:
                 self._views.popitem(last=False)
         self._views.move_to_end(names)
         return self._views[names]
-
-    def sizes(self, view: torch.nn.Module, images: torch.Tensor) -> frozenset[int]:
-        """In which sizes of a batch its rows have the same bits; measured once for each number of classes."""
-        classes = len(view.class_names)
-        if classes not in self._sizes:
-            with torch.inference_mode():
-                self._sizes[classes] = sizes_that_agree(view, images, self.batch_size)
-        return self._sizes[classes]
 
 
 @dataclass(frozen=True)
@@ -153,5 +144,6 @@ class LearnerLane:
         served, model = self.model.served, self.model.view(self.names)
         images = torch.stack([served.transform.normalise(job.image) for job in jobs]).to(self.model.device)
         with torch.inference_mode():
-            rows = min(size for size in self.model.sizes(model, images) if size >= len(images))
-            return [served.answer(row) for row in model(filled(images, rows))[: len(jobs)]]
+            # Always full: the last product, of features and few classes, has other bits for one row than for several.
+            logits = model(filled(images, self.model.batch_size))
+            return [served.answer(row) for row in logits[: len(jobs)]]

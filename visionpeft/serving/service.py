@@ -314,7 +314,6 @@ class Service:
         if saved.stem == "learner":
             trained = self._open_learner(saved, key, own, clips)
             learner = LearnerModel(Served(saved.name, trained, description), self.settings.max_batch, self.limits.texts)
-            learner.sizes(trained.model, self._blank(learner.served))
             self._learners[saved.name] = learner
         elif key not in self._lanes:
             model = described_classifier(description, saved.folder, own, self.settings.checkpoint)
