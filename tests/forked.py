@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 
@@ -34,6 +35,8 @@ def start(function, *arguments, environment=(), output=os.devnull):
         code = function(*arguments)
     except SystemExit as end:
         code = end.code
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -28,6 +28,7 @@ class Fusion(nn.Module):
     their biases zero, V is the identity with 1e-6 off its diagonal.
     """
 
+    stackable = True
     tokenwise = True
 
     def __init__(self, adapters: Sequence[Bottleneck], temperature: float | None):

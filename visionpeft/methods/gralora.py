@@ -24,6 +24,7 @@ class GranularLowRank(nn.Module):
     start.
     """
 
+    stackable = True
     order = Order.WEIGHT
     output_side = ("B",)
 

@@ -22,6 +22,7 @@ class GatedChanges(nn.Module):
     While training, `seen` holds the shares of the last pass.
     """
 
+    stackable = True
     order = Order.WEIGHT
 
     def __init__(self, changes: Sequence[LowRank]):

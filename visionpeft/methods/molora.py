@@ -17,6 +17,8 @@ from visionpeft.sites import Placement
 class MixedLowRank(LowRankExperts):
     """`LowRankExperts`, each token of whose input x has the shares router(x)."""
 
+    stackable = True
+
     def __init__(self, in_features: int, out_features: int, experts: int, rank: int, scaling: float, dropout: float):
         super().__init__(in_features, out_features, experts, rank, scaling, dropout, std=0.02)
         self.router = Router(in_features, experts)

@@ -38,6 +38,7 @@ class MixedScale(nn.Module):
 class MixedScaleOutput(MixedScale):
     """`MixedScale` of a layer's output."""
 
+    stackable = True
     order = Order.OUTPUT
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
@@ -48,6 +49,7 @@ class MixedScaleOutput(MixedScale):
 class MixedScaleInput(MixedScale):
     """`MixedScale` of a layer's input."""
 
+    stackable = True
     tokenwise = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

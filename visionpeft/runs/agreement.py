@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import ParallelStrategy
 
 from visionpeft.adapters.fingerprint import fingerprint
 from visionpeft.data import ImageDataModule
-from visionpeft.data.records import Files
+from visionpeft.data.records import Files, size_of
 from visionpeft.errors import UserError
 from visionpeft.runs.command import PeerLost, said
 from visionpeft.runs.environment import environment
@@ -150,9 +150,14 @@ def what_must_agree(trainer: pl.Trainer, task: pl.LightningModule, datamodule: I
     about = {f"the version of {name}": version for name, version in environment()["packages"].items()}
     about["the number of devices"] = f"{trainer.num_nodes} x {trainer.num_devices}"
     for split, source in datamodule.sources.items():
-        about[f"the number of {split} {task.kind}"] = str(len(source))
+        about[f"the number of {split} {task.kind}"] = str(size_of(source))  # None of a stream that does not say
     about["the classes"] = _digest(datamodule.class_names)
     for split, source in datamodule.sources.items():
+        if getattr(datamodule, "streams", False):  # what follows the first image is known only when it is read
+            about[f"the first of the {split} {task.kind}"] = _digest(
+                [hashlib.sha256(source.check().content).hexdigest()]
+            )
+            continue
         about[f"the labels of the {split} {task.kind}"] = _digest(source.labels)
         if isinstance(source, Files):  # their folders may be others on each machine, but not their names
             about[f"the names of the {split} {task.kind}"] = _digest([path.name for path in source.paths])

@@ -9,6 +9,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.runs.command import Options
 
 MEGABYTE = 2**20
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 def serve(arguments: list[str]) -> None:
@@ -52,8 +53,10 @@ def serve(arguments: list[str]) -> None:
         timeout_keep_alive=5,
         timeout_graceful_shutdown=max(1, round(options.timeout)),
         server_header=False,
+        backlog=BACKLOG,
     )
     shown = f"[{host}]" if ":" in host else host
+    socket.listen(BACKLOG)  # whoever reads the next line may connect at once
     print(f"serving {', '.join(service.names()[:8])} on http://{shown}:{port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # raised again when everything has been answered
         uvicorn.Server(config).run(sockets=[socket])

@@ -73,8 +73,9 @@ def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -
     for module, _ in changes:
         if trained := [path for path in whole if f"{module.path}.".startswith(f"{path}.")]:
             raise UnsupportedError(f"peft does not adapt {module.path}, because {trained[0]} is trained whole")
+    kind = next(kind for kind, each in FORMATS.items() if each is form)
     config = {
-        "peft_type": next(kind for kind, each in FORMATS.items() if each is form),
+        "peft_type": kind,
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "target_modules": "|".join(expression(module.path) for module, _ in changes),
         "modules_to_save": list(whole) or None,
@@ -82,6 +83,8 @@ def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -
         "task_type": None,
         "base_model_name_or_path": None,
     } | fields
+    if kind != "MISS":  # which has no such option
+        config["fan_in_fan_out"] = False
     tensors |= {f"{path}.{key}": value for path, state in whole.items() for key, value in state.items()}
     content = {PREFIX + key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     files = {

@@ -119,7 +119,7 @@ class PromptLearning(ImageTask):
             self.learner.set_template(datamodule.template_for(self.learner.template_style))
         self.learner.set_published(getattr(datamodule, "published", {}))
 
-    def check_before_training(self, datamodule: pl.LightningDataModule) -> None:
+    def check_before_training(self, datamodule: pl.LightningDataModule, processes: int = 1) -> None:
         """Refuse a learner that is fitted on all images where they are only read in order.
 
         Raises:
