@@ -75,8 +75,8 @@ FAULTS = [
     ),
     Fault(
         "lora_alpha", "alpha is divided by the largest rank and not by that of the layer",
-        "scaling = 1.0 if self.alpha is None else self.alpha / rank\n        if layer.kind",
-        "scaling = 1.0 if self.alpha is None else self.alpha / self.rank\n        if layer.kind",
+        "return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)",
+        "return self.alpha / (math.sqrt(rank) if self.rank_stabilised else self.rank)",
         ("test_weight_methods",), "alpha",
     ),
     Fault(
@@ -106,7 +106,8 @@ FAULTS = [
     ),
     Fault(
         "adapter_serial", "a serial adapter forgets its input",
-        "return x + delta if self.serial else delta", "return delta",
+        "delta = (self.scale * self.drop_path(self.up(h))).to(x.dtype)\n        return x + delta if self.serial else delta",
+        "delta = (self.scale * self.drop_path(self.up(h))).to(x.dtype)\n        return delta",
         keyword="houlsby and vit_cls or adapter and vit_cls",
     ),
     Fault(
@@ -201,8 +202,7 @@ FAULTS = [
     ),
     Fault(
         "linear_gradient_rows", "the gradient of B sums over the wrong scale",
-        "parts = zip(ctx.scalings, grads, up, strict=True)\n            grad_zs = [scaling * (part",
-        "parts = zip(ctx.scalings, grads, up, strict=True)\n            grad_zs = [(part",
+        "grad_zs = [scaling * (b.to(z.dtype).t() @ part.t())", "grad_zs = [(b.to(z.dtype).t() @ part.t())",
         keyword="lora_all and vit_cls",
     ),
     # adapters
@@ -225,7 +225,7 @@ FAULTS = [
     ),
     Fault(
         "detach_class", "detaching leaves the attribute of the sites",
-        '                "sites",\n                "acting",\n', '                "acting",\n',
+        'ATTRIBUTES = ("sites", "acting",', 'ATTRIBUTES = ("acting",',
         ("test_invariants",), "detach and vit_cls",
         elsewhere=(('for attribute in ("sites", "acting", "entering", "forward_intermediates"):', 'for attribute in ("acting", "entering", "forward_intermediates"):'),),
     ),
@@ -264,7 +264,7 @@ FAULTS = [
     ),
     Fault(
         "disabled_head", "a switched-off adapter keeps its head",
-        'next((name for name in reversed(peft.active) if path in peft[name].heads), None)', 'next((name for name in reversed([*peft]) if path in peft[name].heads), None)',
+        'next((name for name in reversed(peft.chosen) if path in peft[name].heads), None)', 'next((name for name in reversed([*peft]) if path in peft[name].heads), None)',
         ("test_invariants",), "switching or disable or exception",
         elsewhere=(("        with_head = [adapter for adapter in peft.active if path in peft[adapter].heads]", "        with_head = [adapter for adapter in peft if path in peft[adapter].heads]"),),
     ),
@@ -287,7 +287,7 @@ FAULTS = [
     ),
     Fault(
         "forward_intermediates", "shallow prompts leak into intermediate features",
-        '        _refuse_intermediates(peft, tower, "shallow prompts travel', '        (lambda *_: None)(peft, tower, "shallow prompts travel',
+        '        refuse_intermediates(swaps, tower, SHALLOW)\n    elif', '        pass\n    elif',
         ("test_invariants",), "intermediates",
     ),
     # the self-check
