@@ -116,9 +116,10 @@ def _parameters(model: nn.Module, backbone: Backbone | None = None) -> list[tupl
     return [(name, p) for name, p in sorted(named, key=lambda entry: entry[0]) if not name.startswith(heads)]
 
 
+@torch.no_grad()
 def _probe(parameters: list[tuple[str, nn.Parameter]]) -> list[float]:
     """Some values of each tensor; a write through `.data` changes no version, but hardly leaves all of these."""
-    plain = [p.detach().flatten() for _, p in parameters if type(p) is nn.Parameter and not p.is_meta and p.numel()]
+    plain = [p.flatten() for _, p in parameters if type(p) is nn.Parameter and not p.is_meta and p.numel()]
     taken = [flat[:: max(1, len(flat) // _PROBED)][:_PROBED].to("cpu", torch.float64) for flat in plain]
     return torch.cat(taken).nan_to_num(0.5).tolist() if taken else []
 

@@ -245,7 +245,7 @@ def _install_parameters(swaps: Swaps, peft: Adapters, model: nn.Module) -> None:
     # The trained copy stands in the model in the place of the original, which is kept aside until it is put back.
     by_parameter: dict[str, str] = {}
     copies: dict[nn.Module, dict[str, tuple[nn.Module, str]]] = defaultdict(dict)
-    holding = holders(model)
+    holding = holders(model) if any(peft[name].trained_names for name in peft.chosen) else {}
     for name in peft.chosen:
         for parameter_name in peft[name].trained_names:
             if parameter_name in by_parameter:
@@ -266,11 +266,11 @@ def _install_parameters(swaps: Swaps, peft: Adapters, model: nn.Module) -> None:
 def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
     """Every module of the model that has a parameter, and the name it has there; several where it is tied."""
     found = defaultdict(list)
-    for path, module in model.named_modules():
-        if path != "peft" and not path.startswith("peft."):
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    found[parameter].append((module, name))
+    parts = [child for name, child in model.named_children() if name != "peft"]
+    for module in [model, *dict.fromkeys(module for part in parts for module in part.modules())]:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[parameter].append((module, name))
     return found
 
 

@@ -183,7 +183,7 @@ def backbone_record(model: nn.Module, with_fingerprint: bool = True, backbone: B
         with_fingerprint: whether to hash its weights.
         backbone: what `describe` says of it, if that is known.
     """
-    if any(is_sharded(parameter) for parameter in model.parameters()) and model in _REMEMBERED:
+    if model in _REMEMBERED and any(is_sharded(parameter) for parameter in model.parameters()):
         return dict(_REMEMBERED[model]) | ({} if with_fingerprint else {"fingerprint": None})
     backbone = backbone or describe(model)
     source = getattr(model, "backbone_source", None) or {"library": backbone.library, "name": backbone.name}

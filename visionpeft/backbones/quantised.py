@@ -81,9 +81,10 @@ def check_products(model: nn.Module) -> None:
 
 
 def _quantised_layers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and is_quantised(module.weight) and not path.startswith("peft."):
-            yield path, module.weight, computing_dtype(model, module)
+    for part, child in model.named_children():
+        for path, module in child.named_modules(prefix=part) if part != "peft" else ():
+            if isinstance(module, nn.Linear) and is_quantised(module.weight):
+                yield path, module.weight, computing_dtype(model, module)
 
 
 def check_product(path: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
