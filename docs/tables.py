@@ -89,35 +89,50 @@ def method_lines(public: Sequence[str] | None = None, module=methods) -> list[Li
         module: where they are found.
     """
     torch.manual_seed(0)
-    plain = timm.create_model("vit_base_patch16_224", num_classes=10)
-    clips = vp.VideoClassifier(plain, num_frames=8, num_classes=10)
-    torch.nn.init.normal_(plain.head.weight, std=0.02)  # timm starts it at zero, where nothing depends on the backbone
+    whole, one_block = models(), models(depth=1)
     lines = []
     for name, call in calls_of(module.__all__ if public is None else public, vp.Method, module):
         method = eval(call, dict(vars(module)))
-        if name in OVER:
-            method = replace(method, adapters=("a", "b"))
-            for source in method.adapters:
-                vp.attach(plain, eval(OVER[name], dict(vars(module))), source, head=False)
-        try:
-            model = vp.attach(plain, method)
-            of_clips = ""
-        except vp.UnsupportedError:  # it acts across the frames of clips
-            model = vp.attach(clips, method)
-            of_clips = ", on clips"
-        for source in OVER.get(name, ()) and method.adapters:
-            vp.detach(plain, source)
+        # Whether it merges is not a question of depth, and merging takes longer than all else.
+        shallow = attached(name, method, module, *one_block)
+        merges = mergeable(shallow)
+        vp.detach(shallow)
+        model = attached(name, method, module, *whole)
+        of_clips = ", on clips" if model is whole[1] else ""
         trained = counted(model, method)
-        line = Line(name, call, first_sentence(type(method)), acts_at(model) + of_clips, trained, mergeable(model))
-        lines.append(line)
+        lines.append(Line(name, call, first_sentence(type(method)), acts_at(model) + of_clips, trained, merges))
         vp.detach(model)
     return lines
 
 
-def counted(model: torch.nn.Module, method: vp.Method) -> str:
-    """How many values the attached method trains, the head left out; it is shown an image if it needs data."""
+def models(**kwargs) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A ViT-B/16 with a head that reads it, which timm starts at zero, and a classifier of clips on it."""
+    plain = timm.create_model("vit_base_patch16_224", num_classes=10, **kwargs)
+    torch.nn.init.normal_(plain.head.weight, std=0.02)
+    return plain, vp.VideoClassifier(plain, num_frames=8, num_classes=10)
+
+
+def attached(name: str, method: vp.Method, module, images: torch.nn.Module, clips: torch.nn.Module) -> torch.nn.Module:
+    """The model of images with a method attached, or that of clips if it acts across their frames; shown an image if
+    the method needs data.
+    """
+    sources = ("a", "b") if name in OVER else ()
+    for source in sources:
+        vp.attach(images, eval(OVER[name], dict(vars(module))), source, head=False)
+    method = replace(method, adapters=sources) if sources else method
+    try:
+        model = vp.attach(images, method)
+    except vp.UnsupportedError:
+        model = vp.attach(clips, method)
+    for source in sources:
+        vp.detach(images, source)
     if model.peft["default"].pending:
         vp.allocate(model, [(torch.randn(1, 3, 224, 224), torch.tensor([0]))])
+    return model
+
+
+def counted(model: torch.nn.Module, method: vp.Method) -> str:
+    """How many values the attached method trains, the head left out."""
     # How much of a budget can be spent depends on the data.
     budget = getattr(method, "budget", None)
     return f"budget {budget:,}" if isinstance(budget, int) else f"{vp.summary(model).adapter:,}"
