@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 from conftest import CASES, FEW_HOSTS, MECHANISMS, adapted, adapter_tensors, anatomy, output_of, randomise
 from reference.hosts import HOSTS
@@ -220,3 +221,17 @@ def test_changed_blocks_are_checked_again(change, checked):
     change(model)
     vp.attach(model, vp.LoRA(rank=2), "again")
     assert len(checked) == 2
+
+
+def test_the_head_is_that_of_the_active_adapter():
+    """Of two adapters with heads, that of the one that acts, whichever was attached last; and the model's for none."""
+    model = timm.create_model("test_vit", img_size=32, num_classes=3).eval()
+    vp.attach(model, vp.LoRA(rank=2), "first")
+    vp.attach(model, vp.LoRA(rank=2), "last")
+    heads = {name: torch.nn.init.normal_(model.peft[name].get_submodule("head").bias) for name in ("first", "last")}
+    images = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad(), vp.use(model, None):
+        plain = model(images) - model.head.bias
+    for name, bias in heads.items():
+        with torch.no_grad(), vp.use(model, name):
+            torch.testing.assert_close(model(images), plain + bias)

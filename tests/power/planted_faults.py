@@ -265,7 +265,7 @@ FAULTS = [
     Fault(
         "disabled_head", "a switched-off adapter keeps its head",
         'next((name for name in reversed(peft.chosen) if path in peft[name].heads), None)', 'next((name for name in reversed([*peft]) if path in peft[name].heads), None)',
-        ("test_invariants",), "switching or disable or exception",
+        ("test_switching", "test_invariants"), "switching or disable or exception or head",
         elsewhere=(("        with_head = [adapter for adapter in peft.active if path in peft[adapter].heads]", "        with_head = [adapter for adapter in peft if path in peft[adapter].heads]"),),
     ),
     Fault(
