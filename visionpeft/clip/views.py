@@ -7,6 +7,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 from visionpeft.clip.learner import Learner
+from visionpeft.clip.template_texts import TemplateTexts
 from visionpeft.errors import ConfigurationError
 
 
@@ -94,3 +95,19 @@ def draw_views(images: torch.Tensor, num_views: int) -> torch.Tensor:
         return view.flip(-1) if torch.rand(()) < 0.5 else view
 
     return torch.stack([torch.stack([image, *(crop(image) for _ in range(num_views - 1))]) for image in images])
+
+
+class FromViews(TemplateTexts):
+    """Base of learners that decide on `num_views` views of each image and the texts of templates.
+
+    They take views (batch, views, 3, height, width), view 0 being plain, and draw the others of images themselves.
+    """
+
+    # Views are drawn anew, so that image features cannot be kept.
+    frozen_images = False
+    by_gradient = False
+    adapts_while_testing = True
+
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit features (batch, views, features) of views (batch, views, 3, height, width), or of images."""
+        return features_of_views(self, images, self.num_views)

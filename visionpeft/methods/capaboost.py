@@ -9,10 +9,10 @@ import torch.nn as nn
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.lora import LowRank
-from visionpeft.methods.parts.addressing import Blocks, Overrides
+from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, require
 from visionpeft.methods.parts.seeded import mask
-from visionpeft.methods.parts.targets import require_low_rank, target_layers
+from visionpeft.methods.parts.targets import ranked_layers, require_low_rank
 from visionpeft.sites import Placement
 
 
@@ -103,10 +103,7 @@ class CapaBoost(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `MaskedCopies` at every target layer of the chosen blocks."""
-        ranks = Overrides(self.rank, self.overrides, tower.depth, self.targets, "CapaBoost overrides")
-        for number, (index, layer) in enumerate(target_layers(self, tower)):
-            rank = ranks.at(index, layer.target)
-            scaling = 1.0 if self.alpha is None else self.alpha / rank
+        for number, (index, layer, rank, scaling) in enumerate(ranked_layers(self, tower)):
             sizes = layer.in_features, layer.out_features, rank, scaling, self.dropout
             module = MaskedCopies(*sizes, self.copies, self.density, (self.seed, number))
             yield Placement(tower.name, index, layer.site, module)

@@ -9,9 +9,9 @@ import torch.nn as nn
 from visionpeft.backbones.quantised import full_precision
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.methods.lora import LowRank
-from visionpeft.methods.parts.addressing import Blocks, Overrides
+from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method
-from visionpeft.methods.parts.targets import require_low_rank, target_layers
+from visionpeft.methods.parts.targets import ranked_layers, require_low_rank
 from visionpeft.sites import Order, Placement
 
 
@@ -85,8 +85,5 @@ class DoRA(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `DecomposedLowRank` at every target layer of the chosen blocks."""
-        ranks = Overrides(self.rank, self.overrides, tower.depth, self.targets, "DoRA overrides")
-        for index, layer in target_layers(self, tower):
-            rank = ranks.at(index, layer.target)
-            scaling = 1.0 if self.alpha is None else self.alpha / rank
+        for index, layer, rank, scaling in ranked_layers(self, tower):
             yield Placement(tower.name, index, layer.site, DecomposedLowRank(layer, rank, scaling, self.dropout))

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.lora import LowRank
-from visionpeft.methods.parts.addressing import Blocks, Overrides
+from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, to_parameter_dtype
-from visionpeft.methods.parts.targets import require_low_rank, target_layers
+from visionpeft.methods.parts.targets import ranked_layers, require_low_rank
 from visionpeft.sites import Placement
 
 
@@ -70,9 +70,6 @@ class LoRADropout(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `SparseLowRank` at every target layer of the chosen blocks."""
-        ranks = Overrides(self.rank, self.overrides, tower.depth, self.targets, "LoRADropout overrides")
-        for index, layer in target_layers(self, tower):
-            rank = ranks.at(index, layer.target)
-            scaling = 1.0 if self.alpha is None else self.alpha / rank
+        for index, layer, rank, scaling in ranked_layers(self, tower):
             module = SparseLowRank(layer.in_features, layer.out_features, rank, scaling, self.dropout)
             yield Placement(tower.name, index, layer.site, module)

@@ -9,9 +9,9 @@ import torch.nn as nn
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.lora import LowRank
-from visionpeft.methods.parts.addressing import Blocks, Overrides
+from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method
-from visionpeft.methods.parts.targets import require_low_rank, target_layers
+from visionpeft.methods.parts.targets import ranked_layers, require_low_rank
 from visionpeft.sites import Placement
 
 
@@ -76,9 +76,6 @@ class MoSLoRA(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `MixedLowRank` at every target layer of the chosen blocks."""
-        ranks = Overrides(self.rank, self.overrides, tower.depth, self.targets, "MoSLoRA overrides")
-        for index, layer in target_layers(self, tower):
-            rank = ranks.at(index, layer.target)
-            scaling = 1.0 if self.alpha is None else self.alpha / rank
+        for index, layer, rank, scaling in ranked_layers(self, tower):
             module = MixedLowRank(layer.in_features, layer.out_features, rank, scaling, self.dropout)
             yield Placement(tower.name, index, layer.site, module)

@@ -9,15 +9,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
 from visionpeft.clip.template_ensemble import raw_ensemble
-from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.clip.template_texts import TemplateTexts
+from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError
 
 
-class CLAP(Learner):
+class CLAP(TemplateTexts):
     """A linear classifier that starts as zero-shot CLIP and is held near it: logits = scale f unit(w_k)^T.
 
     w_k starts at t_k, the mean over the templates of text features that are not normalised. The loss is CE + mean_k
@@ -83,10 +82,6 @@ class CLAP(Learner):
         super().set_template(template)
         if at_start:
             self.weight.data.copy_(self._start())
-
-    def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """The first template with each name."""
-        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
 
     def raw_template_features(self) -> torch.Tensor:
         """Frozen text features t (classes, features) of their own length."""

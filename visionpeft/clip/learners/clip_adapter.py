@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.clip.template_texts import TemplateTexts
+from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError
 
 
-class CLIPAdapter(Learner):
+class CLIPAdapter(TemplateTexts):
     """A small network on the image features: f' = ratio * relu(W_2 relu(W_1 f)) + (1 - ratio) * f.
 
     f' is then normalised and compared with frozen text features of a template. Without biases, f' is proportional to
@@ -67,14 +66,6 @@ class CLIPAdapter(Learner):
             nn.Linear(hidden, features, bias=False),
             nn.ReLU(),
         ).to(self.text.device, dtype)
-
-    def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """The first template with each name."""
-        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
-
-    def text_features(self) -> torch.Tensor:
-        """Unit text features (classes, features), frozen."""
-        return self.template_features()
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of image features (batch, features), of which only the direction matters."""

@@ -6,9 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.clip.template_texts import TemplateTexts
+from visionpeft.clip.templates import PHOTO
 from visionpeft.errors import ConfigurationError
 
 MOMENTUM = 0.9
@@ -16,7 +15,7 @@ STRENGTH_EVERY = 10
 FIRST_STRENGTH = 250
 
 
-class LPPlusPlus(Learner):
+class LPPlusPlus(TemplateTexts):
     """A linear probe that also weighs zero-shot CLIP, class by class: logits_k = f w_k + b_k + a_k f t_k.
 
     f and t_k are unit features; there is no scale. `fit_features` starts w_k at the mean feature of class k, b at zero
@@ -74,14 +73,6 @@ class LPPlusPlus(Learner):
         self.bias = nn.Parameter(torch.zeros(classes, **options))
         # Before it is fitted it ranks as zero-shot CLIP.
         self.strength = nn.Parameter(torch.ones(classes, **options))
-
-    def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """The first template with each name."""
-        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
-
-    def text_features(self) -> torch.Tensor:
-        """Unit text features (classes, features), frozen."""
-        return self.template_features()
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of unit image features (batch, features)."""

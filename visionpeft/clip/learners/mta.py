@@ -6,18 +6,16 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
-from visionpeft.clip.views import check_selection, check_views, features_of_views
+from visionpeft.clip.views import FromViews, check_selection, check_views
 from visionpeft.errors import ConfigurationError
 
 ROUNDS = 5
 NEIGHBOURS = 0.3
 
 
-class MTA(Learner):
+class MTA(FromViews):
     """Zero-shot CLIP on a robust mean of an image's views: the mode m of their features, found by mean shift.
 
     With the unit features f_v of V views, their zero-shot probabilities P (V, classes), W = P P^T, and the bandwidth
@@ -49,11 +47,6 @@ class MTA(Learner):
         ConfigurationError: a number out of range, or class names or templates that cannot be used.
     """
 
-    # Views are drawn anew, so that image features cannot be kept.
-    frozen_images = False
-    by_gradient = False
-    adapts_while_testing = True
-
     def __init__(
         self,
         clip: nn.Module,
@@ -81,18 +74,6 @@ class MTA(Learner):
         )
         self.num_views, self.agreement, self.temperature = num_views, agreement, temperature
         self.set_class_names(class_names)
-
-    def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """The first template with each name."""
-        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
-
-    def text_features(self) -> torch.Tensor:
-        """Unit text features (classes, features), frozen."""
-        return self.template_features()
-
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit features (batch, views, features) of views (batch, views, 3, height, width), or of images."""
-        return features_of_views(self, images, self.num_views)
 
     @torch.no_grad()
     def classify(self, features: torch.Tensor) -> torch.Tensor:

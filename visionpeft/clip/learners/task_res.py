@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
 from visionpeft.clip.template_ensemble import raw_ensemble
-from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.clip.template_texts import TemplateTexts
+from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError
 
 
-class TaskRes(Learner):
+class TaskRes(TemplateTexts):
     """Adds a learned residual x_k to the frozen text feature t_k of each class: scale f unit(t_k + strength x_k)^T.
 
     t_k is the mean over the templates of text features that are not normalised, so that `strength` is measured in their
@@ -64,10 +63,6 @@ class TaskRes(Learner):
         self.residual = nn.Parameter(
             torch.zeros(len(self.class_names), self.text.num_features, dtype=dtype, device=self.text.device)
         )
-
-    def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """The first template with each name."""
-        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
 
     def raw_template_features(self) -> torch.Tensor:
         """Frozen text features t (classes, features) of their own length."""

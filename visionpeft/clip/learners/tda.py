@@ -6,16 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.clip.template_texts import TemplateTexts
+from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.views import by_confidence, check_selection, features_of_views, marginal_entropy, number_chosen
 from visionpeft.errors import ConfigurationError
 
 OF_IMAGENET = {"alpha": 2.0, "beta": 5.0}
 
 
-class TDA(Learner):
+class TDA(TemplateTexts):
     """Zero-shot CLIP, plus the votes of earlier test images that it was sure of, less those of some it was not.
 
     With unit image feature f, zero-shot logits l, p = softmax(l), the class y of the largest logit and entropy H of p,
@@ -152,14 +151,6 @@ class TDA(Learner):
             )  # zeros and ones
             self.register_buffer("against", against, persistent=False)
         self.seen = 0
-
-    def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """The first template with each name."""
-        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
-
-    def text_features(self) -> torch.Tensor:
-        """Unit text features (classes, features), frozen."""
-        return self.template_features()
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """alpha and beta, by name; the caches are not saved."""

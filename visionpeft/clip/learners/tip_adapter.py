@@ -5,9 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.clip.template_texts import TemplateTexts
+from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError, StorageError
 
@@ -20,7 +19,7 @@ def grid(end: float, count: int) -> list[float]:
     return [0.1 + i * (end - 0.1) / count for i in range(count)]
 
 
-class TipAdapter(Learner):
+class TipAdapter(TemplateTexts):
     """Frozen zero-shot CLIP, plus the votes of labelled training images that resemble the image.
 
     logits = scale f t^T + alpha exp(-beta (1 - f F^T)) L, with unit image features f, unit text features t of a
@@ -115,14 +114,6 @@ class TipAdapter(Learner):
                 getattr(self, name).fill_(value)
             else:
                 setattr(self, name, value)
-
-    def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """The first template with each name."""
-        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
-
-    def text_features(self) -> torch.Tensor:
-        """Unit text features (classes, features), frozen."""
-        return self.template_features()
 
     @torch.no_grad()
     def fit_features(

@@ -5,15 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
-from visionpeft.clip.views import check_selection, check_views, confident, features_of_views, marginal_entropy
+from visionpeft.clip.views import FromViews, check_selection, check_views, confident, marginal_entropy
 from visionpeft.errors import ConfigurationError
 
 
-class TPS(Learner):
+class TPS(FromViews):
     """Shifts the text feature of each class for each test image alone: logits = scale f unit(t_k + x_k)^T.
 
     t are unit text features of a template; x (classes, features) is zero before every image. The loss is that of `TPT`:
@@ -42,11 +40,6 @@ class TPS(Learner):
     Raises:
         ConfigurationError: a number out of range, or class names or templates that cannot be used.
     """
-
-    # Views are drawn anew, so that image features cannot be kept.
-    frozen_images = False
-    by_gradient = False
-    adapts_while_testing = True
 
     def __init__(
         self,
@@ -81,18 +74,6 @@ class TPS(Learner):
     def num_tuned(self) -> int:
         """Number of values tuned on each image."""
         return len(self.class_names) * self.text.num_features
-
-    def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """The first template with each name."""
-        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
-
-    def text_features(self) -> torch.Tensor:
-        """Unit text features (classes, features), frozen and not shifted."""
-        return self.template_features()
-
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit features (batch, views, features) of views (batch, views, 3, height, width), or of images."""
-        return features_of_views(self, images, self.num_views)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of view 0, after shifting on the unit features (batch, views, features) of all views.

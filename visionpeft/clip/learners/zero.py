@@ -5,13 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, fill
-from visionpeft.clip.views import by_confidence, check_selection, check_views, features_of_views, number_chosen
+from visionpeft.clip.templates import PHOTO
+from visionpeft.clip.views import FromViews, by_confidence, check_selection, check_views, number_chosen
 
 
-class ZERO(Learner):
+class ZERO(FromViews):
     """Zero-shot CLIP at temperature zero: the most confident views of an image vote, each for the class it prefers.
 
     Of the views, the share `selection` whose zero-shot predictions have the lowest entropy is kept. Each has one vote,
@@ -39,11 +37,6 @@ class ZERO(Learner):
         ConfigurationError: a number out of range, or class names or templates that cannot be used.
     """
 
-    # Views are drawn anew, so that image features cannot be kept.
-    frozen_images = False
-    by_gradient = False
-    adapts_while_testing = True
-
     def __init__(
         self,
         clip: nn.Module,
@@ -65,18 +58,6 @@ class ZERO(Learner):
         )
         self.num_views, self.selection = num_views, selection
         self.set_class_names(class_names)
-
-    def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """The first template with each name."""
-        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
-
-    def text_features(self) -> torch.Tensor:
-        """Unit text features (classes, features), frozen."""
-        return self.template_features()
-
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit features (batch, views, features) of views (batch, views, 3, height, width), or of images."""
-        return features_of_views(self, images, self.num_views)
 
     @torch.no_grad()
     def classify(self, features: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn as nn
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
-from visionpeft.clip.templates import PHOTO, fill
+from visionpeft.clip.template_texts import TemplateTexts
+from visionpeft.clip.templates import PHOTO
 
 
-class ZeroShot(Learner):
+class ZeroShot(TemplateTexts):
     """CLIP as it is: t_k = unit(mean over templates of unit(text(template with the name of class k))).
 
     Nothing is trained.
@@ -44,11 +42,3 @@ class ZeroShot(Learner):
             allow_duplicates=allow_duplicates,
         )
         self.set_class_names(class_names)
-
-    def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """The first template with each name."""
-        return self.tokenizer.contents(fill(self.templates[0], name) for name in names)
-
-    def text_features(self) -> torch.Tensor:
-        """Unit text features (classes, features), frozen."""
-        return self.template_features()

@@ -1,6 +1,7 @@
 """Methods that learn how to use several trained adapters, which stay frozen inside the new one."""
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_type_hints
@@ -57,6 +58,7 @@ class OverAdapters(Method):
         require(not repeated, self, "adapters names one of them twice")
         self.source_methods()
 
+    @abstractmethod
     def mix(self, modules: Sequence[nn.Module], placement: Placement) -> nn.Module:
         """The module of one place.
 
@@ -64,7 +66,6 @@ class OverAdapters(Method):
             modules: what each adapter has there.
             placement: where the first of them acts.
         """
-        raise NotImplementedError
 
     def source_methods(self) -> list[Method]:
         """The methods of the adapters.

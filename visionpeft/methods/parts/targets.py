@@ -1,9 +1,10 @@
 """The layers whose weights a method changes, named by its `targets`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.errors import ConfigurationError, nearest
+from visionpeft.methods.parts.addressing import Overrides
 from visionpeft.methods.parts.base import Method, blocks_of, require
 
 
@@ -28,6 +29,22 @@ def target_layers(method: Method, tower: Tower, kinds: Sequence[str] = ("linear"
                 f"{nearest(target, available)}"
             )
     return [(index, layer) for index, layer in layers if layer.target in method.targets]
+
+
+def ranked_layers(method: Method, tower: Tower) -> Iterator[tuple[int, Layer, int, float]]:
+    """The target layers of a low-rank change, each with the index of its block, its rank and its scale alpha / rank.
+
+    Args:
+        method: has the fields `targets`, `blocks`, `rank`, `overrides` and `alpha`, which is None for a scale of 1.
+        tower: where it is to act.
+
+    Raises:
+        ConfigurationError: if a target or an override names no such layer.
+    """
+    ranks = Overrides(method.rank, method.overrides, tower.depth, method.targets, f"{type(method).__name__} overrides")
+    for index, layer in target_layers(method, tower):
+        rank = ranks.at(index, layer.target)
+        yield index, layer, rank, 1.0 if method.alpha is None else method.alpha / rank
 
 
 def require_targets(method: Method) -> None:
