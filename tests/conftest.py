@@ -95,7 +95,7 @@ class Case:
             changes["towers"] = ["visual", "text"]
         if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT):
             changes["init"] = "normal"
-        if isinstance(self.method, vp.Convpass) and host.name in ("vit_dynamic", "dinov3"):
+        if isinstance(self.method, vp.Convpass | vp.Mona) and host.name in ("vit_dynamic", "dinov3"):
             changes["grid"] = tuple(side // 8 for side in host.size)  # these take images of any size
         return dataclasses.replace(self.method, **changes)
 
@@ -197,6 +197,10 @@ CASES = [
     ),
     Case("mix_lora", vp.MixLoRA(experts=3, rank=2, alpha=6), identity=True),
     Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False), relative=True),
+    Case("mona", vp.Mona(bottleneck=4), image_only=True, relative=True),
+    Case("e2vpt", vp.E2VPT(num_tokens=2, num_keys=3), image_only=True, relative=True),
+    Case("prefix_propagation", vp.PrefixPropagation(num_tokens=3, keep=0.7, add=1.5), relative=True),
+    Case("lpt", vp.LPT(num_tokens=3, bottleneck=4), image_only=True, relative=True),
 ]
 
 
@@ -251,6 +255,7 @@ REFUSALS: dict[tuple[str, str], str] = {
     (host.name, "linear_probe"): "CLIP has no classification head to train" for host in HOSTS if not host.head_paths()
 }
 REFUSALS |= {("clip_text", name): "text has no patches to convolve" for name in ("convpass", "convpass_mlp")}
+REFUSALS |= {("clip_text", name): "words are not patches" for name in ("mona", "e2vpt", "lpt")}
 
 NO_KEY_BIAS = "keys are rotated, so their shift matters, and the architecture has no bias for them"
 MERGE_REFUSALS = {

@@ -69,6 +69,13 @@ PUBLISHED = [
     (vp.MixLoRA(rank=8), 6_561_792),
     (vp.AdaMix(), 747_264),
     (vp.AdaMix(shared_up=False), L * 4 * (2 * 16 * D + 16 + D)),
+    (vp.Mona(), 2_684_928),
+    (vp.Mona(bottleneck=8), 2 * L * (2 * D * 8 + 5 * D + 8 * 8 + 88 * 8)),
+    (vp.E2VPT(num_tokens=10, shared=True), 138_240),
+    (vp.E2VPT(num_tokens=10), 184_320),
+    (vp.PrefixPropagation(), 92_160),
+    (vp.LPT(), 593_792),
+    (vp.LPT(reads="patches"), 197_504),
     (vp.MoV(), 936_960),
     (vp.MoV(experts=1), 6 * D * L + L * (2 * 64 + 4 * D)),
 ]

@@ -14,6 +14,7 @@ from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.dora import DoRA
 from visionpeft.methods.dylora import DyLoRA
+from visionpeft.methods.e2vpt import E2VPT
 from visionpeft.methods.fact import FacT
 from visionpeft.methods.fish_mask import FishMask
 from visionpeft.methods.fourierft import FourierFT
@@ -30,11 +31,13 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.lora_dropout import LoRADropout
+from visionpeft.methods.lpt import LPT
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
 from visionpeft.methods.mole import MoLE
 from visionpeft.methods.molora import MoLORA
+from visionpeft.methods.mona import Mona
 from visionpeft.methods.moslora import MoSLoRA
 from visionpeft.methods.mov import MoV
 from visionpeft.methods.oft import OFT
@@ -42,6 +45,7 @@ from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.pissa import PiSSA
+from visionpeft.methods.prefix_propagation import PrefixPropagation
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
@@ -58,7 +62,9 @@ from visionpeft.methods.waveft import WaveFT
 __all__ = [
     "AIM",
     "BOFT",
+    "E2VPT",
     "IA3",
+    "LPT",
     "MAM",
     "OFT",
     "SPT",
@@ -98,9 +104,11 @@ __all__ = [
     "MoLORA",
     "MoSLoRA",
     "MoV",
+    "Mona",
     "OLoRA",
     "PaFi",
     "PiSSA",
+    "PrefixPropagation",
     "PrefixTuning",
     "RandLoRA",
     "RepAdapter",
