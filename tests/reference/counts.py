@@ -76,6 +76,13 @@ PUBLISHED = [
     (vp.PrefixPropagation(), 92_160),
     (vp.LPT(), 593_792),
     (vp.LPT(reads="patches"), 197_504),
+    (vp.IDPG(), 58_896),
+    (vp.PTuning(), 10 * D + 2 * (D * D + D)),
+    (vp.DecomposedPromptTuning(), 23_080),
+    (vp.SMoP(), 18_432),
+    (vp.APT(), 276_612),
+    (vp.PixelPrompt(), 69_840),
+    (vp.CIAT(), 2_479_936),
     (vp.MoV(), 936_960),
     (vp.MoV(experts=1), 6 * D * L + L * (2 * 64 + 4 * D)),
 ]

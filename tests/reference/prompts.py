@@ -2,12 +2,7 @@
 
 import torch
 
-from .arithmetic import layer_norm, linear, split_heads
-
-
-def gelu(x):
-    """x Phi(x)."""
-    return x * (1 + torch.erf(x / 2**0.5)) / 2
+from .arithmetic import ACTIVATIONS, gelu, layer_norm, linear, patches_of, softmax, split_heads
 
 
 def travelling(first, span, number, fresh, keep=1.0, add=0.0):
@@ -134,7 +129,141 @@ def mona(sites, fields, shape):
     return {"mid": at("stream_mid"), "exit": at("stream_out")}
 
 
-PROMPTS = {"prefix_propagation": prefix_propagation, "lpt": lpt, "e2vpt": e2vpt, "mona": mona}
+def kronecker_product_sum(A, S):
+    """sum_i A_i kron S_i, entry by entry of A_i."""
+    return sum(torch.cat([torch.cat([a * s for a in row], 1) for row in each], 0) for each, s in zip(A, S, strict=True))
+
+
+def idpg(sites, fields, shape):
+    """IDPG, arXiv 2204.04497: x_P <- x_P + G(h) + c_l before every block, h the class token, or the mean patch."""
+    shared, number = sites[None, "generator"], fields["num_tokens"]
+    biases = {index: found["source.c"] for (index, site), found in sites.items() if site == "stream_in"}
+    down, up = (kronecker_product_sum(shared[f"{part}.A"], shared[f"{part}.S"]) for part in ("down", "up"))
+
+    def fresh(x, patches, index):
+        h = summary(x, shape["prefix"] if index else 0, patches)
+        return linear(gelu(linear(h, down, shared["bias"])), up).reshape(len(x), number, -1) + biases[index]
+
+    return travelling(shape["prefix"], sorted(biases), number, fresh, 1.0, 1.0)
+
+
+def p_tuning(sites, fields, shape):
+    """P-tuning, arXiv 2103.10385, with its MLP alone: shallow prompts W2 relu(W1 E)."""
+    found = sites[0, "stream_in"]
+
+    def fresh(x, patches, index):
+        hidden = linear(found["source.embedding"], found["source.fc1.weight"], found["source.fc1.bias"]).clamp(min=0)
+        return linear(hidden, found["source.fc2.weight"], found["source.fc2.bias"])
+
+    return travelling(shape["prefix"], range(shape["depth"]), fields["num_tokens"], fresh)
+
+
+def decomposed_prompt_tuning(sites, fields, shape):
+    """DePT, arXiv 2309.05173: shallow prompts, and s A B added to all embeddings by position."""
+    change, prompts = sites[None, "tokens"], sites[0, "stream_in"]["source.tokens"]
+    scale = 1 if fields["alpha"] is None else fields["alpha"] / len(change["B"]) ** 0.5
+    edit = travelling(shape["prefix"], range(shape["depth"]), len(prompts), lambda x, patches, index: prompts)
+    return edit | {"tokens": lambda x: x + scale * linear(change["A"], change["B"].T)}
+
+
+def smop(sites, fields, shape):
+    """SMoP, EMNLP 2023: the prompts with the largest softmax(W m), times it; m the mean embedded patch."""
+    found = sites[0, "stream_in"]
+
+    def fresh(x, patches, index):
+        shares = softmax(linear(summary(x, 0, patches), found["source.router"]))
+        best = [max(range(len(row)), key=row.tolist().__getitem__) for row in shares]
+        return torch.stack([row[e] * found["source.prompts"][e] for row, e in zip(shares, best, strict=True)])
+
+    return travelling(shape["prefix"], range(shape["depth"]), fields["num_tokens"], fresh)
+
+
+def apt(sites, fields, shape):
+    """APT, arXiv 2305.15212: prefix keys and values times lambda sigmoid(W h), h the class token."""
+
+    def kv(pair, index, h):
+        found = sites.get((index, "kv"))
+        if found is None:
+            return pair
+        scores = linear(summary(h, shape["prefix"], 0), found["gate.weight"], found["gate.bias"])
+        gates = found["level"] / (1 + torch.exp(-scores))
+        longer = []
+        for name, old in zip(("keys", "values"), pair, strict=True):
+            prefix = torch.stack([gate[:, None] * found[name] for gate in gates])
+            longer.append(torch.cat([split_heads(prefix, old.shape[1]), old], dim=2))
+        return tuple(longer)
+
+    return {"kv": kv}
+
+
+def pixel_prompt(sites, fields, shape):
+    """Visual prompting, arXiv 2203.17274: x + frame, here as the patches of the frame through the same matrix."""
+    found, width = sites[None, "patch_embed"], fields["width"]
+    size = found["top"].shape[2], found["left"].shape[1] + 2 * width
+    frame = torch.zeros(1, len(found["top"]), size[1], size[0], dtype=found["top"].dtype)
+    frame[0, :, :width], frame[0, :, -width:] = found["top"], found["bottom"]
+    frame[0, :, width:-width, :width], frame[0, :, width:-width, -width:] = found["left"], found["right"]
+    rows, columns = fields["grid"] or shape["grid"]
+    used = {}
+
+    def weight(pair, index, site):
+        if site == "patch_embed":
+            used["weight"] = pair[0]
+        return pair
+
+    def output(y, index, site):
+        if site != "patch_embed":
+            return y
+        return y + linear(patches_of(frame, (size[1] // rows, size[0] // columns)), used["weight"])
+
+    return {"weight": weight, "output": output}
+
+
+def ciat(sites, fields, shape):
+    """CIAT, arXiv 2104.08154: attn(u) + A(u), mlp(u) + A(u), and x + A(LN(x)) on the embeddings."""
+    act, read = ACTIVATIONS[fields["activation"]], {}
+
+    def adapter(found, u, start=""):
+        hidden = act(linear(u, found[f"{start}down.weight"], found[f"{start}down.bias"]))
+        return linear(hidden, found[f"{start}up.weight"], found[f"{start}up.bias"])
+
+    def keep(site):
+        def reading(u, index):
+            read[index, site] = u
+            return u
+
+        return reading
+
+    def add(site):
+        def adding(y, index):
+            found = sites.get((index, site))
+            return y if found is None else y + adapter(found, read[index, site])
+
+        return adding
+
+    def tokens(x):
+        found = sites.get((None, "tokens"))
+        if found is None:
+            return x
+        return x + adapter(found, layer_norm(x, found["norm.weight"], found["norm.bias"], 1e-5), "adapter.")
+
+    edit = {"attn_in": keep("attn_in"), "attn_out": add("attn_in"), "mlp_in": keep("mlp_in"), "mlp_out": add("mlp_in")}
+    return edit | {"tokens": tokens}
+
+
+PROMPTS = {
+    "prefix_propagation": prefix_propagation,
+    "lpt": lpt,
+    "e2vpt": e2vpt,
+    "mona": mona,
+    "idpg": idpg,
+    "p_tuning": p_tuning,
+    "decomposed_prompt_tuning": decomposed_prompt_tuning,
+    "smop": smop,
+    "apt": apt,
+    "pixel_prompt": pixel_prompt,
+    "ciat": ciat,
+}
 
 
 def linear_shapes(name, rows, columns):
@@ -166,6 +295,47 @@ def e2vpt_shapes(method, width):
     return {"stream_in": {"prompts": (method.num_tokens, width)}, "kv": kept}
 
 
+def idpg_shapes(method, depth, width):
+    """Tensors of the generator and of the biases."""
+    n, inner, number = method.terms, method.bottleneck, method.num_tokens
+    shared = {"down.A": (n, n, n), "down.S": (n, inner // n, width // n), "bias": (inner,)}
+    shared |= {"up.A": (n, n, n), "up.S": (n, number * width // n, inner // n)}
+    return {(None, "generator"): shared} | {(i, "stream_in"): {"source.c": (number, width)} for i in range(depth)}
+
+
+def apt_shapes(method, width):
+    """Tensors of one block."""
+    number = method.num_tokens
+    return (
+        {name: (number, width) for name in ("keys", "values")} | linear_shapes("gate", number, width) | {"level": (1,)}
+    )
+
+
+def decomposed_shapes(method, width):
+    """Tensors of the change of 16 patches, one class token and their prompts, by site."""
+    change = {"A": (17, method.rank), "B": (method.rank, width)}
+    return {(None, "tokens"): change, (0, "stream_in"): {"source.tokens": (method.num_tokens, width)}}
+
+
+def frame_shapes(method, side=32):
+    """Tensors of a frame of images of this height and width."""
+    border = method.width
+    return {name: (3, border, side) for name in ("top", "bottom")} | {
+        name: (3, side - 2 * border, border) for name in ("left", "right")
+    }
+
+
+def ciat_shapes(method, depth, width):
+    """Tensors of the adapters."""
+    inner = method.bottleneck
+
+    def one(start=""):
+        return linear_shapes(f"{start}down", inner, width) | linear_shapes(f"{start}up", width, inner)
+
+    found = {(i, site): one() for i in range(depth) for site in ("attn_in", "mlp_in")}
+    return found | {(None, "tokens"): {"norm.weight": (width,), "norm.bias": (width,)} | one("adapter.")}
+
+
 # name of a method -> (method, depth, width) -> {(block or None, site): {tensor: shape}} of one tower
 PROMPT_SHAPES = {
     "prefix_propagation": lambda method, depth, width: {
@@ -177,5 +347,21 @@ PROMPT_SHAPES = {
     },
     "mona": lambda method, depth, width: {
         (i, site): mona_shapes(method, width) for i in range(depth) for site in ("stream_mid", "stream_out")
+    },
+    "idpg": idpg_shapes,
+    "smop": lambda method, depth, width: {
+        (0, "stream_in"): {
+            "source.prompts": (method.experts, method.num_tokens, width),
+            "source.router": (method.experts, width),
+        }
+    },
+    "apt": lambda method, depth, width: {(i, "kv"): apt_shapes(method, width) for i in range(depth)},
+    "decomposed_prompt_tuning": lambda method, depth, width: decomposed_shapes(method, width),
+    "pixel_prompt": lambda method, depth, width: {(None, "patch_embed"): frame_shapes(method)},
+    "ciat": ciat_shapes,
+    "p_tuning": lambda method, depth, width: {
+        (0, "stream_in"): {"source.embedding": (method.num_tokens, width)}
+        | linear_shapes("source.fc1", method.hidden, width)
+        | linear_shapes("source.fc2", width, method.hidden)
     },
 }

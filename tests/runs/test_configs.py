@@ -87,7 +87,10 @@ VTAB_ALONE = (
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 # methods for which nobody has published a recipe for ViTs on images: they go by the default of the folder
-BY_DEFAULT = {"AdaMix", "AdapterFusion", "LPT", "MixLoRA", "MoLE", "MoLORA", "Mona", "MoV", "PrefixPropagation"}
+BY_DEFAULT = {
+    *("AdaMix", "AdapterFusion", "APT", "CIAT", "DecomposedPromptTuning", "IDPG", "LPT", "MixLoRA", "MoLE", "MoLORA"),
+    *("Mona", "MoV", "PixelPrompt", "PrefixPropagation", "PTuning", "SMoP"),
+}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
