@@ -206,7 +206,7 @@ CASES = [
     Case("prefix_propagation", vp.PrefixPropagation(num_tokens=3, keep=0.7, add=1.5), relative=True),
     Case("lpt", vp.LPT(num_tokens=3, bottleneck=4), image_only=True, relative=True),
     Case("idpg", vp.IDPG(num_tokens=3, bottleneck=4, terms=2), image_only=True, relative=True),
-    Case("p_tuning", vp.PTuning(num_tokens=3, hidden=4), relative=True),
+    Case("ptuning", vp.PTuning(num_tokens=3, hidden=4), relative=True),
     Case("decomposed", vp.DecomposedPromptTuning(3, rank=2, alpha=3.0), identity=False, image_only=True, relative=True),
     Case("smop", vp.SMoP(experts=3, num_tokens=2), image_only=True, relative=True),
     Case("apt", vp.APT(num_tokens=3), image_only=True, relative=True),

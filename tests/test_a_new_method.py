@@ -123,7 +123,7 @@ def test_it_is_on_the_command_line(copy):
     # those have no configuration of their own either
     names = (
         *("ada_mix", "apt", "ciat", "decomposed_prompt_tuning", "idpg", "lpt", "mix_lora", "molora", "mona", "mov"),
-        *("p_tuning", "pixel_prompt", "prefix_propagation", "smop"),
+        *("ptuning", "pixel_prompt", "prefix_propagation", "smop"),
     )
     mixtures = {f"vtab_{name}.yaml" for name in names}
     assert set(found["all"]) == here | mixtures | {"vtab_branch_shift.yaml"}

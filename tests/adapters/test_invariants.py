@@ -293,7 +293,7 @@ def test_stacking_in_any_order(host, order):
 
 
 # prompts of other names than those of `VPT` and `PrefixTuning`
-LONGER = ("e2vpt", "lpt", "idpg", "p_tuning", "decomposed", "smop", "apt")
+LONGER = ("e2vpt", "lpt", "idpg", "ptuning", "decomposed", "smop", "apt")
 
 
 @spread()
@@ -806,7 +806,7 @@ ONLY_TRACED = (
     ("mole",),
     ("adapter_fusion",),
     ("mona", "e2vpt", "prefix_propagation", "lpt"),
-    ("idpg", "p_tuning", "decomposed", "smop", "apt", "pixel_prompt", "ciat"),
+    ("idpg", "ptuning", "decomposed", "smop", "apt", "pixel_prompt", "ciat"),
 )
 
 

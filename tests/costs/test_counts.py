@@ -185,7 +185,7 @@ def tower_shapes(method, tower, weights, sites, shape):
             enter((index, "kv"), kept)
             enter((index, "stream_mid" if name == "mam" else "mlp_out"), adapter)
     elif name in PROMPT_SHAPES:
-        for key, shapes in PROMPT_SHAPES[name](method, shape["depth"], width).items():
+        for key, shapes in PROMPT_SHAPES[name](method, shape, width).items():
             enter(key, shapes)
     elif name == "compacter":
         for index in blocks:

@@ -11,6 +11,7 @@ from reference.hosts import HOSTS
 import visionpeft as vp
 from visionpeft.errors import UserError
 from visionpeft.methods.mona import MultiCognitiveAdapter
+from visionpeft.tasks.optimisation import output_side
 
 BY_NAME = {host.name: host for host in HOSTS}
 HOST = BY_NAME["vit_cls"]
@@ -48,6 +49,13 @@ GRID = {"grid": (5, 3)}  # of vit_dynamic, which takes images of any size
         ("vit_map", [vp.LPT(num_tokens=2, bottleneck=3, start=2)]),
         ("vit_registers", [vp.LPT(num_tokens=3, bottleneck=3, reads="patches")]),
         ("dinov3", [vp.PrefixPropagation(num_tokens=2, keep=0.5)]),
+        ("vit_map", [vp.IDPG(num_tokens=2, bottleneck=8, terms=4)]),
+        ("vit_registers", [vp.SMoP(experts=3, num_tokens=2), vp.APT(num_tokens=2)]),
+        ("vit_map", [vp.APT(num_tokens=2)]),
+        ("vit_dynamic", [vp.PixelPrompt(width=3, **GRID), vp.SSF()]),
+        ("dinov3", [vp.DecomposedPromptTuning(num_tokens=2, rank=3, grid=(4, 3))]),
+        ("vit_res_post", [vp.CIAT(bottleneck=3, activation="silu"), vp.LoRA(rank=2)]),
+        ("vit_pre_norm", [vp.CIAT(bottleneck=3), vp.DecomposedPromptTuning(num_tokens=2, rank=1)]),
     ],
     ids=repr,
 )
@@ -193,7 +201,117 @@ def test_late_prompts_are_those_of_the_class_token():
     assert distance(output(model), output(shallow)) < 1e-12
 
 
+def test_idpg_without_matrices_is_prefix_propagation():
+    model, propagated = stacked(HOST, vp.IDPG(num_tokens=3, terms=4)), stacked(HOST, vp.PrefixPropagation(num_tokens=3))
+    with torch.no_grad():
+        for block in range(3):
+            own = at(propagated, "prefix_propagation", block, "stream_in").source.tokens
+            own.copy_(at(model, "idpg", block, "stream_in").source.c)
+        assert distance(output(model), output(propagated)) > 1e-4
+        generator = model.peft["default"].get_submodule("idpg.visual.generator")
+        generator.up.S.zero_()
+    assert distance(output(model), output(propagated)) < 1e-12
+
+
+def test_p_tuning_is_saved_as_shallow_prompts(tmp_path):
+    """The file has no MLP, loads as `VPT(deep=False)`, and gives the same to the bit."""
+    model = stacked(HOST, vp.PTuning(num_tokens=3, hidden=5))
+    vp.save(model, tmp_path / "adapter")
+    fresh = HOST.build(torch.float64)
+    vp.load(fresh, tmp_path / "adapter")
+    assert isinstance(fresh.peft["default"].methods[0], vp.VPT)
+    assert [tuple(p.shape) for p in fresh.peft["default"].parameters() if p.shape[-1] == 32] == [(3, 32)]
+    assert torch.equal(output(model), output(fresh.eval()))
+    with torch.no_grad():
+        at(model, "ptuning", 0, "stream_in").source.embedding.mul_(-1)
+    assert not torch.equal(output(model), output(fresh))
+
+
+def test_decomposed_change_of_positions_is_a_position_embedding():
+    """Added to the model's own, the rest is `VPT(deep=False)`; images of other sizes are refused."""
+    model = stacked(HOST, vp.DecomposedPromptTuning(num_tokens=3, rank=2, alpha=5.0))
+    shallow = stacked(HOST, vp.VPT(num_tokens=3, deep=False))
+    copy_prompts(shallow, "vpt", {0: at(model, "decomposed_prompt_tuning", 0, "stream_in").source.tokens})
+    assert distance(output(model), output(shallow)) > 1e-3
+    change = model.peft["default"].get_submodule("decomposed_prompt_tuning.visual.tokens")
+    with torch.no_grad():
+        shallow.pos_embed += 5.0 / 2**0.5 * change.A @ change.B
+    assert distance(output(model), output(shallow)) < 1e-12
+    dynamic = vp.attach(BY_NAME["vit_dynamic"].build(), vp.DecomposedPromptTuning(2, **GRID))
+    with pytest.raises(vp.UnsupportedError, match="changes 16 positions, but there are 17 tokens"):
+        dynamic(torch.zeros(1, 3, 32, 32))
+
+
+def test_prompts_of_decomposed_tuning_may_learn_at_their_own_rate():
+    """What LoRA+ is about is what the authors have a rate of its own for: the prompts."""
+    model = vp.attach(HOST.build(), vp.DecomposedPromptTuning(num_tokens=3), head=False)
+    assert [tuple(each.shape) for each in output_side(model)] == [(3, 32)]
+
+
+def test_smop_of_one_set_is_vpt_and_of_several_gives_each_image_its_own():
+    one, shallow = stacked(HOST, vp.SMoP(experts=1, num_tokens=3)), stacked(HOST, vp.VPT(3, deep=False))
+    copy_prompts(shallow, "vpt", {0: at(one, "smop", 0, "stream_in").source.prompts[0]})
+    assert distance(output(one), output(shallow)) < 1e-12
+    source = at(stacked(HOST, vp.SMoP(experts=2, num_tokens=3)), "smop", 0, "stream_in").source
+    with torch.no_grad():
+        source.router.zero_()
+        source.router[:, 0] = torch.tensor([1.0, -1.0])
+        x = torch.zeros(2, 17, 32, dtype=torch.float64)
+        x[0, 1:, 0], x[1, 1:, 0] = 2.0, -2.0
+        share = 1 / (1 + torch.exp(torch.tensor(-4.0, dtype=torch.float64)))
+        assert distance(source(x, 1), share * source.prompts) < 1e-12
+        assert torch.equal(source.eval()(x, 1), source(x, 1))
+        torch.manual_seed(0)
+        x[:, 1:, 0] = 0.01
+        drawn = source.train()(x.expand(2, -1, -1), 1)
+        assert not torch.equal(drawn, source.eval()(x, 1))  # noise is for training alone
+
+
+def test_routers_of_smop_start_orthogonal():
+    model = vp.attach(HOST.build(), vp.SMoP(experts=4), head=False)
+    router = at(model, "smop", 0, "stream_in").source.router
+    torch.testing.assert_close(router @ router.T, torch.eye(4))
+
+
+# pixels
+
+
+def test_a_frame_is_added_to_the_image():
+    """As if timm's own model were given the framed image; patches inside the border stay to the bit."""
+    method = vp.PixelPrompt(width=5)
+    model, plain = stacked(HOST, method), HOST.build(torch.float64)
+    frame = model.peft["default"].get_submodule("pixel_prompt.visual.patch_embed")
+    x = HOST.inputs(dtype=torch.float64)
+    with torch.no_grad():
+        image = frame.image()
+        assert not image[:, 5:-5, 5:-5].any()
+        assert image[:, 4].all()
+        assert image[:, :, -5].all()
+        assert sum(p.numel() for p in frame.parameters()) == int(image.count_nonzero())
+        assert distance(model(x), plain(x + image)) < 1e-12
+        assert distance(model(x), plain(x)) > 1e-3
+        own, given = plain.patch_embed(x).unflatten(1, (4, 4)), model.patch_embed(x).unflatten(1, (4, 4))
+    assert torch.equal(own[:, 1:-1, 1:-1], given[:, 1:-1, 1:-1])
+    assert not (own[:, 0] == given[:, 0]).all(dim=-1).any()
+
+
 # keys, values and prompts
+
+
+def test_apt_with_open_gates_is_prefix_tuning():
+    model, prefix = stacked(HOST, vp.APT(num_tokens=3)), stacked(HOST, vp.PrefixTuning(num_tokens=3))
+    with torch.no_grad():
+        for block in range(3):
+            own, other = at(model, "apt", block, "kv"), at(prefix, "prefix_tuning", block, "kv")
+            other.keys.copy_(own.keys)
+            other.values.copy_(own.values)
+            own.level.fill_(1)
+        assert distance(output(model), output(prefix)) > 1e-3
+        for block in range(3):
+            own = at(model, "apt", block, "kv")
+            own.gate.weight.zero_()
+            own.gate.bias.fill_(40)  # a sigmoid of one
+    assert distance(output(model), output(prefix)) < 1e-12
 
 
 def test_e2vpt_is_vpt_without_keys_and_prefix_tuning_without_prompts():
@@ -235,6 +353,30 @@ def test_adaptformer_before_scaling_is_scaled():
     assert distance(outputs[0.0, False], outputs[0.0, None]) > 1e-3
 
 
+# counter-interference adapters
+
+
+def test_ciat_reads_what_the_frozen_norm_gives():
+    """Scaling the stream before a block leaves what an adapter of it adds as it was: the norm takes it out."""
+    model = stacked(HOST, vp.CIAT(bottleneck=4, embedding=False))
+    seen, x = [], torch.randn(1, 17, 32, dtype=torch.float64)
+    at(model, "ciat", 1, "attn_in").register_forward_hook(lambda module, args, result: seen.append(result))
+    with torch.no_grad():
+        model.blocks[1].norm1.eps = 0.0
+        for each in (x, 3 * x, x + torch.randn_like(x)):
+            model.blocks[1](each)
+    assert distance(seen[1], seen[0]) < 1e-12
+    assert distance(seen[2], seen[0]) > 1e-2
+
+
+def test_ciat_starts_glorot_uniform():
+    model = vp.attach(HOST.build(), vp.CIAT(bottleneck=32), head=False)
+    weight = at(model, "ciat", 0, "mlp_in").up.weight.detach()
+    bound = (6 / 64) ** 0.5
+    assert 0.95 * bound < weight.max() <= bound
+    assert not at(model, "ciat", 0, "mlp_in").up.bias.any()
+
+
 # refusals
 
 
@@ -250,6 +392,14 @@ def test_adaptformer_before_scaling_is_scaled():
         (vp.PrefixPropagation, {"add": 0.0}, "use VPT"),
         (vp.LPT, {"bottleneck": 0}, "bottleneck must be a positive integer"),
         (vp.LPT, {"reads": "words"}, "reads must be"),
+        (vp.IDPG, {"bottleneck": 10, "terms": 4}, "must be a multiple of terms 4"),
+        (vp.IDPG, {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        (vp.PTuning, {"hidden": 0}, "hidden must be a positive width or None"),
+        (vp.DecomposedPromptTuning, {"rank": 0}, "rank must be a positive integer"),
+        (vp.SMoP, {"noise": -1.0}, "noise must not be negative"),
+        (vp.APT, {"num_tokens": 0}, "num_tokens must be a positive integer"),
+        (vp.PixelPrompt, {"width": 0}, "width must be a positive number of pixels"),
+        (vp.CIAT, {"activation": "tanh"}, "activation must be one of gelu"),
     ],
     ids=repr,
 )
@@ -267,6 +417,13 @@ def test_refused_options(kind, fields, sentence):
         ("clip_whole", vp.E2VPT(towers="text"), "the text tower has no patches"),
         ("vit_cls", vp.LPT(start=3), "start must be a block of the visual tower, 0 to 2, not 3"),
         ("vit_cls", vp.PrefixPropagation(blocks=[0, 2]), "consecutive blocks"),
+        ("vit_cls", vp.IDPG(bottleneck=5, terms=5), "terms=5 does not divide the width 32"),
+        ("vit_cls", vp.PixelPrompt(width=16), "leaves nothing inside an image of 32 x 32"),
+        ("vit_dynamic", vp.PixelPrompt(), "PixelPrompt needs the grid of patches"),
+        *(
+            ("clip_whole", kind(towers="text"), "the text tower has none")
+            for kind in (vp.IDPG, vp.SMoP, vp.APT, vp.PixelPrompt, vp.DecomposedPromptTuning)
+        ),
     ],
     ids=repr,
 )
@@ -276,6 +433,17 @@ def test_refused_hosts(host, method, sentence):
     with pytest.raises(UserError, match=sentence):
         vp.attach(model, method)
     assert not hasattr(model, "peft")
+
+
+def test_frames_need_pixels():
+    """Patches that overlap are refused, and images of another size."""
+    model = HOST.build()
+    model.patch_embed.proj = torch.nn.Conv2d(3, 32, 12, stride=8, padding=2)
+    with pytest.raises(vp.UnsupportedError, match="one convolution of pixels to patches"):
+        vp.attach(model, vp.PixelPrompt(width=1))
+    framed = vp.attach(BY_NAME["vit_dynamic"].build(), vp.PixelPrompt(width=2, **GRID))
+    with pytest.raises(vp.UnsupportedError, match="images of 40 x 24 pixels, but these have 32 x 32"):
+        framed(torch.zeros(1, 3, 32, 32))
 
 
 def test_mona_refuses_images_of_other_sizes():

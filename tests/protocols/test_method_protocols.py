@@ -125,7 +125,7 @@ def test_methods_by_name():
     assert configs_of_methods(["LoRA", "FullFineTuning"], "fgvc_") == ["fgvc_lora.yaml", "fgvc_full.yaml"]
     names = (
         *("ada_mix", "apt", "ciat", "decomposed_prompt_tuning", "idpg", "lpt", "mix_lora", "molora", "mona", "mov"),
-        *("p_tuning", "pixel_prompt", "prefix_propagation", "smop"),
+        *("ptuning", "pixel_prompt", "prefix_propagation", "smop"),
     )
     by_default = {f"vtab_{name}.yaml" for name in names}
     assert {*configs_of_methods(["all"], "vtab_")} == {*shipped_configs("vtab_")} | by_default

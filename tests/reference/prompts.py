@@ -257,7 +257,7 @@ PROMPTS = {
     "e2vpt": e2vpt,
     "mona": mona,
     "idpg": idpg,
-    "p_tuning": p_tuning,
+    "ptuning": p_tuning,
     "decomposed_prompt_tuning": decomposed_prompt_tuning,
     "smop": smop,
     "apt": apt,
@@ -295,12 +295,14 @@ def e2vpt_shapes(method, width):
     return {"stream_in": {"prompts": (method.num_tokens, width)}, "kv": kept}
 
 
-def idpg_shapes(method, depth, width):
+def idpg_shapes(method, shape, width):
     """Tensors of the generator and of the biases."""
     n, inner, number = method.terms, method.bottleneck, method.num_tokens
     shared = {"down.A": (n, n, n), "down.S": (n, inner // n, width // n), "bias": (inner,)}
     shared |= {"up.A": (n, n, n), "up.S": (n, number * width // n, inner // n)}
-    return {(None, "generator"): shared} | {(i, "stream_in"): {"source.c": (number, width)} for i in range(depth)}
+    return {(None, "generator"): shared} | {
+        (i, "stream_in"): {"source.c": (number, width)} for i in range(shape["depth"])
+    }
 
 
 def apt_shapes(method, width):
@@ -311,55 +313,55 @@ def apt_shapes(method, width):
     )
 
 
-def decomposed_shapes(method, width):
-    """Tensors of the change of 16 patches, one class token and their prompts, by site."""
-    change = {"A": (17, method.rank), "B": (method.rank, width)}
+def decomposed_shapes(method, shape, width):
+    """Tensors of the change of positions, class and register tokens included, and of the prompts."""
+    rows, columns = method.grid or shape["grid"]
+    change = {"A": (shape["prefix"] + rows * columns, method.rank), "B": (method.rank, width)}
     return {(None, "tokens"): change, (0, "stream_in"): {"source.tokens": (method.num_tokens, width)}}
 
 
-def frame_shapes(method, side=32):
-    """Tensors of a frame of images of this height and width."""
-    border = method.width
-    return {name: (3, border, side) for name in ("top", "bottom")} | {
-        name: (3, side - 2 * border, border) for name in ("left", "right")
-    }
+def frame_shapes(method, shape):
+    """Tensors of a frame of images whose patches are 8 x 8 pixels."""
+    border, (height, width) = method.width, (8 * side for side in method.grid or shape["grid"])
+    across, down = (3, border, width), (3, height - 2 * border, border)
+    return {"top": across, "bottom": across, "left": down, "right": down}
 
 
-def ciat_shapes(method, depth, width):
+def ciat_shapes(method, shape, width):
     """Tensors of the adapters."""
     inner = method.bottleneck
 
     def one(start=""):
         return linear_shapes(f"{start}down", inner, width) | linear_shapes(f"{start}up", width, inner)
 
-    found = {(i, site): one() for i in range(depth) for site in ("attn_in", "mlp_in")}
+    found = {(i, site): one() for i in range(shape["depth"]) for site in ("attn_in", "mlp_in")}
     return found | {(None, "tokens"): {"norm.weight": (width,), "norm.bias": (width,)} | one("adapter.")}
 
 
-# name of a method -> (method, depth, width) -> {(block or None, site): {tensor: shape}} of one tower
+# name of a method -> (method, shape, width) -> {(block or None, site): {tensor: shape}} of one tower
 PROMPT_SHAPES = {
-    "prefix_propagation": lambda method, depth, width: {
-        (i, "stream_in"): {"source.tokens": (method.num_tokens, width)} for i in range(depth)
+    "prefix_propagation": lambda method, shape, width: {
+        (i, "stream_in"): {"source.tokens": (method.num_tokens, width)} for i in range(shape["depth"])
     },
-    "lpt": lambda method, depth, width: {(depth // 2, "stream_in"): lpt_shapes(method, width)},
-    "e2vpt": lambda method, depth, width: {
-        (i, site): shapes for i in range(depth) for site, shapes in e2vpt_shapes(method, width).items()
+    "lpt": lambda method, shape, width: {(shape["depth"] // 2, "stream_in"): lpt_shapes(method, width)},
+    "e2vpt": lambda method, shape, width: {
+        (i, site): shapes for i in range(shape["depth"]) for site, shapes in e2vpt_shapes(method, width).items()
     },
-    "mona": lambda method, depth, width: {
-        (i, site): mona_shapes(method, width) for i in range(depth) for site in ("stream_mid", "stream_out")
+    "mona": lambda method, shape, width: {
+        (i, site): mona_shapes(method, width) for i in range(shape["depth"]) for site in ("stream_mid", "stream_out")
     },
     "idpg": idpg_shapes,
-    "smop": lambda method, depth, width: {
+    "smop": lambda method, shape, width: {
         (0, "stream_in"): {
             "source.prompts": (method.experts, method.num_tokens, width),
             "source.router": (method.experts, width),
         }
     },
-    "apt": lambda method, depth, width: {(i, "kv"): apt_shapes(method, width) for i in range(depth)},
-    "decomposed_prompt_tuning": lambda method, depth, width: decomposed_shapes(method, width),
-    "pixel_prompt": lambda method, depth, width: {(None, "patch_embed"): frame_shapes(method)},
+    "apt": lambda method, shape, width: {(i, "kv"): apt_shapes(method, width) for i in range(shape["depth"])},
+    "decomposed_prompt_tuning": decomposed_shapes,
+    "pixel_prompt": lambda method, shape, width: {(None, "patch_embed"): frame_shapes(method, shape)},
     "ciat": ciat_shapes,
-    "p_tuning": lambda method, depth, width: {
+    "ptuning": lambda method, shape, width: {
         (0, "stream_in"): {"source.embedding": (method.num_tokens, width)}
         | linear_shapes("source.fc1", method.hidden, width)
         | linear_shapes("source.fc2", width, method.hidden)

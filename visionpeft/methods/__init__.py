@@ -46,13 +46,13 @@ from visionpeft.methods.moslora import MoSLoRA
 from visionpeft.methods.mov import MoV
 from visionpeft.methods.oft import OFT
 from visionpeft.methods.olora import OLoRA
-from visionpeft.methods.p_tuning import PTuning
 from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.pixel_prompt import PixelPrompt
 from visionpeft.methods.prefix_propagation import PrefixPropagation
 from visionpeft.methods.prefix_tuning import PrefixTuning
+from visionpeft.methods.ptuning import PTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
 from visionpeft.methods.smop import SMoP

@@ -100,6 +100,7 @@ class PixelPrompt(Method):
 
 def _reads_pixels(layer: Layer, patch: tuple[int, int]) -> bool:
     """Whether a layer is a convolution of one patch after another."""
-    if layer.kind != "conv" or layer.owner.groups != 1:
+    owner = layer.owner
+    if layer.kind != "conv" or owner.groups != 1 or owner.padding not in ((0, 0), "valid"):
         return False
-    return tuple(layer.owner.kernel_size) == tuple(layer.owner.stride) == tuple(patch)
+    return tuple(owner.kernel_size) == tuple(owner.stride) == tuple(patch)

@@ -54,8 +54,6 @@ class PTuning(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
-    name = "p_tuning"  # no word boundary in the capitals
-
     num_tokens: int = 10
     hidden: int | None = None
     blocks: Blocks = "all"
