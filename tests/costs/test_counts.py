@@ -246,6 +246,11 @@ def tower_shapes(method, tower, weights, sites, shape):
         shapes |= {"up_bias": (width,)}
         for index in blocks:
             enter((index, "mlp_out"), {part: (experts, *size) for part, size in shapes.items()})
+    elif name == "dtl":
+        for index in blocks:
+            enter((index, "stream_in"), {"A": (method.rank, width), "B": (width, method.rank)})
+        if method.convolution:
+            enter((None, "convolution"), {"conv.weight": (width, 1, 3, 3)})
     elif name == "mov":
         for index in blocks:
             for site, matrix, axis in (("k", "k", 0), ("v", "v", 0), ("hidden", "fc2", 1)):

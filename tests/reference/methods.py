@@ -569,7 +569,45 @@ def mov(sites, fields, shape):
     return {"output": output, "hidden": hidden}
 
 
+def dtl(sites, fields, shape):
+    """DTL, arXiv 2312.07856: h_{i+1} = h_i + B_i A_i x_i beside the blocks, h sigmoid(beta h) behind the later ones."""
+    first = shape["depth"] // 2 if fields["first"] is None else fields["first"]
+    kernels = sites.get((None, "convolution"))
+    path = {}
+
+    def enter(state, index):
+        found = sites[index, "stream_in"]
+        step = linear(state[0], found["B"] @ found["A"])
+        path["h"] = step if index == 0 else path["h"] + step
+        return state
+
+    def leave(state, index):
+        x, prompts = state
+        if index >= first:
+            change = path["h"] * (1 + torch.tanh(fields["beta"] * path["h"] / 2)) / 2  # exp of -beta h overflows
+            if kernels is not None:
+                rows, columns = fields["grid"] or shape["grid"]
+                change[:, shape["prefix"] :] = by_channel(change, rows, columns, kernels["conv.weight"])
+            x = x + change
+        if fields["pooling"] == "mean" and index == shape["depth"] - 1:
+            patches = x[:, shape["prefix"] :]
+            x = torch.cat([patches.sum(1, keepdim=True) / patches.shape[1], x[:, 1:]], dim=1)
+        return x, prompts
+
+    return {"enter": enter, "leave": leave}
+
+
+def by_channel(x, rows, columns, weight):
+    """The patches of x, the last tokens, after a 3 x 3 kernel for each channel, tap by tap, zeros outside."""
+    batch, _, channels = x.shape
+    padded = torch.zeros(batch, rows + 2, columns + 2, channels, dtype=x.dtype)
+    padded[:, 1:-1, 1:-1] = x[:, -rows * columns :].reshape(batch, rows, columns, channels)
+    taps = [(down, right) for down in range(3) for right in range(3)]
+    return sum(padded[:, d : d + rows, r : r + columns] * weight[:, 0, d, r] for d, r in taps).flatten(1, 2)
+
+
 METHODS = {
+    "dtl": dtl,
     "molora": molora,
     "mole": mole,
     "adapter_fusion": adapter_fusion,

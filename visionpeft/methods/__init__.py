@@ -13,6 +13,7 @@ from visionpeft.methods.child_tuning import ChildTuning
 from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.dora import DoRA
+from visionpeft.methods.dtl import DTL
 from visionpeft.methods.dylora import DyLoRA
 from visionpeft.methods.fact import FacT
 from visionpeft.methods.fish_mask import FishMask
@@ -58,6 +59,7 @@ from visionpeft.methods.waveft import WaveFT
 __all__ = [
     "AIM",
     "BOFT",
+    "DTL",
     "IA3",
     "MAM",
     "OFT",
