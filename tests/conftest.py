@@ -198,6 +198,8 @@ CASES = [
     Case("mix_lora", vp.MixLoRA(experts=3, rank=2, alpha=6), identity=True),
     Case("dtl", vp.DTL(first=1), identity=True, image_only=True),
     Case("dtl_plus", vp.DTL(3, 1.5, first=0, convolution=True), identity=True, image_only=True, relative=True),
+    Case("lst", vp.LST(ratio=4), image_only=True),
+    Case("lst_dropped", vp.LST(2, temperature=0.7, dropped=(0, 2)), image_only=True, relative=True),
     Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False), relative=True),
 ]
 
@@ -253,7 +255,7 @@ REFUSALS: dict[tuple[str, str], str] = {
     (host.name, "linear_probe"): "CLIP has no classification head to train" for host in HOSTS if not host.head_paths()
 }
 REFUSALS |= {("clip_text", name): "text has no patches to convolve" for name in ("convpass", "convpass_mlp")}
-REFUSALS |= {("clip_text", name): "text has no patches" for name in ("dtl", "dtl_plus")}
+REFUSALS |= {("clip_text", name): "text has no patches" for name in ("dtl", "dtl_plus", "lst", "lst_dropped")}
 
 NO_KEY_BIAS = "keys are rotated, so their shift matters, and the architecture has no bias for them"
 MERGE_REFUSALS = {

@@ -4,10 +4,12 @@ That they compute their formulas is tested with all methods; here are the proper
 """
 
 import pytest
+import timm
 import torch
 from conftest import HOSTS, distance, expected_output, randomise
 
 import visionpeft as vp
+from visionpeft.costs.saved_bytes import saved_bytes, storages
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Carrying
 
@@ -100,6 +102,59 @@ def test_dtl_reads_the_mean_of_the_patches(convolution):
         vp.attach(BY_HOST["vit_avg"].build(), method)
 
 
+def test_lst_trains_without_a_gradient_in_the_backbone():
+    """No tokens that enter a block have one; with one tensor of a LoRA before them they all have."""
+    model = model_with(vp.LST(4))
+    seen, output = need_gradients(model)
+    assert seen == [(False, False), (False, False), (False, True)]
+    output.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.peft.parameters())
+    beside = model_with(vp.LoRA(2, targets=("q",), blocks=[0]), vp.LST(4))
+    assert need_gradients(beside)[0] == [(False, True), (True, True), (True, True)]
+
+
+@pytest.mark.parametrize("openness", [-1000.0, 1000.0])
+def test_lst_with_closed_gates_is_a_map_of_the_last_tokens(openness):
+    """g = 0 and side blocks that add nothing leave D_L x_L, x_L the backbone's last tokens; g = 1 leaves D_0 x_0."""
+    model = HOST.build(torch.float64)
+    kept = []
+    handles = [model.blocks[0].register_forward_pre_hook(lambda block, inputs: kept.append(inputs[0]))]
+    handles.append(model.blocks[-1].register_forward_hook(lambda block, inputs, output: kept.append(output)))
+    model(IMAGES)
+    for handle in handles:
+        handle.remove()
+    vp.attach(model, vp.LST(4))
+    randomise(model.peft["default"])
+    tensors = dict(model.peft["default"].named_parameters())
+    with torch.no_grad():
+        for name, parameter in tensors.items():
+            if name.endswith("gate"):
+                parameter.fill_(openness)
+            elif "block.attn.proj" in name or "block.mlp.fc2" in name:
+                parameter.zero_()
+    x, layer = (kept[1], "lst.visual.2.stream_in.down") if openness < 0 else (kept[0], "lst.visual.0.stream_in.start")
+    s = x @ tensors[f"{layer}.weight"].T + tensors[f"{layer}.bias"]
+    s = (s - s.mean(-1, keepdim=True)) / (s.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    s = s * tensors["lst.visual.2.stream_in.norm.weight"] + tensors["lst.visual.2.stream_in.norm.bias"]
+    y = s @ tensors["lst.visual.2.stream_in.up.weight"].T + tensors["lst.visual.2.stream_in.up.bias"]
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
+    y = (y * model.norm.weight + model.norm.bias)[:, 0]
+    assert distance(model(IMAGES), y @ tensors["head.weight"].T + tensors["head.bias"]) < 1e-9
+
+
+@pytest.mark.parametrize(("method", "most"), [(vp.LST(8), 1.5), (vp.DTL(), 6.0), (vp.LoRA(2), None)])
+def test_what_is_kept_for_the_backward_pass(method, most):
+    """In tensors as wide as the tokens for each block, on twelve blocks; a LoRA keeps all that attention and MLP need."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=5)
+    vp.attach(model, method)
+    images = torch.randn(2, 3, 48, 48)
+    frozen = storages(model) | {images.untyped_storage().data_ptr()}
+    kept, _ = saved_bytes(lambda: model(images).square().sum(), frozen)
+    unit = 12 * 4 * 2 * 10 * 192
+    assert kept / unit <= most if most else kept / unit > 9
+
+
 # carrying
 
 
@@ -168,8 +223,13 @@ def test_deep_prompts_do_not_enter_the_side_path():
         (lambda: vp.DTL(pooling="max"), "pooling"),
         (lambda: vp.DTL(first=3), "3 blocks"),
         (lambda: vp.DTL(grid=(0, 4)), "grid"),
+        (lambda: vp.LST(ratio=0), "ratio must"),
+        (lambda: vp.LST(ratio=16), "use a divisor of 8"),
+        (lambda: vp.LST(4, temperature=0.0), "temperature"),
+        (lambda: vp.LST(4, dropped=(3,)), "blocks 0 to 2"),
+        (lambda: vp.LST(4, dropped=(0, 1, 2)), "no side block"),
     ],
-    ids=["rank", "beta", "pooling", "first", "grid"],
+    ids=["rank", "beta", "pooling", "first", "grid", "ratio", "heads", "temperature", "block", "none"],
 )
 def test_what_cannot_be_is_refused_in_words(method, words):
     with pytest.raises(ConfigurationError, match=words):

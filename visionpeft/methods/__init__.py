@@ -31,6 +31,7 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.lora_dropout import LoRADropout
+from visionpeft.methods.lst import LST
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
@@ -61,6 +62,7 @@ __all__ = [
     "BOFT",
     "DTL",
     "IA3",
+    "LST",
     "MAM",
     "OFT",
     "SPT",
