@@ -95,7 +95,7 @@ class Case:
             changes["towers"] = ["visual", "text"]
         if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT):
             changes["init"] = "normal"
-        if isinstance(self.method, vp.Convpass) and host.name in ("vit_dynamic", "dinov3"):
+        if isinstance(self.method, vp.Convpass | vp.DTL) and host.name in ("vit_dynamic", "dinov3"):
             changes["grid"] = tuple(side // 8 for side in host.size)  # these take images of any size
         return dataclasses.replace(self.method, **changes)
 
@@ -221,6 +221,10 @@ CASES = [
         sources=(vp.Adapter(bottleneck=2), vp.Adapter(3, activation="relu", scale="learned"), vp.Adapter(2, scale=0.5)),
     ),
     Case("mix_lora", vp.MixLoRA(experts=3, rank=2, alpha=6), identity=True),
+    Case("dtl", vp.DTL(first=1), identity=True, image_only=True),
+    Case("dtl_plus", vp.DTL(3, 1.5, first=0, convolution=True), identity=True, image_only=True, relative=True),
+    Case("lst", vp.LST(ratio=4), image_only=True),
+    Case("lst_dropped", vp.LST(2, temperature=0.7, dropped=(0, 2)), image_only=True, relative=True),
     Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False), relative=True),
 ]
 
@@ -276,6 +280,7 @@ REFUSALS: dict[tuple[str, str], str] = {
     (host.name, "linear_probe"): "CLIP has no classification head to train" for host in HOSTS if not host.head_paths()
 }
 REFUSALS |= {("clip_text", name): "text has no patches to convolve" for name in ("convpass", "convpass_mlp")}
+REFUSALS |= {("clip_text", name): "text has no patches" for name in ("dtl", "dtl_plus", "lst", "lst_dropped")}
 
 NO_KEY_BIAS = "keys are rotated, so their shift matters, and the architecture has no bias for them"
 MERGE_REFUSALS = {

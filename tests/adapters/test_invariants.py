@@ -801,6 +801,7 @@ ONLY_TRACED = (
     ("ada_mix",),
     ("mole",),
     ("adapter_fusion",),
+    ("dtl", "dtl_plus", "lst"),
 )
 
 

@@ -246,6 +246,25 @@ def tower_shapes(method, tower, weights, sites, shape):
         shapes |= {"up_bias": (width,)}
         for index in blocks:
             enter((index, "mlp_out"), {part: (experts, *size) for part, size in shapes.items()})
+    elif name == "dtl":
+        for index in blocks:
+            enter((index, "stream_in"), {"A": (method.rank, width), "B": (width, method.rank)})
+        if method.convolution:
+            enter((None, "convolution"), {"conv.weight": (width, 1, 3, 3)})
+    elif name == "lst":
+        narrow = width // method.ratio
+        line = {"weight": (narrow, width), "bias": (narrow,)}
+        square = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 4}
+        side = {f"block.{layer}.weight": (n * narrow, narrow) for layer, n in square.items()}
+        side |= {f"block.{layer}.bias": (n * narrow,) for layer, n in square.items()}
+        side |= {"block.mlp.fc2.weight": (narrow, 4 * narrow), "block.mlp.fc2.bias": (narrow,), "gate": (1,)}
+        side |= {f"block.norm{n}.{part}": (narrow,) for n in (1, 2) for part in ("weight", "bias")}
+        side |= {f"down.{part}": size for part, size in line.items()}
+        for index in blocks:
+            enter((index, "stream_in"), {} if index in method.dropped else side)
+        enter((0, "stream_in"), {f"start.{part}": size for part, size in line.items()})
+        last = {"norm.weight": (narrow,), "norm.bias": (narrow,), "up.weight": (width, narrow), "up.bias": (width,)}
+        enter((shape["depth"] - 1, "stream_in"), last)
     elif name == "mov":
         for index in blocks:
             for site, matrix, axis in (("k", "k", 0), ("v", "v", 0), ("hidden", "fc2", 1)):

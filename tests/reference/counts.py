@@ -70,5 +70,9 @@ PUBLISHED = [
     (vp.AdaMix(), 747_264),
     (vp.AdaMix(shared_up=False), L * 4 * (2 * 16 * D + 16 + D)),
     (vp.MoV(), 936_960),
+    (vp.DTL(), 36_864),
+    (vp.DTL(convolution=True), 43_776),
+    (vp.LST(), 2_376_492),
+    (vp.LST(dropped=(1, 4, 7)), 9 * (12 * 96**2 + 14 * 96 + 96 * D + 1) + 2 * 96 * D + 3 * 96 + D),
     (vp.MoV(experts=1), 6 * D * L + L * (2 * 64 + 4 * D)),
 ]

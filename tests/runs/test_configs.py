@@ -86,6 +86,9 @@ VTAB_ALONE = (
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
+# networks beside the backbone, likewise
+BESIDE = ("dtl", "lst")
+UNPUBLISHED |= {"vtab_lst.yaml"}
 # mixtures, for which nobody has published a recipe on images: they go by the default of the folder
 BY_DEFAULT = {"AdaMix", "AdapterFusion", "MixLoRA", "MoLE", "MoLORA", "MoV"}
 VIDEOS = shipped_configs("video_")
@@ -116,7 +119,7 @@ def build(*arguments: str) -> CLI:
 
 def test_every_method_has_a_configuration_for_each_benchmark():
     assert {f"{benchmark}_{name}.yaml" for benchmark in ("vtab", "fgvc") for name in NAMES} <= set(WHOLE)
-    assert {f"vtab_{name}.yaml" for name in VTAB_ALONE} <= set(WHOLE)
+    assert {f"vtab_{name}.yaml" for name in (*VTAB_ALONE, *BESIDE)} <= set(WHOLE)
     named = {method_of(name)["class_path"] for name in WHOLE}
     of_videos = {method_of(name)["class_path"] for name in VIDEOS}
     assert set(VIDEOS) == {f"video_{name}.yaml" for name in VIDEO_NAMES}

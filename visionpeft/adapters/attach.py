@@ -22,7 +22,7 @@ from visionpeft.backbones.quantised import check_product, check_products, is_qua
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
-from visionpeft.sites import Order, order_of
+from visionpeft.sites import NEXT_BLOCK, Order, order_of
 from visionpeft.sites.routing import OPEN
 
 SPANNING = (Order.ENTER_SPAN, Order.LEAVE_SPAN)
@@ -445,7 +445,8 @@ def _check_sites(adapter: AttachedAdapter, backbone: Backbone) -> None:
     used: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for _, placement in adapter.placements:
         if placement.block is not None:
-            used[placement.tower][placement.block].update(filter(None, (placement.site, placement.add)))
+            add = "stream_out" if placement.add == NEXT_BLOCK else placement.add
+            used[placement.tower][placement.block].update(filter(None, (placement.site, add)))
         elif placement.site == "tokens" and "norm_pre" not in backbone.towers[placement.tower].layers:
             used[placement.tower][0].add("stream_in")
     for tower, sites in used.items():

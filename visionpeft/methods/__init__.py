@@ -13,6 +13,7 @@ from visionpeft.methods.child_tuning import ChildTuning
 from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.dora import DoRA
+from visionpeft.methods.dtl import DTL
 from visionpeft.methods.dylora import DyLoRA
 from visionpeft.methods.fact import FacT
 from visionpeft.methods.fish_mask import FishMask
@@ -30,6 +31,7 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.lora_dropout import LoRADropout
+from visionpeft.methods.lst import LST
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
@@ -58,7 +60,9 @@ from visionpeft.methods.waveft import WaveFT
 __all__ = [
     "AIM",
     "BOFT",
+    "DTL",
     "IA3",
+    "LST",
     "MAM",
     "OFT",
     "SPT",
