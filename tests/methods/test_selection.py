@@ -309,7 +309,7 @@ def test_inputs_and_sizes_are_those_of_the_untouched_model():
     with torch.no_grad():
         plain(IMAGES)
     for place, x in zip(places, seen, strict=True):
-        wanted = torch.stack([x[LABELS == label][:, 1:].square().sum((0, 1)).sqrt() for label in (0, 1, 3, 4)])
+        wanted = torch.stack([x[label == LABELS][:, 1:].square().sum((0, 1)).sqrt() for label in (0, 1, 3, 4)])
         found = sizes[place]
         assert torch.allclose(found.sort(0).values, wanted.sort(0).values, rtol=1e-10)
         assert not torch.allclose(found.sum(0), wanted.sum(0) + x[:, 0].abs().mean(0), rtol=1e-3)

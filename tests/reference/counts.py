@@ -46,7 +46,6 @@ PUBLISHED = [
     (vp.PiSSA(rank=8), 294_912),
     (vp.OLoRA(rank=8), 294_912),
     (vp.NeuroAda(), 82_944),
-    (vp.NeuroAda(per_row=20), 20 * 82_944),
     (vp.OFT(), 285_696),
     (vp.BOFT(factors=1), 46_080),
     (vp.BOFT(), 129_024),
