@@ -27,6 +27,7 @@ IMAGES = HOST.inputs(4).double()
 ALONE = (
     *("DoRA", "PaFi", "FishMask", "SPT", "HiRA", "MiSS", "OFT", "BOFT", "RandLoRA", "FourierFT", "WaveFT", "HiWi"),
     *("LoRADropout", "AdaMix", "MixLoRA", "DTL", "LST"),
+    *("LoRADropout", "AdaMix", "MixLoRA", "NeuroAda"),
 )
 
 

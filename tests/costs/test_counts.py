@@ -218,6 +218,10 @@ def tower_shapes(method, tower, weights, sites, shape):
         for (index, site, part), size in sizes.items():
             if number := int((size <= limit).sum()):
                 enter((index, site), {part: (number,)})
+    elif name == "neuro_ada":
+        for (index, site), (weight, _) in read.items():
+            if index in blocks and not site.endswith(("norm", "norm1", "norm2")):
+                enter((index, site), {"weight": (method.per_row * len(weight),)})
     elif name == "vpt":
         first = shape["depth"] - int(method.blocks.removeprefix("last:")) if method.blocks != "all" else 0
         for index in blocks[first:] if method.deep else blocks[:1]:

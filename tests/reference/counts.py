@@ -45,6 +45,7 @@ PUBLISHED = [
     (vp.LoRA(rank=8, train_A=False), 147_456),
     (vp.PiSSA(rank=8), 294_912),
     (vp.OLoRA(rank=8), 294_912),
+    (vp.NeuroAda(), 82_944),
     (vp.OFT(), 285_696),
     (vp.BOFT(factors=1), 46_080),
     (vp.BOFT(), 129_024),

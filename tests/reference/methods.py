@@ -677,6 +677,9 @@ METHODS = {
     "pa_fi": sparse,
     "fish_mask": sparse,
     "child_tuning": sparse,
+    "neuro_ada": sparse,
+    "gps": sparse,
+    "second_order": sparse,
     "spt": spt,
     **{name: edit_with(change) for name, change in CHANGES.items()},
 }

@@ -61,8 +61,9 @@ def attach(
     for each in methods:
         if not isinstance(each, Method):
             raise ConfigurationError(f"attach needs a method such as LoRA(rank=8), not {each!r}")
-        if getattr(each, "entries", None) is not None:  # which of them, only a saved adapter says
-            raise ConfigurationError(f"{type(each).__name__}: entries are found, not given; leave them out")
+        given = [name for name in each.found if getattr(each, name, None) not in (None, False)]
+        if given:  # which of them, only a saved adapter says
+            raise ConfigurationError(f"{type(each).__name__}: {given[0]} are found, not given; leave them out")
     words = " and ".join(type(each).__name__ for each in methods)
     used = used_by(methods)
     methods, given = with_sources(model.peft if has_adapters(model) else None, methods)

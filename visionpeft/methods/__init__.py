@@ -15,11 +15,13 @@ from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.dora import DoRA
 from visionpeft.methods.dtl import DTL
 from visionpeft.methods.dylora import DyLoRA
+from visionpeft.methods.eva import EVA
 from visionpeft.methods.fact import FacT
 from visionpeft.methods.fish_mask import FishMask
 from visionpeft.methods.fourierft import FourierFT
 from visionpeft.methods.full_fine_tuning import FullFineTuning
 from visionpeft.methods.gated_vpt import GatedVPT
+from visionpeft.methods.gps import GPS
 from visionpeft.methods.gralora import GraLoRA
 from visionpeft.methods.hira import HiRA
 from visionpeft.methods.hiwi import HiWi
@@ -31,6 +33,7 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.lora_dropout import LoRADropout
+from visionpeft.methods.lora_ga import LoRAGA
 from visionpeft.methods.lst import LST
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
@@ -39,6 +42,7 @@ from visionpeft.methods.mole import MoLE
 from visionpeft.methods.molora import MoLORA
 from visionpeft.methods.moslora import MoSLoRA
 from visionpeft.methods.mov import MoV
+from visionpeft.methods.neuro_ada import NeuroAda
 from visionpeft.methods.oft import OFT
 from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pafi import PaFi
@@ -47,6 +51,7 @@ from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
+from visionpeft.methods.second_order import SecondOrder
 from visionpeft.methods.sora import SoRA
 from visionpeft.methods.spt import SPT
 from visionpeft.methods.ssf import SSF
@@ -61,6 +66,8 @@ __all__ = [
     "AIM",
     "BOFT",
     "DTL",
+    "EVA",
+    "GPS",
     "IA3",
     "LST",
     "MAM",
@@ -95,6 +102,7 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "LoRADropout",
+    "LoRAGA",
     "Method",
     "MiSS",
     "MixLoRA",
@@ -102,6 +110,7 @@ __all__ = [
     "MoLORA",
     "MoSLoRA",
     "MoV",
+    "NeuroAda",
     "OLoRA",
     "PaFi",
     "PiSSA",
@@ -109,6 +118,7 @@ __all__ = [
     "RandLoRA",
     "RepAdapter",
     "STAdapter",
+    "SecondOrder",
     "SoRA",
     "UniPELT",
     "VBLoRA",
