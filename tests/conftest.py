@@ -57,6 +57,10 @@ def pytest_runtest_teardown(item, nextitem):
     shared_cells.leave(item, nextitem, item.has_failed)
 
 
+# methods that must be told the grid of a model for images of any size
+ON_A_GRID = vp.Convpass | vp.DTL | vp.Mona | vp.DecomposedPromptTuning | vp.PixelPrompt
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A method with small sizes, and what the paper promises of it.
@@ -95,7 +99,7 @@ class Case:
             changes["towers"] = ["visual", "text"]
         if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT):
             changes["init"] = "normal"
-        if isinstance(self.method, vp.Convpass | vp.DTL) and host.name in ("vit_dynamic", "dinov3"):
+        if isinstance(self.method, ON_A_GRID) and host.name in ("vit_dynamic", "dinov3"):
             changes["grid"] = tuple(side // 8 for side in host.size)  # these take images of any size
         return dataclasses.replace(self.method, **changes)
 
@@ -231,6 +235,17 @@ CASES = [
     Case("lst", vp.LST(ratio=4), image_only=True),
     Case("lst_dropped", vp.LST(2, temperature=0.7, dropped=(0, 2)), image_only=True, relative=True),
     Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False), relative=True),
+    Case("mona", vp.Mona(bottleneck=4), image_only=True, relative=True),
+    Case("e2vpt", vp.E2VPT(num_tokens=2, num_keys=3), image_only=True, relative=True),
+    Case("prefix_propagation", vp.PrefixPropagation(num_tokens=3, keep=0.7, add=1.5), relative=True),
+    Case("lpt", vp.LPT(num_tokens=3, bottleneck=4), image_only=True, relative=True),
+    Case("idpg", vp.IDPG(num_tokens=3, bottleneck=4, terms=2), image_only=True, relative=True),
+    Case("p_tuning", vp.PTuning(num_tokens=3, hidden=4), relative=True),
+    Case("decomposed", vp.DecomposedPromptTuning(3, rank=2, alpha=3.0), identity=False, image_only=True, relative=True),
+    Case("smop", vp.SMoP(experts=3, num_tokens=2), image_only=True, relative=True),
+    Case("apt", vp.APT(num_tokens=3), image_only=True, relative=True),
+    Case("pixel_prompt", vp.PixelPrompt(width=5), image_only=True, relative=True),
+    Case("ciat", vp.CIAT(bottleneck=4), relative=True),
 ]
 
 
@@ -286,6 +301,8 @@ REFUSALS: dict[tuple[str, str], str] = {
 }
 REFUSALS |= {("clip_text", name): "text has no patches to convolve" for name in ("convpass", "convpass_mlp")}
 REFUSALS |= {("clip_text", name): "text has no patches" for name in ("dtl", "dtl_plus", "lst", "lst_dropped")}
+OF_IMAGES = ("mona", "e2vpt", "lpt", "idpg", "decomposed", "smop", "apt", "pixel_prompt")
+REFUSALS |= {("clip_text", name): "words are not patches" for name in OF_IMAGES}
 
 NO_KEY_BIAS = "keys are rotated, so their shift matters, and the architecture has no bias for them"
 MERGE_REFUSALS = {

@@ -121,7 +121,11 @@ def test_it_is_on_the_command_line(copy):
     assert (found["name"], found["configs"]) == ("branch_shift", ["vtab_branch_shift.yaml"])
     here = {f"vtab_{path.name}" for path in (ROOT / "configs/vtab").glob("*.yaml") if path.stem != "default"}
     # those have no configuration of their own either
-    mixtures = {f"vtab_{name}.yaml" for name in ("ada_mix", "mix_lora", "molora", "mov")}
+    names = (
+        *("ada_mix", "apt", "ciat", "decomposed_prompt_tuning", "idpg", "lpt", "mix_lora", "molora", "mona", "mov"),
+        *("p_tuning", "pixel_prompt", "prefix_propagation", "smop"),
+    )
+    mixtures = {f"vtab_{name}.yaml" for name in names}
     assert set(found["all"]) == here | mixtures | {"vtab_branch_shift.yaml"}
     assert not found["other"]
 

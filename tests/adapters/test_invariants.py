@@ -292,6 +292,10 @@ def test_stacking_in_any_order(host, order):
     assert torch.equal(output_of(host, model, dtype=torch.float64), untouched_output(host, torch.float64))
 
 
+# prompts of other names than those of `VPT` and `PrefixTuning`
+LONGER = ("e2vpt", "lpt", "idpg", "p_tuning", "decomposed", "smop", "apt")
+
+
 @spread()
 def test_routed_rows_are_those_of_each_adapter(host, case):
     """Row i of a mixed batch is the row which adapter i, or the plain backbone, gives alone."""
@@ -307,7 +311,7 @@ def test_routed_rows_are_those_of_each_adapter(host, case):
     names = ["a", None, "b", "a"]
     # nor can two values of one parameter of the backbone act in one batch
     refused = host.takes == "text" or any(name.startswith("trained.") for name in adapter_tensors(model, "a"))
-    longer = case.name.startswith(("vpt", "prefix", "mam", "unipelt", "mix_lora"))
+    longer = case.name.startswith(("vpt", "prefix", "mam", "unipelt", "mix_lora", *LONGER))
     if refused or longer:
         with pytest.raises(UserError), vp.route(model, names):
             output_of(host, model, 4, torch.float64)
@@ -802,6 +806,8 @@ ONLY_TRACED = (
     ("mole",),
     ("adapter_fusion",),
     ("dtl", "dtl_plus", "lst"),
+    ("mona", "e2vpt", "prefix_propagation", "lpt"),
+    ("idpg", "p_tuning", "decomposed", "smop", "apt", "pixel_prompt", "ciat"),
 )
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import CASES, TRAINED_ALONE, every_pair
 from reference import addresses_of, shapes_of
 from reference.counts import PUBLISHED, D, L
+from reference.prompts import PROMPT_SHAPES
 from reference.weight_changes import SHAPES, SHARED_SHAPES
 from shared_cells import plain, shared
 
@@ -183,6 +184,9 @@ def tower_shapes(method, tower, weights, sites, shape):
                 adapter = {f"bottleneck.{each}": size for each, size in adapter.items()} | gate_shapes(width)
             enter((index, "kv"), kept)
             enter((index, "stream_mid" if name == "mam" else "mlp_out"), adapter)
+    elif name in PROMPT_SHAPES:
+        for key, shapes in PROMPT_SHAPES[name](method, shape["depth"], width).items():
+            enter(key, shapes)
     elif name == "compacter":
         for index in blocks:
             for site in ADAPTER_SITES[method.placement]:

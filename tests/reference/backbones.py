@@ -198,6 +198,7 @@ def open_clip_text(model, text, edits, weights, prefix):
     edits = edits.get("text", [])
     sites = text_addresses(model, prefix)
     x = weights[prefix + "token_embedding.weight"][text] + weights[prefix + "positional_embedding"][: text.shape[1]]
+    x = amend(edits, "tokens", x)
     table = None
     if model.attn_mask is not None:
         length = text.shape[1]

@@ -8,6 +8,7 @@ a station to a function. To add a method, write the function and enter it in MET
 import torch
 
 from .arithmetic import ACTIVATIONS, attention, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
+from .prompts import PROMPTS
 from .weight_changes import CHANGES, edit_with, random_matrix
 
 
@@ -91,7 +92,18 @@ def beside_mlp(sites, fields):
 
 def adapt_former(sites, fields, shape):
     """AdaptFormer, arXiv 2205.13535: a ReLU bottleneck beside the MLP, reading the un-normalised stream."""
-    return {"beside": beside_mlp(sites, fields | {"activation": "relu"})}
+    if not fields.get("before_scaling"):
+        return {"beside": beside_mlp(sites, fields | {"activation": "relu"})}
+    streams = {}
+
+    def mid(y, index):
+        streams[index] = y
+        return y
+
+    def mlp_out(m, index):
+        return beside_mlp(sites, fields | {"activation": "relu"})(m, index, streams[index])
+
+    return {"mid": mid, "mlp_out": mlp_out}
 
 
 def ssf(sites, fields, shape):
@@ -681,6 +693,7 @@ METHODS = {
     "gps": sparse,
     "second_order": sparse,
     "spt": spt,
+    **PROMPTS,
     **{name: edit_with(change) for name, change in CHANGES.items()},
 }
 

@@ -77,7 +77,7 @@ NAMES = (
     *WITHOUT_BENCHMARK_NUMBERS,
     *("vpt", "vpt_shallow", "lora", "adaptformer", "adapter", "adapter_plus", "ssf", "bitfit", "prefix_tuning"),
     *("linear_probe", "full", "last_blocks", "gated_vpt", "rep_adapter", "convpass", "fact_tt", "fact_tk"),
-    *("spt_lora", "spt_adapter"),
+    *("spt_lora", "spt_adapter", "e2vpt"),
 )
 # relatives of LoRA, of which the fine-grained benchmark has no configuration
 VTAB_ALONE = (
@@ -89,8 +89,11 @@ UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 # networks beside the backbone, likewise
 BESIDE = ("dtl", "lst")
 UNPUBLISHED |= {"vtab_lst.yaml"}
-# mixtures, for which nobody has published a recipe on images: they go by the default of the folder
-BY_DEFAULT = {"AdaMix", "AdapterFusion", "MixLoRA", "MoLE", "MoLORA", "MoV"}
+# methods for which nobody has published a recipe for ViTs on images: they go by the default of the folder
+BY_DEFAULT = {
+    *("AdaMix", "AdapterFusion", "APT", "CIAT", "DecomposedPromptTuning", "IDPG", "LPT", "MixLoRA", "MoLE", "MoLORA"),
+    *("Mona", "MoV", "PixelPrompt", "PrefixPropagation", "PTuning", "SMoP"),
+}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))

@@ -6,15 +6,19 @@ from visionpeft.methods.adapter import Adapter
 from visionpeft.methods.adapter_fusion import AdapterFusion
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
+from visionpeft.methods.apt import APT
 from visionpeft.methods.bitfit import BitFit
 from visionpeft.methods.boft import BOFT
 from visionpeft.methods.capaboost import CapaBoost
 from visionpeft.methods.child_tuning import ChildTuning
+from visionpeft.methods.ciat import CIAT
 from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
+from visionpeft.methods.decomposed_prompt_tuning import DecomposedPromptTuning
 from visionpeft.methods.dora import DoRA
 from visionpeft.methods.dtl import DTL
 from visionpeft.methods.dylora import DyLoRA
+from visionpeft.methods.e2vpt import E2VPT
 from visionpeft.methods.eva import EVA
 from visionpeft.methods.fact import FacT
 from visionpeft.methods.fish_mask import FishMask
@@ -26,6 +30,7 @@ from visionpeft.methods.gralora import GraLoRA
 from visionpeft.methods.hira import HiRA
 from visionpeft.methods.hiwi import HiWi
 from visionpeft.methods.ia3 import IA3
+from visionpeft.methods.idpg import IDPG
 from visionpeft.methods.kadaptation import KAdaptation
 from visionpeft.methods.krona import KronA
 from visionpeft.methods.last_blocks import LastBlocks
@@ -34,24 +39,30 @@ from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.lora_dropout import LoRADropout
 from visionpeft.methods.lora_ga import LoRAGA
+from visionpeft.methods.lpt import LPT
 from visionpeft.methods.lst import LST
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
 from visionpeft.methods.mole import MoLE
 from visionpeft.methods.molora import MoLORA
+from visionpeft.methods.mona import Mona
 from visionpeft.methods.moslora import MoSLoRA
 from visionpeft.methods.mov import MoV
 from visionpeft.methods.neuro_ada import NeuroAda
 from visionpeft.methods.oft import OFT
 from visionpeft.methods.olora import OLoRA
+from visionpeft.methods.p_tuning import PTuning
 from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.pissa import PiSSA
+from visionpeft.methods.pixel_prompt import PixelPrompt
+from visionpeft.methods.prefix_propagation import PrefixPropagation
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
 from visionpeft.methods.second_order import SecondOrder
+from visionpeft.methods.smop import SMoP
 from visionpeft.methods.sora import SoRA
 from visionpeft.methods.spt import SPT
 from visionpeft.methods.ssf import SSF
@@ -64,11 +75,16 @@ from visionpeft.methods.waveft import WaveFT
 
 __all__ = [
     "AIM",
+    "APT",
     "BOFT",
+    "CIAT",
     "DTL",
+    "E2VPT",
     "EVA",
     "GPS",
     "IA3",
+    "IDPG",
+    "LPT",
     "LST",
     "MAM",
     "OFT",
@@ -85,6 +101,7 @@ __all__ = [
     "ChildTuning",
     "Compacter",
     "Convpass",
+    "DecomposedPromptTuning",
     "DoRA",
     "DyLoRA",
     "FacT",
@@ -110,13 +127,18 @@ __all__ = [
     "MoLORA",
     "MoSLoRA",
     "MoV",
+    "Mona",
     "NeuroAda",
     "OLoRA",
+    "PTuning",
     "PaFi",
     "PiSSA",
+    "PixelPrompt",
+    "PrefixPropagation",
     "PrefixTuning",
     "RandLoRA",
     "RepAdapter",
+    "SMoP",
     "STAdapter",
     "SecondOrder",
     "SoRA",
