@@ -15,6 +15,7 @@ from visionpeft.adapters.attach import attach, has_adapters
 from visionpeft.adapters.described_tensors import check_tensors
 from visionpeft.clip.layout import Layout, Tokenizer, Tokens, check_distinct, clean_class_names
 from visionpeft.clip.model import acting_adapters, check_clip, fixed_image_size, image_dtype
+from visionpeft.clip.packing import OwnTokens
 from visionpeft.clip.template_ensemble import ensemble, template_layouts
 from visionpeft.clip.templates import check_templates
 from visionpeft.clip.text import TextEncoder, unit
@@ -227,12 +228,12 @@ class Learner(nn.Module):
         """Unit text features (classes, features), computed anew."""
         return unit(self.encode(self.layout, self.context()))[0]
 
-    def encode(self, layout: Layout, context: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, layout: Layout, context: torch.Tensor | None = None, own: OwnTokens | None = None) -> torch.Tensor:
         """Text features (groups, texts, features), not normalised, `chunk_size` texts at a time."""
         self.check_acting()
 
         def run(groups: torch.Tensor | None) -> torch.Tensor:
-            return self.text.encode(layout, groups, chunk_size=self.chunk_size, fast=self.fast_text)
+            return self.text.encode(layout, groups, chunk_size=self.chunk_size, fast=self.fast_text, own=own)
 
         if context is None or self.chunk_size is None or len(context) * len(layout) <= self.chunk_size:
             return run(context)

@@ -18,6 +18,7 @@ from visionpeft.clip.learners.proda import ProDA
 from visionpeft.clip.learners.prograd import ProGrad
 from visionpeft.clip.learners.promptsrc import PromptSRC
 from visionpeft.clip.learners.task_res import TaskRes
+from visionpeft.clip.learners.tcp import TCP
 from visionpeft.clip.learners.tda import TDA
 from visionpeft.clip.learners.tip_adapter import TipAdapter
 from visionpeft.clip.learners.tps import TPS
@@ -32,6 +33,7 @@ __all__ = [
     "IVLP",
     "MTA",
     "PLOT",
+    "TCP",
     "TDA",
     "TPS",
     "TPT",
