@@ -49,7 +49,7 @@ PROTOCOLS = {
 }
 # Learners without training images, and those for whose protocol there are no published numbers.
 OF_SEVERAL_CONTEXTS = ("plot", "proda")
-LATER = ("tcp",)
+LATER = ("tcp", "rpo")
 ON_VIEWS = ("zero", "mta", "tps", "c_tpt")  # learners that see several views of each test image
 PROTOCOLS = {protocol: (*names, *LATER, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
 WITHOUT_IMAGES = {

@@ -182,11 +182,11 @@ class Learner(nn.Module):
 
     # Images to logits
 
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Image features (batch, features) of images (batch, 3, height, width), not normalised.
+    def check_images(self, images: torch.Tensor) -> None:
+        """Refuse images that the image tower does not take, and adapters that have been switched.
 
         Raises:
-            ConfigurationError: another shape, a size that the image tower does not take, or other adapters act.
+            ConfigurationError: another shape than (batch, 3, height, width), another size, or other adapters act.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ConfigurationError(
@@ -199,6 +199,14 @@ class Learner(nn.Module):
                 "them as its preprocessing says"
             )
         self.check_acting()
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Image features (batch, features) of images (batch, 3, height, width), not normalised.
+
+        Raises:
+            ConfigurationError: as `check_images`.
+        """
+        self.check_images(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
             return self.run_image_tower(images.to(image_dtype(self.clip)))
 

@@ -221,9 +221,10 @@ class TextEncoder:
 
             at = _acting(block, replacing=False)
             x = residual_block(block, x, at, attention, ends if ends_only else None)
-        return self._project(self.module.ln_final(x if ends_only else x[:, ends]))
+        return self.to_features(self.module.ln_final(x if ends_only else x[:, ends]))
 
-    def _project(self, x: torch.Tensor) -> torch.Tensor:
+    def to_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The projection of normalised tokens (..., width) into the space of the features, (..., features)."""
         projection = self.module.text_projection
         if projection is None:
             return x
@@ -279,13 +280,18 @@ def _why_not_causal(module: nn.Module, pool: str) -> str | None:
         return f"it is read at the {pool} token"
     if getattr(module, "cls_emb", None) is not None:
         return "a class token is after the text"
-    mask = module.attn_mask
-    if mask is None or not (mask.is_meta or torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1))):
+    if not is_causal(module):
         return "it is not causal"
     for block in module.transformer.resblocks:
         if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock):
             return f"its blocks are of class {type(block).__name__}"
     return None
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether each token of a text tower sees those before it, and none after."""
+    mask = module.attn_mask
+    return mask is not None and (mask.is_meta or torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1)))
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from visionpeft.clip.learners import (
     CLAP,
     IVLP,
     PLOT,
+    RPO,
     TCP,
     TPT,
     CLIPAdapter,
@@ -752,6 +753,7 @@ def test_trainable_counts_at_real_widths():
     assert count(PLOT) == 32_768
     assert count(ProDA) == 262_144
     assert count(TCP) == 331_904
+    assert count(RPO) == 30_720
     assert count(TaskRes) == count(CLAP) == 51_200
     assert count(CLIPLinearProbe, solver="gradient") == 100 * 513
     assert count(ZeroShot) == count(TipAdapter) == count(TPT) == count(CLIPLinearProbe) == 0

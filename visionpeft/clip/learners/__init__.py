@@ -17,6 +17,7 @@ from visionpeft.clip.learners.plot import PLOT
 from visionpeft.clip.learners.proda import ProDA
 from visionpeft.clip.learners.prograd import ProGrad
 from visionpeft.clip.learners.promptsrc import PromptSRC
+from visionpeft.clip.learners.rpo import RPO
 from visionpeft.clip.learners.task_res import TaskRes
 from visionpeft.clip.learners.tcp import TCP
 from visionpeft.clip.learners.tda import TDA
@@ -33,6 +34,7 @@ __all__ = [
     "IVLP",
     "MTA",
     "PLOT",
+    "RPO",
     "TCP",
     "TDA",
     "TPS",
