@@ -88,7 +88,13 @@ def layer_norm(x, norm):
 
 
 def text_feature(clip, embedded, end, overwritten=(None, None)):
-    """Unit feature (e,) of embedded tokens (77, d), read at position `end`.
+    """`raw_text_feature`, at length 1."""
+    feature = raw_text_feature(clip, embedded, end, overwritten)
+    return feature / feature.square().sum().sqrt()
+
+
+def raw_text_feature(clip, embedded, end, overwritten=(None, None)):
+    """Feature (e,) of embedded tokens (77, d), read at position `end`.
 
     `overwritten` is a block and the tokens (M, d) that stand behind the start token when it begins.
     """
@@ -112,8 +118,7 @@ def text_feature(clip, embedded, end, overwritten=(None, None)):
         quick = "QuickGELU" in type(block.mlp.gelu).__name__
         h = h / (1 + (-1.702 * h).exp()) if quick else 0.5 * h * (1 + torch.erf(h / 2**0.5))
         x = x + h @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias
-    feature = layer_norm(x[end], clip.ln_final) @ clip.text_projection
-    return feature / feature.square().sum().sqrt()
+    return layer_norm(x[end], clip.ln_final) @ clip.text_projection
 
 
 def plain_features(clip, texts):
@@ -122,7 +127,7 @@ def plain_features(clip, texts):
     return torch.stack([text_feature(clip, clip.token_embedding.weight[row], int(row.argmax())) for row in ids])
 
 
-def prompt_features(clip, names, context, position="end", overwritten=(None, None)):
+def prompt_features(clip, names, context, position="end", overwritten=(None, None), feature=text_feature):
     """Unit features (classes, e) of prompts with a context (M, d), or one for each class (classes, M, d).
 
     `overwritten` is a block and the tokens (classes, M, d) that stand behind the start tokens when it begins.
@@ -139,7 +144,7 @@ def prompt_features(clip, names, context, position="end", overwritten=(None, Non
         before = {"end": count, "middle": count // 2, "front": 0}[position]
         embedded = torch.cat((start, own[:before], words, own[before:], rest))
         tokens = None if overwritten[0] is None else overwritten[1][index]
-        features.append(text_feature(clip, embedded, int(row.argmax()), (overwritten[0], tokens)))
+        features.append(feature(clip, embedded, int(row.argmax()), (overwritten[0], tokens)))
     return torch.stack(features)
 
 

@@ -294,6 +294,10 @@ class Learner(nn.Module):
         logits = self.classify(self.image_features(images) if features is None else features)
         return F.cross_entropy(logits, labels), logits
 
+    def text_penalty(self, texts: torch.Tensor) -> torch.Tensor | float:
+        """What the loss adds to the cross-entropy for unit text features (classes, features)."""
+        return 0.0
+
     def fit_features(
         self,
         train: tuple[torch.Tensor, torch.Tensor],
@@ -353,6 +357,10 @@ class Learner(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser has to train."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad and self.by_gradient]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Those of them that a run trains at the rate `head_lr`."""
+        return []
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The tensors that are saved, by name."""
