@@ -49,8 +49,9 @@ PROTOCOLS = {
 }
 # Learners without training images, and those for whose protocol there are no published numbers.
 OF_SEVERAL_CONTEXTS = ("plot", "proda")
+LATER = ("tcp", "rpo", "2sfs", "dept", "provp")
 ON_VIEWS = ("zero", "mta", "tps", "c_tpt")  # learners that see several views of each test image
-PROTOCOLS = {protocol: (*names, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
+PROTOCOLS = {protocol: (*names, *LATER, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
 WITHOUT_IMAGES = {
     f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in ("zero_shot", "tpt", "tda", *ON_VIEWS)
 }
@@ -58,6 +59,8 @@ UNPUBLISHED = {
     *("base_to_new_tpt.yaml", "base_to_new_clip_lora.yaml", "cross_dataset_ivlp.yaml", "cross_dataset_clip_lora.yaml"),
     *("base_to_new_tda.yaml", "fewshot_clap.yaml", "fewshot_lp_plus_plus.yaml", "fewshot_tuned_clip.yaml"),
     *(f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in (*ON_VIEWS, *OF_SEVERAL_CONTEXTS)),
+    *(f"{protocol}_{name}.yaml" for protocol in ("fewshot", "cross_dataset") for name in LATER),
+    "base_to_new_dept.yaml",
 }
 WITH_A_RECIPE_OF_THEIR_OWN = (
     "TipAdapter",
@@ -65,6 +68,8 @@ WITH_A_RECIPE_OF_THEIR_OWN = (
     "TaskRes",
     "CLAP",
     "TunedCLIP",
+    "TCP",
+    "TwoStageFewShot",
 )  # others have that of CoOp's trainer
 LEARNERS = [f"{protocol}_{name}.yaml" for protocol, names in PROTOCOLS.items() for name in names]
 WITHOUT_BENCHMARK_NUMBERS = (

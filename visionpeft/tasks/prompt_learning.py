@@ -238,6 +238,10 @@ class PromptLearning(ImageTask):
         """What the learner trains."""
         return self.learner.trainable_parameters()
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What the learner calls its head."""
+        return self.learner.head_parameters()
+
     def trained_keys(self) -> set[str]:
         """What the learner trains, and its own buffers."""
         trained = {name for name, parameter in self.learner.named_parameters() if parameter.requires_grad}
