@@ -49,7 +49,7 @@ PROTOCOLS = {
 }
 # Learners without training images, and those for whose protocol there are no published numbers.
 OF_SEVERAL_CONTEXTS = ("plot", "proda")
-ON_VIEWS = ("zero", "mta", "tps", "c_tpt")  # learners that see several views of each test image
+ON_VIEWS = ("zero", "mta", "tps", "c_tpt", "diff_tpt")  # learners that see several views of each test image
 PROTOCOLS = {protocol: (*names, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
 WITHOUT_IMAGES = {
     f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in ("zero_shot", "tpt", "tda", *ON_VIEWS)
@@ -58,7 +58,7 @@ UNPUBLISHED = {
     *("base_to_new_tpt.yaml", "base_to_new_clip_lora.yaml", "cross_dataset_ivlp.yaml", "cross_dataset_clip_lora.yaml"),
     *("base_to_new_tda.yaml", "fewshot_clap.yaml", "fewshot_lp_plus_plus.yaml", "fewshot_tuned_clip.yaml"),
     *(f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in (*ON_VIEWS, *OF_SEVERAL_CONTEXTS)),
-}
+} - {"cross_dataset_diff_tpt.yaml"}
 WITH_A_RECIPE_OF_THEIR_OWN = (
     "TipAdapter",
     "CLIPLoRA",

@@ -8,6 +8,7 @@ from visionpeft.clip.learners.clip_linear_probe import CLIPLinearProbe
 from visionpeft.clip.learners.clip_lora import CLIPLoRA
 from visionpeft.clip.learners.cocoop import CoCoOp
 from visionpeft.clip.learners.coop import CoOp
+from visionpeft.clip.learners.diff_tpt import DiffTPT
 from visionpeft.clip.learners.ivlp import IVLP
 from visionpeft.clip.learners.kgcoop import KgCoOp
 from visionpeft.clip.learners.lp_plus_plus import LPPlusPlus
@@ -41,6 +42,7 @@ __all__ = [
     "CLIPLoRA",
     "CoCoOp",
     "CoOp",
+    "DiffTPT",
     "KgCoOp",
     "LPPlusPlus",
     "Learner",
