@@ -143,6 +143,7 @@ OPTIONS = {
     "PromptSRC": [{"template": ["a photo of a {}.", "art of the {}."]}],  # and not sixty
     "CLIPLinearProbe": [{}, {"solver": "gradient"}],
     **{name: [{"num_views": 4}] for name in ("TPT", "CTPT", "DiffTPT", "TPS", "ZERO", "MTA")},
+    "PromptAlign": [{"num_views": 4, "weight": 0.0}],  # which has no statistics of a source here
 }
 LEARNERS = [(name, options) for name in learners.__all__ if name != "Learner" for options in OPTIONS.get(name, [{}])]
 KINDS = ("autocast", "in chunks", "in full", "siglip")

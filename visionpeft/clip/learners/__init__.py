@@ -17,6 +17,7 @@ from visionpeft.clip.learners.mta import MTA
 from visionpeft.clip.learners.plot import PLOT
 from visionpeft.clip.learners.proda import ProDA
 from visionpeft.clip.learners.prograd import ProGrad
+from visionpeft.clip.learners.prompt_align import PromptAlign
 from visionpeft.clip.learners.promptsrc import PromptSRC
 from visionpeft.clip.learners.task_res import TaskRes
 from visionpeft.clip.learners.tda import TDA
@@ -49,6 +50,7 @@ __all__ = [
     "MaPLe",
     "ProDA",
     "ProGrad",
+    "PromptAlign",
     "PromptSRC",
     "TaskRes",
     "TipAdapter",
