@@ -267,6 +267,14 @@ class Learner(nn.Module):
         """Logits (batch, classes) of unit image features (batch, features)."""
         return self.logits(features, self.text_features())
 
+    def seen(self, images: torch.Tensor) -> torch.Tensor:
+        """What a learner that adapts while testing looks at of images: they themselves, or views drawn from them."""
+        return images
+
+    def classify_seen(self, images: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes) of what was `seen` and its features; most learners need the features alone."""
+        return self.classify(features)
+
     def unadapted(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of a learner that adapts while testing, as they would be if it did not.
 
@@ -324,14 +332,28 @@ class Learner(nn.Module):
     ) -> torch.Tensor:
         """Gradient of `output`, with `upstream` as the gradient of what follows it, with respect to `tensor`.
 
-        It is scaled on its way through a text tower in float16, where small gradients would become zero.
+        It is scaled as in `gradients`.
+        """
+        (gradient,) = self.gradients(output, [tensor], upstream, keep_graph)
+        return gradient
+
+    def gradients(
+        self,
+        output: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        upstream: torch.Tensor | None = None,
+        keep_graph: bool = False,
+    ) -> list[torch.Tensor]:
+        """Gradients of `output`, with `upstream` as the gradient of what follows it, with respect to `tensors`.
+
+        They are scaled on their way through a text tower in float16, where small gradients would become zero.
         """
         device = self.text.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         scale = 1024.0 if torch.float16 in (autocast, self.text.dtype) else 1.0
         upstream = torch.ones_like(output) if upstream is None else upstream
-        (gradient,) = torch.autograd.grad(output, tensor, upstream * scale, retain_graph=keep_graph)
-        return gradient / scale
+        found = torch.autograd.grad(output, tensors, upstream * scale, retain_graph=keep_graph)
+        return [gradient / scale for gradient in found]
 
     def end_epoch(self, epoch: int, num_epochs: int) -> None:
         """Called after training epoch `epoch` of 0 .. num_epochs - 1."""

@@ -9,6 +9,7 @@ from visionpeft.clip.learners.clip_lora import CLIPLoRA
 from visionpeft.clip.learners.cocoop import CoCoOp
 from visionpeft.clip.learners.coop import CoOp
 from visionpeft.clip.learners.dept import DePT
+from visionpeft.clip.learners.diff_tpt import DiffTPT
 from visionpeft.clip.learners.ivlp import IVLP
 from visionpeft.clip.learners.kgcoop import KgCoOp
 from visionpeft.clip.learners.lp_plus_plus import LPPlusPlus
@@ -17,6 +18,7 @@ from visionpeft.clip.learners.mta import MTA
 from visionpeft.clip.learners.plot import PLOT
 from visionpeft.clip.learners.proda import ProDA
 from visionpeft.clip.learners.prograd import ProGrad
+from visionpeft.clip.learners.prompt_align import PromptAlign
 from visionpeft.clip.learners.promptsrc import PromptSRC
 from visionpeft.clip.learners.provp import ProVP
 from visionpeft.clip.learners.rpo import RPO
@@ -49,6 +51,7 @@ __all__ = [
     "CoCoOp",
     "CoOp",
     "DePT",
+    "DiffTPT",
     "KgCoOp",
     "LPPlusPlus",
     "Learner",
@@ -56,6 +59,7 @@ __all__ = [
     "ProDA",
     "ProGrad",
     "ProVP",
+    "PromptAlign",
     "PromptSRC",
     "TaskRes",
     "TipAdapter",
