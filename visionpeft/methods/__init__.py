@@ -33,6 +33,7 @@ from visionpeft.methods.lora_dropout import LoRADropout
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
+from visionpeft.methods.moelora import MOELoRA
 from visionpeft.methods.mole import MoLE
 from visionpeft.methods.molora import MoLORA
 from visionpeft.methods.moslora import MoSLoRA
@@ -91,6 +92,7 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "LoRADropout",
+    "MOELoRA",
     "Method",
     "MiSS",
     "MixLoRA",
