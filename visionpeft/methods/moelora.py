@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
@@ -47,7 +48,8 @@ class TaskLowRank(LowRankExperts):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map input x (rows, ..., in) and output y (rows, ..., out) of the layer to the changed output."""
-        shares = self.router(self.embedding)[rows_of(self.tasks, x, "MOELoRA")]
+        # A lookup, because indexing with a single number would wait for it and break a compiled graph.
+        shares = F.embedding(rows_of(self.tasks, x, "MOELoRA"), self.router(self.embedding))
         if shares.ndim == 2:  # an image has the same for all its tokens
             shares = shares.view(len(x), *[1] * (x.ndim - 2), -1)
         return self.changed(x, y, shares)

@@ -351,10 +351,9 @@ class AdaptedTask(ImageTask):
                 "leave --data.labels as in its training"
             )
         if (tasks := learnt.get("tasks")) != self.tasks:
-            known = ", ".join(tasks or ()) or "one task"
+            known, given = (", ".join(each or ()) or "one task" for each in (tasks, self.tasks))
             raise ConfigurationError(
-                f"the adapter in {folder} has learnt {known}, and the data has {', '.join(self.tasks or ()) or 'one task'}"
-                "; test on the tasks of its training"
+                f"the adapter in {folder} has learnt {known}, and the data has {given}; test on the tasks of its training"
             )
         names = description.get("class_names")
         if names is not None and names != self.class_names:

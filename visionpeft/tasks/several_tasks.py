@@ -1,6 +1,7 @@
 """What is learnt of images of several tasks, each with classes of its own."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -94,9 +95,8 @@ class OneClassOfTask(OneClass):
 
     def metrics(self, split: str) -> dict[str, Metric]:
         """Top-1 accuracy of all images, of each task, and the mean of those of the tasks."""
-        firsts, counts = [], list(self.tasks.values())
-        for count in counts:
-            firsts.append(firsts[-1] + counts[len(firsts) - 1] if firsts else 0)
+        counts = list(self.tasks.values())
+        firsts = [0, *accumulate(counts)][:-1]
         each = {
             f"{task}/top1": TaskAccuracy([first], [count])
             for (task, count), first in zip(self.tasks.items(), firsts, strict=True)

@@ -144,8 +144,8 @@ class ImageTask(pl.LightningModule):
         if isinstance(datamodule, ImageDataModule) and datamodule.tasks != self.tasks:
             known, given = (", ".join(tasks or ()) or "one task" for tasks in (self.tasks, datamodule.tasks))
             raise ConfigurationError(
-                f"{type(self).__name__} has {known} to learn here, but the data has {given}; several tasks are learnt by "
-                "ImageClassification from MultiTask data with the same tasks"
+                f"{type(self).__name__} has {known} to learn here, but the data has {given}; several tasks are learnt "
+                "by ImageClassification from MultiTask data with the same tasks"
             )
         datamodule.preprocessing = self.preprocessing
 
