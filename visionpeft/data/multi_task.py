@@ -263,11 +263,8 @@ def _check_task(name: str, data: ImageDataModule) -> None:
         raise ConfigurationError(
             f"task {name!r} has labels {data.labels!r}; tasks that are learnt together have labels 'classes'"
         )
-    for option in ("balanced", "drop_last"):
-        if getattr(data, option):
+    for option, usual in (("balanced", False), ("test_views", None), ("test_order", "listed")):
+        if getattr(data, option) != usual:
             raise ConfigurationError(
                 f"task {name!r} sets {option}, but MultiTask makes the batches; leave it out there"
             )
-    for option, usual in (("test_views", None), ("test_order", "listed")):
-        if getattr(data, option) != usual:
-            raise ConfigurationError(f"task {name!r} sets {option}, but its test is one of several; leave it out there")

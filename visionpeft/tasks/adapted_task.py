@@ -353,7 +353,7 @@ class AdaptedTask(ImageTask):
         if (tasks := learnt.get("tasks")) != self.tasks:
             known, given = (", ".join(each or ()) or "one task" for each in (tasks, self.tasks))
             raise ConfigurationError(
-                f"the adapter in {folder} has learnt {known}, and the data has {given}; test on the tasks of its training"
+                f"the adapter in {folder} has learnt {known}, and the data has {given}; test on the tasks of both"
             )
         names = description.get("class_names")
         if names is not None and names != self.class_names:
