@@ -124,6 +124,7 @@ class Bench:
         options = dict(row.options)
         if row.kind == "over":
             options["adapters"] = [str(self.adapter(BY_NAME[row.sources], each, seed)) for each in DOMAINS]
+        content["data"]["init_args"]["tasks"]["dsprites_loc"]["init_args"]["test_samples"] = 1000
         model = content["model"]["init_args"]
         model |= {
             "backbone_kwargs": {"img_size": self.size},
@@ -136,7 +137,7 @@ class Bench:
             content["data"] = data
         else:
             content["data"]["init_args"]["batch_size"] = 32
-        content["trainer"] = {"max_epochs": self.epochs, "accelerator": "auto"}
+        content["trainer"] = {"max_epochs": self.epochs, "accelerator": "auto", "limit_val_batches": 0}
         return content | {"seed_everything": seed, "figures": False, "report": "last"}
 
     def train(self, row: Row, domain: str, seed: int) -> dict[str, float]:
@@ -229,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/three_domains"), help="folder of the cells")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=10, help="of every training")
+    parser.add_argument("--epochs", type=int, default=5, help="of every training")
     parser.add_argument("--size", type=int, default=32, help="of the images, in pixels")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of all trainings")
     parser.add_argument("--rows", nargs="+", choices=BY_NAME, default=[*BY_NAME], metavar="ROW", help="rows to compute")
