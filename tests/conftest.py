@@ -222,6 +222,7 @@ CASES = [
     ),
     Case("molora", vp.MoLORA(experts=3, rank=2, alpha=6), identity=True, relative=True),
     Case("mov", vp.MoV(experts=3), identity=True, relative=True),
+    Case("moelora", vp.MOELoRA(experts=3, rank=6, alpha=6), identity=True, mergeable=True, relative=True),
     Case("mole", vp.MoLE(adapters=("s0", "s1")), relative=True, sources=(vp.LoRA(rank=2), vp.LoRA(3, alpha=6))),
     Case(
         "adapter_fusion",

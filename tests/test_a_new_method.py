@@ -122,7 +122,19 @@ def test_it_is_on_the_command_line(copy):
     here = {f"vtab_{path.name}" for path in (ROOT / "configs/vtab").glob("*.yaml") if path.stem != "default"}
     # those have no configuration of their own either
     names = (
-        *("ada_mix", "apt", "ciat", "decomposed_prompt_tuning", "idpg", "lpt", "mix_lora", "molora", "mona", "mov"),
+        *(
+            "ada_mix",
+            "apt",
+            "ciat",
+            "decomposed_prompt_tuning",
+            "idpg",
+            "lpt",
+            "mix_lora",
+            "moelora",
+            "molora",
+            "mona",
+            "mov",
+        ),
         *("p_tuning", "pixel_prompt", "prefix_propagation", "smop"),
     )
     mixtures = {f"vtab_{name}.yaml" for name in names}

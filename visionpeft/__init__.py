@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.sharing.hub import save_pretrained as save_pretrained
     from visionpeft.sharing.peft_export import export_peft as export_peft
     from visionpeft.sharing.peft_import import import_peft as import_peft
+    from visionpeft.sites.tasks_of_rows import of_tasks as of_tasks
 
 # Methods and learners are not in this table: the packages that list them are asked.
 _HOMES = {
@@ -120,6 +121,7 @@ _HOMES = {
     ),
     "visionpeft.sharing.peft_export": ("export_peft",),
     "visionpeft.sharing.peft_import": ("import_peft",),
+    "visionpeft.sites.tasks_of_rows": ("of_tasks",),
 }
 _LISTS = ("visionpeft.methods", "visionpeft.clip.learners")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

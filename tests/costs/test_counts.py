@@ -122,6 +122,10 @@ def changed_weight_shapes(method, key, rows, columns):
     if name == "molora":
         experts, rank = method.experts, method.rank
         return {"A": (experts, rank, columns), "B": (experts, rows, rank), "router.weight": (experts, columns)}
+    if name == "moelora":
+        experts, rank = method.experts, method.rank // method.experts
+        own = {"A": (experts, rank, columns), "B": (experts, rows, rank)}
+        return own | {"embedding": (1, 64), "router.weight": (experts, 64)}
     assert name == "unipelt"
     own = {"low_rank.A": (method.rank, columns), "low_rank.B": (rows, method.rank)}
     return own | gate_shapes(columns)
@@ -141,7 +145,7 @@ def compact_shapes(method, width):
 
 
 CHANGING_WEIGHTS = (
-    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "mix_lora", "mole"),
+    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "moelora", "mix_lora", "mole"),
     *SHAPES,
 )
 SHARING_A_RULE = ("kadaptation", "compacter")

@@ -124,7 +124,19 @@ def test_methods_by_name():
     assert configs_of_methods(["VPT", "vpt_shallow"], "vtab_") == ["vtab_vpt.yaml", "vtab_vpt_shallow.yaml"]
     assert configs_of_methods(["LoRA", "FullFineTuning"], "fgvc_") == ["fgvc_lora.yaml", "fgvc_full.yaml"]
     names = (
-        *("ada_mix", "apt", "ciat", "decomposed_prompt_tuning", "idpg", "lpt", "mix_lora", "molora", "mona", "mov"),
+        *(
+            "ada_mix",
+            "apt",
+            "ciat",
+            "decomposed_prompt_tuning",
+            "idpg",
+            "lpt",
+            "mix_lora",
+            "moelora",
+            "molora",
+            "mona",
+            "mov",
+        ),
         *("p_tuning", "pixel_prompt", "prefix_propagation", "smop"),
     )
     by_default = {f"vtab_{name}.yaml" for name in names}

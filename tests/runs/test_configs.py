@@ -97,7 +97,19 @@ BESIDE = ("dtl", "lst")
 UNPUBLISHED |= {"vtab_lst.yaml"}
 # methods for which nobody has published a recipe for ViTs on images: they go by the default of the folder
 BY_DEFAULT = {
-    *("AdaMix", "AdapterFusion", "APT", "CIAT", "DecomposedPromptTuning", "IDPG", "LPT", "MixLoRA", "MoLE", "MoLORA"),
+    *(
+        "AdaMix",
+        "AdapterFusion",
+        "APT",
+        "CIAT",
+        "DecomposedPromptTuning",
+        "IDPG",
+        "LPT",
+        "MixLoRA",
+        "MOELoRA",
+        "MoLE",
+        "MoLORA",
+    ),
     *("Mona", "MoV", "PixelPrompt", "PrefixPropagation", "PTuning", "SMoP"),
 }
 VIDEOS = shipped_configs("video_")

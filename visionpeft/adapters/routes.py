@@ -297,6 +297,11 @@ def _check_routable(name: str, adapter: nn.Module) -> None:
             f"adapter {name!r} ({methods}) trains {adapter.trained_names[0]!r} and others of the backbone, which "
             "all samples of a batch share; use it for a whole batch"
         )
+    if any(len(getattr(module, "tasks", ())) > 1 for module in adapter.modules()):
+        raise UnsupportedError(
+            f"adapter {name!r} ({methods}) acts by the task of an image, which a route does not hand on; use it for a "
+            "whole batch, within visionpeft.of_tasks"
+        )
     if any(placement.tower == "text" for _, placement in adapter.placements):
         raise UnsupportedError(f"adapter {name!r} ({methods}) acts on the text tower, whose batch is not images")
 

@@ -6,6 +6,7 @@ from visionpeft.data.fgvc import FGVC
 from visionpeft.data.image_folder import ImageFolder
 from visionpeft.data.image_list import ClipArt, ImageList
 from visionpeft.data.module import ImageDataModule
+from visionpeft.data.multi_task import MultiTask
 from visionpeft.data.streaming.module import StreamedImages
 from visionpeft.data.unlabelled import files_dataloader, find_images
 from visionpeft.data.video.benchmarks import HMDB51, UCF101, Kinetics, SomethingSomethingV2
@@ -30,6 +31,7 @@ __all__ = [
     "ImageList",
     "Kinetics",
     "Motion",
+    "MultiTask",
     "SomethingSomethingV2",
     "StreamedImages",
     "VTAB1k",

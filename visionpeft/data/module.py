@@ -167,6 +167,11 @@ class ImageDataModule(lightning.LightningDataModule):
         return self.images.sources
 
     @property
+    def tasks(self) -> dict[str, int] | None:
+        """The number of classes of each task where there are several, in the order of the labels; else None."""
+        return None
+
+    @property
     def deterministic_views(self) -> int | None:
         """In how many ways each training image is seen, or None when it is augmented anew in each epoch.
 

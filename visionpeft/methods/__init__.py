@@ -44,6 +44,7 @@ from visionpeft.methods.lst import LST
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
+from visionpeft.methods.moelora import MOELoRA
 from visionpeft.methods.mole import MoLE
 from visionpeft.methods.molora import MoLORA
 from visionpeft.methods.mona import Mona
@@ -120,6 +121,7 @@ __all__ = [
     "LoRA",
     "LoRADropout",
     "LoRAGA",
+    "MOELoRA",
     "Method",
     "MiSS",
     "MixLoRA",

@@ -107,6 +107,7 @@ class CLI(LightningCLI):
             parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=option.help)
         parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
         parser.link_arguments("data.labels", "model.init_args.labels", apply_on="instantiate")
+        parser.link_arguments("data.tasks", "model.init_args.tasks", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.set_defaults(
             {"trainer.num_sanity_val_steps": 0, "trainer.enable_model_summary": False, "trainer.devices": 1}

@@ -51,6 +51,10 @@ def _tested(results: dict) -> Iterator[tuple[str, str]]:
         yield "test F1 of all labels together", percent(test["micro_f1"])
     elif test:
         yield "test top-1 accuracy", f"[bold]{percent(test['top1'])}[/bold]"
+        for task in results["data"].get("tasks", ()):
+            yield f"  {task}", percent(test[f"{task}/top1"])
+        if "mean_top1" in test:
+            yield "mean of the tasks", percent(test["mean_top1"])
         if "top5" in test:
             yield "test top-5 accuracy", percent(test["top5"])
         tested = results.get("classes_tested")
