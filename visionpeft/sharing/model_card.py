@@ -87,9 +87,8 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
             ],
         ),
     ]
-    for layout in (description.get("heads") or {}).values():
-        if "fields" in layout:  # of dense prediction
-            sections.append(_table("head", [(layout["class"], _values(layout["fields"]))]))
+    dense = [layout for layout in (description.get("heads") or {}).values() if "fields" in layout]
+    sections += [_table("head", [(layout["class"], _values(layout["fields"]))]) for layout in dense]
     if data:
         used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "size", "augmentation")
         used += ("normalisation",)

@@ -20,7 +20,6 @@ from visionpeft.models.video_sampling import FrameSampling
 from visionpeft.sharing.described_backbone import described_arguments
 from visionpeft.sharing.run_directory import RunDirectory
 
-
 KINDS = ("classes", "several", "number", "masks")
 
 

@@ -45,8 +45,8 @@ class SemanticSegmentation(AdaptedTask):
         backbone_kwargs: further arguments of the library's function that creates the backbone; that it takes images of
             any size, `dynamic_img_size`, is among them where timm's model knows it.
         head: what is built on the maps of the backbone's blocks.
-        train: names of further backbone parameters to train, such as "backbone.cls_token"; they travel with the adapter.
-        start: folder of a saved adapter of the same method, from whose values the training starts, the head's excepted.
+        train: names of further backbone parameters to train, such as "backbone.cls_token"; they travel with it.
+        start: folder of a saved adapter of the same method, from whose values training starts, the head's excepted.
         drop_path: rate of the backbone's stochastic depth while training, rising linearly with depth.
         recompute: compute "mlp" (hidden activations) or "block" (all activations) again in the backward pass instead
             of keeping them; exact, for less memory.

@@ -133,7 +133,7 @@ class ImageTask(pl.LightningModule):
         if isinstance(datamodule, ImageDataModule) and masks and datamodule.labels != self.objective.labels:
             raise ConfigurationError(
                 "masks are learnt by SemanticSegmentation (--model SemanticSegmentation), and nothing else is: "
-                f"{type(datamodule).__name__} has labels {datamodule.labels!r}, which {type(self).__name__} does not take"
+                f"{type(datamodule).__name__} has labels {datamodule.labels!r}, which {type(self).__name__} refuses"
             )
         if isinstance(datamodule, ImageDataModule) and datamodule.labels != self.objective.labels:
             raise ConfigurationError(

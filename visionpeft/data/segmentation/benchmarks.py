@@ -31,8 +31,8 @@ class VOCSegmentation(SegmentationDataModule):
     Args:
         root: the folder that holds VOCdevkit/VOC2012, which torchvision reads.
         aug: train on the masks of SBD as well.
-        sbd: the folder of SBD with img/, cls/, train.txt and val.txt (benchmark_RELEASE/dataset), whose masks are MATLAB
-            files; when absent, masks are taken from VOC2012/SegmentationClassAug, PNG files that many hand on.
+        sbd: the folder of SBD with img/, cls/, train.txt and val.txt (benchmark_RELEASE/dataset), whose masks are files
+            of MATLAB; when absent, masks are taken from VOC2012/SegmentationClassAug, PNG files that many hand on.
         val_fraction: share of the training images held out for selection; 0 for none.
         split_seed: seed of that.
 

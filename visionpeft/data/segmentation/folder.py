@@ -37,7 +37,7 @@ class MaskFolder(SegmentationDataModule):
 
     Raises:
         DataError: a folder that is missing or empty, or an image without a mask.
-        ConfigurationError: values or colours of classes that there are not, or fractions that leave nothing to train on.
+        ConfigurationError: values or colours of classes that there are not, or fractions that leave nothing to train.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ def _splits(
         for name in (images, masks):
             if not (root / name).is_dir():
                 raise DataError(
-                    f"{root} has no folder {name}/; images must lie in {root / images} and their masks in {root / masks}"
+                    f"{root} has no folder {name}/; images must lie in {root / images}, their masks in {root / masks}"
                 )
         inside = {split: folder for split in SPLIT_FOLDERS if (folder := _of_split(root / images, split)) is not None}
         places = {split: (folder, root / masks / folder.name) for split, folder in inside.items()}

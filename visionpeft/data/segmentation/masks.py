@@ -118,13 +118,13 @@ class MaskReader:
         if self.colours is not None:
             colour = [number >> 16, number >> 8 & 255, number & 255]
             raise DataError(
-                f"mask {path} has the colour {colour} {pixels}, which is that of no class; add it to --data.colours, or "
-                "save masks without smoothing and lossy compression"
+                f"mask {path} has the colour {colour} {pixels}, which is that of no class; add it to --data.colours, "
+                "or save masks without smoothing and lossy compression"
             )
         known = "those of --data.values" if self.table is not None else f"0 to {len(self.class_names) - 1}"
         raise DataError(
-            f"mask {path} holds the value {number} {pixels}, and classes are {known}; name more classes, or say what it "
-            f"means with --data.values (null to ignore it)"
+            f"mask {path} holds the value {number} {pixels}, and classes are {known}; name more classes, or say "
+            "what it means with --data.values (null to ignore it)"
         )
 
     def _index(self, name: str | int | None) -> int:
