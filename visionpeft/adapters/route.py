@@ -397,15 +397,16 @@ class RoutedHead:
                 results.append((rows, _heads_on_rows(group, head, index, part)))
             else:
                 results.append((rows, own(part) if head is None else in_own_precision(head, part)))
-        classes = {part.shape[-1] for _, part in results}
-        if len(classes) > 1:
+        shapes = {part.shape[1:] for _, part in results}
+        if len(shapes) > 1:
+            classes = sorted({shape[0] for shape in shapes})
             raise UnsupportedError(
-                f"the heads of {', '.join(map(str, route.samples))} have {sorted(classes)} classes, which is no one "
+                f"the heads of {', '.join(map(str, route.samples))} have {classes} classes, which is no one "
                 "tensor; route adapters with equally many classes, or attach them with head=False"
             )
         if results[0][0] is None:
             return results[0][1]
-        result = x.new_zeros(len(x), classes.pop(), dtype=results[0][1].dtype)
+        result = x.new_zeros(len(x), *shapes.pop(), dtype=results[0][1].dtype)
         for rows, part in results:
             result = result.index_copy(0, rows, part)
         return result
