@@ -8,6 +8,7 @@ import torch
 import yaml
 from small_learner_runs import CLIP
 from small_runs import draw_images
+from without_config import BY_DEFAULT, OVER_OTHERS
 
 import visionpeft as vp
 from visionpeft import methods
@@ -95,23 +96,6 @@ UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 # networks beside the backbone, likewise
 BESIDE = ("dtl", "lst")
 UNPUBLISHED |= {"vtab_lst.yaml"}
-# methods for which nobody has published a recipe for ViTs on images: they go by the default of the folder
-BY_DEFAULT = {
-    *(
-        "AdaMix",
-        "AdapterFusion",
-        "APT",
-        "CIAT",
-        "DecomposedPromptTuning",
-        "IDPG",
-        "LPT",
-        "MixLoRA",
-        "MOELoRA",
-        "MoLE",
-        "MoLORA",
-    ),
-    *("Mona", "MoV", "PixelPrompt", "PrefixPropagation", "PTuning", "SMoP"),
-}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
@@ -145,7 +129,7 @@ def test_every_method_has_a_configuration_for_each_benchmark():
     of_videos = {method_of(name)["class_path"] for name in VIDEOS}
     assert set(VIDEOS) == {f"video_{name}.yaml" for name in VIDEO_NAMES}
     assert of_videos - named == {"STAdapter", "AIM"}  # these act across frames
-    assert named | of_videos == set(methods.__all__) - {"Method"} - BY_DEFAULT
+    assert named | of_videos == set(methods.__all__) - {"Method"} - {*BY_DEFAULT, *OVER_OTHERS}
     for name in BY_DEFAULT:
         assert method_of(f"vtab_{name.lower()}.yaml") == {"class_path": name}
 
