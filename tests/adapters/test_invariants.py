@@ -74,7 +74,7 @@ def without_gradient(host, case, name):
     normalised = host.name in ("vit_qk_norm", "clip_custom")
     if name.endswith(("k_norm.shift", "k_norm.bias", "ln_k.bias")):
         return not rotated
-    return name.endswith(".k.shift") and not rotated and not normalised
+    return name.endswith((".k.shift", ".k.bias")) and not rotated and not normalised
 
 
 @shared(every_pair(), torch.float64)
@@ -797,14 +797,15 @@ ONLY_TRACED = (
     ("full", "lora", "vera", "ada_lora", "krona"),
     ("layer_norm_tuning", "kadaptation", "compacter"),
     ("last_block", "fact", "mam", "child_f", "linear_probe"),
-    ("fish_mask", "spt"),
-    ("pissa", "olora", "oft", "boft", "hira"),
+    ("fish_mask", "spt", "gps", "second_order", "neuro_ada"),
+    ("pissa", "olora", "lora_ga", "eva", "oft", "boft", "hira"),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
-    ("molora", "mov", "mix_lora"),
+    ("molora", "moelora", "mov", "mix_lora"),
     ("ada_mix",),
     ("mole",),
     ("adapter_fusion",),
+    ("dtl", "dtl_plus", "lst"),
     ("mona", "e2vpt", "prefix_propagation", "lpt"),
     ("idpg", "ptuning", "decomposed", "smop", "apt", "pixel_prompt", "ciat"),
 )

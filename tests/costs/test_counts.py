@@ -122,6 +122,10 @@ def changed_weight_shapes(method, key, rows, columns):
     if name == "molora":
         experts, rank = method.experts, method.rank
         return {"A": (experts, rank, columns), "B": (experts, rows, rank), "router.weight": (experts, columns)}
+    if name == "moelora":
+        experts, rank = method.experts, method.rank // method.experts
+        own = {"A": (experts, rank, columns), "B": (experts, rows, rank)}
+        return own | {"embedding": (1, 64), "router.weight": (experts, 64)}
     assert name == "unipelt"
     own = {"low_rank.A": (method.rank, columns), "low_rank.B": (rows, method.rank)}
     return own | gate_shapes(columns)
@@ -141,7 +145,7 @@ def compact_shapes(method, width):
 
 
 CHANGING_WEIGHTS = (
-    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "mix_lora", "mole"),
+    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "moelora", "mix_lora", "mole"),
     *SHAPES,
 )
 SHARING_A_RULE = ("kadaptation", "compacter")
@@ -222,6 +226,10 @@ def tower_shapes(method, tower, weights, sites, shape):
         for (index, site, part), size in sizes.items():
             if number := int((size <= limit).sum()):
                 enter((index, site), {part: (number,)})
+    elif name == "neuro_ada":
+        for (index, site), (weight, _) in read.items():
+            if index in blocks and not site.endswith(("norm", "norm1", "norm2")):
+                enter((index, site), {"weight": (method.per_row * len(weight),)})
     elif name == "vpt":
         first = shape["depth"] - int(method.blocks.removeprefix("last:")) if method.blocks != "all" else 0
         for index in blocks[first:] if method.deep else blocks[:1]:
@@ -250,6 +258,25 @@ def tower_shapes(method, tower, weights, sites, shape):
         shapes |= {"up_bias": (width,)}
         for index in blocks:
             enter((index, "mlp_out"), {part: (experts, *size) for part, size in shapes.items()})
+    elif name == "dtl":
+        for index in blocks:
+            enter((index, "stream_in"), {"A": (method.rank, width), "B": (width, method.rank)})
+        if method.convolution:
+            enter((None, "convolution"), {"conv.weight": (width, 1, 3, 3)})
+    elif name == "lst":
+        narrow = width // method.ratio
+        line = {"weight": (narrow, width), "bias": (narrow,)}
+        square = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 4}
+        side = {f"block.{layer}.weight": (n * narrow, narrow) for layer, n in square.items()}
+        side |= {f"block.{layer}.bias": (n * narrow,) for layer, n in square.items()}
+        side |= {"block.mlp.fc2.weight": (narrow, 4 * narrow), "block.mlp.fc2.bias": (narrow,), "gate": (1,)}
+        side |= {f"block.norm{n}.{part}": (narrow,) for n in (1, 2) for part in ("weight", "bias")}
+        side |= {f"down.{part}": size for part, size in line.items()}
+        for index in blocks:
+            enter((index, "stream_in"), {} if index in method.dropped else side)
+        enter((0, "stream_in"), {f"start.{part}": size for part, size in line.items()})
+        last = {"norm.weight": (narrow,), "norm.bias": (narrow,), "up.weight": (width, narrow), "up.bias": (width,)}
+        enter((shape["depth"] - 1, "stream_in"), last)
     elif name == "mov":
         for index in blocks:
             for site, matrix, axis in (("k", "k", 0), ("v", "v", 0), ("hidden", "fc2", 1)):

@@ -45,6 +45,7 @@ PUBLISHED = [
     (vp.LoRA(rank=8, train_A=False), 147_456),
     (vp.PiSSA(rank=8), 294_912),
     (vp.OLoRA(rank=8), 294_912),
+    (vp.NeuroAda(), 82_944),
     (vp.OFT(), 285_696),
     (vp.BOFT(factors=1), 46_080),
     (vp.BOFT(), 129_024),
@@ -65,6 +66,8 @@ PUBLISHED = [
     (vp.HiWi(), 2 * L * (2 * D * 8 + 8 + D)),
     (vp.MoLORA(targets=("q", "v")), 1_658_880),
     (vp.MoLORA(), L * 10 * (4 * (4 * 2 * D + 2 * 5 * D) + 4 * D + D + 4 * D)),
+    (vp.MOELoRA(), 603_648),
+    (vp.MOELoRA(tasks=tuple(f"task{number}" for number in range(19))), 632_832 - 2 * L * 64),  # theirs has one more
     (vp.MixLoRA(), L * (16 * (4 * 2 * D + 8 * 2 * 5 * D) + 8 * D)),
     (vp.MixLoRA(rank=8), 6_561_792),
     (vp.AdaMix(), 747_264),
@@ -84,5 +87,9 @@ PUBLISHED = [
     (vp.PixelPrompt(), 69_840),
     (vp.CIAT(), 2_479_936),
     (vp.MoV(), 936_960),
+    (vp.DTL(), 36_864),
+    (vp.DTL(convolution=True), 43_776),
+    (vp.LST(), 2_376_492),
+    (vp.LST(dropped=(1, 4, 7)), 9 * (12 * 96**2 + 14 * 96 + 96 * D + 1) + 2 * 96 * D + 3 * 96 + D),
     (vp.MoV(experts=1), 6 * D * L + L * (2 * 64 + 4 * D)),
 ]

@@ -7,7 +7,7 @@ a station to a function. To add a method, write the function and enter it in MET
 
 import torch
 
-from .arithmetic import ACTIVATIONS, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
+from .arithmetic import ACTIVATIONS, attention, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
 from .prompts import PROMPTS
 from .weight_changes import CHANGES, edit_with, random_matrix
 
@@ -479,6 +479,20 @@ def molora(sites, fields, shape):
     return {"driven": driven}
 
 
+def moelora(sites, fields, shape):
+    """MOELoRA, arXiv 2310.18339, for one task: W + alpha / r sum_e softmax(G t)_e B_e A_e, t the embedding of it."""
+
+    def weight(pair, index, site):
+        found = sites.get((index, site))
+        if found is None:
+            return pair
+        share = softmax(linear(found["embedding"][0], found["router.weight"]))
+        scale = 1 if fields["alpha"] is None else fields["alpha"] / fields["rank"]
+        return pair[0] + scale * sum(share[e] * found["B"][e] @ found["A"][e] for e in range(len(share))), pair[1]
+
+    return {"weight": weight}
+
+
 def ada_mix(sites, fields, shape):
     """AdaMix, arXiv 2205.12410, in use: an adapter behind the MLP whose weights are the means of those trained."""
 
@@ -581,8 +595,87 @@ def mov(sites, fields, shape):
     return {"output": output, "hidden": hidden}
 
 
+def dtl(sites, fields, shape):
+    """DTL, arXiv 2312.07856: h_{i+1} = h_i + B_i A_i x_i beside the blocks, h sigmoid(beta h) behind the later ones."""
+    first = shape["depth"] // 2 if fields["first"] is None else fields["first"]
+    kernels = sites.get((None, "convolution"))
+    path = {}
+
+    def enter(state, index):
+        found = sites[index, "stream_in"]
+        step = linear(state[0], found["B"] @ found["A"])
+        path["h"] = step if index == 0 else path["h"] + step
+        return state
+
+    def leave(state, index):
+        x, prompts = state
+        if index >= first:
+            change = path["h"] * (1 + torch.tanh(fields["beta"] * path["h"] / 2)) / 2  # exp of -beta h overflows
+            if kernels is not None:
+                rows, columns = fields["grid"] or shape["grid"]
+                change[:, shape["prefix"] :] = by_channel(change, rows, columns, kernels["conv.weight"])
+            x = x + change
+        if fields["pooling"] == "mean" and index == shape["depth"] - 1:
+            patches = x[:, shape["prefix"] :]
+            x = torch.cat([patches.sum(1, keepdim=True) / patches.shape[1], x[:, 1:]], dim=1)
+        return x, prompts
+
+    return {"enter": enter, "leave": leave}
+
+
+def by_channel(x, rows, columns, weight):
+    """The patches of x, the last tokens, after a 3 x 3 kernel for each channel, tap by tap, zeros outside."""
+    batch, _, channels = x.shape
+    padded = torch.zeros(batch, rows + 2, columns + 2, channels, dtype=x.dtype)
+    padded[:, 1:-1, 1:-1] = x[:, -rows * columns :].reshape(batch, rows, columns, channels)
+    taps = [(down, right) for down in range(3) for right in range(3)]
+    return sum(padded[:, d : d + rows, r : r + columns] * weight[:, 0, d, r] for d, r in taps).flatten(1, 2)
+
+
+def side_block(found, heads, s):
+    """A transformer block with its norms before attention and MLP."""
+
+    def layer(name, x):
+        return linear(x, found[f"block.{name}.weight"], found[f"block.{name}.bias"])
+
+    def normed(name, x):
+        return layer_norm(x, found[f"block.{name}.weight"], found[f"block.{name}.bias"], 1e-6)
+
+    q, k, v = (split_heads(part, heads) for part in layer("attn.qkv", normed("norm1", s)).chunk(3, dim=-1))
+    s = s + layer("attn.proj", join_heads(attention(q, k, v, None)))
+    return s + layer("mlp.fc2", ACTIVATIONS["gelu"](layer("mlp.fc1", normed("norm2", s))))
+
+
+def lst(sites, fields, shape):
+    """LST, arXiv 2206.06522: s <- block(g s + (1 - g) D x) with g = sigmoid(a / T), and U norm(s) at the end."""
+    state = {}
+
+    def enter(entered, index):
+        if index == 0:
+            found = sites[0, "stream_in"]
+            state["s"] = linear(entered[0], found["start.weight"], found["start.bias"])
+        return entered
+
+    def leave(left, index):
+        x, prompts = left
+        found = sites.get((index, "stream_in"), {})
+        if index not in fields["dropped"]:
+            gate = 1 / (1 + torch.exp(-found["gate"] / fields["temperature"]))
+            ladder = linear(x, found["down.weight"], found["down.bias"])
+            state["s"] = side_block(found, shape["heads"], gate * state["s"] + (1 - gate) * ladder)
+        if index == shape["depth"] - 1:
+            normed = layer_norm(state["s"], found["norm.weight"], found["norm.bias"], 1e-6)
+            x = linear(normed, found["up.weight"], found["up.bias"])
+        return x, prompts
+
+    return {"enter": enter, "leave": leave}
+
+
 METHODS = {
+    "lst": lst,
+    "dtl": dtl,
     "molora": molora,
+    "moelora": moelora,
     "mole": mole,
     "adapter_fusion": adapter_fusion,
     "mix_lora": mix_lora,
@@ -611,6 +704,9 @@ METHODS = {
     "pa_fi": sparse,
     "fish_mask": sparse,
     "child_tuning": sparse,
+    "neuro_ada": sparse,
+    "gps": sparse,
+    "second_order": sparse,
     "spt": spt,
     **PROMPTS,
     **{name: edit_with(change) for name, change in CHANGES.items()},

@@ -8,6 +8,7 @@ import torch
 import yaml
 from small_learner_runs import CLIP
 from small_runs import draw_images
+from without_config import BY_DEFAULT, OVER_OTHERS
 
 import visionpeft as vp
 from visionpeft import methods
@@ -49,8 +50,10 @@ PROTOCOLS = {
 }
 # Learners without training images, and those for whose protocol there are no published numbers.
 OF_SEVERAL_CONTEXTS = ("plot", "proda")
-ON_VIEWS = ("zero", "mta", "tps", "c_tpt")  # learners that see several views of each test image
-PROTOCOLS = {protocol: (*names, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
+LATER = ("tcp", "rpo", "2sfs", "dept", "provp")
+# learners that see several views of each test image
+ON_VIEWS = ("zero", "mta", "tps", "c_tpt", "diff_tpt", "prompt_align")
+PROTOCOLS = {protocol: (*names, *LATER, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
 WITHOUT_IMAGES = {
     f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in ("zero_shot", "tpt", "tda", *ON_VIEWS)
 }
@@ -58,13 +61,17 @@ UNPUBLISHED = {
     *("base_to_new_tpt.yaml", "base_to_new_clip_lora.yaml", "cross_dataset_ivlp.yaml", "cross_dataset_clip_lora.yaml"),
     *("base_to_new_tda.yaml", "fewshot_clap.yaml", "fewshot_lp_plus_plus.yaml", "fewshot_tuned_clip.yaml"),
     *(f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in (*ON_VIEWS, *OF_SEVERAL_CONTEXTS)),
-}
+    *(f"{protocol}_{name}.yaml" for protocol in ("fewshot", "cross_dataset") for name in LATER),
+    "base_to_new_dept.yaml",
+} - {"cross_dataset_diff_tpt.yaml", "cross_dataset_prompt_align.yaml"}
 WITH_A_RECIPE_OF_THEIR_OWN = (
     "TipAdapter",
     "CLIPLoRA",
     "TaskRes",
     "CLAP",
     "TunedCLIP",
+    "TCP",
+    "TwoStageFewShot",
 )  # others have that of CoOp's trainer
 LEARNERS = [f"{protocol}_{name}.yaml" for protocol, names in PROTOCOLS.items() for name in names]
 WITHOUT_BENCHMARK_NUMBERS = (
@@ -86,11 +93,9 @@ VTAB_ALONE = (
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
-# methods for which nobody has published a recipe for ViTs on images: they go by the default of the folder
-BY_DEFAULT = {
-    *("AdaMix", "AdapterFusion", "APT", "CIAT", "DecomposedPromptTuning", "IDPG", "LPT", "MixLoRA", "MoLE", "MoLORA"),
-    *("Mona", "MoV", "PixelPrompt", "PrefixPropagation", "PTuning", "SMoP"),
-}
+# networks beside the backbone, likewise
+BESIDE = ("dtl", "lst")
+UNPUBLISHED |= {"vtab_lst.yaml"}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
@@ -119,12 +124,12 @@ def build(*arguments: str) -> CLI:
 
 def test_every_method_has_a_configuration_for_each_benchmark():
     assert {f"{benchmark}_{name}.yaml" for benchmark in ("vtab", "fgvc") for name in NAMES} <= set(WHOLE)
-    assert {f"vtab_{name}.yaml" for name in VTAB_ALONE} <= set(WHOLE)
+    assert {f"vtab_{name}.yaml" for name in (*VTAB_ALONE, *BESIDE)} <= set(WHOLE)
     named = {method_of(name)["class_path"] for name in WHOLE}
     of_videos = {method_of(name)["class_path"] for name in VIDEOS}
     assert set(VIDEOS) == {f"video_{name}.yaml" for name in VIDEO_NAMES}
     assert of_videos - named == {"STAdapter", "AIM"}  # these act across frames
-    assert named | of_videos == set(methods.__all__) - {"Method"} - BY_DEFAULT
+    assert named | of_videos == set(methods.__all__) - {"Method"} - {*BY_DEFAULT, *OVER_OTHERS}
     for name in BY_DEFAULT:
         assert method_of(f"vtab_{name.lower()}.yaml") == {"class_path": name}
 
@@ -314,7 +319,8 @@ def test_configuration_of_a_learner_builds(name, small_nano_clip):
             *("sgd", "epoch_cosine", 5e-4, True, 1),
         )
     with torch.no_grad():
-        if not isinstance(learner, learners.TipAdapter):  # which has seen no images yet
+        # Tip-Adapter has seen no images yet, and PromptAlign knows nothing of a source.
+        if not isinstance(learner, learners.TipAdapter | learners.PromptAlign):
             assert cli.model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, len(cli.datamodule.class_names))
 
 

@@ -22,7 +22,7 @@ from visionpeft.backbones.quantised import check_product, check_products, is_qua
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
-from visionpeft.sites import Order, order_of
+from visionpeft.sites import NEXT_BLOCK, Order, order_of
 from visionpeft.sites.routing import OPEN
 
 SPANNING = (Order.ENTER_SPAN, Order.LEAVE_SPAN)
@@ -61,8 +61,9 @@ def attach(
     for each in methods:
         if not isinstance(each, Method):
             raise ConfigurationError(f"attach needs a method such as LoRA(rank=8), not {each!r}")
-        if getattr(each, "entries", None) is not None:  # which of them, only a saved adapter says
-            raise ConfigurationError(f"{type(each).__name__}: entries are found, not given; leave them out")
+        given = [name for name in each.found if getattr(each, name, None) not in (None, False)]
+        if given:  # which of them, only a saved adapter says
+            raise ConfigurationError(f"{type(each).__name__}: {given[0]} are found, not given; leave them out")
     words = " and ".join(type(each).__name__ for each in methods)
     used = used_by(methods)
     methods, given = with_sources(model.peft if has_adapters(model) else None, methods)
@@ -445,7 +446,8 @@ def _check_sites(adapter: AttachedAdapter, backbone: Backbone) -> None:
     used: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for _, placement in adapter.placements:
         if placement.block is not None:
-            used[placement.tower][placement.block].update(filter(None, (placement.site, placement.add)))
+            add = "stream_out" if placement.add == NEXT_BLOCK else placement.add
+            used[placement.tower][placement.block].update(filter(None, (placement.site, add)))
         elif placement.site == "tokens" and "norm_pre" not in backbone.towers[placement.tower].layers:
             used[placement.tower][0].add("stream_in")
     for tower, sites in used.items():

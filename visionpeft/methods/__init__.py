@@ -16,13 +16,16 @@ from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.decomposed_prompt_tuning import DecomposedPromptTuning
 from visionpeft.methods.dora import DoRA
+from visionpeft.methods.dtl import DTL
 from visionpeft.methods.dylora import DyLoRA
 from visionpeft.methods.e2vpt import E2VPT
+from visionpeft.methods.eva import EVA
 from visionpeft.methods.fact import FacT
 from visionpeft.methods.fish_mask import FishMask
 from visionpeft.methods.fourierft import FourierFT
 from visionpeft.methods.full_fine_tuning import FullFineTuning
 from visionpeft.methods.gated_vpt import GatedVPT
+from visionpeft.methods.gps import GPS
 from visionpeft.methods.gralora import GraLoRA
 from visionpeft.methods.hira import HiRA
 from visionpeft.methods.hiwi import HiWi
@@ -35,15 +38,19 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.lora_dropout import LoRADropout
+from visionpeft.methods.lora_ga import LoRAGA
 from visionpeft.methods.lpt import LPT
+from visionpeft.methods.lst import LST
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
+from visionpeft.methods.moelora import MOELoRA
 from visionpeft.methods.mole import MoLE
 from visionpeft.methods.molora import MoLORA
 from visionpeft.methods.mona import Mona
 from visionpeft.methods.moslora import MoSLoRA
 from visionpeft.methods.mov import MoV
+from visionpeft.methods.neuro_ada import NeuroAda
 from visionpeft.methods.oft import OFT
 from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pafi import PaFi
@@ -55,6 +62,7 @@ from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.ptuning import PTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
+from visionpeft.methods.second_order import SecondOrder
 from visionpeft.methods.smop import SMoP
 from visionpeft.methods.sora import SoRA
 from visionpeft.methods.spt import SPT
@@ -71,10 +79,14 @@ __all__ = [
     "APT",
     "BOFT",
     "CIAT",
+    "DTL",
     "E2VPT",
+    "EVA",
+    "GPS",
     "IA3",
     "IDPG",
     "LPT",
+    "LST",
     "MAM",
     "OFT",
     "SPT",
@@ -108,6 +120,8 @@ __all__ = [
     "LinearProbe",
     "LoRA",
     "LoRADropout",
+    "LoRAGA",
+    "MOELoRA",
     "Method",
     "MiSS",
     "MixLoRA",
@@ -116,6 +130,7 @@ __all__ = [
     "MoSLoRA",
     "MoV",
     "Mona",
+    "NeuroAda",
     "OLoRA",
     "PTuning",
     "PaFi",
@@ -127,6 +142,7 @@ __all__ = [
     "RepAdapter",
     "SMoP",
     "STAdapter",
+    "SecondOrder",
     "SoRA",
     "UniPELT",
     "VBLoRA",

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from visionpeft import data, methods
+from visionpeft import data, heads, methods
 from visionpeft.clip import learners
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
@@ -24,13 +24,19 @@ from visionpeft.runs.processes import check_devices, share_of_batch
 from visionpeft.runs.sharding import check_sharding
 from visionpeft.runs.trainer import Trainer
 from visionpeft.sharing.run_directory import RunDirectory
-from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, VideoClassification
+from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, SemanticSegmentation, VideoClassification
 
 CLASSES = [
     ImageClassification,
     PromptLearning,
+    SemanticSegmentation,
     VideoClassification,
-    *(value for module in (learners, data, methods) for value in vars(module).values() if isinstance(value, type)),
+    *(
+        value
+        for module in (learners, data, heads, methods)
+        for value in vars(module).values()
+        if isinstance(value, type)
+    ),
 ]
 
 register_type(torch.device)  # a device of a callback, which is to be read again from the configuration of the run
@@ -107,6 +113,7 @@ class CLI(LightningCLI):
             parser.add_argument(f"--{option.name}", type=option.type, default=option.default, help=option.help)
         parser.link_arguments("data.class_names", "model.init_args.class_names", apply_on="instantiate")
         parser.link_arguments("data.labels", "model.init_args.labels", apply_on="instantiate")
+        parser.link_arguments("data.tasks", "model.init_args.tasks", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.init_args.seed")
         parser.set_defaults(
             {"trainer.num_sanity_val_steps": 0, "trainer.enable_model_summary": False, "trainer.devices": 1}

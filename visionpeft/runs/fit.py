@@ -73,7 +73,7 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     if first:
         print_setting(setting(task, datamodule), run.path)
 
-    cost, record = TrainingCost(), record_of(task)
+    cost, record = TrainingCost(), record_of(task, datamodule)
     callbacks = [cost, EpochHistory(run.metrics), record, *checkpoint_callbacks(run, has_validation, task.objective)]
     if isinstance(cli.trainer.strategy, ShardedBackbone):
         callbacks.append(EqualBatches())

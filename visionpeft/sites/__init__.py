@@ -13,13 +13,17 @@ from visionpeft.sites.blocks import (
     act_on_kv,
     join,
 )
+from visionpeft.sites.carrying import Carriers, Carrying, entering, leaving
 from visionpeft.sites.layers import SitedLayer, SitedLinear, SitedPointwise, sited_layer_class
-from visionpeft.sites.placement import TOKEN_SITES, Order, Placement, Shared, is_drawn, order_of
+from visionpeft.sites.placement import NEXT_BLOCK, TOKEN_SITES, Order, Placement, Shared, is_drawn, order_of
 
 __all__ = [
+    "NEXT_BLOCK",
     "TOKEN_SITES",
     "UNSEEN",
     "UNTOUCHED",
+    "Carriers",
+    "Carrying",
     "ClassTokenOnly",
     "Flow",
     "Located",
@@ -34,8 +38,10 @@ __all__ = [
     "Unseen",
     "Untouched",
     "act_on_kv",
+    "entering",
     "is_drawn",
     "join",
+    "leaving",
     "order_of",
     "sited_layer_class",
 ]

@@ -9,6 +9,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 TOKEN_SITES = ("stream_in", "attn_in", "attn_out", "stream_mid", "mlp_in", "mlp_out", "stream_out")
 
+# where a branch is added whose module is a carrier (`carrying`)
+NEXT_BLOCK = "next_block"
+
 
 class Order(IntEnum):
     """Law of order among the modules of one site: it, and not the order of attaching, decides who acts first."""
@@ -48,7 +51,8 @@ class Placement:
         block: index of the block, or None for a layer of the tower itself (patch embedding, final norm).
         site: a token site, a layer site such as "q", or "kv".
         module: what acts there; owned by the adapter.
-        add: for a branch, the later token site of the same block at which the module's output is added.
+        add: for a branch, the later token site of the same block at which the module's output is added; `NEXT_BLOCK`
+            for a carrier.
         name: name of the module in the adapter, for a second one of a method at one site; by default that of the site.
     """
 

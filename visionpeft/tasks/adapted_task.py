@@ -143,7 +143,7 @@ class AdaptedTask(ImageTask):
         try:
             # A method that has to see data first cannot act yet.
             acting = plain(self.model) if self.adapter.pending else nullcontext()
-            with torch.no_grad(), evaluating(self.model), acting, self._uncompiled():
+            with torch.no_grad(), evaluating(self.model), acting, self._uncompiled(), self.of_tasks(None):
                 self.model(example)
         except UserError:
             raise
@@ -262,7 +262,8 @@ class AdaptedTask(ImageTask):
 
         def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             images, labels = batch
-            return self.objective.measured_loss(self(images).float(), labels)
+            with self.of_tasks(labels):
+                return self.objective.measured_loss(self(images).float(), labels)
 
         # Another's data module has not shared its batches among several devices yet.
         shown = datamodule.train_loader() if isinstance(datamodule, ImageDataModule) else datamodule.train_dataloader()
@@ -348,6 +349,11 @@ class AdaptedTask(ImageTask):
             raise ConfigurationError(
                 f"the adapter in {folder} has learnt from labels {learnt['labels']!r}, not {self.objective.labels!r}; "
                 "leave --data.labels as in its training"
+            )
+        if (tasks := learnt.get("tasks")) != self.tasks:
+            known, given = (", ".join(each or ()) or "one task" for each in (tasks, self.tasks))
+            raise ConfigurationError(
+                f"the adapter in {folder} has learnt {known}, and the data has {given}; test on the tasks of both"
             )
         names = description.get("class_names")
         if names is not None and names != self.class_names:

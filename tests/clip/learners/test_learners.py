@@ -32,18 +32,23 @@ from visionpeft.clip.learners import (
     CLAP,
     IVLP,
     PLOT,
+    RPO,
+    TCP,
     TPT,
     CLIPAdapter,
     CLIPLinearProbe,
     CLIPLoRA,
     CoCoOp,
     CoOp,
+    DePT,
     KgCoOp,
     ProDA,
     ProGrad,
     PromptSRC,
+    ProVP,
     TaskRes,
     TipAdapter,
+    TwoStageFewShot,
     ZeroShot,
     prograd,
 )
@@ -750,6 +755,11 @@ def test_trainable_counts_at_real_widths():
     assert count(CLIPAdapter) == 131_072
     assert count(PLOT) == 32_768
     assert count(ProDA) == 262_144
+    assert count(TCP) == 331_904
+    assert count(RPO) == 30_720
+    assert count(ProVP) == 147_456
+    assert count(DePT) == 8192 + 53_348
+    assert count(TwoStageFewShot) == 65_536 + 51_200
     assert count(TaskRes) == count(CLAP) == 51_200
     assert count(CLIPLinearProbe, solver="gradient") == 100 * 513
     assert count(ZeroShot) == count(TipAdapter) == count(TPT) == count(CLIPLinearProbe) == 0

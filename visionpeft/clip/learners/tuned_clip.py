@@ -75,7 +75,7 @@ class TunedCLIP(Learner):
         # <method>.<tower>. ...; parameters of the CLIP itself are under "trained" by their own names, where all that is
         # not visual are of the texts. What several towers share has neither name, and belongs to both.
         trained = [
-            name.partition(".")[::2] for name, p in clip.peft["tuned_clip"].named_parameters() if p.requires_grad
+            name.partition(".")[::2] for name, p in clip.peft[self.adapter_name].named_parameters() if p.requires_grad
         ]
         self.frozen_texts = all(rest.startswith("visual.") for _, rest in trained)
         self.frozen_images = all(

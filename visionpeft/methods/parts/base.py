@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import ClassVar, Protocol, get_type_hints
+from typing import ClassVar, get_type_hints
 
 import torch
 import torch.fx
@@ -17,28 +17,8 @@ from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.addressing import select_blocks
 from visionpeft.methods.parts.field_types import fits, in_words
-from visionpeft.methods.parts.sparse_delta import SparseCandidate
+from visionpeft.methods.parts.measures import Measures
 from visionpeft.sites import Placement, Shared
-
-
-class Squares(Protocol):
-    """Measures sums of squared gradients for a method that must see data; `adapters.allocate` has it.
-
-    Attributes:
-        head_values: trained values of the adapter's heads.
-    """
-
-    head_values: int
-
-    def __call__(
-        self,
-        candidates: Mapping[str, SparseCandidate],
-        samples: int,
-        each: bool,
-        clip: float | None = None,
-        training: bool = False,
-    ) -> dict[str, torch.Tensor]:
-        """Sums by name; see `adapters.allocate.SquaredGradients`."""
 
 
 class Method:
@@ -53,6 +33,8 @@ class Method:
     towers: str | list[str] | None = None
     # Values of fields that an adapter saved by an older version does not have, where they are not the defaults.
     written_without: ClassVar[Mapping[str, object]] = {}
+    # Fields that say what was found in weights or data, whose tensors only a saved adapter has: not to be given.
+    found: ClassVar[tuple[str, ...]] = ("entries",)
 
     def __post_init__(self):
         try:
@@ -81,12 +63,12 @@ class Method:
         """Whether the method must see data before it can act, by `visionpeft.allocate`."""
         return False
 
-    def allocate(self, towers: Sequence[Tower], squares: Squares) -> tuple["Method", dict[str, torch.Tensor]]:
-        """For a pending method, the method that knows where it acts, and values of buffers of the modules it places.
+    def allocate(self, towers: Sequence[Tower], measures: Measures) -> tuple["Method", dict[str, torch.Tensor]]:
+        """For a pending method, the method that knows where it acts, and values of tensors of the modules it places.
 
         Args:
             towers: the towers of the method.
-            squares: measures sums of squared gradients on the data.
+            measures: measures gradients, inputs and sizes on the data.
         """
         raise TypeError(f"{type(self).__name__} needs no data to know where it acts")
 

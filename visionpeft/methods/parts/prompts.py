@@ -1,11 +1,21 @@
 """Tokens that enter a block after the prefix tokens, and leave a block again."""
 
+import math
 from abc import abstractmethod
 
 import torch
 import torch.nn as nn
 
+from visionpeft.backbones.tower import Tower
 from visionpeft.sites import Order
+
+
+def uniform_prompts(tower: Tower, num_tokens: int, width: int | None = None) -> torch.Tensor:
+    """First prompts (num_tokens, width) of VPT on a tower with patches: U(-v, v), v = sqrt(6 / (3 * patch + width))."""
+    height, breadth = tower.patch_size
+    width = width or tower.width
+    bound = math.sqrt(6 / (3 * height * breadth + width))
+    return torch.empty(num_tokens, width).uniform_(-bound, bound)
 
 
 class EnteringTokens(nn.Module):
