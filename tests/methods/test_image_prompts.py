@@ -137,17 +137,17 @@ def copy_prompts(model, method, tokens):
 
 def test_propagation_is_deep_or_shallow_at_its_ends():
     deep = stacked(HOST, vp.PrefixPropagation(num_tokens=3, keep=0.0))
-    tokens = {block: at(deep, "prefix_propagation", block, "stream_in").source.tokens for block in range(3)}
+    tokens = {block: at(deep, "prefix_propagation", block, "stream_in").source.prompts for block in range(3)}
     other = stacked(HOST, vp.VPT(num_tokens=3))
     copy_prompts(other, "vpt", tokens)
     assert distance(output(deep), output(other)) < 1e-12
     travelling = stacked(HOST, vp.PrefixPropagation(num_tokens=3))
     assert distance(output(travelling), output(other)) > 1e-3  # with keep = 1 it is another function
     shallow = stacked(HOST, vp.VPT(num_tokens=3, deep=False))
-    copy_prompts(shallow, "vpt", {0: at(travelling, "prefix_propagation", 0, "stream_in").source.tokens})
+    copy_prompts(shallow, "vpt", {0: at(travelling, "prefix_propagation", 0, "stream_in").source.prompts})
     with torch.no_grad():
         for block in (1, 2):
-            at(travelling, "prefix_propagation", block, "stream_in").source.tokens.zero_()
+            at(travelling, "prefix_propagation", block, "stream_in").source.prompts.zero_()
     assert distance(output(travelling), output(shallow)) < 1e-12
 
 
@@ -157,7 +157,7 @@ def test_prompts_that_travel_keep_their_place_beside_others():
     more = stacked(HOST, vp.VPT(num_tokens=5))
     both = {}
     for block in range(3):
-        own = at(model, "prefix_propagation", block, "stream_in").source.tokens
+        own = at(model, "prefix_propagation", block, "stream_in").source.prompts
         both[block] = torch.cat((at(model, "vpt", block, "stream_in").prompts, own))
     copy_prompts(more, "vpt", both)
     assert distance(output(model), output(more)) < 1e-12
@@ -205,7 +205,7 @@ def test_idpg_without_matrices_is_prefix_propagation():
     model, propagated = stacked(HOST, vp.IDPG(num_tokens=3, terms=4)), stacked(HOST, vp.PrefixPropagation(num_tokens=3))
     with torch.no_grad():
         for block in range(3):
-            own = at(propagated, "prefix_propagation", block, "stream_in").source.tokens
+            own = at(propagated, "prefix_propagation", block, "stream_in").source.prompts
             own.copy_(at(model, "idpg", block, "stream_in").source.c)
         assert distance(output(model), output(propagated)) > 1e-4
         generator = model.peft["default"].get_submodule("idpg.visual.generator")
@@ -231,7 +231,7 @@ def test_decomposed_change_of_positions_is_a_position_embedding():
     """Added to the model's own, the rest is `VPT(deep=False)`; images of other sizes are refused."""
     model = stacked(HOST, vp.DecomposedPromptTuning(num_tokens=3, rank=2, alpha=5.0))
     shallow = stacked(HOST, vp.VPT(num_tokens=3, deep=False))
-    copy_prompts(shallow, "vpt", {0: at(model, "decomposed_prompt_tuning", 0, "stream_in").source.tokens})
+    copy_prompts(shallow, "vpt", {0: at(model, "decomposed_prompt_tuning", 0, "stream_in").source.prompts})
     assert distance(output(model), output(shallow)) > 1e-3
     change = model.peft["default"].get_submodule("decomposed_prompt_tuning.visual.tokens")
     with torch.no_grad():

@@ -35,7 +35,7 @@ def summary(x, prefix, patches):
 
 def prefix_propagation(sites, fields, shape):
     """Prefix-propagation, arXiv 2305.12086: x_P <- x_P + P_l before every block."""
-    learned = {index: found["source.tokens"] for (index, site), found in sites.items() if site == "stream_in"}
+    learned = {index: found["source.prompts"] for (index, site), found in sites.items() if site == "stream_in"}
     number = fields["num_tokens"]
     return travelling(
         shape["prefix"], sorted(learned), number, lambda x, patches, i: learned[i], fields["keep"], fields["add"]
@@ -160,7 +160,7 @@ def p_tuning(sites, fields, shape):
 
 def decomposed_prompt_tuning(sites, fields, shape):
     """DePT, arXiv 2309.05173: shallow prompts, and s A B added to all embeddings by position."""
-    change, prompts = sites[None, "tokens"], sites[0, "stream_in"]["source.tokens"]
+    change, prompts = sites[None, "tokens"], sites[0, "stream_in"]["source.prompts"]
     scale = 1 if fields["alpha"] is None else fields["alpha"] / len(change["B"]) ** 0.5
     edit = travelling(shape["prefix"], range(shape["depth"]), len(prompts), lambda x, patches, index: prompts)
     return edit | {"tokens": lambda x: x + scale * linear(change["A"], change["B"].T)}
@@ -317,7 +317,7 @@ def decomposed_shapes(method, shape, width):
     """Tensors of the change of positions, class and register tokens included, and of the prompts."""
     rows, columns = method.grid or shape["grid"]
     change = {"A": (shape["prefix"] + rows * columns, method.rank), "B": (method.rank, width)}
-    return {(None, "tokens"): change, (0, "stream_in"): {"source.tokens": (method.num_tokens, width)}}
+    return {(None, "tokens"): change, (0, "stream_in"): {"source.prompts": (method.num_tokens, width)}}
 
 
 def frame_shapes(method, shape):
@@ -341,7 +341,7 @@ def ciat_shapes(method, shape, width):
 # name of a method -> (method, shape, width) -> {(block or None, site): {tensor: shape}} of one tower
 PROMPT_SHAPES = {
     "prefix_propagation": lambda method, shape, width: {
-        (i, "stream_in"): {"source.tokens": (method.num_tokens, width)} for i in range(shape["depth"])
+        (i, "stream_in"): {"source.prompts": (method.num_tokens, width)} for i in range(shape["depth"])
     },
     "lpt": lambda method, shape, width: {(shape["depth"] // 2, "stream_in"): lpt_shapes(method, width)},
     "e2vpt": lambda method, shape, width: {

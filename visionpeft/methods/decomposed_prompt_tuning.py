@@ -14,7 +14,7 @@ from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.methods.parts.base import Method, require
 from visionpeft.methods.parts.grid import grid_of
-from visionpeft.methods.parts.propagation import LearnedTokens, travelling
+from visionpeft.methods.parts.propagation import LearnedPrompts, travelling
 from visionpeft.sites import Placement
 
 START = 0.02
@@ -42,10 +42,10 @@ class PositionChange(nn.Module):
         return x + (self.scale * (self.A @ self.B)).to(x.dtype)
 
 
-class ShortPrompts(LearnedTokens):
+class ShortPrompts(LearnedPrompts):
     """The prompts, which learn at a rate of their own where LoRA+ is asked for."""
 
-    output_side = ("tokens",)
+    output_side = ("prompts",)
 
 
 @dataclass(frozen=True)

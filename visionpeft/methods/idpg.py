@@ -32,7 +32,7 @@ class KroneckerLayer(nn.Module):
         return torch.einsum("iaj,bijo->bao", self.A, inner).flatten(1)
 
 
-class Generator(nn.Module):
+class KroneckerGenerator(nn.Module):
     """up(gelu(down(dropout(h)) + bias)) cut into num_tokens rows, of two `KroneckerLayer`; the bias is N(0, 0.05^2)."""
 
     def __init__(self, width: int, num_tokens: int, bottleneck: int, terms: int, dropout: float):
@@ -49,7 +49,7 @@ class Generator(nn.Module):
         return self.up(F.gelu(h)).unflatten(1, (self.num_tokens, -1))
 
 
-class GeneratedTokens(nn.Module):
+class GeneratedPrompts(nn.Module):
     """A source of prompts: generator(h) + c, c (num_tokens, width) zero at the start.
 
     Args:
@@ -58,7 +58,7 @@ class GeneratedTokens(nn.Module):
         prefix: number of class and register tokens among which h is found, 0 to read the mean patch.
     """
 
-    def __init__(self, generator: Generator, width: int, prefix: int):
+    def __init__(self, generator: KroneckerGenerator, width: int, prefix: int):
         super().__init__()
         self.c = nn.Parameter(torch.zeros(generator.num_tokens, width))
         self.prefix = prefix
@@ -118,8 +118,8 @@ class IDPG(Method):
         divides = tower.width % self.terms == 0
         require(divides, self, f"terms={self.terms} does not divide the width {tower.width} of the {tower.name} tower")
         blocks = blocks_of(self, tower)
-        generator = Generator(tower.width, self.num_tokens, self.bottleneck, self.terms, self.dropout)
+        generator = KroneckerGenerator(tower.width, self.num_tokens, self.bottleneck, self.terms, self.dropout)
         yield Shared(tower.name, "generator", generator)
         prefix = [tower.num_prefix_tokens if index else 0 for index in blocks]
-        sources = [GeneratedTokens(generator, tower.width, each) for each in prefix]
+        sources = [GeneratedPrompts(generator, tower.width, each) for each in prefix]
         yield from travelling(self, tower, blocks, sources, self.num_tokens, keep=1.0, add=1.0)

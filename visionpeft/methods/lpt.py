@@ -18,7 +18,7 @@ from visionpeft.methods.parts.propagation import summary, travelling
 from visionpeft.sites import Placement
 
 
-class Generator(nn.Module):
+class LateGenerator(nn.Module):
     """Prompts made from the tokens before a block by a bottleneck with PyTorch's default start.
 
     "class": dropout(up(relu(down h))) cut into num_tokens rows, h the class token, or without one the mean patch.
@@ -81,14 +81,14 @@ class LPT(Method):
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
 
     def place(self, tower: Tower) -> Iterator[Placement]:
-        """Prompts of a `Generator` that enter block m, and their removal after the last block."""
+        """Prompts of a `LateGenerator` that enter block m, and their removal after the last block."""
         require_patches(self, tower)
         start = tower.depth // 2 if self.start is None else self.start
         below = 0 <= start < tower.depth
         require(below, self, f"start must be a block of the {tower.name} tower, 0 to {tower.depth - 1}, not {start}")
         countable = self.num_tokens * tower.width < 2**63  # torch refuses other sizes in more than one sentence
         require(countable, self, f"{self.num_tokens} prompts are more than a tensor holds")
-        source = Generator(
+        source = LateGenerator(
             tower.width, self.num_tokens, self.bottleneck, self.reads, tower.num_prefix_tokens, self.dropout
         )
         yield from travelling(self, tower, range(start, tower.depth), [source], self.num_tokens)

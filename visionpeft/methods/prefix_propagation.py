@@ -11,7 +11,7 @@ import torch
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, blocks_of, require
-from visionpeft.methods.parts.propagation import LearnedTokens, travelling
+from visionpeft.methods.parts.propagation import LearnedPrompts, travelling
 from visionpeft.sites import Placement
 
 START = 0.02
@@ -56,6 +56,6 @@ class PrefixPropagation(Method):
     def place(self, tower: Tower) -> Iterator[Placement]:
         """Prompts that enter the first chosen block and leave the last, a `Propagation` before every other."""
         blocks = blocks_of(self, tower)
-        tokens = [torch.randn(self.num_tokens, tower.width) * START for _ in blocks]
-        sources = [LearnedTokens(each, self.dropout) for each in tokens]
+        starts = [torch.randn(self.num_tokens, tower.width) * START for _ in blocks]
+        sources = [LearnedPrompts(each, self.dropout) for each in starts]
         yield from travelling(self, tower, blocks, sources, self.num_tokens, self.keep, self.add)

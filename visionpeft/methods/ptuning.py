@@ -17,7 +17,7 @@ from visionpeft.methods.vpt import VPT
 from visionpeft.sites import Placement
 
 
-class EncodedTokens(nn.Module):
+class EncodedPrompts(nn.Module):
     """A source of prompts fc2(relu(fc1(E))) of an embedding E (num_tokens, width), N(0, 1)."""
 
     def __init__(self, num_tokens: int, width: int, hidden: int):
@@ -66,7 +66,7 @@ class PTuning(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """Prompts that enter the first chosen block and leave the last."""
-        source = EncodedTokens(self.num_tokens, tower.width, self.hidden or tower.width)
+        source = EncodedPrompts(self.num_tokens, tower.width, self.hidden or tower.width)
         yield from travelling(self, tower, blocks_of(self, tower), [source], self.num_tokens)
 
     def fold(self, part: nn.Module) -> tuple[VPT, nn.Module]:

@@ -20,7 +20,7 @@ from visionpeft.sites import Placement
 START = 0.02
 
 
-class RoutedTokens(nn.Module):
+class RoutedPrompts(nn.Module):
     """A source of prompts p_e P_e, of which each image has the one with the largest p = softmax(W m), m its mean patch.
 
     P (experts, num_tokens, width) is N(0, 0.02^2), W (experts, width) orthogonal. While training, W m is multiplied by
@@ -81,5 +81,5 @@ class SMoP(Method):
     def place(self, tower: Tower) -> Iterator[Placement]:
         """Prompts that enter the first chosen block and leave the last."""
         require_patches(self, tower)
-        source = RoutedTokens(self.experts, self.num_tokens, tower.width, self.noise)
+        source = RoutedPrompts(self.experts, self.num_tokens, tower.width, self.noise)
         yield from travelling(self, tower, blocks_of(self, tower), [source], self.num_tokens)

@@ -34,7 +34,7 @@ def images_by_hand(learner, carry):
     """Unit features (batch, e) with the prompts behind the patches; where they stand does not matter."""
     weights = dict(learner.clip.state_dict())
     own = {name.rpartition("visual.")[2]: p for name, p in learner.trained_state().items()}
-    prompts = [own["0.stream_in.prompts"], own["1.stream_in.prompts"]]
+    prompts = [own["0.stream_in.source.prompts"], own["1.stream_in.source.prompts"]]
     patches = images().unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     x = patches @ weights["visual.conv1.weight"].flatten(1).T
     x = torch.cat([weights["visual.class_embedding"].expand(len(x), 1, -1), x], 1)

@@ -29,18 +29,18 @@ from visionpeft.methods.parts.prompts import EnteringTokens, RemovePrompts
 from visionpeft.sites import Placement
 
 
-class LearnedTokens(nn.Module):
-    """A source of learned tokens (num_tokens, width); its dropout is drawn for each sample."""
+class LearnedPrompts(nn.Module):
+    """A source of learned prompts (num_tokens, width); its dropout is drawn for each sample."""
 
-    def __init__(self, tokens: torch.Tensor, dropout: float):
+    def __init__(self, prompts: torch.Tensor, dropout: float = 0.0):
         super().__init__()
-        self.tokens = nn.Parameter(tokens)
+        self.prompts = nn.Parameter(prompts)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """The tokens (1, num_tokens, width), or (batch, num_tokens, width) where dropout is drawn."""
+        """The prompts (1, num_tokens, width), or (batch, num_tokens, width) where dropout is drawn."""
         drawn = self.training and self.dropout.p > 0
-        return self.dropout(self.tokens.expand(x.shape[0] if drawn else 1, -1, -1))
+        return self.dropout(self.prompts.expand(x.shape[0] if drawn else 1, -1, -1))
 
 
 class FromSource(EnteringTokens):
@@ -75,8 +75,8 @@ class Propagation(nn.Module):
     def forward(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """Map tokens (batch, tokens, width), the first prompt of them at index `first`, to the same shape."""
         stop = first + self.located_at.num_tokens
-        changed = self.keep * x[:, first:stop] + self.add * self.source(x, stop).to(x.dtype)
-        return torch.cat((x[:, :first], changed.to(x.dtype), x[:, stop:]), dim=1)
+        changed = self.keep * x[:, first:stop] + (self.add * self.source(x, stop)).to(x.dtype)
+        return torch.cat((x[:, :first], changed, x[:, stop:]), dim=1)
 
 
 def travelling(
