@@ -49,6 +49,7 @@ from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
+from visionpeft.methods.sct import SCT
 from visionpeft.methods.second_order import SecondOrder
 from visionpeft.methods.sora import SoRA
 from visionpeft.methods.spt import SPT
@@ -68,6 +69,7 @@ __all__ = [
     "IA3",
     "MAM",
     "OFT",
+    "SCT",
     "SPT",
     "SSF",
     "VPT",
