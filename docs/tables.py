@@ -132,7 +132,7 @@ def attached(name: str, method: vp.Method, module, images: torch.nn.Module, clip
     for source in sources:
         vp.detach(images, source)
     if model.peft["default"].pending:
-        vp.allocate(model, [(torch.randn(1, 3, 224, 224), torch.tensor([0]))])
+        vp.allocate(model, [(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))])
     return model
 
 

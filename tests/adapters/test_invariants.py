@@ -801,7 +801,7 @@ ONLY_TRACED = (
     ("pissa", "olora", "lora_ga", "eva", "oft", "boft", "hira"),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
-    ("molora", "moelora", "mov", "mix_lora"),
+    ("molora", "moelora", "mov", "mix_lora", "sct"),
     ("ada_mix",),
     ("mole",),
     ("adapter_fusion",),

@@ -671,9 +671,31 @@ def lst(sites, fields, shape):
     return {"enter": enter, "leave": leave}
 
 
+def sct(sites, fields, shape):
+    """SCT, arXiv 2309.08513: u_c + W_c u_S + b_c for the channels c of S, after the attention or a layer."""
+
+    def mapped(u, found):
+        changed, chosen = u.clone(), found["channels"].tolist()
+        for i, channel in enumerate(chosen):
+            moved = sum(found["weight"][i, j] * u[..., other] for j, other in enumerate(chosen))
+            changed[..., channel] = u[..., channel] + moved + found["bias"][i]
+        return changed
+
+    def output(y, index, site):
+        found = sites.get((index, site))
+        return y if found is None else mapped(y, found)
+
+    def mid(y, index):
+        found = sites.get((index, "stream_mid"))
+        return y if found is None else mapped(y, found)
+
+    return {"output": output, "mid": mid}
+
+
 METHODS = {
     "lst": lst,
     "dtl": dtl,
+    "sct": sct,
     "molora": molora,
     "moelora": moelora,
     "mole": mole,

@@ -84,13 +84,14 @@ NAMES = (
     *WITHOUT_BENCHMARK_NUMBERS,
     *("vpt", "vpt_shallow", "lora", "adaptformer", "adapter", "adapter_plus", "ssf", "bitfit", "prefix_tuning"),
     *("linear_probe", "full", "last_blocks", "gated_vpt", "rep_adapter", "convpass", "fact_tt", "fact_tk"),
-    *("spt_lora", "spt_adapter", "e2vpt"),
+    *("spt_lora", "spt_adapter", "e2vpt", "gps"),
 )
 # relatives of LoRA, of which the fine-grained benchmark has no configuration
 VTAB_ALONE = (
     *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
     "vblora",
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
+    *("eva", "lora_ga", "second_order", "neuro_ada", "sct"),
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 # networks beside the backbone, likewise
@@ -212,7 +213,7 @@ def test_configuration_builds(name, data):
     (method,) = cli.model.methods
     assert type(method).__name__ == given["class_path"]
     if cli.model.adapter.pending:
-        vp.allocate(cli.model.model, [(torch.zeros(1, 3, 64, 64), torch.tensor([0]))])
+        vp.allocate(cli.model.model, [(torch.rand(2, 3, 64, 64), torch.tensor([0, 1]))])
     assert cli.model(torch.zeros(2, 3, 64, 64)).shape == (2, len(cli.datamodule.class_names))
     assert vp.trainable_parameters(cli.model.model)
 

@@ -28,7 +28,10 @@ def allocate(
     loss: Loss = cross_entropy,
     name: str | None = None,
 ) -> nn.Module:
-    """Show data to `FishMask`, `SPT` or `ChildTuning("D")`, which find in them what of the backbone to train.
+    """Show data to a method that finds in them what to train, or where to start.
+
+    `FishMask`, `GPS`, `SecondOrder`, `SPT`, `SCT` and `ChildTuning("D")` choose what of the backbone is changed, `EVA`
+    and `LoRAGA` where their factors start.
 
     Do it after `attach` and before an optimiser is made; `visionpeft.fit` does it by itself. The model is in evaluation
     mode meanwhile, and computes with whatever else the adapter has, its head above all. Nothing is trained, and what

@@ -62,6 +62,7 @@ from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.ptuning import PTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
+from visionpeft.methods.sct import SCT
 from visionpeft.methods.second_order import SecondOrder
 from visionpeft.methods.smop import SMoP
 from visionpeft.methods.sora import SoRA
@@ -89,6 +90,7 @@ __all__ = [
     "LST",
     "MAM",
     "OFT",
+    "SCT",
     "SPT",
     "SSF",
     "VPT",
