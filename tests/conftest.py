@@ -200,6 +200,7 @@ CASES = [
     Case("dtl_plus", vp.DTL(3, 1.5, first=0, convolution=True), identity=True, image_only=True, relative=True),
     Case("lst", vp.LST(ratio=4), image_only=True),
     Case("lst_dropped", vp.LST(2, temperature=0.7, dropped=(0, 2)), image_only=True, relative=True),
+    Case("vqt", vp.VQT(2), image_only=True),
     Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False), relative=True),
 ]
 
@@ -256,6 +257,10 @@ REFUSALS: dict[tuple[str, str], str] = {
 }
 REFUSALS |= {("clip_text", name): "text has no patches to convolve" for name in ("convpass", "convpass_mlp")}
 REFUSALS |= {("clip_text", name): "text has no patches" for name in ("dtl", "dtl_plus", "lst", "lst_dropped")}
+
+REFUSALS |= {
+    (host.name, "vqt"): "what queries get is read by a classification head" for host in HOSTS if not host.head_paths()
+}
 
 NO_KEY_BIAS = "keys are rotated, so their shift matters, and the architecture has no bias for them"
 MERGE_REFUSALS = {

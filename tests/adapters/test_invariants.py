@@ -802,6 +802,7 @@ ONLY_TRACED = (
     ("mole",),
     ("adapter_fusion",),
     ("dtl", "dtl_plus", "lst"),
+    ("vqt",),
 )
 
 

@@ -144,7 +144,7 @@ def test_lst_with_closed_gates_is_a_map_of_the_last_tokens(openness):
 
 @pytest.mark.parametrize(("method", "most"), [(vp.LST(8), 1.5), (vp.DTL(), 6.0), (vp.LoRA(2), None)])
 def test_what_is_kept_for_the_backward_pass(method, most):
-    """In tensors as wide as the tokens for each block, on twelve blocks; a LoRA keeps all that attention and MLP need."""
+    """In tensors as wide as the tokens for each block, on twelve blocks; a LoRA keeps what all layers need."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=48, num_classes=5)
     vp.attach(model, method)

@@ -87,8 +87,8 @@ VTAB_ALONE = (
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 # networks beside the backbone, likewise
-BESIDE = ("dtl", "lst")
-UNPUBLISHED |= {"vtab_lst.yaml"}
+BESIDE = ("dtl", "lst", "vqt")
+UNPUBLISHED |= {"vtab_lst.yaml", "vtab_vqt.yaml"}
 # mixtures, for which nobody has published a recipe on images: they go by the default of the folder
 BY_DEFAULT = {"AdaMix", "AdapterFusion", "MixLoRA", "MoLE", "MoLORA", "MoV"}
 VIDEOS = shipped_configs("video_")

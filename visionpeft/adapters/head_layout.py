@@ -3,9 +3,11 @@
 import torch.nn as nn
 
 from visionpeft.errors import StorageError
+from visionpeft.methods.parts.several_features import SeveralFeatures
 
 # layer class -> attributes that its constructor takes
 LAYERS = {
+    SeveralFeatures: ("in_features", "out_features"),
     nn.Identity: (),
     nn.Dropout: ("p",),
     nn.Linear: ("in_features", "out_features"),
@@ -26,7 +28,7 @@ def head_layout(head: nn.Module) -> dict:
     for cls, names in LAYERS.items():
         if kind is cls or (issubclass(kind, cls) and kind.forward is cls.forward):
             arguments = {name: getattr(head, name) for name in names}
-            if cls is nn.Linear:
+            if issubclass(cls, nn.Linear):
                 arguments["bias"] = head.bias is not None
             return {"class": cls.__name__, "arguments": arguments}
     allowed = ", ".join(cls.__name__ for cls in LAYERS)
