@@ -238,6 +238,7 @@ CASES = [
     Case("dtl_plus", vp.DTL(3, 1.5, first=0, convolution=True), identity=True, image_only=True, relative=True),
     Case("lst", vp.LST(ratio=4), image_only=True),
     Case("lst_dropped", vp.LST(2, temperature=0.7, dropped=(0, 2)), image_only=True, relative=True),
+    Case("vqt", vp.VQT(2), image_only=True),
     Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False), relative=True),
     Case("mona", vp.Mona(bottleneck=4), image_only=True, relative=True),
     Case("e2vpt", vp.E2VPT(num_tokens=2, num_keys=3), image_only=True, relative=True),
@@ -307,6 +308,10 @@ REFUSALS |= {("clip_text", name): "text has no patches to convolve" for name in 
 REFUSALS |= {("clip_text", name): "text has no patches" for name in ("dtl", "dtl_plus", "lst", "lst_dropped")}
 OF_IMAGES = ("mona", "e2vpt", "lpt", "idpg", "decomposed", "smop", "apt", "pixel_prompt")
 REFUSALS |= {("clip_text", name): "words are not patches" for name in OF_IMAGES}
+
+REFUSALS |= {
+    (host.name, "vqt"): "what queries get is read by a classification head" for host in HOSTS if not host.head_paths()
+}
 
 NO_KEY_BIAS = "keys are rotated, so their shift matters, and the architecture has no bias for them"
 MERGE_REFUSALS = {

@@ -808,6 +808,7 @@ ONLY_TRACED = (
     ("dtl", "dtl_plus", "lst"),
     ("mona", "e2vpt", "prefix_propagation", "lpt"),
     ("idpg", "ptuning", "decomposed", "smop", "apt", "pixel_prompt", "ciat"),
+    ("vqt",),
 )
 
 

@@ -5,9 +5,12 @@ the `shape` of the tower ({"depth": blocks, "prefix": tokens before the patches}
 a station to a function. To add a method, write the function and enter it in METHODS.
 """
 
+from dataclasses import replace
+
 import torch
 
 from .arithmetic import ACTIVATIONS, attention, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
+from .block import block_forward
 from .prompts import PROMPTS
 from .weight_changes import CHANGES, edit_with, random_matrix
 
@@ -692,7 +695,29 @@ def sct(sites, fields, shape):
     return {"output": output, "mid": mid}
 
 
+def vqt(sites, fields, shape):
+    """VQT, arXiv 2212.03220: queries pass a block with keys and values of its tokens; the head reads what they get."""
+    got = []
+
+    def time(x, index, block, weights):
+        if index == 0:
+            got.clear()
+        borrowed = []
+        block_forward(block, weights, x, 0, index, [{"kv": lambda pair, _, h: borrowed.append(pair) or pair}])
+        apart = replace(block, rope=None, logit_bias=None)
+        queries = sites[index, "kv"]["prompts"].expand(len(x), -1, -1)
+        got.append(block_forward(apart, weights, queries, 0, index, [{"kv": lambda pair, _, h: borrowed[0]}])[0])
+        return x
+
+    def features(x):
+        parts = [x, *(z.reshape(len(z), -1) for z in got)]
+        return torch.cat([part / (part**2).sum(-1, keepdim=True).sqrt() for part in parts], dim=-1)
+
+    return {"time": time, "features": features}
+
+
 METHODS = {
+    "vqt": vqt,
     "lst": lst,
     "dtl": dtl,
     "sct": sct,

@@ -95,8 +95,8 @@ VTAB_ALONE = (
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 # networks beside the backbone, likewise
-BESIDE = ("dtl", "lst")
-UNPUBLISHED |= {"vtab_lst.yaml"}
+BESIDE = ("dtl", "lst", "vqt")
+UNPUBLISHED |= {"vtab_lst.yaml", "vtab_vqt.yaml"}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))

@@ -73,6 +73,7 @@ from visionpeft.methods.unipelt import UniPELT
 from visionpeft.methods.vblora import VBLoRA
 from visionpeft.methods.vera import VeRA
 from visionpeft.methods.vpt import VPT
+from visionpeft.methods.vqt import VQT
 from visionpeft.methods.waveft import WaveFT
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "SPT",
     "SSF",
     "VPT",
+    "VQT",
     "AdaLoRA",
     "AdaMix",
     "AdaptFormer",

@@ -54,6 +54,10 @@ class Method:
         """Make the modules that act in all towers of the method: by default, in each tower for itself."""
         return chain.from_iterable(self.place(tower) for tower in towers)
 
+    def gathers(self, tower: Tower) -> int:
+        """Width of what the head reads of the method's modules besides the pooled features (`several_features`)."""
+        return 0
+
     def trains(self, tower: Tower) -> Iterable[str]:
         """Names, as the tower knows them, of the parameters that are trained themselves."""
         return ()
