@@ -8,6 +8,7 @@ from visionpeft.clip.learners.clip_linear_probe import CLIPLinearProbe
 from visionpeft.clip.learners.clip_lora import CLIPLoRA
 from visionpeft.clip.learners.cocoop import CoCoOp
 from visionpeft.clip.learners.coop import CoOp
+from visionpeft.clip.learners.dapt import DAPT
 from visionpeft.clip.learners.dept import DePT
 from visionpeft.clip.learners.ivlp import IVLP
 from visionpeft.clip.learners.kgcoop import KgCoOp
@@ -15,6 +16,7 @@ from visionpeft.clip.learners.lp_plus_plus import LPPlusPlus
 from visionpeft.clip.learners.maple import MaPLe
 from visionpeft.clip.learners.mta import MTA
 from visionpeft.clip.learners.plot import PLOT
+from visionpeft.clip.learners.plot_plus_plus import PLOTPlusPlus
 from visionpeft.clip.learners.proda import ProDA
 from visionpeft.clip.learners.prograd import ProGrad
 from visionpeft.clip.learners.promptsrc import PromptSRC
@@ -34,6 +36,7 @@ from visionpeft.clip.learners.zero_shot import ZeroShot
 __all__ = [
     "CLAP",
     "CTPT",
+    "DAPT",
     "IVLP",
     "MTA",
     "PLOT",
@@ -53,6 +56,7 @@ __all__ = [
     "LPPlusPlus",
     "Learner",
     "MaPLe",
+    "PLOTPlusPlus",
     "ProDA",
     "ProGrad",
     "ProVP",
