@@ -50,7 +50,7 @@ PROTOCOLS = {
 }
 # Learners without training images, and those for whose protocol there are no published numbers.
 OF_SEVERAL_CONTEXTS = ("plot", "proda")
-LATER = ("tcp", "rpo", "2sfs", "dept", "provp")
+LATER = ("tcp", "rpo", "2sfs", "dept", "provp", "dapt", "plot_plus_plus")
 # learners that see several views of each test image
 ON_VIEWS = ("zero", "mta", "tps", "c_tpt", "diff_tpt", "prompt_align")
 PROTOCOLS = {protocol: (*names, *LATER, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
@@ -62,7 +62,7 @@ UNPUBLISHED = {
     *("base_to_new_tda.yaml", "fewshot_clap.yaml", "fewshot_lp_plus_plus.yaml", "fewshot_tuned_clip.yaml"),
     *(f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in (*ON_VIEWS, *OF_SEVERAL_CONTEXTS)),
     *(f"{protocol}_{name}.yaml" for protocol in ("fewshot", "cross_dataset") for name in LATER),
-    "base_to_new_dept.yaml",
+    *(f"base_to_new_{name}.yaml" for name in ("dept", "dapt", "plot_plus_plus")),
 } - {"cross_dataset_diff_tpt.yaml", "cross_dataset_prompt_align.yaml"}
 WITH_A_RECIPE_OF_THEIR_OWN = (
     "TipAdapter",
