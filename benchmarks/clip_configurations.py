@@ -21,7 +21,7 @@ import argparse
 import copy
 import json
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +30,7 @@ import open_clip
 import timm
 import torch
 import torch.nn.functional as F
+from measuring import table, write
 from torch import Tensor, nn
 
 from visionpeft.clip import learners
@@ -68,6 +69,7 @@ class Words:
         self.start, self.end, self.pad, self.length, self.ids = start, end, pad, length, {}
 
     def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
+        """Ids (texts, length)."""
         length = context_length or self.length
         rows = torch.full((len(texts), length), self.pad)
         for row, text in zip(rows, texts, strict=True):
@@ -166,12 +168,12 @@ def build(config: dict) -> nn.Module:
     return clip
 
 
-def library_features(learner: Learner) -> Tensor:
+def library_features(learner: Learner, context: Tensor | None) -> Tensor:
     """Unit text features (groups, texts, features) by OpenCLIP's own `encode_text`, of token ids alone.
 
-    Each context vector becomes the embedding of an id that no text has.
+    Each vector of the context (groups, vectors, width) becomes the embedding of an id that no text has.
     """
-    layout, context, embedding = learner.layout, learner.context(), learner.text.module.token_embedding
+    layout, embedding = learner.layout, learner.text.module.token_embedding
     rows = torch.tensor([(*text, *[layout.pad] * (layout.length - len(text))) for text in layout.texts])
     kept = embedding.weight.detach().clone()
     found = []
@@ -211,15 +213,17 @@ def examine(learner: Learner, tokenizer: Callable) -> str | None:
         for parameter in filter(torch.is_floating_point, learner.trained_state().values()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
         learner.eval()
-        expected = library_features(learner)
+        on_images = type(learner) is learners.CoCoOp
+        context = learner.context(features[:2]) if on_images else learner.context()
+        expected = library_features(learner, context)
         for learner.fast_text in (True, False):
-            if differs(F.normalize(learner.encode(learner.layout, learner.context()), dim=-1), expected):
+            if differs(F.normalize(learner.encode(learner.layout, context), dim=-1), expected):
                 return f"text features, {'fast' if learner.fast_text else 'in full'}"
         views = getattr(learner, "num_views", None)
-        if learner.frozen_images or views is not None and learner.adapter_name is None:
-            plain = F.normalize(learner.clip.encode_image(x, normalize=False), dim=-1)
-            raw = Learner.encode_images(learner, x)
-            if differs(raw, learner.clip.encode_image(x, normalize=False)) or differs(F.normalize(raw, dim=-1), plain):
+        if learner.frozen_images or (views is not None and learner.adapter_name is None):
+            found = Learner.encode_images(learner, x)
+            found = found[:, 0] if found.ndim == 3 else found  # PLOT's parts come after the whole image
+            if differs(found, learner.clip.encode_image(x, normalize=False)):
                 return "image features"
         if type(learner) is learners.ZeroShot:
             texts = tokenizer([f"a photo of a {name}." for name in NAMES])
@@ -275,6 +279,32 @@ def walk(names: list[str], of_learners: list[str]) -> list[dict]:
     return rows
 
 
+REASONS = {
+    "text tower of OpenCLIP's own": "a text tower of Hugging Face",
+    "local image features need": "no local image features that are projected as the whole image is",
+    "cannot act on the visual tower": "an image tower without sited blocks (ResNet, ConvNeXt, FastViT, hybrids)",
+}
+
+
+def by_learner(rows: list[dict]) -> list[dict]:
+    """One row for each learner: how many configurations it accepts and is exact on, and the others by reason."""
+    found = []
+    for learner in rows[0]:
+        if learner == "configuration":
+            continue
+        verdicts = [row[learner] for row in rows]
+        reasons = Counter(reason_of(verdict) for verdict in verdicts if verdict.startswith("refused"))
+        line = {"learner": f"`{learner}`", "exact": sum(verdict == "exact" for verdict in verdicts)}
+        line |= {reason: reasons.pop(reason, 0) for reason in REASONS.values()}
+        found.append(line | {"refused otherwise": sum(reasons.values()), "wrong": "".join(verdicts).count("WRONG")})
+    return found
+
+
+def reason_of(verdict: str) -> str:
+    """Why a learner refuses, in the words of the table."""
+    return next((reason for part, reason in REASONS.items() if part in verdict), verdict)
+
+
 def main() -> None:
     """Walk over what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -285,9 +315,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = walk(args.configurations, args.learners)
+    args.output.mkdir(parents=True, exist_ok=True)
+    write(args.output / "clip_configurations.csv", rows)
+    text = table(by_learner(rows))
+    (args.output / "clip_configurations.md").write_text(text + "\n")
+    print(text)
     for row in rows:
         for learner, found in row.items():
-            if found.startswith(("WRONG", "refused")):
+            if found.startswith("WRONG") or (found.startswith("refused") and reason_of(found) == found):
                 print(row["configuration"], learner, found)
 
 

@@ -221,7 +221,7 @@ class TextEncoder:
         return torch.cat(features).unflatten(0, (groups, len(layout)))
 
     def _library_features(self, tokens: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        # In the slots an id that is neither padding, which CoCa masks, nor the end; that of the end token stays largest.
+        # In the slots stands an id that is neither padding, which CoCa masks, nor the end, nor larger than that.
         special = [getattr(self.module, name, None) for name in ("pad_id", "eos_id", "text_eos_id")]
         word = next(each for each in range(4) if each not in special)
         with _embedded_slots(self.module.token_embedding, tokens, context):
