@@ -212,7 +212,7 @@ class Learner(nn.Module):
 
     def run_image_tower(self, images: torch.Tensor) -> torch.Tensor:
         """What the image tower gives of images that have been checked, not normalised."""
-        return self.clip.encode_image(images)
+        return self.clip.encode_image(images, normalize=False)  # CoCa would
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Unit image features (batch, features) of images (batch, 3, height, width).
