@@ -147,7 +147,7 @@ def test_it_predicts_for_a_named_task(runs, config, tmp_path, capsys):
         assert predict.main([*arguments, "--task", task]) == 0
         found[task] = (tmp_path / "found.json").read_text()
         rows = json.loads(found[task])
-        assert {each["class"] for row in rows for each in row["classes"]} == {"red", "green", "blue"}
+        assert {name for row in rows for name in row["classes"]} == {"red", "green", "blue"}
     assert found["small"] != found["large"]
 
 
