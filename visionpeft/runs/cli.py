@@ -17,6 +17,7 @@ from visionpeft.clip import learners
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
 from visionpeft.files import replacing
+from visionpeft.runs.carried import with_carried
 from visionpeft.runs.config_files import config_content
 from visionpeft.runs.explain import explain, missing_package, user_error
 from visionpeft.runs.options import CONFIG, OPTIONS, PROGRAM, SEED, WHOLE_PAGE
@@ -47,7 +48,10 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser, namespace, value, option_string=None):
         """Find the configuration and read it; classes are named without their modules, which may have moved."""
-        content = yaml.safe_dump(_short_names(config_content(value)), sort_keys=False)
+        content = _short_names(config_content(value))
+        if isinstance(content, dict):  # that of a run names adapters of which it has copies
+            content = with_carried(content, RunDirectory(Path(value).parent).carried)
+        content = yaml.safe_dump(content, sort_keys=False)
         super().__call__(parser, namespace, content, option_string)
 
 
@@ -163,6 +167,10 @@ class CLI(LightningCLI):
             return Trainer(**given | own, callbacks=callbacks)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+
+    def plain_config(self) -> dict:
+        """The resolved configuration as plain values."""
+        return yaml.safe_load(self.parser.dump(_plain(self.config), skip_none=False, skip_validation=True))
 
     def save_config(self, path: Path) -> None:
         """Write the resolved configuration, which is enough to build task and data again; at once, or not at all."""

@@ -10,6 +10,7 @@ from visionpeft.errors import ConfigurationError, UserError
 from visionpeft.files import claim, write_json
 from visionpeft.runs.agreement import Peers, what_must_agree
 from visionpeft.runs.before_training import check_before_training
+from visionpeft.runs.carried import carry
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import Interrupted, is_started
@@ -127,6 +128,7 @@ def _run_directory(cli: CLI) -> RunDirectory:
     write_json(run.path / "environment.json", environment())
     if draw := getattr(cli.datamodule, "draw", None):  # which images of a few-shot set were drawn
         draw.write(run.path / "draw.json")
+    carry(cli.plain_config(), run.carried)
     cli.save_config(run.config)  # last, as it is what makes the folder that of a run
     return run
 
