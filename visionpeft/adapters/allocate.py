@@ -68,7 +68,13 @@ def allocate(
     return model
 
 
-def remake(model: nn.Module, name: str, methods: Sequence[Method], tensors: Mapping[str, torch.Tensor]) -> None:
+def remake(
+    model: nn.Module,
+    name: str,
+    methods: Sequence[Method],
+    tensors: Mapping[str, torch.Tensor],
+    kept: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Make an adapter anew with methods that know where they act; heads and what it had already are kept.
 
     Args:
@@ -76,6 +82,7 @@ def remake(model: nn.Module, name: str, methods: Sequence[Method], tensors: Mapp
         name: name of the adapter.
         methods: as many as it has, none pending.
         tensors: values of some of the new tensors.
+        kept: values of the others, as far as they are there; by default those of the adapter as it is.
     """
     old: AttachedAdapter = attached(model)[name]
     with plain(model):
@@ -84,7 +91,8 @@ def remake(model: nn.Module, name: str, methods: Sequence[Method], tensors: Mapp
     made.heads = old.heads
     for path in old.heads:
         nest(made, path, old.get_submodule(path))
-    made.load_state_dict(old.state_dict() | dict(tensors), strict=False)
+    kept = old.state_dict() if kept is None else kept
+    made.load_state_dict({**kept, **tensors}, strict=False)
     exchange(model, name, made, backbone)
 
 
@@ -133,7 +141,7 @@ class SquaredGradients:
             for name, c in candidates.items()
         }
         with _differentiable(self.model, parameters, training):
-            for batch in _taken(self.batches, samples, each, parameters[0].device):
+            for batch in taken(self.batches, samples, each, parameters[0].device):
                 with torch.enable_grad():
                     gradients = torch.autograd.grad(self.loss(self.model, batch), parameters, allow_unused=True)
                 found = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True)}
@@ -171,7 +179,12 @@ def _differentiable(model: nn.Module, parameters: Iterable[nn.Parameter], traini
             parameter.requires_grad_(False)
 
 
-def _taken(batches: Iterable[Batch], samples: int, each: bool, device: torch.device) -> Iterator[Batch]:
+def taken(batches: Iterable[Batch], samples: int, each: bool, device: torch.device) -> Iterator[Batch]:
+    """The first so many samples of the batches, each by itself or in the batches they come in.
+
+    Raises:
+        DataError: if there are none.
+    """
     left = samples
     for batch in batches:
         batch = tuple(tensor[:left].to(device) for tensor in batch)
@@ -180,7 +193,7 @@ def _taken(batches: Iterable[Batch], samples: int, each: bool, device: torch.dev
         if left <= 0:
             return
     if left == samples:
-        raise DataError("allocate got no batch")
+        raise DataError("no batch of training data was shown")
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from visionpeft.methods.layer_norm_tuning import LayerNormTuning
 from visionpeft.methods.linear_probe import LinearProbe
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.lora_dropout import LoRADropout
+from visionpeft.methods.ltsft import LTSFT
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
@@ -59,6 +60,7 @@ __all__ = [
     "AIM",
     "BOFT",
     "IA3",
+    "LTSFT",
     "MAM",
     "OFT",
     "SPT",

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import ClassVar, Protocol, get_type_hints
 
@@ -41,6 +41,18 @@ class Squares(Protocol):
         """Sums by name; see `adapters.allocate.SquaredGradients`."""
 
 
+class Measure(Protocol):
+    """Shows training samples one by one to a method that chooses after a stage; `adapters.stages` has it."""
+
+    def __call__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        samples: int,
+        see: Callable[[tuple[torch.Tensor, ...]], None],
+    ) -> int:
+        """Give `see` the gradients in these parameters of the loss of each of so many samples; returns their number."""
+
+
 class Method:
     """Base of all methods, which are frozen dataclasses of hyper-parameters.
 
@@ -53,6 +65,8 @@ class Method:
     towers: str | list[str] | None = None
     # Values of fields that an adapter saved by an older version does not have, where they are not the defaults.
     written_without: ClassVar[Mapping[str, object]] = {}
+    # Of a method that is trained in stages: whether each stage starts where the first did, or where the last one ended.
+    rewinds: ClassVar[bool] = True
 
     def __post_init__(self):
         try:
@@ -89,6 +103,29 @@ class Method:
             squares: measures sums of squared gradients on the data.
         """
         raise TypeError(f"{type(self).__name__} needs no data to know where it acts")
+
+    @property
+    def stages_after(self) -> int:
+        """How many trainings follow the one with this method, the next with what `next_stage` gives."""
+        return 0
+
+    def next_stage(
+        self, towers: Sequence[Tower], part: nn.Module, trained: Mapping[str, torch.Tensor], measure: Measure
+    ) -> tuple["Method", dict[str, torch.Tensor]]:
+        """For a method with `stages_after`, the one that is trained next, and tensors of the modules it places.
+
+        Tensors that it does not give start as they did in the first stage if the method `rewinds`, or else as they are.
+
+        Args:
+            towers: the towers of the method, with the backbone's own values.
+            part: its modules, as they are after the training.
+            trained: the trained copies of parameters of the backbone, by their names in the model.
+            measure: gradients of the loss of training samples.
+
+        Raises:
+            ConfigurationError: the training leaves nothing to choose by.
+        """
+        raise TypeError(f"{type(self).__name__} is trained in one stage")
 
     @property
     def masks_gradients(self) -> bool:
