@@ -131,6 +131,7 @@ CASES = [
     Case("ssf", vp.SSF(), mergeable=True),
     Case("pafi", vp.PaFi(density=0.05), identity=True, mergeable=True),
     Case("fish_mask", vp.FishMask(density=0.05, samples=3), identity=True, mergeable=True, relative=True),
+    Case("ltsft", vp.LTSFT(density=0.05), identity=True, mergeable=True, relative=True),
     Case("child_f", vp.ChildTuning("F", share=0.6), identity=True, mergeable=True),
     Case("child_d", vp.ChildTuning("D", share=0.1, samples=3), identity=True, mergeable=True, relative=True),
     Case("spt", vp.SPT(budget=1500, rank=2), identity=True, mergeable=True, relative=True),
@@ -343,19 +344,27 @@ def attach(model, host, case, name="default", **options):
         assert model.peft.active == (*active, name)
     if model.peft[name].pending:
         show_data(host, model, name)
+    to_last_stage(host, model, name)
     return model
 
 
 def show_data(host, model, name="default"):
     """Show random inputs to a method that chooses by them."""
+    vp.allocate(model, *_random_data(host, model), name)
+
+
+def to_last_stage(host, model, name="default"):
+    """Move the tensors of a method that is trained in stages off their values in each of them but the last."""
+    for stage in vp.stages(model, *_random_data(host, model), name):
+        if any(method.stages_after for method in model.peft[name].methods):
+            randomise(model.peft[name], stage)
+
+
+def _random_data(host, model):
+    """Batches of random inputs, and a loss."""
     inputs = host.inputs(4, next(model.parameters()).dtype, seed=8)
     batch = inputs if host.takes == "both" else (inputs,)
-    vp.allocate(
-        model,
-        [batch],
-        lambda model, batch: host.run(model, batch if host.takes == "both" else batch[0]).square().mean(),
-        name,
-    )
+    return [batch], lambda model, batch: host.run(model, batch if host.takes == "both" else batch[0]).square().mean()
 
 
 def adapted(host, case, dtype=torch.float32, seed=1, name="default"):

@@ -11,7 +11,19 @@ from visionpeft.errors import UserError
 BY_HOST = {h.name: h for h in HOSTS}
 BY_NAME = {c.name: c for c in CASES}
 VIT = BY_HOST["vit_cls"]
-ADDITIVE = ("lora", "lora_all", "ada_lora", "spt", "pafi", "fish_mask", "child_d", "child_f", "full", "last_block")
+ADDITIVE = (
+    "lora",
+    "lora_all",
+    "ada_lora",
+    "spt",
+    "pafi",
+    "fish_mask",
+    "ltsft",
+    "child_d",
+    "child_f",
+    "full",
+    "last_block",
+)
 ADDITIVE += ("bit_fit", "layer_norm_tuning", "pissa", "sora")
 
 

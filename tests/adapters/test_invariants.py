@@ -34,6 +34,7 @@ from conftest import (
     show_data,
     spread,
     spread_pairs,
+    to_last_stage,
 )
 from reference.hosts import HOSTS, lively, shallow
 from shared_cells import plain, plain_output, shared, untouched_output
@@ -794,6 +795,7 @@ ONLY_TRACED = (
     ("layer_norm_tuning", "kadaptation", "compacter"),
     ("last_block", "fact", "mam", "child_f", "linear_probe"),
     ("fish_mask", "spt"),
+    ("ltsft",),
     ("pissa", "olora", "oft", "boft", "hira"),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
@@ -821,6 +823,7 @@ def test_no_graph_breaks(names):
         model = vp.attach(host.build(dtype), [BY_NAME[name].on(host) for name in names])
     if model.peft["default"].pending:
         show_data(host, model)
+    to_last_stage(host, model)
     randomise(model.peft["default"])
 
     def run_as_it_is(graph, _):

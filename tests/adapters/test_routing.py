@@ -25,7 +25,21 @@ IMAGES = HOST.inputs(4).double()
 # Their change of a weight is as large as the weight, or they are the model's own parameters, or draw or choose for each
 # token: each by itself.
 ALONE = (
-    *("DoRA", "PaFi", "FishMask", "SPT", "HiRA", "MiSS", "OFT", "BOFT", "RandLoRA", "FourierFT", "WaveFT", "HiWi"),
+    *(
+        "DoRA",
+        "PaFi",
+        "FishMask",
+        "LTSFT",
+        "SPT",
+        "HiRA",
+        "MiSS",
+        "OFT",
+        "BOFT",
+        "RandLoRA",
+        "FourierFT",
+        "WaveFT",
+        "HiWi",
+    ),
     *("LoRADropout", "AdaMix", "MixLoRA"),
 )
 
@@ -68,6 +82,7 @@ ROUTABLE = [
     for case in CASES
     if type(case.method).__name__ not in ("LayerNormTuning", "FullFineTuning", "LastBlocks", "ChildTuning", "BitFit")
     and not case.method.pending
+    and not case.method.stages_after
     and not case.sources  # those over adapters of their own are routed in the matrix
 ]
 

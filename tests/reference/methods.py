@@ -598,6 +598,7 @@ METHODS = {
     "prefix_tuning": prefix_tuning,
     "pa_fi": sparse,
     "fish_mask": sparse,
+    "ltsft": sparse,
     "child_tuning": sparse,
     "spt": spt,
     **{name: edit_with(change) for name, change in CHANGES.items()},

@@ -33,8 +33,9 @@ class LTSFT(Method):
     all of them together, and everything, the head as well, goes back to where it began. In the second the weight is
     w0 + D, where D is zero but for those entries. Changes of several tasks add up (`visionpeft.combine` with weights
     of 1), whatever their entries. Mergeable. The first stage costs a full fine-tuning, the saved adapter K values.
-    K = round(density * parameters of the towers): 428,993 of 85,798,656 on ViT-B/16 for 0.5 %. Class token and position
-    embeddings are counted, but stay frozen, as embeddings may in the paper.
+    K = round(density * parameters of the towers): 428,993 of 85,798,656 on ViT-B/16 for 0.5 %. Counted, but not chosen
+    are class token and position embeddings, which stay frozen, as embeddings may in the paper, and key biases, which
+    add the same to all scores of a query and have no gradient.
     Source: Ansell, Ponti, Korhonen, Vulic, Composable Sparse Fine-Tuning for Cross-Lingual Transfer, 2022, and the
     authors' code (cambridgeltl/composable-sft), which has one round by default, as is done here. Where several entries
     are at its threshold it takes all of them; here it is K. Its L1 penalty, zero by default, is not part of this.
@@ -93,7 +94,7 @@ class LTSFT(Method):
 
 
 def _candidates(tower: Tower) -> dict[str, SparseCandidate]:
-    return candidates_of(tower, range(tower.depth), norms=True, outside="all", key_bias=True)
+    return candidates_of(tower, range(tower.depth), norms=True, outside="all")
 
 
 def _names(tower: Tower, candidates: Mapping[str, SparseCandidate]) -> dict[str, str]:
