@@ -25,22 +25,8 @@ IMAGES = HOST.inputs(4).double()
 # Their change of a weight is as large as the weight, or they are the model's own parameters, or draw or choose for each
 # token: each by itself.
 ALONE = (
-    *(
-        "DoRA",
-        "PaFi",
-        "FishMask",
-        "LTSFT",
-        "SPT",
-        "HiRA",
-        "MiSS",
-        "OFT",
-        "BOFT",
-        "RandLoRA",
-        "FourierFT",
-        "WaveFT",
-        "HiWi",
-    ),
-    *("LoRADropout", "AdaMix", "MixLoRA"),
+    *("DoRA", "PaFi", "FishMask", "SPT", "HiRA", "MiSS", "OFT", "BOFT", "RandLoRA", "FourierFT", "WaveFT", "HiWi"),
+    *("LTSFT", "LoRADropout", "AdaMix", "MixLoRA"),
 )
 
 
