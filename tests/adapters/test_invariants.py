@@ -796,6 +796,7 @@ ONLY_TRACED = (
     ("last_block", "fact", "mam", "child_f", "linear_probe"),
     ("fish_mask", "spt"),
     ("ltsft",),
+    ("xprompt_deep",),
     ("pissa", "olora", "oft", "boft", "hira"),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),

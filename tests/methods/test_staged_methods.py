@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from reference import edits_of, forward, shapes_of, trained_weights
 from reference.hosts import HOSTS
 
 import visionpeft as vp
@@ -83,6 +84,82 @@ def test_lt_sft_counts_all_parameters():
         if stage == 1:
             train(model.double())
     assert model.peft["default"].num_parameters() == round(0.1 * total)
+
+
+# XPrompt
+
+
+def importances(model):
+    """Of tokens and pieces: mean absolute gradients in gates before them, of the transcription of the backbone."""
+    plain = VIT.build(torch.float64)
+    tensors = {name: value.detach() for name, value in model.peft["default"].state_dict().items()}
+    prompts, weights = tensors["xprompt.visual.0.stream_in.prompts"], with_head(plain, tensors)
+    tokens, pieces = torch.zeros(len(prompts)), torch.zeros(len(prompts), 4)
+    signed = torch.zeros(len(prompts))
+    for image, label in zip(IMAGES, LABELS, strict=True):
+        gamma = torch.ones(len(prompts), 1, dtype=torch.float64, requires_grad=True)
+        zeta = torch.ones(len(prompts), 4, dtype=torch.float64, requires_grad=True)
+        gated = gamma * (zeta.repeat_interleave(prompts.shape[1] // 4, dim=1) * prompts)
+        edits = edits_of({"vpt.visual.0.stream_in.prompts": gated}, {"vpt": {"deep": False}}, shapes_of(plain))
+        loss = -torch.log_softmax(forward(plain, image[None], edits, weights)[0], dim=0)[label]
+        found = torch.autograd.grad(loss, (gamma, zeta))
+        tokens, pieces, signed = tokens + found[0][:, 0].abs(), pieces + found[1].abs(), signed + found[0][:, 0]
+    return tokens, pieces, signed
+
+
+def with_head(plain, tensors):
+    """The weights of a backbone with the head of an adapter."""
+    heads = {name: value for name, value in tensors.items() if name.startswith("head.")}
+    return trained_weights(plain.state_dict(), heads)
+
+
+def test_xprompt_keeps_the_most_important_tokens_and_pieces_and_starts_again():
+    torch.manual_seed(2)
+    method = vp.XPrompt(num_tokens=12, pieces=4, samples=6)
+    model = vp.attach(VIT.build(torch.float64), method).eval()
+    stages = vp.stages(model, [(IMAGES[:4], LABELS[:4]), (IMAGES[4:], LABELS[4:])])
+    next(stages)
+    start = model.peft["default"].state_dict()["xprompt.visual.0.stream_in.prompts"].clone()
+    train(model)
+    tokens, pieces, signed = importances(model)
+    assert next(stages) == 2
+
+    kept = sorted(tokens.argsort(descending=True)[:6].tolist())
+    assert kept != sorted(signed.argsort(descending=True)[:6].tolist())  # what means of signed gradients would keep
+    ranked = sorted(pieces[kept].flatten().argsort(descending=True)[:12].tolist())
+    found = model.peft["default"].state_dict()
+    assert found["xprompt.visual.0.stream_in.piece_index"].tolist() == ranked
+    assert torch.equal(found["xprompt.visual.0.stream_in.pieces"], start[kept].view(24, -1)[ranked])
+    assert model.peft["default"].num_parameters() == 12 * start.shape[1] // 4
+
+    # removed tokens are attended by none; those that are only zero would be
+    dense = torch.zeros(24, start.shape[1] // 4, dtype=torch.float64)
+    dense[ranked] = found["xprompt.visual.0.stream_in.pieces"]
+    dense, plain, outputs = dense.view(6, -1), VIT.build(torch.float64), []
+    for prompts in (dense, torch.cat([dense, torch.zeros_like(dense)])):
+        edits = edits_of({"vpt.visual.0.stream_in.prompts": prompts}, {"vpt": {"deep": False}}, shapes_of(plain))
+        outputs.append(forward(plain, IMAGES, edits, with_head(plain, found)))
+    assert (model(IMAGES) - outputs[0]).abs().max() < 1e-10
+    assert (model(IMAGES) - outputs[1]).abs().max() > 1e-3
+    assert next(stages, None) is None
+
+
+def test_xprompt_counts():
+    """round(.5 * 16 * round(.5 * 20)) pieces of 48 channels on ViT-B/16."""
+    assert vp.XPrompt().pieces_kept * 768 // 16 == 3_840
+    method = vp.XPrompt(num_tokens=5, token_share=0.7, piece_share=0.3, pieces=8, deep=True)
+    assert (method.tokens_kept, method.pieces_kept) == (4, 10)
+
+
+def test_xprompt_needs_data_and_equal_pieces():
+    model = vp.attach(VIT.build(torch.float64), vp.XPrompt(num_tokens=4, pieces=4))
+    with pytest.raises(vp.ConfigurationError, match="XPrompt: it chooses by gradients: give stages batches"):
+        list(vp.stages(model))
+    with pytest.raises(vp.DataError, match="no batch of training data was shown"):
+        list(vp.stages(model, []))
+    assert model.peft["default"].methods[0].stages_after == 1
+    with pytest.raises(vp.ConfigurationError, match="channels, which are not 7 equal pieces"):
+        vp.attach(VIT.build(), vp.XPrompt(pieces=7))
 
 
 # What is refused

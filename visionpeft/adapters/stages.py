@@ -134,7 +134,8 @@ def begin_next(
     with plain(model), torch.no_grad():
         towers = select_towers(method, describe(model))
         part = adapter._modules.get(key, nn.ModuleDict())
-        following, tensors = method.next_stage(towers, part, dict(adapter.trained_parameters()), measure)
+        own = {path.removeprefix(f"{key}."): value for path, value in start.items() if path.startswith(f"{key}.")}
+        following, tensors = method.next_stage(towers, part, own, dict(adapter.trained_parameters()), measure)
     methods = [following if each is method else each for each in adapter.methods]
     named = {f"{key}.{path}": tensor for path, tensor in tensors.items()}
     remake(model, name, methods, named, start if method.rewinds else None)

@@ -55,6 +55,7 @@ from visionpeft.methods.vblora import VBLoRA
 from visionpeft.methods.vera import VeRA
 from visionpeft.methods.vpt import VPT
 from visionpeft.methods.waveft import WaveFT
+from visionpeft.methods.xprompt import XPrompt
 
 __all__ = [
     "AIM",
@@ -112,4 +113,5 @@ __all__ = [
     "VBLoRA",
     "VeRA",
     "WaveFT",
+    "XPrompt",
 ]

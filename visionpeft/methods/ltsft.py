@@ -71,7 +71,12 @@ class LTSFT(Method):
             yield from sparse_placements(tower, candidates, indices_by_name(candidates, self.entries))
 
     def next_stage(
-        self, towers: Sequence[Tower], part: nn.Module, trained: Mapping[str, torch.Tensor], measure: Measure
+        self,
+        towers: Sequence[Tower],
+        part: nn.Module,
+        start: Mapping[str, torch.Tensor],
+        trained: Mapping[str, torch.Tensor],
+        measure: Measure,
     ) -> tuple[Method, dict[str, torch.Tensor]]:
         """Choose the entries that have moved most."""
         moved, total = {}, 0

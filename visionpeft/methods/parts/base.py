@@ -110,7 +110,12 @@ class Method:
         return 0
 
     def next_stage(
-        self, towers: Sequence[Tower], part: nn.Module, trained: Mapping[str, torch.Tensor], measure: Measure
+        self,
+        towers: Sequence[Tower],
+        part: nn.Module,
+        start: Mapping[str, torch.Tensor],
+        trained: Mapping[str, torch.Tensor],
+        measure: Measure,
     ) -> tuple["Method", dict[str, torch.Tensor]]:
         """For a method with `stages_after`, the one that is trained next, and tensors of the modules it places.
 
@@ -119,6 +124,7 @@ class Method:
         Args:
             towers: the towers of the method, with the backbone's own values.
             part: its modules, as they are after the training.
+            start: the tensors of its modules, as they were before the first stage.
             trained: the trained copies of parameters of the backbone, by their names in the model.
             measure: gradients of the loss of training samples.
 
