@@ -308,7 +308,7 @@ def test_routed_rows_are_those_of_each_adapter(host, case):
     names = ["a", None, "b", "a"]
     # nor can two values of one parameter of the backbone act in one batch
     refused = host.takes == "text" or any(name.startswith("trained.") for name in adapter_tensors(model, "a"))
-    longer = case.name.startswith(("vpt", "prefix", "mam", "unipelt", "mix_lora"))
+    longer = case.name.startswith(("vpt", "xprompt", "prefix", "mam", "unipelt", "mix_lora"))
     if refused or longer:
         with pytest.raises(UserError), vp.route(model, names):
             output_of(host, model, 4, torch.float64)
@@ -797,6 +797,7 @@ ONLY_TRACED = (
     ("fish_mask", "spt"),
     ("ltsft",),
     ("xprompt_deep",),
+    ("pruned_bit_fit",),
     ("pissa", "olora", "oft", "boft", "hira"),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),

@@ -162,6 +162,75 @@ def test_xprompt_needs_data_and_equal_pieces():
         vp.attach(VIT.build(), vp.XPrompt(pieces=7))
 
 
+# U-BitFit and S-BitFit
+
+
+def bias_scores(rate=0.1, steps=3):
+    """{name: sum over samples of |shift * gradient|} of the biases of a plain ViT that torch alone has trained."""
+    model = VIT.build(torch.float64).eval()
+    trained = {n: p for n, p in model.named_parameters() if n.endswith("bias") or n.startswith("head.")}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    for _ in range(steps):
+        gradients = torch.autograd.grad(F.cross_entropy(model(IMAGES), LABELS), list(trained.values()))
+        with torch.no_grad():
+            for parameter, gradient in zip(trained.values(), gradients, strict=True):
+                parameter -= rate * gradient
+    scores = {name: torch.zeros_like(p) for name, p in trained.items() if not name.startswith("head.")}
+    for image, label in zip(IMAGES, LABELS, strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None])
+        for name, gradient in zip(scores, torch.autograd.grad(loss, [trained[n] for n in scores]), strict=True):
+            scores[name] += ((trained[name].detach() - before[name]) * gradient).abs()
+    # the sites are those of the sited block: q, k and v apart, of which keys have no gradient
+    found = {}
+    for name, score in scores.items():
+        if name.endswith("qkv.bias"):
+            q, _, v = score.chunk(3)
+            block = name.split(".")[1]
+            found |= {f"visual.{block}.q.bias": q, f"visual.{block}.v.bias": v}
+        else:
+            for own, site in (("patch_embed.proj", "patch_embed"), ("blocks.", ""), ("attn.", ""), ("mlp.", "")):
+                name = name.replace(own, site)
+            found[f"visual.{name}"] = score
+    return found
+
+
+def kept_biases(model):
+    return {
+        key.removeprefix("pruned_bit_fit.").removesuffix("_index"): value.tolist()
+        for key, value in model.peft["default"].state_dict().items()
+        if key.endswith("_index")
+    }
+
+
+def test_bit_fit_is_pruned_by_what_the_loss_would_lose():
+    scores = bias_scores()
+    pool = sum(score.numel() for score in scores.values())
+    ranked = sorted(((v, n, i) for n, s in scores.items() for i, v in enumerate(s.tolist())), reverse=True)
+    expected = {}
+    for _, name, index in ranked[: round(0.1 * pool)]:
+        expected.setdefault(name, []).append(index)
+    model, outputs = in_stages(vp.PrunedBitFit(samples=6), [(IMAGES, LABELS)])
+    assert kept_biases(model) == {name: sorted(indices) for name, indices in expected.items()}
+    assert torch.equal(*outputs)
+
+    model, _ = in_stages(vp.PrunedBitFit(samples=6, structured=True), [(IMAGES, LABELS)])
+    best = sorted(scores, key=lambda name: scores[name].sum(), reverse=True)[: round(0.1 * len(scores))]
+    assert kept_biases(model) == {name: [*range(len(scores[name]))] for name in best}
+
+
+def test_bit_fit_is_pruned_in_rounds():
+    """To the root of the density after the first of two; what has gone does not come back."""
+    model, kept = vp.attach(VIT.build(torch.float64), vp.PrunedBitFit(density=0.04, rounds=2, samples=6)).eval(), []
+    for _ in vp.stages(model, [(IMAGES, LABELS)]):
+        kept.append({(name, index) for name, indices in kept_biases(model).items() for index in indices})
+        train(model)
+    pool, first, second = kept
+    plain = vp.attach(VIT.build(), vp.BitFit(key_bias=False))
+    assert len(pool) == plain.peft["default"].num_parameters()
+    assert (len(first), len(second)) == (round(0.2 * len(pool)), round(0.04 * len(pool)))
+    assert second < first < pool
+
+
 # What is refused
 
 

@@ -612,6 +612,7 @@ METHODS = {
     "pa_fi": sparse,
     "fish_mask": sparse,
     "ltsft": sparse,
+    "pruned_bit_fit": sparse,
     "child_tuning": sparse,
     "spt": spt,
     **{name: edit_with(change) for name, change in CHANGES.items()},

@@ -82,7 +82,7 @@ NAMES = (
 # relatives of LoRA, of which the fine-grained benchmark has no configuration
 VTAB_ALONE = (
     *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
-    *("vblora", "ltsft", "xprompt"),
+    *("vblora", "ltsft", "xprompt", "pruned_bit_fit"),
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}

@@ -106,8 +106,11 @@ def test_another_method_does_not_resume_a_run_in_stages(whole, capsys):
 def test_callbacks_begin_anew_in_each_stage(tmp_path, images):
     """One that had stopped the first training would stop the second, too, unless it were another one."""
     stopping = "{class_path: EarlyStopping, init_args: {monitor: train/loss, patience: 1, stopping_threshold: 100}}"
-    made = run(tmp_path, images, *LTSFT, f"--trainer.callbacks=[{stopping}]", "--report", "last")
+    xprompt = ("--model.method", "XPrompt", "--model.method.samples", "5")
+    made = run(tmp_path, images, *xprompt, f"--trainer.callbacks=[{stopping}]", "--report", "last")
     assert len(numbers(made / "stages" / "1" / "metrics.csv")) == len(numbers(made / "metrics.csv")) == 1
+    (begun,) = (v for k, v in load_file(made / "stages/1/choice.safetensors").items() if k.endswith("pieces"))
+    assert begun.numel() == results(made)["parameters"]["adapter"] == 80 * 4
 
 
 def test_a_task_in_its_first_stage_is_not_saved(tmp_path):

@@ -44,6 +44,7 @@ from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.prefix_tuning import PrefixTuning
+from visionpeft.methods.pruned_bitfit import PrunedBitFit
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
 from visionpeft.methods.sora import SoRA
@@ -105,6 +106,7 @@ __all__ = [
     "PaFi",
     "PiSSA",
     "PrefixTuning",
+    "PrunedBitFit",
     "RandLoRA",
     "RepAdapter",
     "STAdapter",
