@@ -97,7 +97,7 @@ class Case:
         chooses = "towers" in {field.name for field in dataclasses.fields(self.method)} and not self.sources
         if host.takes == "both" and chooses and not self.image_only:
             changes["towers"] = ["visual", "text"]
-        if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT):
+        if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT | vp.XPrompt):
             changes["init"] = "normal"
         if isinstance(self.method, ON_A_GRID) and host.name in ("vit_dynamic", "dinov3"):
             changes["grid"] = tuple(side // 8 for side in host.size)  # these take images of any size
@@ -135,12 +135,16 @@ CASES = [
     Case("ssf", vp.SSF(), mergeable=True),
     Case("pafi", vp.PaFi(density=0.05), identity=True, mergeable=True),
     Case("fish_mask", vp.FishMask(density=0.05, samples=3), identity=True, mergeable=True, relative=True),
+    Case("ltsft", vp.LTSFT(density=0.05), identity=True, mergeable=True, relative=True),
+    Case("pruned_bit_fit", vp.PrunedBitFit(density=0.3, samples=3), identity=True, mergeable=True, relative=True),
     Case("child_f", vp.ChildTuning("F", share=0.6), identity=True, mergeable=True),
     Case("child_d", vp.ChildTuning("D", share=0.1, samples=3), identity=True, mergeable=True, relative=True),
     Case("spt", vp.SPT(budget=1500, rank=2), identity=True, mergeable=True, relative=True),
     Case("spt_adapter", vp.SPT(budget=1500, rank=2, structure="adapter"), identity=True, relative=True),
     Case("prefix", vp.PrefixTuning(num_tokens=3)),
     Case("prefix_mlp", vp.PrefixTuning(num_tokens=2, mlp=5), relative=True),
+    Case("xprompt", vp.XPrompt(num_tokens=4, pieces=4, samples=3), relative=True),
+    Case("xprompt_deep", vp.XPrompt(3, token_share=0.7, pieces=8, samples=3, deep=True), relative=True),
     Case("vpt_gated", vp.GatedVPT(num_tokens=3, gate=0.5)),
     Case("vpt_gated_first", vp.GatedVPT(num_tokens=2, gate=-1.0, blocks="first:2"), relative=True),
     Case("ia3", vp.IA3(), identity=True, mergeable=True),
@@ -379,19 +383,27 @@ def attach(model, host, case, name="default", **options):
         assert model.peft.active == (*active, name)
     if model.peft[name].pending:
         show_data(host, model, name)
+    to_last_stage(host, model, name)
     return model
 
 
 def show_data(host, model, name="default"):
     """Show random inputs to a method that chooses by them."""
+    vp.allocate(model, *_random_data(host, model), name)
+
+
+def to_last_stage(host, model, name="default"):
+    """Move the tensors of a method that is trained in stages off their values in each of them but the last."""
+    for stage in vp.stages(model, *_random_data(host, model), name):
+        if any(method.stages_after for method in model.peft[name].methods):
+            randomise(model.peft[name], stage)
+
+
+def _random_data(host, model):
+    """Batches of random inputs, and a loss."""
     inputs = host.inputs(4, next(model.parameters()).dtype, seed=8)
     batch = inputs if host.takes == "both" else (inputs,)
-    vp.allocate(
-        model,
-        [batch],
-        lambda model, batch: host.run(model, batch if host.takes == "both" else batch[0]).square().mean(),
-        name,
-    )
+    return [batch], lambda model, batch: host.run(model, batch if host.takes == "both" else batch[0]).square().mean()
 
 
 def adapted(host, case, dtype=torch.float32, seed=1, name="default"):

@@ -26,7 +26,7 @@ IMAGES = HOST.inputs(4).double()
 # token, or carry something from block to block or to the head: each by itself.
 ALONE = (
     *("DoRA", "PaFi", "FishMask", "SPT", "HiRA", "MiSS", "OFT", "BOFT", "RandLoRA", "FourierFT", "WaveFT", "HiWi"),
-    *("LoRADropout", "AdaMix", "MixLoRA", "DTL", "LST", "VQT", "NeuroAda"),
+    *("LTSFT", "LoRADropout", "AdaMix", "MixLoRA", "DTL", "LST", "VQT", "NeuroAda"),
 )
 
 
@@ -68,6 +68,7 @@ ROUTABLE = [
     for case in CASES
     if type(case.method).__name__ not in ("LayerNormTuning", "FullFineTuning", "LastBlocks", "ChildTuning", "BitFit")
     and not case.method.pending
+    and not case.method.stages_after
     and not case.sources  # those over adapters of their own are routed in the matrix
 ]
 

@@ -319,7 +319,8 @@ def tower_shapes(method, tower, weights, sites, shape):
     return found
 
 
-NAMED = [c for c in CASES if c.name not in (*TRAINED_ALONE, "prefix_mlp") and not c.method.pending]
+NAMED = [c for c in CASES if c.name not in (*TRAINED_ALONE, "prefix_mlp")]
+NAMED = [c for c in NAMED if not c.method.pending and not c.method.stages_after]
 
 
 @shared(every_pair(cases=NAMED), torch.float64)

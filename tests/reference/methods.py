@@ -55,6 +55,18 @@ def vpt(sites, fields, shape):
     return {"enter": enter, "leave": leave}
 
 
+def xprompt(sites, fields, shape):
+    """XPrompt, arXiv 2210.04457: VPT with the tokens that were kept, zero but for the pieces that were kept."""
+    tokens = round(fields["token_share"] * fields["num_tokens"])
+    dense = {}
+    for (index, site), found in sites.items():
+        rows = [torch.zeros(found["pieces"].shape[1], dtype=torch.float64)] * (tokens * fields["pieces"])
+        for place, piece in zip(found["piece_index"].tolist(), found["pieces"], strict=True):
+            rows[place] = piece
+        dense[index, site] = {"prompts": torch.cat(rows).view(tokens, -1)}
+    return vpt(dense, fields, shape)
+
+
 def bottleneck(found, fields, x):
     """scale * Up(activation(Down(x)))."""
     hidden = ACTIVATIONS[fields["activation"]](linear(x, found["down.weight"], found["down.bias"]))
@@ -743,6 +755,7 @@ METHODS = {
     "unipelt": unipelt,
     "lora": lora,
     "vpt": vpt,
+    "xprompt": xprompt,
     "adapter": adapter,
     "adapt_former": adapt_former,
     "ssf": ssf,
@@ -750,6 +763,8 @@ METHODS = {
     "prefix_tuning": prefix_tuning,
     "pa_fi": sparse,
     "fish_mask": sparse,
+    "ltsft": sparse,
+    "pruned_bit_fit": sparse,
     "child_tuning": sparse,
     "neuro_ada": sparse,
     "gps": sparse,

@@ -41,6 +41,7 @@ from visionpeft.methods.lora_dropout import LoRADropout
 from visionpeft.methods.lora_ga import LoRAGA
 from visionpeft.methods.lpt import LPT
 from visionpeft.methods.lst import LST
+from visionpeft.methods.ltsft import LTSFT
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
@@ -59,6 +60,7 @@ from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.pixel_prompt import PixelPrompt
 from visionpeft.methods.prefix_propagation import PrefixPropagation
 from visionpeft.methods.prefix_tuning import PrefixTuning
+from visionpeft.methods.pruned_bitfit import PrunedBitFit
 from visionpeft.methods.ptuning import PTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
@@ -75,6 +77,7 @@ from visionpeft.methods.vera import VeRA
 from visionpeft.methods.vpt import VPT
 from visionpeft.methods.vqt import VQT
 from visionpeft.methods.waveft import WaveFT
+from visionpeft.methods.xprompt import XPrompt
 
 __all__ = [
     "AIM",
@@ -89,6 +92,7 @@ __all__ = [
     "IDPG",
     "LPT",
     "LST",
+    "LTSFT",
     "MAM",
     "OFT",
     "SCT",
@@ -142,6 +146,7 @@ __all__ = [
     "PixelPrompt",
     "PrefixPropagation",
     "PrefixTuning",
+    "PrunedBitFit",
     "RandLoRA",
     "RepAdapter",
     "SMoP",
@@ -152,4 +157,5 @@ __all__ = [
     "VBLoRA",
     "VeRA",
     "WaveFT",
+    "XPrompt",
 ]
