@@ -13,6 +13,7 @@ from visionpeft.adapters.attach import detach, economise, has_adapters
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learner import Learner
+from visionpeft.clip.stages import InTwoStages
 from visionpeft.clip.storage import load_learner, save_learner
 from visionpeft.clip.unprompted import unprompted
 from visionpeft.data.labels import Labels
@@ -121,11 +122,16 @@ class PromptLearning(ImageTask):
         self.learner.set_published(getattr(datamodule, "published", {}))
 
     def check_before_training(self, datamodule: pl.LightningDataModule, processes: int = 1) -> None:
-        """Refuse a learner that is fitted on all images where they are only read in order.
+        """Refuse a learner that is fitted on all images where they are only read in order, or stages in processes.
 
         Raises:
-            ConfigurationError: so it is.
+            ConfigurationError: so it is; or several processes train a learner in two stages.
         """
+        if processes > 1 and isinstance(self.learner, InTwoStages):
+            raise ConfigurationError(
+                f"each stage of {self.label} trains some of its parameters and not the others, and {processes} "
+                "processes wait for the gradients of all; take one device (--trainer.devices 1)"
+            )
         if getattr(datamodule, "streams", False) and type(self.learner).fit_features is not Learner.fit_features:
             raise ConfigurationError(
                 f"{self.label} is fitted on the features of all images before training, and a stream is only read in "

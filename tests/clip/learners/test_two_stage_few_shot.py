@@ -149,6 +149,13 @@ def test_a_run_has_both_stages_and_resumes_in_the_second(tmp_path):
     assert moved == [{True}]
 
 
+def test_several_processes_are_refused():
+    task = PromptLearning(TwoStageFewShot, ["blue", "green"], backbone=CLIP[1], pretrained=False)
+    task.check_before_training(FewShot(), 1)
+    with pytest.raises(vp.ConfigurationError, match="2 processes wait for the gradients of all"):
+        task.check_before_training(FewShot(), 2)
+
+
 def test_refusals():
     with pytest.raises(vp.ConfigurationError, match="a share from 0 to 1, not 2"):
         TwoStageFewShot(clip_model(), tokenizer(), NAMES, first_stage=2)

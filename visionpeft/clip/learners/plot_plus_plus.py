@@ -107,8 +107,11 @@ class PLOTPlusPlus(InTwoStages, Learner):
 
     def text_features(self) -> torch.Tensor:
         """Unit text features (contexts, classes, features); without a gradient in the first stage."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.second_stage):
+        if self.second_stage or not torch.is_grad_enabled():
             return super().text_features()
+        # Nothing moves the context now. Its values are not compared in each step, for which a device would be waited
+        # for; that it was written to is known by its version, as of frozen tensors.
+        return self.kept(f"text of version {self.vectors._version}", self.encode_text)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of unit image features (batch, sets, features)."""

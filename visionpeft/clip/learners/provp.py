@@ -25,6 +25,7 @@ class ProVP(TemplateTexts):
 
         loss = cross-entropy + weight * mean_i -log softmax_j(f_i f0_j / temperature) at j = i.
 
+    With several processes, each compares the images of its own batch.
     Trainable on L image blocks of width D: L * num_tokens * D; 147,456 on ViT-B/16 for 16 prompts.
     Source: Xu et al., Progressive Visual Prompt Learning with Contrastive Feature Re-formation, 2023. In the authors'
     code, four prompts or fewer never enter and overwrite patches from block 1 on; the weight of the second term is
