@@ -47,6 +47,7 @@ vp.save_pretrained(model, "shared")
 vp.detach(model)
 vp.create_backbone("nano_vit")
 vp.VideoClassifier(model, num_frames=2, num_classes=3)
+vp.DensePredictor("nano_vit", vp.LinearSegmentation(layers=2), classes=3, method=vp.LoRA())(torch.randn(1, 3, 32, 40))
 print("complete")
 """
 

@@ -19,6 +19,15 @@ def test_counts_are_those_of_the_papers():
     pup = 9 * 256 * (768 + 3 * 256) + 2 * 768 + 12 * 256 + 150 * 257
     assert count(vp.SETR()) == pup == 3_582_102
     assert count(vp.SETR(), channels=1024) == 4_172_438
+    blocks = 2 * (12 * 768**2 + 13 * 768)
+    assert count(vp.Segmenter()) == 768 * 769 + blocks + 2 * 768 + 150 * 768 + 2 * 768**2 + 300 == 16_063_020
+    neck = 12 * 768**2 + 5 * 768
+    assert neck == 7_081_728
+    assert count(vp.UPerNet(width=512), maps=4) - neck == 512 * (7 * 768 + 9 * 768 + 99 * 512 + 24) + 150 * 513
+    assert count(vp.UPerNet(width=512), maps=4) - neck == 32_332_950
+    assert count(vp.UPerNet(), maps=4) - neck == 9_678_486
+    readout = 4 * (2 * 768 * 768 + 768)  # which is left out here
+    assert count(vp.DPT(), maps=4) + readout == 23_907_926
 
 
 def normalised(x, weight, bias):

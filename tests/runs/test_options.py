@@ -31,9 +31,7 @@ def accepted(cls):
     return found
 
 
-@pytest.mark.parametrize(
-    "cls", NAMED, ids=lambda cls: cls.__name__
-)
+@pytest.mark.parametrize("cls", NAMED, ids=lambda cls: cls.__name__)
 def test_the_source_says_what_the_constructor_takes(cls):
     assert set(parameters(cls.__name__)) == accepted(cls)
 
