@@ -157,7 +157,16 @@ def test_less_is_kept_for_the_backward_pass():
     assert kept() < kept(recompute_head=False) - logits
 
 
-@pytest.mark.parametrize("head", [vp.LinearSegmentation(layers="quarters"), vp.SETR(width=8), vp.SETR(kind="naive")])
+@pytest.mark.parametrize(
+    "head",
+    [
+        vp.LinearSegmentation(layers="quarters"),
+        vp.SETR(width=8),
+        vp.Segmenter(depth=1),
+        vp.DPT(width=8),
+        vp.UPerNet(width=8),
+    ],
+)
 def test_heads_are_saved_with_the_adapter(head, tmp_path):
     made = [vp.DensePredictor(backbone(depth=4), head, classes=3) for _ in range(2)]
     vp.attach(made[0], vp.LoRA(rank=2))
