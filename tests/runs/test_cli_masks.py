@@ -11,6 +11,9 @@ from small_runs import draw_images, results
 
 import visionpeft as vp
 from visionpeft import evaluate, fit, predict
+from visionpeft.data import ComposedScenes, MaskFolder
+from visionpeft.runs.cli import CLI
+from visionpeft.runs.config_files import shipped_configs
 from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.sharing.hub import save_pretrained
 from visionpeft.sharing.run_directory import RunDirectory
@@ -49,7 +52,7 @@ def test_results_are_those_of_the_masks(finished, masked, tmp_path):
     assert found["data"]["sizes"] == {"train": 9, "val": 1, "test": 2}
     names = {path.name for path in finished.iterdir()}
     assert names >= {"adapter", "curves.png", "iou_by_class.png", "masks.png", "metrics.csv", "results.json"}
-    order = vp_order(masked)
+    order = tested_files(masked)
     written = masks_of(finished, tmp_path / "out", *(masked / "images" / name for name in order))
     assert len(written) == 4
     hits, either = np.zeros(3), np.zeros(3)
@@ -71,10 +74,8 @@ def test_results_are_those_of_the_masks(finished, masked, tmp_path):
     assert mask.getpalette()[3:6] == [128, 0, 0]
 
 
-def vp_order(masked):
+def tested_files(masked):
     """Names of the two test images."""
-    from visionpeft.data import MaskFolder
-
     return [path.name for path in MaskFolder(masked, CLASSES).sources["test"].paths]
 
 
@@ -156,3 +157,12 @@ def test_what_does_not_fit_is_refused(finished, masked, tmp_path, capsys):
         assert "SemanticSegmentation" in error
         assert error.count("\n") == 1
     assert not list(tmp_path.glob("*-*"))
+
+
+@pytest.mark.parametrize("name", shipped_configs("scenes_"))
+def test_shipped_configurations_build_what_they_name(name):
+    cli = CLI(["--config", name, "--data.train", "2", "--data.val", "0", "--data.test", "1"])
+    assert isinstance(cli.datamodule, ComposedScenes)
+    assert cli.model.label.lower() == name.removeprefix("scenes_").removesuffix(".yaml").replace("_", "")
+    with torch.no_grad():
+        assert cli.model(torch.randn(1, 3, 24, 32)).shape == (1, 8, 24, 32)
