@@ -15,6 +15,7 @@ from visionpeft.data import ComposedScenes, MaskFolder
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import shipped_configs
 from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.serving.lanes import Served
 from visionpeft.sharing.hub import save_pretrained
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import open_run
@@ -130,6 +131,12 @@ def test_what_is_shared_says_what_it_is(finished, tmp_path):
         assert torch.equal(again.model(images), trained.model(images))
         assert again.answers(again.model(images)).shape == (1, 32, 40)
     assert "image-segmentation" in (tmp_path / "shared" / "README.md").read_text()
+
+
+def test_masks_are_not_served(finished):
+    trained = open_run(RunDirectory(finished))
+    with pytest.raises(vp.UnsupportedError, match="squares predicts masks"):
+        Served("squares", trained, {})
 
 
 def refusal(main, arguments, capsys):

@@ -70,6 +70,8 @@ def test_what_is_wrong_names_the_file(masked, tmp_path):
     refused("neither a list of names nor a text file", classes="nowhere.txt")
     refused("must not be negative and sum below 1", ConfigurationError, val_fraction=0.5, test_fraction=0.5)
     refused("at least 1 pixel", ConfigurationError, size=0)
+    refused("two positive factors", ConfigurationError, scale=(2.0, 1.0))
+    refused("2 colours for 3 classes", ConfigurationError, palette=[[0, 0, 0], [9, 9, 9]])
     Image.new("L", (31, 32)).save(masked / "masks" / "03.png")
     refused(r"mask .*03.png has 31 x 32 pixels, but its image .*03.png has 32 x 32")
     assert sum(module(MaskFolder, masked, CLASSES, skip_corrupt=True).skipped.values()) == 1
