@@ -17,6 +17,7 @@ from visionpeft.runs.config_files import shipped_configs
 from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.serving.lanes import Served
 from visionpeft.sharing.hub import save_pretrained
+from visionpeft.sharing.model_card import model_card
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import open_run
 
@@ -131,6 +132,9 @@ def test_what_is_shared_says_what_it_is(finished, tmp_path):
         assert torch.equal(again.model(images), trained.model(images))
         assert again.answers(again.model(images)).shape == (1, 32, 40)
     assert "image-segmentation" in (tmp_path / "shared" / "README.md").read_text()
+    card = model_card(description, results(finished), "me/squares").content
+    assert "type: mean_iou" in card
+    assert "| LinearSegmentation | layers=1, batch_norm=False, dropout=0.1 |" in card
 
 
 def test_masks_are_not_served(finished):
