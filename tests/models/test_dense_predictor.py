@@ -157,7 +157,16 @@ def test_less_is_kept_for_the_backward_pass():
     assert kept() < kept(recompute_head=False) - logits
 
 
-@pytest.mark.parametrize("head", [vp.LinearSegmentation(layers="quarters"), vp.SETR(width=8), vp.SETR(kind="naive")])
+@pytest.mark.parametrize(
+    "head",
+    [
+        vp.LinearSegmentation(layers="quarters"),
+        vp.SETR(width=8),
+        vp.Segmenter(depth=1),
+        vp.DPT(width=8),
+        vp.UPerNet(width=8),
+    ],
+)
 def test_heads_are_saved_with_the_adapter(head, tmp_path):
     made = [vp.DensePredictor(backbone(depth=4), head, classes=3) for _ in range(2)]
     vp.attach(made[0], vp.LoRA(rank=2))
@@ -235,6 +244,44 @@ def test_windows_are_averaged_where_they_overlap():
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(vp.UserError, match=message):
         make()
+
+
+FAMILIES = {
+    "vit_small_patch16_dinov3": ({"img_size": 32, "dynamic_img_size": True}, (32, 48)),
+    "beit_base_patch16_224": ({"img_size": 32}, (32, 32)),
+    "vit_small_patch14_reg4_dinov2": ({"img_size": 28, "dynamic_img_size": True}, (28, 42)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    """Rotary and relative positions, registers: maps are the library's, and change with what acts.
+
+    With layer scales of 1, as the libraries' first ones of 1e-5 hide every effect.
+    """
+    options, size = FAMILIES[name]
+    inside = timm.create_model(name, depth=2, embed_dim=48, num_heads=3, num_classes=0, init_values=1.0, **options)
+    model = vp.DensePredictor(inside, vp.LinearSegmentation(layers=2), 3, vp.LoRA(rank=2)).eval()
+    pixels = images(*size)
+    with torch.no_grad():
+        maps = vp.feature_maps(inside, pixels, (0, 1))
+        expected = inside.forward_intermediates(pixels, indices=2, norm=True, intermediates_only=True)
+        assert torch.equal(maps, torch.stack(expected, dim=1))
+        for parameter in model.peft.default.lora.parameters():
+            parameter.normal_()
+        assert not torch.allclose(vp.feature_maps(inside, pixels, (0, 1)), maps, atol=1e-2)
+    assert model(pixels).shape == (2, 3, *size)
+
+
+def test_autocast_leaves_the_resizing_in_single_precision():
+    model = predictor().eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        coarse = model.coarse_logits(images())
+        assert coarse.dtype == torch.bfloat16
+        logits = model(images())
+    expected = F.interpolate(coarse.float(), size=SIZE, mode="bilinear")
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def test_the_class_token_alone_is_no_economy_here():

@@ -11,8 +11,13 @@ from small_runs import draw_images, results
 
 import visionpeft as vp
 from visionpeft import evaluate, fit, predict
+from visionpeft.data import ComposedScenes, MaskFolder
+from visionpeft.runs.cli import CLI
+from visionpeft.runs.config_files import shipped_configs
 from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.serving.lanes import Served
 from visionpeft.sharing.hub import save_pretrained
+from visionpeft.sharing.model_card import model_card
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import open_run
 
@@ -49,7 +54,7 @@ def test_results_are_those_of_the_masks(finished, masked, tmp_path):
     assert found["data"]["sizes"] == {"train": 9, "val": 1, "test": 2}
     names = {path.name for path in finished.iterdir()}
     assert names >= {"adapter", "curves.png", "iou_by_class.png", "masks.png", "metrics.csv", "results.json"}
-    order = vp_order(masked)
+    order = tested_files(masked)
     written = masks_of(finished, tmp_path / "out", *(masked / "images" / name for name in order))
     assert len(written) == 4
     hits, either = np.zeros(3), np.zeros(3)
@@ -71,10 +76,8 @@ def test_results_are_those_of_the_masks(finished, masked, tmp_path):
     assert mask.getpalette()[3:6] == [128, 0, 0]
 
 
-def vp_order(masked):
+def tested_files(masked):
     """Names of the two test images."""
-    from visionpeft.data import MaskFolder
-
     return [path.name for path in MaskFolder(masked, CLASSES).sources["test"].paths]
 
 
@@ -129,6 +132,15 @@ def test_what_is_shared_says_what_it_is(finished, tmp_path):
         assert torch.equal(again.model(images), trained.model(images))
         assert again.answers(again.model(images)).shape == (1, 32, 40)
     assert "image-segmentation" in (tmp_path / "shared" / "README.md").read_text()
+    card = model_card(description, results(finished), "me/squares").content
+    assert "type: mean_iou" in card
+    assert "| LinearSegmentation | layers=1, batch_norm=False, dropout=0.1 |" in card
+
+
+def test_masks_are_not_served(finished):
+    trained = open_run(RunDirectory(finished))
+    with pytest.raises(vp.UnsupportedError, match="squares predicts masks"):
+        Served("squares", trained, {})
 
 
 def refusal(main, arguments, capsys):
@@ -156,3 +168,12 @@ def test_what_does_not_fit_is_refused(finished, masked, tmp_path, capsys):
         assert "SemanticSegmentation" in error
         assert error.count("\n") == 1
     assert not list(tmp_path.glob("*-*"))
+
+
+@pytest.mark.parametrize("name", shipped_configs("scenes_"))
+def test_shipped_configurations_build_what_they_name(name):
+    cli = CLI(["--config", name, "--data.train", "2", "--data.val", "0", "--data.test", "1"])
+    assert isinstance(cli.datamodule, ComposedScenes)
+    assert cli.model.label.lower() == name.removeprefix("scenes_").removesuffix(".yaml").replace("_", "")
+    with torch.no_grad():
+        assert cli.model(torch.randn(1, 3, 24, 32)).shape == (1, 8, 24, 32)

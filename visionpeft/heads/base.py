@@ -94,9 +94,11 @@ class DenseModule(nn.Module):
 
     Attributes:
         layout: description that a saved head is built from again.
+        needs_several_images: whether it takes statistics that one training image does not have.
     """
 
     layout: dict
+    needs_several_images = False
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Logits, at the resolution of the head."""

@@ -11,7 +11,7 @@ from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_na
 
 
 def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
-    """Tokens of the patches after some blocks, each after the backbone's final norm, in rows and columns.
+    """Tokens of the patches after some blocks, each after the backbone's final norm if it has one, in a grid.
 
     By the library's own `forward_intermediates`, with the adapters acting. Prompts that travel through the blocks are
     left out, like class and register tokens. Images of another size than the backbone's are taken by timm models

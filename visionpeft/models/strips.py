@@ -36,14 +36,19 @@ def interpolation(small: int, large: int, share: float = 1.0) -> Tensor:
 
 def resized(logits: Tensor, size: tuple[int, int], shares: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """Logits (batch, classes, h, w) at another size (batch, classes, height, width), of a part of their extent."""
-    rows, columns = _matrices(logits, size, shares)
-    return rows @ (logits @ columns.T)
+    with _in_full(logits):
+        logits = _at_least_single(logits)
+        rows, columns = _matrices(logits, size, shares)
+        return rows @ logits @ columns.T
 
 
 def classes_of(logits: Tensor, size: tuple[int, int], shares: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     """The class with the largest resized logit at each pixel, (batch, height, width)."""
-    with torch.no_grad():
-        return torch.cat([strip.argmax(1) for _, strip in _strips(logits, size, shares)], dim=1)
+    with torch.no_grad(), _in_full(logits):
+        logits = _at_least_single(logits)
+        rows, columns = _matrices(logits, size, shares)
+        strips = (rows[begin:end] @ logits @ columns.T for begin, end in _ranges(logits, *size))
+        return torch.cat([strip.argmax(1) for strip in strips], dim=1)
 
 
 def cross_entropy(
@@ -61,8 +66,8 @@ def cross_entropy(
         The mean (), and the classes with the largest logits (batch, height, width).
     """
     height, width = labels.shape[-2:]
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+    with _in_full(logits):
+        logits = _at_least_single(logits)
         rows, columns = _matrices(logits, (height, width), shares)
         total, found = logits.new_zeros(()), []
         for begin, end in _ranges(logits, height, width):
@@ -75,14 +80,17 @@ def cross_entropy(
 
 
 def _of_strip(logits: Tensor, rows: Tensor, columns: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
-    strip = rows @ (logits @ columns.T)
+    strip = rows @ logits @ columns.T  # rows first, so that many strips cost no more products than one
     return F.cross_entropy(strip, labels, ignore_index=ignored, reduction="sum"), strip.detach().argmax(1)
 
 
-def _strips(logits: Tensor, size: tuple[int, int], shares: tuple[float, float]) -> Iterator[tuple[int, Tensor]]:
-    rows, columns = _matrices(logits, size, shares)
-    for begin, end in _ranges(logits, *size):
-        yield begin, rows[begin:end] @ (logits @ columns.T)
+def _in_full(logits: Tensor) -> torch.autocast:
+    """Within the context products are computed in the precision of what is multiplied."""
+    return torch.autocast(logits.device.type, enabled=False)
+
+
+def _at_least_single(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _ranges(logits: Tensor, height: int, width: int) -> Iterator[tuple[int, int]]:

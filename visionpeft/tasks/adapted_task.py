@@ -186,7 +186,8 @@ class AdaptedTask(ImageTask):
         """
         images = getattr(datamodule, "sources", {}).get("train", ())
         if getattr(datamodule, "drop_last", False) or not any(
-            isinstance(module, nn.BatchNorm1d) for module in self.adapter.modules()
+            isinstance(module, nn.BatchNorm1d) or getattr(module, "needs_several_images", False)
+            for module in self.adapter.modules()
         ):
             return
         count, size = len(images), datamodule.batch_size

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 from small_mask_runs import CLASSES, draw_masked
 
 from visionpeft.backbones.preprocessing import Preprocessing
@@ -70,6 +71,8 @@ def test_what_is_wrong_names_the_file(masked, tmp_path):
     refused("neither a list of names nor a text file", classes="nowhere.txt")
     refused("must not be negative and sum below 1", ConfigurationError, val_fraction=0.5, test_fraction=0.5)
     refused("at least 1 pixel", ConfigurationError, size=0)
+    refused("two positive factors", ConfigurationError, scale=(2.0, 1.0))
+    refused("2 colours for 3 classes", ConfigurationError, palette=[[0, 0, 0], [9, 9, 9]])
     Image.new("L", (31, 32)).save(masked / "masks" / "03.png")
     refused(r"mask .*03.png has 31 x 32 pixels, but its image .*03.png has 32 x 32")
     assert sum(module(MaskFolder, masked, CLASSES, skip_corrupt=True).skipped.values()) == 1
@@ -154,6 +157,16 @@ def test_voc(tmp_path):
     assert [int(data.sources["train"].mask(index)[0, 0]) for index in range(3)] == [0, 1, 13]
     with pytest.raises(DataError, match=r"no list .*sbd/train.txt"):
         VOCSegmentation(root, aug=True, sbd=tmp_path / "sbd")
+    for name in ("img", "cls"):
+        (tmp_path / "sbd" / name).mkdir(parents=True)
+    classes = np.array([[0, 5], [20, 255]], np.uint8)
+    savemat(tmp_path / "sbd" / "cls" / "d.mat", {"GTcls": np.array([(classes,)], [("Segmentation", object)])})
+    Image.new("RGB", (2, 2)).save(tmp_path / "sbd" / "img" / "d.jpg")
+    for split, names in (("train", "a d"), ("val", "c")):  # a has a mask of VOC, and c is one to test on
+        (tmp_path / "sbd" / f"{split}.txt").write_text(names.replace(" ", "\n"))
+    data = module(VOCSegmentation, root, aug=True, sbd=tmp_path / "sbd", val_fraction=0)
+    assert [path.stem for path in data.sources["train"].paths] == ["a", "b", "d"]
+    assert data.sources["train"].mask(2).tolist() == [[0, 5], [20, -1]]
     with pytest.raises(DataError, match="holds no VOCdevkit/VOC2012"):
         VOCSegmentation(tmp_path / "elsewhere")
 

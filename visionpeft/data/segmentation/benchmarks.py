@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import VOCSegmentation as VOCFiles
 
 from visionpeft.data.images import list_images
 from visionpeft.data.ordering import permutation
@@ -104,10 +103,10 @@ class _SBDReader(MaskReader):
     def read(self, path: Path) -> np.ndarray:
         if path.suffix != ".mat":
             return super().read(path)
-        from scipy.io import loadmat  # for these files alone
-
-        if not path.is_file():
-            raise DataError(f"mask file {path} does not exist")
+        try:
+            from scipy.io import loadmat  # for these files alone
+        except ModuleNotFoundError as error:
+            raise DataError(f"reading {path} needs SciPy; install it with pip install scipy") from error
         try:
             pixels = loadmat(path)["GTcls"][0]["Segmentation"][0].astype(np.int64)
         except Exception as error:  # a dozen types, on damaged files
@@ -116,6 +115,8 @@ class _SBDReader(MaskReader):
 
 
 def _voc(root: Path, split: str) -> list[tuple[Path, Path]]:
+    from torchvision.datasets import VOCSegmentation as VOCFiles  # which brings all of torchvision's data sets
+
     try:
         files = VOCFiles(root, year="2012", image_set=split)
     except (RuntimeError, OSError) as error:

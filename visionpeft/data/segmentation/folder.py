@@ -72,7 +72,8 @@ class MaskFolder(SegmentationDataModule):
             "selected_on": "val" if "val" in sources else None,
             "split": division,
         }
-        kwargs.setdefault("palette", reader.palette)
+        if kwargs.get("palette") is None:
+            kwargs["palette"] = reader.palette
         super().__init__(MaskSet(sources, names, about, notes), **kwargs)
 
 

@@ -7,7 +7,7 @@ from visionpeft.data.module import ImageDataModule
 from visionpeft.data.segmentation.dataset import MaskedDataset
 from visionpeft.data.segmentation.masks import palette_of
 from visionpeft.data.segmentation.sources import MaskSet
-from visionpeft.data.segmentation.transforms import MaskedTransform
+from visionpeft.data.segmentation.transforms import MaskedTransform, check_sizes
 from visionpeft.errors import ConfigurationError
 
 SCALE = (0.5, 2.0)
@@ -55,8 +55,9 @@ class SegmentationDataModule(ImageDataModule):
         test_batch_size: int = 1,
         palette: list[list[int]] | None = None,
     ):
-        if size is not None and size < 1:
-            raise ConfigurationError(f"size must be at least 1 pixel, or absent, not {size}")
+        check_sizes(size, scale)
+        if palette is not None and len(palette) != len(images.class_names):
+            raise ConfigurationError(f"palette has {len(palette)} colours for {len(images.class_names)} classes")
         super().__init__(
             images,
             batch_size=batch_size,

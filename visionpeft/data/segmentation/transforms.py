@@ -41,10 +41,7 @@ class MaskedTransform:
         flip: bool = True,
         distort: bool = False,
     ):
-        if size < 1:
-            raise ConfigurationError(f"size must be at least 1 pixel, not {size}")
-        if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-            raise ConfigurationError(f"scale {list(scale)} must be two positive factors, the smaller first")
+        check_sizes(size, scale)
         self.size, self.scale = size, tuple(scale)
         self.interpolation = InterpolationMode(preprocessing.interpolation)
         self.mean = torch.tensor(preprocessing.mean).view(3, 1, 1) * 255
@@ -83,3 +80,15 @@ class MaskedTransform:
         # multiplied first, as in `covering`; a very long image keeps at least a pixel
         height, width = (max(1, math.floor(side * shorter / least)) for side in (image.height, image.width))
         return F.resize(image, [height, width], interpolation=self.interpolation, antialias=True)
+
+
+def check_sizes(size: int | None, scale: tuple[float, float]) -> None:
+    """Refuse a size of no pixels, and what are no factors.
+
+    Raises:
+        ConfigurationError: it is one.
+    """
+    if size is not None and size < 1:
+        raise ConfigurationError(f"size must be at least 1 pixel, or absent, not {size}")
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
+        raise ConfigurationError(f"scale {list(scale)} must be two positive factors, the smaller first")
