@@ -156,6 +156,8 @@ CASES = [
     Case("sct", vp.SCT(channels=5), relative=True),
     Case("sct_mlp", vp.SCT(channels=5, position="mlp_out"), mergeable=True, relative=True),
     Case("sct_qv", vp.SCT(channels=4, position="qv"), mergeable=True, relative=True),
+    Case("binary_mask", vp.BinaryMask(masked=0.3, targets=("q", "v", "fc2")), mergeable=True, relative=True),
+    Case("said", vp.SAID(dimension=40, seed=2), identity=True, mergeable=True, relative=True),
     Case("oft", vp.OFT(block=4, targets=("q", "v", "proj")), identity=True, mergeable=True, relative=True),
     Case("boft", vp.BOFT(block=4, factors=2, targets=("k", "proj")), identity=True, mergeable=True, relative=True),
     Case("hira", vp.HiRA(rank=3, targets=("q", "v", "fc2")), identity=True, mergeable=True, relative=True),

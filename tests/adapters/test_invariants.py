@@ -797,7 +797,7 @@ ONLY_TRACED = (
     ("pissa", "olora", "lora_ga", "eva", "oft", "boft", "hira"),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
-    ("molora", "mov", "mix_lora", "sct"),
+    ("molora", "mov", "mix_lora", "sct", "binary_mask", "said"),
     ("ada_mix",),
     ("mole",),
     ("adapter_fusion",),

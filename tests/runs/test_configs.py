@@ -84,7 +84,7 @@ VTAB_ALONE = (
     *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
     "vblora",
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
-    *("eva", "lora_ga", "second_order", "neuro_ada", "sct"),
+    *("eva", "lora_ga", "second_order", "neuro_ada", "sct", "binary_mask", "said"),
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 # mixtures, for which nobody has published a recipe on images: they go by the default of the folder

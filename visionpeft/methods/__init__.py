@@ -6,6 +6,7 @@ from visionpeft.methods.adapter import Adapter
 from visionpeft.methods.adapter_fusion import AdapterFusion
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
+from visionpeft.methods.binary_mask import BinaryMask
 from visionpeft.methods.bitfit import BitFit
 from visionpeft.methods.boft import BOFT
 from visionpeft.methods.capaboost import CapaBoost
@@ -49,6 +50,7 @@ from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
+from visionpeft.methods.said import SAID
 from visionpeft.methods.sct import SCT
 from visionpeft.methods.second_order import SecondOrder
 from visionpeft.methods.sora import SoRA
@@ -69,6 +71,7 @@ __all__ = [
     "IA3",
     "MAM",
     "OFT",
+    "SAID",
     "SCT",
     "SPT",
     "SSF",
@@ -78,6 +81,7 @@ __all__ = [
     "AdaptFormer",
     "Adapter",
     "AdapterFusion",
+    "BinaryMask",
     "BitFit",
     "CapaBoost",
     "ChildTuning",
