@@ -99,7 +99,7 @@ class BinaryMask(Method):
 
     masked: float = 0.05
     targets: tuple[str, ...] = ("q", "k", "v", "proj", "fc1", "fc2")
-    fixed: bool = False
+    fixed: bool | None = None
     blocks: Blocks = "all"
     towers: str | list[str] | None = None
 

@@ -57,7 +57,7 @@ class LoRAGA(Counting):
     targets: tuple[str, ...] = ("q", "v")
     dropout: float = 0.0
     overrides: dict[str, int] = field(default_factory=dict)
-    measured: bool = False
+    measured: bool | None = None
     blocks: Blocks = "all"
     towers: str | list[str] | None = None
 
