@@ -123,6 +123,23 @@ def test_gps_trains_the_largest_gradients_of_every_row(views):
     assert sorted(found[one]) != sorted(score[one].flatten().topk(len(found[one])).indices.tolist())
 
 
+def test_features_of_models_without_one_head():
+    """Of CLIP those of the images; a model with two heads, which read two tokens, is refused."""
+    host = {host.name: host for host in HOSTS}["clip_whole"]
+    images = host.inputs(4, torch.float64, seed=8)[0]
+    model = vp.attach(host.build(torch.float64), vp.GPS()).eval()
+    vp.allocate(model, [(images, torch.tensor([0, 1, 1, 2]))])
+    plain = host.build(torch.float64).eval().requires_grad_(True)
+    plain.forward_features = plain.encode_image
+    plain.forward_head = lambda features, pre_logits: features
+    weight = plain.visual.transformer.resblocks[1].mlp.c_fc.weight
+    (score,) = torch.autograd.grad(contrastive(plain, images, torch.tensor([0, 1, 1, 2])), [weight])
+    assert chosen(model, "gps")["visual.1.fc1.weight"] == of_rows(score.abs(), 1)
+    two = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=5)
+    with pytest.raises(vp.UnsupportedError, match=r"several heads \(head, head_dist\) are not one tensor"):
+        vp.allocate(vp.attach(two, vp.GPS()), [(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))])
+
+
 def test_the_size_of_a_row_has_no_say():
     score = torch.rand(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     larger = score * torch.tensor([1.0, 100.0, 1.0, 1e-3, 1.0])[:, None]
