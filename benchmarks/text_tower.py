@@ -201,6 +201,22 @@ def tpt(clip, tokenizer, names, views: Tensor, rounds: int) -> Case:
     return Case(f"TPT text part, {len(views)} views, {len(names)} classes{chunks}", straightforward, ours, rounds)
 
 
+def tpt_image(clip, tokenizer, names, views: Tensor, rounds: int) -> Case:
+    """TPT's whole image: the image tower on all views, then the text part as in `tpt`."""
+    case = tpt(clip, tokenizer, names, encode(clip, views), rounds)
+    learner = vp.TPT(clip, tokenizer, names, allow_duplicates=True)
+    text_part = case.straightforward
+
+    def straightforward() -> Tensor:
+        encode(clip, views)
+        return text_part()
+
+    def ours() -> Tensor:
+        return learner(views[None])
+
+    return Case(f"TPT's whole image, {len(views)} views, {len(names)} classes", straightforward, ours, rounds)
+
+
 def tpt_loss(logits: Tensor) -> Tensor:
     """Entropy of the mean prediction of the most certain tenth of the views (views, classes)."""
     entropy = -(logits.log_softmax(1) * logits.softmax(1)).sum(1)
@@ -250,6 +266,7 @@ def make_cases(args, clip, tokenizer) -> dict[str, Callable[[], Case]]:
         "cocoop4": lambda: cocoop(clip, tokenizer, hundred, *few, batch=4, rounds=0),
         "maple": lambda: maple(clip, tokenizer, hundred, *few),
         "tpt": lambda: tpt(clip, tokenizer, hundred, features, rounds=99),
+        "tpt_image": lambda: tpt_image(clip, tokenizer, hundred, images.repeat(2, 1, 1, 1), rounds=2),
         "tpt1000": lambda: tpt(clip, tokenizer, thousand, features, rounds=0),
         "epoch": lambda: coop_epoch(clip, tokenizer, hundred, images, labels[:32], rounds=2),
     }
@@ -313,7 +330,9 @@ def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="an OpenCLIP model; its weights are random")
-    parser.add_argument("--cases", nargs="+", default=None, help="some of: coop cocoop cocoop4 maple tpt tpt1000 epoch")
+    parser.add_argument(
+        "--cases", nargs="+", default=None, help="some of: coop cocoop cocoop4 maple tpt tpt_image tpt1000 epoch"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

@@ -9,11 +9,12 @@ import torch
 from conftest import CASES, TRAINED_ALONE, every_pair
 from reference import addresses_of, shapes_of
 from reference.counts import PUBLISHED, D, L
+from reference.prompts import PROMPT_SHAPES
 from reference.weight_changes import SHAPES, SHARED_SHAPES
 from shared_cells import plain, shared
 
 import visionpeft as vp
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import UserError
 
 
 def timm_vit_b16():
@@ -35,12 +36,14 @@ def vit_b16(request):
 @pytest.mark.parametrize(("method", "count"), PUBLISHED, ids=repr)
 def test_published_counts(vit_b16, method, count):
     """Without the head, exactly the number in the papers."""
-    if isinstance(method, vp.LinearProbe) and not hasattr(vit_b16, "head"):
-        with pytest.raises(ConfigurationError):
+    if isinstance(method, vp.LinearProbe | vp.VQT) and not hasattr(vit_b16, "head"):
+        with pytest.raises(UserError, match="head"):
             vp.attach(vit_b16, method)
         return
     vp.attach(vit_b16, method)
     try:
+        if isinstance(method, vp.VQT):
+            assert vp.summary(vit_b16).trainable - count == 100 * (D * (1 + L) + 1)
         head = {id(p) for n, p in vit_b16.peft["default"].named_parameters() if n.startswith("head.")}
         assert sum(p.numel() for p in vp.trainable_parameters(vit_b16) if id(p) not in head) == count
         assert vp.summary(vit_b16).adapter == count
@@ -121,6 +124,10 @@ def changed_weight_shapes(method, key, rows, columns):
     if name == "molora":
         experts, rank = method.experts, method.rank
         return {"A": (experts, rank, columns), "B": (experts, rows, rank), "router.weight": (experts, columns)}
+    if name == "moelora":
+        experts, rank = method.experts, method.rank // method.experts
+        own = {"A": (experts, rank, columns), "B": (experts, rows, rank)}
+        return own | {"embedding": (1, 64), "router.weight": (experts, 64)}
     assert name == "unipelt"
     own = {"low_rank.A": (method.rank, columns), "low_rank.B": (rows, method.rank)}
     return own | gate_shapes(columns)
@@ -140,7 +147,7 @@ def compact_shapes(method, width):
 
 
 CHANGING_WEIGHTS = (
-    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "mix_lora", "mole"),
+    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "moelora", "mix_lora", "mole"),
     *SHAPES,
 )
 SHARING_A_RULE = ("kadaptation", "compacter")
@@ -183,6 +190,9 @@ def tower_shapes(method, tower, weights, sites, shape):
                 adapter = {f"bottleneck.{each}": size for each, size in adapter.items()} | gate_shapes(width)
             enter((index, "kv"), kept)
             enter((index, "stream_mid" if name == "mam" else "mlp_out"), adapter)
+    elif name in PROMPT_SHAPES:
+        for key, shapes in PROMPT_SHAPES[name](method, shape, width).items():
+            enter(key, shapes)
     elif name == "compacter":
         for index in blocks:
             for site in ADAPTER_SITES[method.placement]:
@@ -250,6 +260,28 @@ def tower_shapes(method, tower, weights, sites, shape):
         shapes |= {"up_bias": (width,)}
         for index in blocks:
             enter((index, "mlp_out"), {part: (experts, *size) for part, size in shapes.items()})
+    elif name == "dtl":
+        for index in blocks:
+            enter((index, "stream_in"), {"A": (method.rank, width), "B": (width, method.rank)})
+        if method.convolution:
+            enter((None, "convolution"), {"conv.weight": (width, 1, 3, 3)})
+    elif name == "lst":
+        narrow = width // method.ratio
+        line = {"weight": (narrow, width), "bias": (narrow,)}
+        square = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 4}
+        side = {f"block.{layer}.weight": (n * narrow, narrow) for layer, n in square.items()}
+        side |= {f"block.{layer}.bias": (n * narrow,) for layer, n in square.items()}
+        side |= {"block.mlp.fc2.weight": (narrow, 4 * narrow), "block.mlp.fc2.bias": (narrow,), "gate": (1,)}
+        side |= {f"block.norm{n}.{part}": (narrow,) for n in (1, 2) for part in ("weight", "bias")}
+        side |= {f"down.{part}": size for part, size in line.items()}
+        for index in blocks:
+            enter((index, "stream_in"), {} if index in method.dropped else side)
+        enter((0, "stream_in"), {f"start.{part}": size for part, size in line.items()})
+        last = {"norm.weight": (narrow,), "norm.bias": (narrow,), "up.weight": (width, narrow), "up.bias": (width,)}
+        enter((shape["depth"] - 1, "stream_in"), last)
+    elif name == "vqt":
+        for index in blocks:
+            enter((index, "kv"), {"prompts": (method.num_tokens, width)})
     elif name == "mov":
         for index in blocks:
             for site, matrix, axis in (("k", "k", 0), ("v", "v", 0), ("hidden", "fc2", 1)):
@@ -287,7 +319,8 @@ def tower_shapes(method, tower, weights, sites, shape):
     return found
 
 
-NAMED = [c for c in CASES if c.name not in (*TRAINED_ALONE, "prefix_mlp") and not c.method.pending]
+NAMED = [c for c in CASES if c.name not in (*TRAINED_ALONE, "prefix_mlp")]
+NAMED = [c for c in NAMED if not c.method.pending and not c.method.stages_after]
 
 
 @shared(every_pair(cases=NAMED), torch.float64)

@@ -1,5 +1,6 @@
 """What the tasks share that train adapters and a head on a frozen backbone."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -143,7 +144,7 @@ class AdaptedTask(ImageTask):
         try:
             # A method that has to see data first cannot act yet.
             acting = plain(self.model) if self.adapter.pending else nullcontext()
-            with torch.no_grad(), evaluating(self.model), acting, self._uncompiled():
+            with torch.no_grad(), evaluating(self.model), acting, self._uncompiled(), self.of_tasks(None):
                 self.model(example)
         except UserError:
             raise
@@ -252,6 +253,17 @@ class AdaptedTask(ImageTask):
         if self.trainer.datamodule is not None:
             self._check_last_batch(self.trainer.datamodule, self.trainer.world_size)
 
+    def loss_of_shown(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean loss of a batch, as methods see it that choose by the data."""
+        images, labels = batch
+        with self.of_tasks(labels):
+            return self.objective.measured_loss(self(images).float(), labels)
+
+    def shown(self, datamodule: pl.LightningDataModule) -> Iterable:
+        """The training batches that such methods see, those of one device that trains alone."""
+        # Another's data module has not shared its batches among several devices yet.
+        return datamodule.train_loader() if isinstance(datamodule, ImageDataModule) else datamodule.train_dataloader()
+
     def _allocate(self) -> None:
         datamodule = self.trainer.datamodule
         if datamodule is None:
@@ -260,16 +272,10 @@ class AdaptedTask(ImageTask):
                 "visionpeft.allocate(task.model, batches) before the training"
             )
 
-        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-            images, labels = batch
-            return self.objective.measured_loss(self(images).float(), labels)
-
-        # Another's data module has not shared its batches among several devices yet.
-        shown = datamodule.train_loader() if isinstance(datamodule, ImageDataModule) else datamodule.train_dataloader()
         # What is drawn for the chosen places is a function of the seed, on any number of devices.
         with torch.random.fork_rng(devices=[]), self._uncompiled():
             torch.manual_seed(self.seed)
-            allocate(self.model, shown, loss, self.adapter_name)
+            allocate(self.model, self.shown(datamodule), self.loss_of_shown, self.adapter_name)
         copy_again(self.trainer.callbacks, self.trainer, self)
 
     def _allocate_together(self) -> None:
@@ -348,6 +354,11 @@ class AdaptedTask(ImageTask):
             raise ConfigurationError(
                 f"the adapter in {folder} has learnt from labels {learnt['labels']!r}, not {self.objective.labels!r}; "
                 "leave --data.labels as in its training"
+            )
+        if (tasks := learnt.get("tasks")) != self.tasks:
+            known, given = (", ".join(each or ()) or "one task" for each in (tasks, self.tasks))
+            raise ConfigurationError(
+                f"the adapter in {folder} has learnt {known}, and the data has {given}; test on the tasks of both"
             )
         names = description.get("class_names")
         if names is not None and names != self.class_names:

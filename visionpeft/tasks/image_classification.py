@@ -1,5 +1,6 @@
 """Image classification, or regression, with a frozen, adapted backbone."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -17,13 +18,16 @@ from visionpeft.caching.trunk import CachedTrunk
 from visionpeft.data.labels import Labels
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods import Method
+from visionpeft.methods.parts.by_task import for_tasks
 from visionpeft.models.create import create_backbone
+from visionpeft.sites.tasks_of_rows import rows_of, tasks_of_rows
 from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.heads import Head, HeadInit, replace_head
 from visionpeft.tasks.objective import Loss, Weights
 from visionpeft.tasks.objectives import Asymmetry, build_objective
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.passes import in_order
+from visionpeft.tasks.several_tasks import OneClassOfTask, check_one_task
 
 
 class ImageClassification(AdaptedTask):
@@ -55,6 +59,8 @@ class ImageClassification(AdaptedTask):
             augmentation, or with a number of `views`.
         cache_mib: most MiB that are kept.
         labels: what a label is, "classes", "several" of them, or a "number"; taken from the data.
+        tasks: number of classes of each task where there are several, in the order of the class names; taken from the
+            data (`MultiTask`). Each image is judged among the classes of its own task.
         loss: "cross_entropy" of classes; "bce" (binary cross-entropy, the default) or "asymmetric" of several labels;
             "mse" (the default) or "l1" of numbers.
         class_weights: weight of the images of each class in the training loss, in the order of the class names, or
@@ -88,6 +94,7 @@ class ImageClassification(AdaptedTask):
         cache: str | None = None,
         cache_mib: int = 2048,
         labels: Labels = "classes",
+        tasks: dict[str, int] | None = None,
         loss: Loss | None = None,
         class_weights: Weights = None,
         positive_weights: Weights = None,
@@ -113,7 +120,13 @@ class ImageClassification(AdaptedTask):
             positive_weights=positive_weights,
             asymmetry=asymmetry,
         )
+        if tasks is not None:
+            options = {"class_weights": class_weights, "mixup": mixup, "cutmix": cutmix}
+            check_one_task(options, method if isinstance(method, list | tuple) else [method], recompute, compile)
+            objective = OneClassOfTask(tasks, label_smoothing)
+            method = for_tasks(method, list(tasks))
         super().__init__(method, class_names, backbone, label_smoothing, optimisation, seed, objective)
+        self.tasks = tasks
         if (mixup or cutmix) and labels != "classes":
             raise ConfigurationError(f"mixup and cutmix mix classes; with labels {labels!r}, set both to 0")
         outputs = objective.outputs
@@ -150,6 +163,25 @@ class ImageClassification(AdaptedTask):
         self.mix = None
         if mixup or cutmix:
             self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=outputs)
+
+    def of_tasks(self, labels: Tensor | None) -> AbstractContextManager:
+        """Within the context methods know the task of each image by its label, (batch,)."""
+        if self.tasks is None:
+            return nullcontext()
+        rows = torch.tensor(0) if labels is None else self.objective.tasks_of(labels)
+        return tasks_of_rows(tuple(self.tasks), rows)
+
+    def predict_step(self, batch, batch_idx: int) -> Tensor:
+        """As for every task; of several tasks within `visionpeft.of_tasks`, 0 for classes of other tasks.
+
+        Raises:
+            ConfigurationError: there are several tasks, and that of the images is not known.
+        """
+        if self.tasks is None:
+            return super().predict_step(batch, batch_idx)
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        rows = rows_of(tuple(self.tasks), images, type(self).__name__)
+        return self.objective.answers(self.objective.among_own(self(images).float(), rows))
 
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how this backbone wants its images.

@@ -86,6 +86,10 @@ class Objective:
         """Add a batch to one of these metrics."""
         metric.update(logits, labels)
 
+    def judged(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The outputs (batch, outputs) as they are measured beside labels: those that an image can have."""
+        return logits
+
     @abstractmethod
     def answers(self, logits: Tensor) -> Tensor:
         """What the outputs say: probabilities (batch, classes), or numbers (batch,)."""

@@ -2,6 +2,7 @@
 
 import random
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,11 +42,13 @@ class ImageTask(pl.LightningModule):
         preprocessing: how the backbone wants its images.
         folder: name of the folder in a run directory that `save` writes.
         kind: what is classified, "images" or "videos".
+        tasks: number of classes of each task, where the data has several; else None.
     """
 
     preprocessing: Preprocessing
     folder: str
     kind = "images"
+    tasks: dict[str, int] | None = None
 
     def __init__(
         self, class_names: list[str], optimisation: Optimisation, seed: int, objective: Objective | None = None
@@ -88,6 +91,10 @@ class ImageTask(pl.LightningModule):
         """What is added to the loss of every batch."""
         return 0.0
 
+    def of_tasks(self, labels: Tensor | None) -> AbstractContextManager:
+        """Within the context the model knows the tasks of images with these labels (those of the first, of None)."""
+        return nullcontext()
+
     @abstractmethod
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the optimiser trains."""
@@ -129,10 +136,22 @@ class ImageTask(pl.LightningModule):
                 f"{type(self).__name__} takes {self.kind}, but {type(datamodule).__name__} holds {kind}; use {task} "
                 f"(--model {task}), or other data"
             )
+        masks = "masks" in (getattr(datamodule, "labels", None), self.objective.labels)
+        if isinstance(datamodule, ImageDataModule) and masks and datamodule.labels != self.objective.labels:
+            raise ConfigurationError(
+                "masks are learnt by SemanticSegmentation (--model SemanticSegmentation), and nothing else is: "
+                f"{type(datamodule).__name__} has labels {datamodule.labels!r}, which {type(self).__name__} refuses"
+            )
         if isinstance(datamodule, ImageDataModule) and datamodule.labels != self.objective.labels:
             raise ConfigurationError(
                 f"{type(self).__name__} learns from labels {self.objective.labels!r} here, but those of "
                 f"{type(datamodule).__name__} are {datamodule.labels!r} (--data.labels)"
+            )
+        if isinstance(datamodule, ImageDataModule) and datamodule.tasks != self.tasks:
+            known, given = (", ".join(tasks or ()) or "one task" for tasks in (self.tasks, datamodule.tasks))
+            raise ConfigurationError(
+                f"{type(self).__name__} has {known} to learn here, but the data has {given}; several tasks are learnt "
+                "by ImageClassification from MultiTask data with the same tasks"
             )
         datamodule.preprocessing = self.preprocessing
 
@@ -195,10 +214,11 @@ class ImageTask(pl.LightningModule):
             DivergedError: the loss is not finite, or that of an earlier step since the device was last read.
         """
         images, labels, *part = batch
-        measured, logits = self.training_loss(images, labels)
-        share, samples = self._share_of_step(labels, *part)
-        loss = measured if share is None else measured * (share * self.trainer.world_size)
-        loss = loss + self.penalty()
+        with self.of_tasks(labels):
+            measured, logits = self.training_loss(images, labels)
+            share, samples = self._share_of_step(labels, *part)
+            loss = measured if share is None else measured * (share * self.trainer.world_size)
+            loss = loss + self.penalty()
         self.divergence.note(loss, self.global_step)
         # A CPU has the answer at once. Another device would be waited for, so it is asked once per logging interval,
         # and at the end of an epoch, before anything is validated or saved.
@@ -242,7 +262,8 @@ class ImageTask(pl.LightningModule):
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        logits = self(images).float()
+        with self.of_tasks(labels):
+            logits = self.objective.judged(self(images).float(), labels)
         self._measure(metrics, self.objective.measured_loss(logits, labels), logits, labels)
         return logits
 
