@@ -176,7 +176,6 @@ CASES = [
     Case("second_order", vp.SecondOrder(density=0.05), identity=True, mergeable=True, relative=True),
     Case("neuro_ada", vp.NeuroAda(per_row=2), identity=True, mergeable=True, relative=True),
     Case("sct", vp.SCT(channels=5), relative=True),
-    Case("sct_mlp", vp.SCT(channels=5, position="mlp_out"), mergeable=True, relative=True),
     Case("sct_qv", vp.SCT(channels=4, position="qv"), mergeable=True, relative=True),
     Case("binary_mask", vp.BinaryMask(masked=0.3, targets=("q", "v", "fc2")), mergeable=True, relative=True),
     Case("said", vp.SAID(dimension=40, seed=2), identity=True, mergeable=True, relative=True),

@@ -340,6 +340,11 @@ def test_sct_takes_the_largest_channels_and_leaves_the_others(position):
         others = [channel for channel in range(WIDTH) if channel not in wanted]
         assert torch.equal(y[..., others], x[..., others])
         assert (y[..., wanted] != x[..., wanted]).any()
+    if position != "stream_mid":
+        randomise(model.peft["default"])
+        output = model(IMAGES)
+        assert not torch.allclose(vp.merge(model)(IMAGES), HOST.build(torch.float64).eval()(IMAGES), atol=1e-2)
+        assert torch.allclose(model(IMAGES), output, rtol=0, atol=1e-11)
 
 
 def test_classes_count_alike():
