@@ -31,6 +31,7 @@ BY_NAME = {c.name: c for c in CASES}
 VIT = BY_HOST["vit_cls"]
 LABELS = torch.tensor([0, 3, 1, 4, 4, 2])
 WAITING = [vp.FishMask(density=0.03), vp.ChildTuning("D", share=0.2), vp.SPT(budget=700, rank=2)]
+WAITING += [vp.EVA(rank=2), vp.SCT(channels=3)]
 
 
 def images(dtype=torch.float64):
@@ -586,9 +587,10 @@ def squares_on_disk(tmp_path_factory):
 FISH = ["--model.method", "FishMask", "--model.method.density", "0.01", "--model.method.samples", "10"]
 SPT = ["--model.method", "SPT", "--model.method.budget", "3000", "--model.method.rank", "2"]
 CHILD = ["--model.method", "ChildTuning", "--model.method.variant", "F"]
+START = ["--model.method", "LoRAGA", "--model.method.rank", "2", "--model.method.samples", "10"]
 
 
-@pytest.mark.parametrize("method", [FISH, SPT, CHILD], ids=["fish_mask", "spt", "child_f"])
+@pytest.mark.parametrize("method", [FISH, SPT, CHILD, START], ids=["fish_mask", "spt", "child_f", "lora_ga"])
 def test_resumed_run_keeps_what_it_chose(method, tmp_path, squares_on_disk, monkeypatch, capsys):
     """A run that is interrupted goes on with the entries it has, and ends where the uninterrupted one ends."""
     shown = "what the method will choose by the data"

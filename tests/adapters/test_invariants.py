@@ -805,7 +805,7 @@ ONLY_TRACED = (
     ("pruned_bit_fit",),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
-    ("molora", "moelora", "mov", "mix_lora", "sct"),
+    ("molora", "moelora", "mov", "mix_lora", "sct", "binary_mask", "said"),
     ("ada_mix",),
     ("mole",),
     ("adapter_fusion",),

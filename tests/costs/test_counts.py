@@ -170,7 +170,7 @@ def tower_shapes(method, tower, weights, sites, shape):
         enter((None, "rule"), {"A": (method.terms,) * 3})
     if name in SHARED_SHAPES:
         owner, shapes = SHARED_SHAPES[name]
-        enter((None, owner), shapes(method))
+        enter((None, owner), shapes(method, sum(site in method.targets for _, site in acting)))
     if name in CHANGING_WEIGHTS:
         for key in acting:
             targets = ("q", "v") if name == "mole" else method.targets

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import randomise
 from reference.hosts import HOSTS
+from safetensors.torch import load_file
 
 import visionpeft as vp
 from visionpeft.adapters.measures import Measures
@@ -120,6 +121,23 @@ def test_gps_trains_the_largest_gradients_of_every_row(views):
     assert any(found[name] != of_rows(others[name].abs(), 2) for name in score)
     one = "visual.1.fc1.weight"
     assert sorted(found[one]) != sorted(score[one].flatten().topk(len(found[one])).indices.tolist())
+
+
+def test_features_of_models_without_one_head():
+    """Of CLIP those of the images; a model with two heads, which read two tokens, is refused."""
+    host = {host.name: host for host in HOSTS}["clip_whole"]
+    images = host.inputs(4, torch.float64, seed=8)[0]
+    model = vp.attach(host.build(torch.float64), vp.GPS()).eval()
+    vp.allocate(model, [(images, torch.tensor([0, 1, 1, 2]))])
+    plain = host.build(torch.float64).eval().requires_grad_(True)
+    plain.forward_features = plain.encode_image
+    plain.forward_head = lambda features, pre_logits: features
+    weight = plain.visual.transformer.resblocks[1].mlp.c_fc.weight
+    (score,) = torch.autograd.grad(contrastive(plain, images, torch.tensor([0, 1, 1, 2])), [weight])
+    assert chosen(model, "gps")["visual.1.fc1.weight"] == of_rows(score.abs(), 1)
+    two = timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=1, num_classes=5)
+    with pytest.raises(vp.UnsupportedError, match=r"several heads \(head, head_dist\) are not one tensor"):
+        vp.allocate(vp.attach(two, vp.GPS()), [(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]))])
 
 
 def test_the_size_of_a_row_has_no_say():
@@ -322,6 +340,11 @@ def test_sct_takes_the_largest_channels_and_leaves_the_others(position):
         others = [channel for channel in range(WIDTH) if channel not in wanted]
         assert torch.equal(y[..., others], x[..., others])
         assert (y[..., wanted] != x[..., wanted]).any()
+    if position != "stream_mid":
+        randomise(model.peft["default"])
+        output = model(IMAGES)
+        assert not torch.allclose(vp.merge(model)(IMAGES), HOST.build(torch.float64).eval()(IMAGES), atol=1e-2)
+        assert torch.allclose(model(IMAGES), output, rtol=0, atol=1e-11)
 
 
 def test_classes_count_alike():
@@ -369,6 +392,96 @@ def test_what_sct_refuses():
     model.peft["other"].get_submodule("sct.visual.0.stream_mid").channels.add_(1)
     with pytest.raises(vp.ConfigurationError, match="act on other channels"):
         vp.combine(model, {"default": 0.5, "other": 0.5}, "both")
+
+
+# learned masks
+
+
+def test_a_mask_leaves_weights_or_zeros(tmp_path):
+    """Merged and loaded, every weight is the backbone's or zero; the file has one bit for each."""
+    method = vp.BinaryMask(masked=0.3, targets=("q", "fc1"))
+    model = attached(method)
+    scores = model.peft["default"].get_submodule("binary_mask.visual.0.q").scores
+    assert scores.min() >= -0.02
+    assert scores.max() <= 0.03 / 0.3 - 0.02
+    assert (scores <= 0.01).double().mean().item() == pytest.approx(0.3, abs=0.05)  # of 1,024
+    output = model(IMAGES)
+    with torch.no_grad():
+        scores[scores > 0.01] *= 50  # only the side counts
+        scores[scores <= 0.01] -= 50
+    assert torch.equal(model(IMAGES), output)
+    mask = scores.detach() > 0.01
+    vp.save(model, tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors} == {"bits"}
+    assert sum(t.numel() for t in tensors.values()) == DEPTH * (32 * 32 + 64 * 32) // 8
+    loaded = HOST.build(torch.float64)
+    before = loaded.blocks[0].attn.qkv.weight.detach().clone()
+    vp.load(loaded, tmp_path / "adapter")
+    assert torch.allclose(loaded.eval()(IMAGES), output, rtol=0, atol=1e-12)
+    vp.save(loaded, tmp_path / "again")
+    assert all(torch.equal(t, tensors[n]) for n, t in load_file(tmp_path / "again" / "adapter.safetensors").items())
+    vp.merge(loaded)
+    after = loaded.blocks[0].attn.qkv.weight.detach()
+    assert torch.equal(after[:32], torch.where(mask, before[:32], torch.zeros_like(before[:32])))
+    assert torch.equal(after[32:], before[32:])
+    assert not torch.equal(after, before)
+
+
+def test_a_mask_that_keeps_all_changes_nothing():
+    plain = HOST.build(torch.float64).eval()(IMAGES)
+    model = attached(vp.BinaryMask(masked=0.0))
+    assert torch.equal(model(IMAGES), plain)
+    model(IMAGES).square().sum().backward()
+    for module in model.peft["default"].modules():
+        if hasattr(module, "scores"):
+            assert module.scores.grad.any()
+    vp.combine(model, {"default": 1.0}, "other")
+    model.peft["other"].get_submodule("binary_mask.visual.0.q").bits[0] ^= 1
+    with pytest.raises(vp.ConfigurationError, match="different masks cannot be combined"):
+        vp.combine(model, {"default": 0.5, "other": 0.5}, "both")
+
+
+# a random subspace
+
+
+def test_the_gradient_in_the_subspace_is_that_of_finite_differences():
+    """Which one published transform divides by its length; lengths are kept on average, by every projection."""
+    model = attached(vp.SAID(dimension=200, targets=("q", "fc1")))
+    randomise(model.peft["default"])
+    z = model.peft["default"].get_submodule("said.visual.subspace").z
+    weights = [m for m in model.peft["default"].modules() if hasattr(m, "signs")]
+
+    def loss():
+        return model(IMAGES).square().sum()
+
+    loss().backward()
+    for place in (0, 77, 193):
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                z[place] += step
+                values.append(loss().item())
+                z[place] -= step
+        assert (values[0] - values[1]) / 2e-5 == pytest.approx(z.grad[place].item(), rel=1e-5, abs=1e-6)
+    changes = [m.change(z, None).detach() / m.scale.detach() for m in weights]
+    assert len(changes) == 2 * DEPTH
+    assert sum(c.square().sum() for c in changes).item() == pytest.approx(6 * z.square().sum().item(), rel=0.1)
+    assert len({round(c[0, 0].item(), 9) for c in changes}) == 6  # each has a projection of its own
+    with pytest.raises(vp.ConfigurationError, match="leaves nothing for z beside 6 scales"):
+        attached(vp.SAID(dimension=6))
+    with pytest.raises(vp.ConfigurationError, match="z has 1994 numbers, more than the 1024 of the smallest weight"):
+        attached(vp.SAID(dimension=2000))
+
+
+def test_projections_are_pinned():
+    """The file holds coordinates alone, so the projections must never move."""
+    module = attached(vp.SAID(dimension=20)).peft["default"].get_submodule("said.visual.0.q")
+    assert module.signs[:5].tolist() == [1, -1, -1, -1, 1]
+    assert module.permutation[:3].tolist() == [727, 263, 742]
+    assert module.normal[:2].tolist() == [0.7276458740234375, 0.488128662109375]
+    assert module.normal.mean().abs() < 0.1
+    assert module.normal.std().item() == pytest.approx(1, abs=0.1)
 
 
 # what is measured
@@ -443,5 +556,8 @@ def test_counts_of_methods_that_see_data():
         method, _ = vp.SCT(position=position).allocate(towers, Weights())
         placed = [placement.module for placement in method.place(towers[0])]
         assert sum(p.numel() for module in placed for p in module.parameters()) == count
+    with torch.device("meta"):
+        placed = [placement.module for placement in vp.BinaryMask().place(towers[0])]
+    assert sum(p.numel() for module in placed for p in module.parameters()) == 84_934_656
     ranks = vp.EVA().allocate(towers, Weights())[0].ranks
     assert sum(ranks.values()) * 2 * 768 == 294_912

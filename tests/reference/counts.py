@@ -46,6 +46,7 @@ PUBLISHED = [
     (vp.PiSSA(rank=8), 294_912),
     (vp.OLoRA(rank=8), 294_912),
     (vp.NeuroAda(), 82_944),
+    (vp.SAID(blocks="first:1"), 1000),
     (vp.OFT(), 285_696),
     (vp.BOFT(factors=1), 46_080),
     (vp.BOFT(), 129_024),

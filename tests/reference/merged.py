@@ -7,7 +7,7 @@ from .methods import fact_change, grouped, random_matrix, sites_of
 from .weight_changes import CHANGES as OF_WEIGHTS
 
 # what several layers share, which is no layer itself
-SHARED = ("rule", "factors", "bank")
+SHARED = ("rule", "factors", "bank", "subspace")
 # a site whose tokens matrices read -> these matrices
 READERS = {"attn_in": ("q", "k", "v"), "mlp_in": ("fc1", "fc1_g", "fc1_x"), "hidden": ("fc2",)}
 SPARSE = ("pa_fi", "fish_mask", "ltsft", "pruned_bit_fit", "child_tuning", "spt", "neuro_ada", "gps", "second_order")

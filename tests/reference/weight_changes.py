@@ -170,6 +170,38 @@ def placed(weight, fields, found):
     return (found["coefficients"] @ take).reshape(rows, columns)
 
 
+def binary_mask(weight, fields, found, sites):
+    """Learned masks, arXiv 2004.12406: W where a score is above 0.01, else 0; saved as bits, the highest first."""
+    if "bits" in found:
+        bits = [int(digit) for byte in found["bits"].tolist() for digit in f"{byte:08b}"]
+        return weight * torch.tensor(bits[: weight.numel()], dtype=weight.dtype).reshape(weight.shape)
+    scores = found["scores"]
+    hard = torch.where(scores.detach() > 0.01, torch.ones_like(scores), torch.zeros_like(scores))
+    return weight * (hard + scores - scores.detach())  # whose gradient is that of the mask
+
+
+def said(weight, fields, found, sites):
+    """Intrinsic SAID, arXiv 2012.13255: W + s P z, the Hadamard matrices written out, random numbers by the layer."""
+    z = sites[None, "subspace"]["z"]
+    layers = [each for (index, _), each in sites.items() if index is not None]
+    number = next(i for i, other in enumerate(layers) if other is found)
+    size = weight.numel()
+    n = 2 ** math.ceil(math.log2(size))
+    signs = [1.0 if raw >> 63 else -1.0 for raw in raw_numbers(len(z), fields["seed"], number, 0)]
+    order = raw_numbers(n, fields["seed"], number, 1)
+    order = sorted(range(n), key=order.__getitem__)
+    raw = raw_numbers(3 * n, fields["seed"], number, 2)
+    uniform = [(each >> shift & 0xFFFF) / 0x10000 + 2**-17 for each in raw for shift in (0, 16, 32, 48)]
+    normal = torch.tensor([sum(uniform[12 * i : 12 * i + 12]) - 6 for i in range(n)], dtype=weight.dtype)
+    places = torch.arange(n)
+    common = places[:, None] & places
+    odd = sum((common >> bit) & 1 for bit in range(n.bit_length())) % 2
+    H = 1 - 2 * odd.to(weight.dtype)
+    start = torch.cat([torch.tensor(signs, dtype=weight.dtype) * z, torch.zeros(n - len(z), dtype=weight.dtype)])
+    mixed = H[:size] @ (normal * (H @ start)[order])
+    return weight + found["scale"] * mixed.reshape(weight.shape) / (size * normal.square().sum()).sqrt()
+
+
 def fourierft(weight, fields, found, sites):
     """FourierFT, arXiv 2405.03003: W + s Re(F^-1 of the coefficients), the sum over both frequencies spelled out."""
     waves = []
@@ -227,6 +259,8 @@ CHANGES = {
     "loradropout": lora_dropout,
     "capa_boost": capa_boost,
     "hi_wi": hi_wi,
+    "binary_mask": binary_mask,
+    "said": said,
     "fourierft": fourierft,
     "waveft": waveft,
     "vblora": vblora,
@@ -261,6 +295,8 @@ SHAPES = {
         "up.weight": (columns, m.bottleneck),
         "up.bias": (columns,),
     },
+    "binary_mask": lambda m, rows, columns: {"scores": (rows, columns)},
+    "said": lambda m, rows, columns: {"scale": (1,)},
     "fourierft": lambda m, rows, columns: {"coefficients": (m.number,)},
     "waveft": lambda m, rows, columns: {"coefficients": (m.number,)},
     "vblora": lambda m, rows, columns: {
@@ -269,8 +305,11 @@ SHAPES = {
     },
 }
 
-# name -> (name of what a tower shares, shapes of its trained tensors by method)
-SHARED_SHAPES = {"vblora": ("bank", lambda m: {"vectors": (m.number, m.length)})}
+# name -> (name of what a tower shares, shapes of its trained tensors by method and number of target layers)
+SHARED_SHAPES = {
+    "vblora": ("bank", lambda m, layers: {"vectors": (m.number, m.length)}),
+    "said": ("subspace", lambda m, layers: {"z": (m.dimension - layers,)}),
+}
 
 
 def edit_with(change):

@@ -91,7 +91,7 @@ VTAB_ALONE = (
     *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
     *("vblora", "ltsft", "xprompt", "pruned_bit_fit"),
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
-    *("eva", "lora_ga", "second_order", "neuro_ada", "sct"),
+    *("eva", "lora_ga", "second_order", "neuro_ada", "sct", "binary_mask", "said"),
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 # networks beside the backbone, likewise

@@ -7,6 +7,7 @@ from visionpeft.methods.adapter_fusion import AdapterFusion
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
 from visionpeft.methods.apt import APT
+from visionpeft.methods.binary_mask import BinaryMask
 from visionpeft.methods.bitfit import BitFit
 from visionpeft.methods.boft import BOFT
 from visionpeft.methods.capaboost import CapaBoost
@@ -64,6 +65,7 @@ from visionpeft.methods.pruned_bitfit import PrunedBitFit
 from visionpeft.methods.ptuning import PTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
+from visionpeft.methods.said import SAID
 from visionpeft.methods.sct import SCT
 from visionpeft.methods.second_order import SecondOrder
 from visionpeft.methods.smop import SMoP
@@ -95,6 +97,7 @@ __all__ = [
     "LTSFT",
     "MAM",
     "OFT",
+    "SAID",
     "SCT",
     "SPT",
     "SSF",
@@ -105,6 +108,7 @@ __all__ = [
     "AdaptFormer",
     "Adapter",
     "AdapterFusion",
+    "BinaryMask",
     "BitFit",
     "CapaBoost",
     "ChildTuning",

@@ -31,7 +31,8 @@ class LoRAGA(Counting):
     the rank. q, k and v have gradients of their own. Mergeable.
     peft reads that LoRA after `export_peft`; what peft itself started so cannot be read, because its file holds B and
     A without the B0 A0 that was taken out of the backbone. Besides, peft multiplies B0 by the singular values and
-    scales it alone, where the authors' code scales both orthonormal factors: that is another start.
+    scales it alone, where the authors' code scales both orthonormal factors: that is another start, which grows with
+    the loss (findings/peft_lora_ga_start_grows_with_the_loss.sh).
     Trainable: sum over target layers of rank * (in + out), as LoRA; 294,912 on ViT-B/16 for rank 8 on q and v.
     Source: Wang, Yu, Li, LoRA-GA: Low-Rank Adaptation with Gradient Approximation, 2024, and the authors' code.
 
@@ -57,7 +58,7 @@ class LoRAGA(Counting):
     targets: tuple[str, ...] = ("q", "v")
     dropout: float = 0.0
     overrides: dict[str, int] = field(default_factory=dict)
-    measured: bool = False
+    measured: bool | None = None
     blocks: Blocks = "all"
     towers: str | list[str] | None = None
 

@@ -92,7 +92,7 @@ class SCT(Method):
     channels: int = 96
     position: Literal["stream_mid", "mlp_out", "qv"] = "stream_mid"
     samples: int | None = None
-    measured: bool = False
+    measured: bool | None = None
     blocks: Blocks = "all"
     towers: str | list[str] | None = None
 

@@ -12,7 +12,7 @@ from visionpeft.sites import Order
 
 
 class WeightChange(nn.Module):
-    """y + dW x for a linear layer y = W x + b, with dW (out, in) in the precision of the trained values.
+    """y + dW x for a linear layer y = W x + b, with dW (out, in) in the precision of the trained values, or of W.
 
     dW and its gradient are formed whole, and the input is kept for it: a step costs more than one of LoRA.
     """
@@ -25,9 +25,10 @@ class WeightChange(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""
-        like = next(self.parameters())
+        weight = full_precision(weight)
+        like = next(self.parameters(), weight)
         with torch.autocast(x.device.type, enabled=False):  # rounded once, when it is multiplied, and not on the way
-            change = self.change(like, full_precision(weight).to(like.dtype))
+            change = self.change(like, weight.to(like.dtype))
         return y + F.linear(to_parameter_dtype(x, change), change).to(y.dtype)
 
     def merge(self, weight: torch.Tensor, bias):
