@@ -1,7 +1,8 @@
 """Every learner on every configuration of OpenCLIP: accepted and exact, or refused with one sentence.
 
 Each configuration is built small, in float64, with random weights: its own pooling, mask, class token, kind of image
-tower, bias and context length, but two narrow blocks. Configurations that are then the same are walked once. Trunks of
+tower, bias and context length, but two narrow blocks. Configurations that are then made of the
+same modules with the same options are walked once. Trunks of
 timm that are no ViTs are stood for by the smallest of their family; text towers of Hugging Face, whose weights have to
 be downloaded, by a tiny one; tokenizers of Hugging Face by one of words with their start, end and padding ids.
 
@@ -19,6 +20,7 @@ A learner that accepts a configuration is exact if
 
 import argparse
 import copy
+import functools
 import json
 import warnings
 from collections import Counter
@@ -40,16 +42,23 @@ from visionpeft.errors import UserError
 NAMES = ["dog", "red kite", "car", "green passion flower"]
 WORDS = 400  # of the tokenizers that stand in for those of Hugging Face
 SMALL_TRUNK = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "mlp_ratio": 4.0}
-VITS = ("vision_transformer", "vision_transformer_hybrid", "eva", "beit", "deit", "vitamin")
-SMALLEST = {
-    "convnext": "convnext_atto",
-    "fastvit": "fastvit_t8",
-    "vit_medium_patch16_gap": "vit_medium_patch16_gap_256",
-}
+VITS = (
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "eva",
+    "beit",
+    "deit",
+    "vitamin",
+)
+SMALLEST = {"convnext": "convnext_atto", "fastvit": "fastvit_t8"}
+SMALL_SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2)}
 OPTIONS = {
     **{name: {"num_views": 4} for name in ("TPT", "CTPT", "DiffTPT", "TPS", "ZERO", "MTA", "PromptAlign")},
     "CLIPLinearProbe": {"solver": "gradient"},
     "TipAdapter": {"train_keys": True},
+    "ProDA": {"num_contexts": 4},
+    "PromptSRC": {"template": "a photo of a {}."},
 }
 OPTIONS["PromptAlign"] |= {"weight": 0.0}
 TOLERANCE = 1e-9
@@ -79,13 +88,19 @@ class Words:
         return rows
 
 
+@functools.cache
+def simple_tokenizer(length: int) -> Callable:
+    """OpenCLIP's own."""
+    return open_clip.tokenizer.SimpleTokenizer(context_length=length)
+
+
 def tokenizer_of(config: dict) -> Callable:
     """OpenCLIP's own tokenizer, or one that stands in for that of Hugging Face."""
     text = config["text_cfg"]
     name = text.get("hf_tokenizer_name")
     length = text.get("context_length", 77)
     if name is None:
-        return open_clip.tokenizer.SimpleTokenizer(context_length=length)
+        return simple_tokenizer(length)
     if text.get("tokenizer_kwargs", {}).get("strip_sep_token"):  # BERT's, whose end is made padding
         return Words([101], [], 0, length)
     if "SigLIP" in name:
@@ -99,12 +114,12 @@ def small(config: dict) -> dict:
     """The configuration with few and narrow blocks."""
     config = copy.deepcopy(config)
     vision, text = config["vision_cfg"], config["text_cfg"]
-    config["embed_dim"] = 32
+    config["embed_dim"] = 128  # of which CoCoOp's hidden layer has a sixteenth
     trunk = vision.get("timm_model_name")
     if trunk is not None:
-        if not is_vit(trunk):
-            vision["timm_model_name"] = next(name for start, name in SMALLEST.items() if trunk.startswith(start))
-        vision["image_size"] = 32 if is_vit(trunk) else 64
+        found = [name for start, name in SMALLEST.items() if trunk.startswith(start)]
+        vision["timm_model_name"] = found[0] if found else trunk
+        vision["image_size"] = 64 if found else 224 if trunk.startswith("swin") else 32
     elif isinstance(vision["layers"], int):
         vision |= {"layers": 2, "width": 32, "head_width": 16, "image_size": 32, "patch_size": 16}
     else:
@@ -131,7 +146,7 @@ def small_trunks():
     choices.append(SMALL_TRUNK | {"num_kv_heads": (1, 2)})
 
     def create_small(name: str, **options) -> nn.Module:
-        for choice in choices if is_vit(name) else [{}]:
+        for choice in choices if is_vit(name) else [SMALL_SWIN if name.startswith("swin") else {}]:
             try:
                 return create(name, **options, **choice)
             except (TypeError, AssertionError, RuntimeError, ValueError) as error:
@@ -145,18 +160,24 @@ def small_trunks():
         timm.create_model = create
 
 
-def build(config: dict) -> nn.Module:
-    """A lively CLIP of a small configuration, in float64."""
+def construct(config: dict) -> nn.Module:
+    """The CLIP of a small configuration, with OpenCLIP's own text tower in the place of one of Hugging Face."""
     config = copy.deepcopy(config)
     foreign = "hf_model_name" in config["text_cfg"]
-    if foreign:  # only its class matters, which no learner takes
-        config["text_cfg"] = {"width": 32, "heads": 2, "layers": 2, "vocab_size": WORDS}
+    if foreign:
+        few = {"width": 32, "heads": 2, "layers": 2, "vocab_size": WORDS}
+        config["text_cfg"] = few | {"output_tokens": "multimodal_cfg" in config}
     custom = config.pop("custom_text", False) or foreign
     cls = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    torch.manual_seed(0)
     with small_trunks():
-        clip = cls(**config).double().eval()
-    if foreign:
+        return cls(**config)
+
+
+def build(config: dict) -> nn.Module:
+    """A lively CLIP of a small configuration, in float64."""
+    torch.manual_seed(0)
+    clip = construct(config).double().eval()
+    if "hf_model_name" in config["text_cfg"]:  # only its class matters, which no learner takes
         clip.text = type("HFTextEncoder", (nn.Module,), {})()
     with torch.no_grad():
         for name, parameter in clip.named_parameters():
@@ -166,6 +187,20 @@ def build(config: dict) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(0, 0.1)
     return clip
+
+
+def kind_of(config: dict) -> str:
+    """What there is to walk: the modules of a small configuration, its further options, and how texts begin and end."""
+    names = ("timm_model_name", "image_size", "hf_model_name", "hf_tokenizer_name", "hf_proj_type", "hf_pooler_type")
+    options = [{k: v for k, v in config[part].items() if k not in names} for part in ("vision_cfg", "text_cfg")]
+    tokenizer = tokenizer_of(config)
+    ends = [getattr(tokenizer, name, None) for name in ("start", "end", "pad")]
+    foreign = "hf_model_name" in config["text_cfg"]
+    if foreign:  # no learner gets further than to its class
+        return "text tower of Hugging Face"
+    with torch.device("meta"):
+        modules = repr(construct(config))
+    return json.dumps([modules, options, ends, config.get("init_logit_bias")], sort_keys=True)
 
 
 def library_features(learner: Learner, context: Tensor | None) -> Tensor:
@@ -271,7 +306,7 @@ def walk(names: list[str], of_learners: list[str]) -> list[dict]:
     rows = []
     for name in names:
         config = small(open_clip.get_model_config(name))
-        key = json.dumps([config, getattr(tokenizer_of(config), "pad", None)], sort_keys=True)
+        key = kind_of(config)
         if key not in verdicts:
             verdicts[key] = {learner: verdict(learner, config) for learner in of_learners}
             print(name, dict(Counter(each.split(":")[0] for each in verdicts[key].values())), flush=True)

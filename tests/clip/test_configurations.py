@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from visionpeft.clip import learners
-from visionpeft.errors import UnsupportedError
+from visionpeft.errors import ConfigurationError, UnsupportedError
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "clip_configurations.py"
 
@@ -58,6 +58,23 @@ def test_text_towers_of_hugging_face_are_refused(walk, name):
     clip, tokenizer = walk.build(config), walk.tokenizer_of(config)
     with pytest.raises(UnsupportedError, match="text tower of OpenCLIP's own, not HFTextEncoder"):
         learners.CoOp(clip, tokenizer, walk.NAMES)
+    assert all(parameter.requires_grad for parameter in clip.parameters())  # nothing was changed
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "where"),
+    [
+        ("ViT-B-16", "ViT-H-14-worldwide", "token of the largest id"),
+        ("ViT-L-14-worldwide", "ViT-H-14-worldwide", "token 1"),
+    ],
+)
+def test_tokenizers_of_other_models_are_refused(walk, name, other, where):
+    """Otherwise the end of a text would be read nowhere, or in its middle."""
+    clip, tokenizer = walk.build(small(walk, name)), walk.tokenizer_of(small(walk, other))
+    with pytest.raises(
+        ConfigurationError, match=f"reads a text at its first {where}, and the tokenizer ends .* token 2;"
+    ):
+        learners.ZeroShot(clip, tokenizer, walk.NAMES)
     assert all(parameter.requires_grad for parameter in clip.parameters())  # nothing was changed
 
 

@@ -25,6 +25,7 @@ from visionpeft.protocols.learner_candidates import LearnerCandidate
 from visionpeft.protocols.tables import (
     Table,
     base_to_new_table,
+    calibration_table,
     few_shot_table,
     harmonic_mean,
     print_table,
@@ -122,6 +123,31 @@ def test_transfer_average_leaves_the_source_out():
 def test_transfer_names_the_template_of_each_target():
     rows = [row(0.5, "ZeroShot", "a", 0, tested_on=name, template=t) for name, t in (("a", "x {}."), ("b", "{} y."))]
     assert line(transfer_table(rows), learner="ZeroShot")["template"] == "x {}. (a); {} y. (b)"
+
+
+def test_calibration_beside_accuracy():
+    """By hand: means over seeds of each place that was tested; without adaptation only of those that adapt."""
+    numbers = {"mean_per_class": 0.4, "confidence": 0.7, "ece": 0.2}
+    rows = [row(0.5, seed=1, classes=c) | numbers for c in ("base", "new")]
+    rows += [row(0.7, seed=2, classes=c) | numbers | {"ece": 0.4} for c in ("base", "new")]
+    rows.append(row(0.6, "TPT", shots=0) | numbers | {"top1_without_adaptation": 0.55, "ece_without_adaptation": 0.1})
+    table = calibration_table(rows)
+    base = line(table, learner="CoOp", **{"tested on": "pets, base"})
+    assert (base["top-1 mean"], base["ECE mean"], base["ECE std"]) == pytest.approx((60, 30, 10))
+    assert (base["mean per class mean"], base["confidence mean"], base["shots"]) == pytest.approx((40, 70, 16))
+    assert np.isnan(base["ECE without adaptation mean"])
+    tpt = line(table, learner="TPT")
+    assert (tpt["top-1 without adaptation mean"], tpt["ECE without adaptation mean"]) == pytest.approx((55, 10))
+    assert "mean confidence and expected calibration error (ECE), in %, after the last epoch" in table.title
+    # rows of a version that did not write them
+    assert list(calibration_table([row(0.5)]).frame) == [
+        "dataset",
+        "tested on",
+        "learner",
+        "shots",
+        "top-1 mean",
+        "top-1 std",
+    ]
 
 
 def small_tables():
@@ -404,7 +430,7 @@ def test_few_shot(small, data, configs, tmp_path):
     assert all(float(r["top1"]) == pytest.approx(by_hand(r["run_directory"], list(COLOURS), data)) for r in rows)
     assert {r["reported"] for r in rows[1:]} == {"last of 1 epochs"}
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {
-        *("results.csv", "table.csv", "table.md", "figure.png")
+        *("results.csv", "table.csv", "table.md", "calibration.csv", "calibration.md", "figure.png")
     }
 
 

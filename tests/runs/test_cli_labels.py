@@ -308,6 +308,7 @@ class TestClasses:
         bins = (confidences * 15).astype(int)
         error = sum((bins == b).mean() * abs(hits[bins == b].mean() - confidences[bins == b].mean()) for b in set(bins))
         assert found["test"]["ece"] == pytest.approx(error, abs=1e-5)
+        assert found["test"]["confidence"] == pytest.approx(confidences.mean(), abs=1e-5)
         assert len(hits) == 6
         assert set(COLOURS) == {path.name for path in images.iterdir()}
 

@@ -123,6 +123,8 @@ class Learner(nn.Module):
             check_distinct(self.tokenizer, names)
         layout = self.tokenizer.layout(self.prompts(names), names)
         frozen_layouts = template_layouts(self.tokenizer, self.templates, names)
+        for each in (layout, *frozen_layouts):
+            self.text.check_end(each)
         if not self.class_names:  # nothing of this learner is refused any more
             self.clip.requires_grad_(False).eval()
         if unseen := [name for name, text in zip(names, layout.texts, strict=True) if self.text.unseen(text)]:

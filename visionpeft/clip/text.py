@@ -24,7 +24,7 @@ from visionpeft.backbones.attention import attend
 from visionpeft.backbones.open_clip import join_heads, project, residual_block
 from visionpeft.clip.layout import Layout, Tokens
 from visionpeft.clip.packing import Bucket, Chunk, OwnTokens, Packing, Rows, common_length, padded
-from visionpeft.errors import UnsupportedError
+from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import TOKEN_SITES, Sites, is_drawn
 
 
@@ -79,6 +79,24 @@ class TextEncoder:
         """Whether one of the tokens has an embedding of zeros: it was not among the texts the tower was trained on."""
         ids = [token for token in tokens if token >= 0]
         return self.device.type != "meta" and bool((self.embed(ids) == 0).all(dim=-1).any())
+
+    def check_end(self, layout: Layout) -> None:
+        """Refuse texts that the tower would read elsewhere than at their end, as those of another CLIP's tokenizer.
+
+        Raises:
+            ConfigurationError: there is such a text.
+        """
+        if self.pool not in ("argmax", "eos") or getattr(self.module, "cls_emb", None) is not None:
+            return
+        known = getattr(self.module, "text_eos_id", getattr(self.module, "eos_id", None))
+        for text in layout.texts:
+            end = max(text) if self.pool == "argmax" else known
+            if end not in text or text.index(end) != len(text) - 1:
+                where = "token of the largest id" if self.pool == "argmax" else f"token {end}"
+                raise ConfigurationError(
+                    f"this CLIP reads a text at its first {where}, and the tokenizer ends texts with token {text[-1]}; "
+                    "pass open_clip.get_tokenizer(<name of this model>)"
+                )
 
     def encode(
         self,

@@ -149,6 +149,7 @@ def row(protocol: str, cell: Cell, dataset: str, classes: str, results: dict) ->
         "test_images": results["data"]["sizes"]["test"],
         "top1": results["test"]["top1"],
         "mean_per_class": results["test"]["mean_per_class"],
+        "confidence": results["test"].get("confidence"),
         "ece": results["test"].get("ece"),
         **{f"{name}_without_adaptation": value for name, value in results.get("without_adaptation", {}).items()},
         "template": _template(results.get("template")),

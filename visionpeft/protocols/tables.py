@@ -87,6 +87,42 @@ def transfer_table(rows: list[dict]) -> Table:
     return Table(f"{_what(rows)}; trained on {source}{_shots(scores)}", pd.DataFrame(lines))
 
 
+# Column of a row -> what it is called.
+OF_PROBABILITIES = {
+    "top1": "top-1",
+    "mean_per_class": "mean per class",
+    "confidence": "confidence",
+    "ece": "ECE",
+    "top1_without_adaptation": "top-1 without adaptation",
+    "confidence_without_adaptation": "confidence without adaptation",
+    "ece_without_adaptation": "ECE without adaptation",
+}
+
+
+def calibration_table(rows: list[dict]) -> Table:
+    """Accuracy over images and over classes, mean confidence and calibration error of whatever was tested.
+
+    Of learners that adapt while testing also what they would reach without. Values that no row has, as those written by
+    an older version, have no column.
+    """
+    scores = pd.DataFrame(rows)
+    known = {
+        column: name for column, name in OF_PROBABILITIES.items() if column in scores and scores[column].notna().any()
+    }
+    lines = []
+    keys = ["dataset", "tested_on", "classes", "learner", "shots"]
+    for (dataset, tested_on, classes, learner, shots), own in scores.groupby(keys, sort=False):
+        where = tested_on if classes == "all" else f"{tested_on}, {classes}"
+        line = {"dataset": dataset, "tested on": where, "learner": learner, "shots": int(shots)}
+        for column, name in known.items():
+            line |= mean_and_std(name, own.assign(score=100 * own[column].astype(float)))
+        lines.append(line)
+    what = _what(rows).replace(
+        "Top-1 accuracy (%)", "Accuracy, mean confidence and expected calibration error (ECE), in %,"
+    )
+    return Table(what, pd.DataFrame(lines))
+
+
 def as_text(table: Table) -> pd.DataFrame:
     """The cells as they are printed: "mean ±std" with two decimals, empty where nothing was measured."""
     text = {}
@@ -106,14 +142,14 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, Integral) else _number(value)
 
 
-def write_table(table: Table, folder: Path) -> None:
-    """Write `table.csv`, unrounded, and `table.md`."""
+def write_table(table: Table, folder: Path, name: str = "table") -> None:
+    """Write `<name>.csv`, unrounded, and `<name>.md`."""
     text = as_text(table)
     lines = [list(text.columns), ["---"] * len(text.columns), *text.to_numpy().tolist()]
     cells = [" | ".join(str(cell).replace("|", r"\|") for cell in line) for line in lines]
     markdown = "\n".join([f"{table.title}.", "", *(f"| {line} |" for line in cells)])
-    write_whole(folder / "table.md", f"{markdown}\n".encode())
-    write_whole(folder / "table.csv", table.frame.to_csv(index=False).encode())
+    write_whole(folder / f"{name}.md", f"{markdown}\n".encode())
+    write_whole(folder / f"{name}.csv", table.frame.to_csv(index=False).encode())
 
 
 def write_rows(rows: list[dict], path: Path) -> None:
@@ -127,7 +163,7 @@ def print_table(table: Table) -> None:
     templates = text.pop("template") if "template" in text else [""] * len(text)
     shown = RichTable()
     for name in text.columns:
-        names = name in ("dataset", "learner", "method")
+        names = name in ("dataset", "tested on", "learner", "method")
         shown.add_column(name, no_wrap=names, justify="left" if names else "right")
     group = text.iloc[:, 0]
     for line, ends in zip(text.to_numpy().tolist(), group != group.shift(-1), strict=True):

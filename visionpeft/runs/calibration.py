@@ -47,6 +47,11 @@ class Calibration:
         """Expected calibration error: sum over the bins of n_b / n |mean probability - share that came true|."""
         return ((self.confidences - self.hits).abs().sum() / self.counts.sum()).item()
 
+    @property
+    def confidence(self) -> float:
+        """Mean probability."""
+        return (self.confidences.sum() / self.counts.sum()).item()
+
     def describe(self) -> dict:
         """The bins, for the record of a run; means of an empty bin are None."""
 

@@ -134,10 +134,11 @@ class TestRecord(Record):
         return int((self.confusion.sum(dim=1) > 0).sum())
 
     def numbers(self) -> dict[str, float]:
-        """Means over classes, and the calibration error."""
+        """Means over classes, the mean confidence and the calibration error."""
         return {
             "mean_per_class": self.mean_per_class,
             "macro_top1": self.macro_top1,
+            "confidence": self.calibration.confidence,
             "ece": self.calibration.error,
         }
 
@@ -155,9 +156,9 @@ class TestRecord(Record):
         }
 
     def _without(self) -> dict:
-        """Accuracy and calibration error without adapting to the test images."""
+        """Accuracy, mean confidence and calibration error without adapting to the test images."""
         share = (self.unadapted.hits.sum() / self.unadapted.counts.sum()).item()
-        return {"top1": share, "ece": self.unadapted.error}
+        return {"top1": share, "confidence": self.unadapted.confidence, "ece": self.unadapted.error}
 
     def draw(self, folder: Path, class_names: list[str]) -> None:
         """Confusion matrix, reliability diagram, and the most confident mistakes."""
