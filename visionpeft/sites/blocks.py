@@ -283,6 +283,8 @@ class Flow:
 class CarryingFlow(Flow):
     """One pass of tokens, and of what is carried beside them, through one block."""
 
+    states: list  # of the carriers, from the entrance to the exit
+
     def __call__(self, site: str, x: torch.Tensor | Carrying) -> torch.Tensor | Carrying:
         """Likewise, with the carriers first at the entrance of the block and last at its exit."""
         carriers = self.sites.carriers
