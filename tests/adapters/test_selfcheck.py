@@ -162,7 +162,7 @@ def test_linear_sites_at_other_tensors(model, monkeypatch, site, wrong):
 def test_keys_that_reach_nothing(model, monkeypatch):
     """Prompts among keys and values need both; an attention that uses the values alone is refused."""
     kv = Sites.kv
-    monkeypatch.setattr(Sites, "kv", lambda sites, k, v, h: (k, kv(sites, k, v, h)[1]))
+    monkeypatch.setattr(Sites, "kv", lambda sites, k, v, *more: (k, kv(sites, k, v, *more)[1]))
     refuse(model, vp.PrefixTuning(num_tokens=2), "nothing done at site 'kv'")
 
 

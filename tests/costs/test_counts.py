@@ -268,10 +268,11 @@ def tower_shapes(method, tower, weights, sites, shape):
     elif name == "lst":
         narrow = width // method.ratio
         line = {"weight": (narrow, width), "bias": (narrow,)}
-        square = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 4}
-        side = {f"block.{layer}.weight": (n * narrow, narrow) for layer, n in square.items()}
-        side |= {f"block.{layer}.bias": (n * narrow,) for layer, n in square.items()}
-        side |= {"block.mlp.fc2.weight": (narrow, 4 * narrow), "block.mlp.fc2.bias": (narrow,), "gate": (1,)}
+        hidden = read[0, "fc2"][0].shape[1] * narrow // width
+        outputs = {"attn.qkv": 3 * narrow, "attn.proj": narrow, "mlp.fc1": hidden}
+        side = {f"block.{layer}.weight": (number, narrow) for layer, number in outputs.items()}
+        side |= {f"block.{layer}.bias": (number,) for layer, number in outputs.items()}
+        side |= {"block.mlp.fc2.weight": (narrow, hidden), "block.mlp.fc2.bias": (narrow,), "gate": (1,)}
         side |= {f"block.norm{n}.{part}": (narrow,) for n in (1, 2) for part in ("weight", "bias")}
         side |= {f"down.{part}": size for part, size in line.items()}
         for index in blocks:

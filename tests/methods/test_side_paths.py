@@ -142,6 +142,62 @@ def test_lst_with_closed_gates_is_a_map_of_the_last_tokens(openness):
     assert distance(model(IMAGES), y @ tensors["head.weight"].T + tensors["head.bias"]) < 1e-9
 
 
+def test_lst_cut_out_at_full_width_is_the_backbone():
+    """Nothing is left out at ratio 1: with open gates and D_0 the identity, s is what they give; at random not."""
+    differences = []
+    for start in ("magnitude", "random"):
+        model = HOST.build(torch.float64)
+        expected = model.forward_features(IMAGES)
+        vp.attach(model, vp.LST(1, start=start))
+        tensors = dict(model.peft["default"].named_parameters())
+        with torch.no_grad():
+            for name, parameter in tensors.items():
+                if name.endswith("gate"):
+                    parameter.fill_(1000.0)
+                elif name.endswith(("start.weight", "up.weight")):
+                    parameter.copy_(torch.eye(32))
+                elif name.endswith(("start.bias", "up.bias")):
+                    parameter.zero_()
+            kept = {name: tensors[f"lst.visual.2.stream_in.norm.{name}"] for name in ("weight", "bias")}
+            kept["weight"].copy_(model.norm.weight)
+            kept["bias"].copy_(model.norm.bias)
+        model.norm = torch.nn.Identity()  # the side path has its own
+        differences.append(distance(model.forward_features(IMAGES), expected))
+    assert differences[0] < 1e-12
+    assert differences[1] > 0.1
+
+
+def test_lst_cuts_out_the_largest():
+    """Weights that are large in some channels and hidden units, and small elsewhere, are cut out as those."""
+    model = HOST.build(torch.float64)
+    channels, units = torch.arange(1, 32, 4), torch.arange(2, 64, 4)  # of both a quarter, within each head two
+    large = torch.full((32,), 1e-3, dtype=torch.float64).index_fill(0, channels, 1.0)
+    hidden = torch.full((64,), 1e-3, dtype=torch.float64).index_fill(0, units, 1.0)
+    with torch.no_grad():
+        for block in model.blocks:
+            for layer, rows, columns in (
+                (block.attn.qkv, large.repeat(3), large),
+                (block.attn.proj, large, large),
+                (block.mlp.fc1, hidden, large),
+                (block.mlp.fc2, large, hidden),
+            ):
+                layer.weight *= rows[:, None] * columns
+    vp.attach(model, vp.LST(4, start="magnitude"))
+    side, own = model.peft["default"].lst.visual["1"].stream_in.block, model.blocks[1]
+    thirds = torch.cat([channels, channels + 32, channels + 64])
+    assert torch.equal(side.attn.qkv.weight, own.attn.qkv.weight[thirds][:, channels])
+    assert torch.equal(side.attn.qkv.bias, own.attn.qkv.bias[thirds])
+    assert torch.equal(side.attn.proj.weight, own.attn.proj.weight[channels][:, channels])
+    assert torch.equal(side.mlp.fc1.weight, own.mlp.fc1.weight[units][:, channels])
+    assert torch.equal(side.mlp.fc2.weight, own.mlp.fc2.weight[channels][:, units])
+    assert torch.equal(side.norm2.weight, own.norm2.weight[channels])
+
+
+def test_lst_is_not_cut_out_of_gated_blocks():
+    with pytest.raises(UnsupportedError, match="plain MLP"):
+        vp.attach(BY_HOST["vit_swiglu"].build(), vp.LST(4, start="magnitude"))
+
+
 @pytest.mark.parametrize(("method", "most"), [(vp.LST(8), 1.5), (vp.VQT(), 1.5), (vp.DTL(), 5.6), (vp.LoRA(2), None)])
 def test_what_is_kept_for_the_backward_pass(method, most):
     """In tensors as wide as the tokens for each block, on twelve blocks; a LoRA keeps what all layers need."""
@@ -226,10 +282,11 @@ def test_deep_prompts_do_not_enter_the_side_path():
         (lambda: vp.LST(ratio=0), "ratio must"),
         (lambda: vp.LST(ratio=16), "use a divisor of 8"),
         (lambda: vp.LST(4, temperature=0.0), "temperature"),
+        (lambda: vp.LST(4, start="fisher"), "start must"),
         (lambda: vp.LST(4, dropped=(3,)), "blocks 0 to 2"),
         (lambda: vp.LST(4, dropped=(0, 1, 2)), "no side block"),
     ],
-    ids=["rank", "beta", "pooling", "first", "grid", "ratio", "heads", "temperature", "block", "none"],
+    ids=["rank", "beta", "pooling", "first", "grid", "ratio", "heads", "temperature", "start", "block", "none"],
 )
 def test_what_cannot_be_is_refused_in_words(method, words):
     with pytest.raises(ConfigurationError, match=words):

@@ -5,9 +5,11 @@ import threading
 import pytest
 import torch
 from conftest import HOSTS, distance, randomise
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 import visionpeft as vp
 from visionpeft.errors import UnsupportedError
+from visionpeft.sites import Sites
 
 BY_HOST = {host.name: host for host in HOSTS}
 HOST = BY_HOST["vit_cls"]
@@ -120,6 +122,11 @@ def test_pooled_features_alone_are_refused():
     model.forward_head(features)
     with pytest.raises(UnsupportedError, match="call the whole model"):
         model.forward_head(features)
+    model.set_grad_checkpointing(True)
+    with set_checkpoint_early_stop(False):  # and all of them to their end
+        model(IMAGES).square().sum().backward()  # computes the blocks again
+    with pytest.raises(UnsupportedError, match="call the whole model"):
+        model.forward_head(features)
 
 
 def several_layers():
@@ -163,3 +170,13 @@ def test_another_adapter_beside_it_is_refused():
         vp.activate(model, ["lora", "default"])
     vp.activate(model, "default")
     assert torch.equal(model(IMAGES), before)
+
+
+def test_an_attention_that_hands_out_keys_alone_is_refused():
+    """As a family of a user's may: without what it reads, keys and values could not be made again."""
+    sites = Sites(num_prefix_tokens=1, causal=False)
+    k = torch.zeros(1, 2, 3, 4)
+    sites.asking = lambda *given: None
+    with pytest.raises(UnsupportedError, match=r"must call sites.kv\(k, v, h\)"):
+        sites.kv(k, k)
+    assert sites.kv(k, k, torch.zeros(1, 3, 8))[0] is k

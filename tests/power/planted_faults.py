@@ -57,6 +57,37 @@ class Fault:
 
 
 FAULTS = [
+    # beside the backbone
+    Fault(
+        "carried_cut_off", "tokens beside which something is carried are cut off from what is trained before them",
+        "            self.states = carriers.enter(x, carried)", "            x = x.detach()\n            self.states = carriers.enter(x, carried)",
+        ("test_side_paths",),
+    ),
+    Fault(
+        "queries_ask_themselves", "queries attend to each other and not to the tokens of the block",
+        "        return self.borrowed.kv\n", "        return k, v\n",
+        ("test_vqt",),
+    ),
+    Fault(
+        "asked_scale", "the gradient of a query forgets the scale of its attention",
+        "grad_q = grad_scores @ k * q.shape[-1] ** -0.5", "grad_q = grad_scores @ k",
+        ("test_vqt",), "gradients",
+    ),
+    Fault(
+        "gathered_again", "a block that is computed again in the backward pass brings its features a second time",
+        "if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:", "if True:",
+        ("test_vqt",), "pooled",
+    ),
+    Fault(
+        "lst_everything_kept", "all that a side block makes is kept for the backward pass",
+        "kept = torch.is_grad_enabled() and not traced()", "kept = False",
+        ("test_side_paths",), "kept",
+    ),
+    Fault(
+        "dtl_late", "DTL adds one block too late",
+        "adds = index >= first", "adds = index > first",
+        ("test_side_paths",), "dtl",
+    ),
     # methods
     Fault(
         "lora_scale", "LoRA's own product has its scale twice",

@@ -58,13 +58,13 @@ class AttachedAdapter(nn.Module):
             nest(self, f"trained.{name}", nn.Parameter(value.to(training_dtype(value), copy=True)))
         self.hosts: dict[str, tuple[nn.Module]] = {}  # path of a head -> the model's own, when this one was attached
         self.heads = backbone.heads if head else ()
-        # what the head reads besides the pooled features
-        self.gathered = sum(method.gathers(tower) for method in methods for tower in select_towers(method, backbone))
+        gathered = sum(method.gathers(tower) for method in methods for tower in select_towers(method, backbone))
         for path in self.heads:
             for name, _ in backbone.model.get_submodule(path).named_parameters():
                 _trainable(backbone.model, f"{path}.{name}")
-            copied = own_copy(backbone.model.get_submodule(path))
-            nest(self, path, SeveralFeatures.over(copied, self.gathered) if self.gathered else copied)
+            nest(self, path, own_copy(backbone.model.get_submodule(path)))
+            if gathered:
+                self.set_submodule(path, SeveralFeatures.over(self.get_submodule(path), gathered))
         if self.masking:
             mask_at_steps(self)
 

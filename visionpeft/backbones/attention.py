@@ -34,8 +34,11 @@ def attend(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(d) + mask) v for heads (batch, heads, tokens, d); keys may be more than queries."""
-    if attn_mask is None and not is_causal and dropout == 0 and (made := attend_again(q, k, v)) is not None:
-        return made
+    # Traced, a mask cannot be told from none, and the compiler decides what is kept.
+    if not frozen_layers.traced() and attn_mask is None and not is_causal and dropout == 0:
+        made = attend_again(q, k, v)
+        if made is not None:
+            return made
     attn_mask, is_causal = _for_all_keys(attn_mask, is_causal, q, k)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
 

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
-from visionpeft.methods.parts.base import Method, require, to_parameter_dtype
-from visionpeft.methods.parts.carrying import image_tower
+from visionpeft.methods.parts.base import Method, require, require_patches, to_parameter_dtype
 from visionpeft.sites import NEXT_BLOCK, Placement, Shared
 
 POOLINGS = ("model", "mean")
@@ -155,7 +154,7 @@ class DTL(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement | Shared]:
         """One `SidePath` beside every block, and for DTL+ the `GridConvolution` they share."""
-        image_tower(self, tower)
+        require_patches(self, tower)
         last = tower.depth - 1
         first = tower.depth // 2 if self.first is None else self.first
         require(first <= last, self, f"first={first}, but the {tower.name} tower has {tower.depth} blocks, 0 to {last}")

@@ -9,8 +9,7 @@ import torch.nn as nn
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
-from visionpeft.methods.parts.base import Method, require
-from visionpeft.methods.parts.carrying import image_tower
+from visionpeft.methods.parts.base import Method, require, require_patches
 from visionpeft.methods.parts.several_features import Gathered
 from visionpeft.sites import HEAD, Asker, Placement
 
@@ -91,7 +90,7 @@ class VQT(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """`Queries` in every block."""
-        image_tower(self, tower)
+        require_patches(self, tower)
         if tower.frames is not None:
             raise UnsupportedError("VQT's head reads single images, but this model pools the frames of clips")
         height, breadth = tower.patch_size

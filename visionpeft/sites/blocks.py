@@ -122,7 +122,7 @@ class Sites:
         for module in self.acting.get("kv", ()):
             k, v = act_on_kv(module, k, v, h)
         if self.asking is not None:
-            self.asking(k, v, h, remake)
+            self.asking(k, v, handed_out(h, "a token that asks"), remake)
         return k, v
 
     def mask(self, mask: torch.Tensor | None, is_causal: bool = False) -> torch.Tensor | None:
@@ -151,12 +151,21 @@ def act_on_kv(module: Callable, k: torch.Tensor, v: torch.Tensor, h: torch.Tenso
     """
     if not getattr(module, "reads_attention_input", False):
         return module(k, v)
+    return module(k, v, handed_out(h, type(module).__name__))
+
+
+def handed_out(h: torch.Tensor | None, reader: str) -> torch.Tensor:
+    """What the attention reads, for something that reads it, too.
+
+    Raises:
+        UnsupportedError: the attention does not give it.
+    """
     if h is None:
         raise UnsupportedError(
-            f"{type(module).__name__} reads what the attention reads, which the sited attention of this backbone does "
-            "not hand out: it must call sites.kv(k, v, h)"
+            f"{reader} reads what the attention reads, which the sited attention of this backbone does not hand out: "
+            "it must call sites.kv(k, v, h)"
         )
-    return module(k, v, h)
+    return h
 
 
 @torch.fx.wrap  # traced by torch.fx, a mask that is not there has no shape to ask for
@@ -282,6 +291,8 @@ class Flow:
 
 class CarryingFlow(Flow):
     """One pass of tokens, and of what is carried beside them, through one block."""
+
+    states: list  # of the carriers, from the entrance to the exit
 
     def __call__(self, site: str, x: torch.Tensor | Carrying) -> torch.Tensor | Carrying:
         """Likewise, with the carriers first at the entrance of the block and last at its exit."""

@@ -249,6 +249,18 @@ def frames_of(method: Method, tower: Tower) -> Frames:
     return tower.frames
 
 
+def require_patches(method: Method, tower: Tower) -> None:
+    """Refuse a tower without patches, for methods whose side path is made for those of images.
+
+    Raises:
+        UnsupportedError: naming the method and the tower.
+    """
+    if tower.patch_size is None:
+        raise UnsupportedError(
+            f"{type(method).__name__} is for image towers, and the {tower.name} tower has no patches"
+        )
+
+
 def describe_method(method: Method) -> dict:
     """Class name and fields of a method as plain values."""
     return {"class": type(method).__name__, "fields": dataclasses.asdict(method)}
