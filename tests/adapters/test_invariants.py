@@ -800,6 +800,7 @@ ONLY_TRACED = (
     ("molora", "moelora", "mov", "mix_lora"),
     ("ada_mix",),
     ("mole",),
+    ("moa",),
     ("adapter_fusion",),
 )
 

@@ -114,6 +114,8 @@ def changed_weight_shapes(method, key, rows, columns):
         return SHAPES[name](method, rows, columns)
     if name == "mole":
         return {"router.weight": (2, 2 * rows)}
+    if name == "moa":
+        return {"router.weight": (2, columns)}
     if name == "mix_lora":
         pair = {"A": (method.rank, columns), "B": (rows, method.rank)}
         several = key[1].startswith("fc")
@@ -144,7 +146,7 @@ def compact_shapes(method, width):
 
 
 CHANGING_WEIGHTS = (
-    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "moelora", "mix_lora", "mole"),
+    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "moelora", "mix_lora", "mole", "moa"),
     *SHAPES,
 )
 SHARING_A_RULE = ("kadaptation", "compacter")
@@ -170,7 +172,7 @@ def tower_shapes(method, tower, weights, sites, shape):
         enter((None, owner), shapes(method))
     if name in CHANGING_WEIGHTS:
         for key in acting:
-            targets = ("q", "v") if name == "mole" else method.targets
+            targets = ("q", "v") if name in ("mole", "moa") else method.targets
             if {"fc1_g": "fc1", "fc1_x": "fc1"}.get(key[1], key[1]) in targets:
                 enter(key, changed_weight_shapes(method, key, *read[key][0].shape))
     if name == "mix_lora":

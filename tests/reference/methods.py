@@ -545,6 +545,28 @@ def mole(sites, fields, shape):
     return {"driven": driven}
 
 
+def moa(sites, fields, shape):
+    """MoA, arXiv 2403.03432, in use: y + d_n of the low-rank change n whose share softmax(G mean token) is largest."""
+
+    def driven(y, index, site, x):
+        found = sites.get((index, site))
+        if found is None:
+            return y
+        shares = softmax(linear(x.mean(dim=1), found["router.weight"]))
+        parts, chosen = parts_of(found, fields), []
+        for row, share in zip(x, shares, strict=True):
+            kept = share - share.detach()  # zero, with the gradient of the share
+            kept[share.argmax()] += 1
+            changes = [
+                (1 if own["alpha"] is None else own["alpha"] / own["rank"]) * linear(row, part["B"] @ part["A"])
+                for own, part in parts
+            ]
+            chosen.append(sum(one * change for one, change in zip(kept, changes, strict=True)))
+        return y + torch.stack(chosen)
+
+    return {"driven": driven}
+
+
 def adapter_fusion(sites, fields, shape):
     """AdapterFusion, arXiv 2005.00247: x + sum_n softmax_n(Q x . K z_n) V z_n, z_n what adapter n gives for x."""
 
@@ -587,6 +609,7 @@ METHODS = {
     "molora": molora,
     "moelora": moelora,
     "mole": mole,
+    "moa": moa,
     "adapter_fusion": adapter_fusion,
     "mix_lora": mix_lora,
     "ada_mix": ada_mix,

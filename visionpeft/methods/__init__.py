@@ -33,6 +33,7 @@ from visionpeft.methods.lora_dropout import LoRADropout
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
+from visionpeft.methods.moa import MoA
 from visionpeft.methods.moelora import MOELoRA
 from visionpeft.methods.mole import MoLE
 from visionpeft.methods.molora import MoLORA
@@ -96,6 +97,7 @@ __all__ = [
     "Method",
     "MiSS",
     "MixLoRA",
+    "MoA",
     "MoLE",
     "MoLORA",
     "MoSLoRA",
