@@ -71,6 +71,7 @@ ROWS = (
     Row("MoLE over the LoRAs", "over", "MoLE", sources="LoRA"),
     Row("AdapterFusion over the Adapters", "over", "AdapterFusion", sources="Adapter"),
     Row("LoRA, shared by all", TOGETHER, "LoRA", {"rank": 8}),
+    Row("HyperFormer++", TOGETHER, "HyperFormer", {"bottleneck": 8}),
     Row("MoA over the LoRAs", TOGETHER, "MoA", sources="LoRA"),
     Row("MOELoRA", TOGETHER, "MOELoRA", {"experts": 3, "rank": 24, "alpha": 24, "dropout": 0.0}),
 )

@@ -121,7 +121,7 @@ def test_it_is_on_the_command_line(copy):
     assert (found["name"], found["configs"]) == ("branch_shift", ["vtab_branch_shift.yaml"])
     here = {f"vtab_{path.name}" for path in (ROOT / "configs/vtab").glob("*.yaml") if path.stem != "default"}
     # those have no configuration of their own either
-    mixtures = {f"vtab_{name}.yaml" for name in ("ada_mix", "mix_lora", "moelora", "molora", "mov")}
+    mixtures = {f"vtab_{name}.yaml" for name in ("ada_mix", "hyper_former", "mix_lora", "moelora", "molora", "mov")}
     assert set(found["all"]) == here | mixtures | {"vtab_branch_shift.yaml"}
     assert not found["other"]
 

@@ -801,6 +801,7 @@ ONLY_TRACED = (
     ("ada_mix",),
     ("mole",),
     ("moa",),
+    ("hyper_former",),
     ("adapter_fusion",),
 )
 

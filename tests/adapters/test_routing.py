@@ -26,7 +26,7 @@ IMAGES = HOST.inputs(4).double()
 # token: each by itself.
 ALONE = (
     *("DoRA", "PaFi", "FishMask", "SPT", "HiRA", "MiSS", "OFT", "BOFT", "RandLoRA", "FourierFT", "WaveFT", "HiWi"),
-    *("LoRADropout", "AdaMix", "MixLoRA", "MoA"),
+    *("LoRADropout", "AdaMix", "MixLoRA", "MoA", "HyperFormer"),
 )
 
 

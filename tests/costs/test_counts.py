@@ -252,6 +252,13 @@ def tower_shapes(method, tower, weights, sites, shape):
         shapes |= {"up_bias": (width,)}
         for index in blocks:
             enter((index, "mlp_out"), {part: (experts, *size) for part, size in shapes.items()})
+    elif name == "hyper_former":
+        inner, size = method.bottleneck, method.embedding
+        shapes = {"tasks": (1, size), "layers": (len(blocks), size), "positions": (2, size)}
+        shapes |= {"project.0.weight": (size, 3 * size), "project.2.weight": (size, size)}
+        shapes |= {f"project.{number}.bias": (size,) for number in (0, 2)}
+        shapes |= {part: (inner * width, size) for part in ("down", "up")}
+        enter((None, "network"), shapes | {part: (width, size) for part in ("scale", "shift")})
     elif name == "mov":
         for index in blocks:
             for site, matrix, axis in (("k", "k", 0), ("v", "v", 0), ("hidden", "fc2", 1)):

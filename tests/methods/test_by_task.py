@@ -221,3 +221,21 @@ def test_there_is_a_task_for_each_adapter(routed):
         vp.MoA(adapters=("a", "b"), tasks=("x", "y", "z"))
     with pytest.raises(ConfigurationError, match="routing must not be negative"):
         vp.MoA(routing=-1.0)
+
+
+# HyperFormer: one network generates the adapters of all tasks
+
+
+def test_the_adapters_of_tasks_share_a_network(images):
+    """Mixed rows are those of the tasks alone; a row of another place has another adapter from the same network."""
+    torch.manual_seed(0)
+    model = vp.attach(HOST.build(torch.float64), vp.HyperFormer(bottleneck=2, embedding=4, tasks=TASKS)).eval()
+    randomise(model.peft["default"])
+    alone = {task: for_task(model, images, task) for task in TASKS}
+    rows = torch.stack([alone[task][index] for index, task in enumerate(MIXED)])
+    assert distance(for_task(model, images, MIXED), rows) < 1e-13
+    assert distance(alone["one"], alone["two"]) > 1e-3
+    with pytest.raises(ConfigurationError, match="HyperFormer acts by the task of an image"):
+        model(images)
+    with pytest.raises(ConfigurationError, match="embedding must be a positive integer"):
+        vp.HyperFormer(embedding=0)

@@ -545,6 +545,25 @@ def mole(sites, fields, shape):
     return {"driven": driven}
 
 
+def hyper_former(sites, fields, shape):
+    """HyperFormer++, arXiv 2106.04489, for one task: x + s norm(U gelu(D x)) + b, all linear in MLP([z; l; p])."""
+    net = sites[None, "network"]
+
+    def at(position):
+        def serial(x, index):
+            given = torch.cat([net["tasks"][0], net["layers"][index], net["positions"][position]])
+            hidden = linear(given, net["project.0.weight"], net["project.0.bias"]).clamp(min=0)
+            embedded = linear(hidden, net["project.2.weight"], net["project.2.bias"])
+            width = x.shape[-1]
+            down, up = (net["down"] @ embedded).view(-1, width), (net["up"] @ embedded).view(width, -1)
+            change = linear(ACTIVATIONS["gelu"](linear(x, down)), up)
+            return x + layer_norm(change, net["scale"] @ embedded, net["shift"] @ embedded, 1e-5)
+
+        return serial
+
+    return {"attn_out": at(0), "mlp_out": at(1)}
+
+
 def moa(sites, fields, shape):
     """MoA, arXiv 2403.03432, in use: y + d_n of the low-rank change n whose share softmax(G mean token) is largest."""
 
@@ -610,6 +629,7 @@ METHODS = {
     "moelora": moelora,
     "mole": mole,
     "moa": moa,
+    "hyper_former": hyper_former,
     "adapter_fusion": adapter_fusion,
     "mix_lora": mix_lora,
     "ada_mix": ada_mix,

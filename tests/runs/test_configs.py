@@ -87,7 +87,7 @@ VTAB_ALONE = (
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 # mixtures, for which nobody has published a recipe on images: they go by the default of the folder
-BY_DEFAULT = {"AdaMix", "AdapterFusion", "MOELoRA", "MixLoRA", "MoA", "MoLE", "MoLORA", "MoV"}
+BY_DEFAULT = {"AdaMix", "AdapterFusion", "HyperFormer", "MOELoRA", "MixLoRA", "MoA", "MoLE", "MoLORA", "MoV"}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))

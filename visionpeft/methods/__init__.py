@@ -22,6 +22,7 @@ from visionpeft.methods.gated_vpt import GatedVPT
 from visionpeft.methods.gralora import GraLoRA
 from visionpeft.methods.hira import HiRA
 from visionpeft.methods.hiwi import HiWi
+from visionpeft.methods.hyperformer import HyperFormer
 from visionpeft.methods.ia3 import IA3
 from visionpeft.methods.kadaptation import KAdaptation
 from visionpeft.methods.krona import KronA
@@ -86,6 +87,7 @@ __all__ = [
     "GraLoRA",
     "HiRA",
     "HiWi",
+    "HyperFormer",
     "KAdaptation",
     "KronA",
     "LastBlocks",
