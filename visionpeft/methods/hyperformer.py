@@ -33,12 +33,8 @@ class HyperNetwork(nn.Module):
         self.layers = nn.Parameter(torch.randn(layers, embedding))
         self.positions = nn.Parameter(torch.randn(len(SITES), embedding))
         self.project = nn.Sequential(nn.Linear(3 * embedding, embedding), nn.ReLU(), nn.Linear(embedding, embedding))
-        for name, size in (
-            ("down", bottleneck * width),
-            ("up", width * bottleneck),
-            ("scale", width),
-            ("shift", width),
-        ):
+        matrix = bottleneck * width
+        for name, size in {"down": matrix, "up": matrix, "scale": width, "shift": width}.items():
             setattr(self, name, nn.Parameter(STD * torch.randn(size, embedding)))
         self.width = width
 
@@ -79,8 +75,8 @@ class HyperFormer(ByTask):
     D (h, width), U (width, h), s and b are W_D I, W_U I, W_s I and W_b I of I = MLP([z; l; p]) (t), with embeddings z
     of the task, l of the block, and p for after the attention or after the MLP. All tasks and places share the W, which
     are N(0, 0.01), so that the change is small at the start, and the MLP (3t to t, ReLU, t to t). This is
-    HyperFormer++; the plain one has networks of its own for each block. The task of an image says `visionpeft.of_tasks`, in a run of
-    `MultiTask` data the label; with one task it need not be named. Not mergeable: it is not linear.
+    HyperFormer++; the plain one has networks of its own for each block. `visionpeft.of_tasks` says the task of an
+    image, in a run of `MultiTask` data its label; with one task it need not be named. Not mergeable: it is not linear.
     Trainable on L blocks for T tasks: t (2 h D + 2 D + 4 t + T + L + 2) + 2 t; 902,208 on ViT-B/16 with one task.
     Source: Karimi Mahabadi, Ruder, Dehghani and Henderson, Parameter-efficient Multi-task Fine-tuning for Transformers
     via Shared Hypernetworks, 2021, as recalled, not read in its code; bottleneck and starts are those of adapters here.

@@ -75,7 +75,7 @@ class MoA(OverAdapters, ByTask):
 
     One LoRA was trained on each task, and all stay frozen. A router reads the mean token of the layer's input h:
     n = argmax softmax(G mean(h)), G (N, in) N(0, 0.02). While training, n is the task of the image, which
-    `visionpeft.of_tasks` says and in a run of `MultiTask` data the label; to the loss is added routing * the mean over
+    `visionpeft.of_tasks` says, in a run of `MultiTask` data its label; to the loss is added routing * the mean over
     layers of -log softmax(G mean(h)) of that task. The tasks do this by themselves, a training loop of your own with
     `penalty(model)`. Afterwards no task need be said: an image of an unknown domain has the LoRA it resembles. The loss
     of the classes also reaches the routers, by a straight-through gradient, which is our choice.
