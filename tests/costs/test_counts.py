@@ -257,7 +257,7 @@ def tower_shapes(method, tower, weights, sites, shape):
         shapes = {"tasks": (1, size), "layers": (len(blocks), size), "positions": (2, size)}
         shapes |= {"project.0.weight": (size, 3 * size), "project.2.weight": (size, size)}
         shapes |= {f"project.{number}.bias": (size,) for number in (0, 2)}
-        shapes |= {part: (inner * width, size) for part in ("down", "up")}
+        shapes |= {"down": (inner, width, size), "up": (width, inner, size)}
         enter((None, "network"), shapes | {part: (width, size) for part in ("scale", "shift")})
     elif name == "mov":
         for index in blocks:

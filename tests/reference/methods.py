@@ -554,9 +554,7 @@ def hyper_former(sites, fields, shape):
             given = torch.cat([net["tasks"][0], net["layers"][index], net["positions"][position]])
             hidden = linear(given, net["project.0.weight"], net["project.0.bias"]).clamp(min=0)
             embedded = linear(hidden, net["project.2.weight"], net["project.2.bias"])
-            width = x.shape[-1]
-            down, up = (net["down"] @ embedded).view(-1, width), (net["up"] @ embedded).view(width, -1)
-            change = linear(ACTIVATIONS["gelu"](linear(x, down)), up)
+            change = linear(ACTIVATIONS["gelu"](linear(x, net["down"] @ embedded)), net["up"] @ embedded)
             return x + layer_norm(change, net["scale"] @ embedded, net["shift"] @ embedded, 1e-5)
 
         return serial

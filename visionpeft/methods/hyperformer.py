@@ -33,16 +33,16 @@ class HyperNetwork(nn.Module):
         self.layers = nn.Parameter(torch.randn(layers, embedding))
         self.positions = nn.Parameter(torch.randn(len(SITES), embedding))
         self.project = nn.Sequential(nn.Linear(3 * embedding, embedding), nn.ReLU(), nn.Linear(embedding, embedding))
-        matrix = bottleneck * width
-        for name, size in {"down": matrix, "up": matrix, "scale": width, "shift": width}.items():
-            setattr(self, name, nn.Parameter(STD * torch.randn(size, embedding)))
+        sizes = {"down": (bottleneck, width), "up": (width, bottleneck), "scale": (width,), "shift": (width,)}
+        for name, size in sizes.items():
+            setattr(self, name, nn.Parameter(nn.init.normal_(torch.empty(*size, embedding), std=STD)))
         self.width = width
 
     def generated(self, layer: int, position: int) -> tuple[torch.Tensor, ...]:
         """Of every task the entries of down and up (tasks, bottleneck * width), and scale and shift (tasks, width)."""
         place = torch.cat([self.layers[layer], self.positions[position]]).expand(len(self.tasks), -1)
         embedded = self.project(torch.cat([self.tasks, place], dim=-1))
-        return tuple(F.linear(embedded, each) for each in (self.down, self.up, self.scale, self.shift))
+        return tuple(F.linear(embedded, each.flatten(0, -2)) for each in (self.down, self.up, self.scale, self.shift))
 
 
 class GeneratedAdapter(nn.Module):
