@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 import visionpeft as vp
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.serving.application import application
-from visionpeft.serving.command import listening
+from visionpeft.serving.command import listening, server_of
 from visionpeft.serving.limits import Limits
 from visionpeft.serving.service import Service, Settings
 
@@ -69,15 +69,13 @@ class PeftLane:
 
 def serve(kind: str, places: list[Path], checkpoint: Path, batch: int) -> None:
     """Serve in this process; prints the address."""
-    import uvicorn
-
     service = Service(places, Settings(max_batch=batch, checkpoint=checkpoint, limits=Limits(seconds=600)))
     if kind == "peft":
         (lane,) = service._lanes.values()
         lane.compute = PeftLane(lane, service.names()).compute
     socket = listening("127.0.0.1", 0)
     print(f"http://127.0.0.1:{socket.getsockname()[1]}", flush=True)
-    uvicorn.Server(uvicorn.Config(application(service), log_level="warning")).run(sockets=[socket])
+    server_of(application(service), seconds=600).run(sockets=[socket])
 
 
 def prepare(folder: Path, architecture: str, adapters: int) -> tuple[list[Path], Path]:

@@ -33,10 +33,14 @@ PHRASE = "a photo of a"
 # ---- straightforward
 
 
-def transformer_features(clip: nn.Module, prompts: Tensor, ids: Tensor, deep: list[Tensor] = ()) -> Tensor:
+def transformer_features(
+    clip: nn.Module, prompts: Tensor, ids: Tensor, deep: list[Tensor] = (), own: tuple[int, Tensor | None] = (-1, None)
+) -> Tensor:
     """Unit text features (classes, features) of embedded prompts (classes, 77, width)."""
     x = prompts + clip.positional_embedding
     for index, block in enumerate(clip.transformer.resblocks):
+        if index == own[0]:  # TCP: before this block each class gets tokens of its own
+            x = torch.cat((x[:, :1], own[1], x[:, 1 + own[1].shape[1] :]), dim=1)
         if 0 < index <= len(deep):  # MaPLe: the learned tokens of every class are replaced before the block
             fresh = deep[index - 1].expand(len(x), -1, -1)
             x = torch.cat((x[:, :1], fresh, x[:, 1 + fresh.shape[1] :]), dim=1)
@@ -170,6 +174,24 @@ def maple(clip, tokenizer, names, features, labels) -> Case:
     return Case(f"MaPLe text step, n=2, J=9, {len(names)} classes", straightforward, ours)
 
 
+def tcp(clip, tokenizer, names, features, labels) -> Case:
+    """TCP's text side: 4 vectors in the prompt, overwritten before block 8 by tokens made of each class's template."""
+    learner = vp.TCP(clip, tokenizer, names)
+    prompts = Prompts(clip, tokenizer, names, 4)
+    learner.template_features()  # frozen: both sides have them
+
+    def straightforward() -> Tensor:
+        own = (learner.layer, learner.class_tokens())
+        text = transformer_features(clip, prompts.with_context(learner.vectors), prompts.ids, own=own)
+        logits = clip.logit_scale.exp() * features @ text.T
+        return gradient(F.cross_entropy(logits, labels) + learner.text_penalty(text), *learner.trainable_parameters())
+
+    def ours() -> Tensor:
+        return gradient(learner.loss(None, labels, features)[0], *learner.trainable_parameters())
+
+    return Case(f"TCP step, M=4, own tokens from block 8 on, {len(names)} classes", straightforward, ours)
+
+
 def tpt(clip, tokenizer, names, views: Tensor, rounds: int) -> Case:
     """TPT's text part: features, entropy of the kept views, one step, features again.
 
@@ -199,6 +221,22 @@ def tpt(clip, tokenizer, names, views: Tensor, rounds: int) -> Case:
 
     chunks = ", straightforward 100 at a time" if len(parts) > 1 else ""
     return Case(f"TPT text part, {len(views)} views, {len(names)} classes{chunks}", straightforward, ours, rounds)
+
+
+def tpt_image(clip, tokenizer, names, views: Tensor, rounds: int) -> Case:
+    """TPT's whole image: the image tower on all views, then the text part as in `tpt`."""
+    case = tpt(clip, tokenizer, names, encode(clip, views), rounds)
+    learner = vp.TPT(clip, tokenizer, names, allow_duplicates=True)
+    text_part = case.straightforward
+
+    def straightforward() -> Tensor:
+        encode(clip, views)
+        return text_part()
+
+    def ours() -> Tensor:
+        return learner(views[None])
+
+    return Case(f"TPT's whole image, {len(views)} views, {len(names)} classes", straightforward, ours, rounds)
 
 
 def tpt_loss(logits: Tensor) -> Tensor:
@@ -249,7 +287,9 @@ def make_cases(args, clip, tokenizer) -> dict[str, Callable[[], Case]]:
         "cocoop": lambda: cocoop(clip, tokenizer, hundred, *few, batch=1, rounds=99),
         "cocoop4": lambda: cocoop(clip, tokenizer, hundred, *few, batch=4, rounds=0),
         "maple": lambda: maple(clip, tokenizer, hundred, *few),
+        "tcp": lambda: tcp(clip, tokenizer, hundred, *few),
         "tpt": lambda: tpt(clip, tokenizer, hundred, features, rounds=99),
+        "tpt_image": lambda: tpt_image(clip, tokenizer, hundred, images.repeat(2, 1, 1, 1), rounds=2),
         "tpt1000": lambda: tpt(clip, tokenizer, thousand, features, rounds=0),
         "epoch": lambda: coop_epoch(clip, tokenizer, hundred, images, labels[:32], rounds=2),
     }
@@ -313,7 +353,9 @@ def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="an OpenCLIP model; its weights are random")
-    parser.add_argument("--cases", nargs="+", default=None, help="some of: coop cocoop cocoop4 maple tpt tpt1000 epoch")
+    parser.add_argument(
+        "--cases", nargs="+", default=None, help="some of: coop cocoop cocoop4 maple tcp tpt tpt_image tpt1000 epoch"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

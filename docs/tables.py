@@ -9,8 +9,6 @@ new method or learner appears with `--write` and without an edit.
 
 import argparse
 import inspect
-import itertools
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -24,6 +22,7 @@ import torch
 import visionpeft as vp
 from visionpeft import methods
 from visionpeft.clip import learners
+from visionpeft.sites import Order, order_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,6 +46,8 @@ SITES = (
     *("proj", "attn_out", "stream_mid", "norm2", "mlp_in", "fc1", "hidden", "fc2", "mlp_out", "stream_out", "norm"),
 )
 
+ON_LAYERS = (Order.WEIGHT, Order.RENEW, Order.OUTPUT)
+
 
 @dataclass(frozen=True)
 class Line:
@@ -55,6 +56,7 @@ class Line:
     Args:
         name: the class.
         call: how it is written.
+        changes: of a method, what it changes, in a few words that many methods share.
         does: the first sentence of its docstring.
         acts_at: of a method, its sites, or the parameters of the backbone that it trains.
         trained: number of trained values without the head.
@@ -63,6 +65,7 @@ class Line:
 
     name: str
     call: str
+    changes: str
     does: str
     acts_at: str
     trained: str
@@ -100,7 +103,9 @@ def method_lines(public: Sequence[str] | None = None, module=methods) -> list[Li
         model = attached(name, method, module, *whole)
         of_clips = ", on clips" if model is whole[1] else ""
         trained = counted(model, method)
-        lines.append(Line(name, call, first_sentence(type(method)), acts_at(model) + of_clips, trained, merges))
+        changes = "clips" if of_clips else what_it_changes(model, merges)
+        does = first_sentence(type(method))
+        lines.append(Line(name, call, changes, does, acts_at(model) + of_clips, trained, merges))
         vp.detach(model)
     return lines
 
@@ -114,7 +119,7 @@ def models(**kwargs) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 def attached(name: str, method: vp.Method, module, images: torch.nn.Module, clips: torch.nn.Module) -> torch.nn.Module:
     """The model of images with a method attached, or that of clips if it acts across their frames; shown an image if
-    the method needs data.
+    the method needs data, and in its last stage.
     """
     sources = ("a", "b") if name in OVER else ()
     for source in sources:
@@ -127,7 +132,12 @@ def attached(name: str, method: vp.Method, module, images: torch.nn.Module, clip
     for source in sources:
         vp.detach(images, source)
     if model.peft["default"].pending:
-        vp.allocate(model, [(torch.randn(1, 3, 224, 224), torch.tensor([0]))])
+        vp.allocate(model, [(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))])
+    # What is trained in stages is counted in its last one; any values do to choose by.
+    for _ in vp.stages(model, [(torch.randn(1, 3, 224, 224), torch.tensor([0]))]):
+        if any(each.stages_after for each in model.peft["default"].methods):
+            for parameter in vp.trainable_parameters(model):
+                torch.nn.init.normal_(parameter.data)
     return model
 
 
@@ -136,6 +146,20 @@ def counted(model: torch.nn.Module, method: vp.Method) -> str:
     # How much of a budget can be spent depends on the data.
     budget = getattr(method, "budget", None)
     return f"budget {budget:,}" if isinstance(budget, int) else f"{vp.summary(model).adapter:,}"
+
+
+def what_it_changes(model: torch.nn.Module, merges: str) -> str:
+    """What the adapter of a model changes: one of a few kinds."""
+    placements = [placement for _, placement in model.peft["default"].placements]
+    if not placements:
+        return "the model's own parameters"
+    if any(
+        placement.site in ("stream_in", "kv") and hasattr(placement.module, "num_tokens") for placement in placements
+    ):
+        return "prompts, alone or with others"
+    if merges == "yes" or all(order_of(placement.module) in ON_LAYERS for placement in placements):
+        return "weights of layers, or what leaves them"
+    return "tokens"
 
 
 def acts_at(model: torch.nn.Module) -> str:
@@ -201,7 +225,7 @@ def learner_lines(public: Sequence[str] | None = None, module=learners) -> list[
                 clip = open_clip.CLIP(**open_clip.get_model_config("ViT-B-16"))
             built.append(getattr(module, name)(clip, tokenizer, classes, **options))
         new_names = "no" if built[0].class_bound else "yes"
-        lines.append(Line(name, call, first_sentence(type(built[0])), "", trained_values(*built), new_names))
+        lines.append(Line(name, call, "", first_sentence(type(built[0])), "", trained_values(*built), new_names))
     return lines
 
 
@@ -232,24 +256,18 @@ def defaults_alone(lines: list[Line]) -> list[Line]:
     return [line for line in lines if line.call == f"{line.name}()"]
 
 
-def side_by_side(lines: list[Line], columns: dict[str, Callable[[Line], str]], number: int = 3) -> str:
-    """A table with several of them in a row."""
-    height = math.ceil(len(lines) / number)
-    parts = [markdown(lines[start : start + height], columns).splitlines() for start in range(0, len(lines), height)]
-    empty = "|" + "  |" * len(columns)
-    rows = itertools.zip_longest(*parts, fillvalue=empty)
-    return "\n".join(first + "".join(other[1:] for other in others) for first, *others in rows)
+def together(lines: list[Line], head: str, key: Callable[[Line], tuple[str, ...]]) -> str:
+    """A table with a row for all methods or learners of one kind, each with how many values it trains."""
+    rows = {}
+    for line in defaults_alone(lines):
+        rows.setdefault(key(line), []).append(f"`{line.name}` {line.trained}")
+    kinds = [head, "| --- " * (head.count("|") - 1) + "|"]
+    return "\n".join([*kinds, *(f"| {' | '.join(kind)} | {', '.join(rows[kind])} |" for kind in sorted(rows))])
 
 
 def short_methods(lines: list[Line]) -> str:
     """The methods for the README."""
-    columns = {
-        "method": lambda line: f"`{line.name}`",
-        "acts at": lambda line: line.acts_at,
-        "trained:": lambda line: line.trained,
-        "merges": lambda line: line.last,
-    }
-    return side_by_side(defaults_alone(lines), columns)
+    return together(lines, "| changes | merges | methods |", lambda line: (line.changes, line.last))
 
 
 def long_methods(lines: list[Line]) -> str:
@@ -266,12 +284,7 @@ def long_methods(lines: list[Line]) -> str:
 
 def short_learners(lines: list[Line]) -> str:
     """The learners for the README."""
-    columns = {
-        "learner": lambda line: f"`{line.name}`",
-        "trained:": lambda line: line.trained,
-        "new class names": lambda line: line.last,
-    }
-    return side_by_side(defaults_alone(lines), columns)
+    return together(lines, "| new class names | learners |", lambda line: (line.last,))
 
 
 def long_learners(lines: list[Line]) -> str:

@@ -87,11 +87,22 @@ def layer_norm(x, norm):
     return (x - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
 
 
-def text_feature(clip, embedded, end):
-    """Unit feature (e,) of embedded tokens (77, d), read at position `end`."""
+def text_feature(clip, embedded, end, overwritten=(None, None)):
+    """`raw_text_feature`, at length 1."""
+    feature = raw_text_feature(clip, embedded, end, overwritten)
+    return feature / feature.square().sum().sqrt()
+
+
+def raw_text_feature(clip, embedded, end, overwritten=(None, None)):
+    """Feature (e,) of embedded tokens (77, d), read at position `end`.
+
+    `overwritten` is a block and the tokens (M, d) that stand behind the start token when it begins.
+    """
     x = embedded + clip.positional_embedding
     length, width = x.shape
-    for block in clip.transformer.resblocks:
+    for index, block in enumerate(clip.transformer.resblocks):
+        if index == overwritten[0]:
+            x = torch.cat((x[:1], overwritten[1], x[1 + len(overwritten[1]) :]))
         h = layer_norm(x, block.ln_1)
         q, k, v = (h @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).split(width, dim=1)
         size = width // block.attn.num_heads
@@ -107,8 +118,7 @@ def text_feature(clip, embedded, end):
         quick = "QuickGELU" in type(block.mlp.gelu).__name__
         h = h / (1 + (-1.702 * h).exp()) if quick else 0.5 * h * (1 + torch.erf(h / 2**0.5))
         x = x + h @ block.mlp.c_proj.weight.T + block.mlp.c_proj.bias
-    feature = layer_norm(x[end], clip.ln_final) @ clip.text_projection
-    return feature / feature.square().sum().sqrt()
+    return layer_norm(x[end], clip.ln_final) @ clip.text_projection
 
 
 def plain_features(clip, texts):
@@ -117,8 +127,11 @@ def plain_features(clip, texts):
     return torch.stack([text_feature(clip, clip.token_embedding.weight[row], int(row.argmax())) for row in ids])
 
 
-def prompt_features(clip, names, context, position="end"):
-    """Unit features (classes, e) of prompts with a context (M, d), or one for each class (classes, M, d)."""
+def prompt_features(clip, names, context, position="end", overwritten=(None, None), feature=text_feature):
+    """Unit features (classes, e) of prompts with a context (M, d), or one for each class (classes, M, d).
+
+    `overwritten` is a block and the tokens (classes, M, d) that stand behind the start tokens when it begins.
+    """
     features = []
     for index, name in enumerate(names):
         own = context if context.ndim == 2 else context[index]
@@ -130,7 +143,8 @@ def prompt_features(clip, names, context, position="end"):
         start, words, rest = rows[:1], rows[1 + count : 1 + count + num_name], rows[1 + count + num_name :]
         before = {"end": count, "middle": count // 2, "front": 0}[position]
         embedded = torch.cat((start, own[:before], words, own[before:], rest))
-        features.append(text_feature(clip, embedded, int(row.argmax())))
+        tokens = None if overwritten[0] is None else overwritten[1][index]
+        features.append(feature(clip, embedded, int(row.argmax()), (overwritten[0], tokens)))
     return torch.stack(features)
 
 

@@ -57,6 +57,10 @@ def pytest_runtest_teardown(item, nextitem):
     shared_cells.leave(item, nextitem, item.has_failed)
 
 
+# methods that must be told the grid of a model for images of any size
+ON_A_GRID = vp.Convpass | vp.DTL | vp.Mona | vp.DecomposedPromptTuning | vp.PixelPrompt
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A method with small sizes, and what the paper promises of it.
@@ -67,8 +71,8 @@ class Case:
         identity: attaching it changes nothing.
         mergeable: it can be merged into the weights.
         image_only: of two towers it acts on that of the images.
-        relative: it acts through the sites of `lora_all`, `dora` or `pfeiffer`, with another formula, so that three
-            hosts are enough where a property is tested on all of them.
+        relative: it acts at the sites of another case (`lora_all`, `dora`, `pfeiffer`, `houlsby`, `pafi`, `prefix`,
+            `vpt_deep` ...), with another formula, so that three hosts are enough where a property is tested on all.
         sources: the methods of trained adapters that it is over, which are attached before it under its names.
     """
 
@@ -93,9 +97,9 @@ class Case:
         chooses = "towers" in {field.name for field in dataclasses.fields(self.method)} and not self.sources
         if host.takes == "both" and chooses and not self.image_only:
             changes["towers"] = ["visual", "text"]
-        if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT):
+        if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT | vp.XPrompt):
             changes["init"] = "normal"
-        if isinstance(self.method, vp.Convpass) and host.name in ("vit_dynamic", "dinov3"):
+        if isinstance(self.method, ON_A_GRID) and host.name in ("vit_dynamic", "dinov3"):
             changes["grid"] = tuple(side // 8 for side in host.size)  # these take images of any size
         return dataclasses.replace(self.method, **changes)
 
@@ -110,44 +114,70 @@ CASES = [
     Case("bit_fit", vp.BitFit(), identity=True, mergeable=True),
     Case("vpt_shallow", vp.VPT(num_tokens=3, deep=False)),
     Case("vpt_deep", vp.VPT(num_tokens=3, deep=True)),
-    Case("vpt_projected", vp.VPT(num_tokens=2, deep=True, projection=6)),
+    Case("vpt_projected", vp.VPT(num_tokens=2, deep=True, projection=6), relative=True),
     Case("vpt_last", vp.VPT(num_tokens=2, deep=True, blocks="last:2")),
     Case("houlsby", vp.Adapter(bottleneck=4, placement="houlsby")),
-    Case("houlsby_learned", vp.Adapter(bottleneck=3, placement="houlsby", scale="learned", activation="silu")),
+    Case(
+        "houlsby_learned",
+        vp.Adapter(bottleneck=3, placement="houlsby", scale="learned", activation="silu"),
+        relative=True,
+    ),
     Case("pfeiffer", vp.Adapter(bottleneck=4, placement="pfeiffer")),
-    Case("houlsby_scaled", vp.Adapter(bottleneck=4, placement="houlsby", after_scaling=True)),
+    Case("houlsby_scaled", vp.Adapter(bottleneck=4, placement="houlsby", after_scaling=True), relative=True),
     Case("parallel", vp.Adapter(bottleneck=4, placement="parallel")),
     Case("pre", vp.Adapter(bottleneck=4, placement="pre")),
     Case("adapter_plus", vp.Adapter(bottleneck=4, placement="adapter_plus")),
-    Case("adapter_zero", vp.Adapter(bottleneck=4, placement="pfeiffer", init="lora"), identity=True),
+    Case("adapter_zero", vp.Adapter(bottleneck=4, placement="pfeiffer", init="lora"), identity=True, relative=True),
     Case("adapt_former", vp.AdaptFormer(bottleneck=8), identity=True),
-    Case("adapt_former_learned", vp.AdaptFormer(bottleneck=8, scale="learned"), identity=True),
-    Case("lora", vp.LoRA(rank=2), identity=True, mergeable=True),
+    Case("adapt_former_learned", vp.AdaptFormer(bottleneck=8, scale="learned"), identity=True, relative=True),
+    Case("lora", vp.LoRA(rank=2), identity=True, mergeable=True, relative=True),
     Case("lora_all", vp.LoRA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True),
     Case("ssf", vp.SSF(), mergeable=True),
     Case("pafi", vp.PaFi(density=0.05), identity=True, mergeable=True),
-    Case("fish_mask", vp.FishMask(density=0.05, samples=3), identity=True, mergeable=True),
+    Case("fish_mask", vp.FishMask(density=0.05, samples=3), identity=True, mergeable=True, relative=True),
+    Case("ltsft", vp.LTSFT(density=0.05), identity=True, mergeable=True, relative=True),
+    Case("pruned_bit_fit", vp.PrunedBitFit(density=0.3, samples=3), identity=True, mergeable=True, relative=True),
     Case("child_f", vp.ChildTuning("F", share=0.6), identity=True, mergeable=True),
-    Case("child_d", vp.ChildTuning("D", share=0.1, samples=3), identity=True, mergeable=True),
-    Case("spt", vp.SPT(budget=1500, rank=2), identity=True, mergeable=True),
-    Case("spt_adapter", vp.SPT(budget=1500, rank=2, structure="adapter"), identity=True),
+    Case("child_d", vp.ChildTuning("D", share=0.1, samples=3), identity=True, mergeable=True, relative=True),
+    Case("spt", vp.SPT(budget=1500, rank=2), identity=True, mergeable=True, relative=True),
+    Case("spt_adapter", vp.SPT(budget=1500, rank=2, structure="adapter"), identity=True, relative=True),
     Case("prefix", vp.PrefixTuning(num_tokens=3)),
-    Case("prefix_mlp", vp.PrefixTuning(num_tokens=2, mlp=5)),
+    Case("prefix_mlp", vp.PrefixTuning(num_tokens=2, mlp=5), relative=True),
+    Case("xprompt", vp.XPrompt(num_tokens=4, pieces=4, samples=3), relative=True),
+    Case("xprompt_deep", vp.XPrompt(3, token_share=0.7, pieces=8, samples=3, deep=True), relative=True),
     Case("vpt_gated", vp.GatedVPT(num_tokens=3, gate=0.5)),
-    Case("vpt_gated_first", vp.GatedVPT(num_tokens=2, gate=-1.0, blocks="first:2")),
+    Case("vpt_gated_first", vp.GatedVPT(num_tokens=2, gate=-1.0, blocks="first:2"), relative=True),
     Case("ia3", vp.IA3(), identity=True, mergeable=True),
     Case("layer_norm_tuning", vp.LayerNormTuning(), identity=True, mergeable=True),
     Case("rep_adapter", vp.RepAdapter(bottleneck=4, scale=0.5), identity=True, mergeable=True),
-    Case("rep_adapter_mlp", vp.RepAdapter(3, groups=1, positions=("mlp",)), identity=True, mergeable=True),
+    Case(
+        "rep_adapter_mlp", vp.RepAdapter(3, groups=1, positions=("mlp",)), identity=True, mergeable=True, relative=True
+    ),
     Case("convpass", vp.Convpass(bottleneck=4), identity=True, image_only=True),
-    Case("convpass_mlp", vp.Convpass(3, scale=2.0, positions=("mlp",), init="xavier"), identity=True, image_only=True),
-    Case("fact", vp.FacT(rank=3, scale=0.5), identity=True, mergeable=True),
-    Case("fact_tucker", vp.FacT(2, "tk", targets=("k", "v", "fc1", "fc2")), identity=True, mergeable=True),
+    Case(
+        "convpass_mlp",
+        vp.Convpass(3, scale=2.0, positions=("mlp",), init="xavier"),
+        identity=True,
+        image_only=True,
+        relative=True,
+    ),
+    Case("fact", vp.FacT(rank=3, scale=0.5), identity=True, mergeable=True, relative=True),
+    Case(
+        "fact_tucker", vp.FacT(2, "tk", targets=("k", "v", "fc1", "fc2")), identity=True, mergeable=True, relative=True
+    ),
     Case("dora", vp.DoRA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True),
-    Case("vera", vp.VeRA(rank=5, targets=EVERY_MATRIX, seed=3), identity=True, mergeable=True),
-    Case("ada_lora", vp.AdaLoRA(rank=2, initial_rank=3, alpha=6), identity=True, mergeable=True),
+    Case("vera", vp.VeRA(rank=5, targets=EVERY_MATRIX, seed=3), identity=True, mergeable=True, relative=True),
+    Case("ada_lora", vp.AdaLoRA(rank=2, initial_rank=3, alpha=6), identity=True, mergeable=True, relative=True),
     Case("pissa", vp.PiSSA(rank=2, alpha=6, targets=EVERY_MATRIX), identity=True, mergeable=True, relative=True),
     Case("olora", vp.OLoRA(rank=2, alpha=3), identity=True, mergeable=True, relative=True),
+    Case("lora_ga", vp.LoRAGA(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
+    Case("eva", vp.EVA(rank=2, alpha=6, targets=("q", "v", "fc1")), identity=True, mergeable=True, relative=True),
+    Case("gps", vp.GPS(per_row=2, loss="training"), identity=True, mergeable=True, relative=True),
+    Case("second_order", vp.SecondOrder(density=0.05), identity=True, mergeable=True, relative=True),
+    Case("neuro_ada", vp.NeuroAda(per_row=2), identity=True, mergeable=True, relative=True),
+    Case("sct", vp.SCT(channels=5), relative=True),
+    Case("sct_mlp", vp.SCT(channels=5, position="mlp_out"), mergeable=True, relative=True),
+    Case("sct_qv", vp.SCT(channels=4, position="qv"), mergeable=True, relative=True),
     Case("oft", vp.OFT(block=4, targets=("q", "v", "proj")), identity=True, mergeable=True, relative=True),
     Case("boft", vp.BOFT(block=4, factors=2, targets=("k", "proj")), identity=True, mergeable=True, relative=True),
     Case("hira", vp.HiRA(rank=3, targets=("q", "v", "fc2")), identity=True, mergeable=True, relative=True),
@@ -175,20 +205,31 @@ CASES = [
     Case("lora_dropout", vp.LoRADropout(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
     Case("capa_boost", vp.CapaBoost(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
     Case("hi_wi", vp.HiWi(bottleneck=3), identity=True, mergeable=True, relative=True),
-    Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True),
-    Case("krona_shape", vp.KronA(shape=(4, 8)), identity=True, mergeable=True),
-    Case("kadaptation", vp.KAdaptation(terms=4, rank=2, targets=EVERY_MATRIX), identity=True, mergeable=True),
-    Case("compacter", vp.Compacter(bottleneck=8, terms=2, rank=2)),
-    Case("compacter_pfeiffer", vp.Compacter(bottleneck=8, terms=4, placement="pfeiffer", activation="silu")),
-    Case("mam", vp.MAM(num_tokens=3, bottleneck=8)),
+    Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True, relative=True),
+    Case("krona_shape", vp.KronA(shape=(4, 8)), identity=True, mergeable=True, relative=True),
+    Case(
+        "kadaptation",
+        vp.KAdaptation(terms=4, rank=2, targets=EVERY_MATRIX),
+        identity=True,
+        mergeable=True,
+        relative=True,
+    ),
+    Case("compacter", vp.Compacter(bottleneck=8, terms=2, rank=2), relative=True),
+    Case(
+        "compacter_pfeiffer",
+        vp.Compacter(bottleneck=8, terms=4, placement="pfeiffer", activation="silu"),
+        relative=True,
+    ),
+    Case("mam", vp.MAM(num_tokens=3, bottleneck=8), relative=True),
     Case("unipelt", vp.UniPELT(rank=2, alpha=6, num_tokens=3, bottleneck=4)),
     Case(
         "unipelt_values",
         vp.UniPELT(rank=2, num_tokens=2, bottleneck=3, prefix_gate="values", activation="gelu", init="lora"),
+        relative=True,
     ),
     Case("molora", vp.MoLORA(experts=3, rank=2, alpha=6), identity=True, relative=True),
+    Case("mov", vp.MoV(experts=3), identity=True, relative=True),
     Case("moelora", vp.MOELoRA(experts=3, rank=6, alpha=6), identity=True, mergeable=True, relative=True),
-    Case("mov", vp.MoV(experts=3), identity=True),
     Case("mole", vp.MoLE(adapters=("s0", "s1")), relative=True, sources=(vp.LoRA(rank=2), vp.LoRA(3, alpha=6))),
     Case("hyper_former", vp.HyperFormer(bottleneck=3, embedding=5), relative=True),
     Case("moa", vp.MoA(adapters=("s0", "s1")), relative=True, sources=(vp.LoRA(rank=2), vp.LoRA(3, alpha=6))),
@@ -199,7 +240,23 @@ CASES = [
         sources=(vp.Adapter(bottleneck=2), vp.Adapter(3, activation="relu", scale="learned"), vp.Adapter(2, scale=0.5)),
     ),
     Case("mix_lora", vp.MixLoRA(experts=3, rank=2, alpha=6), identity=True),
+    Case("dtl", vp.DTL(first=1), identity=True, image_only=True),
+    Case("dtl_plus", vp.DTL(3, 1.5, first=0, convolution=True), identity=True, image_only=True, relative=True),
+    Case("lst", vp.LST(ratio=4), image_only=True),
+    Case("lst_dropped", vp.LST(2, temperature=0.7, dropped=(0, 2)), image_only=True, relative=True),
+    Case("vqt", vp.VQT(2), image_only=True),
     Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False), relative=True),
+    Case("mona", vp.Mona(bottleneck=4), image_only=True, relative=True),
+    Case("e2vpt", vp.E2VPT(num_tokens=2, num_keys=3), image_only=True, relative=True),
+    Case("prefix_propagation", vp.PrefixPropagation(num_tokens=3, keep=0.7, add=1.5), relative=True),
+    Case("lpt", vp.LPT(num_tokens=3, bottleneck=4), image_only=True, relative=True),
+    Case("idpg", vp.IDPG(num_tokens=3, bottleneck=4, terms=2), image_only=True, relative=True),
+    Case("ptuning", vp.PTuning(num_tokens=3, hidden=4), relative=True),
+    Case("decomposed", vp.DecomposedPromptTuning(3, rank=2, alpha=3.0), identity=False, image_only=True, relative=True),
+    Case("smop", vp.SMoP(experts=3, num_tokens=2), image_only=True, relative=True),
+    Case("apt", vp.APT(num_tokens=3), image_only=True, relative=True),
+    Case("pixel_prompt", vp.PixelPrompt(width=5), image_only=True, relative=True),
+    Case("ciat", vp.CIAT(bottleneck=4), relative=True),
 ]
 
 
@@ -254,6 +311,13 @@ REFUSALS: dict[tuple[str, str], str] = {
     (host.name, "linear_probe"): "CLIP has no classification head to train" for host in HOSTS if not host.head_paths()
 }
 REFUSALS |= {("clip_text", name): "text has no patches to convolve" for name in ("convpass", "convpass_mlp")}
+REFUSALS |= {("clip_text", name): "text has no patches" for name in ("dtl", "dtl_plus", "lst", "lst_dropped")}
+OF_IMAGES = ("mona", "e2vpt", "lpt", "idpg", "decomposed", "smop", "apt", "pixel_prompt")
+REFUSALS |= {("clip_text", name): "words are not patches" for name in OF_IMAGES}
+
+REFUSALS |= {
+    (host.name, "vqt"): "what queries get is read by a classification head" for host in HOSTS if not host.head_paths()
+}
 
 NO_KEY_BIAS = "keys are rotated, so their shift matters, and the architecture has no bias for them"
 MERGE_REFUSALS = {
@@ -279,7 +343,9 @@ def cells(hosts=HOSTS, cases=CASES):
 
 
 def spread(cases=CASES):
-    """Parametrise a test over a part of the matrix: a case of each mechanism on every host, every case on two hosts."""
+    """Parametrise a test over a part of the matrix: a case of each mechanism on every host, every case on two hosts,
+    its relatives on one of these.
+    """
     return pytest.mark.parametrize(("host", "case"), spread_pairs(cases), ids=repr)
 
 
@@ -295,7 +361,9 @@ def every_pair(hosts=HOSTS, cases=CASES):
 
 def spread_pairs(cases=CASES):
     """The (host, case) pairs of `spread`."""
-    found = [(h, c) for h in HOSTS for c in cases if h.name in TWO or c.name in MECHANISMS]
+    one = {case.name: TWO[index % 2] for index, case in enumerate(case for case in CASES if case.relative)}
+    hosts_of = {c.name: (one[c.name],) if c.relative else TWO for c in cases}
+    found = [(h, c) for h in HOSTS for c in cases if h.name in hosts_of[c.name] or c.name in MECHANISMS]
     return found + [(h, c) for h in FEW_HOSTS for c in FEW_CASES if c in cases and (h, c) not in found]
 
 
@@ -317,19 +385,27 @@ def attach(model, host, case, name="default", **options):
         assert model.peft.active == (*active, name)
     if model.peft[name].pending:
         show_data(host, model, name)
+    to_last_stage(host, model, name)
     return model
 
 
 def show_data(host, model, name="default"):
     """Show random inputs to a method that chooses by them."""
+    vp.allocate(model, *_random_data(host, model), name)
+
+
+def to_last_stage(host, model, name="default"):
+    """Move the tensors of a method that is trained in stages off their values in each of them but the last."""
+    for stage in vp.stages(model, *_random_data(host, model), name):
+        if any(method.stages_after for method in model.peft[name].methods):
+            randomise(model.peft[name], stage)
+
+
+def _random_data(host, model):
+    """Batches of random inputs, and a loss."""
     inputs = host.inputs(4, next(model.parameters()).dtype, seed=8)
     batch = inputs if host.takes == "both" else (inputs,)
-    vp.allocate(
-        model,
-        [batch],
-        lambda model, batch: host.run(model, batch if host.takes == "both" else batch[0]).square().mean(),
-        name,
-    )
+    return [batch], lambda model, batch: host.run(model, batch if host.takes == "both" else batch[0]).square().mean()
 
 
 def adapted(host, case, dtype=torch.float32, seed=1, name="default"):

@@ -14,14 +14,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import torch
-import uvicorn
 from PIL import Image
 
 import visionpeft as vp
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data.transforms import ImageTransform
 from visionpeft.serving.application import application
-from visionpeft.serving.command import listening
+from visionpeft.serving.command import listening, server_of
 from visionpeft.serving.service import Service
 from visionpeft.sharing.adapter_pool import AdapterPool
 
@@ -115,7 +114,7 @@ def refused(answer: httpx.Response, code: int, said: str) -> bool:
 def in_thread(service: Service) -> Iterator[str]:
     """The address of a service in a thread of this process."""
     socket = listening("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(application(service), log_level="warning"))
+    server = server_of(application(service), seconds=30)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
     try:

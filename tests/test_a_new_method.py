@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from without_config import VTAB_BY_DEFAULT
 
 import visionpeft as vp
 
@@ -120,9 +121,7 @@ def test_it_is_on_the_command_line(copy):
         assert yaml.safe_load(page)["model"]["init_args"]["method"]["class_path"].endswith("BranchShift")
     assert (found["name"], found["configs"]) == ("branch_shift", ["vtab_branch_shift.yaml"])
     here = {f"vtab_{path.name}" for path in (ROOT / "configs/vtab").glob("*.yaml") if path.stem != "default"}
-    # those have no configuration of their own either
-    mixtures = {f"vtab_{name}.yaml" for name in ("ada_mix", "hyper_former", "mix_lora", "moelora", "molora", "mov")}
-    assert set(found["all"]) == here | mixtures | {"vtab_branch_shift.yaml"}
+    assert set(found["all"]) == here | VTAB_BY_DEFAULT | {"vtab_branch_shift.yaml"}
     assert not found["other"]
 
 

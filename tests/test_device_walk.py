@@ -142,7 +142,8 @@ OPTIONS = {
     "TipAdapter": [{}, {"train_keys": True}],
     "PromptSRC": [{"template": ["a photo of a {}.", "art of the {}."]}],  # and not sixty
     "CLIPLinearProbe": [{}, {"solver": "gradient"}],
-    **{name: [{"num_views": 4}] for name in ("TPT", "CTPT", "TPS", "ZERO", "MTA")},
+    **{name: [{"num_views": 4}] for name in ("TPT", "CTPT", "DiffTPT", "TPS", "ZERO", "MTA")},
+    "PromptAlign": [{"num_views": 4, "weight": 0.0}],  # which has no statistics of a source here
 }
 LEARNERS = [(name, options) for name in learners.__all__ if name != "Learner" for options in OPTIONS.get(name, [{}])]
 KINDS = ("autocast", "in chunks", "in full", "siglip")
@@ -171,7 +172,7 @@ def built(name, options, kind="plain"):
     """A learner that has seen what it is fitted on."""
     torch.manual_seed(0)
     short = kind == "siglip"  # which reads twelve tokens
-    if short and name in ("CoOp", "ProGrad", "PLOT", "ProDA"):
+    if short and name in ("CoOp", "ProGrad", "PLOT", "ProDA", "DAPT"):
         options = {"context_length": 4} | options
     names = ["dog", "kite", "car", "cat"] if short else NAMES
     learner = getattr(learners, name)(
@@ -197,8 +198,8 @@ def test_learners(name, options, kind):
         learner, batch = moved(learner), batch_for(learner, "cuda")
         with autocast("cuda", torch.bfloat16) if kind == "autocast" else contextlib.nullcontext():
             found = second_step(learner, lambda learner: learner.loss(*batch))
-    # TPT and C-TPT have no training steps, and ask whether the context they start from is that of the kept features.
-    assert len(found) <= (name in ("TPT", "CTPT")), found
+    # TPT and its kin have no training steps, and ask whether the context they start from is that of the kept features.
+    assert len(found) <= (name in ("TPT", "CTPT", "DiffTPT")), found
 
 
 @pytest.mark.parametrize(("name", "options"), LEARNERS, ids=str)
@@ -229,7 +230,10 @@ def test_backward_passes_of_learners(name, options):
                 loss.backward()
 
         found = second_step(learner, step, "cpu")
-    if name == "PLOT":  # it asks on the CPU alone, which has the answer at once, whether its transport stands still
+    if name in (
+        "PLOT",
+        "PLOTPlusPlus",
+    ):  # on the CPU alone, which has the answer at once, is it asked if T stands still
         found = [each for each in found if "waited for" not in each]
     assert found == []
 

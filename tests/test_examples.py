@@ -17,7 +17,7 @@ from PIL import Image
 from small_video_runs import draw_videos
 
 import visionpeft as vp
-from visionpeft.data import ClipArt
+from visionpeft.data import ClipArt, ComposedScenes
 from visionpeft.data.video import motion_scenes as motion
 
 ROOT = Path(__file__).parents[1]
@@ -212,3 +212,23 @@ def test_readme_lines_on_clip(page, tmp_path, monkeypatch):
     names = runpy.run_path(str(tmp_path / "readme.py"), init_globals=given)
     assert names["learner"].class_names == ["red kite", "buzzard", "heron"]
     assert sum(file.stat().st_size for file in (tmp_path / "prompt").iterdir()) < 2**14
+
+
+def test_comparison_of_segmentation_methods(run, monkeypatch, tmp_path):
+    """The rate with the best validation is taken for all seeds, and what is there is not trained again."""
+    create = ComposedScenes.__init__
+
+    def small(self, train, side, size, **options):
+        create(self, train=train, val=1, test=2, side=32, size=32, test_batch_size=2, **options)
+
+    monkeypatch.setattr(ComposedScenes, "__init__", small)
+    options = ("--output", "scenes.csv", "--scenes", "8", "--methods", "head alone", "--seeds", "3", "4")
+    printed = run("compare_segmentation_methods.py", *options)
+    with open("scenes.csv") as file:
+        rows = list(csv.DictReader(file))
+    first = [row for row in rows if row["seed"] == "3"]
+    best = max(first, key=lambda row: float(row["val"]))
+    assert [row["lr"] for row in rows] == ["0.001", "0.003", "0.01", best["lr"]]
+    assert f"| head alone | 0 | {float(best['lr']):g} | 2 |" in printed
+    monkeypatch.setattr(ComposedScenes, "__init__", None)  # nothing is left to be trained
+    assert f"| head alone | 0 | {float(best['lr']):g} | 2 |" in run("compare_segmentation_methods.py", *options)

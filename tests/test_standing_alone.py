@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import visionpeft as vp
-from visionpeft import methods
+from visionpeft import heads, methods
 from visionpeft.clip import learners
 
 # Runs a script in a process in which some modules are not installed.
@@ -47,6 +47,7 @@ vp.save_pretrained(model, "shared")
 vp.detach(model)
 vp.create_backbone("nano_vit")
 vp.VideoClassifier(model, num_frames=2, num_classes=3)
+vp.DensePredictor("nano_vit", vp.LinearSegmentation(layers=2), classes=3, method=vp.LoRA())(torch.randn(1, 3, 32, 40))
 print("complete")
 """
 
@@ -110,7 +111,8 @@ def names_for_type_checkers():
     """The names of the block that only type checkers read."""
     tree = ast.parse(Path(vp.__file__).read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    lists = {"visionpeft.methods": methods.__all__, "visionpeft.clip.learners": learners.__all__}
+    modules = (heads, methods, learners)
+    lists = {module.__name__: module.__all__ for module in modules}
     names = set()
     for statement in block.body:
         for alias in statement.names:

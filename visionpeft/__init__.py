@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.adapters.lorahub import lorahub as lorahub
     from visionpeft.adapters.merge import merge as merge
     from visionpeft.adapters.merge import unmerge as unmerge
+    from visionpeft.adapters.stages import stages as stages
     from visionpeft.adapters.start import prompt_similarity as prompt_similarity
     from visionpeft.adapters.start import start_from as start_from
     from visionpeft.adapters.storage import load as load
@@ -42,12 +43,16 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.errors import StorageError as StorageError
     from visionpeft.errors import UnsupportedError as UnsupportedError
     from visionpeft.errors import UserError as UserError
+    from visionpeft.heads import *  # noqa: F403
     from visionpeft.methods import *  # noqa: F403
     from visionpeft.models.create import create_backbone as create_backbone
     from visionpeft.models.create_clip import create_clip as create_clip
+    from visionpeft.models.dense_predictor import DensePredictor as DensePredictor
+    from visionpeft.models.feature_maps import feature_maps as feature_maps
     from visionpeft.models.proxy_tuning import ProxyTuned as ProxyTuned
     from visionpeft.models.proxy_tuning import proxy_logits as proxy_logits
     from visionpeft.models.video_classifier import VideoClassifier as VideoClassifier
+    from visionpeft.models.windows import predict_masks as predict_masks
     from visionpeft.sharing.adapter_pool import AdapterPool as AdapterPool
     from visionpeft.sharing.hub import from_pretrained as from_pretrained
     from visionpeft.sharing.hub import push_to_hub as push_to_hub
@@ -56,7 +61,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.sharing.peft_import import import_peft as import_peft
     from visionpeft.sites.tasks_of_rows import of_tasks as of_tasks
 
-# Methods and learners are not in this table: the packages that list them are asked.
+# Methods, heads and learners are not in this table: the packages that list them are asked.
 _HOMES = {
     "visionpeft.adapters.allocate": ("allocate",),
     "visionpeft.adapters.attach": (
@@ -79,6 +84,7 @@ _HOMES = {
         "merge",
         "unmerge",
     ),
+    "visionpeft.adapters.stages": ("stages",),
     "visionpeft.adapters.start": (
         "prompt_similarity",
         "start_from",
@@ -108,11 +114,14 @@ _HOMES = {
     ),
     "visionpeft.models.create": ("create_backbone",),
     "visionpeft.models.create_clip": ("create_clip",),
+    "visionpeft.models.dense_predictor": ("DensePredictor",),
+    "visionpeft.models.feature_maps": ("feature_maps",),
     "visionpeft.models.proxy_tuning": (
         "ProxyTuned",
         "proxy_logits",
     ),
     "visionpeft.models.video_classifier": ("VideoClassifier",),
+    "visionpeft.models.windows": ("predict_masks",),
     "visionpeft.sharing.adapter_pool": ("AdapterPool",),
     "visionpeft.sharing.hub": (
         "from_pretrained",
@@ -123,14 +132,16 @@ _HOMES = {
     "visionpeft.sharing.peft_import": ("import_peft",),
     "visionpeft.sites.tasks_of_rows": ("of_tasks",),
 }
-_LISTS = ("visionpeft.methods", "visionpeft.clip.learners")
+_LISTS = ("visionpeft.methods", "visionpeft.heads", "visionpeft.clip.learners")
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str):
     if name == "__all__":
         return __dir__()
-    if name not in _HOME and not name[0].isupper():  # methods and learners are classes; `from visionpeft import data`
+    if (
+        name not in _HOME and not name[0].isupper()
+    ):  # methods, heads and learners are classes; `from visionpeft import data`
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _HOME:
         value = getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m visionpeft.prepare vtab1k|fgvc|few_shot|backbone`: builds what a data set or a backbone lacks."""
+"""`python -m visionpeft.prepare vtab1k|fgvc|few_shot|backbone|statistics`: builds what data or a model lack."""
 
 import sys
 

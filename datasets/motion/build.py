@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from visionpeft.data.video.motion_scenes import cut_out
+from visionpeft.data.cut_out import cut_out
 
 COVERAGE = (0.25, 0.8)
 COUNTS = {"train": 200, "val": 80, "test": 240}

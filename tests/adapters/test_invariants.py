@@ -34,6 +34,7 @@ from conftest import (
     show_data,
     spread,
     spread_pairs,
+    to_last_stage,
 )
 from reference.hosts import HOSTS, lively, shallow
 from shared_cells import plain, plain_output, shared, untouched_output
@@ -74,7 +75,7 @@ def without_gradient(host, case, name):
     normalised = host.name in ("vit_qk_norm", "clip_custom")
     if name.endswith(("k_norm.shift", "k_norm.bias", "ln_k.bias")):
         return not rotated
-    return name.endswith(".k.shift") and not rotated and not normalised
+    return name.endswith((".k.shift", ".k.bias")) and not rotated and not normalised
 
 
 @shared(every_pair(), torch.float64)
@@ -292,6 +293,10 @@ def test_stacking_in_any_order(host, order):
     assert torch.equal(output_of(host, model, dtype=torch.float64), untouched_output(host, torch.float64))
 
 
+# prompts of other names than those of `VPT` and `PrefixTuning`
+LONGER = ("e2vpt", "lpt", "idpg", "ptuning", "decomposed", "smop", "apt")
+
+
 @spread()
 def test_routed_rows_are_those_of_each_adapter(host, case):
     """Row i of a mixed batch is the row which adapter i, or the plain backbone, gives alone."""
@@ -307,7 +312,7 @@ def test_routed_rows_are_those_of_each_adapter(host, case):
     names = ["a", None, "b", "a"]
     # nor can two values of one parameter of the backbone act in one batch
     refused = host.takes == "text" or any(name.startswith("trained.") for name in adapter_tensors(model, "a"))
-    longer = case.name.startswith(("vpt", "prefix", "mam", "unipelt", "mix_lora"))
+    longer = case.name.startswith(("vpt", "xprompt", "prefix", "mam", "unipelt", "mix_lora", *LONGER))
     if refused or longer:
         with pytest.raises(UserError), vp.route(model, names):
             output_of(host, model, 4, torch.float64)
@@ -793,16 +798,23 @@ ONLY_TRACED = (
     ("full", "lora", "vera", "ada_lora", "krona"),
     ("layer_norm_tuning", "kadaptation", "compacter"),
     ("last_block", "fact", "mam", "child_f", "linear_probe"),
-    ("fish_mask", "spt"),
-    ("pissa", "olora", "oft", "boft", "hira"),
+    ("fish_mask", "spt", "gps", "second_order", "neuro_ada"),
+    ("pissa", "olora", "lora_ga", "eva", "oft", "boft", "hira"),
+    ("ltsft",),
+    ("xprompt_deep",),
+    ("pruned_bit_fit",),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
-    ("molora", "moelora", "mov", "mix_lora"),
+    ("molora", "moelora", "mov", "mix_lora", "sct"),
     ("ada_mix",),
     ("mole",),
     ("moa",),
     ("hyper_former",),
     ("adapter_fusion",),
+    ("dtl", "dtl_plus", "lst"),
+    ("mona", "e2vpt", "prefix_propagation", "lpt"),
+    ("idpg", "ptuning", "decomposed", "smop", "apt", "pixel_prompt", "ciat"),
+    ("vqt",),
 )
 
 
@@ -823,6 +835,7 @@ def test_no_graph_breaks(names):
         model = vp.attach(host.build(dtype), [BY_NAME[name].on(host) for name in names])
     if model.peft["default"].pending:
         show_data(host, model)
+    to_last_stage(host, model)
     randomise(model.peft["default"])
 
     def run_as_it_is(graph, _):

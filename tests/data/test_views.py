@@ -10,11 +10,12 @@ from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import FewShot, ImageFolder
 from visionpeft.data.transforms import ImageTransform
 from visionpeft.data.views import OPERATIONS, ImageViews
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, DataError
 
 
 @pytest.fixture
 def folders(tmp_path):
+    tmp_path = tmp_path / "photos"
     for split, count in {"train": 4, "val": 2, "test": 3}.items():
         write_class_folders(tmp_path / split, {"a": count, "b": count})
     return tmp_path
@@ -160,6 +161,57 @@ def test_works_with_few_shot():
     data.preprocessing = SMALL
     data.setup()
     assert next(iter(data.test_dataloader()))[0].shape == (2, 3, 3, 16, 16)
+
+
+def generate(folders, counts=(2, 2, 2)):
+    """Pictures made from each test image, all of one value by image and picture."""
+    for label in "ab":
+        for index, image in enumerate(sorted((folders / "test" / label).iterdir())):
+            made = folders.with_name("made") / label / image.stem
+            made.mkdir(parents=True)
+            for picture in range(counts[index]):
+                Image.new("RGB", (20, 16), (40 * index + picture,) * 3).save(made / f"{picture}.png")
+    return folders.with_name("made")
+
+
+def test_generated_views_come_after_the_others(folders):
+    data = module(folders, test_views=3, generated_views=generate(folders), normalisation="none", test_batch_size=6)
+    images, labels = next(iter(data.test_dataloader()))
+    assert images.shape == (6, 5, 3, 16, 16)
+    without, _ = next(iter(module(folders, test_views=3, normalisation="none", test_batch_size=6).test_dataloader()))
+    assert torch.equal(images[:, :3], without)
+    for row, image in enumerate(images):
+        for picture in (0, 1):
+            expected = torch.full((3, 16, 16), (40 * (row % 3) + picture) / 255)
+            torch.testing.assert_close(image[3 + picture], expected)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.description()["generated_views"] == 2
+    # of the test images in another order, and of a part of them, each has its own
+    shuffled = module(
+        folders, test_views=3, generated_views=folders.with_name("made"), test_order="shuffled", test_samples=4
+    )
+    for index, path in enumerate(shuffled.sources["test"].paths):
+        assert {file.parent.name for file in shuffled.generated.files[index]} == {path.stem}
+    with pytest.raises(DataError, match="should hold images generated from the test image"):
+        module(folders, test_views=3, generated_views=folders / "nowhere")
+
+
+def test_generated_views_are_refused(folders):
+    made = generate(folders, counts=(2, 2, 1))
+    with pytest.raises(DataError, match="holds 1 generated images, and that of the first test image 2"):
+        module(folders, test_views=3, generated_views=made)
+    with pytest.raises(ConfigurationError, match="beside other views of test images; set test_views"):
+        module(folders, generated_views=made)
+    with pytest.raises(ConfigurationError, match="this data set has no such files"):
+        FewShot(
+            "folder",
+            folders / "train",
+            shots=1,
+            val_fraction=0.0,
+            test_fraction=0.0,
+            test_views=2,
+            generated_views=made,
+        )
 
 
 def test_refusals(folders):

@@ -133,8 +133,8 @@ FAULTS = [
     ),
     Fault(
         "vpt_bound", "the paper's bound for prompts with one channel instead of three",
-        "bound = math.sqrt(6 / (3 * height * breadth + width))\n        return torch.empty(num_tokens, width).uniform_",
-        "bound = math.sqrt(6 / (height * breadth + width))\n        return torch.empty(num_tokens, width).uniform_",
+        "bound = math.sqrt(6 / (3 * height * breadth + width))\n    return torch.empty(num_tokens, width).uniform_",
+        "bound = math.sqrt(6 / (height * breadth + width))\n    return torch.empty(num_tokens, width).uniform_",
         ("test_methods_reference", "test_method_fields", "test_weight_methods", "test_gated_vpt"),
         "vpt or bound or start or initial",
     ),

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from data_layouts import write_fgvc, write_vtab_task
 from small_protocols import measured, read_rows, write_config
+from without_config import VTAB_BY_DEFAULT
 
 from visionpeft import protocol
 from visionpeft.data import ClipArt
@@ -123,8 +124,7 @@ def test_what_a_paper_leaves_open_is_not_said_to_be_its_choice(tmp_path):
 def test_methods_by_name():
     assert configs_of_methods(["VPT", "vpt_shallow"], "vtab_") == ["vtab_vpt.yaml", "vtab_vpt_shallow.yaml"]
     assert configs_of_methods(["LoRA", "FullFineTuning"], "fgvc_") == ["fgvc_lora.yaml", "fgvc_full.yaml"]
-    by_default = {f"vtab_{name}.yaml" for name in ("ada_mix", "hyper_former", "mix_lora", "moelora", "molora", "mov")}
-    assert {*configs_of_methods(["all"], "vtab_")} == {*shipped_configs("vtab_")} | by_default
+    assert {*configs_of_methods(["all"], "vtab_")} == {*shipped_configs("vtab_")} | VTAB_BY_DEFAULT
     with pytest.raises(ConfigurationError, match="did you mean sora or lora"):
         configs_of_methods(["Lorra"], "vtab_")
 

@@ -84,6 +84,7 @@ def timm_tower(model, images, edits, weights, prefix):
     x = model_norm(model.norm, sites[None, "norm"], weights, "norm", x, edits)
     x = pool(model, x, weights, prefix)
     x = model_norm(model.fc_norm, sites[None, "fc_norm"], weights, "fc_norm", x, edits)
+    x = amend(edits, "features", x)
     if prefix + "head.weight" in weights:
         x = linear(x, weights[prefix + "head.weight"], weights[prefix + "head.bias"])
     return x
@@ -198,6 +199,7 @@ def open_clip_text(model, text, edits, weights, prefix):
     edits = edits.get("text", [])
     sites = text_addresses(model, prefix)
     x = weights[prefix + "token_embedding.weight"][text] + weights[prefix + "positional_embedding"][: text.shape[1]]
+    x = amend(edits, "tokens", x)
     table = None
     if model.attn_mask is not None:
         length = text.shape[1]

@@ -5,9 +5,13 @@ the `shape` of the tower ({"depth": blocks, "prefix": tokens before the patches}
 a station to a function. To add a method, write the function and enter it in METHODS.
 """
 
+from dataclasses import replace
+
 import torch
 
-from .arithmetic import ACTIVATIONS, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
+from .arithmetic import ACTIVATIONS, attention, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
+from .block import block_forward
+from .prompts import PROMPTS
 from .weight_changes import CHANGES, edit_with, random_matrix
 
 
@@ -51,6 +55,18 @@ def vpt(sites, fields, shape):
     return {"enter": enter, "leave": leave}
 
 
+def xprompt(sites, fields, shape):
+    """XPrompt, arXiv 2210.04457: VPT with the tokens that were kept, zero but for the pieces that were kept."""
+    tokens = round(fields["token_share"] * fields["num_tokens"])
+    dense = {}
+    for (index, site), found in sites.items():
+        rows = [torch.zeros(found["pieces"].shape[1], dtype=torch.float64)] * (tokens * fields["pieces"])
+        for place, piece in zip(found["piece_index"].tolist(), found["pieces"], strict=True):
+            rows[place] = piece
+        dense[index, site] = {"prompts": torch.cat(rows).view(tokens, -1)}
+    return vpt(dense, fields, shape)
+
+
 def bottleneck(found, fields, x):
     """scale * Up(activation(Down(x)))."""
     hidden = ACTIVATIONS[fields["activation"]](linear(x, found["down.weight"], found["down.bias"]))
@@ -91,7 +107,18 @@ def beside_mlp(sites, fields):
 
 def adapt_former(sites, fields, shape):
     """AdaptFormer, arXiv 2205.13535: a ReLU bottleneck beside the MLP, reading the un-normalised stream."""
-    return {"beside": beside_mlp(sites, fields | {"activation": "relu"})}
+    if not fields.get("before_scaling"):
+        return {"beside": beside_mlp(sites, fields | {"activation": "relu"})}
+    streams = {}
+
+    def mid(y, index):
+        streams[index] = y
+        return y
+
+    def mlp_out(m, index):
+        return beside_mlp(sites, fields | {"activation": "relu"})(m, index, streams[index])
+
+    return {"mid": mid, "mlp_out": mlp_out}
 
 
 def ssf(sites, fields, shape):
@@ -622,7 +649,129 @@ def mov(sites, fields, shape):
     return {"output": output, "hidden": hidden}
 
 
+def dtl(sites, fields, shape):
+    """DTL, arXiv 2312.07856: h_{i+1} = h_i + B_i A_i x_i beside the blocks, h sigmoid(beta h) behind the later ones."""
+    first = shape["depth"] // 2 if fields["first"] is None else fields["first"]
+    kernels = sites.get((None, "convolution"))
+    path = {}
+
+    def enter(state, index):
+        found = sites[index, "stream_in"]
+        step = linear(state[0], found["B"] @ found["A"])
+        path["h"] = step if index == 0 else path["h"] + step
+        return state
+
+    def leave(state, index):
+        x, prompts = state
+        if index >= first:
+            change = path["h"] * (1 + torch.tanh(fields["beta"] * path["h"] / 2)) / 2  # exp of -beta h overflows
+            if kernels is not None:
+                rows, columns = fields["grid"] or shape["grid"]
+                change[:, shape["prefix"] :] = by_channel(change, rows, columns, kernels["conv.weight"])
+            x = x + change
+        if fields["pooling"] == "mean" and index == shape["depth"] - 1:
+            patches = x[:, shape["prefix"] :]
+            x = torch.cat([patches.sum(1, keepdim=True) / patches.shape[1], x[:, 1:]], dim=1)
+        return x, prompts
+
+    return {"enter": enter, "leave": leave}
+
+
+def by_channel(x, rows, columns, weight):
+    """The patches of x, the last tokens, after a 3 x 3 kernel for each channel, tap by tap, zeros outside."""
+    batch, _, channels = x.shape
+    padded = torch.zeros(batch, rows + 2, columns + 2, channels, dtype=x.dtype)
+    padded[:, 1:-1, 1:-1] = x[:, -rows * columns :].reshape(batch, rows, columns, channels)
+    taps = [(down, right) for down in range(3) for right in range(3)]
+    return sum(padded[:, d : d + rows, r : r + columns] * weight[:, 0, d, r] for d, r in taps).flatten(1, 2)
+
+
+def side_block(found, heads, s):
+    """A transformer block with its norms before attention and MLP."""
+
+    def layer(name, x):
+        return linear(x, found[f"block.{name}.weight"], found[f"block.{name}.bias"])
+
+    def normed(name, x):
+        return layer_norm(x, found[f"block.{name}.weight"], found[f"block.{name}.bias"], 1e-6)
+
+    q, k, v = (split_heads(part, heads) for part in layer("attn.qkv", normed("norm1", s)).chunk(3, dim=-1))
+    s = s + layer("attn.proj", join_heads(attention(q, k, v, None)))
+    return s + layer("mlp.fc2", ACTIVATIONS["gelu"](layer("mlp.fc1", normed("norm2", s))))
+
+
+def lst(sites, fields, shape):
+    """LST, arXiv 2206.06522: s <- block(g s + (1 - g) D x) with g = sigmoid(a / T), and U norm(s) at the end."""
+    state = {}
+
+    def enter(entered, index):
+        if index == 0:
+            found = sites[0, "stream_in"]
+            state["s"] = linear(entered[0], found["start.weight"], found["start.bias"])
+        return entered
+
+    def leave(left, index):
+        x, prompts = left
+        found = sites.get((index, "stream_in"), {})
+        if index not in fields["dropped"]:
+            gate = 1 / (1 + torch.exp(-found["gate"] / fields["temperature"]))
+            ladder = linear(x, found["down.weight"], found["down.bias"])
+            state["s"] = side_block(found, shape["heads"], gate * state["s"] + (1 - gate) * ladder)
+        if index == shape["depth"] - 1:
+            normed = layer_norm(state["s"], found["norm.weight"], found["norm.bias"], 1e-6)
+            x = linear(normed, found["up.weight"], found["up.bias"])
+        return x, prompts
+
+    return {"enter": enter, "leave": leave}
+
+
+def sct(sites, fields, shape):
+    """SCT, arXiv 2309.08513: u_c + W_c u_S + b_c for the channels c of S, after the attention or a layer."""
+
+    def mapped(u, found):
+        changed, chosen = u.clone(), found["channels"].tolist()
+        for i, channel in enumerate(chosen):
+            moved = sum(found["weight"][i, j] * u[..., other] for j, other in enumerate(chosen))
+            changed[..., channel] = u[..., channel] + moved + found["bias"][i]
+        return changed
+
+    def output(y, index, site):
+        found = sites.get((index, site))
+        return y if found is None else mapped(y, found)
+
+    def mid(y, index):
+        found = sites.get((index, "stream_mid"))
+        return y if found is None else mapped(y, found)
+
+    return {"output": output, "mid": mid}
+
+
+def vqt(sites, fields, shape):
+    """VQT, arXiv 2212.03220: queries pass a block with keys and values of its tokens; the head reads what they get."""
+    got = []
+
+    def time(x, index, block, weights):
+        if index == 0:
+            got.clear()
+        borrowed = []
+        block_forward(block, weights, x, 0, index, [{"kv": lambda pair, _, h: borrowed.append(pair) or pair}])
+        apart = replace(block, rope=None, logit_bias=None)
+        queries = sites[index, "kv"]["prompts"].expand(len(x), -1, -1)
+        got.append(block_forward(apart, weights, queries, 0, index, [{"kv": lambda pair, _, h: borrowed[0]}])[0])
+        return x
+
+    def features(x):
+        parts = [x, *(z.reshape(len(z), -1) for z in got)]
+        return torch.cat([part / (part**2).sum(-1, keepdim=True).sqrt() for part in parts], dim=-1)
+
+    return {"time": time, "features": features}
+
+
 METHODS = {
+    "vqt": vqt,
+    "lst": lst,
+    "dtl": dtl,
+    "sct": sct,
     "molora": molora,
     "moelora": moelora,
     "mole": mole,
@@ -647,6 +796,7 @@ METHODS = {
     "unipelt": unipelt,
     "lora": lora,
     "vpt": vpt,
+    "xprompt": xprompt,
     "adapter": adapter,
     "adapt_former": adapt_former,
     "ssf": ssf,
@@ -654,8 +804,14 @@ METHODS = {
     "prefix_tuning": prefix_tuning,
     "pa_fi": sparse,
     "fish_mask": sparse,
+    "ltsft": sparse,
+    "pruned_bit_fit": sparse,
     "child_tuning": sparse,
+    "neuro_ada": sparse,
+    "gps": sparse,
+    "second_order": sparse,
     "spt": spt,
+    **PROMPTS,
     **{name: edit_with(change) for name, change in CHANGES.items()},
 }
 

@@ -13,10 +13,16 @@ import torch
 
 
 def counted_from_start(weight, fields, found, sites):
-    """PiSSA, arXiv 2404.02948, and OLoRA, 2406.01775: W + s (U V - U0 V0)."""
+    """PiSSA, arXiv 2404.02948, OLoRA, 2406.01775, and LoRA-GA, 2407.05000: W + s (U V - U0 V0)."""
     rank = len(found["V"])
     scale = 1 if fields["alpha"] is None else fields["alpha"] / rank
     return weight + scale * (found["U"] @ found["V"] - found["U_start"] @ found["V_start"])
+
+
+def eva(weight, fields, found, sites):
+    """EVA, arXiv 2410.07170: W + s B A, with the scale of the mean rank."""
+    rank = fields["rank"] if fields["adjust_scale"] else len(found["A"])
+    return weight + scale_of(fields, rank) * found["B"] @ found["A"]
 
 
 def cayley(upper, block):
@@ -207,6 +213,8 @@ def vblora(weight, fields, found, sites):
 CHANGES = {
     "pissa": counted_from_start,
     "olora": counted_from_start,
+    "loraga": counted_from_start,
+    "eva": eva,
     "oft": oft,
     "boft": boft,
     "hira": hira,

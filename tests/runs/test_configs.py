@@ -8,6 +8,7 @@ import torch
 import yaml
 from small_learner_runs import CLIP
 from small_runs import draw_images
+from without_config import BY_DEFAULT, OVER_OTHERS
 
 import visionpeft as vp
 from visionpeft import methods
@@ -50,8 +51,10 @@ PROTOCOLS = {
 }
 # Learners without training images, and those for whose protocol there are no published numbers.
 OF_SEVERAL_CONTEXTS = ("plot", "proda")
-ON_VIEWS = ("zero", "mta", "tps", "c_tpt")  # learners that see several views of each test image
-PROTOCOLS = {protocol: (*names, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
+LATER = ("tcp", "rpo", "2sfs", "dept", "provp", "dapt", "plot_plus_plus")
+# learners that see several views of each test image
+ON_VIEWS = ("zero", "mta", "tps", "c_tpt", "diff_tpt", "prompt_align")
+PROTOCOLS = {protocol: (*names, *LATER, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
 WITHOUT_IMAGES = {
     f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in ("zero_shot", "tpt", "tda", *ON_VIEWS)
 }
@@ -59,13 +62,17 @@ UNPUBLISHED = {
     *("base_to_new_tpt.yaml", "base_to_new_clip_lora.yaml", "cross_dataset_ivlp.yaml", "cross_dataset_clip_lora.yaml"),
     *("base_to_new_tda.yaml", "fewshot_clap.yaml", "fewshot_lp_plus_plus.yaml", "fewshot_tuned_clip.yaml"),
     *(f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in (*ON_VIEWS, *OF_SEVERAL_CONTEXTS)),
-}
+    *(f"{protocol}_{name}.yaml" for protocol in ("fewshot", "cross_dataset") for name in LATER),
+    *(f"base_to_new_{name}.yaml" for name in ("dept", "dapt", "plot_plus_plus")),
+} - {"cross_dataset_diff_tpt.yaml", "cross_dataset_prompt_align.yaml"}
 WITH_A_RECIPE_OF_THEIR_OWN = (
     "TipAdapter",
     "CLIPLoRA",
     "TaskRes",
     "CLAP",
     "TunedCLIP",
+    "TCP",
+    "TwoStageFewShot",
 )  # others have that of CoOp's trainer
 LEARNERS = [f"{protocol}_{name}.yaml" for protocol, names in PROTOCOLS.items() for name in names]
 WITHOUT_BENCHMARK_NUMBERS = (
@@ -78,17 +85,19 @@ NAMES = (
     *WITHOUT_BENCHMARK_NUMBERS,
     *("vpt", "vpt_shallow", "lora", "adaptformer", "adapter", "adapter_plus", "ssf", "bitfit", "prefix_tuning"),
     *("linear_probe", "full", "last_blocks", "gated_vpt", "rep_adapter", "convpass", "fact_tt", "fact_tk"),
-    *("spt_lora", "spt_adapter"),
+    *("spt_lora", "spt_adapter", "e2vpt", "gps"),
 )
 # relatives of LoRA, of which the fine-grained benchmark has no configuration
 VTAB_ALONE = (
     *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
-    "vblora",
+    *("vblora", "ltsft", "xprompt", "pruned_bit_fit"),
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
+    *("eva", "lora_ga", "second_order", "neuro_ada", "sct"),
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
-# mixtures, for which nobody has published a recipe on images: they go by the default of the folder
-BY_DEFAULT = {"AdaMix", "AdapterFusion", "HyperFormer", "MOELoRA", "MixLoRA", "MoA", "MoLE", "MoLORA", "MoV"}
+# networks beside the backbone, likewise
+BESIDE = ("dtl", "lst", "vqt")
+UNPUBLISHED |= {"vtab_lst.yaml", "vtab_vqt.yaml"}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
@@ -117,12 +126,12 @@ def build(*arguments: str) -> CLI:
 
 def test_every_method_has_a_configuration_for_each_benchmark():
     assert {f"{benchmark}_{name}.yaml" for benchmark in ("vtab", "fgvc") for name in NAMES} <= set(WHOLE)
-    assert {f"vtab_{name}.yaml" for name in VTAB_ALONE} <= set(WHOLE)
+    assert {f"vtab_{name}.yaml" for name in (*VTAB_ALONE, *BESIDE)} <= set(WHOLE)
     named = {method_of(name)["class_path"] for name in WHOLE}
     of_videos = {method_of(name)["class_path"] for name in VIDEOS}
     assert set(VIDEOS) == {f"video_{name}.yaml" for name in VIDEO_NAMES}
     assert of_videos - named == {"STAdapter", "AIM"}  # these act across frames
-    assert named | of_videos == set(methods.__all__) - {"Method"} - BY_DEFAULT
+    assert named | of_videos == set(methods.__all__) - {"Method"} - {*BY_DEFAULT, *OVER_OTHERS}
     for name in BY_DEFAULT:
         assert method_of(f"vtab_{name.lower()}.yaml") == {"class_path": name}
 
@@ -205,7 +214,7 @@ def test_configuration_builds(name, data):
     (method,) = cli.model.methods
     assert type(method).__name__ == given["class_path"]
     if cli.model.adapter.pending:
-        vp.allocate(cli.model.model, [(torch.zeros(1, 3, 64, 64), torch.tensor([0]))])
+        vp.allocate(cli.model.model, [(torch.rand(2, 3, 64, 64), torch.tensor([0, 1]))])
     assert cli.model(torch.zeros(2, 3, 64, 64)).shape == (2, len(cli.datamodule.class_names))
     assert vp.trainable_parameters(cli.model.model)
 
@@ -312,7 +321,8 @@ def test_configuration_of_a_learner_builds(name, small_nano_clip):
             *("sgd", "epoch_cosine", 5e-4, True, 1),
         )
     with torch.no_grad():
-        if not isinstance(learner, learners.TipAdapter):  # which has seen no images yet
+        # Tip-Adapter has seen no images yet, and PromptAlign knows nothing of a source.
+        if not isinstance(learner, learners.TipAdapter | learners.PromptAlign):
             assert cli.model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, len(cli.datamodule.class_names))
 
 

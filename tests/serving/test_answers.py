@@ -21,6 +21,8 @@ from serving_of_adapters import as_json, ask, ask_all, refused
 import visionpeft as vp
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data.transforms import ImageTransform
+from visionpeft.serving.application import application
+from visionpeft.serving.command import server_of
 from visionpeft.serving.limits import Limits
 from visionpeft.serving.refusals import Refusal
 from visionpeft.serving.service import Service, Settings
@@ -234,6 +236,11 @@ def test_a_service_says_what_it_does_not_serve(folder, files, tmp_path):
         Service([root / "empty"])
     with pytest.raises(vp.ConfigurationError, match="'good'"):
         Service([root, root / "good"])
+
+
+def test_a_connection_is_kept_for_longer_than_clients_and_load_balancers_keep_it(service):
+    """Idle for 60 seconds with nginx (keepalive_timeout of upstreams) and AWS's load balancer, 5 with httpx."""
+    assert server_of(application(service), seconds=30).config.timeout_keep_alive > 60
 
 
 def test_refusals_survive_the_way_between_processes():

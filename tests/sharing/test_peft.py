@@ -223,6 +223,50 @@ def test_import_of_what_began_with_a_part_of_the_weights(name, tmp_path):
             assert not torch.allclose(output(host, model), expected, atol=1e-2)
 
 
+EVA = peft.tuners.lora.EvaConfig(rho=3.0)
+
+
+def test_import_of_eva_as_peft_starts_it(tmp_path):
+    """With the ranks that peft has shared out, which leave a layer without any; the change is peft's own."""
+    host = HOST["vit_cls"]
+    torch.manual_seed(2)
+    targets = ["qkv", "attn.proj", "fc1", "fc2"]
+    config = peft.LoraConfig(r=1, lora_alpha=3, target_modules=targets, init_lora_weights="eva", eva_config=EVA)
+    with pytest.warns(UserWarning, match="low_cpu_mem_usage"):
+        model = peft.get_peft_model(host.build(), config).eval()
+    functions = dict(forward_fn=lambda model, images: model(images), show_progress_bar=False)
+    functions |= dict(prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None)
+    peft.initialize_lora_eva_weights(model, [host.inputs(6, seed=seed) for seed in range(2)], **functions)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        expected = host.run(model, host.inputs())
+    model.save_pretrained(tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["rank_pattern"]
+    ours = host.build()
+    vp.import_peft(ours, tmp_path / "theirs")
+    assert close(output(host, ours), expected)
+    adapter = ours.peft["default"]
+    assert len({len(m.A) for m in adapter.modules() if hasattr(m, "scaling")}) > 1
+    assert len({path for path, m in adapter.named_modules() if hasattr(m, "scaling")}) < 3 * 6
+
+
+@pytest.mark.parametrize("method", [vp.EVA(rank=2, alpha=3, targets=("q", "v", "proj")), vp.LoRAGA(rank=2, alpha=3)])
+def test_export_of_what_starts_by_data(method, tmp_path):
+    host = HOST["vit_cls"]
+    torch.manual_seed(3)
+    model = vp.attach(host.build(), method)
+    vp.allocate(model, [(host.inputs(4, seed=8), torch.tensor([0, 1, 2, 3]))])
+    randomise(model.peft["default"])
+    expected = output(host, model)
+    vp.export_peft(model, tmp_path / "ours")
+    assert close(read_by_peft(host, tmp_path / "ours"), expected)
+    again = host.build()
+    vp.import_peft(again, tmp_path / "ours")
+    assert close(output(host, again), expected)
+
+
 def test_pissa_of_several_iterations_is_refused(tmp_path):
     """peft's own model differs at each reload; converted where it was trained, the adapter comes over exactly."""
     host = HOST["vit_cls"]
@@ -571,6 +615,10 @@ def changed(theirs, folder, config=None, tensors=lambda tensors: None, drop=()):
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"use_qalora": True}, "use_qalora=True is not supported"),
         ({"from_the_future": 1}, "from_the_future=1 is not supported"),
+        (
+            {"init_lora_weights": "lora_ga"},
+            "changed the weights of the backbone in a way .*; convert it in the process",
+        ),
         ({"init_lora_weights": "corda"}, "changed the weights of the backbone in a way .*; convert it in the process"),
         ({"init_lora_weights": "pissa_niter_4"}, "anew at each reload"),
         ({"init_lora_weights": "pissa", "kasa_config": {"beta": 1}}, "only one of them"),

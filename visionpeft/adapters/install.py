@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter, join, own_parameter
+from visionpeft.adapters.asking import QUERIES, Asking, asker, check_asking_alone
+from visionpeft.adapters.carried_values import CARRIERS, CARRYING, check_carried
 from visionpeft.adapters.installation import Anatomy, Installation, Rested, Swaps
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
@@ -16,7 +18,7 @@ from visionpeft.adapters.multiplied_tokens import check_multiplied
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import BlockSites, Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.sites import Located, OnPatches, Order, Sites, order_of
+from visionpeft.sites import Carriers, Located, OnPatches, Order, Sites, order_of
 from visionpeft.sites.stand_ins import attributes_of, reads_copies, uses_head
 
 SHALLOW = "shallow prompts travel between the blocks; use VPT(deep=True)"
@@ -59,6 +61,7 @@ def _decide(model: nn.Module) -> Installation:
     peft: Adapters = model.peft
     names = peft.chosen
     check_unchanged(model, names)
+    check_asking_alone({name: peft[name] for name in names})
     anatomy = Anatomy(model, without=peft)
     backbone = describe(model)
     plan, swaps = plan_of(peft, names), Swaps()
@@ -108,6 +111,10 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
         sites.extra_tokens = sum(module.num_tokens for module in prompts)
         swap_block(swaps, block, sites)
         located = {key: located_in(modules, sites.first_patch, prompts) for key, modules in here.items()}
+        if queries := located.pop(QUERIES, None):
+            sites.asking = Asking(queries, asker(block, swaps))
+        if carriers := located.pop(CARRIERS, None):
+            sites.carriers = Carriers(carriers, first=index == 0, last=index == tower.depth - 1)
         fill(swaps, sites, block.layers, located)
     fill(swaps, None, tower.layers, {key: tuple(modules) for key, modules in acting.get(None, {}).items()})
     # `forward_intermediates` would hand out tokens with prompts among them, or the class token alone.
@@ -118,6 +125,8 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
         for module in group
     ):
         refuse_intermediates(swaps, tower, SHALLOW)
+    elif any(CARRIERS in sites for sites in acting.values()):
+        refuse_intermediates(swaps, tower, CARRYING)
     elif peft.economies.narrows(tower):
         refuse_intermediates(swaps, tower, "class_token_only follows one token; switch it off with economise")
 
@@ -199,6 +208,7 @@ def travelling_prompts(tower: Tower, plan: Plan, peft: Adapters, names: Iterable
     owners = {p.module: (name, index) for name in names for index, p in peft[name].placements}
     open_spans: list[nn.Module] = []
     travelling = []
+    check_carried(tower.name, plan)
     for index in range(tower.depth):
         enter = plan.get((tower.name, index, "stream_in", None), [])
         leave = plan.get((tower.name, index, "stream_out", None), [])

@@ -249,41 +249,41 @@ class RoutedSite:
             k, v, *read = inputs
             results = []
             for rows, acting in self._parts(k, route):
-                own = [_taken(value, rows) for value in (k, v, *read)]
+                own = [taken(value, rows) for value in (k, v, *read)]
                 for acts in acting:
                     own[:2] = act_on_kv(acts, own[0], own[1], *(own[2:] or [None]))
                 results.append((rows, own))
-            return tuple(_gather(x, [(rows, own[i]) for rows, own in results]) for i, x in enumerate((k, v)))
+            return tuple(gathered(x, [(rows, own[i]) for rows, own in results]) for i, x in enumerate((k, v)))
         if len(inputs) == 4:
             x, y, weight, bias = inputs
             results = []
             for rows, acting in self._parts(y, route):
-                own_x, own_y = _taken(x, rows), _taken(y, rows)
+                own_x, own_y = taken(x, rows), taken(y, rows)
                 for acts in acting:
                     own_y = acts(own_x, own_y, weight, bias)
                 results.append((rows, own_y))
-            return _gather(y, results)
+            return gathered(y, results)
         (x,) = inputs
         if self.key[3] is not None:
-            return [[acts(_taken(x, rows)) for acts in acting] for rows, acting in self._parts(x, route)]
+            return [[acts(taken(x, rows)) for acts in acting] for rows, acting in self._parts(x, route)]
         results = []
         for rows, acting in self._parts(x, route):
-            own = _taken(x, rows)
+            own = taken(x, rows)
             for acts in acting:
                 own = acts(own)
             results.append((rows, own))
-        return _gather(x, results)
+        return gathered(x, results)
 
     def join(self, x: torch.Tensor, deltas: list[list[torch.Tensor]]) -> torch.Tensor:
         """End the branches of each group in its rows of the tokens x."""
         route = self._route()
         results = []
         for (rows, acting), carried in zip(self._parts(x, route), deltas, strict=True):
-            own = _taken(x, rows)
+            own = taken(x, rows)
             for acts, delta in zip(acting, carried, strict=True):
                 own = join(acts, own, delta)
             results.append((rows, own))
-        return _gather(x, results)
+        return gathered(x, results)
 
     def low_rank_by_row(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A (samples, rank, in) and B (samples, out, rank), if that B A x is added to each row is all that is done.
@@ -330,7 +330,7 @@ class RoutedKeyPrompts(RoutedSite):
         """What the attention reads of the prompts (rows, prompts, width), where x is what it reads of tokens."""
         route, results = self._route(), []
         for group, rows, index, samples in self._served(x, route):
-            own, parts = _taken(x, rows), []
+            own, parts = taken(x, rows), []
             for number, module in enumerate(group.chains[0]):
                 if group.together:
                     prompts = group.together[number].act("prompts_for", index, samples, (own,))
@@ -339,7 +339,7 @@ class RoutedKeyPrompts(RoutedSite):
                     prompts = module.prompts_for(own).expand(len(own), -1, -1)
                 parts.append(prompts)
             results.append((rows, torch.cat(parts, dim=1)))
-        return self.block.attention_input(_gather(x, results), UNSEEN)
+        return self.block.attention_input(gathered(x, results), UNSEEN)
 
 
 def _low_rank_change(module) -> tuple | None:
@@ -349,11 +349,12 @@ def _low_rank_change(module) -> tuple | None:
     return module.low_rank_change()
 
 
-def _taken(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+def taken(x: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """These rows of x, None for all."""
     return x if rows is None else x.index_select(0, rows)
 
 
-def _gather(x: torch.Tensor, results: list[tuple[torch.Tensor | None, torch.Tensor]]) -> torch.Tensor:
+def gathered(x: torch.Tensor, results: list[tuple[torch.Tensor | None, torch.Tensor]]) -> torch.Tensor:
     """Put the groups' results back in the order of the batch."""
     if not results:
         return x
@@ -385,26 +386,27 @@ class RoutedHead:
         results = []
         for group in route.heads(self.path):
             rows, index = group.rows(x.device)
-            part = _taken(x, rows)
+            part = taken(x, rows)
             head = group.chains[0][0]
             together = bool(group.together) and head is not None
             if together and (group.together[0].hooked() or alike_heads(head) is None or traced()):
                 for number, name in enumerate(group.names):
                     own_rows, _ = route.rows((name,), x.device)
-                    results.append((own_rows, in_own_precision(group.chains[number][0], _taken(x, own_rows))))
+                    results.append((own_rows, in_own_precision(group.chains[number][0], taken(x, own_rows))))
             elif together:
                 results.append((rows, _heads_on_rows(group, head, index, part)))
             else:
                 results.append((rows, own(part) if head is None else in_own_precision(head, part)))
-        classes = {part.shape[-1] for _, part in results}
-        if len(classes) > 1:
+        shapes = {part.shape[1:] for _, part in results}
+        if len(shapes) > 1:
+            classes = sorted({shape[0] for shape in shapes})
             raise UnsupportedError(
-                f"the heads of {', '.join(map(str, route.samples))} have {sorted(classes)} classes, which is no one "
+                f"the heads of {', '.join(map(str, route.samples))} have {classes} classes, which is no one "
                 "tensor; route adapters with equally many classes, or attach them with head=False"
             )
         if results[0][0] is None:
             return results[0][1]
-        result = x.new_zeros(len(x), classes.pop(), dtype=results[0][1].dtype)
+        result = x.new_zeros(len(x), *shapes.pop(), dtype=results[0][1].dtype)
         for rows, part in results:
             result = result.index_copy(0, rows, part)
         return result

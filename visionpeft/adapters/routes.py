@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters
+from visionpeft.adapters.asking import QUERIES, RoutedAsking, asker, check_asking_alone
+from visionpeft.adapters.carried_values import CARRIERS, CARRYING
 from visionpeft.adapters.install import (
     SHALLOW,
     acting_in,
@@ -28,6 +30,7 @@ from visionpeft.adapters.installation import Anatomy, Swaps
 from visionpeft.adapters.key_prompts import Acting, key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
 from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter, RoutedHead, RoutedKeyPrompts, RoutedSite
+from visionpeft.adapters.routed_carriers import RoutedCarriers
 from visionpeft.adapters.together import alike
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone, Tower
@@ -151,6 +154,7 @@ class Routes:
         if known is not None and known.root is root:
             return known
         _check_routable(name, root)
+        check_asking_alone({name: root})
         check_unchanged(model, (name,))
         plan = plan_of(peft, (name,))
         counts = {key: sum(getattr(module, "num_tokens", 0) for module in modules) for key, modules in plan.items()}
@@ -227,12 +231,23 @@ class Routes:
                     prompts = RoutedKeyPrompts(self.routing, key, module, tower.frames)
                     plan.sites[tower.name, block].key_prompts = prompts
                     continue
+                if (site, add) == QUERIES:
+                    block_sites = tower.blocks[block]
+                    asking = RoutedAsking(self.routing, key, asker(block_sites, plan.swaps))
+                    plan.sites[tower.name, block].asking = asking
+                    continue
+                if (site, add) == CARRIERS:
+                    ends = {"first": block == 0, "last": block == tower.depth - 1}
+                    plan.sites[tower.name, block].carriers = RoutedCarriers(self.routing, key, tower.frames, **ends)
+                    continue
                 layers = tower.layers if block is None else tower.blocks[block].layers
                 sites = None if block is None else plan.sites[tower.name, block]
                 fill(plan.swaps, sites, layers, {(site, add): (RoutedSite(self.routing, key, tower.frames),)})
             spans = [m for key, modules in acting.items() if key[0] == tower.name for m in modules]
             if any(order_of(module) == Order.ENTER_SPAN for module in spans):
                 refuse_intermediates(plan.swaps, tower, SHALLOW)
+            if any(key[0] == tower.name and key[2:] == CARRIERS for key in acting):
+                refuse_intermediates(plan.swaps, tower, CARRYING)
         for path in adapter.root.heads:
             self._route_head(plan, path)
         plan.adapters.add(id(adapter))

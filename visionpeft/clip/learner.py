@@ -15,6 +15,7 @@ from visionpeft.adapters.attach import attach, has_adapters
 from visionpeft.adapters.described_tensors import check_tensors
 from visionpeft.clip.layout import Layout, Tokenizer, Tokens, check_distinct, clean_class_names
 from visionpeft.clip.model import acting_adapters, check_clip, fixed_image_size, image_dtype
+from visionpeft.clip.packing import OwnTokens
 from visionpeft.clip.template_ensemble import ensemble, template_layouts
 from visionpeft.clip.templates import check_templates
 from visionpeft.clip.text import TextEncoder, unit
@@ -181,11 +182,11 @@ class Learner(nn.Module):
 
     # Images to logits
 
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Image features (batch, features) of images (batch, 3, height, width), not normalised.
+    def check_images(self, images: torch.Tensor) -> None:
+        """Refuse images that the image tower does not take, and adapters that have been switched.
 
         Raises:
-            ConfigurationError: another shape, a size that the image tower does not take, or other adapters act.
+            ConfigurationError: another shape than (batch, 3, height, width), another size, or other adapters act.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ConfigurationError(
@@ -198,12 +199,20 @@ class Learner(nn.Module):
                 "them as its preprocessing says"
             )
         self.check_acting()
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Image features (batch, features) of images (batch, 3, height, width), not normalised.
+
+        Raises:
+            ConfigurationError: as `check_images`.
+        """
+        self.check_images(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
             return self.run_image_tower(images.to(image_dtype(self.clip)))
 
     def run_image_tower(self, images: torch.Tensor) -> torch.Tensor:
         """What the image tower gives of images that have been checked, not normalised."""
-        return self.clip.encode_image(images)
+        return self.clip.encode_image(images, normalize=False)  # CoCa would
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Unit image features (batch, features) of images (batch, 3, height, width).
@@ -227,12 +236,12 @@ class Learner(nn.Module):
         """Unit text features (classes, features), computed anew."""
         return unit(self.encode(self.layout, self.context()))[0]
 
-    def encode(self, layout: Layout, context: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, layout: Layout, context: torch.Tensor | None = None, own: OwnTokens | None = None) -> torch.Tensor:
         """Text features (groups, texts, features), not normalised, `chunk_size` texts at a time."""
         self.check_acting()
 
         def run(groups: torch.Tensor | None) -> torch.Tensor:
-            return self.text.encode(layout, groups, chunk_size=self.chunk_size, fast=self.fast_text)
+            return self.text.encode(layout, groups, chunk_size=self.chunk_size, fast=self.fast_text, own=own)
 
         if context is None or self.chunk_size is None or len(context) * len(layout) <= self.chunk_size:
             return run(context)
@@ -257,6 +266,14 @@ class Learner(nn.Module):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of unit image features (batch, features)."""
         return self.logits(features, self.text_features())
+
+    def seen(self, images: torch.Tensor) -> torch.Tensor:
+        """What a learner that adapts while testing looks at of images: they themselves, or views drawn from them."""
+        return images
+
+    def classify_seen(self, images: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes) of what was `seen` and its features; most learners need the features alone."""
+        return self.classify(features)
 
     def unadapted(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of a learner that adapts while testing, as they would be if it did not.
@@ -285,6 +302,10 @@ class Learner(nn.Module):
         logits = self.classify(self.image_features(images) if features is None else features)
         return F.cross_entropy(logits, labels), logits
 
+    def text_penalty(self, texts: torch.Tensor) -> torch.Tensor | float:
+        """What the loss adds to the cross-entropy for unit text features (classes, features)."""
+        return 0.0
+
     def fit_features(
         self,
         train: tuple[torch.Tensor, torch.Tensor],
@@ -293,8 +314,8 @@ class Learner(nn.Module):
         """Learn what is computed from (features (images, features), labels) and not by gradient steps.
 
         Args:
-            train: unit image features (images, features), or (images, views, features) of several augmented views;
-                labels (images,). Not normalised where `fits_raw_features`.
+            train: unit image features (images, features), or (images, views, features) of several augmented views, by
+                the CLIP without the learner's own adapter; labels (images,). Not normalised where `fits_raw_features`.
             validation: unit image features (images, features) and labels (images,).
 
         Returns:
@@ -311,14 +332,28 @@ class Learner(nn.Module):
     ) -> torch.Tensor:
         """Gradient of `output`, with `upstream` as the gradient of what follows it, with respect to `tensor`.
 
-        It is scaled on its way through a text tower in float16, where small gradients would become zero.
+        It is scaled as in `gradients`.
+        """
+        (gradient,) = self.gradients(output, [tensor], upstream, keep_graph)
+        return gradient
+
+    def gradients(
+        self,
+        output: torch.Tensor,
+        tensors: Sequence[torch.Tensor],
+        upstream: torch.Tensor | None = None,
+        keep_graph: bool = False,
+    ) -> list[torch.Tensor]:
+        """Gradients of `output`, with `upstream` as the gradient of what follows it, with respect to `tensors`.
+
+        They are scaled on their way through a text tower in float16, where small gradients would become zero.
         """
         device = self.text.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         scale = 1024.0 if torch.float16 in (autocast, self.text.dtype) else 1.0
         upstream = torch.ones_like(output) if upstream is None else upstream
-        (gradient,) = torch.autograd.grad(output, tensor, upstream * scale, retain_graph=keep_graph)
-        return gradient / scale
+        found = torch.autograd.grad(output, tensors, upstream * scale, retain_graph=keep_graph)
+        return [gradient / scale for gradient in found]
 
     def end_epoch(self, epoch: int, num_epochs: int) -> None:
         """Called after training epoch `epoch` of 0 .. num_epochs - 1."""
@@ -344,6 +379,10 @@ class Learner(nn.Module):
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser has to train."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad and self.by_gradient]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Those of them that a run trains at the rate `head_lr`."""
+        return []
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The tensors that are saved, by name."""

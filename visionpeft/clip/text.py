@@ -8,8 +8,10 @@ Features and gradients are those of running every class in full. Towers for whic
 elsewhere, adapters that insert tokens) are run in full, as the library does it.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -21,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from visionpeft.backbones.attention import attend
 from visionpeft.backbones.open_clip import join_heads, project, residual_block
 from visionpeft.clip.layout import Layout, Tokens
-from visionpeft.clip.packing import Bucket, Chunk, Packing, Rows, common_length, padded
+from visionpeft.clip.packing import Bucket, Chunk, OwnTokens, Packing, Rows, common_length, padded
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import TOKEN_SITES, Sites, is_drawn
 
@@ -85,6 +87,7 @@ class TextEncoder:
         *,
         chunk_size: int | None = None,
         fast: bool = True,
+        own: OwnTokens | None = None,
     ) -> torch.Tensor:
         """Text features (groups, texts, features), not normalised.
 
@@ -94,20 +97,24 @@ class TextEncoder:
                 image, has its own vectors and gives its own features of all texts. None if there are no slots.
             chunk_size: run this many texts at a time, and run them again for the gradient: less memory, same gradient.
             fast: skip what cannot matter where that is exact; False runs every text in full.
+            own: tokens that each text has for itself from a block on. Up to there the texts share the tokens that they
+                overwrite, from there on only what is before them.
         """
-        if not fast or self.why_in_full(layout) is not None:
-            return self._encode_in_full(layout, context, chunk_size)
-        packing = Packing.of(layout, self._may_share(), chunk_size, self.device)
-        keys_and_values = self._run_shared(packing, context)
+        if not fast or self.why_in_full(layout, own) is not None:
+            return self._encode_in_full(layout, context, chunk_size, own)
+        most = None if own is None else own.stop
+        packing = Packing.of(layout, self._may_share(), chunk_size, self.device, most)
+        keys_and_values = self._run_shared(packing, context, own)
         chunked = len(packing.chunks) > 1 and torch.is_grad_enabled()
         features = []
-        for chunk in packing.chunks:
-            arguments = (chunk, context, *(tensor for pair in keys_and_values for tensor in pair))
+        for chunk, texts in zip(packing.chunks, packing.texts, strict=True):
+            tokens = None if own is None else own.of(texts)
+            arguments = (chunk, context, tokens, *(tensor for pair in keys_and_values for tensor in pair))
             run = self._run_chunk
             features.append(checkpoint(run, *arguments, use_reentrant=False) if chunked else run(*arguments))
         return torch.cat(features, dim=1)[:, packing.restore]
 
-    def why_in_full(self, layout: Layout) -> str | None:
+    def why_in_full(self, layout: Layout, own: OwnTokens | None = None) -> str | None:
         """Why every text of the layout has to be run in full, or None if it need not."""
         if self._not_causal is not None:
             return self._not_causal
@@ -126,6 +133,9 @@ class TextEncoder:
                     replaced = max(replaced, module.replaced_tokens[1])
                 elif not getattr(module, "tokenwise", False):
                     return f"{type(module).__name__} acts on whole texts"
+        if own is not None and replaced:
+            return "tokens are overwritten twice"
+        replaced = replaced if own is None else own.stop
         if replaced and (not self._may_share() or common_length(layout.texts) < replaced):
             return "tokens are replaced that the texts do not share"
         return None
@@ -160,8 +170,13 @@ class TextEncoder:
             return x
         return x.index_add(1, rows.learned_rows, context[:, rows.learned_vectors].to(x.dtype))
 
-    def _run_shared(self, packing: Packing, context: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values (groups, heads, shared tokens, head width) of the shared tokens in every block."""
+    def _run_shared(
+        self, packing: Packing, context: torch.Tensor | None, own: OwnTokens | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values (groups, heads, shared tokens, head width) of the shared tokens in every block.
+
+        From the block on where texts have tokens of their own, only those before them are shared.
+        """
         x = self._embedded(packing.shared, context)
         keys_and_values = []
 
@@ -172,58 +187,93 @@ class TextEncoder:
             keys_and_values.append((k, v))
             return join_heads(block.attn, attend(q, k, v, is_causal=True))
 
-        for block in self.blocks[:-1]:
+        for index, block in enumerate(self.blocks[:-1]):
+            x = x[:, : own.first] if own is not None and index == own.block else x
             x = residual_block(block, x, _acting(block), lambda h, block=block: attention(block, h))
         last = self.blocks[-1]
+        x = x[:, : own.first] if own is not None and own.block == len(self.blocks) - 1 else x
         at = _acting(last)
         # After the keys and values of the last block nothing of the shared tokens is read.
         attention(last, at("attn_in", last.ln_1(at("stream_in", x))))
         return keys_and_values
 
-    def _run_chunk(self, chunk: Chunk, context: torch.Tensor | None, *keys_and_values: torch.Tensor) -> torch.Tensor:
+    def _run_chunk(
+        self, chunk: Chunk, context: torch.Tensor | None, own: OwnTokens | None, *keys_and_values: torch.Tensor
+    ) -> torch.Tensor:
         """Features (groups, texts of the chunk, features)."""
         x = self._embedded(chunk, context)
+        buckets, ends = chunk.buckets, chunk.ends
         shared = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
-        for block, (keys, values) in zip(self.blocks, shared, strict=True):
+        for index, (block, (keys, values)) in enumerate(zip(self.blocks, shared, strict=True)):
+            if own is not None and index == own.block:
+                x, buckets, ends = chunk.with_own(x, own.tokens)
             sites: Sites | None = getattr(block, "sites", None)
             # A branch that starts before the attention and ends after it needs all tokens on the way.
             ends_only = block is self.blocks[-1] and not (sites is not None and sites.branches)
 
-            def attention(h: torch.Tensor, block=block, keys=keys, values=values, ends_only=ends_only):
+            def attention(h, block=block, keys=keys, values=values, ends_only=ends_only, buckets=buckets):
                 q, k, v = project(block.attn, h)
                 # Split and not sliced: the gradient of a slice is as large as the whole.
-                sizes = [bucket.count * bucket.length for bucket in chunk.buckets]
-                parts = zip(chunk.buckets, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+                sizes = [bucket.count * bucket.length for bucket in buckets]
+                parts = zip(buckets, *(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
                 attended = [_attend_bucket(*own, keys, values, bucket, ends_only) for bucket, *own in parts]
                 return join_heads(block.attn, torch.cat(attended, dim=2))
 
             at = _acting(block, replacing=False)
-            x = residual_block(block, x, at, attention, chunk.ends if ends_only else None)
-        return self._project(self.module.ln_final(x if ends_only else x[:, chunk.ends]))
+            x = residual_block(block, x, at, attention, ends if ends_only else None)
+        return self.to_features(self.module.ln_final(x if ends_only else x[:, ends]))
 
-    def _project(self, x: torch.Tensor) -> torch.Tensor:
+    def to_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The projection of normalised tokens (..., width) into the space of the features, (..., features)."""
         projection = self.module.text_projection
         if projection is None:
             return x
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
-    def _encode_in_full(self, layout: Layout, context: torch.Tensor | None, chunk_size: int | None) -> torch.Tensor:
+    def _encode_in_full(
+        self, layout: Layout, context: torch.Tensor | None, chunk_size: int | None, own: OwnTokens | None
+    ) -> torch.Tensor:
         """The library's own `encode_text`, with the context vectors in the place of the embeddings of their slots."""
         groups = 1 if context is None else len(context)
         chunks = padded(layout, chunk_size, self.device)
         chunked = len(chunks) > 1 and torch.is_grad_enabled()
         features = []
         for group in range(groups):
-            own = None if context is None else context[group]
-            for tokens in chunks:
+            vectors = None if context is None else context[group]
+            texts = [None] * len(chunks) if own is None else own.tokens.split([len(chunk) for chunk in chunks])
+            for chunk, tokens in zip(chunks, texts, strict=True):
+                arguments = (chunk, vectors, None if own is None else replace(own, tokens=tokens))
                 run = self._library_features
-                features.append(checkpoint(run, tokens, own, use_reentrant=False) if chunked else run(tokens, own))
+                features.append(checkpoint(run, *arguments, use_reentrant=False) if chunked else run(*arguments))
         return torch.cat(features).unflatten(0, (groups, len(layout)))
 
-    def _library_features(self, tokens: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
-        with _embedded_slots(self.module.token_embedding, tokens, context):
-            # The end token keeps the largest id whatever stands in the slots.
-            return self.clip.encode_text(tokens.clamp(min=0))
+    def _library_features(
+        self, tokens: torch.Tensor, context: torch.Tensor | None, own: OwnTokens | None
+    ) -> torch.Tensor:
+        # In the slots stands an id that is neither padding, which CoCa masks, nor the end, nor larger than that.
+        special = [getattr(self.module, name, None) for name in ("pad_id", "eos_id", "text_eos_id")]
+        word = next(each for each in range(4) if each not in special)
+        with (
+            _embedded_slots(self.module.token_embedding, tokens, context),
+            contextlib.nullcontext() if own is None else self._overwritten(own),
+        ):
+            return self.clip.encode_text(tokens.where(tokens >= 0, word), normalize=False)
+
+    @contextmanager
+    def _overwritten(self, own: OwnTokens) -> Iterator[None]:
+        """Within the context, a block reads the own tokens of texts in the place of those that come to it."""
+
+        def overwrite(block: nn.Module, inputs: tuple) -> tuple:
+            x, *others = inputs
+            return torch.cat((x[:, : own.first], own.tokens.to(x.dtype), x[:, own.stop :]), dim=1), *others
+
+        if not getattr(self.module.transformer, "batch_first", True):
+            raise UnsupportedError("tokens of each text's own need an OpenCLIP text tower with batch_first=True")
+        handle = self.blocks[own.block].register_forward_pre_hook(overwrite)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _why_not_causal(module: nn.Module, pool: str) -> str | None:
@@ -232,13 +282,18 @@ def _why_not_causal(module: nn.Module, pool: str) -> str | None:
         return f"it is read at the {pool} token"
     if getattr(module, "cls_emb", None) is not None:
         return "a class token is after the text"
-    mask = module.attn_mask
-    if mask is None or not (mask.is_meta or torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1))):
+    if not is_causal(module):
         return "it is not causal"
     for block in module.transformer.resblocks:
         if not isinstance(block, ResidualAttentionBlock | CustomResidualAttentionBlock):
             return f"its blocks are of class {type(block).__name__}"
     return None
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether each token of a text tower sees those before it, and none after."""
+    mask = module.attn_mask
+    return mask is not None and (mask.is_meta or torch.equal(mask, torch.full_like(mask, float("-inf")).triu_(1)))
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

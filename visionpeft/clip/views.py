@@ -6,9 +6,12 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
+from visionpeft.adapters.attach import has_adapters
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.template_texts import TemplateTexts
 from visionpeft.errors import ConfigurationError
+
+PIXELS_AT_A_TIME = 4 * 224 * 224
 
 
 def features_of_views(learner: Learner, images: torch.Tensor, num_views: int) -> torch.Tensor:
@@ -26,8 +29,22 @@ def features_of_views(learner: Learner, images: torch.Tensor, num_views: int) ->
             f"{tuple(images.shape)}; convert gray images to RGB"
         )
     views = images if images.ndim == 5 else draw_views(images, num_views)
+    flat = views.flatten(0, 1)
     with torch.no_grad():
-        return Learner.image_features(learner, views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        parts = [Learner.image_features(learner, part) for part in flat.split(images_at_a_time(learner, flat))]
+        return torch.cat(parts).unflatten(0, views.shape[:2])
+
+
+def images_at_a_time(learner: Learner, images: torch.Tensor) -> int:
+    """How many images (images, 3, height, width) the image tower takes at a time without a graph.
+
+    On a CPU as many as have the pixels of four of 224 x 224: their hidden activations stay in its caches, and memory
+    is used again instead of being asked for anew. All of them elsewhere, and where each has an adapter of its own.
+    """
+    routed = has_adapters(learner.clip) and learner.clip.peft.routing.current() is not None
+    if images.device.type != "cpu" or routed:
+        return max(1, len(images))
+    return max(1, PIXELS_AT_A_TIME // (images.shape[-2] * images.shape[-1]))
 
 
 def check_views(learner: Learner, features: torch.Tensor) -> None:

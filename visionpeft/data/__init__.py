@@ -7,6 +7,10 @@ from visionpeft.data.image_folder import ImageFolder
 from visionpeft.data.image_list import ClipArt, ImageList
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.multi_task import MultiTask
+from visionpeft.data.segmentation.benchmarks import ADE20K, VOCSegmentation
+from visionpeft.data.segmentation.folder import MaskFolder
+from visionpeft.data.segmentation.module import SegmentationDataModule
+from visionpeft.data.segmentation.scenes import ComposedScenes
 from visionpeft.data.streaming.module import StreamedImages
 from visionpeft.data.unlabelled import files_dataloader, find_images
 from visionpeft.data.video.benchmarks import HMDB51, UCF101, Kinetics, SomethingSomethingV2
@@ -19,21 +23,26 @@ from visionpeft.data.vtab import VTAB1k
 from visionpeft.models.video_sampling import FrameSampling
 
 __all__ = [
+    "ADE20K",
     "FGVC",
     "HMDB51",
     "UCF101",
     "ClipArt",
     "ClipAugmentation",
+    "ComposedScenes",
     "FewShot",
     "FrameSampling",
     "ImageDataModule",
     "ImageFolder",
     "ImageList",
     "Kinetics",
+    "MaskFolder",
     "Motion",
     "MultiTask",
+    "SegmentationDataModule",
     "SomethingSomethingV2",
     "StreamedImages",
+    "VOCSegmentation",
     "VTAB1k",
     "VideoDataModule",
     "VideoFolder",

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import lightning
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.data.dataset import ImageDataset, ImageLoader, TrainLoader, as_batch
+from visionpeft.data.generated_views import GeneratedViews, WithGeneratedViews, check_generated_views
 from visionpeft.data.labels import Labels, as_tensor
 from visionpeft.data.ordering import BalancedSampler, EpochSampler, ShareSampler, permutation, subset
 from visionpeft.data.records import Files, ImageSet, Source, size_of
@@ -54,6 +56,8 @@ class ImageDataModule(lightning.LightningDataModule):
             features of a frozen backbone can be kept; anew in each epoch when absent.
         test_views: Test batches hold this many views of each image, (B, V, 3, H, W): the usual one and random crops.
         augmix: Mix the random ones of the test views by AugMix.
+        generated_views: Folder of images that you generated from each test image, in <folder of the image>/<its name
+            without ending>/, equally many of each: further views of it, after the `test_views`.
         test_order: Of the test split: "listed", as the files are listed, in many data sets class by class; or
             "shuffled" by the seed, for what depends on the order.
         crop_area: Smallest and largest share of the area that "random_resized_crop" cuts.
@@ -79,6 +83,7 @@ class ImageDataModule(lightning.LightningDataModule):
         views: int | None = None,
         test_views: int | None = None,
         augmix: bool = False,
+        generated_views: str | Path | None = None,
         test_order: Literal["listed", "shuffled"] = "listed",
         crop_area: tuple[float, float] = CROP_AREA,
         balanced: bool = False,
@@ -97,6 +102,8 @@ class ImageDataModule(lightning.LightningDataModule):
                 raise ConfigurationError(f"{name} {count} must be 1 or more, or absent")
         if augmix and test_views is None:
             raise ConfigurationError("augmix mixes the random views of test images; set test_views, too")
+        if generated_views is not None:
+            check_generated_views(test_views, images.sources.get("test"))
         if normalisation not in ("pretrained", *NORMALISATIONS):
             raise ConfigurationError(
                 f"unknown normalisation '{normalisation}': choose pretrained, {', '.join(NORMALISATIONS)}"
@@ -124,6 +131,8 @@ class ImageDataModule(lightning.LightningDataModule):
         self.views = views
         self.test_views = test_views
         self.augmix = augmix
+        self.generated_folder = generated_views
+        self.generated: GeneratedViews | None = None
         self.crop_area = tuple(crop_area)
         self.skipped = dict.fromkeys(images.sources, 0)
         self.test_subset: dict[str, int] | None = None
@@ -212,6 +221,8 @@ class ImageDataModule(lightning.LightningDataModule):
                     self.sources[split] = source.subset(readable)
         self.images.check()
         self._check_batches()
+        if self.generated_folder is not None:
+            self.generated = GeneratedViews(self.generated_folder, self.sources["test"])
         self._checked = True
 
     def _check_batches(self) -> None:
@@ -232,7 +243,9 @@ class ImageDataModule(lightning.LightningDataModule):
             ConfigurationError: `preprocessing` was not set.
         """
         self._check_ready(split)
-        return ImageDataset(
+        with_more = split == "test" and self.generated is not None
+        kind = partial(WithGeneratedViews, self.generated) if with_more else ImageDataset
+        return kind(
             self.sources[split],
             self._transform(split),
             seed=self._seed(),
@@ -339,6 +352,7 @@ class ImageDataModule(lightning.LightningDataModule):
             **({"balanced": True} if self.balanced else {}),
             **({"test_order": self.test_order} if self.test_order != "listed" else {}),
             **({"test_views": self.test_views, "augmix": self.augmix} if self.test_views else {}),
+            **({"generated_views": self.generated.count} if self.generated else {}),
             "notes": list(self.images.notes),
         }
 

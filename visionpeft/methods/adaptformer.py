@@ -19,6 +19,10 @@ class AdaptFormer(Method):
 
     The branch reads y itself, not its normalisation: the authors' code and their answer to readers, against the figure
     of the first version. down is Kaiming-uniform with a = sqrt(5), everything else zero: no change at the start.
+    The authors' backbones have no layer scale. Where a block has one, as in DINOv2, the branch is added after it, as in
+    the code of Adapter+; with `before_scaling` it is added to what the MLP gives, before layer scale and drop path,
+    which then act on it: y + drop_path(gamma * (mlp(norm2 y) + scale * up(...))). With gamma near 1e-5, where such
+    backbones begin, its gradient is as small.
     Not mergeable: it is not linear. Trainable: L (2 D h + h + D); 1,189,632 on ViT-B/16 for h = 64.
     Source: Chen et al., AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, 2022.
 
@@ -26,6 +30,7 @@ class AdaptFormer(Method):
         bottleneck: width h.
         scale: a fixed number, or "learned" for one trained number per block that starts at 1.
         dropout: dropout in the bottleneck; the paper's image runs use 0.1.
+        before_scaling: add before layer scale and drop path (and the norm after the MLP, where there is one).
         overrides: other bottlenecks for some blocks, such as {"last:4": 32}.
         blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
         towers: which towers, "visual" or "text" or both; by default the image tower.
@@ -34,6 +39,7 @@ class AdaptFormer(Method):
     bottleneck: int = 64
     scale: float | str = 0.1
     dropout: float = 0.1
+    before_scaling: bool = False
     overrides: dict[str, int] = field(default_factory=dict)
     blocks: Blocks = "all"
     towers: str | list[str] | None = None
@@ -59,4 +65,5 @@ class AdaptFormer(Method):
                 init="lora",
                 serial=False,
             )
-            yield Placement(tower.name, index, "stream_mid", module, add="stream_out")
+            add = "mlp_out" if self.before_scaling else "stream_out"
+            yield Placement(tower.name, index, "stream_mid", module, add=add)

@@ -10,7 +10,8 @@ import torch
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.fish_mask import highest_fisher
-from visionpeft.methods.parts.base import Method, Squares, require, require_same
+from visionpeft.methods.parts.base import Method, require, require_same
+from visionpeft.methods.parts.measures import Squares
 from visionpeft.methods.parts.sparse_delta import (
     SparseCandidate,
     candidates_of,

@@ -8,9 +8,9 @@ import torch.nn as nn
 from timm.layers import DropPath
 
 from visionpeft.backbones.tower import Tower
-from visionpeft.errors import UnsupportedError
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, blocks_of, require, to_parameter_dtype
+from visionpeft.methods.parts.grid import as_images, as_patches, grid_of
 from visionpeft.sites import Placement
 
 # position -> (site it reads, site it is added at)
@@ -71,15 +71,9 @@ class ConvolutionalBypass(nn.Module):
 
     def forward(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """Map tokens (batch, tokens, width), whose patches begin at index `first`, to what is added, likewise."""
-        rows, columns = self.grid
-        if x.shape[1] - first != rows * columns:
-            raise UnsupportedError(
-                f"Convpass convolves a grid of {rows} x {columns} patches, but there are {x.shape[1] - first}; use "
-                "images of the size it was attached for"
-            )
         h = quick_gelu(self.down(to_parameter_dtype(x, self.down.weight)))
-        apart, patches = h[:, :first], h[:, first:]
-        patches = self.conv(patches.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
+        apart = h[:, :first]
+        patches = as_patches(self.conv(as_images(h[:, first:], self.grid, "Convpass")))
         apart = nn.functional.linear(apart, self.conv.weight[:, :, 1, 1], self.conv.bias)
         h = quick_gelu(torch.cat((apart.to(patches.dtype), patches), dim=1))
         return (self.scale * self.drop_path(self.up(self.dropout(h)))).to(x.dtype)
@@ -132,13 +126,7 @@ class Convpass(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `ConvolutionalBypass` at every position of every chosen block."""
-        if tower.patch_size is None:
-            raise UnsupportedError(f"Convpass needs patches, and the {tower.name} tower has none")
-        grid = self.grid or tower.grid_size
-        if grid is None:
-            raise UnsupportedError(
-                "Convpass needs the grid of patches, but this model takes images of any size; give grid=(rows, columns)"
-            )
+        grid = grid_of(self, tower)
         for index in blocks_of(self, tower):
             for position in dict.fromkeys(self.positions):
                 reads, add = POSITIONS[position]

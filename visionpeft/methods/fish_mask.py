@@ -9,7 +9,8 @@ import torch
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, Squares, blocks_of, require, require_same
+from visionpeft.methods.parts.base import Method, blocks_of, require, require_same
+from visionpeft.methods.parts.measures import Squares
 from visionpeft.methods.parts.sparse_delta import (
     SparseCandidate,
     candidates_of,

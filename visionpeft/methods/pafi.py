@@ -3,29 +3,25 @@
 https://arxiv.org/abs/2305.16742
 """
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch.nn as nn
-
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, blocks_of, require, require_same
+from visionpeft.methods.parts.base import blocks_of, require
+from visionpeft.methods.parts.entries import TrainsEntries
 from visionpeft.methods.parts.sparse_delta import (
+    SparseCandidate,
     candidates_of,
-    entries_of,
     highest,
-    indices_by_name,
     number_of,
     sparse_placements,
-    united,
 )
 from visionpeft.sites import Placement
 
 
 @dataclass(frozen=True)
-class PaFi(Method):
+class PaFi(TrainsEntries):
     """Trains the entries of weights and biases with the smallest magnitude; no data are needed to find them.
 
     The weight becomes W + D, where D is zero but for those entries; they are the same for every task. Chosen in each
@@ -41,6 +37,8 @@ class PaFi(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    choosing = ("density", "entries")
+
     density: float = 0.005
     entries: dict[str, int] | None = None
     blocks: Blocks = "all"
@@ -50,22 +48,14 @@ class PaFi(Method):
         super().__post_init__()
         require(0 < self.density <= 1, self, f"density must be above 0 and at most 1, not {self.density}")
 
+    def candidates(self, tower: Tower) -> dict[str, SparseCandidate]:
+        """Weights and biases of the linear layers of the blocks."""
+        return candidates_of(tower, blocks_of(self, tower), norms=False)
+
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `SparseDelta` at every layer of which entries are chosen."""
-        candidates = candidates_of(tower, blocks_of(self, tower), norms=False)
-        if self.entries is None:
-            scores = {name: -candidate.values.detach().abs() for name, candidate in candidates.items()}
-            indices = highest(scores, number_of(self.density, candidates))
-        else:
-            indices = indices_by_name(candidates, self.entries)
-        return sparse_placements(tower, candidates, indices)
-
-    def combine(self, methods, parts, weights):
-        """The weighted sum of the changes, with the entries of all."""
-        require_same(methods, but=("density", "entries"))
-        entries, tensors = united(parts, weights)
-        return dataclasses.replace(self, entries=entries), tensors
-
-    def fold(self, part: nn.Module) -> tuple["Method", nn.Module]:
-        """With the numbers of entries, which another precision of the backbone could count otherwise."""
-        return dataclasses.replace(self, entries=entries_of(part)), part
+        if self.entries is not None:
+            return super().place(tower)
+        candidates = self.candidates(tower)
+        scores = {name: -candidate.values.detach().abs() for name, candidate in candidates.items()}
+        return sparse_placements(tower, candidates, highest(scores, number_of(self.density, candidates)))

@@ -13,9 +13,9 @@ import torch.nn as nn
 from visionpeft.backbones.quantised import full_precision
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.methods.lora import LoRA, LowRank
-from visionpeft.methods.parts.addressing import Blocks, Overrides
+from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, require
-from visionpeft.methods.parts.targets import require_low_rank, target_layers
+from visionpeft.methods.parts.targets import ranked_layers, require_low_rank
 from visionpeft.methods.parts.trees import tree_of
 from visionpeft.sites import Placement
 
@@ -56,10 +56,10 @@ class CountedFromStart(LowRank):
         return change
 
 
-class StartsFromWeight(Method):
-    """Base of LoRA whose factors start as a part of the weight, and whose change is counted from there.
+class Counting(Method):
+    """Base of LoRA whose change is counted from where its factors start.
 
-    A subclass is a dataclass with the fields of `LoRA` and says what the factors are.
+    A subclass is a dataclass with the fields of `LoRA` and says where that is.
     """
 
     def __post_init__(self):
@@ -67,14 +67,16 @@ class StartsFromWeight(Method):
         require_low_rank(self)
 
     @abstractmethod
-    def factors(self, weight: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """U (out, rank) and V (rank, in) at the start, of a weight (out, in) in single or double precision."""
+    def start(self, layer: Layer, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """U (out, rank) and V (rank, in) at the start, in single or double precision."""
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `CountedFromStart` at every target layer of the chosen blocks."""
-        ranks = Overrides(self.rank, self.overrides, tower.depth, self.targets, f"{type(self).__name__} overrides")
-        for index, layer in target_layers(self, tower):
-            yield Placement(tower.name, index, layer.site, self._module(layer, ranks.at(index, layer.target)))
+        for index, layer, rank, scaling in ranked_layers(self, tower):
+            with torch.no_grad():
+                U, V = self.start(layer, rank, scaling)
+            module = CountedFromStart(U.contiguous(), V.contiguous(), scaling, self.dropout)
+            yield Placement(tower.name, index, layer.site, module)
 
     def fold(self, part: nn.Module) -> tuple[LoRA, nn.Module]:
         """LoRA of twice the rank."""
@@ -90,15 +92,21 @@ class StartsFromWeight(Method):
         )
         return lora, tree_of({path: module.low_rank() for path, module in modules.items()})
 
-    @torch.no_grad()
-    def _module(self, layer: Layer, rank: int) -> CountedFromStart:
+
+class StartsFromWeight(Counting):
+    """Base of those that start as a part of the weight."""
+
+    @abstractmethod
+    def factors(self, weight: torch.Tensor, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """U (out, rank) and V (rank, in) at the start, of a weight (out, in) in single or double precision."""
+
+    def start(self, layer: Layer, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors of the weight of the layer."""
         weight = full_precision(layer.weight_tensor)
         weight = weight if weight.dtype == torch.float64 else weight.float()
         most = min(weight.shape)
         require(rank <= most, self, f"{layer.target} has {most} components, so its rank cannot be {rank}")
-        scaling = 1.0 if self.alpha is None else self.alpha / rank
-        U, V = self.factors(weight, rank, scaling)
-        return CountedFromStart(U.contiguous(), V.contiguous(), scaling, self.dropout)
+        return self.factors(weight, rank, scaling)
 
 
 @dataclass(frozen=True)

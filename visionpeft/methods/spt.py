@@ -12,7 +12,8 @@ import torch.nn as nn
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.methods.lora import LowRank, concatenated
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, Squares, blocks_of, require, require_same, to_parameter_dtype
+from visionpeft.methods.parts.base import Method, blocks_of, require, require_same, to_parameter_dtype
+from visionpeft.methods.parts.measures import Squares
 from visionpeft.methods.parts.sparse_delta import (
     SparseCandidate,
     candidates_of,

@@ -1,6 +1,5 @@
 """Visual Prompt Tuning (Jia et al., 2022), https://arxiv.org/abs/2203.12119."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -10,7 +9,7 @@ import torch.nn as nn
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks, Overrides
 from visionpeft.methods.parts.base import Method, blocks_of, require
-from visionpeft.methods.parts.prompts import Prompts, RemovePrompts
+from visionpeft.methods.parts.prompts import Prompts, RemovePrompts, uniform_prompts
 from visionpeft.sites import Placement, Shared
 
 
@@ -91,6 +90,4 @@ class VPT(Method):
         width = self.projection or tower.width
         if self.init == "normal":
             return torch.randn(num_tokens, width) * 0.02
-        height, breadth = tower.patch_size
-        bound = math.sqrt(6 / (3 * height * breadth + width))
-        return torch.empty(num_tokens, width).uniform_(-bound, bound)
+        return uniform_prompts(tower, num_tokens, width)

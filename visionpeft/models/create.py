@@ -10,6 +10,9 @@ from visionpeft.models.checkpoints import load_timm_checkpoint
 from visionpeft.models.network import fetched
 from visionpeft.models.prepared import PREPARED, prepared_weights
 
+# timm's files whose models interpolate their position embeddings when they are made with dynamic_img_size=True
+VIT = "timm.models.vision_transformer"
+ANY_SIZE = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")
 NANO_VIT = Path(__file__).parent.parent / "weights" / "nano_vit"
 
 
@@ -58,6 +61,23 @@ def create_backbone(
         model = _create_timm(name, pretrained, checkpoint, num_classes, **kwargs)
     model.backbone_source = source
     return model
+
+
+def create_dense_backbone(name: str, **kwargs) -> nn.Module:
+    """As `create_backbone`, without a classifier; a timm model is made so that it takes images of any size if it can.
+
+    Args:
+        name: as for `create_backbone`.
+        **kwargs: the same; `dynamic_img_size` as given.
+    """
+    if not name.startswith("open_clip/") and "dynamic_img_size" not in kwargs:
+        _check_timm_name(name)
+        architecture = name.rpartition("/")[2].partition(".")[0]
+        known = timm.is_model(architecture)  # nano_vit and the prepared ones are ViTs, as are most of the Hub
+        home = timm.model_entrypoint(architecture).__module__ if known else VIT
+        if home.rpartition(".")[2] in ANY_SIZE:
+            kwargs["dynamic_img_size"] = True
+    return create_backbone(name, num_classes=0, **kwargs)
 
 
 def _create_timm(name: str, pretrained: bool, checkpoint, num_classes: int, **kwargs) -> nn.Module:

@@ -1,5 +1,6 @@
 """The command line: how a configuration is found, parsed and refused, and how errors are shown."""
 
+import copy
 from enum import Enum
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from visionpeft import data, methods
+from visionpeft import data, heads, methods
 from visionpeft.clip import learners
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
@@ -25,13 +26,19 @@ from visionpeft.runs.processes import check_devices, share_of_batch
 from visionpeft.runs.sharding import check_sharding
 from visionpeft.runs.trainer import Trainer
 from visionpeft.sharing.run_directory import RunDirectory
-from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, VideoClassification
+from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, SemanticSegmentation, VideoClassification
 
 CLASSES = [
     ImageClassification,
     PromptLearning,
+    SemanticSegmentation,
     VideoClassification,
-    *(value for module in (learners, data, methods) for value in vars(module).values() if isinstance(value, type)),
+    *(
+        value
+        for module in (learners, data, heads, methods)
+        for value in vars(module).values()
+        if isinstance(value, type)
+    ),
 ]
 
 register_type(torch.device)  # a device of a callback, which is to be read again from the configuration of the run
@@ -149,10 +156,20 @@ class CLI(LightningCLI):
         if self.config.global_batch is not None:
             self.datamodule.batch_size = share_of_batch(self.config.global_batch, self.trainer)
 
-    def build_trainer(self, callbacks: list[pl.Callback], **own) -> pl.Trainer:
-        """Lightning's Trainer with the options given under `trainer`, and ours."""
+    def build_trainer(self, callbacks: list[pl.Callback], *, of_stage: bool = False, **own) -> pl.Trainer:
+        """Lightning's Trainer with the options given under `trainer`, and ours.
+
+        Args:
+            callbacks: ours.
+            of_stage: whether another training follows with the callbacks given, which then begin anew: this one has
+                copies of them, and no logger but its own.
+            own: further options, which win.
+        """
         given = dict(self.config_init.trainer)
         before = given.pop("callbacks", None) or []
+        if of_stage:
+            before = copy.deepcopy(before)
+            given["logger"] = None
         callbacks = [*(before if isinstance(before, list) else [before]), *callbacks]
         if own.get("logger") and isinstance(given["logger"], Logger | list):
             further = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]

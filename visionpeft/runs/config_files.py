@@ -9,7 +9,7 @@ from visionpeft.files import shipped
 
 # Shipped configurations have a bare name, `vtab_vpt.yaml`, and lie in a folder, `vtab/vpt.yaml`; both may be given.
 FOLDERS = {
-    **{"vtab": "vtab", "fgvc": "fgvc", "images": "images", "video": "video"},
+    **{"vtab": "vtab", "fgvc": "fgvc", "images": "images", "video": "video", "scenes": "scenes"},
     **{"fewshot": "few_shot", "base_to_new": "base_to_new", "cross_dataset": "cross_dataset"},
     "multi_task": "multi_task",
 }

@@ -1,4 +1,4 @@
-"""`python -m visionpeft.predict RUN FILES...`: the most probable classes of files, their labels, or a number each."""
+"""`python -m visionpeft.predict RUN FILES...`: the classes of files, their labels, a number each, or masks."""
 
 import argparse
 import csv
@@ -20,11 +20,13 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_whole
 from visionpeft.models.video_views import over_views
 from visionpeft.runs.command import Options
+from visionpeft.runs.predict_masks import write_masks
 from visionpeft.runs.predictions import CSV_BEGINS, PredictedClasses, PredictedLabels, PredictedNumbers, Predictions
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import TrainedModel, open_run
 
 SHOWN = 30
+FILES = (".csv", ".json")
 
 
 def predict(arguments: list[str]) -> None:
@@ -32,9 +34,12 @@ def predict(arguments: list[str]) -> None:
     options = _parse(arguments)
     trained = open_run(RunDirectory.existing(options.run), options.class_names, options.task)
     _check_options(trained, options)
-    loader, files = _loader(trained, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device)
+    if trained.labels == "masks":
+        write_masks(trained, _images(options), options.output, options.skip_corrupt)
+        return
+    loader, files = _loader(trained, options)
 
     def logits(batch: torch.Tensor) -> torch.Tensor:
         return model(batch) if trained.sampling is None else over_views(model, batch)
@@ -67,18 +72,17 @@ def _check_options(trained: TrainedModel, options: argparse.Namespace) -> None:
                 f"{option} belongs to runs of labels '{labels}', but the run in {options.run} has learnt labels "
                 f"'{trained.labels}'; leave it out"
             )
+    if options.output is not None and (options.output.suffix in FILES) == (trained.labels == "masks"):
+        wanted = "be a folder, for masks" if trained.labels == "masks" else "end in .csv or .json"
+        raise ConfigurationError(f"--output must {wanted}, not {options.output.name!r}")
 
 
 def _loader(trained: TrainedModel, options: argparse.Namespace) -> tuple[ImageLoader, list[Path]]:
     """Batches of the files and folders named, and the files that are in them."""
     if trained.sampling is None:
-        files = find_images(options.files)
-        if wrong := [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS - IMAGE_EXTENSIONS]:
-            raise ConfigurationError(
-                f"{wrong[0]} is a video, but the run in {options.run} classifies images; name images, or a run of "
-                "videos, such as one of video_st_adapter.yaml"
-            )
-        return files_dataloader(files, trained.preprocessing, resize=trained.resize, skip_corrupt=options.skip_corrupt)
+        return files_dataloader(
+            _images(options), trained.preprocessing, resize=trained.resize, skip_corrupt=options.skip_corrupt
+        )
     files = find_videos(options.files)
     if wrong := [file for file in files if file.suffix.lower() in IMAGE_EXTENSIONS - VIDEO_EXTENSIONS]:
         raise ConfigurationError(
@@ -95,8 +99,19 @@ def _loader(trained: TrainedModel, options: argparse.Namespace) -> tuple[ImageLo
     )
 
 
+def _images(options: argparse.Namespace) -> list[Path]:
+    """The images of the files and folders named."""
+    files = find_images(options.files)
+    if wrong := [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS - IMAGE_EXTENSIONS]:
+        raise ConfigurationError(
+            f"{wrong[0]} is a video, but the run in {options.run} is one of images; name images, or a run of videos, "
+            "such as one of video_st_adapter.yaml"
+        )
+    return files
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Options("python -m visionpeft.predict", description="Predict classes, labels or numbers of files.")
+    parser = Options("python -m visionpeft.predict", description="Predict classes, labels, numbers or masks of files.")
     parser.add_argument("run", help="directory of a finished run")
     parser.add_argument("files", nargs="+", help="image files, for a run of videos video files, or folders of them")
     parser.add_argument("--top-k", type=int, help="classes for each file (5)")
@@ -109,18 +124,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "for runs of a learner on a CLIP",
     )
     parser.add_argument("--task", help="for runs of several tasks: that of the images")
-    parser.add_argument("--output", type=Path, help="a .csv or .json file to write")
+    parser.add_argument("--output", type=Path, help="a .csv or .json file to write; of masks, a folder")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged files out instead of stopping")
     options = parser.parse_args(arguments)
     if options.top_k is not None and options.top_k < 1:
         raise ConfigurationError(f"--top-k must be at least 1, not {options.top_k}")
     if options.threshold is not None and not 0 <= options.threshold <= 1:
         raise ConfigurationError(f"--threshold must be a probability from 0 to 1, not {options.threshold}")
-    if options.output is not None and options.output.suffix not in (".csv", ".json"):
-        raise ConfigurationError(f"--output must end in .csv or .json, not {options.output.name!r}")
     if options.output is not None and not options.output.parent.is_dir():
         raise ConfigurationError(f"--output: folder {options.output.parent} does not exist; make it first")
-    if options.output is not None and options.output.exists() and not _is_predictions(options.output):
+    is_file = options.output is not None and (options.output.suffix in FILES or options.output.is_file())
+    if is_file and options.output.exists() and not _is_predictions(options.output):
         raise ConfigurationError(f"--output: {options.output} exists and holds something else than predictions")
     if options.class_names is not None:
         options.class_names = _class_names(options.class_names)

@@ -4,12 +4,15 @@ import lightning.pytorch as pl
 
 from visionpeft.data import ImageDataModule
 from visionpeft.runs.label_records import LabelsRecord, NumbersRecord
+from visionpeft.runs.masks_record import MasksRecord
 from visionpeft.runs.test_record import Record, TestRecord
 from visionpeft.tasks import ImageTask
 
 
-def record_of(task: ImageTask) -> Record:
-    """What collects the test of a task."""
+def record_of(task: ImageTask, datamodule: ImageDataModule) -> Record:
+    """What collects the test of a task on this data."""
+    if task.objective.labels == "masks":
+        return MasksRecord(task.class_names, datamodule.palette)
     if task.objective.labels == "number":
         return NumbersRecord()
     if task.objective.labels == "several":

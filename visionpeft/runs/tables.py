@@ -41,6 +41,15 @@ def _tested(results: dict) -> Iterator[tuple[str, str]]:
     if "mae" in test:
         yield "test mean absolute error", f"[bold]{test['mae']:.4g}[/bold]"
         yield "test R2", "not defined: all labels are the same" if test["r2"] is None else f"{test['r2']:.4f}"
+    elif "miou" in test:
+        tested = results["classes_tested"]
+        yield (
+            f"test mean IoU over {tested['averaged']:,} of {tested['of']:,} classes",
+            f"[bold]{percent(test['miou'])}[/bold]",
+        )
+        yield "test accuracy of pixels", percent(test["pixel_accuracy"])
+        if test["mean_accuracy"] is not None:
+            yield f"mean over {tested['occurring']:,} classes tested", percent(test["mean_accuracy"])
     elif "map" in test:
         labels = results["labels_tested"]
         yield (
@@ -86,9 +95,17 @@ def print_setting(setting: dict, run_directory: Path) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
+def print_stage(number: int, count: int, parameters: dict) -> None:
+    """Print that the training of a stage begins, and how much it trains."""
+    text = f"[bold]stage {number} of {count}[/bold]: {parameters['trainable']:,} of {parameters['total']:,} parameters"
+    Console().print(text, highlight=False, soft_wrap=True)
+
+
 def _learnt(data: dict) -> str:
     """What is learnt of each image."""
     labels = data.get("labels", "classes")
+    if labels == "masks":
+        return f"{data['classes']} classes of pixels"
     return "a number each" if labels == "number" else f"{data['classes']} {'labels' if labels == 'several' else labels}"
 
 

@@ -95,7 +95,7 @@ class TestRecord(Record):
             confidence = confidences[row].item()
             if len(self.mistakes) == self.num_mistakes and confidence <= self.mistakes[0].confidence:
                 continue
-            image = self._displayed(images[row], preprocessing)
+            image = displayed(images[row], preprocessing)
             mistake = Mistake(confidence, self.seen + row, labels[row].item(), predictions[row].item(), image)
             push = heapq.heappush if len(self.mistakes) < self.num_mistakes else heapq.heapreplace
             push(self.mistakes, mistake)
@@ -113,15 +113,6 @@ class TestRecord(Record):
         self.seen = sum(share.seen for share in shares)
         self.calibration.take([share.calibration for share in shares])
         self.unadapted.take([share.unadapted for share in shares])
-
-    @staticmethod
-    def _displayed(image: Tensor, preprocessing) -> Tensor:
-        if image.ndim >= 4:  # several views, of which the first is the image itself
-            image = image[0]
-        if image.ndim == 4:  # a clip (3, frames, height, width)
-            image = image[:, image.shape[1] // 2]
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-        return (image.detach().float().cpu() * std + mean).clamp(0, 1)
 
     @property
     def mean_per_class(self) -> float:
@@ -173,3 +164,13 @@ class TestRecord(Record):
         draw_confusion(self.confusion, class_names, folder / "confusion_matrix.png")
         draw_reliability(self.calibration, folder / "reliability.png")
         draw_mistakes(self.mistakes, class_names, folder / "wrong_predictions.png")
+
+
+def displayed(image: Tensor, preprocessing) -> Tensor:
+    """What a model was given, as a picture (3, height, width) from 0 to 1: of views the first, of a clip its middle."""
+    if image.ndim >= 4:  # several views, of which the first is the image itself
+        image = image[0]
+    if image.ndim == 4:  # a clip (3, frames, height, width)
+        image = image[:, image.shape[1] // 2]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    return (image.detach().float().cpu() * std + mean).clamp(0, 1)

@@ -4,12 +4,19 @@ import argparse
 import contextlib
 import socket as socketlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from visionpeft.errors import ConfigurationError
 from visionpeft.runs.command import Options
 
+if TYPE_CHECKING:
+    import uvicorn
+
 MEGABYTE = 2**20
 BACKLOG = 2048  # connections that wait to be accepted
+# An idle connection is closed by the side that sends: a server that closes first does so while a request is under way,
+# which then gets no answer. httpx keeps one for 5 seconds, requests for as long as it is open, load balancers for 60.
+IDLE_SECONDS = 75
 
 
 def serve(arguments: list[str]) -> None:
@@ -19,7 +26,7 @@ def serve(arguments: list[str]) -> None:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(
             f"serving needs {error.name}, which is not installed; pip install 'visionpeft[serve]'"
@@ -47,19 +54,27 @@ def serve(arguments: list[str]) -> None:
     service = Service(options.places, settings)
     for remark in service.remarks:
         print(f"warning: {remark}", flush=True)
-    config = uvicorn.Config(
-        application(service),
-        log_level="warning",
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=max(1, round(options.timeout)),
-        server_header=False,
-        backlog=BACKLOG,
-    )
+    server = server_of(application(service), options.timeout)
     shown = f"[{host}]" if ":" in host else host
     socket.listen(BACKLOG)  # whoever reads the next line may connect at once
     print(f"serving {', '.join(service.names()[:8])} on http://{shown}:{port}", flush=True)
     with contextlib.suppress(KeyboardInterrupt):  # raised again when everything has been answered
-        uvicorn.Server(config).run(sockets=[socket])
+        server.run(sockets=[socket])
+
+
+def server_of(application, seconds: float) -> "uvicorn.Server":
+    """The HTTP server of an application that answers within so many seconds."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        application,
+        log_level="warning",
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(seconds)),
+        server_header=False,
+        backlog=BACKLOG,
+    )
+    return uvicorn.Server(config)
 
 
 def listening(host: str, port: int) -> socketlib.socket:

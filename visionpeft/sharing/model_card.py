@@ -21,6 +21,9 @@ def model_card(description: Mapping, results: Mapping | None, repo_id: str) -> M
     data = (results or {}).get("data") or description["metadata"].get("data") or {}
     if "sampling" in data:
         task = "video-classification"
+    labels = learnt_objective(description, repo_id)["labels"]
+    if labels == "masks":
+        task = "image-segmentation"
     front = ModelCardData(
         library_name="visionpeft",
         pipeline_tag=task,
@@ -53,6 +56,9 @@ def _evaluation(task: str, data: Mapping, results: Mapping) -> list[EvalResult]:
     test = results["test"]
     if "mae" in test:
         return [EvalResult(task, name, name, "mae", test["mae"], metric_name="mean absolute error of the test split")]
+    if "miou" in test:
+        value = round(100 * test["miou"], 2)
+        return [EvalResult(task, name, name, "mean_iou", value, metric_name="mean IoU of the test split, %")]
     if "map" in test:
         if test["map"] is None:
             return []
@@ -81,8 +87,11 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
             ],
         ),
     ]
+    dense = [layout for layout in (description.get("heads") or {}).values() if "fields" in layout]
+    sections += [_table("head", [(layout["class"], _values(layout["fields"]))]) for layout in dense]
     if data:
-        used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "augmentation", "normalisation")
+        used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "size", "augmentation")
+        used += ("normalisation",)
         sections.append(_table("data and protocol", [(key, data[key]) for key in used if data.get(key) is not None]))
     if results:
         test = results.get("test", {})
@@ -100,7 +109,11 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
     )
     labels = learnt_objective(description, repo_id)["labels"]
     if labels != "classes":
-        meaning = {"several": "the probability of each label", "number": "the number of each image"}[labels]
+        meaning = {
+            "several": "the probability of each label",
+            "number": "the number of each image",
+            "masks": "the class of each pixel",
+        }[labels]
         load += f"\nanswers = trained.answers(logits)  # {meaning}"
     sections.append(f"```python\n{load}\n```")
     versions = ", ".join(f"{package} {version}" for package, version in description["versions"].items())

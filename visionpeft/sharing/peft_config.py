@@ -20,7 +20,7 @@ CONVERSION = "convert it in the process that trains it (save_pretrained with pat
 # Kinds of adapters, and what is said in other fields of theirs: sizes, which the tensors have, too, and what only
 # counts beside an option that is refused.
 KINDS = {
-    "LORA": ("r", "lora_alpha", "init_lora_weights", "kasa_config"),
+    "LORA": ("r", "lora_alpha", "init_lora_weights", "kasa_config", "eva_config"),
     "IA3": ("init_lora_weights", "kasa_config"),
     "HIRA": ("r", "init_weights"),
     "MISS": ("r", "init_weights", "mini_r"),

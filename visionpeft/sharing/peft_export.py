@@ -18,9 +18,11 @@ from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 from visionpeft.methods.boft import BOFT
 from visionpeft.methods.capaboost import CapaBoost
 from visionpeft.methods.dora import DoRA
+from visionpeft.methods.eva import EVA
 from visionpeft.methods.hira import HiRA
 from visionpeft.methods.ia3 import IA3
 from visionpeft.methods.lora import LoRA
+from visionpeft.methods.lora_ga import LoRAGA
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.moslora import MoSLoRA
 from visionpeft.methods.oft import OFT
@@ -34,9 +36,10 @@ from visionpeft.sharing.peft_config import expression
 from visionpeft.sharing.peft_import import FORMATS, PREFIX
 from visionpeft.sharing.peft_modules import PeftModule, peft_modules
 
-# PiSSA and OLoRA as LoRA of twice the rank: in peft's own form, a file depends on a decomposition being made again.
-METHODS = {LoRA: peft_lora, DoRA: peft_lora, PiSSA: peft_lora, OLoRA: peft_lora, IA3: peft_ia3}
-METHODS |= {MoSLoRA: peft_lora, CapaBoost: peft_lora, SoRA: peft_lora, VBLoRA: peft_lora}
+# PiSSA, OLoRA and LoRA-GA as LoRA of twice the rank: peft's own forms depend on a decomposition being made again, or
+# on a gradient.
+METHODS = {LoRA: peft_lora, DoRA: peft_lora, PiSSA: peft_lora, OLoRA: peft_lora, LoRAGA: peft_lora, IA3: peft_ia3}
+METHODS |= {EVA: peft_lora, MoSLoRA: peft_lora, CapaBoost: peft_lora, SoRA: peft_lora, VBLoRA: peft_lora}
 METHODS |= {HiRA: CHANGES["HIRA"], MiSS: CHANGES["MISS"], OFT: CHANGES["OFT"], BOFT: CHANGES["BOFT"]}
 
 
@@ -44,8 +47,8 @@ METHODS |= {HiRA: CHANGES["HIRA"], MiSS: CHANGES["MISS"], OFT: CHANGES["OFT"], B
 def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> None:
     """Write an adapter with which peft's `PeftModel.from_pretrained` gives equal logits.
 
-    Those of LoRA, DoRA, IA3, HiRA, MiSS, OFT and BOFT, and as LoRA those of PiSSA, OLoRA, MoSLoRA, SoRA, CapaBoost and
-    VBLoRA.
+    Those of LoRA, DoRA, IA3, HiRA, MiSS, OFT and BOFT, and as LoRA those of EVA, PiSSA, OLoRA, LoRAGA, MoSLoRA, SoRA,
+    CapaBoost and VBLoRA.
 
     peft adapts a fused qkv as one matrix. Changes of q, k and v that still share their A (after `import_peft`) become
     one of the same rank; others become one whose rank is the sum of theirs, B being zero outside their rows. peft then

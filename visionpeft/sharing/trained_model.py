@@ -8,16 +8,20 @@ from typing import Literal
 import torch
 from torch import nn
 
+from visionpeft.adapters.head_layout import dense_head_from_layout
 from visionpeft.adapters.storage import load, read_metadata
 from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.clip.description import read_learner
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.models.create import create_backbone
+from visionpeft.models.dense_predictor import DensePredictor
 from visionpeft.models.video_classifier import VideoClassifier
 from visionpeft.models.video_sampling import FrameSampling
 from visionpeft.sharing.described_backbone import described_arguments
 from visionpeft.sharing.one_task import one_task, treatment
 from visionpeft.sharing.run_directory import RunDirectory
+
+KINDS = ("classes", "several", "number", "masks")
 
 
 @dataclass
@@ -33,7 +37,11 @@ class TrainedModel:
         sampling: which frames make a clip, as in the test of the run; None for images.
         crops: crops of each clip in that test.
         resizing: of frames, as in training.
-        labels: what is told of an image: one of "classes", "several" of them, or a "number".
+        labels: what is told of an image: one of "classes", "several" of them, a "number", or "masks".
+        size: pixels of the shorter side of images, for masks.
+        window: height and width of windows that slide over images, for masks; None for the whole at once.
+        stride: pixels from one window to the next.
+        palette: a colour for each class of masks.
         mean: of numbers, that of the training labels.
         deviation: their standard deviation.
     """
@@ -48,14 +56,21 @@ class TrainedModel:
     labels: str = "classes"
     mean: float | None = None
     deviation: float | None = None
+    size: int | None = None
+    window: int | None = None
+    stride: int | None = None
+    palette: list[list[int]] | None = None
 
     def answers(self, logits: torch.Tensor) -> torch.Tensor:
         """What the outputs (batch, outputs) say of each image.
 
         Returns:
             Class probabilities (batch, classes), which sum to 1; of several labels the probability of each (batch,
-            labels); or the numbers (batch,), in the unit of the training labels.
+            labels); the numbers (batch,), in the unit of the training labels; or of logits (batch, classes, height,
+            width) the class indices (batch, height, width).
         """
+        if self.labels == "masks":
+            return logits.argmax(1)
         logits = logits.float()
         if self.labels == "number":
             return logits.squeeze(-1) * self.deviation + self.mean
@@ -158,6 +173,9 @@ def as_described(
     trained.labels = objective["labels"]
     trained.mean, trained.deviation = objective.get("mean"), objective.get("deviation")
     data = description["metadata"].get("data", {})
+    if trained.labels == "masks":
+        trained.window, trained.stride = objective.get("window"), objective.get("stride")
+        trained.size, trained.palette = data.get("size"), data.get("palette")
     if task is not None:  # whose images were treated in their own way
         data, own = treatment(data, task, folder)
         trained.preprocessing = replace(trained.preprocessing, **own)
@@ -198,7 +216,7 @@ def learnt_objective(description: Mapping, folder: Path | str) -> dict:
         StorageError: it predicts numbers, and their mean or deviation is missing.
     """
     objective = description["metadata"].get("objective")
-    if not isinstance(objective, Mapping) or objective.get("labels") not in ("classes", "several", "number"):
+    if not isinstance(objective, Mapping) or objective.get("labels") not in KINDS:
         return {"labels": "classes"}
     if objective["labels"] == "number":
         for name in ("mean", "deviation"):
@@ -225,6 +243,9 @@ def described_classifier(
     arguments = described_arguments(description, "the model", own, checkpoint)
     data = description["metadata"].get("data", {})
     names = description["class_names"]
+    if (layout := description["heads"].get("head", {})) and "fields" in layout:
+        images = create_backbone(**arguments)
+        return DensePredictor(images, dense_head_from_layout(layout), layout["arguments"]["num_classes"])
     if "sampling" not in data:
         # With the outputs of the training, or a backbone without pretrained weights would be drawn differently.
         number = learnt_objective(description, folder)["labels"] == "number"

@@ -7,7 +7,7 @@ site `tokens` of the tower, where embedded tokens with their positions have not 
     stream_in -> norm1 -> attn_in -> q k v -> kv -> attention -> proj -> attn_out -> (+) stream_mid
               -> norm2 -> mlp_in -> fc1 -> hidden -> fc2 -> mlp_out -> (+) stream_out
 
-Three kinds of modules act:
+These kinds of modules act:
 
 * at a token site, `module(x) -> x` on tokens x (batch, tokens, width); at `hidden`, on what fc2 reads of each token;
 * as a branch, `module(x) -> delta`: reads one token site, and delta is added at a later one of the same block, or goes
@@ -17,7 +17,8 @@ Three kinds of modules act:
   it has `merge(weight, bias) -> weight, bias`, which the norm is then given;
 * at `kv`, `module(k, v) -> k, v` on (batch, heads, tokens, head width), after rotary position and key normalisation.
   With `reads_attention_input = True` it is called with one more argument, what the attention reads: (batch, tokens,
-  width).
+  width);
+* a carrier, for which see `carrying`, and tokens that ask, for which see `asking`.
 
 What acts on tokens may declare, for those who run fewer tokens than the library does: `tokenwise = True`, it treats
 every token by itself; `replaced_tokens = (first, stop)`, it overwrites these tokens and leaves the others alone.
@@ -39,6 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import frozen_layers
+from visionpeft.sites.carrying import CarriersOfBlock, Carrying, unpacked
 from visionpeft.sites.layers import SitedLayer
 
 
@@ -57,12 +59,14 @@ class Sites:
         self.acting: dict[str, tuple[nn.Module, ...]] = {}
         self.branches: dict[str, tuple[tuple[nn.Module, str], ...]] = {}
         self.key_prompts: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.carriers: CarriersOfBlock | None = None
+        self.asking: Callable | None = None
         self.class_token_only: ClassTokenOnly | None = None
         self.recompute_mlp = False
 
     def enter(self) -> "Flow":
         """Start one pass through the block."""
-        return Flow(self)
+        return Flow(self) if self.carriers is None else CarryingFlow(self)
 
     @property
     def first_patch(self) -> int:
@@ -100,10 +104,25 @@ class Sites:
             return checkpoint(branch, x, use_reentrant=False)
         return branch(x)
 
-    def kv(self, k: torch.Tensor, v: torch.Tensor, h: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Apply what acts on keys and values (batch, heads, tokens, head width), made of h (batch, tokens, width)."""
+    def kv(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        h: torch.Tensor | None = None,
+        remake: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply what acts on keys and values (batch, heads, tokens, head width).
+
+        Args:
+            k: the keys.
+            v: the values.
+            h: what the attention reads (batch, tokens, width).
+            remake: makes keys and values from h as the backbone does.
+        """
         for module in self.acting.get("kv", ()):
             k, v = act_on_kv(module, k, v, h)
+        if self.asking is not None:
+            self.asking(k, v, h, remake)
         return k, v
 
     def mask(self, mask: torch.Tensor | None, is_causal: bool = False) -> torch.Tensor | None:
@@ -258,4 +277,20 @@ class Flow:
             x = module(x)
         for module, add in self.sites.branches.get(site, ()):
             self.carried.setdefault(add, []).append((module, module(x)))
+        return x
+
+
+class CarryingFlow(Flow):
+    """One pass of tokens, and of what is carried beside them, through one block."""
+
+    def __call__(self, site: str, x: torch.Tensor | Carrying) -> torch.Tensor | Carrying:
+        """Likewise, with the carriers first at the entrance of the block and last at its exit."""
+        carriers = self.sites.carriers
+        if site == "stream_in":
+            x, carried = unpacked(x, carriers.first)
+            self.states = carriers.enter(x, carried)
+        x = super().__call__(site, x)
+        if site == "stream_out":
+            x, carried = carriers.leave(x, self.states)
+            return x if carriers.last else Carrying(x, carried)
         return x

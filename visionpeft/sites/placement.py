@@ -9,6 +9,11 @@ from torch.nn.modules.dropout import _DropoutNd
 
 TOKEN_SITES = ("stream_in", "attn_in", "attn_out", "stream_mid", "mlp_in", "mlp_out", "stream_out")
 
+# where a branch is added whose module is a carrier (`carrying`)
+NEXT_BLOCK = "next_block"
+# and one that asks at `kv` (`asking`), of which the head reads what it got
+HEAD = "head"
+
 
 class Order(IntEnum):
     """Law of order among the modules of one site: it, and not the order of attaching, decides who acts first."""
@@ -48,7 +53,8 @@ class Placement:
         block: index of the block, or None for a layer of the tower itself (patch embedding, final norm).
         site: a token site, a layer site such as "q", or "kv".
         module: what acts there; owned by the adapter.
-        add: for a branch, the later token site of the same block at which the module's output is added.
+        add: for a branch, the later token site of the same block at which the module's output is added; `NEXT_BLOCK`
+            for a carrier, `HEAD` for tokens that ask.
         name: name of the module in the adapter, for a second one of a method at one site; by default that of the site.
     """
 

@@ -2,7 +2,8 @@
 
 from visionpeft.tasks.image_classification import ImageClassification
 from visionpeft.tasks.prompt_learning import PromptLearning
+from visionpeft.tasks.semantic_segmentation import SemanticSegmentation
 from visionpeft.tasks.task import ImageTask
 from visionpeft.tasks.video_classification import VideoClassification
 
-__all__ = ["ImageClassification", "ImageTask", "PromptLearning", "VideoClassification"]
+__all__ = ["ImageClassification", "ImageTask", "PromptLearning", "SemanticSegmentation", "VideoClassification"]

@@ -13,7 +13,9 @@ from visionpeft.adapters.attach import detach, economise, has_adapters
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learner import Learner
+from visionpeft.clip.stages import InTwoStages
 from visionpeft.clip.storage import load_learner, save_learner
+from visionpeft.clip.unprompted import unprompted
 from visionpeft.data.labels import Labels
 from visionpeft.errors import ConfigurationError
 from visionpeft.models.create_clip import create_clip
@@ -120,11 +122,16 @@ class PromptLearning(ImageTask):
         self.learner.set_published(getattr(datamodule, "published", {}))
 
     def check_before_training(self, datamodule: pl.LightningDataModule, processes: int = 1) -> None:
-        """Refuse a learner that is fitted on all images where they are only read in order.
+        """Refuse a learner that is fitted on all images where they are only read in order, or stages in processes.
 
         Raises:
-            ConfigurationError: so it is.
+            ConfigurationError: so it is; or several processes train a learner in two stages.
         """
+        if processes > 1 and isinstance(self.learner, InTwoStages):
+            raise ConfigurationError(
+                f"each stage of {self.label} trains some of its parameters and not the others, and {processes} "
+                "processes wait for the gradients of all; take one device (--trainer.devices 1)"
+            )
         if getattr(datamodule, "streams", False) and type(self.learner).fit_features is not Learner.fit_features:
             raise ConfigurationError(
                 f"{self.label} is fitted on the features of all images before training, and a stream is only read in "
@@ -203,15 +210,21 @@ class PromptLearning(ImageTask):
         with torch.inference_mode(False), torch.set_grad_enabled(with_gradients):
             images = images.clone() if images.is_inference() else images
             if self.learner.adapts_while_testing:
-                return self._classify(self.learner.image_features(images))
+                seen = self.learner.seen(images)
+                return self._classify(self.learner.image_features(seen), seen)
             return self.learner(images)
 
-    def _classify(self, features: Tensor) -> Tensor:
-        """Logits of the learner; in a test of one that adapts, those without adapting are kept for the record."""
+    def _classify(self, features: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Logits of the learner; in a test of one that adapts, those without adapting are kept for the record.
+
+        Args:
+            features: of the images, or of their views.
+            seen: what they are the features of, None if only they are kept.
+        """
         if self.learner.adapts_while_testing and self._trainer is not None and self.trainer.testing:
             with torch.no_grad():
                 self.unadapted = self.learner.unadapted(features)
-        return self.learner.classify(features)
+        return self.learner.classify(features) if seen is None else self.learner.classify_seen(seen, features)
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of the learner and logits."""
@@ -237,6 +250,10 @@ class PromptLearning(ImageTask):
     def trained_parameters(self) -> list[nn.Parameter]:
         """What the learner trains."""
         return self.learner.trainable_parameters()
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """What the learner calls its head."""
+        return self.learner.head_parameters()
 
     def trained_keys(self) -> set[str]:
         """What the learner trains, and its own buffers."""
@@ -292,8 +309,9 @@ class PromptLearning(ImageTask):
             views = range(first, first + self.learner.fitted_views)
         else:
             views = range(self.fixed_views)
-        train = self._features("train", views, raw=self.learner.fits_raw_features)
-        validation = self._features("val", range(1)) if "val" in datamodule.sources else None
+        with unprompted(self.learner):  # a learner that changes the towers is fitted on features that stay
+            train = self._features("train", views, raw=self.learner.fits_raw_features)
+            validation = self._features("val", range(1)) if "val" in datamodule.sources else None
         self.chosen = self.learner.fit_features(train, validation)
 
     def _features(self, split: str, views: range, raw: bool = False) -> tuple[Tensor, Tensor]:

@@ -136,6 +136,12 @@ class ImageTask(pl.LightningModule):
                 f"{type(self).__name__} takes {self.kind}, but {type(datamodule).__name__} holds {kind}; use {task} "
                 f"(--model {task}), or other data"
             )
+        masks = "masks" in (getattr(datamodule, "labels", None), self.objective.labels)
+        if isinstance(datamodule, ImageDataModule) and masks and datamodule.labels != self.objective.labels:
+            raise ConfigurationError(
+                "masks are learnt by SemanticSegmentation (--model SemanticSegmentation), and nothing else is: "
+                f"{type(datamodule).__name__} has labels {datamodule.labels!r}, which {type(self).__name__} refuses"
+            )
         if isinstance(datamodule, ImageDataModule) and datamodule.labels != self.objective.labels:
             raise ConfigurationError(
                 f"{type(self).__name__} learns from labels {self.objective.labels!r} here, but those of "

@@ -30,20 +30,27 @@ from open_clip.model import convert_weights_to_lp
 from visionpeft.clip import packing
 from visionpeft.clip.learners import (
     CLAP,
+    DAPT,
     IVLP,
     PLOT,
+    RPO,
+    TCP,
     TPT,
     CLIPAdapter,
     CLIPLinearProbe,
     CLIPLoRA,
     CoCoOp,
     CoOp,
+    DePT,
     KgCoOp,
+    PLOTPlusPlus,
     ProDA,
     ProGrad,
     PromptSRC,
+    ProVP,
     TaskRes,
     TipAdapter,
+    TwoStageFewShot,
     ZeroShot,
     prograd,
 )
@@ -750,6 +757,13 @@ def test_trainable_counts_at_real_widths():
     assert count(CLIPAdapter) == 131_072
     assert count(PLOT) == 32_768
     assert count(ProDA) == 262_144
+    assert count(TCP) == 331_904
+    assert count(RPO) == 30_720
+    assert count(ProVP) == 147_456
+    assert count(DAPT) == 20_480
+    assert count(PLOTPlusPlus) == 14_336
+    assert count(DePT) == 8192 + 53_348
+    assert count(TwoStageFewShot) == 65_536 + 51_200
     assert count(TaskRes) == count(CLAP) == 51_200
     assert count(CLIPLinearProbe, solver="gradient") == 100 * 513
     assert count(ZeroShot) == count(TipAdapter) == count(TPT) == count(CLIPLinearProbe) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from clip_reference import NAMES, clip_model, image_features, images, plain_features, scaled, tokenizer
 
-from visionpeft.clip.learners import CTPT, MTA, TDA, TPS, TPT, ZERO, ZeroShot
+from visionpeft.clip.learners import CTPT, MTA, TDA, TPS, TPT, ZERO, DiffTPT, ZeroShot
 from visionpeft.clip.learners.c_tpt import dispersion
 from visionpeft.clip.storage import load_learner, save_learner
 from visionpeft.data.few_shot.definitions import few_shot_datasets
@@ -233,7 +233,7 @@ def test_zero_needs_one_pass_of_the_images_and_no_gradient(monkeypatch):
     learner.text_features()
     rows, texts_encoded = [], []
     encode, of_texts = learner.clip.encode_image, learner.text.encode
-    monkeypatch.setattr(learner.clip, "encode_image", lambda x: rows.append(len(x)) or encode(x))
+    monkeypatch.setattr(learner.clip, "encode_image", lambda x, **options: rows.append(len(x)) or encode(x, **options))
     learner.text.encode = lambda *args, **options: texts_encoded.append(1) or of_texts(*args, **options)
     with torch.enable_grad():
         logits = learner(images(3))
@@ -341,7 +341,30 @@ def test_c_tpt_spreads_the_texts():
     assert not torch.equal(learner.tune(features), tpt.tune(features))
 
 
-@pytest.mark.parametrize("make", [ZERO, MTA, TPS, CTPT])
+@pytest.mark.parametrize("similarity", [0.8, 0.3, 0.0])
+def test_diff_tpt_leaves_out_views_that_stray(similarity):
+    learner = DiffTPT(plain(), tokenizer(), NAMES, similarity=similarity)
+    features = image_features(plain(), views(2, 21).flatten(0, 1)).unflatten(0, (2, 21))
+    logits = zero_shot(features)
+    found = learner.choose_views(features, logits)
+    for own, rows, chosen in zip(features, logits, found, strict=True):
+        cosines = [float(row @ rows[0] / (row.norm() * rows[0].norm())) for row in rows]
+        alike = sorted(range(1, 21), key=lambda view: -cosines[view])[: int(20 * similarity)]
+        kept = [0, *alike]
+        sure = sorted(kept, key=lambda view: entropy(rows[view].softmax(0)))[: max(1, int(len(kept) * 0.3))]
+        assert torch.equal(chosen, own[sure])
+    other = TPT(plain(), tokenizer(), NAMES, selection=0.3).choose_views(features, logits)
+    assert other.shape != found.shape or not torch.equal(other, found)  # likeness decides
+
+
+def test_diff_tpt_that_keeps_all_is_tpt():
+    features = image_features(plain(), views().flatten(0, 1)).unflatten(0, (3, 20))
+    learner = DiffTPT(plain(), tokenizer(), NAMES, similarity=1.0, selection=0.1, steps=2)
+    assert torch.equal(learner.tune(features), TPT(plain(), tokenizer(), NAMES, steps=2).tune(features))
+    assert DiffTPT(plain(), tokenizer(), NAMES).steps == 4
+
+
+@pytest.mark.parametrize("make", [ZERO, MTA, TPS, CTPT, DiffTPT])
 def test_what_sees_views_is_saved_and_named_anew(make, tmp_path):
     learner = make(plain(), tokenizer(), NAMES, num_views=4)
     assert learner.trainable_parameters() == []
@@ -367,6 +390,7 @@ REFUSED = {
     "temperature": (lambda: MTA(plain(), tokenizer(), NAMES, temperature=0), "temperature must be positive"),
     "steps": (lambda: TPS(plain(), tokenizer(), NAMES, steps=0), "steps must be an integer of at least 1"),
     "weight": (lambda: CTPT(plain(), tokenizer(), NAMES, weight=math.nan), "finite number that is not negative"),
+    "similarity": (lambda: DiffTPT(plain(), tokenizer(), NAMES, similarity=1.5), "a share between 0 and 1, but is 1.5"),
     "share": (lambda: TDA(plain(), tokenizer(), NAMES, selection=0), "selection between 0 and 1"),
 }
 

@@ -243,6 +243,22 @@ def test_views_can_be_drawn_here():
     assert 0.35 < sum(rising) / 199 < 0.65  # half of them are flipped
 
 
+def test_views_pass_the_image_tower_a_few_at_a_time(monkeypatch):
+    """On a CPU; what is computed is what all of them at once give."""
+    learner = TPT(clip_model(), tokenizer(), NAMES)
+    passes = []
+    learner.clip.visual.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    x = views(2, 10)
+    whole = learner(x)
+    assert passes == [20]
+    monkeypatch.setattr("visionpeft.clip.views.PIXELS_AT_A_TIME", 3 * 32 * 32)
+    torch.testing.assert_close(learner(x), whole, rtol=0, atol=1e-9)
+    assert passes[1:] == [3] * 6 + [2]
+    monkeypatch.setattr("visionpeft.clip.views.PIXELS_AT_A_TIME", 1)  # fewer pixels than one image has
+    learner(x[:1, :2])
+    assert passes[8:] == [1, 1]
+
+
 def test_new_class_names():
     learner = TPT(clip_model(), tokenizer(), NAMES)
     learner(views())

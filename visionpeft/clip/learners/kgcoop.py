@@ -85,5 +85,8 @@ class KgCoOp(Learner):
         features = self.image_features(images) if features is None else features
         texts = self.text_features()
         logits = self.logits(features, texts)
-        cosines = (texts * self.template_features()).sum(dim=-1)
-        return F.cross_entropy(logits, labels) + self.weight * (1 - cosines.mean()), logits
+        return F.cross_entropy(logits, labels) + self.text_penalty(texts), logits
+
+    def text_penalty(self, texts: torch.Tensor) -> torch.Tensor:
+        """weight * (1 - mean_k cos(t_k, z_k)) for unit text features t (classes, features)."""
+        return self.weight * (1 - (texts * self.template_features()).sum(dim=-1).mean())

@@ -39,6 +39,7 @@ class MaPLe(Learner):
 
     frozen_images = False
     adapter_name = "maple"
+    default_depth = 9
 
     def __init__(
         self,
@@ -56,12 +57,8 @@ class MaPLe(Learner):
             raise ConfigurationError("MaPLe needs num_tokens of at least 1")
         self.phrase = Phrase(self, num_tokens, init)
         self.set_class_names(class_names)
-        method = CoupledPrompts(
-            num_tokens=num_tokens,
-            depth=depth_within(self, depth, 9, "text", "visual"),
-            text_start=len(self.tokenizer.start),
-        )
-        self.adapt(method)
+        self.depth = depth_within(self, depth, self.default_depth, "text", "visual")
+        self.adapt(CoupledPrompts(num_tokens, self.depth, text_start=len(self.tokenizer.start)))
         if not self.phrase.random:
             with torch.no_grad():
                 self.context()[0].copy_(self.phrase.vectors())

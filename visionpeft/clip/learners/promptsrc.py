@@ -1,16 +1,15 @@
 """PromptSRC: Self-regulating Prompts (Khattak et al., 2023), https://arxiv.org/abs/2307.06948."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.adapters.attach import use
 from visionpeft.clip.learners.independent_prompts import IndependentPrompts
 from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
+from visionpeft.clip.unprompted import frozen_image_features, unprompted
 from visionpeft.errors import ConfigurationError
 
 
@@ -98,7 +97,7 @@ class PromptSRC(IndependentPrompts):
         """Text features t0 (classes, features) of the CLIP without prompts."""
 
         def compute() -> torch.Tensor:
-            with self._without_prompts():
+            with unprompted(self):
                 features = [self.encode(layout)[0] for layout in self.frozen_layouts]
             return unit(torch.stack(features).mean(dim=0))
 
@@ -107,8 +106,7 @@ class PromptSRC(IndependentPrompts):
 
     def frozen_image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Image features f0 (batch, features) of the CLIP without prompts."""
-        with torch.no_grad(), self._without_prompts():
-            return self.image_features(images)
+        return frozen_image_features(self, images)
 
     def loss(
         self, images: torch.Tensor | None, labels: torch.Tensor, features: torch.Tensor | None = None
@@ -154,16 +152,3 @@ class PromptSRC(IndependentPrompts):
         if self.average_mean is None:
             return None
         return "ends with the mean of its prompts over the epochs; set average_mean to null"
-
-    @contextmanager
-    def _without_prompts(self) -> Iterator[None]:
-        if self.adapter_name not in getattr(self.clip, "peft", ()):
-            yield
-            return
-        acting = self.acting
-        self.acting = tuple(name for name in acting if name != self.adapter_name)
-        try:
-            with use(self.clip, self.acting):
-                yield
-        finally:
-            self.acting = acting

@@ -152,7 +152,7 @@ class TPT(Learner):
                     graph = unit(self.encode(self.layout, context))
                     texts = graph.detach().requires_grad_()
                 if chosen is None:
-                    chosen = confident(features, self.logits(features, texts.detach()), self.selection)
+                    chosen = self.choose_views(features, self.logits(features, texts.detach()))
                 loss = self.objective(chosen, texts).sum()
                 (upstream,) = torch.autograd.grad(loss, texts)
             if step == 0:
@@ -162,6 +162,15 @@ class TPT(Learner):
                 context.grad = self.gradient(graph, context, upstream)
             optimizer.step()
         return context.detach()
+
+    def choose_views(self, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Unit features (batch, chosen views, features) of the views that an image is tuned on.
+
+        Args:
+            features: unit features (batch, views, features).
+            logits: those of the starting context (batch, views, classes).
+        """
+        return confident(features, logits, self.selection)
 
     def objective(self, features: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         """What is made small for each image (batch,).

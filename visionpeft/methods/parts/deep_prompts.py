@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.base import Method, require
-from visionpeft.methods.parts.prompts import RemovePrompts
+from visionpeft.methods.parts.prompts import EnteringTokens, RemovePrompts
 from visionpeft.sites import Order, Placement
 
 
@@ -36,8 +36,8 @@ class ReplaceTokens(nn.Module):
         return torch.cat((x[:, :first], prompts, x[:, stop:]), dim=1)
 
 
-class EnteringPrompts(nn.Module):
-    """Inserts tokens after the prefix tokens, where `VPT` inserts its prompts.
+class EnteringPrompts(EnteringTokens):
+    """Inserts tokens after the prefix tokens, where `VPT` inserts its prompts; they may pass a norm first.
 
     Args:
         num_tokens: number of tokens.
@@ -47,13 +47,8 @@ class EnteringPrompts(nn.Module):
         spanning: whether they stay for several blocks.
     """
 
-    stackable = True
-
     def __init__(self, num_tokens: int, at: int, norm: nn.Module | None, spanning: bool):
-        super().__init__()
-        self.num_tokens = num_tokens
-        self.at = at
-        self.order = Order.ENTER_SPAN if spanning else Order.ENTER
+        super().__init__(num_tokens, at, spanning)
         self._norm = (norm,)  # in a tuple, because it belongs to the backbone
 
     @abstractmethod
@@ -66,11 +61,6 @@ class EnteringPrompts(nn.Module):
         prompts = self.entering().to(x.dtype)
         prompts = prompts if norm is None else norm(prompts).to(x.dtype)
         return prompts[None]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map tokens (batch, tokens, width) to (batch, tokens + num_tokens, width)."""
-        prompts = self.prompts_for(x).expand(x.shape[0], -1, -1)
-        return torch.cat((x[:, : self.at], prompts, x[:, self.at :]), dim=1)
 
 
 class VisualPrompts(EnteringPrompts):

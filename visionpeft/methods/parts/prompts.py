@@ -1,26 +1,60 @@
 """Tokens that enter a block after the prefix tokens, and leave a block again."""
 
+import math
+from abc import abstractmethod
+
 import torch
 import torch.nn as nn
 
+from visionpeft.backbones.tower import Tower
 from visionpeft.sites import Order
 
 
-class Prompts(nn.Module):
+def uniform_prompts(tower: Tower, num_tokens: int, width: int | None = None) -> torch.Tensor:
+    """First prompts (num_tokens, width) of VPT on a tower with patches: U(-v, v), v = sqrt(6 / (3 * patch + width))."""
+    height, breadth = tower.patch_size
+    width = width or tower.width
+    bound = math.sqrt(6 / (3 * height * breadth + width))
+    return torch.empty(num_tokens, width).uniform_(-bound, bound)
+
+
+class EnteringTokens(nn.Module):
+    """Inserts tokens after the prefix tokens: [prefix; tokens; patches].
+
+    Args:
+        num_tokens: number of tokens.
+        at: number of prefix tokens.
+        spanning: whether they stay for several blocks.
+    """
+
+    stackable = True
+
+    def __init__(self, num_tokens: int, at: int, spanning: bool):
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.at = at
+        self.order = Order.ENTER_SPAN if spanning else Order.ENTER
+
+    @abstractmethod
+    def prompts_for(self, x: torch.Tensor) -> torch.Tensor:
+        """The tokens (1 or batch, num_tokens, width) for a batch x (batch, tokens, width), in its precision."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to (batch, tokens + num_tokens, width)."""
+        prompts = self.prompts_for(x).expand(x.shape[0], -1, -1)
+        return torch.cat((x[:, : self.at], prompts, x[:, self.at :]), dim=1)
+
+
+class Prompts(EnteringTokens):
     """Inserts learned tokens after the prefix tokens: [prefix; dropout(projection(P)); patches].
 
     P (num_tokens, width) carries no position. It is shared by the batch; its dropout is drawn for each sample.
     """
 
-    stackable = True
-
     def __init__(self, prompts: torch.Tensor, at: int, dropout: float, projection: nn.Linear | None, spanning: bool):
-        super().__init__()
+        super().__init__(len(prompts), at, spanning)
         self.prompts = nn.Parameter(prompts)
-        self.num_tokens = len(prompts)
-        self.at = at
         self.dropout = nn.Dropout(dropout)
-        self.order = Order.ENTER_SPAN if spanning else Order.ENTER
         self._projection = (projection,)  # in a tuple, because the adapter owns it once for all blocks
 
     def prompts_for(self, x: torch.Tensor) -> torch.Tensor:
@@ -29,11 +63,6 @@ class Prompts(nn.Module):
         prompts = self.prompts if projection is None else projection(self.prompts)
         drawn = self.training and self.dropout.p > 0
         return self.dropout(prompts.expand(x.shape[0] if drawn else 1, -1, -1)).to(x.dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map tokens (batch, tokens, width) to (batch, tokens + num_tokens, width)."""
-        prompts = self.prompts_for(x).expand(x.shape[0], -1, -1)
-        return torch.cat((x[:, : self.at], prompts, x[:, self.at :]), dim=1)
 
 
 class RemovePrompts(nn.Module):

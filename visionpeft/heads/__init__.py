@@ -1,0 +1,10 @@
+"""Heads for dense prediction, one file each: what they read of a backbone, and what is built on it."""
+
+from visionpeft.heads.base import DenseHead
+from visionpeft.heads.dpt import DPT
+from visionpeft.heads.linear import LinearSegmentation
+from visionpeft.heads.segmenter import Segmenter
+from visionpeft.heads.setr import SETR
+from visionpeft.heads.upernet import UPerNet
+
+__all__ = ["DPT", "SETR", "DenseHead", "LinearSegmentation", "Segmenter", "UPerNet"]

@@ -1,0 +1,119 @@
+"""What all heads for dense prediction have in common: which blocks they read, and how a saved one is described."""
+
+import dataclasses
+from abc import abstractmethod
+from typing import ClassVar, Literal, get_type_hints
+
+import torch
+from torch import nn
+
+from visionpeft.errors import ConfigurationError
+from visionpeft.methods.parts.field_types import fits, in_words
+
+Layers = int | tuple[int, ...] | Literal["quarters"]
+
+
+class DenseHead:
+    """Base of heads for dense prediction, which are frozen dataclasses of hyper-parameters, as methods are.
+
+    A head knows neither backbone nor method: it is given the maps of some blocks, each after the backbone's final norm,
+    as one tensor (batch, maps, channels, rows, columns), a row and a column for each patch. What it gives is
+    resized bilinearly to the image by whoever calls it. Every head has a field `layers`, and a head that checks more of
+    its fields does so in a `__post_init__` that begins with this one.
+
+    Args:
+        layers: whose maps are read: of the last so many blocks; of the blocks of these numbers, in order, negative ones
+            counted from the end; or "quarters", the last block of each quarter of the depth (2, 5, 8, 11 of 12). The
+            last block must be among them, or what is trained after the last one that is read would never learn.
+
+    Raises:
+        ConfigurationError: layers that are none of these.
+    """
+
+    layers: Layers
+    number_of_maps: ClassVar[int | None] = None  # of heads that take a certain number
+
+    def __post_init__(self):
+        for name, annotation in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if name != "number_of_maps" and not fits(value, annotation):
+                raise ConfigurationError(f"{type(self).__name__}: {name} must be {in_words(annotation)}, not {value!r}")
+        layers = self.layers
+        if isinstance(layers, list):
+            object.__setattr__(self, "layers", layers := tuple(layers))
+        several = isinstance(layers, tuple) and layers and all(_is_integer(each) for each in layers)
+        if not (several or layers == "quarters" or (_is_integer(layers) and layers > 0)):
+            raise ConfigurationError(
+                f"{type(self).__name__}: layers must be a number of blocks, a list of blocks, or 'quarters', not "
+                f"{layers!r}"
+            )
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """Numbers of the blocks that are read, of a backbone of so many.
+
+        Raises:
+            ConfigurationError: the backbone has not that many blocks, the last one is not read, one comes twice, or
+                there are more or fewer than the head takes.
+        """
+        name, layers = type(self).__name__, self.layers
+        if layers == "quarters":
+            layers = tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
+        elif isinstance(layers, int):
+            layers = tuple(range(depth - layers, depth))
+            if layers[0] < 0:
+                raise ConfigurationError(f"{name} reads the last {len(layers)} blocks of a backbone that has {depth}")
+        chosen = tuple(block + depth if block < 0 else block for block in layers)
+        if any(not 0 <= block < depth for block in chosen):
+            raise ConfigurationError(f"{name} reads blocks {list(layers)} of a backbone that has 0 to {depth - 1}")
+        if list(chosen) != sorted(set(chosen)) or chosen[-1] != depth - 1:
+            raise ConfigurationError(
+                f"{name} must read blocks in order, each once, the last one ({depth - 1}) among them, not "
+                f"{list(layers)}; what is trained after the last block that is read would never learn"
+            )
+        if self.number_of_maps not in (None, len(chosen)):
+            raise ConfigurationError(f"{name} reads {self.number_of_maps} blocks, not {len(chosen)}")
+        return chosen
+
+    @abstractmethod
+    def build(self, channels: int, maps: int, num_classes: int) -> "DenseModule":
+        """The head for so many maps of so many channels, newly initialised."""
+
+    def make(self, channels: int, maps: int, num_classes: int) -> "DenseModule":
+        """As `build`; the module knows how to describe itself."""
+        made = self.build(channels, maps, num_classes)
+        made.layout = {
+            "class": type(self).__name__,
+            "fields": dataclasses.asdict(self),
+            "arguments": {"channels": channels, "maps": maps, "num_classes": num_classes},
+        }
+        return made
+
+
+class DenseModule(nn.Module):
+    """A built head: maps (batch, maps, channels, rows, columns) -> logits (batch, classes, rows', columns').
+
+    Attributes:
+        layout: description that a saved head is built from again.
+        needs_several_images: whether it takes statistics that one training image does not have.
+    """
+
+    layout: dict
+    needs_several_images = False
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """Logits, at the resolution of the head."""
+        raise NotImplementedError
+
+
+def checked_share(head: DenseHead, name: str) -> None:
+    """Refuse a rate that is no share.
+
+    Raises:
+        ConfigurationError: not from 0 to below 1.
+    """
+    if not 0 <= getattr(head, name) < 1:
+        raise ConfigurationError(f"{type(head).__name__}: {name} must be in [0, 1), not {getattr(head, name)!r}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,141 @@
+"""A backbone with a head that gives logits at every pixel."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from visionpeft.adapters.attach import attach
+from visionpeft.backbones.dispatch import describe, describe_model
+from visionpeft.backbones.tower import Backbone
+from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.heads import DenseHead, LinearSegmentation
+from visionpeft.methods.parts.base import Method
+from visionpeft.models.create import create_dense_backbone
+from visionpeft.models.feature_maps import feature_maps
+from visionpeft.models.strips import resized
+
+LINEAR = LinearSegmentation()
+
+
+class DensePredictor(nn.Module):
+    """Logits at every pixel: head(maps of the backbone's blocks), resized bilinearly to the image.
+
+    Backbone, head and method do not know each other: any head reads any backbone by `feature_maps`, with any method
+    attached. `attach`, `save`, `load` and everything else take this model, not the backbone in it; the head belongs to
+    the adapter and is saved with it. Images whose sides are no multiples of the patch's are filled with zeros on the
+    right and at the bottom, and what is predicted there is cut away.
+
+    Shapes: images (batch, 3, height, width) -> logits (batch, classes, height, width).
+
+    Args:
+        backbone: a timm model, an `ImageClassifier` or an OpenCLIP image tower, which stays as it is; a classifier of
+            its own is not used. A name is made by `create_backbone`, so that it takes images of any size where it can.
+        head: what is built on the blocks' maps.
+        classes: names of the classes, or their number.
+        method: a method or several, attached as the adapter "default"; None to attach later.
+        recompute_head: compute the activations of the head again in the backward pass instead of keeping them; exact.
+
+    Raises:
+        UnsupportedError: the backbone is no supported model of images, or the method does not fit it.
+        ConfigurationError: fewer than two classes, or the head reads blocks that the backbone does not have.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module | str,
+        head: DenseHead = LINEAR,
+        classes: Sequence[str] | int = 2,
+        method: Method | Sequence[Method] | None = None,
+        *,
+        recompute_head: bool = True,
+    ):
+        super().__init__()
+        number = classes if isinstance(classes, int) else len(classes)
+        if isinstance(classes, bool | str) or number < 2:
+            raise ConfigurationError(f"classes must be a list of at least two names, or their number, not {classes!r}")
+        if not isinstance(head, DenseHead):
+            raise ConfigurationError(f"head must be a head such as LinearSegmentation(layers=4), not {head!r}")
+        backbone = create_dense_backbone(backbone) if isinstance(backbone, str) else backbone
+        towers = describe(backbone).towers
+        if "visual" not in towers or "text" in towers:
+            raise UnsupportedError(
+                f"a DensePredictor takes a model of images alone, not a {type(backbone).__name__}; of a CLIP give its "
+                "image tower, .visual"
+            )
+        tower = towers["visual"]
+        self.backbone = backbone
+        self.blocks = head.blocks(tower.depth)
+        self.patch_size = tuple(tower.patch_size)
+        like = next(backbone.parameters())
+        self.head = head.make(tower.width, len(self.blocks), number).to(like.device, like.dtype)
+        self.num_classes = number
+        self.recompute_head = recompute_head
+        if hasattr(backbone, "backbone_source"):
+            self.backbone_source = backbone.backbone_source
+        self.train(backbone.training)
+        if method is not None:
+            attach(self, method)
+
+    def coarse_logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes, rows, columns) at the resolution of the head, of images filled up to whole patches.
+
+        They cover `1 / shares` of the image; see `shares`.
+        """
+        if images.ndim != 4:
+            raise ConfigurationError(
+                f"a DensePredictor takes images (batch, channels, height, width), not a tensor of shape "
+                f"{tuple(images.shape)}"
+            )
+        missing = [-side % patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)]
+        if any(missing):
+            images = F.pad(images, (0, missing[1], 0, missing[0]))
+        maps = feature_maps(self.backbone, images, self.blocks)
+        if not (self.recompute_head and torch.is_grad_enabled()):
+            return self.head(maps)
+        contexts = {"context_fn": lambda: (nullcontext(), _statistics_kept(self))}
+        return checkpoint(self.head, maps, use_reentrant=False, **contexts)
+
+    def shares(self, size: Sequence[int]) -> tuple[float, float]:
+        """Which part of the extent of `coarse_logits` an image of this height and width covers."""
+        height, width = (side / (math.ceil(side / p) * p) for side, p in zip(size, self.patch_size, strict=True))
+        return height, width
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, classes, height, width)."""
+        size = images.shape[-2:]
+        return resized(self.coarse_logits(images), tuple(size), self.shares(size))
+
+    def get_classifier(self) -> nn.Module:
+        """The head, under the name timm uses."""
+        return self.head
+
+
+@describe_model.register
+def _(model: DensePredictor) -> Backbone:
+    inside = describe_model(model.backbone)
+    tower = inside.towers["visual"]
+    tower.path = f"backbone.{tower.path}".rstrip(".")
+    tower.pools_class_token = False  # every patch is read
+    unused = tuple(f"backbone.{path}" for path in inside.heads)
+    return Backbone(inside.library, inside.name, model, {"visual": tower}, ("head",), unused_heads=unused)
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Within the context, batch normalisations compute as before, and leave their running statistics as they are."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # running * (1 - 0) + batch * 0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked

@@ -1,0 +1,68 @@
+"""What blocks give at each patch, as heads for dense prediction read it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from visionpeft.adapters.install import SHALLOW, NoIntermediates
+from visionpeft.errors import ConfigurationError, UnsupportedError, one_line
+from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native
+
+
+def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
+    """Tokens of the patches after some blocks, each after the backbone's final norm if it has one, in a grid.
+
+    By the library's own `forward_intermediates`, with the adapters acting. Prompts that travel through the blocks are
+    left out, like class and register tokens. Images of another size than the backbone's are taken by timm models
+    made with `dynamic_img_size=True`, which interpolate their position embeddings, and by those with rotary ones.
+
+    Args:
+        backbone: a timm model, an `ImageClassifier` or an OpenCLIP image tower, with adapters or without.
+        images: (batch, 3, height, width), whose sides are multiples of the patch's.
+        blocks: numbers of the blocks, from 0, ascending.
+
+    Returns:
+        (batch, len(blocks), width, height / patch, width / patch).
+
+    Raises:
+        UnsupportedError: the model cannot give the tokens of its patches, or an economy has left them out.
+        ConfigurationError: images of a size that the backbone does not take.
+    """
+    tower = backbone.visual if isinstance(backbone, ImageClassifier) else backbone
+    native = is_native(tower)
+    tower = tower.trunk if has_trunk(tower) else tower
+    read = _intermediates(tower)
+    height, width = images.shape[-2:]
+    if native and (height, width) != tuple(tower.image_size):
+        sizes = " x ".join(map(str, tower.image_size))
+        raise ConfigurationError(
+            f"this OpenCLIP tower takes images of {sizes} pixels, not {height} x {width}; use windows of its own size, "
+            "or make it with force_image_size"
+        )
+    options = {"normalize_intermediates": True} if native else {"norm": True}
+    try:
+        # NLC, because what is left out here has to be left out before tokens can be put into rows and columns
+        maps = read(images, indices=list(blocks), intermediates_only=True, output_fmt="NLC", **options)
+    except AssertionError as error:  # how timm refuses a size
+        raise ConfigurationError(
+            f"{type(tower).__name__} does not take images of {height} x {width} pixels ({one_line(error)}); a timm "
+            "backbone made with dynamic_img_size=True takes images of any size"
+        ) from error
+    patch = tower.conv1.kernel_size if native else tower.patch_embed.patch_size
+    grid = [side // size for side, size in zip((height, width), patch, strict=True)]
+    # prompts come after class and register tokens and before the patches
+    patches = [tokens[:, -grid[0] * grid[1] :] for tokens in (maps["image_intermediates"] if native else maps)]
+    return torch.stack(patches, dim=1).unflatten(2, grid).movedim(-1, 2)
+
+
+def _intermediates(tower: nn.Module):
+    """The library's method, also while travelling prompts have it refused, as they are left out here."""
+    read = getattr(tower, "forward_intermediates", None)
+    if read is None:
+        raise UnsupportedError(
+            f"{type(tower).__name__} has no forward_intermediates, so that no head can read its maps"
+        )
+    if isinstance(read, NoIntermediates) and read.reason == SHALLOW:
+        return type(tower).forward_intermediates.__get__(tower)
+    return read

@@ -1,0 +1,104 @@
+"""What `python -m visionpeft.predict` does with a run of segmentation: a mask and an overlay for each image."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from visionpeft.data.images import open_image
+from visionpeft.data.segmentation.masks import palette_image
+from visionpeft.data.segmentation.overlays import overlay
+from visionpeft.data.segmentation.transforms import MaskedTransform
+from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.files import replacing
+from visionpeft.models.windows import predict_masks
+from visionpeft.sharing.trained_model import TrainedModel
+
+SHOWN = 30
+
+
+def mask_names(files: list[Path], folder: Path) -> list[tuple[Path, Path]]:
+    """Where the mask and the overlay of each image go: `<stem>.png` and `<stem>_overlay.png`.
+
+    Raises:
+        ConfigurationError: the folder is none, would be written over an image that is predicted, or two images have
+            one name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"--output: {folder} is a file; masks go into a folder")
+    seen: dict[str, Path] = {}
+    for file in files:
+        if (other := seen.setdefault(file.stem, file)) != file:
+            raise ConfigurationError(
+                f"the masks of {other} and {file} would both be {folder / file.stem}.png; predict them into two folders"
+            )
+    names = [(folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png") for file in files]
+    given = {file.resolve() for file in files}
+    if written := [path for pair in names for path in pair if path.resolve() in given]:
+        raise ConfigurationError(f"--output {folder} would write over the image {written[0]}; name another folder")
+    return names
+
+
+def write_masks(trained: TrainedModel, files: list[Path], folder: Path | None, skip_corrupt: bool) -> None:
+    """Predict, print which classes each image shows, and write palette PNGs and overlays into the folder, if any.
+
+    In the palette PNG the index of a pixel is its class; of more than 256 classes it is a 16-bit gray level.
+    """
+    names = None if folder is None else mask_names(files, folder)
+    table, count = Table("image", "classes by their share of pixels"), 0
+    for number, image, classes in _predicted(trained, files, skip_corrupt):
+        if names is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            mask, shown = names[number]
+            _save(palette_image(classes, trained.palette), mask)
+            _save(overlay(image, classes, trained.palette), shown)
+        if count < SHOWN:
+            table.add_row(str(files[number]), _shares(classes, trained.class_names))
+        count += 1
+    if not count:
+        raise DataError(f"none of the {len(files)} image files can be read")
+    console = Console()
+    console.print(table, highlight=False)
+    if count > SHOWN:
+        console.print(f"and {count - SHOWN:,} more images", highlight=False)
+    if folder is not None:
+        console.print(f"masks and overlays of {count:,} images written to {folder}", highlight=False, soft_wrap=True)
+    else:
+        console.print("--output FOLDER writes a mask and an overlay of each", highlight=False)
+
+
+def _predicted(
+    trained: TrainedModel, files: list[Path], skip_corrupt: bool
+) -> Iterator[tuple[int, Image.Image, np.ndarray]]:
+    """Number of each image that can be read, the image, and its class indices (height, width)."""
+    transform = MaskedTransform(trained.preprocessing, trained.size or min(trained.preprocessing.input_size))
+    device = next(trained.model.parameters()).device
+    for number, file in enumerate(files):
+        try:
+            image = open_image(file)
+        except DataError:
+            if not skip_corrupt:
+                raise
+            continue
+        pixels = transform.normalise(transform.measure(image)[None]).to(device)
+        with torch.inference_mode():
+            found = predict_masks(
+                trained.model, pixels, window=trained.window, stride=trained.stride, size=(image.height, image.width)
+            )
+        yield number, image, found[0].cpu().numpy()
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with replacing(path) as partial:
+        image.save(partial, format="PNG")
+
+
+def _shares(classes: np.ndarray, names: list[str]) -> str:
+    numbers, counts = np.unique(classes, return_counts=True)
+    order = np.argsort(-counts)[:5]
+    more = f", and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+    return ", ".join(f"{names[numbers[i]]} {100 * counts[i] / classes.size:.1f} %" for i in order) + more

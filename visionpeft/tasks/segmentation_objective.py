@@ -1,0 +1,53 @@
+"""A class for each pixel, as an objective of a task."""
+
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from visionpeft.data.segmentation.masks import IGNORED
+from visionpeft.models.strips import cross_entropy
+from visionpeft.tasks.objective import Objective, Shown
+
+
+class ClassOfPixels(Objective):
+    """One class of K for each pixel: cross-entropy, mean over the labelled pixels of a batch.
+
+    Measured are, over all pixels of a split together, the intersection over union of each class, averaged over the
+    classes that are labelled or predicted ("miou", by torchmetrics' `MulticlassJaccardIndex`; its `MeanIoU` takes means
+    over images), and the share of pixels of the right class ("pixel_accuracy").
+
+    Args:
+        num_classes: K.
+    """
+
+    labels = "masks"
+    loss_name = "cross_entropy"
+    monitor = "miou"
+    shown = Shown("miou", "mIoU", "mean IoU", percentage=True)
+
+    def __init__(self, num_classes: int):
+        self.outputs = num_classes
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of logits (batch, classes, h, w), resized to the labels (batch, height, width)."""
+        return cross_entropy(logits, labels, IGNORED)[0]
+
+    def loss_weight(self, labels: Tensor) -> Tensor | None:
+        """The number of labelled pixels."""
+        return (labels != IGNORED).sum().float()
+
+    def measured_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The same; there are no weights."""
+        return self.loss(logits, labels)
+
+    def metrics(self, split: str) -> dict[str, Metric]:
+        """Mean IoU over the split, and pixel accuracy."""
+        options = {"ignore_index": IGNORED, "validate_args": False}
+        return {
+            "miou": MulticlassJaccardIndex(self.outputs, average="macro", **options),
+            "pixel_accuracy": MulticlassAccuracy(self.outputs, average="micro", **options),
+        }
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """Class indices (batch, height, width), of logits (batch, classes, height, width) or of such indices."""
+        return logits.argmax(1) if logits.ndim == 4 else logits.long()
