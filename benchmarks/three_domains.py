@@ -71,6 +71,8 @@ ROWS = (
     Row("MoLE over the LoRAs", "over", "MoLE", sources="LoRA"),
     Row("AdapterFusion over the Adapters", "over", "AdapterFusion", sources="Adapter"),
     Row("LoRA, shared by all", TOGETHER, "LoRA", {"rank": 8}),
+    Row("HyperFormer++", TOGETHER, "HyperFormer", {"bottleneck": 8}),
+    Row("MoA over the LoRAs", TOGETHER, "MoA", sources="LoRA"),
     Row("MOELoRA", TOGETHER, "MOELoRA", {"experts": 3, "rank": 24, "alpha": 24, "dropout": 0.0}),
 )
 BY_NAME = {row.name: row for row in ROWS}
@@ -122,7 +124,7 @@ class Bench:
         """The configuration of a training."""
         content = config_content(CONFIG)
         options = dict(row.options)
-        if row.kind == "over":
+        if row.sources:
             options["adapters"] = [str(self.adapter(BY_NAME[row.sources], each, seed)) for each in DOMAINS]
         content["data"]["init_args"]["tasks"]["dsprites_loc"]["init_args"]["test_samples"] = 1000
         model = content["model"]["init_args"]
@@ -213,8 +215,10 @@ def lines(bench: Bench, seeds: int) -> list[str]:
         mean = statistics.mean(statistics.mean(each) for each in measured)
         fewest = min(map(len, measured))
         name = row.name if fewest == seeds else f"{row.name} ({fewest} of {seeds} seeds)"
+        over = ", over the adapters of each" if row.kind == TOGETHER and row.sources else ""
+        trained_on = f"{WORDS[row.kind]}{over}"
         count = f"{max(values):,}" if values else ""
-        found.append(f"| {name} | {WORDS[row.kind]} | {count} | {' | '.join(scores)} | {mean:.1f} |")
+        found.append(f"| {name} | {trained_on} | {count} | {' | '.join(scores)} | {mean:.1f} |")
     return found
 
 
@@ -233,7 +237,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of every training")
     parser.add_argument("--size", type=int, default=32, help="of the images, in pixels")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of all trainings")
-    parser.add_argument("--rows", nargs="+", choices=BY_NAME, default=[*BY_NAME], metavar="ROW", help="rows to compute")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=BY_NAME,
+        default=[*BY_NAME],
+        metavar="ROW",
+        help="rows to compute, and what they are made of",
+    )
     parser.add_argument("--write", action="store_true", help="only put the table of what is done into docs/results.md")
     options = parser.parse_args()
     bench = Bench(options.output.resolve(), options.epochs, options.size, options.lr)
@@ -242,10 +253,11 @@ def main() -> None:
     if file.is_file() and json.loads(file.read_text()) != setting:
         raise ConfigurationError(f"{bench.output} has cells of another setting ({file}); name another --output")
     if not options.write:
+        wanted = {*options.rows, *(BY_NAME[name].sources for name in options.rows)}
         bench.output.mkdir(parents=True, exist_ok=True)
         write_json(file, setting)
         for row, domain, seed in cells(options.seeds):
-            if row.name not in options.rows or bench.result(row, domain, seed) is not None:
+            if row.name not in wanted or bench.result(row, domain, seed) is not None:
                 continue
             bench.folder(row, domain, seed).mkdir(parents=True, exist_ok=True)
             top1 = (bench.mix if row.kind in ("soup", "lorahub") else bench.train)(row, domain, seed)

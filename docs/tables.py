@@ -38,7 +38,7 @@ VARIANTS = {
 }
 
 # methods over trained adapters of other methods, and two of those
-OVER = {"MoLE": "LoRA()", "AdapterFusion": "Adapter()"}
+OVER = {"MoA": "LoRA()", "MoLE": "LoRA()", "AdapterFusion": "Adapter()"}
 
 # in the order in which tokens meet them; sites that are not listed come last
 SITES = (

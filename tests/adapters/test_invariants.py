@@ -808,6 +808,8 @@ ONLY_TRACED = (
     ("molora", "moelora", "mov", "mix_lora", "sct", "binary_mask", "said"),
     ("ada_mix",),
     ("mole",),
+    ("moa",),
+    ("hyper_former",),
     ("adapter_fusion",),
     ("dtl", "dtl_plus", "lst"),
     ("mona", "e2vpt", "prefix_propagation", "lpt"),

@@ -117,6 +117,8 @@ def changed_weight_shapes(method, key, rows, columns):
         return SHAPES[name](method, rows, columns)
     if name == "mole":
         return {"router.weight": (2, 2 * rows)}
+    if name == "moa":
+        return {"router.weight": (2, columns)}
     if name == "mix_lora":
         pair = {"A": (method.rank, columns), "B": (rows, method.rank)}
         several = key[1].startswith("fc")
@@ -147,7 +149,7 @@ def compact_shapes(method, width):
 
 
 CHANGING_WEIGHTS = (
-    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "moelora", "mix_lora", "mole"),
+    *("dora", "vera", "ada_lora", "krona", "kadaptation", "unipelt", "molora", "moelora", "mix_lora", "mole", "moa"),
     *SHAPES,
 )
 SHARING_A_RULE = ("kadaptation", "compacter")
@@ -173,7 +175,7 @@ def tower_shapes(method, tower, weights, sites, shape):
         enter((None, owner), shapes(method, sum(site in method.targets for _, site in acting)))
     if name in CHANGING_WEIGHTS:
         for key in acting:
-            targets = ("q", "v") if name == "mole" else method.targets
+            targets = ("q", "v") if name in ("mole", "moa") else method.targets
             if {"fc1_g": "fc1", "fc1_x": "fc1"}.get(key[1], key[1]) in targets:
                 enter(key, changed_weight_shapes(method, key, *read[key][0].shape))
     if name == "mix_lora":
@@ -260,6 +262,13 @@ def tower_shapes(method, tower, weights, sites, shape):
         shapes |= {"up_bias": (width,)}
         for index in blocks:
             enter((index, "mlp_out"), {part: (experts, *size) for part, size in shapes.items()})
+    elif name == "hyper_former":
+        inner, size = method.bottleneck, method.embedding
+        shapes = {"tasks": (1, size), "layers": (len(blocks), size), "positions": (2, size)}
+        shapes |= {"project.0.weight": (size, 3 * size), "project.2.weight": (size, size)}
+        shapes |= {f"project.{number}.bias": (size,) for number in (0, 2)}
+        shapes |= {"down": (inner, width, size), "up": (width, inner, size)}
+        enter((None, "network"), shapes | {part: (width, size) for part in ("scale", "shift")})
     elif name == "dtl":
         for index in blocks:
             enter((index, "stream_in"), {"A": (method.rank, width), "B": (width, method.rank)})

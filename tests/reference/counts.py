@@ -69,6 +69,8 @@ PUBLISHED = [
     (vp.MoLORA(), L * 10 * (4 * (4 * 2 * D + 2 * 5 * D) + 4 * D + D + 4 * D)),
     (vp.MOELoRA(), 603_648),
     (vp.MOELoRA(tasks=tuple(f"task{number}" for number in range(19))), 632_832 - 2 * L * 64),  # theirs has one more
+    (vp.HyperFormer(), 64 * (2 * 8 * D + 2 * D + 4 * 64 + 1 + L + 2) + 2 * 64),
+    (vp.HyperFormer(), 902_208),
     (vp.MixLoRA(), L * (16 * (4 * 2 * D + 8 * 2 * 5 * D) + 8 * D)),
     (vp.MixLoRA(rank=8), 6_561_792),
     (vp.AdaMix(), 747_264),

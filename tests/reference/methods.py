@@ -572,6 +572,45 @@ def mole(sites, fields, shape):
     return {"driven": driven}
 
 
+def hyper_former(sites, fields, shape):
+    """HyperFormer++, arXiv 2106.04489, for one task: x + s norm(U gelu(D x)) + b, all linear in MLP([z; l; p])."""
+    net = sites[None, "network"]
+
+    def at(position):
+        def serial(x, index):
+            given = torch.cat([net["tasks"][0], net["layers"][index], net["positions"][position]])
+            hidden = linear(given, net["project.0.weight"], net["project.0.bias"]).clamp(min=0)
+            embedded = linear(hidden, net["project.2.weight"], net["project.2.bias"])
+            change = linear(ACTIVATIONS["gelu"](linear(x, net["down"] @ embedded)), net["up"] @ embedded)
+            return x + layer_norm(change, net["scale"] @ embedded, net["shift"] @ embedded, 1e-5)
+
+        return serial
+
+    return {"attn_out": at(0), "mlp_out": at(1)}
+
+
+def moa(sites, fields, shape):
+    """MoA, arXiv 2403.03432, in use: y + d_n of the low-rank change n whose share softmax(G mean token) is largest."""
+
+    def driven(y, index, site, x):
+        found = sites.get((index, site))
+        if found is None:
+            return y
+        shares = softmax(linear(x.mean(dim=1), found["router.weight"]))
+        parts, chosen = parts_of(found, fields), []
+        for row, share in zip(x, shares, strict=True):
+            kept = share - share.detach()  # zero, with the gradient of the share
+            kept[share.argmax()] += 1
+            changes = [
+                (1 if own["alpha"] is None else own["alpha"] / own["rank"]) * linear(row, part["B"] @ part["A"])
+                for own, part in parts
+            ]
+            chosen.append(sum(one * change for one, change in zip(kept, changes, strict=True)))
+        return y + torch.stack(chosen)
+
+    return {"driven": driven}
+
+
 def adapter_fusion(sites, fields, shape):
     """AdapterFusion, arXiv 2005.00247: x + sum_n softmax_n(Q x . K z_n) V z_n, z_n what adapter n gives for x."""
 
@@ -736,6 +775,8 @@ METHODS = {
     "molora": molora,
     "moelora": moelora,
     "mole": mole,
+    "moa": moa,
+    "hyper_former": hyper_former,
     "adapter_fusion": adapter_fusion,
     "mix_lora": mix_lora,
     "ada_mix": ada_mix,

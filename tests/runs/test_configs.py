@@ -14,6 +14,7 @@ import visionpeft as vp
 from visionpeft import methods
 from visionpeft.clip import learners
 from visionpeft.data.video.transforms import LARGEST_MAGNITUDE, MAGNITUDE_BINS, ClipAugmentation
+from visionpeft.errors import ConfigurationError
 from visionpeft.files import shipped
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import silence
@@ -391,3 +392,18 @@ def test_steps_of_a_learner_on_dtd(name, steps, tmp_path, small_nano_clip):
     assert cli.config.trainer.max_epochs * len(batches) == steps
     last = list(batches.batch_sampler)[-1]
     assert len(last) == (cli.datamodule.batch_size if name == "fewshot_coop.yaml" else 752 % cli.datamodule.batch_size)
+
+
+@pytest.mark.parametrize("name", shipped_configs("multi_task_"))
+def test_configuration_of_several_tasks_builds(name):
+    method = method_of(name)
+    if method["class_path"] == "MoA":  # needs trained adapters, one for each task
+        with pytest.raises(ConfigurationError, match="MoA: it needs trained adapters"):
+            build("--config", name)
+        return
+    cli = build("--config", name, "--trainer.accelerator", "cpu")
+    assert cli.model.tasks == cli.datamodule.tasks == {"clipart": 26, "drawings": 39, "dsprites_loc": 16}
+    assert type(cli.model.methods[0]).__name__ == method["class_path"]
+    assert {split: len(source) for split, source in cli.datamodule.sources.items()} == {
+        **{"train": 520 + 384 + 800, "val": 247 + 62 + 200, "test": 1103 + 351 + 2000}
+    }

@@ -11,8 +11,9 @@ from small_runs import draw_images, results
 import visionpeft as vp
 from visionpeft import evaluate, fit, predict
 from visionpeft.data import ImageFolder, MultiTask
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.sharing.one_task import learnt_tasks, treatment
 from visionpeft.tasks import ImageClassification
 from visionpeft.tasks.several_tasks import OneClassOfTask
 
@@ -206,3 +207,15 @@ def test_a_loop_of_lightnings_predicts_within_of_tasks(config):
     assert torch.allclose(found.sum(dim=1), torch.ones(2))
     assert not found[0, :3].any()
     assert not found[1, 3:].any()
+
+
+@pytest.mark.parametrize("tasks", [{"a": 2}, {"a": 2, "b": 0}, {"a": "3"}, {}, [3], "a"], ids=repr)
+def test_tasks_that_are_not_those_of_the_classes_are_damage(tasks):
+    with pytest.raises(StorageError, match="their classes are not those that it names"):
+        learnt_tasks({"tasks": tasks}, ["a/x", "a/y", "b/x"], "somewhere")
+
+
+def test_a_description_that_does_not_say_how_images_were_treated_is_damage():
+    for data in ({}, {"tasks": []}, {"tasks": {"a": {"normalisation": {"mean": 3}}}}):
+        with pytest.raises(StorageError, match="does not say how the images of task 'a' were treated"):
+            treatment(data, "a", "somewhere")

@@ -30,6 +30,7 @@ from visionpeft.methods.gps import GPS
 from visionpeft.methods.gralora import GraLoRA
 from visionpeft.methods.hira import HiRA
 from visionpeft.methods.hiwi import HiWi
+from visionpeft.methods.hyperformer import HyperFormer
 from visionpeft.methods.ia3 import IA3
 from visionpeft.methods.idpg import IDPG
 from visionpeft.methods.kadaptation import KAdaptation
@@ -46,6 +47,7 @@ from visionpeft.methods.ltsft import LTSFT
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
+from visionpeft.methods.moa import MoA
 from visionpeft.methods.moelora import MOELoRA
 from visionpeft.methods.mole import MoLE
 from visionpeft.methods.molora import MoLORA
@@ -125,6 +127,7 @@ __all__ = [
     "GraLoRA",
     "HiRA",
     "HiWi",
+    "HyperFormer",
     "KAdaptation",
     "KronA",
     "LastBlocks",
@@ -137,6 +140,7 @@ __all__ = [
     "Method",
     "MiSS",
     "MixLoRA",
+    "MoA",
     "MoLE",
     "MoLORA",
     "MoSLoRA",

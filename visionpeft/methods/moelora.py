@@ -66,8 +66,8 @@ class MOELoRA(ByTask):
     """Low-rank changes that each task weighs for itself: W x + (alpha / rank) sum_e p_e B_e A_e x for E experts.
 
     The experts have rank / E each. The shares are p = softmax(G t) of an embedding t (64) of the task, N(0, 1), with a
-    G (E, 64), N(0, 0.02), both for every target; the task of an image says `visionpeft.of_tasks`, in a run of
-    `MultiTask` data the label. A_e (rank / E, in) is N(0, 0.01), B_e (out, rank / E) is zero: no change at the start.
+    G (E, 64), N(0, 0.02), both for every target; `visionpeft.of_tasks` says the task of an image, in a run of
+    `MultiTask` data its label. A_e (rank / E, in) is N(0, 0.01), B_e (out, rank / E) is zero: no change at the start.
     Mergeable for one task, exactly: within `visionpeft.of_tasks(task)`. With one task it need not be named.
     Trainable: sum over target layers of rank * (in + out) + 64 * (tasks + E); 603,648 on ViT-B/16 with one task.
     In the authors' code there is one embedding more than tasks, which is never read; it is left out.

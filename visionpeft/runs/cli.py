@@ -181,16 +181,19 @@ class CLI(LightningCLI):
 
     def plain_config(self) -> dict:
         """The resolved configuration as plain values."""
-        return yaml.safe_load(self.parser.dump(_plain(self.config), skip_none=False, skip_validation=True))
+        return yaml.safe_load(self.parser.dump(self._resolved(), skip_none=False, skip_validation=True))
 
     def save_config(self, path: Path) -> None:
         """Write the resolved configuration, which is enough to build task and data again; at once, or not at all."""
+        with replacing(path) as partial:
+            self.parser.save(self._resolved(), partial, skip_none=False, skip_validation=True, overwrite=True)
+
+    def _resolved(self) -> Namespace:
+        """The configuration without what a run is started with alone."""
         config = self.config.clone()
         for key in ("config", "resume"):
             config.pop(key, None)
-        config = _plain(config)
-        with replacing(path) as partial:
-            self.parser.save(config, partial, skip_none=False, skip_validation=True, overwrite=True)
+        return _plain(config)
 
 
 def _plain(value: object) -> object:

@@ -118,6 +118,17 @@ def rows_of(tasks: Sequence[str], x: torch.Tensor, method: str) -> torch.Tensor:
     return rows.repeat_interleave(each)
 
 
+def known_rows(tasks: Sequence[str], x: torch.Tensor, method: str) -> torch.Tensor | None:
+    """As `rows_of`, int64 (rows,), for what can do without the task; None where it is not known, or in a graph.
+
+    Raises:
+        ConfigurationError: tasks are known, and are none of these.
+    """
+    if torch.compiler.is_compiling() or OPEN.get() is None:
+        return None
+    return rows_of(tasks, x, method).expand(len(x))
+
+
 def one_task(tasks: Sequence[str], like: torch.Tensor, method: str) -> int:
     """The index of the task of all images, for what cannot depend on the image, such as a merged weight.
 
