@@ -63,6 +63,7 @@ from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.pruned_bitfit import PrunedBitFit
 from visionpeft.methods.ptuning import PTuning
 from visionpeft.methods.randlora import RandLoRA
+from visionpeft.methods.relora import ReLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
 from visionpeft.methods.sct import SCT
 from visionpeft.methods.second_order import SecondOrder
@@ -148,6 +149,7 @@ __all__ = [
     "PrefixTuning",
     "PrunedBitFit",
     "RandLoRA",
+    "ReLoRA",
     "RepAdapter",
     "SMoP",
     "STAdapter",
