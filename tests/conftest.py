@@ -203,7 +203,8 @@ CASES = [
     Case("sora", vp.SoRA(rank=3, alpha=6), identity=True, mergeable=True, relative=True),
     Case("dy_lora", vp.DyLoRA(rank=3, used=2, alpha=6), identity=True, mergeable=True, relative=True),
     Case("lora_dropout", vp.LoRADropout(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
-    Case("relora", vp.ReLoRA(rank=2, alpha=6, restarts=1), identity=True, mergeable=True, relative=True),
+    # after a restart it is no identity, as what was trained before it acts on
+    Case("relora", vp.ReLoRA(rank=2, alpha=6, restarts=1), mergeable=True, relative=True),
     Case("capa_boost", vp.CapaBoost(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
     Case("hi_wi", vp.HiWi(bottleneck=3), identity=True, mergeable=True, relative=True),
     Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True, relative=True),

@@ -98,7 +98,7 @@ class ReLoRA(Method):
         super().__post_init__()
         require(self.rank > 0, self, "rank must be a positive integer")
         require(self.restarts > 0, self, "restarts must be a positive integer; without any it is LoRA")
-        require(self.restarted >= 0, self, "restarted must not be negative")
+        require(0 <= self.restarted <= self.restarts, self, f"restarted must be from 0 to {self.restarts}")
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
         require_targets(self)
 
