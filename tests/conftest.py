@@ -143,7 +143,6 @@ CASES = [
     Case("spt_adapter", vp.SPT(budget=1500, rank=2, structure="adapter"), identity=True, relative=True),
     Case("prefix", vp.PrefixTuning(num_tokens=3)),
     Case("prefix_mlp", vp.PrefixTuning(num_tokens=2, mlp=5), relative=True),
-    Case("xprompt", vp.XPrompt(num_tokens=4, pieces=4, samples=3), relative=True),
     Case("xprompt_deep", vp.XPrompt(3, token_share=0.7, pieces=8, samples=3, deep=True), relative=True),
     Case("vpt_gated", vp.GatedVPT(num_tokens=3, gate=0.5)),
     Case("vpt_gated_first", vp.GatedVPT(num_tokens=2, gate=-1.0, blocks="first:2"), relative=True),
