@@ -143,7 +143,6 @@ CASES = [
     Case("spt_adapter", vp.SPT(budget=1500, rank=2, structure="adapter"), identity=True, relative=True),
     Case("prefix", vp.PrefixTuning(num_tokens=3)),
     Case("prefix_mlp", vp.PrefixTuning(num_tokens=2, mlp=5), relative=True),
-    Case("xprompt", vp.XPrompt(num_tokens=4, pieces=4, samples=3), relative=True),
     Case("xprompt_deep", vp.XPrompt(3, token_share=0.7, pieces=8, samples=3, deep=True), relative=True),
     Case("vpt_gated", vp.GatedVPT(num_tokens=3, gate=0.5)),
     Case("vpt_gated_first", vp.GatedVPT(num_tokens=2, gate=-1.0, blocks="first:2"), relative=True),
@@ -204,6 +203,8 @@ CASES = [
     Case("sora", vp.SoRA(rank=3, alpha=6), identity=True, mergeable=True, relative=True),
     Case("dy_lora", vp.DyLoRA(rank=3, used=2, alpha=6), identity=True, mergeable=True, relative=True),
     Case("lora_dropout", vp.LoRADropout(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
+    # after a restart it is no identity, as what was trained before it acts on
+    Case("relora", vp.ReLoRA(rank=2, alpha=6, restarts=1), mergeable=True, relative=True),
     Case("capa_boost", vp.CapaBoost(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
     Case("hi_wi", vp.HiWi(bottleneck=3), identity=True, mergeable=True, relative=True),
     Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True, relative=True),

@@ -803,6 +803,7 @@ ONLY_TRACED = (
     ("ltsft",),
     ("xprompt_deep",),
     ("pruned_bit_fit",),
+    ("relora",),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
     ("molora", "moelora", "mov", "mix_lora", "sct", "binary_mask", "said"),

@@ -231,6 +231,36 @@ def test_bit_fit_is_pruned_in_rounds():
     assert second < first < pool
 
 
+# ReLoRA
+
+
+def test_relora_grows_beyond_its_rank_and_goes_on_from_where_it_was(tmp_path):
+    model = vp.attach(VIT.build(torch.float64), vp.ReLoRA(rank=2, alpha=4, restarts=2, targets=("q",))).eval()
+    module, downs, after = lambda: model.peft["default"].get_submodule("re_lora.visual.0.q"), [], None
+    for stage in vp.stages(model):
+        assert after is None or (model(IMAGES) - after).abs().max() < 1e-12
+        assert not module().up.any()
+        earlier = module().earlier_up.clone()
+        assert earlier.shape[1] == 2 * (stage - 1)
+        downs.append(module().down.detach().clone())
+        train(model)
+        # in the published code B and a trained scale are both zero after a restart, and neither moves again
+        assert module().up.any()
+        assert not torch.equal(module().down, downs[-1])
+        assert torch.equal(module().earlier_up, earlier)
+        after = model(IMAGES).detach()
+    assert stage == 3
+    assert torch.linalg.matrix_rank(torch.cat(downs)) == 6  # drawn anew each time
+    weight = model.blocks[0].attn.qkv.weight[:32].detach().clone()
+    vp.save(model, tmp_path / "adapter")
+    vp.merge(model)
+    assert torch.linalg.matrix_rank(model.blocks[0].attn.qkv.weight[:32] - weight, rtol=1e-9) == 6
+    loaded = VIT.build(torch.float64)
+    vp.load(loaded, tmp_path / "adapter")
+    assert loaded.peft["default"].methods == (vp.LoRA(rank=6, alpha=12, targets=("q",)),)
+    assert (loaded.eval()(IMAGES) - after).abs().max() < 1e-6  # saved in float32
+
+
 # What is refused
 
 

@@ -128,6 +128,12 @@ def sora(weight, fields, found, sites):
     return weight + scale_of(fields, fields["rank"]) * found["up"] @ torch.diag(found["gate"]) @ found["down"]
 
 
+def re_lora(weight, fields, found, sites):
+    """ReLoRA, arXiv 2307.05695: W + s sum_k B_k A_k over all starts."""
+    earlier = found["earlier_up"] @ found["earlier_down"]
+    return weight + scale_of(fields, len(found["down"])) * (found["up"] @ found["down"] + earlier)
+
+
 def dy_lora(weight, fields, found, sites):
     """DyLoRA, arXiv 2210.07558: LoRA of the first ranks, with the scale of as many."""
     used = fields["used"] or fields["rank"]
@@ -254,6 +260,7 @@ CHANGES = {
     "rand_lora": rand_lora,
     "gra_lora": gra_lora,
     "moslora": moslora,
+    "re_lora": re_lora,
     "sora": sora,
     "dy_lora": dy_lora,
     "loradropout": lora_dropout,

@@ -66,6 +66,7 @@ from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.methods.pruned_bitfit import PrunedBitFit
 from visionpeft.methods.ptuning import PTuning
 from visionpeft.methods.randlora import RandLoRA
+from visionpeft.methods.relora import ReLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
 from visionpeft.methods.said import SAID
 from visionpeft.methods.sct import SCT
@@ -156,6 +157,7 @@ __all__ = [
     "PrefixTuning",
     "PrunedBitFit",
     "RandLoRA",
+    "ReLoRA",
     "RepAdapter",
     "SMoP",
     "STAdapter",

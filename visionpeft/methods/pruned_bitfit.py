@@ -62,6 +62,7 @@ class PrunedBitFit(Method):
         super().__post_init__()
         require(0 < self.density <= 1, self, f"density must be above 0 and at most 1, not {self.density}")
         require(self.rounds > 0, self, "rounds must be a positive integer")
+        require(0 <= self.pruned <= self.rounds, self, f"pruned must be from 0 to {self.rounds}")
         require(self.samples > 0, self, "samples must be a positive integer")
 
     @property

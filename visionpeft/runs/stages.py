@@ -129,7 +129,7 @@ def _train_stage(cli: CLI, run: RunDirectory, stage: RunDirectory, number: int, 
     methods = [describe_method(each) for each in task.adapter.methods]
     task.to(trainer.strategy.root_device)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(task.seed)  # for what is drawn where the next stage begins
+        torch.manual_seed(task.seed * 1_000_003 + number)  # what is drawn for a stage is not that of another one
         begin_next(task.model, task.adapter_name, start, task.shown(cli.datamodule), task.loss_of_shown)
     description = {
         "trained": methods,
