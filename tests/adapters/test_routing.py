@@ -26,7 +26,7 @@ IMAGES = HOST.inputs(4).double()
 # token, or carry something from block to block or to the head: each by itself.
 ALONE = (
     *("DoRA", "PaFi", "FishMask", "SPT", "HiRA", "MiSS", "OFT", "BOFT", "RandLoRA", "FourierFT", "WaveFT", "HiWi"),
-    *("LTSFT", "LoRADropout", "AdaMix", "MixLoRA", "MoA", "HyperFormer", "DTL", "LST", "VQT", "NeuroAda"),
+    *("LoRADropout", "AdaMix", "MixLoRA", "MoA", "HyperFormer", "DTL", "LST", "VQT", "NeuroAda"),
     *("BinaryMask", "SAID"),
 )
 
