@@ -26,7 +26,7 @@ IMAGES = HOST.inputs(4).double()
 # token, or carry something from block to block: each by itself.
 ALONE = (
     *("DoRA", "PaFi", "FishMask", "SPT", "HiRA", "MiSS", "OFT", "BOFT", "RandLoRA", "FourierFT", "WaveFT", "HiWi"),
-    *("LoRADropout", "AdaMix", "MixLoRA", "DTL", "LST", "NeuroAda"),
+    *("CoDA", "LoRADropout", "AdaMix", "MixLoRA", "DTL", "LST", "NeuroAda"),
 )
 
 
