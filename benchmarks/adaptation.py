@@ -94,6 +94,7 @@ STEPS: dict[str, Callable[[str], nn.Module]] = {
     "VPT-deep, 50 prompts": adapted(vp.VPT(num_tokens=50, deep=True)),
     "SSF": adapted(vp.SSF()),
     "AdaptFormer-64": adapted(vp.AdaptFormer(bottleneck=64)),
+    "VQT": adapted(vp.VQT()),
     "LST": adapted(vp.LST()),
     "DTL": adapted(vp.DTL(pooling="mean")),
     "DTL+": adapted(vp.DTL(convolution=True, pooling="mean")),

@@ -119,7 +119,7 @@ def models(**kwargs) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 def attached(name: str, method: vp.Method, module, images: torch.nn.Module, clips: torch.nn.Module) -> torch.nn.Module:
     """The model of images with a method attached, or that of clips if it acts across their frames; shown an image if
-    the method needs data.
+    the method needs data, and in its last stage.
     """
     sources = ("a", "b") if name in OVER else ()
     for source in sources:
@@ -132,7 +132,12 @@ def attached(name: str, method: vp.Method, module, images: torch.nn.Module, clip
     for source in sources:
         vp.detach(images, source)
     if model.peft["default"].pending:
-        vp.allocate(model, [(torch.randn(1, 3, 224, 224), torch.tensor([0]))])
+        vp.allocate(model, [(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))])
+    # What is trained in stages is counted in its last one; any values do to choose by.
+    for _ in vp.stages(model, [(torch.randn(1, 3, 224, 224), torch.tensor([0]))]):
+        if any(each.stages_after for each in model.peft["default"].methods):
+            for parameter in vp.trainable_parameters(model):
+                torch.nn.init.normal_(parameter.data)
     return model
 
 

@@ -97,7 +97,7 @@ class Case:
         chooses = "towers" in {field.name for field in dataclasses.fields(self.method)} and not self.sources
         if host.takes == "both" and chooses and not self.image_only:
             changes["towers"] = ["visual", "text"]
-        if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT):
+        if "text" in host.towers and isinstance(self.method, vp.VPT | vp.GatedVPT | vp.XPrompt):
             changes["init"] = "normal"
         if isinstance(self.method, ON_A_GRID) and host.name in ("vit_dynamic", "dinov3"):
             changes["grid"] = tuple(side // 8 for side in host.size)  # these take images of any size
@@ -135,12 +135,16 @@ CASES = [
     Case("ssf", vp.SSF(), mergeable=True),
     Case("pafi", vp.PaFi(density=0.05), identity=True, mergeable=True),
     Case("fish_mask", vp.FishMask(density=0.05, samples=3), identity=True, mergeable=True, relative=True),
+    Case("ltsft", vp.LTSFT(density=0.05), identity=True, mergeable=True, relative=True),
+    Case("pruned_bit_fit", vp.PrunedBitFit(density=0.3, samples=3), identity=True, mergeable=True, relative=True),
     Case("child_f", vp.ChildTuning("F", share=0.6), identity=True, mergeable=True),
     Case("child_d", vp.ChildTuning("D", share=0.1, samples=3), identity=True, mergeable=True, relative=True),
     Case("spt", vp.SPT(budget=1500, rank=2), identity=True, mergeable=True, relative=True),
     Case("spt_adapter", vp.SPT(budget=1500, rank=2, structure="adapter"), identity=True, relative=True),
     Case("prefix", vp.PrefixTuning(num_tokens=3)),
     Case("prefix_mlp", vp.PrefixTuning(num_tokens=2, mlp=5), relative=True),
+    Case("xprompt", vp.XPrompt(num_tokens=4, pieces=4, samples=3), relative=True),
+    Case("xprompt_deep", vp.XPrompt(3, token_share=0.7, pieces=8, samples=3, deep=True), relative=True),
     Case("vpt_gated", vp.GatedVPT(num_tokens=3, gate=0.5)),
     Case("vpt_gated_first", vp.GatedVPT(num_tokens=2, gate=-1.0, blocks="first:2"), relative=True),
     Case("ia3", vp.IA3(), identity=True, mergeable=True),
@@ -171,6 +175,9 @@ CASES = [
     Case("gps", vp.GPS(per_row=2, loss="training"), identity=True, mergeable=True, relative=True),
     Case("second_order", vp.SecondOrder(density=0.05), identity=True, mergeable=True, relative=True),
     Case("neuro_ada", vp.NeuroAda(per_row=2), identity=True, mergeable=True, relative=True),
+    Case("sct", vp.SCT(channels=5), relative=True),
+    Case("sct_mlp", vp.SCT(channels=5, position="mlp_out"), mergeable=True, relative=True),
+    Case("sct_qv", vp.SCT(channels=4, position="qv"), mergeable=True, relative=True),
     Case("oft", vp.OFT(block=4, targets=("q", "v", "proj")), identity=True, mergeable=True, relative=True),
     Case("boft", vp.BOFT(block=4, factors=2, targets=("k", "proj")), identity=True, mergeable=True, relative=True),
     Case("hira", vp.HiRA(rank=3, targets=("q", "v", "fc2")), identity=True, mergeable=True, relative=True),
@@ -235,6 +242,7 @@ CASES = [
     Case("dtl_plus", vp.DTL(3, 1.5, first=0, convolution=True), identity=True, image_only=True, relative=True),
     Case("lst", vp.LST(ratio=4), image_only=True),
     Case("lst_dropped", vp.LST(2, temperature=0.7, dropped=(0, 2)), image_only=True, relative=True),
+    Case("vqt", vp.VQT(2), image_only=True),
     Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False), relative=True),
     Case("mona", vp.Mona(bottleneck=4), image_only=True, relative=True),
     Case("e2vpt", vp.E2VPT(num_tokens=2, num_keys=3), image_only=True, relative=True),
@@ -308,6 +316,10 @@ REFUSALS |= {("clip_text", name): "words are not patches" for name in OF_IMAGES}
 WITH_POSITIONS = ("beit", "eva_fused", "eva_split", "eva_post_norm", "eva_rope_mixed", "eva_grouped", "dinov3")
 REFUSALS |= {(host, "coda"): "positions in the attention are those of all patches" for host in WITH_POSITIONS}
 
+REFUSALS |= {
+    (host.name, "vqt"): "what queries get is read by a classification head" for host in HOSTS if not host.head_paths()
+}
+
 NO_KEY_BIAS = "keys are rotated, so their shift matters, and the architecture has no bias for them"
 MERGE_REFUSALS = {
     ("eva_fused", "ssf"): NO_KEY_BIAS,
@@ -374,19 +386,27 @@ def attach(model, host, case, name="default", **options):
         assert model.peft.active == (*active, name)
     if model.peft[name].pending:
         show_data(host, model, name)
+    to_last_stage(host, model, name)
     return model
 
 
 def show_data(host, model, name="default"):
     """Show random inputs to a method that chooses by them."""
+    vp.allocate(model, *_random_data(host, model), name)
+
+
+def to_last_stage(host, model, name="default"):
+    """Move the tensors of a method that is trained in stages off their values in each of them but the last."""
+    for stage in vp.stages(model, *_random_data(host, model), name):
+        if any(method.stages_after for method in model.peft[name].methods):
+            randomise(model.peft[name], stage)
+
+
+def _random_data(host, model):
+    """Batches of random inputs, and a loss."""
     inputs = host.inputs(4, next(model.parameters()).dtype, seed=8)
     batch = inputs if host.takes == "both" else (inputs,)
-    vp.allocate(
-        model,
-        [batch],
-        lambda model, batch: host.run(model, batch if host.takes == "both" else batch[0]).square().mean(),
-        name,
-    )
+    return [batch], lambda model, batch: host.run(model, batch if host.takes == "both" else batch[0]).square().mean()
 
 
 def adapted(host, case, dtype=torch.float32, seed=1, name="default"):

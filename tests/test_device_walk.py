@@ -172,7 +172,7 @@ def built(name, options, kind="plain"):
     """A learner that has seen what it is fitted on."""
     torch.manual_seed(0)
     short = kind == "siglip"  # which reads twelve tokens
-    if short and name in ("CoOp", "ProGrad", "PLOT", "ProDA"):
+    if short and name in ("CoOp", "ProGrad", "PLOT", "ProDA", "DAPT"):
         options = {"context_length": 4} | options
     names = ["dog", "kite", "car", "cat"] if short else NAMES
     learner = getattr(learners, name)(

@@ -34,6 +34,7 @@ from conftest import (
     show_data,
     spread,
     spread_pairs,
+    to_last_stage,
 )
 from reference.hosts import HOSTS, lively, shallow
 from shared_cells import plain, plain_output, shared, untouched_output
@@ -311,7 +312,7 @@ def test_routed_rows_are_those_of_each_adapter(host, case):
     names = ["a", None, "b", "a"]
     # nor can two values of one parameter of the backbone act in one batch
     refused = host.takes == "text" or any(name.startswith("trained.") for name in adapter_tensors(model, "a"))
-    longer = case.name.startswith(("vpt", "prefix", "mam", "unipelt", "mix_lora", *LONGER))
+    longer = case.name.startswith(("vpt", "xprompt", "prefix", "mam", "unipelt", "mix_lora", *LONGER))
     if refused or longer:
         with pytest.raises(UserError), vp.route(model, names):
             output_of(host, model, 4, torch.float64)
@@ -799,15 +800,19 @@ ONLY_TRACED = (
     ("last_block", "fact", "mam", "child_f", "linear_probe"),
     ("fish_mask", "spt", "gps", "second_order", "neuro_ada"),
     ("pissa", "olora", "lora_ga", "eva", "oft", "boft", "hira"),
+    ("ltsft",),
+    ("xprompt_deep",),
+    ("pruned_bit_fit",),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
-    ("molora", "moelora", "mov", "mix_lora"),
+    ("molora", "moelora", "mov", "mix_lora", "sct"),
     ("ada_mix",),
     ("mole",),
     ("adapter_fusion",),
     ("dtl", "dtl_plus", "lst"),
     ("mona", "e2vpt", "prefix_propagation", "lpt"),
     ("idpg", "ptuning", "decomposed", "smop", "apt", "pixel_prompt", "ciat", "coda"),
+    ("vqt",),
 )
 
 
@@ -828,6 +833,7 @@ def test_no_graph_breaks(names):
         model = vp.attach(host.build(dtype), [BY_NAME[name].on(host) for name in names])
     if model.peft["default"].pending:
         show_data(host, model)
+    to_last_stage(host, model)
     randomise(model.peft["default"])
 
     def run_as_it_is(graph, _):

@@ -23,10 +23,10 @@ HOST = next(host for host in HOSTS if host.name == "vit_cls")
 IMAGES = HOST.inputs(4).double()
 
 # Their change of a weight is as large as the weight, or they are the model's own parameters, or draw or choose for each
-# token, or carry something from block to block: each by itself.
+# token, or carry something from block to block or to the head: each by itself.
 ALONE = (
     *("DoRA", "PaFi", "FishMask", "SPT", "HiRA", "MiSS", "OFT", "BOFT", "RandLoRA", "FourierFT", "WaveFT", "HiWi"),
-    *("CoDA", "LoRADropout", "AdaMix", "MixLoRA", "DTL", "LST", "NeuroAda"),
+    *("CoDA", "LTSFT", "LoRADropout", "AdaMix", "MixLoRA", "DTL", "LST", "VQT", "NeuroAda"),
 )
 
 
@@ -68,6 +68,7 @@ ROUTABLE = [
     for case in CASES
     if type(case.method).__name__ not in ("LayerNormTuning", "FullFineTuning", "LastBlocks", "ChildTuning", "BitFit")
     and not case.method.pending
+    and not case.method.stages_after
     and not case.sources  # those over adapters of their own are routed in the matrix
 ]
 

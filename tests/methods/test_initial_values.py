@@ -16,7 +16,7 @@ def started(method, ending):
     values = []
     for seed in range(8):
         torch.manual_seed(seed)
-        model = vp.attach(HOST.build(), method, head=False)
+        model = vp.attach(HOST.build(), method)
         values += [p.detach().flatten() for name, p in model.peft.named_parameters() if name.endswith(ending)]
     return torch.cat(values).double()
 
@@ -49,11 +49,12 @@ def test_normal(method, ending, mean, std):
     [
         # patches of 8 x 8 pixels with 3 channels, width 32
         (vp.VPT(num_tokens=8), ".prompts", math.sqrt(6 / (3 * 8 * 8 + 32))),
+        (vp.VQT(num_tokens=16), ".prompts", math.sqrt(6 / (3 * 8 * 8 + 32))),
         # Kaiming-uniform with a = sqrt(5) is 1 / sqrt(inputs)
         (vp.LoRA(rank=4), ".A", 1 / math.sqrt(32)),
         (vp.MixLoRA(rank=4), "fc1.A", 1 / math.sqrt(32)),
     ],
-    ids=["vpt_uniform", "lora_a", "mix_lora_a"],
+    ids=["vpt_uniform", "vqt_uniform", "lora_a", "mix_lora_a"],
 )
 def test_uniform(method, ending, bound):
     """Evenly between the bounds."""

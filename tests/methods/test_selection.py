@@ -286,6 +286,91 @@ def test_eva_is_combined_and_loaded(tmp_path):
     assert torch.allclose(loaded(IMAGES), expected, atol=1e-10)
 
 
+# salient channels
+
+
+def sizes_of(seen):
+    """Mean over classes of the L2 norm of each channel over the patches of a class (channels,)."""
+    of_classes = [seen[label == LABELS][:, 1:].square().sum((0, 1)).sqrt() for label in set(LABELS.tolist())]
+    return sum(of_classes) / len(of_classes)
+
+
+@pytest.mark.parametrize("position", ["stream_mid", "mlp_out", "qv"])
+def test_sct_takes_the_largest_channels_and_leaves_the_others(position):
+    """Of classes that count alike, without the class token; what is not chosen stays, bit by bit."""
+    places = {
+        "stream_mid": {"stream_mid": ("norm2", slice(None))},
+        "mlp_out": {"fc2": ("mlp.fc2", slice(None))},
+        "qv": {"q": ("attn.qkv", ROWS["q"]), "v": ("attn.qkv", ROWS["v"])},
+    }
+    plain, seen = HOST.build(torch.float64).eval(), {}
+    for block in range(DEPTH):
+        for site, (path, rows) in places[position].items():
+
+            def see(module, inputs, output, key=(block, site), rows=rows):
+                seen[key] = (inputs[0] if key[1] == "stream_mid" else output)[..., rows]
+
+            plain.blocks[block].get_submodule(path).register_forward_hook(see)
+    with torch.no_grad():
+        plain(IMAGES)
+    model = allocated(vp.SCT(channels=6, position=position))
+    for (block, site), x in seen.items():
+        module = model.peft["default"].get_submodule(f"sct.visual.{block}.{site}")
+        wanted = sorted(sizes_of(x).topk(6).indices.tolist())
+        assert module.channels.tolist() == wanted
+        y = module(x) if site == "stream_mid" else module(None, x, None, None)
+        others = [channel for channel in range(WIDTH) if channel not in wanted]
+        assert torch.equal(y[..., others], x[..., others])
+        assert (y[..., wanted] != x[..., wanted]).any()
+
+
+def test_classes_count_alike():
+    """The mean of norms over classes, 1.5 and 2, and not the norm over all images, 3 and 2.8."""
+
+    class Sizes:
+        def sizes(self, places, samples):
+            return dict.fromkeys(places, torch.tensor([[3.0, 2.0], [0.0, 2.0]]))
+
+    towers = [*vp.describe(HOST.build()).towers.values()]
+    _, tensors = vp.SCT(channels=1).allocate(towers, Sizes())
+    assert {tuple(each.tolist()) for each in tensors.values()} == {(1,)}
+
+
+def test_channels_follow_a_permutation_of_the_backbone():
+    """With the channels of the residual stream permuted, so is S."""
+    order = torch.randperm(WIDTH, generator=torch.Generator().manual_seed(0))
+    chosen = []
+    for permute in (False, True):
+        torch.manual_seed(0)
+        model = HOST.build(torch.float64)
+        if permute:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name.endswith(("qkv.weight", "fc1.weight", "head.weight")):
+                        parameter.copy_(parameter[:, order])
+                    elif not name.endswith(("qkv.bias", "fc1.bias", "head.bias")):
+                        dim = -1 if name in ("cls_token", "pos_embed") else 0
+                        parameter.copy_(parameter.index_select(dim, order))
+        vp.attach(model, vp.SCT(channels=4), head=False)
+        vp.allocate(model, BATCHES)
+        chosen.append([m.channels for m in model.peft["default"].modules() if hasattr(m, "channels")])
+    for before, after in zip(*chosen, strict=True):
+        assert sorted(order[after].tolist()) == before.tolist()
+    assert any(before.tolist() != after.tolist() for before, after in zip(*chosen, strict=True))
+
+
+def test_what_sct_refuses():
+    with pytest.raises(vp.ConfigurationError, match=r"visual.0.stream_mid has 32 channels, not 33"):
+        allocated(vp.SCT(channels=33))
+    model = allocated(vp.SCT(channels=4))
+    with pytest.raises(vp.UnsupportedError):
+        vp.merge(model)
+    vp.combine(model, {"default": 1.0}, "other")
+    model.peft["other"].get_submodule("sct.visual.0.stream_mid").channels.add_(1)
+    with pytest.raises(vp.ConfigurationError, match="act on other channels"):
+        vp.combine(model, {"default": 0.5, "other": 0.5}, "both")
+
+
 # what is measured
 
 
@@ -340,6 +425,9 @@ class Weights:
     def inputs(self, places, samples):
         return dict.fromkeys(places, torch.eye(768))
 
+    def sizes(self, places, samples):
+        return dict.fromkeys(places, torch.ones(1, 768))
+
 
 def test_counts_of_methods_that_see_data():
     model = timm.create_model("vit_base_patch16_224", num_classes=100)
@@ -351,5 +439,9 @@ def test_counts_of_methods_that_see_data():
     assert sum(entries(vp.GPS(per_row=15)).values()) == 1_339_392
     assert sum(entries(vp.GPS()).values()) == 167_424
     assert sum(entries(vp.SecondOrder()).values()) == 425_130
+    for position, count in (("stream_mid", 111_744), ("mlp_out", 111_744), ("qv", 223_488)):
+        method, _ = vp.SCT(position=position).allocate(towers, Weights())
+        placed = [placement.module for placement in method.place(towers[0])]
+        assert sum(p.numel() for module in placed for p in module.parameters()) == count
     ranks = vp.EVA().allocate(towers, Weights())[0].ranks
     assert sum(ranks.values()) * 2 * 768 == 294_912

@@ -84,6 +84,7 @@ def timm_tower(model, images, edits, weights, prefix):
     x = model_norm(model.norm, sites[None, "norm"], weights, "norm", x, edits)
     x = pool(model, x, weights, prefix)
     x = model_norm(model.fc_norm, sites[None, "fc_norm"], weights, "fc_norm", x, edits)
+    x = amend(edits, "features", x)
     if prefix + "head.weight" in weights:
         x = linear(x, weights[prefix + "head.weight"], weights[prefix + "head.bias"])
     return x

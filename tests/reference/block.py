@@ -22,6 +22,7 @@ Stations (an edit is a dict from a station to a function of the value passing th
     joint    z, index, h                the stream at the exit, given what the MLP read
     beside   z, index, y                the stream at the exit, given the stream y after the attention residual
     exit     z, index                   the same point, after `beside`
+    features f                          what the head reads
 """
 
 from dataclasses import dataclass, field

@@ -92,5 +92,6 @@ PUBLISHED = [
     (vp.DTL(convolution=True), 43_776),
     (vp.LST(), 2_376_492),
     (vp.LST(dropped=(1, 4, 7)), 9 * (12 * 96**2 + 14 * 96 + 96 * D + 1) + 2 * 96 * D + 3 * 96 + D),
+    (vp.VQT(), 9_216),
     (vp.MoV(experts=1), 6 * D * L + L * (2 * 64 + 4 * D)),
 ]

@@ -10,7 +10,7 @@ from .weight_changes import CHANGES as OF_WEIGHTS
 SHARED = ("rule", "factors", "bank")
 # a site whose tokens matrices read -> these matrices
 READERS = {"attn_in": ("q", "k", "v"), "mlp_in": ("fc1", "fc1_g", "fc1_x"), "hidden": ("fc2",)}
-SPARSE = ("pa_fi", "fish_mask", "child_tuning", "spt", "neuro_ada", "gps", "second_order")
+SPARSE = ("pa_fi", "fish_mask", "ltsft", "pruned_bit_fit", "child_tuning", "spt", "neuro_ada", "gps", "second_order")
 
 
 def moved(method, fields, weight, bias, found, sites):
@@ -24,6 +24,14 @@ def moved(method, fields, weight, bias, found, sites):
         rank = found["A"].shape[0]
         alpha = fields["alpha"] if fields["alpha"] is not None else rank
         return weight + (alpha / rank * found["B"] @ found["A"]).reshape(weight.shape), bias
+    if method == "sct":
+        into = torch.eye(len(weight), dtype=weight.dtype)
+        shift = torch.zeros(len(weight), dtype=weight.dtype)
+        for i, place in enumerate(found["channels"].tolist()):
+            shift[place] = found["bias"][i]
+            for j, other in enumerate(found["channels"].tolist()):
+                into[place, other] += found["weight"][i, j]
+        return into @ weight, shift if bias is None else into @ bias + shift
     if method == "ia3":
         return found["scale"][:, None] * weight, None if bias is None else found["scale"] * bias
     if method == "rep_adapter":

@@ -5,9 +5,12 @@ the `shape` of the tower ({"depth": blocks, "prefix": tokens before the patches}
 a station to a function. To add a method, write the function and enter it in METHODS.
 """
 
+from dataclasses import replace
+
 import torch
 
 from .arithmetic import ACTIVATIONS, attention, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
+from .block import block_forward
 from .prompts import PROMPTS
 from .weight_changes import CHANGES, edit_with, random_matrix
 
@@ -50,6 +53,18 @@ def vpt(sites, fields, shape):
         return torch.cat([x[:, :first], x[:, first + present :]], dim=1), 0
 
     return {"enter": enter, "leave": leave}
+
+
+def xprompt(sites, fields, shape):
+    """XPrompt, arXiv 2210.04457: VPT with the tokens that were kept, zero but for the pieces that were kept."""
+    tokens = round(fields["token_share"] * fields["num_tokens"])
+    dense = {}
+    for (index, site), found in sites.items():
+        rows = [torch.zeros(found["pieces"].shape[1], dtype=torch.float64)] * (tokens * fields["pieces"])
+        for place, piece in zip(found["piece_index"].tolist(), found["pieces"], strict=True):
+            rows[place] = piece
+        dense[index, site] = {"prompts": torch.cat(rows).view(tokens, -1)}
+    return vpt(dense, fields, shape)
 
 
 def bottleneck(found, fields, x):
@@ -671,9 +686,53 @@ def lst(sites, fields, shape):
     return {"enter": enter, "leave": leave}
 
 
+def sct(sites, fields, shape):
+    """SCT, arXiv 2309.08513: u_c + W_c u_S + b_c for the channels c of S, after the attention or a layer."""
+
+    def mapped(u, found):
+        changed, chosen = u.clone(), found["channels"].tolist()
+        for i, channel in enumerate(chosen):
+            moved = sum(found["weight"][i, j] * u[..., other] for j, other in enumerate(chosen))
+            changed[..., channel] = u[..., channel] + moved + found["bias"][i]
+        return changed
+
+    def output(y, index, site):
+        found = sites.get((index, site))
+        return y if found is None else mapped(y, found)
+
+    def mid(y, index):
+        found = sites.get((index, "stream_mid"))
+        return y if found is None else mapped(y, found)
+
+    return {"output": output, "mid": mid}
+
+
+def vqt(sites, fields, shape):
+    """VQT, arXiv 2212.03220: queries pass a block with keys and values of its tokens; the head reads what they get."""
+    got = []
+
+    def time(x, index, block, weights):
+        if index == 0:
+            got.clear()
+        borrowed = []
+        block_forward(block, weights, x, 0, index, [{"kv": lambda pair, _, h: borrowed.append(pair) or pair}])
+        apart = replace(block, rope=None, logit_bias=None)
+        queries = sites[index, "kv"]["prompts"].expand(len(x), -1, -1)
+        got.append(block_forward(apart, weights, queries, 0, index, [{"kv": lambda pair, _, h: borrowed[0]}])[0])
+        return x
+
+    def features(x):
+        parts = [x, *(z.reshape(len(z), -1) for z in got)]
+        return torch.cat([part / (part**2).sum(-1, keepdim=True).sqrt() for part in parts], dim=-1)
+
+    return {"time": time, "features": features}
+
+
 METHODS = {
+    "vqt": vqt,
     "lst": lst,
     "dtl": dtl,
+    "sct": sct,
     "molora": molora,
     "moelora": moelora,
     "mole": mole,
@@ -696,6 +755,7 @@ METHODS = {
     "unipelt": unipelt,
     "lora": lora,
     "vpt": vpt,
+    "xprompt": xprompt,
     "adapter": adapter,
     "adapt_former": adapt_former,
     "ssf": ssf,
@@ -703,6 +763,8 @@ METHODS = {
     "prefix_tuning": prefix_tuning,
     "pa_fi": sparse,
     "fish_mask": sparse,
+    "ltsft": sparse,
+    "pruned_bit_fit": sparse,
     "child_tuning": sparse,
     "neuro_ada": sparse,
     "gps": sparse,

@@ -50,7 +50,7 @@ PROTOCOLS = {
 }
 # Learners without training images, and those for whose protocol there are no published numbers.
 OF_SEVERAL_CONTEXTS = ("plot", "proda")
-LATER = ("tcp", "rpo", "2sfs", "dept", "provp")
+LATER = ("tcp", "rpo", "2sfs", "dept", "provp", "dapt", "plot_plus_plus")
 # learners that see several views of each test image
 ON_VIEWS = ("zero", "mta", "tps", "c_tpt", "diff_tpt", "prompt_align")
 PROTOCOLS = {protocol: (*names, *LATER, *ON_VIEWS, *OF_SEVERAL_CONTEXTS) for protocol, names in PROTOCOLS.items()}
@@ -62,7 +62,7 @@ UNPUBLISHED = {
     *("base_to_new_tda.yaml", "fewshot_clap.yaml", "fewshot_lp_plus_plus.yaml", "fewshot_tuned_clip.yaml"),
     *(f"{protocol}_{name}.yaml" for protocol in PROTOCOLS for name in (*ON_VIEWS, *OF_SEVERAL_CONTEXTS)),
     *(f"{protocol}_{name}.yaml" for protocol in ("fewshot", "cross_dataset") for name in LATER),
-    "base_to_new_dept.yaml",
+    *(f"base_to_new_{name}.yaml" for name in ("dept", "dapt", "plot_plus_plus")),
 } - {"cross_dataset_diff_tpt.yaml", "cross_dataset_prompt_align.yaml"}
 WITH_A_RECIPE_OF_THEIR_OWN = (
     "TipAdapter",
@@ -84,18 +84,19 @@ NAMES = (
     *WITHOUT_BENCHMARK_NUMBERS,
     *("vpt", "vpt_shallow", "lora", "adaptformer", "adapter", "adapter_plus", "ssf", "bitfit", "prefix_tuning"),
     *("linear_probe", "full", "last_blocks", "gated_vpt", "rep_adapter", "convpass", "fact_tt", "fact_tk"),
-    *("spt_lora", "spt_adapter", "e2vpt"),
+    *("spt_lora", "spt_adapter", "e2vpt", "gps"),
 )
 # relatives of LoRA, of which the fine-grained benchmark has no configuration
 VTAB_ALONE = (
     *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
-    "vblora",
+    *("vblora", "ltsft", "xprompt", "pruned_bit_fit"),
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
+    *("eva", "lora_ga", "second_order", "neuro_ada", "sct"),
 )
 UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
 # networks beside the backbone, likewise
-BESIDE = ("dtl", "lst")
-UNPUBLISHED |= {"vtab_lst.yaml"}
+BESIDE = ("dtl", "lst", "vqt")
+UNPUBLISHED |= {"vtab_lst.yaml", "vtab_vqt.yaml"}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
@@ -212,7 +213,7 @@ def test_configuration_builds(name, data):
     (method,) = cli.model.methods
     assert type(method).__name__ == given["class_path"]
     if cli.model.adapter.pending:
-        vp.allocate(cli.model.model, [(torch.zeros(1, 3, 64, 64), torch.tensor([0]))])
+        vp.allocate(cli.model.model, [(torch.rand(2, 3, 64, 64), torch.tensor([0, 1]))])
     assert cli.model(torch.zeros(2, 3, 64, 64)).shape == (2, len(cli.datamodule.class_names))
     assert vp.trainable_parameters(cli.model.model)
 

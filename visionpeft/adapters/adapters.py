@@ -14,6 +14,7 @@ from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, nearest
 from visionpeft.methods.parts.base import Method, select_towers
+from visionpeft.methods.parts.several_features import SeveralFeatures
 from visionpeft.sites import Placement
 from visionpeft.sites.routing import Routing
 
@@ -57,10 +58,13 @@ class AttachedAdapter(nn.Module):
             nest(self, f"trained.{name}", nn.Parameter(value.to(training_dtype(value), copy=True)))
         self.hosts: dict[str, tuple[nn.Module]] = {}  # path of a head -> the model's own, when this one was attached
         self.heads = backbone.heads if head else ()
+        # what the head reads besides the pooled features
+        self.gathered = sum(method.gathers(tower) for method in methods for tower in select_towers(method, backbone))
         for path in self.heads:
             for name, _ in backbone.model.get_submodule(path).named_parameters():
                 _trainable(backbone.model, f"{path}.{name}")
-            nest(self, path, own_copy(backbone.model.get_submodule(path)))
+            copied = own_copy(backbone.model.get_submodule(path))
+            nest(self, path, SeveralFeatures.over(copied, self.gathered) if self.gathered else copied)
         if self.masking:
             mask_at_steps(self)
 

@@ -28,7 +28,10 @@ def allocate(
     loss: Loss = cross_entropy,
     name: str | None = None,
 ) -> nn.Module:
-    """Show data to `FishMask`, `SPT` or `ChildTuning("D")`, which find in them what of the backbone to train.
+    """Show data to a method that finds in them what to train, or where to start.
+
+    `FishMask`, `GPS`, `SecondOrder`, `SPT`, `SCT` and `ChildTuning("D")` choose what of the backbone is changed, `EVA`
+    and `LoRAGA` where their factors start.
 
     Do it after `attach` and before an optimiser is made; `visionpeft.fit` does it by itself. The model is in evaluation
     mode meanwhile, and computes with whatever else the adapter has, its head above all. Nothing is trained, and what
@@ -65,7 +68,13 @@ def allocate(
     return model
 
 
-def remake(model: nn.Module, name: str, methods: Sequence[Method], tensors: Mapping[str, torch.Tensor]) -> None:
+def remake(
+    model: nn.Module,
+    name: str,
+    methods: Sequence[Method],
+    tensors: Mapping[str, torch.Tensor],
+    kept: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Make an adapter anew with methods that know where they act; heads and what it had already are kept.
 
     Args:
@@ -73,6 +82,7 @@ def remake(model: nn.Module, name: str, methods: Sequence[Method], tensors: Mapp
         name: name of the adapter.
         methods: as many as it has, none pending.
         tensors: values of some of the new tensors.
+        kept: values of the others, as far as they are there; by default those of the adapter as it is.
     """
     old: AttachedAdapter = attached(model)[name]
     with plain(model):
@@ -81,7 +91,8 @@ def remake(model: nn.Module, name: str, methods: Sequence[Method], tensors: Mapp
     made.heads = old.heads
     for path in old.heads:
         nest(made, path, old.get_submodule(path))
-    made.load_state_dict(old.state_dict() | dict(tensors), strict=False)
+    kept = old.state_dict() if kept is None else kept
+    made.load_state_dict({**kept, **tensors}, strict=False)
     exchange(model, name, made, backbone)
 
 

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.access import alone_with, beside_others, on_model, uncompiled
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
+from visionpeft.adapters.asking import connect_head
 from visionpeft.adapters.economies import Economies, may_narrow
 from visionpeft.adapters.install import check_unchanged, freeze_unused, install, parameters_in_use, remember_hosts
 from visionpeft.adapters.layer_decay import distances
@@ -22,7 +23,7 @@ from visionpeft.backbones.quantised import check_product, check_products, is_qua
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
-from visionpeft.sites import NEXT_BLOCK, Order, order_of
+from visionpeft.sites import HEAD, NEXT_BLOCK, Order, order_of
 from visionpeft.sites.routing import OPEN
 
 SPANNING = (Order.ENTER_SPAN, Order.LEAVE_SPAN)
@@ -98,7 +99,8 @@ def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: B
     with plain(model):
         check_products(model)
         _check_sites(adapter, backbone)
-    remember_hosts(model, adapter)  # refuses, so before anything is changed
+    connect_head(adapter)  # refuses, so before anything is changed
+    remember_hosts(model, adapter)
     if not has_adapters(model):
         model.add_module("peft", Adapters())
         model.peft.was_trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
@@ -125,6 +127,7 @@ def exchange(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
     check_unchanged(model, (name,))
     with plain(model):
         _check_sites(adapter, backbone)
+    connect_head(adapter)
     remember_hosts(model, adapter)
     peft[name] = adapter
     adapter.train(old.training)
@@ -446,7 +449,7 @@ def _check_sites(adapter: AttachedAdapter, backbone: Backbone) -> None:
     used: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for _, placement in adapter.placements:
         if placement.block is not None:
-            add = "stream_out" if placement.add == NEXT_BLOCK else placement.add
+            add = {NEXT_BLOCK: "stream_out", HEAD: None}.get(placement.add, placement.add)
             used[placement.tower][placement.block].update(filter(None, (placement.site, add)))
         elif placement.site == "tokens" and "norm_pre" not in backbone.towers[placement.tower].layers:
             used[placement.tower][0].add("stream_in")

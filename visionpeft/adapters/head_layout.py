@@ -10,9 +10,11 @@ from visionpeft.extensions import classes_by_name
 from visionpeft.heads import DenseHead
 from visionpeft.heads.base import DenseModule
 from visionpeft.methods.parts.field_types import from_json
+from visionpeft.methods.parts.several_features import SeveralFeatures
 
 # layer class -> attributes that its constructor takes
 LAYERS = {
+    SeveralFeatures: ("in_features", "out_features"),
     nn.Identity: (),
     nn.Dropout: ("p",),
     nn.Linear: ("in_features", "out_features"),
@@ -35,7 +37,7 @@ def head_layout(head: nn.Module) -> dict:
     for cls, names in LAYERS.items():
         if kind is cls or (issubclass(kind, cls) and kind.forward is cls.forward):
             arguments = {name: getattr(head, name) for name in names}
-            if cls is nn.Linear:
+            if issubclass(cls, nn.Linear):
                 arguments["bias"] = head.bias is not None
             return {"class": cls.__name__, "arguments": arguments}
     allowed = ", ".join(cls.__name__ for cls in LAYERS)

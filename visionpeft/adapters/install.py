@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter, join, own_parameter
+from visionpeft.adapters.asking import QUERIES, Asking, asker, check_asking_alone
 from visionpeft.adapters.carried_values import CARRIERS, CARRYING, check_carried
 from visionpeft.adapters.installation import Anatomy, Installation, Rested, Swaps
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
@@ -60,6 +61,7 @@ def _decide(model: nn.Module) -> Installation:
     peft: Adapters = model.peft
     names = peft.chosen
     check_unchanged(model, names)
+    check_asking_alone({name: peft[name] for name in names})
     anatomy = Anatomy(model, without=peft)
     backbone = describe(model)
     plan, swaps = plan_of(peft, names), Swaps()
@@ -109,6 +111,8 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
         sites.extra_tokens = sum(module.num_tokens for module in prompts)
         swap_block(swaps, block, sites)
         located = {key: located_in(modules, sites.first_patch, prompts) for key, modules in here.items()}
+        if queries := located.pop(QUERIES, None):
+            sites.asking = Asking(queries, asker(block, swaps))
         if carriers := located.pop(CARRIERS, None):
             sites.carriers = Carriers(carriers, first=index == 0, last=index == tower.depth - 1)
         fill(swaps, sites, block.layers, located)

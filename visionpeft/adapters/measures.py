@@ -150,7 +150,7 @@ class Measures:
             for name, c in candidates.items()
         }
         with _differentiable(self.model, parameters, training):
-            for batch in _taken(self.batches, samples, each, parameters[0].device):
+            for batch in taken(self.batches, samples, each, parameters[0].device):
                 with torch.enable_grad():
                     gradients = torch.autograd.grad(loss(self.model, batch), parameters, allow_unused=True)
                 found = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True)}
@@ -176,7 +176,7 @@ class Measures:
             adapter.placements = [*placements, *observing]
             try:
                 with use(self.model, self.name):
-                    for batch in _taken(self.batches, samples, False, device):
+                    for batch in taken(self.batches, samples, False, device):
                         classes = batch[-1]
                         for module in seen.values():
                             module.classes = classes if classes.ndim == 1 and not classes.is_floating_point() else None
@@ -271,13 +271,18 @@ def _differentiable(model: nn.Module, parameters: Iterable[nn.Parameter], traini
             parameter.requires_grad_(False)
 
 
-def _taken(batches: Iterable[Batch], samples: int | None, each: bool, device: torch.device) -> Iterator[Batch]:
-    taken = 0
+def taken(batches: Iterable[Batch], samples: int | None, each: bool, device: torch.device) -> Iterator[Batch]:
+    """The first so many samples of the batches, None for all, each by itself or in the batches they come in.
+
+    Raises:
+        DataError: if there are none.
+    """
+    count = 0
     for batch in batches:
-        batch = tuple(tensor[: None if samples is None else samples - taken].to(device) for tensor in batch)
-        taken += len(batch[0])
+        batch = tuple(tensor[: None if samples is None else samples - count].to(device) for tensor in batch)
+        count += len(batch[0])
         yield from zip(*(tensor.split(1) for tensor in batch), strict=True) if each else (batch,)
-        if taken == samples:
+        if count == samples:
             return
-    if not taken:
-        raise DataError("allocate got no batch")
+    if not count:
+        raise DataError("no batch of training data was shown")

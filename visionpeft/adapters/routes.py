@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters
+from visionpeft.adapters.asking import QUERIES, RoutedAsking, asker, check_asking_alone
 from visionpeft.adapters.carried_values import CARRIERS, CARRYING
 from visionpeft.adapters.install import (
     SHALLOW,
@@ -153,6 +154,7 @@ class Routes:
         if known is not None and known.root is root:
             return known
         _check_routable(name, root)
+        check_asking_alone({name: root})
         check_unchanged(model, (name,))
         plan = plan_of(peft, (name,))
         counts = {key: sum(getattr(module, "num_tokens", 0) for module in modules) for key, modules in plan.items()}
@@ -228,6 +230,11 @@ class Routes:
                     module = tower.blocks[block].module
                     prompts = RoutedKeyPrompts(self.routing, key, module, tower.frames)
                     plan.sites[tower.name, block].key_prompts = prompts
+                    continue
+                if (site, add) == QUERIES:
+                    block_sites = tower.blocks[block]
+                    asking = RoutedAsking(self.routing, key, asker(block_sites, plan.swaps))
+                    plan.sites[tower.name, block].asking = asking
                     continue
                 if (site, add) == CARRIERS:
                     ends = {"first": block == 0, "last": block == tower.depth - 1}

@@ -19,6 +19,7 @@ from visionpeft.adapters.described_tensors import check_tensors, read_described,
 from visionpeft.adapters.fingerprint import differences, same_weights, weights_record
 from visionpeft.adapters.head_layout import head_from_layout, head_layout
 from visionpeft.adapters.install import check_unchanged
+from visionpeft.adapters.stages import check_last_stage
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.backbones.tower import Backbone
@@ -62,6 +63,7 @@ def save(
         raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to save with name=")
     adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
     check_allocated(adapter)
+    check_last_stage(adapter)
     check_unchanged(model, [each for each in peft if peft[each] is adapter])
     methods, tensors = folded(adapter)
     description = {

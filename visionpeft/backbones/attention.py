@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from visionpeft.backbones.tower import Layer
 from visionpeft.sites import UNTOUCHED, Sites, frozen_layers
+from visionpeft.sites.asking import attend_again
 
 
 def open_in_front(
@@ -33,6 +34,8 @@ def attend(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(d) + mask) v for heads (batch, heads, tokens, d); keys may be more than queries."""
+    if attn_mask is None and not is_causal and dropout == 0 and (made := attend_again(q, k, v)) is not None:
+        return made
     attn_mask, is_causal = _for_all_keys(attn_mask, is_causal, q, k)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal)
 

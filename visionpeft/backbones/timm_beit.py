@@ -15,6 +15,7 @@ from visionpeft.backbones.dispatch import describe_attention, describe_block, de
 from visionpeft.backbones.timm_vit import timm_backbone
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer
 from visionpeft.sites import UNTOUCHED, Sites
+from visionpeft.sites.asking import ONLY_KEYS
 
 
 class SitedBeitAttention(Attention):
@@ -31,13 +32,16 @@ class SitedBeitAttention(Attention):
         return self._attention(x, UNTOUCHED, None)
 
     def _attention(self, x: torch.Tensor, sites: Sites, position_bias: torch.Tensor | None) -> torch.Tensor:
-        bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
-        layer = with_bias(self, bias)
-        parts = fused_qkv(sites, x, layer, self.qkv.weight, bias)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        k, v = sites.kv(k, v, x)
+        q, k, v = self._heads(x, sites)
+        k, v = sites.kv(k, v, x, lambda h: self._heads(h, ONLY_KEYS)[1:])
         x = attend_as(self, q, k, v, attn_mask=position_bias, fused=self.fused_attn)
         return self.proj_drop(sites.call(self.proj, x.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
+        """q, k, v (batch, heads, tokens, head width) of tokens x (batch, tokens, width)."""
+        bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        parts = fused_qkv(sites, x, with_bias(self, bias), self.qkv.weight, bias)
+        return tuple(part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
 
     def position_bias(self, shared: torch.Tensor | None) -> torch.Tensor | None:
         """Relative position bias (1, heads, N, N), own and shared added, or None."""

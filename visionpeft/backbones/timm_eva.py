@@ -22,6 +22,7 @@ from visionpeft.backbones.timm_layers import attention_output_layers
 from visionpeft.backbones.timm_vit import timm_backbone
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer
 from visionpeft.sites import UNSEEN, UNTOUCHED, Sites
+from visionpeft.sites.asking import ONLY_KEYS
 
 
 class SitedEvaAttention(EvaAttention):
@@ -99,11 +100,12 @@ def rotated(x: torch.Tensor, rope: torch.Tensor, patches: int, half: bool) -> to
     return torch.cat((x[:, :, :-patches], apply_rot_embed_cat(x[:, :, -patches:], rope, half=half)), dim=2)
 
 
-def rotary_attention(attention, x, sites, rope=None, attn_mask=None, is_causal=False) -> torch.Tensor:
-    """What EvaAttention and AttentionRope do with tokens (batch, tokens, width), and what acts at these sites."""
-    gate = sites.call(attention.gate, sites.followed(x)).sigmoid() if attention.gate is not None else None
+def rotary_heads(
+    attention: EvaAttention | AttentionRope, x: torch.Tensor, sites: Sites, rope: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v (batch, heads, tokens, head width) of tokens x (batch, tokens, width), with what acts at these sites."""
     qkv = attention.project(x, sites)
-    heads = (attention.num_heads, *(getattr(attention, "num_kv_heads", attention.num_heads),) * 2)
+    heads = (attention.num_heads, *(kv_heads(attention),) * 2)
     q, k, v = (part.unflatten(-1, (h, -1)).transpose(1, 2) for part, h in zip(qkv, heads, strict=True))
     q, k = sites.call(attention.q_norm, q), sites.call(attention.k_norm, k)
     if rope is not None:
@@ -111,8 +113,20 @@ def rotary_attention(attention, x, sites, rope=None, attn_mask=None, is_causal=F
         half = getattr(attention, "rotate_half", False)
         q = rotated(q, rope, patches if sites.kept is None else 0, half).type_as(v)
         k = rotated(k, rope, patches, half).type_as(v)
-    k, v = sites.kv(k, v, x)
-    groups = heads[0] // heads[1]
+    return q, k, v
+
+
+def kv_heads(attention: EvaAttention | AttentionRope) -> int:
+    """Number of heads of keys and values."""
+    return getattr(attention, "num_kv_heads", attention.num_heads)
+
+
+def rotary_attention(attention, x, sites, rope=None, attn_mask=None, is_causal=False) -> torch.Tensor:
+    """What EvaAttention and AttentionRope do with tokens (batch, tokens, width), and what acts at these sites."""
+    gate = sites.call(attention.gate, sites.followed(x)).sigmoid() if attention.gate is not None else None
+    q, k, v = rotary_heads(attention, x, sites, rope)
+    k, v = sites.kv(k, v, x, lambda h: rotary_heads(attention, h, ONLY_KEYS, rope)[1:])
+    groups = attention.num_heads // kv_heads(attention)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     x = attend_as(attention, q, k, v, attn_mask=attn_mask, is_causal=is_causal, fused=attention.fused_attn)

@@ -10,6 +10,7 @@ from visionpeft.backbones.dispatch import describe_attention, describe_mlp, norm
 from visionpeft.backbones.tower import Layer
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import UNTOUCHED, Sites
+from visionpeft.sites.asking import ONLY_KEYS
 
 
 class SitedAttention(Attention):
@@ -26,13 +27,18 @@ class SitedAttention(Attention):
         return plain_attention(self, x, UNTOUCHED)
 
 
+def plain_heads(attention: Attention, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
+    """q, k, v (batch, heads, tokens, head width) of tokens x (batch, tokens, width), with what acts at these sites."""
+    qkv = fused_qkv(sites, x, attention.qkv, attention.qkv.weight, attention.qkv.bias)
+    q, k, v = (part.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for part in qkv)
+    return sites.call(attention.q_norm, q), sites.call(attention.k_norm, k), v
+
+
 def plain_attention(attention, x, sites, attn_mask=None, is_causal=False) -> torch.Tensor:
     """What timm's `Attention` does with tokens (batch, tokens, width), and what acts at these sites."""
     gate = sites.call(attention.gate, sites.followed(x)).sigmoid() if attention.gate is not None else None
-    qkv = fused_qkv(sites, x, attention.qkv, attention.qkv.weight, attention.qkv.bias)
-    q, k, v = (part.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for part in qkv)
-    q, k = sites.call(attention.q_norm, q), sites.call(attention.k_norm, k)
-    k, v = sites.kv(k, v, x)
+    q, k, v = plain_heads(attention, x, sites)
+    k, v = sites.kv(k, v, x, lambda h: plain_heads(attention, h, ONLY_KEYS)[1:])
     x = attend_as(attention, q, k, v, attn_mask=attn_mask, is_causal=is_causal, fused=attention.fused_attn)
     x = sites.call(attention.norm, x.transpose(1, 2).flatten(2))
     if gate is not None:

@@ -212,7 +212,7 @@ class Learner(nn.Module):
 
     def run_image_tower(self, images: torch.Tensor) -> torch.Tensor:
         """What the image tower gives of images that have been checked, not normalised."""
-        return self.clip.encode_image(images)
+        return self.clip.encode_image(images, normalize=False)  # CoCa would
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Unit image features (batch, features) of images (batch, 3, height, width).
@@ -314,8 +314,8 @@ class Learner(nn.Module):
         """Learn what is computed from (features (images, features), labels) and not by gradient steps.
 
         Args:
-            train: unit image features (images, features), or (images, views, features) of several augmented views;
-                labels (images,). Not normalised where `fits_raw_features`.
+            train: unit image features (images, features), or (images, views, features) of several augmented views, by
+                the CLIP without the learner's own adapter; labels (images,). Not normalised where `fits_raw_features`.
             validation: unit image features (images, features) and labels (images,).
 
         Returns:

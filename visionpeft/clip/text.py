@@ -250,12 +250,14 @@ class TextEncoder:
     def _library_features(
         self, tokens: torch.Tensor, context: torch.Tensor | None, own: OwnTokens | None
     ) -> torch.Tensor:
+        # In the slots stands an id that is neither padding, which CoCa masks, nor the end, nor larger than that.
+        special = [getattr(self.module, name, None) for name in ("pad_id", "eos_id", "text_eos_id")]
+        word = next(each for each in range(4) if each not in special)
         with (
             _embedded_slots(self.module.token_embedding, tokens, context),
             contextlib.nullcontext() if own is None else self._overwritten(own),
         ):
-            # The end token keeps the largest id whatever stands in the slots.
-            return self.clip.encode_text(tokens.clamp(min=0))
+            return self.clip.encode_text(tokens.where(tokens >= 0, word), normalize=False)
 
     @contextmanager
     def _overwritten(self, own: OwnTokens) -> Iterator[None]:

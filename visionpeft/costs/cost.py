@@ -15,6 +15,7 @@ from torch import nn
 from visionpeft.adapters.allocate import allocate
 from visionpeft.adapters.attach import attach, trainable_parameters, use
 from visionpeft.adapters.merge import merge, unmerge
+from visionpeft.adapters.stages import check_last_stage
 from visionpeft.adapters.storage import save
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.costs.counts import Summary, summary
@@ -90,6 +91,7 @@ def measure(
         device: where to measure.
     """
     attach(model.to(device).eval(), method)
+    check_last_stage(model.peft["default"])
     model.peft.train()  # as a task does: the frozen rest stays in evaluation mode
     images = torch.randn(batch_size, 3, *preprocessing_of(model).input_size, device=device)
     labels = torch.zeros(batch_size, dtype=torch.long, device=device)

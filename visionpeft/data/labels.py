@@ -9,7 +9,8 @@ import torch
 
 from visionpeft.errors import ConfigurationError, DataError, did_you_mean
 
-Labels = Literal["classes", "several", "number"]
+Labels = Literal["classes", "several", "number", "masks"]
+# Those that are read from lists and names of folders; masks are images of their own.
 LABELS = ("classes", "several", "number")
 # Below this share of their mean, differences between numbers are lost in float32, which has about seven digits.
 RESOLVED = 1e-4

@@ -42,6 +42,7 @@ from visionpeft.methods.lora_dropout import LoRADropout
 from visionpeft.methods.lora_ga import LoRAGA
 from visionpeft.methods.lpt import LPT
 from visionpeft.methods.lst import LST
+from visionpeft.methods.ltsft import LTSFT
 from visionpeft.methods.mam import MAM
 from visionpeft.methods.miss import MiSS
 from visionpeft.methods.mixlora import MixLoRA
@@ -60,9 +61,11 @@ from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.pixel_prompt import PixelPrompt
 from visionpeft.methods.prefix_propagation import PrefixPropagation
 from visionpeft.methods.prefix_tuning import PrefixTuning
+from visionpeft.methods.pruned_bitfit import PrunedBitFit
 from visionpeft.methods.ptuning import PTuning
 from visionpeft.methods.randlora import RandLoRA
 from visionpeft.methods.rep_adapter import RepAdapter
+from visionpeft.methods.sct import SCT
 from visionpeft.methods.second_order import SecondOrder
 from visionpeft.methods.smop import SMoP
 from visionpeft.methods.sora import SoRA
@@ -73,7 +76,9 @@ from visionpeft.methods.unipelt import UniPELT
 from visionpeft.methods.vblora import VBLoRA
 from visionpeft.methods.vera import VeRA
 from visionpeft.methods.vpt import VPT
+from visionpeft.methods.vqt import VQT
 from visionpeft.methods.waveft import WaveFT
+from visionpeft.methods.xprompt import XPrompt
 
 __all__ = [
     "AIM",
@@ -88,11 +93,14 @@ __all__ = [
     "IDPG",
     "LPT",
     "LST",
+    "LTSFT",
     "MAM",
     "OFT",
+    "SCT",
     "SPT",
     "SSF",
     "VPT",
+    "VQT",
     "AdaLoRA",
     "AdaMix",
     "AdaptFormer",
@@ -140,6 +148,7 @@ __all__ = [
     "PixelPrompt",
     "PrefixPropagation",
     "PrefixTuning",
+    "PrunedBitFit",
     "RandLoRA",
     "RepAdapter",
     "SMoP",
@@ -150,4 +159,5 @@ __all__ = [
     "VBLoRA",
     "VeRA",
     "WaveFT",
+    "XPrompt",
 ]

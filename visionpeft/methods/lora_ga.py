@@ -92,7 +92,7 @@ class LoRAGA(Counting):
         candidates = {path: SparseCandidate(index, layer, "weight") for path, (index, layer, _) in layers.items()}
         gradients, tensors = measures.gradients(candidates, self.samples), {}
         for path, (_, layer, rank) in layers.items():
-            left, _, right = torch.linalg.svd(gradients[path].double().cpu(), full_matrices=False)
+            left, _, right = torch.linalg.svd(gradients[path], full_matrices=False)
             size = layer.out_features**0.25 / self.gamma**0.5
             start = {"U": size * left[:, rank : 2 * rank], "V": size * right[:rank]}
             tensors |= {f"{path}.{name}": tensor for name, tensor in start.items()}

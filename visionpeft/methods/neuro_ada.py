@@ -1,4 +1,7 @@
-"""NeuroAda: Activating Each Neuron's Potential for Parameter-Efficient Fine-Tuning (Zhang et al., 2025)."""
+"""NeuroAda: Activating Each Neuron's Potential for Parameter-Efficient Fine-Tuning (Zhang et al., 2025).
+
+https://arxiv.org/abs/2510.18940
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """The command line: how a configuration is found, parsed and refused, and how errors are shown."""
 
+import copy
 from enum import Enum
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from visionpeft.clip import learners
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
 from visionpeft.files import replacing
+from visionpeft.runs.carried import with_carried
 from visionpeft.runs.config_files import config_content
 from visionpeft.runs.explain import explain, missing_package, user_error
 from visionpeft.runs.options import CONFIG, OPTIONS, PROGRAM, SEED, WHOLE_PAGE
@@ -47,7 +49,10 @@ class ConfigFile(ActionConfigFile):
 
     def __call__(self, parser, namespace, value, option_string=None):
         """Find the configuration and read it; classes are named without their modules, which may have moved."""
-        content = yaml.safe_dump(_short_names(config_content(value)), sort_keys=False)
+        content = _short_names(config_content(value))
+        if isinstance(content, dict):  # that of a run names adapters of which it has copies
+            content = with_carried(content, RunDirectory(Path(value).parent).carried)
+        content = yaml.safe_dump(content, sort_keys=False)
         super().__call__(parser, namespace, content, option_string)
 
 
@@ -151,10 +156,20 @@ class CLI(LightningCLI):
         if self.config.global_batch is not None:
             self.datamodule.batch_size = share_of_batch(self.config.global_batch, self.trainer)
 
-    def build_trainer(self, callbacks: list[pl.Callback], **own) -> pl.Trainer:
-        """Lightning's Trainer with the options given under `trainer`, and ours."""
+    def build_trainer(self, callbacks: list[pl.Callback], *, of_stage: bool = False, **own) -> pl.Trainer:
+        """Lightning's Trainer with the options given under `trainer`, and ours.
+
+        Args:
+            callbacks: ours.
+            of_stage: whether another training follows with the callbacks given, which then begin anew: this one has
+                copies of them, and no logger but its own.
+            own: further options, which win.
+        """
         given = dict(self.config_init.trainer)
         before = given.pop("callbacks", None) or []
+        if of_stage:
+            before = copy.deepcopy(before)
+            given["logger"] = None
         callbacks = [*(before if isinstance(before, list) else [before]), *callbacks]
         if own.get("logger") and isinstance(given["logger"], Logger | list):
             further = given["logger"] if isinstance(given["logger"], list) else [given["logger"]]
@@ -163,6 +178,10 @@ class CLI(LightningCLI):
             return Trainer(**given | own, callbacks=callbacks)
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+
+    def plain_config(self) -> dict:
+        """The resolved configuration as plain values."""
+        return yaml.safe_load(self.parser.dump(_plain(self.config), skip_none=False, skip_validation=True))
 
     def save_config(self, path: Path) -> None:
         """Write the resolved configuration, which is enough to build task and data again; at once, or not at all."""

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -10,9 +9,10 @@ from visionpeft.errors import ConfigurationError, UserError
 from visionpeft.files import claim, write_json
 from visionpeft.runs.agreement import Peers, what_must_agree
 from visionpeft.runs.before_training import check_before_training
+from visionpeft.runs.carried import carry
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
-from visionpeft.runs.command import Interrupted, is_started
+from visionpeft.runs.command import is_started
 from visionpeft.runs.environment import environment
 from visionpeft.runs.figures import draw_curves
 from visionpeft.runs.history import EpochHistory, read_history
@@ -20,6 +20,7 @@ from visionpeft.runs.processes import agreed_run, lost_peers, start, started_by_
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import batches, record_of, setting, tested
 from visionpeft.runs.sharding import EqualBatches, ShardedBackbone
+from visionpeft.runs.stages import check_stages, train, train_stages
 from visionpeft.runs.tables import print_results, print_setting
 from visionpeft.runs.test_record import Record
 from visionpeft.runs.training_cost import TrainingCost
@@ -64,6 +65,7 @@ def _checked(arguments: list[str]) -> CLI:
     datamodule.setup()  # a missing file is refused before there is a run directory
     options = (cli.config_init.trainer, report, cli.config.test, cli.trainer.world_size)
     check_before_training(cli.model, datamodule, *options)
+    check_stages(cli)
     return cli
 
 
@@ -72,6 +74,7 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     first = cli.trainer.is_global_zero  # of several processes, one writes and prints
     if first:
         print_setting(setting(task, datamodule), run.path)
+    stages = train_stages(cli, run)
 
     cost, record = TrainingCost(), record_of(task, datamodule)
     callbacks = [cost, EpochHistory(run.metrics), record, *checkpoint_callbacks(run, has_validation, task.objective)]
@@ -84,7 +87,7 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
         default_root_dir=run.path,
         enable_progress_bar=False,
     )
-    _train(trainer, task, datamodule, run)
+    train(trainer, task, datamodule, run, run)
     reported = f"last of {trainer.current_epoch} epochs" if trainer.current_epoch else "without gradient steps"
     if cli.config.report != "last":
         split = "validation" if cli.config.report == "best" else "test"
@@ -99,9 +102,10 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
     results = setting(task, datamodule) | {
         **(tested(trainer, record) if cli.config.test else {}),
         "reported": reported,
-        "training_seconds": round(cost.seconds, 2),
-        "peak_memory_bytes": cost.peak_memory,
+        "training_seconds": round(cost.seconds + sum(each["training_seconds"] for each in stages), 2),
+        "peak_memory_bytes": max([cost.peak_memory, *(each["peak_memory_bytes"] for each in stages)]),
         "memory_kind": cost.memory_kind,
+        **({"earlier_stages": stages} if stages else {}),
         "precision": str(trainer.precision),
         "batch": batches(trainer, datamodule),
         "run_directory": str(run.path),
@@ -127,22 +131,9 @@ def _run_directory(cli: CLI) -> RunDirectory:
     write_json(run.path / "environment.json", environment())
     if draw := getattr(cli.datamodule, "draw", None):  # which images of a few-shot set were drawn
         draw.write(run.path / "draw.json")
+    carry(cli.plain_config(), run.carried)
     cli.save_config(run.config)  # last, as it is what makes the folder that of a run
     return run
-
-
-def _train(trainer: pl.Trainer, task: ImageTask, datamodule: pl.LightningDataModule, run: RunDirectory):
-    """Train from the last checkpoint of the run directory, or from the beginning if there is none."""
-    checkpoint = run.last_checkpoint if run.last_checkpoint.is_file() else None
-    try:
-        trainer.fit(task, datamodule, ckpt_path=checkpoint)
-    except SystemExit:  # Lightning's answer to Ctrl-C
-        if not trainer.interrupted:
-            raise
-        raise Interrupted(
-            f"interrupted in epoch {trainer.current_epoch + 1} of {trainer.max_epochs}; finished epochs are kept. "
-            f"Continue with: python -m visionpeft.fit --resume {run.path}"
-        ) from None
 
 
 def _load_best(task: ImageTask, run: RunDirectory) -> int:

@@ -41,6 +41,13 @@ OPTIONS = (
         "images of one step over all devices, of which each gets its share; in the place of --data.batch_size, which "
         "is that of one device",
     ),
+    Option(
+        "stage_epochs",
+        list[int] | None,
+        None,
+        "of a method that is trained in stages, the epochs of each training before the last; by default all are as "
+        "long as the last, which --trainer says",
+    ),
     Option("test", bool, True, "test once, after training; false while hyper-parameters are chosen"),
     Option("figures", bool, True, "draw what the run has seen and mistaken"),
 )

@@ -32,7 +32,7 @@ FILES = (".csv", ".json")
 def predict(arguments: list[str]) -> None:
     """Predict, print a table and write the file that was asked for."""
     options = _parse(arguments)
-    trained = open_run(RunDirectory.existing(options.run), options.class_names)
+    trained = open_run(RunDirectory.existing(options.run), options.class_names, options.task)
     _check_options(trained, options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.model.to(device)
@@ -123,6 +123,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="classes to tell apart in place of the trained ones, separated by commas, or a text file with one a line; "
         "for runs of a learner on a CLIP",
     )
+    parser.add_argument("--task", help="for runs of several tasks: that of the images")
     parser.add_argument("--output", type=Path, help="a .csv or .json file to write; of masks, a folder")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged files out instead of stopping")
     options = parser.parse_args(arguments)

@@ -95,6 +95,12 @@ def print_setting(setting: dict, run_directory: Path) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
+def print_stage(number: int, count: int, parameters: dict) -> None:
+    """Print that the training of a stage begins, and how much it trains."""
+    text = f"[bold]stage {number} of {count}[/bold]: {parameters['trainable']:,} of {parameters['total']:,} parameters"
+    Console().print(text, highlight=False, soft_wrap=True)
+
+
 def _learnt(data: dict) -> str:
     """What is learnt of each image."""
     labels = data.get("labels", "classes")

@@ -69,6 +69,7 @@ def from_pretrained(
     tokenizer: Callable | None = None,
     *,
     class_names: Sequence[str] | None = None,
+    task: str | None = None,
     checkpoint: str | Path | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
@@ -86,6 +87,7 @@ def from_pretrained(
         model: the backbone, or CLIP, if it is already there; by default it is made as the description says.
         tokenizer: that of the CLIP, if `model` is one.
         class_names: other classes, for a learner that takes any.
+        task: of the images, for what was trained on several.
         checkpoint: a file with the weights of the backbone, which the description names otherwise or leaves to a
             download; other weights than those of the training are refused.
         revision: branch, tag or commit of the repository.
@@ -104,7 +106,7 @@ def from_pretrained(
     if not folder.is_dir():
         options = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         folder = download(str(source), **options)
-    return open_saved(folder, class_names, model, tokenizer, checkpoint=checkpoint)
+    return open_saved(folder, class_names, model, tokenizer, checkpoint=checkpoint, task=task)
 
 
 def push_to_hub(

@@ -94,6 +94,11 @@ class RunDirectory:
         return self.path / "adapter"
 
     @property
+    def carried(self) -> Path:
+        """Copies of the saved adapters that its configuration names."""
+        return self.path / "carried"
+
+    @property
     def learner(self) -> Path:
         """The learner of a run of prompt learning, as `visionpeft.load_learner` reads it."""
         return self.path / "learner"

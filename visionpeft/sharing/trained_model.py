@@ -1,7 +1,7 @@
 """What a finished run has trained, ready to classify images or videos."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from visionpeft.models.dense_predictor import DensePredictor
 from visionpeft.models.video_classifier import VideoClassifier
 from visionpeft.models.video_sampling import FrameSampling
 from visionpeft.sharing.described_backbone import described_arguments
+from visionpeft.sharing.one_task import one_task, treatment
 from visionpeft.sharing.run_directory import RunDirectory
 
 KINDS = ("classes", "several", "number", "masks")
@@ -76,12 +77,13 @@ class TrainedModel:
         return logits.sigmoid() if self.labels == "several" else logits.softmax(dim=-1)
 
 
-def open_run(run: RunDirectory, class_names: Sequence[str] | None = None) -> TrainedModel:
+def open_run(run: RunDirectory, class_names: Sequence[str] | None = None, task: str | None = None) -> TrainedModel:
     """The model of a finished run.
 
     Args:
         run: its directory.
         class_names: classes to tell apart in place of those it was trained for.
+        task: of the images, where it was trained on several.
 
     Raises:
         StorageError: the run has not finished, or its files are damaged or belong to another backbone.
@@ -89,7 +91,7 @@ def open_run(run: RunDirectory, class_names: Sequence[str] | None = None) -> Tra
     """
     # A backbone without pretrained weights is drawn again.
     torch.manual_seed(run.read_results()["seed"])
-    return open_saved(run.learner if run.learner.is_dir() else run.adapter, class_names, own=True)
+    return open_saved(run.learner if run.learner.is_dir() else run.adapter, class_names, own=True, task=task)
 
 
 def open_saved(
@@ -100,6 +102,7 @@ def open_saved(
     *,
     own: bool = False,
     checkpoint: str | Path | None = None,
+    task: str | None = None,
 ) -> TrainedModel:
     """The model of a folder that `save` or `save_learner` wrote.
 
@@ -110,6 +113,7 @@ def open_saved(
         tokenizer: that of the CLIP, if `model` is one.
         own: the folder is of a run of this user, whose description is taken as it is.
         checkpoint: file with the weights of the backbone, in the place of those that are described.
+        task: of the images, where it was trained on several.
 
     Raises:
         StorageError: the files are damaged or belong to another backbone.
@@ -141,10 +145,12 @@ def open_saved(
         if model is None:
             model = described_classifier(description, folder, own, checkpoint)
         load(model, folder)
-    return as_described(model, names, description, folder)
+    return as_described(model, names, description, folder, task)
 
 
-def as_described(model: nn.Module, names: list[str] | None, description: Mapping, folder: Path | str) -> TrainedModel:
+def as_described(
+    model: nn.Module, names: list[str] | None, description: Mapping, folder: Path | str, task: str | None = None
+) -> TrainedModel:
     """A model, and how it is used by what `save` or `save_learner` wrote about it.
 
     Args:
@@ -152,11 +158,14 @@ def as_described(model: nn.Module, names: list[str] | None, description: Mapping
         names: names of its classes.
         description: what was written.
         folder: where, for an error.
+        task: of the images, where it was trained on several.
 
     Raises:
+        ConfigurationError: it was trained on several tasks, and `task` is none of them.
         StorageError: it predicts numbers, and their mean or deviation is missing.
     """
     objective = learnt_objective(description, folder)
+    model, names = one_task(model, names, objective, task, folder)
     trained = TrainedModel(model.eval(), names)
     if preprocessing := description["preprocessing"]:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()}
@@ -167,6 +176,9 @@ def as_described(model: nn.Module, names: list[str] | None, description: Mapping
     if trained.labels == "masks":
         trained.window, trained.stride = objective.get("window"), objective.get("stride")
         trained.size, trained.palette = data.get("size"), data.get("palette")
+    if task is not None:  # whose images were treated in their own way
+        data, own = treatment(data, task, folder)
+        trained.preprocessing = replace(trained.preprocessing, **own)
     trained.resize = data.get("resize")
     if "sampling" in data:
         trained.sampling, trained.crops = FrameSampling(**data["sampling"]), data["test_crops"]

@@ -1,5 +1,6 @@
 """Named places inside a block and a layer, and what acts there."""
 
+from visionpeft.sites.asking import Asker, asker_of
 from visionpeft.sites.blocks import (
     UNSEEN,
     UNTOUCHED,
@@ -15,13 +16,15 @@ from visionpeft.sites.blocks import (
 )
 from visionpeft.sites.carrying import Carriers, Carrying, entering, leaving
 from visionpeft.sites.layers import SitedLayer, SitedLinear, SitedPointwise, sited_layer_class
-from visionpeft.sites.placement import NEXT_BLOCK, TOKEN_SITES, Order, Placement, Shared, is_drawn, order_of
+from visionpeft.sites.placement import HEAD, NEXT_BLOCK, TOKEN_SITES, Order, Placement, Shared, is_drawn, order_of
 
 __all__ = [
+    "HEAD",
     "NEXT_BLOCK",
     "TOKEN_SITES",
     "UNSEEN",
     "UNTOUCHED",
+    "Asker",
     "Carriers",
     "Carrying",
     "ClassTokenOnly",
@@ -38,6 +41,7 @@ __all__ = [
     "Unseen",
     "Untouched",
     "act_on_kv",
+    "asker_of",
     "entering",
     "is_drawn",
     "join",

@@ -18,7 +18,7 @@ These kinds of modules act:
 * at `kv`, `module(k, v) -> k, v` on (batch, heads, tokens, head width), after rotary position and key normalisation.
   With `reads_attention_input = True` it is called with one more argument, what the attention reads: (batch, tokens,
   width);
-* a carrier, for which see `carrying`.
+* a carrier, for which see `carrying`, and tokens that ask, for which see `asking`.
 
 What acts on tokens may declare, for those who run fewer tokens than the library does: `tokenwise = True`, it treats
 every token by itself; `replaced_tokens = (first, stop)`, it overwrites these tokens and leaves the others alone.
@@ -60,6 +60,7 @@ class Sites:
         self.branches: dict[str, tuple[tuple[nn.Module, str], ...]] = {}
         self.key_prompts: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.carriers: CarriersOfBlock | None = None
+        self.asking: Callable | None = None
         self.class_token_only: ClassTokenOnly | None = None
         self.recompute_mlp = False
 
@@ -103,10 +104,25 @@ class Sites:
             return checkpoint(branch, x, use_reentrant=False)
         return branch(x)
 
-    def kv(self, k: torch.Tensor, v: torch.Tensor, h: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Apply what acts on keys and values (batch, heads, tokens, head width), made of h (batch, tokens, width)."""
+    def kv(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        h: torch.Tensor | None = None,
+        remake: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply what acts on keys and values (batch, heads, tokens, head width).
+
+        Args:
+            k: the keys.
+            v: the values.
+            h: what the attention reads (batch, tokens, width).
+            remake: makes keys and values from h as the backbone does.
+        """
         for module in self.acting.get("kv", ()):
             k, v = act_on_kv(module, k, v, h)
+        if self.asking is not None:
+            self.asking(k, v, h, remake)
         return k, v
 
     def mask(self, mask: torch.Tensor | None, is_causal: bool = False) -> torch.Tensor | None:

@@ -81,7 +81,7 @@ def remember(y: torch.Tensor, function: Callable, *tensors: torch.Tensor | None)
     # detached: what is made again is a value for the weight gradients, and must not hold the graph of the forward pass.
     if torch.is_grad_enabled() and not shares_memory(y, tensors[0]):
         # Not detached: a gradient that is differentiated again follows the remade tensor back through its sources.
-        y.origin = Origin(function, tensors, _autocast_dtype(y), y._version)
+        y.origin = Origin(function, tensors, autocast_dtype(y), y._version)
     return y
 
 
@@ -96,7 +96,7 @@ def origin_of(x: torch.Tensor) -> Origin | None:
     return origin if origin is not None and origin.version == x._version else None
 
 
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype in which autocast multiplies, None without autocast. It leaves float64 alone."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else None
@@ -125,7 +125,7 @@ def linear(
         left.append((rows, () if first is None else modules[first:]))
     # Without a change of the weight there is nothing to save: PyTorch keeps no input for a frozen weight either. Under
     # autocast, though, it would keep the cast copy of the weight.
-    if not changes.factors and not changes.entries and _autocast_dtype(x) is None:
+    if not changes.factors and not changes.entries and autocast_dtype(x) is None:
         return changes.by_row(x, F.linear(x, weight, changes.of_bias(bias))), left
     y = _FrozenLinear.apply(x, weight, changes.of_bias(bias), origin_of(x), *changes.arguments())
     return changes.by_row(x, y), left
@@ -223,7 +223,7 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, origin, rows, scalings, places, *changes):
-        autocast = _autocast_dtype(x)
+        autocast = autocast_dtype(x)
 
         def cast(tensor):
             return tensor if autocast is None or tensor is None else tensor.to(autocast)

@@ -11,6 +11,8 @@ TOKEN_SITES = ("stream_in", "attn_in", "attn_out", "stream_mid", "mlp_in", "mlp_
 
 # where a branch is added whose module is a carrier (`carrying`)
 NEXT_BLOCK = "next_block"
+# and one that asks at `kv` (`asking`), of which the head reads what it got
+HEAD = "head"
 
 
 class Order(IntEnum):
@@ -52,7 +54,7 @@ class Placement:
         site: a token site, a layer site such as "q", or "kv".
         module: what acts there; owned by the adapter.
         add: for a branch, the later token site of the same block at which the module's output is added; `NEXT_BLOCK`
-            for a carrier.
+            for a carrier, `HEAD` for tokens that ask.
         name: name of the module in the adapter, for a second one of a method at one site; by default that of the site.
     """
 

@@ -1,5 +1,6 @@
 """What the tasks share that train adapters and a head on a frozen backbone."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -252,6 +253,17 @@ class AdaptedTask(ImageTask):
         if self.trainer.datamodule is not None:
             self._check_last_batch(self.trainer.datamodule, self.trainer.world_size)
 
+    def loss_of_shown(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Mean loss of a batch, as methods see it that choose by the data."""
+        images, labels = batch
+        with self.of_tasks(labels):
+            return self.objective.measured_loss(self(images).float(), labels)
+
+    def shown(self, datamodule: pl.LightningDataModule) -> Iterable:
+        """The training batches that such methods see, those of one device that trains alone."""
+        # Another's data module has not shared its batches among several devices yet.
+        return datamodule.train_loader() if isinstance(datamodule, ImageDataModule) else datamodule.train_dataloader()
+
     def _allocate(self) -> None:
         datamodule = self.trainer.datamodule
         if datamodule is None:
@@ -260,17 +272,10 @@ class AdaptedTask(ImageTask):
                 "visionpeft.allocate(task.model, batches) before the training"
             )
 
-        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-            images, labels = batch
-            with self.of_tasks(labels):
-                return self.objective.measured_loss(self(images).float(), labels)
-
-        # Another's data module has not shared its batches among several devices yet.
-        shown = datamodule.train_loader() if isinstance(datamodule, ImageDataModule) else datamodule.train_dataloader()
         # What is drawn for the chosen places is a function of the seed, on any number of devices.
         with torch.random.fork_rng(devices=[]), self._uncompiled():
             torch.manual_seed(self.seed)
-            allocate(self.model, shown, loss, self.adapter_name)
+            allocate(self.model, self.shown(datamodule), self.loss_of_shown, self.adapter_name)
         copy_again(self.trainer.callbacks, self.trainer, self)
 
     def _allocate_together(self) -> None:

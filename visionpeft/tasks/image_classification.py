@@ -20,7 +20,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.methods import Method
 from visionpeft.methods.parts.by_task import for_tasks
 from visionpeft.models.create import create_backbone
-from visionpeft.sites.tasks_of_rows import tasks_of_rows
+from visionpeft.sites.tasks_of_rows import rows_of, tasks_of_rows
 from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.heads import Head, HeadInit, replace_head
 from visionpeft.tasks.objective import Loss, Weights
@@ -170,6 +170,18 @@ class ImageClassification(AdaptedTask):
             return nullcontext()
         rows = torch.tensor(0) if labels is None else self.objective.tasks_of(labels)
         return tasks_of_rows(tuple(self.tasks), rows)
+
+    def predict_step(self, batch, batch_idx: int) -> Tensor:
+        """As for every task; of several tasks within `visionpeft.of_tasks`, 0 for classes of other tasks.
+
+        Raises:
+            ConfigurationError: there are several tasks, and that of the images is not known.
+        """
+        if self.tasks is None:
+            return super().predict_step(batch, batch_idx)
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        rows = rows_of(tuple(self.tasks), images, type(self).__name__)
+        return self.objective.answers(self.objective.among_own(self(images).float(), rows))
 
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how this backbone wants its images.

@@ -335,8 +335,13 @@ def build_objective(
         asymmetry: of the asymmetric loss; by default that of its paper.
 
     Raises:
-        ConfigurationError: an option of other labels.
+        ConfigurationError: an option of other labels; or masks, which are of another task.
     """
+    if labels == "masks":
+        raise ConfigurationError(
+            "masks say the class of each pixel, which an image's one output does not; use SemanticSegmentation "
+            "(--model SemanticSegmentation)"
+        )
     allowed = LOSSES[labels]
     loss = allowed[0] if loss is None else loss
     if loss not in allowed:

@@ -14,6 +14,7 @@ from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.storage import load_learner, save_learner
+from visionpeft.clip.unprompted import unprompted
 from visionpeft.data.labels import Labels
 from visionpeft.errors import ConfigurationError
 from visionpeft.models.create_clip import create_clip
@@ -302,8 +303,9 @@ class PromptLearning(ImageTask):
             views = range(first, first + self.learner.fitted_views)
         else:
             views = range(self.fixed_views)
-        train = self._features("train", views, raw=self.learner.fits_raw_features)
-        validation = self._features("val", range(1)) if "val" in datamodule.sources else None
+        with unprompted(self.learner):  # a learner that changes the towers is fitted on features that stay
+            train = self._features("train", views, raw=self.learner.fits_raw_features)
+            validation = self._features("val", range(1)) if "val" in datamodule.sources else None
         self.chosen = self.learner.fit_features(train, validation)
 
     def _features(self, split: str, views: range, raw: bool = False) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from open_clip.model import convert_weights_to_lp
 from visionpeft.clip import packing
 from visionpeft.clip.learners import (
     CLAP,
+    DAPT,
     IVLP,
     PLOT,
     RPO,
@@ -42,6 +43,7 @@ from visionpeft.clip.learners import (
     CoOp,
     DePT,
     KgCoOp,
+    PLOTPlusPlus,
     ProDA,
     ProGrad,
     PromptSRC,
@@ -758,6 +760,8 @@ def test_trainable_counts_at_real_widths():
     assert count(TCP) == 331_904
     assert count(RPO) == 30_720
     assert count(ProVP) == 147_456
+    assert count(DAPT) == 20_480
+    assert count(PLOTPlusPlus) == 14_336
     assert count(DePT) == 8192 + 53_348
     assert count(TwoStageFewShot) == 65_536 + 51_200
     assert count(TaskRes) == count(CLAP) == 51_200

@@ -233,7 +233,7 @@ def test_zero_needs_one_pass_of_the_images_and_no_gradient(monkeypatch):
     learner.text_features()
     rows, texts_encoded = [], []
     encode, of_texts = learner.clip.encode_image, learner.text.encode
-    monkeypatch.setattr(learner.clip, "encode_image", lambda x: rows.append(len(x)) or encode(x))
+    monkeypatch.setattr(learner.clip, "encode_image", lambda x, **options: rows.append(len(x)) or encode(x, **options))
     learner.text.encode = lambda *args, **options: texts_encoded.append(1) or of_texts(*args, **options)
     with torch.enable_grad():
         logits = learner(images(3))

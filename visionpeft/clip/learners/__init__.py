@@ -8,6 +8,7 @@ from visionpeft.clip.learners.clip_linear_probe import CLIPLinearProbe
 from visionpeft.clip.learners.clip_lora import CLIPLoRA
 from visionpeft.clip.learners.cocoop import CoCoOp
 from visionpeft.clip.learners.coop import CoOp
+from visionpeft.clip.learners.dapt import DAPT
 from visionpeft.clip.learners.dept import DePT
 from visionpeft.clip.learners.diff_tpt import DiffTPT
 from visionpeft.clip.learners.ivlp import IVLP
@@ -16,6 +17,7 @@ from visionpeft.clip.learners.lp_plus_plus import LPPlusPlus
 from visionpeft.clip.learners.maple import MaPLe
 from visionpeft.clip.learners.mta import MTA
 from visionpeft.clip.learners.plot import PLOT
+from visionpeft.clip.learners.plot_plus_plus import PLOTPlusPlus
 from visionpeft.clip.learners.proda import ProDA
 from visionpeft.clip.learners.prograd import ProGrad
 from visionpeft.clip.learners.prompt_align import PromptAlign
@@ -36,6 +38,7 @@ from visionpeft.clip.learners.zero_shot import ZeroShot
 __all__ = [
     "CLAP",
     "CTPT",
+    "DAPT",
     "IVLP",
     "MTA",
     "PLOT",
@@ -56,6 +59,7 @@ __all__ = [
     "LPPlusPlus",
     "Learner",
     "MaPLe",
+    "PLOTPlusPlus",
     "ProDA",
     "ProGrad",
     "ProVP",

@@ -32,7 +32,7 @@ class PLOT(Learner):
     Trainable: N M d, with context length M and text width d.
     Source: Chen et al., PLOT: Prompt Learning with Optimal Transport for Vision-Language Models, 2023. The authors stop
     all images and classes of a batch together, by the mean over them; here each stops by itself, so that what is
-    predicted for an image does not depend on its batch. PLOT++, with image prompts in the place of parts, is not built.
+    predicted for an image does not depend on its batch. `PLOTPlusPlus` has image prompts in the place of parts.
 
     Args:
         clip: an OpenCLIP model whose image tower is a ViT or ResNet of OpenCLIP's own.

@@ -64,6 +64,11 @@ class TunedCLIP(Learner):
                 f"{type(method).__name__} chooses what it trains by a pass over labelled images, which a learner does "
                 "not make; use a method that needs no such pass"
             )
+        if method.stages_after:
+            raise ConfigurationError(
+                f"{type(method).__name__} is trained in stages, which a learner does not have; attach it to the CLIP "
+                "model itself (visionpeft.stages)"
+            )
         options = {"method": describe_method(method), "template": template}
         super().__init__(clip, tokenizer, class_names, options=options, allow_duplicates=allow_duplicates)
         templates = check_templates(template)

@@ -4,19 +4,19 @@ https://arxiv.org/abs/2503.11609
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 
 from visionpeft.clip.learners.tuned_clip import TunedCLIP
+from visionpeft.clip.stages import InTwoStages, check_share
 from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
-from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method
 
 
-class TwoStageFewShot(TunedCLIP):
+class TwoStageFewShot(InTwoStages, TunedCLIP):
     """Tunes both towers first, then freezes them and trains a classifier that starts at the texts: 2SFS.
 
     Stage 1 is `TunedCLIP`: logits_k = scale f t_k with unit features of the changed towers, and cross-entropy. After
@@ -47,7 +47,6 @@ class TwoStageFewShot(TunedCLIP):
     """
 
     adapter_name = "two_stage_few_shot"
-    second_stage = False
     trained_names: Sequence[str] = ()
 
     def __init__(
@@ -61,17 +60,16 @@ class TwoStageFewShot(TunedCLIP):
         trained_names: list[str] | None = None,
         allow_duplicates: bool = False,
     ):
-        if not 0 <= first_stage <= 1:
-            raise ConfigurationError(f"first_stage must be a share from 0 to 1, not {first_stage}")
         names = class_names if trained_names is None else trained_names
+        check_share(first_stage)
         super().__init__(clip, tokenizer, names, method, template, allow_duplicates)
-        self.first_stage = first_stage
+        self.keep_stage(first_stage)
         self.frozen_in_first_stage = self.frozen_images
         self.trained_names = self.class_names
         self.options |= {"first_stage": first_stage, "trained_names": self.trained_names}
         self.classifier = nn.Parameter(self._start())
-        self.register_buffer("stage", torch.ones((), dtype=torch.uint8, device=self.text.device))
-        self.register_load_state_dict_post_hook(_read_stage)
+        if first_stage == 0:
+            self.begin_second_stage()
         if trained_names is not None:
             self.set_class_names(class_names)
 
@@ -83,11 +81,6 @@ class TwoStageFewShot(TunedCLIP):
             return torch.empty(len(self.trained_names), self.text.num_features, dtype=dtype, device="meta")
         return self.encode_text().to(dtype)
 
-    def end_epoch(self, epoch: int, num_epochs: int) -> None:
-        """Begin stage 2 where stage 1 has had its share of the epochs."""
-        if not self.second_stage and epoch + 1 >= self.first_stage * num_epochs:
-            self.begin_second_stage()
-
     @torch.no_grad()
     def begin_second_stage(self) -> None:
         """Freeze the towers as they are, and let the classifier start at their text features of the trained names."""
@@ -98,9 +91,13 @@ class TwoStageFewShot(TunedCLIP):
         self.classifier.copy_(self._start())
         if names != self.trained_names:
             self.set_class_names(names)
-        self.stage.fill_(2)
-        _read_stage(self)
+        super().begin_second_stage()
         self.train(training)
+
+    def follow_stage(self) -> None:
+        """Read the stage that was loaded; in the second, image features do not change."""
+        super().follow_stage()
+        self.frozen_images = self.second_stage or self.frozen_in_first_stage
 
     def train(self, mode: bool = True):
         """Training mode for what is trained; in stage 2 that is the classifier alone."""
@@ -127,22 +124,3 @@ class TwoStageFewShot(TunedCLIP):
             if known[name]:  # of two trained classes of one name the first comes first
                 texts[place] = rows[known[name].pop(0)]
         return texts
-
-    def trained_state(self) -> dict[str, torch.Tensor]:
-        """What is trained, and the stage it is in."""
-        return super().trained_state() | {"stage": self.stage}
-
-    def load_trained_state(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
-        """Take over saved tensors.
-
-        Raises:
-            StorageError: they differ in name or shape; nothing is changed.
-        """
-        super().load_trained_state(tensors, what)
-        _read_stage(self)
-
-
-def _read_stage(learner: TwoStageFewShot, incompatible: object = None) -> None:
-    """Follow the stage that was loaded; not asked for in each step, for which a device would be waited for."""
-    learner.second_stage = learner.stage.device.type != "meta" and learner.stage.item() == 2
-    learner.frozen_images = learner.second_stage or learner.frozen_in_first_stage

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from visionpeft.data.labels import Labels
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.segmentation.dataset import MaskedDataset
 from visionpeft.data.segmentation.masks import palette_of
@@ -75,7 +76,7 @@ class SegmentationDataModule(ImageDataModule):
         self.palette = palette or palette_of(len(self.class_names))
 
     @property
-    def labels(self) -> Literal["masks"]:
+    def labels(self) -> Labels:
         """What a label is: a class for each pixel."""
         return "masks"
 

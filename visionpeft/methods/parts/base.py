@@ -4,9 +4,9 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import ClassVar, get_type_hints
+from typing import ClassVar, Protocol, get_type_hints
 
 import torch
 import torch.fx
@@ -19,6 +19,18 @@ from visionpeft.methods.parts.addressing import select_blocks
 from visionpeft.methods.parts.field_types import fits, in_words
 from visionpeft.methods.parts.measures import Measures
 from visionpeft.sites import Placement, Shared
+
+
+class Measure(Protocol):
+    """Shows training samples one by one to a method that chooses after a stage; `adapters.stages` has it."""
+
+    def __call__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        samples: int,
+        see: Callable[[tuple[torch.Tensor, ...]], None],
+    ) -> int:
+        """Give `see` the gradients in these parameters of the loss of each of so many samples; returns their number."""
 
 
 class Method:
@@ -35,6 +47,8 @@ class Method:
     written_without: ClassVar[Mapping[str, object]] = {}
     # Fields that say what was found in weights or data, whose tensors only a saved adapter has: not to be given.
     found: ClassVar[tuple[str, ...]] = ("entries",)
+    # Of a method that is trained in stages: whether each stage starts where the first did, or where the last one ended.
+    rewinds: ClassVar[bool] = True
 
     def __post_init__(self):
         try:
@@ -54,6 +68,10 @@ class Method:
         """Make the modules that act in all towers of the method: by default, in each tower for itself."""
         return chain.from_iterable(self.place(tower) for tower in towers)
 
+    def gathers(self, tower: Tower) -> int:
+        """Width of what the head reads of the method's modules besides the pooled features (`several_features`)."""
+        return 0
+
     def trains(self, tower: Tower) -> Iterable[str]:
         """Names, as the tower knows them, of the parameters that are trained themselves."""
         return ()
@@ -71,6 +89,35 @@ class Method:
             measures: measures gradients, inputs and sizes on the data.
         """
         raise TypeError(f"{type(self).__name__} needs no data to know where it acts")
+
+    @property
+    def stages_after(self) -> int:
+        """How many trainings follow the one with this method, the next with what `next_stage` gives."""
+        return 0
+
+    def next_stage(
+        self,
+        towers: Sequence[Tower],
+        part: nn.Module,
+        start: Mapping[str, torch.Tensor],
+        trained: Mapping[str, torch.Tensor],
+        measure: Measure,
+    ) -> tuple["Method", dict[str, torch.Tensor]]:
+        """For a method with `stages_after`, the one that is trained next, and tensors of the modules it places.
+
+        Tensors that it does not give start as they did in the first stage if the method `rewinds`, or else as they are.
+
+        Args:
+            towers: the towers of the method, with the backbone's own values.
+            part: its modules, as they are after the training.
+            start: the tensors of its modules, as they were before the first stage.
+            trained: the trained copies of parameters of the backbone, by their names in the model.
+            measure: gradients of the loss of training samples.
+
+        Raises:
+            ConfigurationError: the training leaves nothing to choose by.
+        """
+        raise TypeError(f"{type(self).__name__} is trained in one stage")
 
     @property
     def masks_gradients(self) -> bool:

@@ -1,0 +1,259 @@
+"""Methods that are trained in stages: what they choose, what goes back to the start, and what the last stage trains."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import edits_of, forward, shapes_of, trained_weights
+from reference.hosts import HOSTS
+
+import visionpeft as vp
+
+VIT = next(host for host in HOSTS if host.name == "vit_cls")
+IMAGES, LABELS = VIT.inputs(6, torch.float64, seed=4), torch.tensor([0, 3, 1, 4, 4, 2])
+
+
+def train(model, rate=0.1, steps=3):
+    """A few steps of gradient descent on whatever is trained."""
+    trained = vp.trainable_parameters(model)
+    for _ in range(steps):
+        loss = F.cross_entropy(model(IMAGES), LABELS)
+        gradients = torch.autograd.grad(loss, trained)
+        with torch.no_grad():
+            for parameter, gradient in zip(trained, gradients, strict=True):
+                parameter -= rate * gradient
+
+
+def in_stages(method, batches=None):
+    """A small ViT with a method that was trained in all its stages, and its outputs before each of them."""
+    model, before = vp.attach(VIT.build(torch.float64), method).eval(), []
+    for _ in vp.stages(model, batches):
+        before.append(model(IMAGES).detach())
+        train(model)
+    return model, before
+
+
+# LT-SFT
+
+
+def fine_tuned(masks=None, rate=0.1, steps=3):
+    """A plain ViT trained by torch alone: its values before and after; outside of the masks weights do not move."""
+    model = VIT.build(torch.float64).eval()
+    named = dict(model.named_parameters())
+    trained = {name: p for name, p in named.items() if name not in ("cls_token", "pos_embed")}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    for _ in range(steps):
+        gradients = torch.autograd.grad(F.cross_entropy(model(IMAGES), LABELS), list(trained.values()))
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
+                free = 1.0 if masks is None or name.startswith("head.") else masks[name]
+                parameter -= rate * gradient * free
+    return model, before
+
+
+def test_lt_sft_trains_what_full_fine_tuning_moves_most():
+    """Two trainings by torch itself, with a mask between them by a sort over all entries, are what the stages do."""
+    full, before = fine_tuned()
+    moved = {n: (p.detach() - before[n]).abs() for n, p in full.named_parameters() if n in before}
+    moved = {name: each for name, each in moved.items() if not name.startswith("head.")}
+    number = round(0.03 * sum(p.numel() for n, p in full.named_parameters() if not n.startswith("head.")))
+    threshold = torch.cat([each.flatten() for each in moved.values()]).sort(descending=True).values[number - 1]
+    masks = {name: (each >= threshold).double() for name, each in moved.items()}
+    assert sum(int(mask.sum()) for mask in masks.values()) == number
+    sparse, _ = fine_tuned(masks)
+
+    model, outputs = in_stages(vp.LTSFT(density=0.03))
+    assert torch.equal(*outputs)  # the second training starts bit by bit where the first did, head and all
+    assert model.peft["default"].num_parameters() == number
+    distance = (model(IMAGES) - sparse(IMAGES)).abs().max()
+    assert distance < 1e-10
+    assert (model(IMAGES) - full(IMAGES)).abs().max() > 1e-3 > distance  # nor has it gone on from the first stage
+    vp.merge(model)
+    changed = {n: (p.detach() != before[n]).double() for n, p in model.named_parameters() if n in masks}
+    assert all(torch.equal(changed[name], mask) for name, mask in masks.items())
+
+
+def test_lt_sft_counts_all_parameters():
+    """0.5 % of 85,798,656 are 428,993; K is taken of the towers together, class token and positions counted."""
+    assert round(0.005 * 85_798_656) == 428_993
+    plain = VIT.build()
+    total = sum(p.numel() for n, p in plain.named_parameters() if not n.startswith("head."))
+    layers = total - plain.cls_token.numel() - plain.pos_embed.numel()
+    model = vp.attach(plain, vp.LTSFT(density=0.1))
+    assert model.peft["default"].num_parameters() == layers
+    for stage in vp.stages(model):
+        if stage == 1:
+            train(model.double())
+    assert model.peft["default"].num_parameters() == round(0.1 * total)
+
+
+# XPrompt
+
+
+def importances(model):
+    """Of tokens and pieces: mean absolute gradients in gates before them, of the transcription of the backbone."""
+    plain = VIT.build(torch.float64)
+    tensors = {name: value.detach() for name, value in model.peft["default"].state_dict().items()}
+    prompts, weights = tensors["xprompt.visual.0.stream_in.prompts"], with_head(plain, tensors)
+    tokens, pieces = torch.zeros(len(prompts)), torch.zeros(len(prompts), 4)
+    signed = torch.zeros(len(prompts))
+    for image, label in zip(IMAGES, LABELS, strict=True):
+        gamma = torch.ones(len(prompts), 1, dtype=torch.float64, requires_grad=True)
+        zeta = torch.ones(len(prompts), 4, dtype=torch.float64, requires_grad=True)
+        gated = gamma * (zeta.repeat_interleave(prompts.shape[1] // 4, dim=1) * prompts)
+        edits = edits_of({"vpt.visual.0.stream_in.prompts": gated}, {"vpt": {"deep": False}}, shapes_of(plain))
+        loss = -torch.log_softmax(forward(plain, image[None], edits, weights)[0], dim=0)[label]
+        found = torch.autograd.grad(loss, (gamma, zeta))
+        tokens, pieces, signed = tokens + found[0][:, 0].abs(), pieces + found[1].abs(), signed + found[0][:, 0]
+    return tokens, pieces, signed
+
+
+def with_head(plain, tensors):
+    """The weights of a backbone with the head of an adapter."""
+    heads = {name: value for name, value in tensors.items() if name.startswith("head.")}
+    return trained_weights(plain.state_dict(), heads)
+
+
+def test_xprompt_keeps_the_most_important_tokens_and_pieces_and_starts_again():
+    torch.manual_seed(2)
+    method = vp.XPrompt(num_tokens=12, pieces=4, samples=6)
+    model = vp.attach(VIT.build(torch.float64), method).eval()
+    stages = vp.stages(model, [(IMAGES[:4], LABELS[:4]), (IMAGES[4:], LABELS[4:])])
+    next(stages)
+    start = model.peft["default"].state_dict()["xprompt.visual.0.stream_in.prompts"].clone()
+    train(model)
+    tokens, pieces, signed = importances(model)
+    assert next(stages) == 2
+
+    kept = sorted(tokens.argsort(descending=True)[:6].tolist())
+    assert kept != sorted(signed.argsort(descending=True)[:6].tolist())  # what means of signed gradients would keep
+    ranked = sorted(pieces[kept].flatten().argsort(descending=True)[:12].tolist())
+    found = model.peft["default"].state_dict()
+    assert found["xprompt.visual.0.stream_in.piece_index"].tolist() == ranked
+    assert torch.equal(found["xprompt.visual.0.stream_in.pieces"], start[kept].view(24, -1)[ranked])
+    assert model.peft["default"].num_parameters() == 12 * start.shape[1] // 4
+
+    # removed tokens are attended by none; those that are only zero would be
+    dense = torch.zeros(24, start.shape[1] // 4, dtype=torch.float64)
+    dense[ranked] = found["xprompt.visual.0.stream_in.pieces"]
+    dense, plain, outputs = dense.view(6, -1), VIT.build(torch.float64), []
+    for prompts in (dense, torch.cat([dense, torch.zeros_like(dense)])):
+        edits = edits_of({"vpt.visual.0.stream_in.prompts": prompts}, {"vpt": {"deep": False}}, shapes_of(plain))
+        outputs.append(forward(plain, IMAGES, edits, with_head(plain, found)))
+    assert (model(IMAGES) - outputs[0]).abs().max() < 1e-10
+    assert (model(IMAGES) - outputs[1]).abs().max() > 1e-3
+    assert next(stages, None) is None
+
+
+def test_xprompt_counts():
+    """round(.5 * 16 * round(.5 * 20)) pieces of 48 channels on ViT-B/16."""
+    assert vp.XPrompt().pieces_kept * 768 // 16 == 3_840
+    method = vp.XPrompt(num_tokens=5, token_share=0.7, piece_share=0.3, pieces=8, deep=True)
+    assert (method.tokens_kept, method.pieces_kept) == (4, 10)
+
+
+def test_xprompt_needs_data_and_equal_pieces():
+    model = vp.attach(VIT.build(torch.float64), vp.XPrompt(num_tokens=4, pieces=4))
+    with pytest.raises(vp.ConfigurationError, match="XPrompt: it chooses by gradients: give stages batches"):
+        list(vp.stages(model))
+    with pytest.raises(vp.DataError, match="no batch of training data was shown"):
+        list(vp.stages(model, []))
+    assert model.peft["default"].methods[0].stages_after == 1
+    with pytest.raises(vp.ConfigurationError, match="channels, which are not 7 equal pieces"):
+        vp.attach(VIT.build(), vp.XPrompt(pieces=7))
+
+
+# U-BitFit and S-BitFit
+
+
+def bias_scores(rate=0.1, steps=3):
+    """{name: sum over samples of |shift * gradient|} of the biases of a plain ViT that torch alone has trained."""
+    model = VIT.build(torch.float64).eval()
+    trained = {n: p for n, p in model.named_parameters() if n.endswith("bias") or n.startswith("head.")}
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    for _ in range(steps):
+        gradients = torch.autograd.grad(F.cross_entropy(model(IMAGES), LABELS), list(trained.values()))
+        with torch.no_grad():
+            for parameter, gradient in zip(trained.values(), gradients, strict=True):
+                parameter -= rate * gradient
+    scores = {name: torch.zeros_like(p) for name, p in trained.items() if not name.startswith("head.")}
+    for image, label in zip(IMAGES, LABELS, strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None])
+        for name, gradient in zip(scores, torch.autograd.grad(loss, [trained[n] for n in scores]), strict=True):
+            scores[name] += ((trained[name].detach() - before[name]) * gradient).abs()
+    # the sites are those of the sited block: q, k and v apart, of which keys have no gradient
+    found = {}
+    for name, score in scores.items():
+        if name.endswith("qkv.bias"):
+            q, _, v = score.chunk(3)
+            block = name.split(".")[1]
+            found |= {f"visual.{block}.q.bias": q, f"visual.{block}.v.bias": v}
+        else:
+            for own, site in (("patch_embed.proj", "patch_embed"), ("blocks.", ""), ("attn.", ""), ("mlp.", "")):
+                name = name.replace(own, site)
+            found[f"visual.{name}"] = score
+    return found
+
+
+def kept_biases(model):
+    return {
+        key.removeprefix("pruned_bit_fit.").removesuffix("_index"): value.tolist()
+        for key, value in model.peft["default"].state_dict().items()
+        if key.endswith("_index")
+    }
+
+
+def test_bit_fit_is_pruned_by_what_the_loss_would_lose():
+    scores = bias_scores()
+    pool = sum(score.numel() for score in scores.values())
+    ranked = sorted(((v, n, i) for n, s in scores.items() for i, v in enumerate(s.tolist())), reverse=True)
+    expected = {}
+    for _, name, index in ranked[: round(0.1 * pool)]:
+        expected.setdefault(name, []).append(index)
+    model, outputs = in_stages(vp.PrunedBitFit(samples=6), [(IMAGES, LABELS)])
+    assert kept_biases(model) == {name: sorted(indices) for name, indices in expected.items()}
+    assert torch.equal(*outputs)
+
+    model, _ = in_stages(vp.PrunedBitFit(samples=6, structured=True), [(IMAGES, LABELS)])
+    best = sorted(scores, key=lambda name: scores[name].sum(), reverse=True)[: round(0.1 * len(scores))]
+    assert kept_biases(model) == {name: [*range(len(scores[name]))] for name in best}
+
+
+def test_bit_fit_is_pruned_in_rounds():
+    """To the root of the density after the first of two; what has gone does not come back."""
+    model, kept = vp.attach(VIT.build(torch.float64), vp.PrunedBitFit(density=0.04, rounds=2, samples=6)).eval(), []
+    for _ in vp.stages(model, [(IMAGES, LABELS)]):
+        kept.append({(name, index) for name, indices in kept_biases(model).items() for index in indices})
+        train(model)
+    pool, first, second = kept
+    plain = vp.attach(VIT.build(), vp.BitFit(key_bias=False))
+    assert len(pool) == plain.peft["default"].num_parameters()
+    assert (len(first), len(second)) == (round(0.2 * len(pool)), round(0.04 * len(pool)))
+    assert second < first < pool
+
+
+# What is refused
+
+
+def test_a_first_stage_that_moves_nothing_leaves_nothing_to_choose():
+    model = vp.attach(VIT.build(), vp.LTSFT())
+    before = model(IMAGES.float())
+    with pytest.raises(vp.ConfigurationError, match=r"^LTSFT: its first stage has moved no weight to choose by$"):
+        list(vp.stages(model))
+    assert torch.equal(model(IMAGES.float()), before)
+
+
+def test_one_method_in_stages_at_a_time():
+    with pytest.raises(vp.ConfigurationError, match="LTSFT and LTSFT are both trained in stages"):
+        next(vp.stages(vp.attach(VIT.build(), [vp.LTSFT(), vp.LTSFT()])))
+    with pytest.raises(vp.ConfigurationError, match="LTSFT is trained in stages and FishMask waits for data"):
+        next(vp.stages(vp.attach(VIT.build(), [vp.LTSFT(), vp.FishMask()])))
+
+
+def test_any_other_method_has_one_stage():
+    model = vp.attach(VIT.build(), vp.LoRA(rank=2))
+    adapter = model.peft["default"]
+    assert list(vp.stages(model)) == [1]
+    assert model.peft["default"] is adapter
+    vp.attach(model, vp.LoRA(rank=2), "second")
+    with pytest.raises(vp.ConfigurationError, match="say which one is trained with name="):
+        next(vp.stages(model))

@@ -1,0 +1,158 @@
+"""Runs of segmentation from the command line: fit, evaluate, predict, resume, share, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_mask_runs import CLASSES, draw_masked, mask_arguments, run_masks
+from small_runs import draw_images, results
+
+import visionpeft as vp
+from visionpeft import evaluate, fit, predict
+from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.sharing.hub import save_pretrained
+from visionpeft.sharing.run_directory import RunDirectory
+from visionpeft.sharing.trained_model import open_run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    return draw_masked(tmp_path_factory.mktemp("data") / "squares", size=(32, 40))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, masked):
+    return run_masks(
+        tmp_path_factory.mktemp("runs"), masked, "--model.head.batch_norm", "false", epochs=6, figures=True
+    )
+
+
+def masks_of(run_directory, folder, *files):
+    assert predict.main([str(run_directory), *map(str, files), "--output", str(folder)]) == 0
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))}
+
+
+def test_results_are_those_of_the_masks(finished, masked, tmp_path):
+    """mIoU over the test split, counted by hand from the masks that `predict` writes."""
+    found = results(finished)
+    tested = open_run(RunDirectory(finished))
+    assert found["data"]["sizes"] == {"train": 9, "val": 1, "test": 2}
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"adapter", "curves.png", "iou_by_class.png", "masks.png", "metrics.csv", "results.json"}
+    order = vp_order(masked)
+    written = masks_of(finished, tmp_path / "out", *(masked / "images" / name for name in order))
+    assert len(written) == 4
+    hits, either = np.zeros(3), np.zeros(3)
+    for name in order:
+        true, predicted = np.asarray(Image.open(masked / "masks" / name)), written[name]
+        assert written[name.replace(".png", "_overlay.png")].shape == (32, 40, 3)
+        for label in range(3):
+            hits[label] += ((true == label) & (predicted == label)).sum()
+            either[label] += ((true == label) | (predicted == label)).sum()
+    by_class = found["classes_tested"]["iou_by_class"]
+    assert list(by_class) == CLASSES == tested.class_names
+    seen = either > 0
+    iou = np.divide(hits, either, out=np.zeros(3), where=seen)
+    assert [by_class[name] for name, one in zip(CLASSES, seen, strict=True) if one] == pytest.approx(iou[seen])
+    assert found["test"]["miou"] == pytest.approx(iou[seen].mean(), abs=1e-6)
+    assert found["test"]["miou"] > 0.33  # ground alone would be less than .25
+    mask = Image.open(tmp_path / "out" / order[0])
+    assert mask.mode == "P"
+    assert mask.getpalette()[3:6] == [128, 0, 0]
+
+
+def vp_order(masked):
+    """Names of the two test images."""
+    from visionpeft.data import MaskFolder
+
+    return [path.name for path in MaskFolder(masked, CLASSES).sources["test"].paths]
+
+
+def test_evaluate_and_windows(finished):
+    assert evaluate.main([str(finished)]) == 0
+    again = json.loads((finished / "evaluation.json").read_text())
+    assert again["test"] == results(finished)["test"]
+    assert evaluate.main([str(finished), "--model.window", "32", "--model.stride", "8"]) == 0
+    slid = json.loads((finished / "evaluation.json").read_text())
+    assert slid["measured_on"] == {"window": 32, "stride": 8}
+    assert slid["test"]["loss"] != again["test"]["loss"]
+
+
+def test_resumed_run_equals_uninterrupted(tmp_path, masked, monkeypatch):
+    """With dropout in the head, its running statistics, random scales and crops."""
+    whole = run_masks(tmp_path / "whole", masked, epochs=3)
+
+    def fail_in_second_epoch(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise ZeroDivisionError
+        return original(self, trainer, pl_module)
+
+    original = EpochHistory.on_train_epoch_end
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochHistory, "on_train_epoch_end", fail_in_second_epoch)
+        with pytest.raises(ZeroDivisionError):
+            fit.main([*mask_arguments(masked, epochs=3), "--output", str(tmp_path / "parts")])
+    (part,) = (tmp_path / "parts").iterdir()
+    assert fit.main(["--resume", str(part)]) == 0
+    histories = [read_history(each / "metrics.csv") for each in (whole, part)]
+    for rows in histories:
+        for row in rows:
+            row.pop("seconds")
+    assert histories[0] == histories[1]
+    assert results(part)["test"] == results(whole)["test"]
+
+
+def test_what_is_shared_says_what_it_is(finished, tmp_path):
+    description = vp.read_metadata(finished / "adapter")
+    assert description["heads"]["head"]["class"] == "LinearSegmentation"
+    assert description["metadata"]["objective"]["labels"] == "masks"
+    torch.manual_seed(0)  # of the run, whose backbone has no pretrained weights
+    trained = vp.from_pretrained(finished / "adapter")
+    save_pretrained(
+        trained.model, tmp_path / "shared", class_names=CLASSES, preprocessing=trained.preprocessing,
+        metadata=description["metadata"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    again = vp.from_pretrained(tmp_path / "shared")
+    images = torch.randn(1, 3, 32, 40)
+    with torch.no_grad():
+        assert torch.equal(again.model(images), trained.model(images))
+        assert again.answers(again.model(images)).shape == (1, 32, 40)
+    assert "image-segmentation" in (tmp_path / "shared" / "README.md").read_text()
+
+
+def refusal(main, arguments, capsys):
+    assert main([str(each) for each in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused(finished, masked, tmp_path, capsys):
+    image = masked / "images" / "00.png"
+    assert "must be a folder" in refusal(predict.main, [finished, image, "--output", tmp_path / "a.csv"], capsys)
+    assert "would write over" in refusal(predict.main, [finished, image, "--output", masked / "images"], capsys)
+    assert "--top-k belongs to" in refusal(predict.main, [finished, image, "--top-k", "3"], capsys)
+    other = ["--data.classes", "[ground, red, blue]"]
+    assert "class 1 is 'blue', not 'red'" in refusal(evaluate.main, [finished, *other], capsys)
+    stride = mask_arguments(masked, "--model.stride", "3")
+    assert "stride 3 must be from 1 to the window" in refusal(fit.main, [*stride, "--output", tmp_path], capsys)
+    images = draw_images(tmp_path / "classes", per_class=2)
+    fractions = ("--data.val_fraction", "0", "--data.test_fraction", "0", "--test", "false", "--output", tmp_path)
+    classified = ["--config", "images_lora.yaml", "--data", "MaskFolder", "--data.root", masked, "--data.classes"]
+    for options in (
+        [*classified, "[ground, blue, red]", *fractions],
+        ["--config", "scenes_lora.yaml", "--data", "ImageFolder", "--data.root", images, *fractions],
+    ):
+        error = refusal(fit.main, options, capsys)
+        assert "SemanticSegmentation" in error
+        assert error.count("\n") == 1
+    assert not list(tmp_path.glob("*-*"))

@@ -1,0 +1,120 @@
+"""Runs in stages: train, choose, go back to the start, train again, whenever the process is killed."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from forked import start, wait
+from safetensors.torch import load_file
+from small_runs import arguments, draw_images, results, run
+
+import visionpeft as vp
+from visionpeft import fit
+from visionpeft.runs.history import read_history
+from visionpeft.tasks import ImageClassification
+
+LTSFT = ("--model.method", "LTSFT", "--model.method.density", "0.02")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return draw_images(tmp_path_factory.mktemp("data") / "squares")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, images):
+    return run(tmp_path_factory.mktemp("whole"), images, *LTSFT, "--stage_epochs", "[2]", epochs=3)
+
+
+def numbers(folder):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_history(folder)]
+
+
+def fit_and_be_killed(command, point, note):
+    """Run `fit`, and die before the write of a file of this number, or half a number higher, after it."""
+    replace, written = os.replace, 0
+
+    def dying(source, target):
+        nonlocal written
+        written += 1
+        if written == point:
+            Path(note).write_text(str(target))
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if written == int(point) and written < point:
+            Path(note).write_text(str(target))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = dying
+    return fit.main(command)
+
+
+def test_killed_at_random_writes_it_resumes_in_the_right_stage(tmp_path, images, whole):
+    draw, killed = random.Random(30), []
+    command = [*arguments(images, *LTSFT, "--stage_epochs", "[2]", epochs=3), "--output", str(tmp_path / "parts")]
+    for _ in range(7):
+        note = tmp_path / "note"
+        code = wait(start(fit_and_be_killed, command, draw.randrange(2, 9) / 2, note), 60)
+        assert code == -signal.SIGKILL
+        (part,) = (tmp_path / "parts").iterdir()
+        killed.append(Path(note.read_text()).relative_to(part).as_posix())
+        command = ["--resume", str(part)]
+    assert fit.main(command) == 0
+    # in both trainings, and where one ends and the other begins
+    assert {"stages/1/checkpoints/last.ckpt", "stages/1/choice.safetensors", "checkpoints/last.ckpt"} <= {*killed}
+    for folder in ("stages/1", "."):
+        assert numbers(part / folder / "metrics.csv") == numbers(whole / folder / "metrics.csv")
+        assert len(numbers(part / folder / "metrics.csv")) == {"stages/1": 2, ".": 3}[folder]
+    ours, theirs = results(part), results(whole)
+    assert ours["test"] == theirs["test"]
+    assert [each["epochs"] for each in ours["earlier_stages"]] == [2]
+    assert ours["parameters"] == theirs["parameters"]
+    for file in ("stages/1/choice.safetensors", "adapter/adapter.safetensors"):
+        ours, theirs = load_file(part / file), load_file(whole / file)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_what_does_not_go_with_stages_is_refused_before_there_is_a_run(tmp_path, images, capsys):
+    staged = ["--model.method", "LTSFT"]
+    refused = {
+        "LoRA is trained once": ["--stage_epochs", "[2]"],
+        "gives 2 numbers, but LTSFT has 1 training before": [*staged, "--stage_epochs", "[2, 3]"],
+        "leaves a training of LTSFT without an epoch": [*staged, "--stage_epochs", "[0]"],
+        "--trainer.limit_train_batches 0 leaves none": [*staged, "--trainer.limit_train_batches", "0"],
+        "compile is made for one": [*staged, "--model.compile", "true"],
+        "on one device": [*staged, "--trainer.devices", "2"],
+    }
+    for sentence, options in refused.items():
+        assert fit.main([*arguments(images, *options), "--output", str(tmp_path / "runs")]) == 2
+        assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_method_does_not_resume_a_run_in_stages(whole, capsys):
+    before = {file: file.stat().st_mtime_ns for file in whole.rglob("*") if file.is_file() and file.name != ".lock"}
+    assert fit.main(["--resume", str(whole), "--model.method", "BitFit", "--stage_epochs", "null"]) == 2
+    assert "is a run in stages, and BitFit is trained once" in capsys.readouterr().err
+    assert fit.main(["--resume", str(whole), "--model.method.density", "0.03"]) == 2
+    assert "with other options than LTSFT has" in capsys.readouterr().err
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_callbacks_begin_anew_in_each_stage(tmp_path, images):
+    """One that had stopped the first training would stop the second, too, unless it were another one."""
+    stopping = "{class_path: EarlyStopping, init_args: {monitor: train/loss, patience: 1, stopping_threshold: 100}}"
+    xprompt = ("--model.method", "XPrompt", "--model.method.samples", "5")
+    made = run(tmp_path, images, *xprompt, f"--trainer.callbacks=[{stopping}]", "--report", "last")
+    assert len(numbers(made / "stages" / "1" / "metrics.csv")) == len(numbers(made / "metrics.csv")) == 1
+    (begun,) = (v for k, v in load_file(made / "stages/1/choice.safetensors").items() if k.endswith("pieces"))
+    assert begun.numel() == results(made)["parameters"]["adapter"] == 80 * 4
+
+
+def test_a_task_in_its_first_stage_is_not_saved(tmp_path):
+    task = ImageClassification(vp.LTSFT(), ["a", "b"], "test_vit", pretrained=False, backbone_kwargs={"img_size": 32})
+    with pytest.raises(vp.ConfigurationError, match="it is trained in stages, 1 more of them to come"):
+        vp.save(task.model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

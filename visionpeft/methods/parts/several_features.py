@@ -1,0 +1,81 @@
+"""A head that reads several features: what the model pools, and what was gathered from its blocks on the way."""
+
+import threading
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from visionpeft.errors import UnsupportedError
+
+
+class Gathered(threading.local):
+    """What one pass brings from the blocks to the head, in its own thread.
+
+    Args:
+        number: from how many blocks.
+    """
+
+    def __init__(self, number: int):
+        self.number = number
+        self.found: dict[int, torch.Tensor] = {}
+
+    def __reduce__(self):
+        return Gathered, (self.number,)  # of a copy: it is in no pass
+
+    def put(self, index: int, z: torch.Tensor) -> None:
+        """Bring features z (batch, tokens, width) from a block; not when a block is computed again."""
+        # A block with gradient checkpointing runs once more in the backward pass, when the head has read what it gave.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.found[index] = z
+
+    def take(self) -> list[torch.Tensor]:
+        """The features of all blocks in their order, which are then gone.
+
+        Raises:
+            UnsupportedError: there was no pass through all blocks.
+        """
+        found, self.found = self.found, {}
+        if len(found) != self.number:
+            raise UnsupportedError(
+                "this head reads what queries got in every block, so that it cannot be called with pooled features "
+                "alone; call the whole model"
+            )
+        return [found[index] for index in range(self.number)]
+
+
+class SeveralFeatures(nn.Linear):
+    """A linear layer on [u(f); u(z_1); ...; u(z_L)], u(z) a part as one vector, divided by its length.
+
+    f is what the model pools, z_l are gathered from its blocks.
+    """
+
+    gathered: Gathered | None = None  # that of the adapter's own queries, given when it is attached
+
+    @classmethod
+    def over(cls, head: nn.Module, more: int) -> "SeveralFeatures":
+        """The trained head in the place of a linear one, over `more` features besides its own.
+
+        Columns for its own features and the bias are those of the head, others start as PyTorch has them.
+
+        Raises:
+            UnsupportedError: the head is not linear.
+        """
+        if type(head) is not nn.Linear:
+            raise UnsupportedError(
+                f"a head over several features is made in the place of a linear one, not of a {type(head).__name__}"
+            )
+        made = cls(head.in_features + more, head.out_features, head.bias is not None)
+        made.to(head.weight.device, head.weight.dtype)
+        with torch.no_grad():
+            made.weight[:, : head.in_features] = head.weight
+            if head.bias is not None:
+                made.bias.copy_(head.bias)
+        return made
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map pooled features f (batch, width) to logits (batch, classes)."""
+        if self.gathered is None:
+            raise UnsupportedError("this head reads what an adapter gathers, and it has no adapter")
+        parts = [x, *(z.flatten(1).to(x.dtype) for z in self.gathered.take())]
+        return F.linear(torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1), self.weight, self.bias)

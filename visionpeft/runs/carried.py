@@ -1,0 +1,63 @@
+"""Saved adapters that a configuration names, copied into the run, so that it can be resumed and tested without them."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from visionpeft.errors import StorageError
+from visionpeft.files import write_json
+
+FILES = ("adapter.json", "adapter.safetensors")
+
+
+def carry(content: dict, folder: Path) -> None:
+    """Copy the adapters that a configuration names into a folder, and note which is which.
+
+    Args:
+        content: the configuration, as plain values.
+        folder: to be made; none is made where no adapter is named.
+
+    Raises:
+        StorageError: one cannot be copied.
+    """
+    named: dict[str, str] = {}
+    _renamed(content, lambda source: named.setdefault(source, str(len(named))))
+    try:
+        for source, name in named.items():
+            (folder / name).mkdir(parents=True)
+            for file in FILES:
+                shutil.copyfile(Path(source) / file, folder / name / file)
+    except OSError as error:
+        raise StorageError(f"the adapters that this run begins with could not be copied into it: {error}") from None
+    if named:
+        write_json(folder / "names.json", named)
+
+
+def with_carried(content: dict, folder: Path) -> dict:
+    """A configuration that names the copies in a folder in the place of what was copied there.
+
+    Args:
+        content: the configuration of a run.
+        folder: where `carry` has put them; it need not be there.
+    """
+    names = folder / "names.json"
+    if not names.is_file():
+        return content
+    carried = json.loads(names.read_text(encoding="utf-8"))
+    return _renamed(content, lambda source: str(folder / carried[source]) if source in carried else source)
+
+
+def _renamed(content: dict, rename: Callable[[str], str]) -> dict:
+    """A configuration with other folders of adapters: `start` of the model, and `adapters` of its methods."""
+    content = copy.deepcopy(content)
+    options = (content.get("model") or {}).get("init_args") or {}
+    if options.get("start"):
+        options["start"] = rename(options["start"])
+    methods = options.get("method")
+    for method in methods if isinstance(methods, Sequence) else [methods]:
+        given = (method.get("init_args") or {}) if isinstance(method, dict) else {}
+        if given.get("adapters"):
+            given["adapters"] = [rename(source) for source in given["adapters"]]
+    return content
