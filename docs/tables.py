@@ -92,12 +92,12 @@ def method_lines(public: Sequence[str] | None = None, module=methods) -> list[Li
         module: where they are found.
     """
     torch.manual_seed(0)
-    whole, one_block = models(), models(depth=1)
+    whole, two_blocks = models(), models(depth=2)
     lines = []
     for name, call in calls_of(module.__all__ if public is None else public, vp.Method, module):
         method = eval(call, dict(vars(module)))
         # Whether it merges is not a question of depth, and merging takes longer than all else.
-        shallow = attached(name, method, module, *one_block)
+        shallow = attached(name, method, module, *two_blocks)
         merges = mergeable(shallow)
         vp.detach(shallow)
         model = attached(name, method, module, *whole)
@@ -153,9 +153,7 @@ def what_it_changes(model: torch.nn.Module, merges: str) -> str:
     placements = [placement for _, placement in model.peft["default"].placements]
     if not placements:
         return "the model's own parameters"
-    if any(
-        placement.site in ("stream_in", "kv") and hasattr(placement.module, "num_tokens") for placement in placements
-    ):
+    if any(p.site in ("stream_in", "kv") and getattr(p.module, "num_tokens", 0) > 0 for p in placements):
         return "prompts, alone or with others"
     if merges == "yes" or all(order_of(placement.module) in ON_LAYERS for placement in placements):
         return "weights of layers, or what leaves them"

@@ -259,6 +259,7 @@ CASES = [
     Case("apt", vp.APT(num_tokens=3), image_only=True, relative=True),
     Case("pixel_prompt", vp.PixelPrompt(width=5), image_only=True, relative=True),
     Case("ciat", vp.CIAT(bottleneck=4), relative=True),
+    Case("coda", vp.CoDA(bottleneck=4, reduction=3, temperature=0.5), image_only=True, relative=True),
 ]
 
 
@@ -314,8 +315,10 @@ REFUSALS: dict[tuple[str, str], str] = {
 }
 REFUSALS |= {("clip_text", name): "text has no patches to convolve" for name in ("convpass", "convpass_mlp")}
 REFUSALS |= {("clip_text", name): "text has no patches" for name in ("dtl", "dtl_plus", "lst", "lst_dropped")}
-OF_IMAGES = ("mona", "e2vpt", "lpt", "idpg", "decomposed", "smop", "apt", "pixel_prompt")
+OF_IMAGES = ("coda", "mona", "e2vpt", "lpt", "idpg", "decomposed", "smop", "apt", "pixel_prompt")
 REFUSALS |= {("clip_text", name): "words are not patches" for name in OF_IMAGES}
+WITH_POSITIONS = ("beit", "eva_fused", "eva_split", "eva_post_norm", "eva_rope_mixed", "eva_grouped", "dinov3")
+REFUSALS |= {(host, "coda"): "positions in the attention are those of all patches" for host in WITH_POSITIONS}
 
 REFUSALS |= {
     (host.name, "vqt"): "what queries get is read by a classification head" for host in HOSTS if not host.head_paths()

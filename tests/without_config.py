@@ -6,19 +6,7 @@ from visionpeft.methods.parts.base import snake_case
 OVER_OTHERS = ("AdapterFusion", "MoA", "MoLE")
 # these go by the default of the benchmark's folder
 BY_DEFAULT = (
-    *(
-        "AdaMix",
-        "APT",
-        "CIAT",
-        "DecomposedPromptTuning",
-        "HyperFormer",
-        "IDPG",
-        "LPT",
-        "MixLoRA",
-        "MOELoRA",
-        "MoLORA",
-        "Mona",
-    ),
-    *("MoV", "PixelPrompt", "PrefixPropagation", "PTuning", "SMoP"),
+    *("AdaMix", "APT", "CIAT", "CoDA", "DecomposedPromptTuning", "HyperFormer", "IDPG", "LPT", "MixLoRA", "MOELoRA"),
+    *("MoLORA", "Mona", "MoV", "PixelPrompt", "PrefixPropagation", "PTuning", "SMoP"),
 )
 VTAB_BY_DEFAULT = {f"vtab_{snake_case(name)}.yaml" for name in BY_DEFAULT}

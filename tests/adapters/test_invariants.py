@@ -294,7 +294,7 @@ def test_stacking_in_any_order(host, order):
 
 
 # prompts of other names than those of `VPT` and `PrefixTuning`
-LONGER = ("e2vpt", "lpt", "idpg", "ptuning", "decomposed", "smop", "apt")
+LONGER = ("coda", "e2vpt", "lpt", "idpg", "ptuning", "decomposed", "smop", "apt")
 
 
 @spread()
@@ -814,7 +814,7 @@ ONLY_TRACED = (
     ("adapter_fusion",),
     ("dtl", "dtl_plus", "lst"),
     ("mona", "e2vpt", "prefix_propagation", "lpt"),
-    ("idpg", "ptuning", "decomposed", "smop", "apt", "pixel_prompt", "ciat"),
+    ("idpg", "ptuning", "decomposed", "smop", "apt", "pixel_prompt", "ciat", "coda"),
     ("vqt",),
 )
 

@@ -27,7 +27,7 @@ IMAGES = HOST.inputs(4).double()
 ALONE = (
     *("DoRA", "PaFi", "FishMask", "SPT", "HiRA", "MiSS", "OFT", "BOFT", "RandLoRA", "FourierFT", "WaveFT", "HiWi"),
     *("LoRADropout", "AdaMix", "MixLoRA", "MoA", "HyperFormer", "DTL", "LST", "VQT", "NeuroAda"),
-    *("BinaryMask", "SAID"),
+    *("BinaryMask", "CoDA", "SAID"),
 )
 
 

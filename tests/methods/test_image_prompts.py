@@ -3,13 +3,16 @@
 import dataclasses
 
 import pytest
+import timm
 import torch
 from conftest import distance, randomise
 from reference import edits_of, forward, shapes_of
 from reference.hosts import HOSTS
+from torch.utils.flop_counter import FlopCounterMode
 
 import visionpeft as vp
 from visionpeft.errors import UserError
+from visionpeft.methods.coda import soft_top_k
 from visionpeft.methods.mona import MultiCognitiveAdapter
 from visionpeft.tasks.optimisation import output_side
 
@@ -55,6 +58,8 @@ GRID = {"grid": (5, 3)}  # of vit_dynamic, which takes images of any size
         ("vit_dynamic", [vp.PixelPrompt(width=3, **GRID), vp.SSF()]),
         ("dinov3", [vp.DecomposedPromptTuning(num_tokens=2, rank=3, grid=(4, 3))]),
         ("vit_res_post", [vp.CIAT(bottleneck=3, activation="silu"), vp.LoRA(rank=2)]),
+        ("vit_registers", [vp.CoDA(bottleneck=3, reduction=2), vp.LoRA(rank=2)]),
+        ("vit_avg", [vp.CoDA(bottleneck=3, reduction=5, blocks=[1, 2])]),
         ("vit_pre_norm", [vp.CIAT(bottleneck=3), vp.DecomposedPromptTuning(num_tokens=2, rank=1)]),
     ],
     ids=repr,
@@ -377,6 +382,67 @@ def test_ciat_starts_glorot_uniform():
     assert not at(model, "ciat", 0, "mlp_in").up.bias.any()
 
 
+# conditional adapters
+
+
+def test_soft_top_k_chooses_k():
+    """Weights lie in (0, 1], add up to at most k, to k where e is not small, and keep the order of the scores."""
+    torch.manual_seed(0)
+    scores = torch.randn(196, dtype=torch.float64)
+    for temperature, least in ((1.0, 0.995), (0.3, 0.94), (0.1, 0.88)):
+        for k in (20, 49, 175):
+            weights = soft_top_k(scores, k, temperature)
+            assert weights.min() > 0
+            assert weights.max() <= 1
+            assert least * k < weights.sum() <= k + 1e-9
+            assert (weights[scores.argsort()].diff() >= 0).all()
+    assert soft_top_k(scores, 49, 0.1).sort().values[-40:].min() > 0.5
+    equal = torch.zeros(8, dtype=torch.float64)
+    torch.testing.assert_close(soft_top_k(equal, 3, 0.1), equal + 3 / 8)
+
+
+def test_coda_with_all_patches_and_weights_of_one_is_a_parallel_adapter():
+    model = stacked(HOST, vp.CoDA(bottleneck=4, reduction=1, blocks=[0]))
+    select, spread = (at(model, "coda", 0, site) for site in ("stream_in", "stream_out"))
+    x = torch.randn(2, 17, 32, dtype=torch.float64)
+    with torch.no_grad():
+        select.router.zero_()  # equal scores, of which all are wanted
+        given = model.blocks[0](x)
+        adapter = spread.adapter(torch.nn.functional.layer_norm(x, (32,)))
+        assert distance(given, HOST.build(torch.float64).blocks[0](x) + adapter) < 1e-12
+        assert adapter.norm() > 1e-2
+
+
+def test_coda_sends_the_best_patches_alone():
+    """What was not sent changes nothing in the block: its tokens get the adapter, all others are those without it."""
+    model = stacked(HOST, vp.CoDA(bottleneck=4, reduction=4, blocks=[0]))
+    select, spread = (at(model, "coda", 0, site) for site in ("stream_in", "stream_out"))
+    x = torch.randn(1, 17, 32, dtype=torch.float64)
+    with torch.no_grad():
+        scores = torch.nn.functional.layer_norm(x[0, 1:], (32,)) @ select.router
+        best = set(scores.topk(4).indices.tolist())
+        moved = (model.blocks[0](x) - x - spread.adapter(torch.nn.functional.layer_norm(x, (32,))))[0]
+    assert {i for i in range(16) if moved[1 + i].abs().max() > 1e-12} == best
+    assert moved[0].abs().max() > 1e-3
+
+
+def test_coda_costs_less_than_the_backbone():
+    """A block of 1 + 196 tokens has 1 + 49 in it, all pass the adapter; PyTorch counts the products but attention's."""
+    model = vp.attach(timm.create_model("vit_base_patch16_224", depth=2, num_classes=0), vp.CoDA(blocks=[0]))
+    counted = []
+    for name in (None, "default"):
+        with vp.use(model, name), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 3, 224, 224))
+        counted.append(counter.get_total_flops())
+    assert counted[0] - counted[1] == 2 * 12 * (197 - 50) * 768**2 - 2 * 197 * 2 * 64 * 768
+
+
+def test_two_choices_of_one_block_are_refused():
+    model = vp.attach(HOST.build(), vp.CoDA(), "one")
+    with pytest.raises(vp.UnsupportedError, match="two adapters choose the tokens that pass one block"):
+        vp.attach(model, [vp.CoDA(reduction=2)], "two"), vp.activate(model, ["one", "two"])
+
+
 # refusals
 
 
@@ -400,6 +466,8 @@ def test_ciat_starts_glorot_uniform():
         (vp.APT, {"num_tokens": 0}, "num_tokens must be a positive integer"),
         (vp.PixelPrompt, {"width": 0}, "width must be a positive number of pixels"),
         (vp.CIAT, {"activation": "tanh"}, "activation must be one of gelu"),
+        (vp.CoDA, {"reduction": 0}, "reduction must be a positive integer"),
+        (vp.CoDA, {"temperature": 0.0}, "temperature must be positive and at most 4"),
     ],
     ids=repr,
 )
@@ -417,12 +485,15 @@ def test_refused_options(kind, fields, sentence):
         ("clip_whole", vp.E2VPT(towers="text"), "the text tower has no patches"),
         ("vit_cls", vp.LPT(start=3), "start must be a block of the visual tower, 0 to 2, not 3"),
         ("vit_cls", vp.PrefixPropagation(blocks=[0, 2]), "consecutive blocks"),
+        ("beit", vp.CoDA(), "the attention of this tower has positions of its own"),
+        ("eva_fused", vp.CoDA(), "the attention of this tower has positions of its own"),
+        ("vit_cls", vp.CoDA(blocks="last:1"), "learns nothing in the last block"),
         ("vit_cls", vp.IDPG(bottleneck=5, terms=5), "terms=5 does not divide the width 32"),
         ("vit_cls", vp.PixelPrompt(width=16), "leaves nothing inside an image of 32 x 32"),
         ("vit_dynamic", vp.PixelPrompt(), "PixelPrompt needs the grid of patches"),
         *(
             ("clip_whole", kind(towers="text"), "the text tower has none")
-            for kind in (vp.IDPG, vp.SMoP, vp.APT, vp.PixelPrompt, vp.DecomposedPromptTuning)
+            for kind in (vp.CoDA, vp.IDPG, vp.SMoP, vp.APT, vp.PixelPrompt, vp.DecomposedPromptTuning)
         ),
     ],
     ids=repr,

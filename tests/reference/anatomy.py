@@ -41,7 +41,7 @@ def addresses_of(model, tower, prefix=""):
 
 def shapes_of(model):
     """{tower: {"depth": blocks, "heads": of the attention, "prefix": tokens before the patches, or the start of text,
-    "grid": of patches}}.
+    "grid": of patches, "class_token_alone": whether nothing else is read after the blocks}}.
     """
     if hasattr(model, "visual"):
         return shapes_of(model.visual) | {"text": size_of(getattr(model, "text", model).transformer.resblocks)}
@@ -50,9 +50,12 @@ def shapes_of(model):
     if hasattr(model, "token_embedding"):
         return {"text": size_of(model.transformer.resblocks)}
     if hasattr(model, "transformer"):
-        return {"visual": size_of(model.transformer.resblocks) | {"grid": model.grid_size}}
+        alone = model.pool_type == "tok"
+        return {"visual": size_of(model.transformer.resblocks) | {"grid": model.grid_size, "class_token_alone": alone}}
     grid = model.patch_embed.grid_size
-    return {"visual": size_of(model.blocks) | {"prefix": model.num_prefix_tokens, "grid": grid}}
+    alone = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
+    more = {"prefix": model.num_prefix_tokens, "grid": grid, "class_token_alone": alone}
+    return {"visual": size_of(model.blocks) | more}
 
 
 def size_of(blocks):

@@ -89,6 +89,7 @@ PUBLISHED = [
     (vp.APT(), 276_612),
     (vp.PixelPrompt(), 69_840),
     (vp.CIAT(), 2_479_936),
+    (vp.CoDA(), 1_198_848 * 11 // 12),
     (vp.MoV(), 936_960),
     (vp.DTL(), 36_864),
     (vp.DTL(convolution=True), 43_776),

@@ -251,7 +251,57 @@ def ciat(sites, fields, shape):
     return edit | {"tokens": tokens}
 
 
+def soft_top_k(scores, k, temperature):
+    """Coordinate descent of CoDA: weights that add up to k, near one for the k largest."""
+    above = scores.clone()  # max(0, s + a), but s itself at first
+    for step in range(20):
+        e = max(temperature, 4 * 0.7**step)
+        a = e * torch.log(k / torch.exp((scores - above) / e).sum(-1, keepdim=True))
+        above = (scores + a).clamp(min=0)
+    return torch.exp((scores + a - above) / e)
+
+
+def coda(sites, fields, shape):
+    """CoDA, arXiv 2304.04947: all patches pass an adapter, those of the k largest scores the block, times a weight."""
+    aside = {}
+
+    def enter(state, index):
+        x, present = state
+        found = sites.get((index, "stream_in"))
+        if found is None:
+            return state
+        first = shape["prefix"] + present
+        scores = layer_norm(x[:, first:], None, None, 1e-5) @ found["router"]
+        k = -(-scores.shape[1] // fields["reduction"])
+        weights = soft_top_k(scores, k, fields["temperature"])
+        chosen = scores.sort(dim=1, descending=True).indices[:, :k]
+        sent = torch.stack([torch.cat([row[:first], row[first:][own]]) for row, own in zip(x, chosen, strict=True)])
+        aside[index] = x, sent, first, chosen, weights
+        return sent, present
+
+    def leave(state, index):
+        z, present = state
+        found = sites.get((index, "stream_out"))
+        if found is None:
+            return state
+        x, sent, first, chosen, weights = aside[index]
+        hidden = linear(layer_norm(x, None, None, 1e-5), found["adapter.down.weight"], found["adapter.down.bias"])
+        whole = x + linear(hidden.clamp(min=0), found["adapter.up.weight"], found["adapter.up.bias"])
+        rows = []
+        for row, own, gained, weight in zip(whole, chosen.tolist(), z - sent, weights, strict=True):
+            tokens = list(row)
+            for place in range(first):
+                tokens[place] = tokens[place] + gained[place]
+            for place, patch in enumerate(own):
+                tokens[first + patch] = tokens[first + patch] + weight[patch] * gained[first + place]
+            rows.append(torch.stack(tokens))
+        return torch.stack(rows), present
+
+    return {"enter": enter, "leave": leave}
+
+
 PROMPTS = {
+    "coda": coda,
     "prefix_propagation": prefix_propagation,
     "lpt": lpt,
     "e2vpt": e2vpt,
@@ -340,6 +390,15 @@ def ciat_shapes(method, shape, width):
 
 # name of a method -> (method, shape, width) -> {(block or None, site): {tensor: shape}} of one tower
 PROMPT_SHAPES = {
+    "coda": lambda method, shape, width: {
+        (i, site): shapes
+        for i in range(shape["depth"] - shape["class_token_alone"])
+        for site, shapes in {
+            "stream_in": {"router": (width,)},
+            "stream_out": linear_shapes("adapter.down", method.bottleneck, width)
+            | linear_shapes("adapter.up", width, method.bottleneck),
+        }.items()
+    },
     "prefix_propagation": lambda method, shape, width: {
         (i, "stream_in"): {"source.prompts": (method.num_tokens, width)} for i in range(shape["depth"])
     },

@@ -1,4 +1,4 @@
-"""What cannot act in a block whose MLP gets every token more than once."""
+"""What cannot act in a block that gets fewer tokens than there are, or whose MLP gets every token more than once."""
 
 from collections.abc import Mapping
 
@@ -14,9 +14,14 @@ def check_multiplied(acting: Mapping[tuple[str, str | None], list[nn.Module]]) -
         acting: what acts in a block, by site and where it is added.
 
     Raises:
-        UnsupportedError: two modules multiply the tokens of the MLP, or one does and a branch reads what the MLP reads
-            or is added to what it gives.
+        UnsupportedError: two modules choose the tokens of the block; or two multiply those of the MLP, or one does and
+            a branch reads what the MLP reads or is added to what it gives.
     """
+    if sum(getattr(module, "narrows_tokens", False) for module in acting.get(("stream_in", None), [])) > 1:
+        raise UnsupportedError(
+            "two adapters choose the tokens that pass one block (CoDA), each by itself; activate one of them, or "
+            "choose other blocks"
+        )
     multiplying = sum(getattr(module, "multiplies_tokens", False) for module in acting.get(("mlp_in", None), []))
     if multiplying > 1:
         raise UnsupportedError(

@@ -84,7 +84,9 @@ def _(block: Block) -> BlockSites:
             return {"num_tokens": attention.window_size[0] * attention.window_size[1] + 1}
         return {"shared_rel_pos_bias": torch.randn(1, attention.num_heads, num_tokens, num_tokens).double()}
 
-    return pre_norm_block(block, SitedBeitBlock, probe)
+    described = pre_norm_block(block, SitedBeitBlock, probe)
+    described.knows_positions = True
+    return described
 
 
 @describe_model.register

@@ -211,7 +211,9 @@ def _(block: EvaBlock | EvaBlockPostNorm) -> BlockSites:
         patches = num_tokens - block.attn.num_prefix_tokens
         return {"rope": torch.randn(patches, 2 * block.attn.head_dim, dtype=torch.float64)}
 
-    return pre_norm_block(block, SitedEvaBlock if isinstance(block, EvaBlock) else SitedEvaBlockPostNorm, probe)
+    described = pre_norm_block(block, SitedEvaBlock if isinstance(block, EvaBlock) else SitedEvaBlockPostNorm, probe)
+    described.knows_positions = True
+    return described
 
 
 @describe_model.register

@@ -105,6 +105,7 @@ class BlockSites:
         layers: the layer sites by name.
         probe: makes one more call argument set for the self-check: `probe(num_tokens) -> kwargs` of the forward.
         activation: the activation between the layers of the MLP, if it is one without parameters.
+        knows_positions: whether its attention has positions, rotary or relative, which stand for all patches in order.
     """
 
     module: nn.Module
@@ -114,6 +115,7 @@ class BlockSites:
     layers: dict[str, Layer]
     probe: Callable[[int], dict] = field(default=lambda num_tokens: {})
     activation: nn.Module | None = None
+    knows_positions: bool = False
 
     @property
     def economical(self) -> list[nn.Module]:

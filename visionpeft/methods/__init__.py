@@ -13,6 +13,7 @@ from visionpeft.methods.boft import BOFT
 from visionpeft.methods.capaboost import CapaBoost
 from visionpeft.methods.child_tuning import ChildTuning
 from visionpeft.methods.ciat import CIAT
+from visionpeft.methods.coda import CoDA
 from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.decomposed_prompt_tuning import DecomposedPromptTuning
@@ -115,6 +116,7 @@ __all__ = [
     "BitFit",
     "CapaBoost",
     "ChildTuning",
+    "CoDA",
     "Compacter",
     "Convpass",
     "DecomposedPromptTuning",
