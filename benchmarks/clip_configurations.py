@@ -41,7 +41,7 @@ from visionpeft.errors import UserError
 
 NAMES = ["dog", "red kite", "car", "green passion flower"]
 WORDS = 400  # of the tokenizers that stand in for those of Hugging Face
-SMALL_TRUNK = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "mlp_ratio": 4.0}
+SMALL_TRUNK = {"depth": 2, "embed_dim": 128, "num_heads": 2, "img_size": 32, "patch_size": 8, "mlp_ratio": 4.0}
 VITS = (
     "vision_transformer",
     "vision_transformer_hybrid",
@@ -124,7 +124,8 @@ def small(config: dict) -> dict:
         vision |= {"layers": 2, "width": 32, "head_width": 16, "image_size": 32, "patch_size": 16}
     else:
         vision |= {"layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "image_size": 64}
-    text |= {"width": 32, "heads": 2, "layers": 2}
+    # Without a projection the text is as wide as the image's features.
+    text |= {"width": 128 if text.get("proj_type") == "none" else 32, "heads": 2, "layers": 2}
     if "hf_tokenizer_name" in text:
         text["vocab_size"] = WORDS
     if "multimodal_cfg" in config:
@@ -284,9 +285,9 @@ def examine(learner: Learner, tokenizer: Callable) -> str | None:
     return None
 
 
-def verdict(name: str, config: dict) -> str:
-    """ "exact", the sentence of a refusal, or what is wrong."""
-    clip, tokenizer = build(config), tokenizer_of(config)
+def verdict(name: str, config: dict, clip: nn.Module | None = None) -> str:
+    """ "exact", the sentence of a refusal, or what is wrong; of a copy of the CLIP, where it has been built."""
+    clip, tokenizer = build(config) if clip is None else copy.deepcopy(clip), tokenizer_of(config)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -300,17 +301,19 @@ def verdict(name: str, config: dict) -> str:
     return "exact" if fault is None else f"WRONG: {fault}"
 
 
-def walk(names: list[str], of_learners: list[str]) -> list[dict]:
-    """One row for each configuration, with the verdict of each learner."""
+def walk(names: list[str], of_learners: list[str], output: Path) -> list[dict]:
+    """One row for each configuration, with the verdict of each learner; written as they come."""
     verdicts: dict[str, dict[str, str]] = {}
     rows = []
     for name in names:
         config = small(open_clip.get_model_config(name))
         key = kind_of(config)
         if key not in verdicts:
-            verdicts[key] = {learner: verdict(learner, config) for learner in of_learners}
+            clip = build(config)
+            verdicts[key] = {learner: verdict(learner, config, clip) for learner in of_learners}
             print(name, dict(Counter(each.split(":")[0] for each in verdicts[key].values())), flush=True)
         rows.append({"configuration": name} | verdicts[key])
+        write(output, rows)
     return rows
 
 
@@ -349,9 +352,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("results"))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = walk(args.configurations, args.learners)
     args.output.mkdir(parents=True, exist_ok=True)
-    write(args.output / "clip_configurations.csv", rows)
+    rows = walk(args.configurations, args.learners, args.output / "clip_configurations.csv")
     text = table(by_learner(rows))
     (args.output / "clip_configurations.md").write_text(text + "\n")
     print(text)
