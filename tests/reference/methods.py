@@ -494,20 +494,6 @@ def molora(sites, fields, shape):
     return {"driven": driven}
 
 
-def moelora(sites, fields, shape):
-    """MOELoRA, arXiv 2310.18339, for one task: W + alpha / r sum_e softmax(G t)_e B_e A_e, t the embedding of it."""
-
-    def weight(pair, index, site):
-        found = sites.get((index, site))
-        if found is None:
-            return pair
-        share = softmax(linear(found["embedding"][0], found["router.weight"]))
-        scale = 1 if fields["alpha"] is None else fields["alpha"] / fields["rank"]
-        return pair[0] + scale * sum(share[e] * found["B"][e] @ found["A"][e] for e in range(len(share))), pair[1]
-
-    return {"weight": weight}
-
-
 def ada_mix(sites, fields, shape):
     """AdaMix, arXiv 2205.12410, in use: an adapter behind the MLP whose weights are the means of those trained."""
 
@@ -773,7 +759,6 @@ METHODS = {
     "dtl": dtl,
     "sct": sct,
     "molora": molora,
-    "moelora": moelora,
     "mole": mole,
     "moa": moa,
     "hyper_former": hyper_former,

@@ -118,6 +118,14 @@ def scale_of(fields, rank):
     return 1 if fields["alpha"] is None else fields["alpha"] / rank
 
 
+def moelora(weight, fields, found, sites):
+    """MOELoRA, arXiv 2310.18339, of one task: W + alpha / r sum_e p_e B_e A_e, p = softmax(G t), t its embedding."""
+    scores = (found["router.weight"] @ found["embedding"][0]).exp()
+    shares = scores / scores.sum()
+    changes = [share * B @ A for share, B, A in zip(shares, found["B"], found["A"], strict=True)]
+    return weight + scale_of(fields, fields["rank"]) * sum(changes)
+
+
 def moslora(weight, fields, found, sites):
     """MoSLoRA, arXiv 2406.11909: W + s B M A."""
     return weight + scale_of(fields, len(found["down"])) * found["up"] @ found["mixer"] @ found["down"]
@@ -260,6 +268,7 @@ CHANGES = {
     "rand_lora": rand_lora,
     "gra_lora": gra_lora,
     "moslora": moslora,
+    "moelora": moelora,
     "re_lora": re_lora,
     "sora": sora,
     "dy_lora": dy_lora,
