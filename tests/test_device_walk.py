@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 import visionpeft as vp
 from visionpeft.clip import learners
 from visionpeft.methods.parts.base import Method
+from visionpeft.sites.tasks_of_rows import tasks_of_rows
 from visionpeft.tasks import ImageClassification, PromptLearning, VideoClassification
 
 BY_NAME = {host.name: host for host in HOSTS}
@@ -87,6 +88,20 @@ def test_backward_passes_of_methods(cell):
             with Traffic("cpu") as traffic:
                 loss.backward()
             assert traffic.everything == []
+
+
+def test_routers_that_learn_of_tasks():
+    """The tasks of a batch lie where its images do, as those that a run finds from labels."""
+    host = BY_NAME["vit_cls"]
+    model = host.build()
+    for name in "ab":
+        vp.attach(model, vp.LoRA(rank=2), name)
+    vp.attach(model, vp.MoA(adapters=("a", "b")), "over")
+    vp.activate(model, "over")
+    with no_values():
+        inputs, rows = there(host.inputs()), there(torch.tensor([0, 1]))
+        with tasks_of_rows(("a", "b"), rows):
+            assert second_step(moved(model).train(), functools.partial(train, host, inputs)) == []
 
 
 class Clips(Host):
