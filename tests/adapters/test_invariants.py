@@ -832,7 +832,7 @@ def test_every_method_is_in_a_graph():
 def test_no_graph_breaks(names):
     """Nor is there another graph after a step, in which what the methods do between the steps has changed them."""
     torch._dynamo.reset()
-    host, graphs, dtype = shallow(BY_HOST["vit_cls"], 1), [], torch.float64
+    host, graphs, dtype = shallow(BY_HOST["vit_cls"], 2), [], torch.float64  # CoDA leaves the last block alone
     if BY_NAME[names[0]].sources:
         model = attach(host.build(dtype), host, BY_NAME[names[0]])
     else:

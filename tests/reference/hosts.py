@@ -81,7 +81,7 @@ def shallow(host, depth):
         model = host.make()
         for part in model.modules():
             for name in ("blocks", "resblocks"):
-                if isinstance(getattr(part, name, None), nn.ModuleList):
+                if isinstance(getattr(part, name, None), nn.ModuleList | nn.Sequential):
                     setattr(part, name, getattr(part, name)[:depth])
         return model
 
