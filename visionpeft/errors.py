@@ -34,9 +34,10 @@ def one_line(error: Exception) -> str:
 
 
 def near(name: str, allowed: Iterable[str]) -> list[str]:
-    """At most three allowed names that resemble a wrong one, first those that differ in capitals only."""
+    """At most three allowed names that resemble a wrong one, first those of the same letters, swapped or in capitals."""
     allowed = sorted(allowed)
     same = [other for other in allowed if other.lower() == name.lower()]
+    same += [other for other in allowed if sorted(other.lower()) == sorted(name.lower())]
     return list(dict.fromkeys([*same, *difflib.get_close_matches(name, allowed, n=3, cutoff=0.6)]))[:3]
 
 
