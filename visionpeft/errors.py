@@ -34,7 +34,7 @@ def one_line(error: Exception) -> str:
 
 
 def near(name: str, allowed: Iterable[str]) -> list[str]:
-    """At most three allowed names that resemble a wrong one, first those of the same letters, swapped or in capitals."""
+    """At most three allowed names that resemble a wrong one, first those of its letters, swapped or in capitals."""
     allowed = sorted(allowed)
     same = [other for other in allowed if other.lower() == name.lower()]
     same += [other for other in allowed if sorted(other.lower()) == sorted(name.lower())]
