@@ -155,6 +155,7 @@ def test_routed_batches(host, methods):
 OPTIONS = {
     "CoOp": [{}, {"class_specific": True, "position": "middle"}],
     "TipAdapter": [{}, {"train_keys": True}],
+    "DePT": [{"host_options": {"context_length": 4}}],  # the shortest tower reads 12 tokens
     "PromptSRC": [{"template": ["a photo of a {}.", "art of the {}."]}],  # and not sixty
     "CLIPLinearProbe": [{}, {"solver": "gradient"}],
     **{name: [{"num_views": 4}] for name in ("TPT", "CTPT", "DiffTPT", "TPS", "ZERO", "MTA")},
