@@ -1,6 +1,6 @@
 """A step of RPO, straightforward against ours, side by side in one run.
 
-Straightforward is what the published implementation does: the pairs stand among the 77 tokens of every class and behind
+Straightforward is what the published implementation does: the pairs stand among the 77 tokens of every class and after
 the patches of every image, all tokens run together under masks, and are kept for the backward pass. Ours runs the
 towers' own tokens without a gradient, those of the texts once for all steps, and the pairs as queries; with the keys of
 the images kept, too, or with the texts in chunks that run again for the gradient. Random weights serve as well as

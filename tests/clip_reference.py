@@ -96,7 +96,7 @@ def text_feature(clip, embedded, end, overwritten=(None, None)):
 def raw_text_feature(clip, embedded, end, overwritten=(None, None)):
     """Feature (e,) of embedded tokens (77, d), read at position `end`.
 
-    `overwritten` is a block and the tokens (M, d) that stand behind the start token when it begins.
+    `overwritten` is a block and the tokens (M, d) that stand after the start token when it begins.
     """
     x = embedded + clip.positional_embedding
     length, width = x.shape
@@ -130,7 +130,7 @@ def plain_features(clip, texts):
 def prompt_features(clip, names, context, position="end", overwritten=(None, None), feature=text_feature):
     """Unit features (classes, e) of prompts with a context (M, d), or one for each class (classes, M, d).
 
-    `overwritten` is a block and the tokens (classes, M, d) that stand behind the start tokens when it begins.
+    `overwritten` is a block and the tokens (classes, M, d) that stand after the start tokens when it begins.
     """
     features = []
     for index, name in enumerate(names):

@@ -636,7 +636,7 @@ def mov(sites, fields, shape):
 
 
 def dtl(sites, fields, shape):
-    """DTL, arXiv 2312.07856: h_{i+1} = h_i + B_i A_i x_i beside the blocks, h sigmoid(beta h) behind the later ones."""
+    """DTL, arXiv 2312.07856: h_{i+1} = h_i + B_i A_i x_i beside the blocks, h sigmoid(beta h) after the later ones."""
     first = shape["depth"] // 2 if fields["first"] is None else fields["first"]
     kernels = sites.get((None, "convolution"))
     path = {}

@@ -1,6 +1,6 @@
 """CLIP with prompts in its first blocks, as MaPLe's authors lay the tokens out, in plain float64 arithmetic.
 
-Text: the prompts stand behind the start token; before block i < depth they are overwritten. Images: the prompts are
+Text: the prompts stand after the start token; before block i < depth they are overwritten. Images: the prompts are
 appended behind the last patch before the norm in front of the blocks; before block i < depth the last tokens are
 dropped and the prompts of block i are appended. Behind block depth - 1 both stay as they are.
 """

@@ -32,7 +32,7 @@ def plain():
 
 
 def images_by_hand(prompts, normed):
-    """Unit features (batch, e) with prompts (number, width) behind the patches, before or after the first norm."""
+    """Unit features (batch, e) with prompts (number, width) after the patches, before or after the first norm."""
     weights = dict(plain().state_dict())
     patches = images().unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     x = patches @ weights["visual.conv1.weight"].flatten(1).T

@@ -191,7 +191,7 @@ def test_ivlp_logits(kind, options, words):
 
 
 def test_prompts_in_a_timm_trunk():
-    """On a trunk with registers and a norm in front: appended behind the patches, replaced block by block."""
+    """On a trunk with registers and a norm in front: appended after the patches, replaced block by block."""
     plain = make_clip("trunk")
     learner = shaken(BUILDS["IVLP"](copy.deepcopy(plain), depth_visual=3))
     own = learner.trained_state()

@@ -31,7 +31,7 @@ def provp(**options):
 
 
 def images_by_hand(learner, carry):
-    """Unit features (batch, e) with the prompts behind the patches; where they stand does not matter."""
+    """Unit features (batch, e) with the prompts after the patches; where they stand does not matter."""
     weights = dict(learner.clip.state_dict())
     own = {name.rpartition("visual.")[2]: p for name, p in learner.trained_state().items()}
     prompts = [own["0.stream_in.source.prompts"], own["1.stream_in.source.prompts"]]

@@ -41,7 +41,7 @@ def through(weights, name, layers, x, mask):
 
 
 def texts_by_hand(learner, names=NAMES):
-    """(classes, pairs, e), of all 77 positions, where the pairs stand behind the end token, under the authors' mask."""
+    """(classes, pairs, e), of all 77 positions, where the pairs stand after the end token, under the authors' mask."""
     weights = dict(learner.clip.state_dict())
     ids = tokenizer()([TEMPLATE.format(name.replace("_", " ")) for name in names])
     x = weights["token_embedding.weight"][ids] + weights["positional_embedding"]
@@ -57,7 +57,7 @@ def texts_by_hand(learner, names=NAMES):
 
 
 def images_by_hand(learner, pictures):
-    """(batch, pairs, e), of the image tokens and the pairs behind them."""
+    """(batch, pairs, e), of the image tokens and the pairs after them."""
     weights = dict(learner.clip.state_dict())
     patches = pictures.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     x = patches @ weights["visual.conv1.weight"].flatten(1).T
