@@ -1,7 +1,7 @@
 """FISH Mask: Training Neural Networks with Fixed Sparse Masks (Sung et al., 2021), https://arxiv.org/abs/2111.09839."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,23 +9,14 @@ import torch
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
-from visionpeft.methods.parts.base import Method, blocks_of, require, require_same
+from visionpeft.methods.parts.base import Method, blocks_of, require
+from visionpeft.methods.parts.entries import TrainsEntries
 from visionpeft.methods.parts.measures import Squares
-from visionpeft.methods.parts.sparse_delta import (
-    SparseCandidate,
-    candidates_of,
-    highest,
-    index_tensors,
-    indices_by_name,
-    number_of,
-    sparse_placements,
-    united,
-)
-from visionpeft.sites import Placement
+from visionpeft.methods.parts.sparse_delta import SparseCandidate, candidates_of, highest, number_of
 
 
 @dataclass(frozen=True)
-class FishMask(Method):
+class FishMask(TrainsEntries):
     """Trains the entries of weights, biases and norms with the largest Fisher information on the task.
 
     The empirical Fisher information of an entry is the mean over samples of (d log p(y|x) / d w)^2, measured by
@@ -53,6 +44,8 @@ class FishMask(Method):
 
     written_without = {"among": "blocks"}  # noqa: RUF012  (annotated in Method)
 
+    choosing = ("density", "samples", "entries", "among")
+
     density: float = 0.005
     samples: int = 1024
     entries: dict[str, int] | None = None
@@ -70,29 +63,22 @@ class FishMask(Method):
         """Whether the Fisher information has not been measured."""
         return self.entries is None
 
-    def place(self, tower: Tower) -> Iterator[Placement]:
-        """One `SparseDelta` at every layer of which entries are chosen."""
-        candidates = self._candidates(tower)
-        return sparse_placements(tower, candidates, indices_by_name(candidates, self.entries))
-
     def combine(self, methods, parts, weights):
-        """The weighted sum of the changes, with the entries of all."""
-        require_same(methods, but=("density", "samples", "entries", "among"))
-        entries, tensors = united(parts, weights)
+        """The weighted sum of the changes, with the entries of all, among the layers of all."""
+        combined, tensors = super().combine(methods, parts, weights)
         among = "model" if any(method.among == "model" for method in methods) else self.among
-        return dataclasses.replace(self, entries=entries, among=among), tensors
+        return dataclasses.replace(combined, among=among), tensors
 
     def allocate(self, towers: Sequence[Tower], squares: Squares) -> tuple[Method, dict[str, torch.Tensor]]:
         """Choose the entries with the largest sums of squared gradients of single samples."""
-        candidates = [self._candidates(tower) for tower in towers]
+        candidates = [self.candidates(tower) for tower in towers]
         numbers = [number_of(self.density, each) for each in candidates]
         if self.among == "model":
             heads = [squares.head_values, *[0] * (len(towers) - 1)]  # a head reads one tower
             numbers = [self._number(*each) for each in zip(towers, candidates, heads, strict=True)]
-        indices = highest_fisher(candidates, numbers, self.samples, squares)
-        return dataclasses.replace(self, entries={n: len(i) for n, i in indices.items()}), index_tensors(indices)
+        return self.with_entries(highest_fisher(candidates, numbers, self.samples, squares))
 
-    def _candidates(self, tower: Tower) -> dict[str, SparseCandidate]:
+    def candidates(self, tower: Tower) -> dict[str, SparseCandidate]:
         """What entries are chosen of."""
         model = self.among == "model"
         outside = "all" if model and self._whole(tower) else "final_norms"

@@ -3,7 +3,6 @@
 https://arxiv.org/abs/2110.07560
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,21 +10,14 @@ import torch
 import torch.nn as nn
 
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.parts.base import Measure, Method, require, require_same
-from visionpeft.methods.parts.sparse_delta import (
-    SparseCandidate,
-    candidates_of,
-    highest,
-    index_tensors,
-    indices_by_name,
-    sparse_placements,
-    united,
-)
+from visionpeft.methods.parts.base import Measure, Method, require
+from visionpeft.methods.parts.entries import TrainsEntries
+from visionpeft.methods.parts.sparse_delta import SparseCandidate, candidates_of, highest
 from visionpeft.sites import Placement
 
 
 @dataclass(frozen=True)
-class LTSFT(Method):
+class LTSFT(TrainsEntries):
     """Trains the entries of weights and biases that full fine-tuning moves most, from the start again.
 
     Two stages (`visionpeft.stages`; the command line does both). In the first, all weights and biases of the layers,
@@ -46,6 +38,8 @@ class LTSFT(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    choosing = ("density", "entries")
+
     density: float = 0.005
     entries: dict[str, int] | None = None
     towers: str | list[str] | None = None
@@ -62,13 +56,15 @@ class LTSFT(Method):
     def trains(self, tower: Tower) -> Iterator[str]:
         """In the first stage, whatever has entries to choose."""
         if self.entries is None:
-            yield from dict.fromkeys(_names(tower, _candidates(tower)).values())
+            yield from dict.fromkeys(_names(tower, self.candidates(tower)).values())
+
+    def candidates(self, tower: Tower) -> dict[str, SparseCandidate]:
+        """Weights and biases of all layers, norms included."""
+        return candidates_of(tower, range(tower.depth), norms=True, outside="all")
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """In the second stage, one `SparseDelta` at every layer of which entries are chosen."""
-        if self.entries is not None:
-            candidates = _candidates(tower)
-            yield from sparse_placements(tower, candidates, indices_by_name(candidates, self.entries))
+        return iter(()) if self.entries is None else super().place(tower)
 
     def next_stage(
         self,
@@ -82,24 +78,13 @@ class LTSFT(Method):
         moved, total = {}, 0
         for tower in towers:
             total += sum(tower.module.get_parameter(name).numel() for name in tower.parameter_names())
-            candidates = _candidates(tower)
+            candidates = self.candidates(tower)
             for key, name in _names(tower, candidates).items():
                 path = f"{tower.path}.{name}" if tower.path else name
                 after = candidates[key].rows_of(trained[path].detach())
                 moved[key] = (after - candidates[key].values.detach().to(after)).abs()
         require(any(each.any() for each in moved.values()), self, "its first stage has moved no weight to choose by")
-        indices = highest(moved, max(1, round(self.density * total)))
-        return dataclasses.replace(self, entries={n: len(i) for n, i in indices.items()}), index_tensors(indices)
-
-    def combine(self, methods, parts, weights):
-        """The weighted sum of the changes, with the entries of all."""
-        require_same(methods, but=("density", "entries"))
-        entries, tensors = united(parts, weights)
-        return dataclasses.replace(self, entries=entries), tensors
-
-
-def _candidates(tower: Tower) -> dict[str, SparseCandidate]:
-    return candidates_of(tower, range(tower.depth), norms=True, outside="all")
+        return self.with_entries(highest(moved, max(1, round(self.density * total))))
 
 
 def _names(tower: Tower, candidates: Mapping[str, SparseCandidate]) -> dict[str, str]:

@@ -11,22 +11,20 @@ import torch
 import torch.nn as nn
 
 from visionpeft.backbones.tower import Tower
-from visionpeft.methods.parts.base import Measure, Method, require, require_same
+from visionpeft.methods.parts.base import Measure, Method, require
+from visionpeft.methods.parts.entries import TrainsEntries
 from visionpeft.methods.parts.sparse_delta import (
     SparseCandidate,
     SparseDelta,
     candidates_of,
     highest,
-    index_tensors,
-    indices_by_name,
     sparse_placements,
-    united,
 )
 from visionpeft.sites import Placement
 
 
 @dataclass(frozen=True)
-class PrunedBitFit(Method):
+class PrunedBitFit(TrainsEntries):
     """Trains the biases without which the loss would change most, found by training all of them and pruning.
 
     `rounds` + 1 stages (`visionpeft.stages`; the command line does all). The first trains a shift d of every bias, zero
@@ -50,6 +48,8 @@ class PrunedBitFit(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    choosing = ("density", "samples", "entries", "structured", "rounds", "pruned")
+
     density: float = 0.1
     structured: bool = False
     rounds: int = 1
@@ -72,10 +72,16 @@ class PrunedBitFit(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `SparseDelta` at every layer of whose bias entries are trained."""
-        candidates = _biases(tower)
-        every = {name: torch.arange(bias.values.numel(), dtype=torch.int32) for name, bias in candidates.items()}
-        indices = every if self.entries is None else indices_by_name(candidates, self.entries)
-        return sparse_placements(tower, candidates, indices)
+        if self.entries is not None:
+            return super().place(tower)
+        biases = self.candidates(tower)
+        every = {name: torch.arange(bias.values.numel(), dtype=torch.int32) for name, bias in biases.items()}
+        return sparse_placements(tower, biases, every)
+
+    def candidates(self, tower: Tower) -> dict[str, SparseCandidate]:
+        """All biases but those of keys."""
+        every = candidates_of(tower, range(tower.depth), norms=True, outside="all")
+        return {name: candidate for name, candidate in every.items() if candidate.part == "bias"}
 
     def next_stage(
         self,
@@ -101,7 +107,7 @@ class PrunedBitFit(Method):
         )
         pruned = self.pruned + 1
         share = self.density ** (pruned / self.rounds)
-        pools = [_biases(tower).values() for tower in towers]
+        pools = [self.candidates(tower).values() for tower in towers]
         if self.structured:
             number = max(1, round(share * sum(len(pool) for pool in pools)))
             best = sorted(scores, key=lambda name: scores[name].sum().item(), reverse=True)[:number]
@@ -111,17 +117,6 @@ class PrunedBitFit(Method):
             kept = highest(scores, max(1, round(share * total)))
         # positions among the entries of this stage -> positions in the biases
         indices = {name: modules[name].bias_index[index.long()] for name, index in kept.items()}
-        entries = {name: len(index) for name, index in indices.items()}
-        zeros = {name: torch.zeros(number, dtype=modules[name].bias.dtype) for name, number in entries.items()}
-        return dataclasses.replace(self, pruned=pruned, entries=entries), index_tensors(indices) | zeros
-
-    def combine(self, methods, parts, weights):
-        """The weighted sum of the shifts, with the entries of all."""
-        require_same(methods, but=("density", "samples", "entries", "structured", "rounds", "pruned"))
-        entries, tensors = united(parts, weights)
-        return dataclasses.replace(self, entries=entries), tensors
-
-
-def _biases(tower: Tower) -> dict[str, SparseCandidate]:
-    every = candidates_of(tower, range(tower.depth), norms=True, outside="all")
-    return {name: candidate for name, candidate in every.items() if candidate.part == "bias"}
+        zeros = {name: torch.zeros(len(index), dtype=modules[name].bias.dtype) for name, index in indices.items()}
+        following, tensors = self.with_entries(indices)
+        return dataclasses.replace(following, pruned=pruned), tensors | zeros

@@ -1,4 +1,4 @@
-"""Methods that train single entries of weights and biases, and find them in the weights or in data."""
+"""Methods that train single entries of weights and biases, and find them in the weights, in data or by a training."""
 
 import dataclasses
 from abc import abstractmethod
@@ -50,7 +50,7 @@ class TrainsEntries(Method):
         return dataclasses.replace(self, entries=entries_of(part)), part
 
     def with_entries(self, indices: Mapping[str, torch.Tensor]) -> tuple[Method, dict[str, torch.Tensor]]:
-        """What `allocate` answers with once it knows the flat indices of the entries."""
+        """What `allocate` or `next_stage` answers with once it knows the flat indices of the entries."""
         return dataclasses.replace(self, entries={n: len(i) for n, i in indices.items()}), index_tensors(indices)
 
 
