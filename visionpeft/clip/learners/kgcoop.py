@@ -3,18 +3,16 @@
 import math
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.coop import Position, context_prompts, initial_context
+from visionpeft.clip.near_templates import NearTemplates
 from visionpeft.clip.templates import PHOTO
 from visionpeft.errors import ConfigurationError
 
 
-class KgCoOp(Learner):
+class KgCoOp(NearTemplates):
     """CoOp whose text features t_k are drawn to those of a hand-written template, z_k.
 
     loss = cross-entropy + weight * (1 - mean_k cos(t_k, z_k)). The context is that of CoOp, shared by all classes, and
@@ -37,8 +35,6 @@ class KgCoOp(Learner):
         ConfigurationError: an unknown position, a weight that is negative or not finite, a context longer than
             `init`, or a prompt longer than the text tower reads.
     """
-
-    template_style = "kgcoop"
 
     def __init__(
         self,
@@ -73,20 +69,3 @@ class KgCoOp(Learner):
     def prompts(self, names: Sequence[str]) -> list[Tokens]:
         """[v_1 .. v_M, name, "."], with the name moved as `position` says."""
         return context_prompts(self.tokenizer, names, self.context_length, self.position)
-
-    def context(self) -> torch.Tensor:
-        """Context vectors (1, vectors, width)."""
-        return self.vectors[None]
-
-    def loss(
-        self, images: torch.Tensor | None, labels: torch.Tensor, features: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy + weight * (1 - mean_k cos(t_k, z_k)), and logits (batch, classes)."""
-        features = self.image_features(images) if features is None else features
-        texts = self.text_features()
-        logits = self.logits(features, texts)
-        return F.cross_entropy(logits, labels) + self.text_penalty(texts), logits
-
-    def text_penalty(self, texts: torch.Tensor) -> torch.Tensor:
-        """weight * (1 - mean_k cos(t_k, z_k)) for unit text features t (classes, features)."""
-        return self.weight * (1 - (texts * self.template_features()).sum(dim=-1).mean())

@@ -5,19 +5,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from open_clip.transformer import QuickGELU
 
 from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.coop import check_context_length, context_prompts, initial_context
+from visionpeft.clip.near_templates import NearTemplates
 from visionpeft.clip.packing import OwnTokens
 from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError
 
 
-class TCP(Learner):
+class TCP(NearTemplates):
     """CoOp whose learned tokens are overwritten, before a later text block, by tokens made of each class's own text.
 
     The prompt is [SOS] v_1 .. v_M name . [EOS]. Before block `layer` the M tokens after the start are overwritten by
@@ -50,8 +49,6 @@ class TCP(Learner):
         ConfigurationError: a weight that is negative or not finite, a layer that is no index of a text block after
             the first, a context longer than `init`, or a prompt longer than the text tower reads.
     """
-
-    template_style = "kgcoop"
 
     def __init__(
         self,
@@ -100,10 +97,6 @@ class TCP(Learner):
         """[v_1 .. v_M, name, "."]."""
         return context_prompts(self.tokenizer, names, self.context_length)
 
-    def context(self) -> torch.Tensor:
-        """Context vectors (1, vectors, width)."""
-        return self.vectors[None]
-
     def class_tokens(self) -> torch.Tensor:
         """P (classes, vectors, width)."""
         made = self.meta_net(self.template_features().to(self.vectors.dtype))
@@ -113,16 +106,3 @@ class TCP(Learner):
         """Unit text features (classes, features), computed anew."""
         own = OwnTokens(self.class_tokens(), first=len(self.tokenizer.start), block=self.layer)
         return unit(self.encode(self.layout, self.context(), own))[0]
-
-    def loss(
-        self, images: torch.Tensor | None, labels: torch.Tensor, features: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy + weight * (1 - mean_k cos(t_k, z_k)), and logits (batch, classes)."""
-        features = self.image_features(images) if features is None else features
-        texts = self.text_features()
-        logits = self.logits(features, texts)
-        return F.cross_entropy(logits, labels) + self.text_penalty(texts), logits
-
-    def text_penalty(self, texts: torch.Tensor) -> torch.Tensor:
-        """weight * (1 - mean_k cos(t_k, z_k)) for unit text features t (classes, features)."""
-        return self.weight * (1 - (texts * self.template_features()).sum(dim=-1).mean())
