@@ -100,9 +100,9 @@ class DenseModule(nn.Module):
     layout: dict
     needs_several_images = False
 
+    @abstractmethod
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Logits, at the resolution of the head."""
-        raise NotImplementedError
 
 
 def checked_share(head: DenseHead, name: str) -> None:
