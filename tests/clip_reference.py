@@ -173,3 +173,15 @@ def mlp(weights, x):
     """Layers (weight, bias) with ReLU between them."""
     (w1, b1), (w2, b2) = weights
     return F.relu(x @ w1.T + b1) @ w2.T + b2
+
+
+def transport_plan(s, epsilon=0.1):
+    """PLOT's plan T (parts, contexts) of similarities (parts, contexts), by Sinkhorn's iterations written out."""
+    k = (-(1 - s) / epsilon).exp()
+    r, c = torch.ones(len(s), dtype=s.dtype), torch.ones(s.shape[1], dtype=s.dtype)
+    for _ in range(100):
+        before, r = r, 1 / len(s) / (k @ c)
+        c = 1 / s.shape[1] / (k.T @ r)
+        if (r - before).abs().mean() < 1e-2:
+            break
+    return torch.diag(r) @ k @ torch.diag(c)

@@ -29,6 +29,15 @@ from visionpeft.errors import UserError
 
 
 @pytest.fixture
+def one_thread():
+    """Torch computes in one thread: a process that is forked must find no others running."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def cell(request):
     """A model with a method attached that the tests of one cell of the matrix share and only read."""
     return shared_cells.cell_of(request.param, adapted)

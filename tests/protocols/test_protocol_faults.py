@@ -9,7 +9,6 @@ import time
 from collections import Counter
 
 import pytest
-import torch
 from forked import start, wait
 from small_protocols import measured, read_rows, write_config
 from small_runs import arguments as small_arguments
@@ -20,13 +19,7 @@ from visionpeft import fit, protocol
 from visionpeft.files import claim, write_json
 from visionpeft.protocols.method_runs import Trial
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process must find no other threads running
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def table(folder, config):

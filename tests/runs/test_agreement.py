@@ -4,22 +4,13 @@ import os
 import shutil
 
 import pytest
-import torch
 from forked import start_together, wait
 from small_runs import arguments, draw_images
 
 from visionpeft import fit
 from visionpeft.runs import agreement
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process must find no other threads running
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

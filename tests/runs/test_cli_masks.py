@@ -21,13 +21,7 @@ from visionpeft.sharing.model_card import model_card
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import open_run
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,7 @@ from visionpeft.tasks import ImageClassification
 DROPOUT = ["--model.method", "VPT", "--model.method.num_tokens", "2", "--model.method.dropout", "0.3"]
 MIXED = [*DROPOUT, "--model.mixup", "0.4", "--model.head", "batchnorm_linear"]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

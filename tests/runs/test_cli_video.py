@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from small_runs import draw_images, results, run
 from small_video_runs import draw_videos, run_videos, video_arguments
 from video_files import write_frames
@@ -15,13 +14,7 @@ from visionpeft.runs.history import EpochHistory, read_history
 
 AIM = ["--model.method", "{class_path: AIM, init_args: {num_frames: 3, drop_path: 0.3}}", "--model.dropout", "0.3"]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

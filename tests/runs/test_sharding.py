@@ -15,16 +15,8 @@ from visionpeft import fit
 from visionpeft.runs import sharding
 from visionpeft.tasks import ImageClassification
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 SHARDED = ["--trainer.strategy", "fsdp2"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process must find no other threads running
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

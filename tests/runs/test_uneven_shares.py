@@ -15,18 +15,10 @@ from visionpeft.data.ordering import BalancedSampler, EpochSampler, SceneSampler
 from visionpeft.tasks import ImageTask
 from visionpeft.tasks.objectives import OneClass
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 # 21 images in global batches of 4: in the last step the first process has one image, and the second has none.
 FOUR = ["--global_batch", "4"]
 SGD = ["--model.optimisation.optimizer", "sgd", "--model.optimisation.lr", "0.05"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a forked process must find no other threads running
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from clip_reference import (
     prompt_features,
     scaled,
     tokenizer,
+    transport_plan,
 )
 from reference import prompted_clip
 
@@ -108,18 +109,6 @@ def test_dapt_without_prototypes_is_refused_and_not_trained():
     assert dapt(image_weight=0.0).loss(images(), LABELS)[0].isfinite()
 
 
-def plan_by_hand(s, epsilon=0.1):
-    """T (sets, contexts) of similarities (sets, contexts)."""
-    k = (-(1 - s) / epsilon).exp()
-    r, c = torch.ones(len(s), dtype=s.dtype), torch.ones(s.shape[1], dtype=s.dtype)
-    for _ in range(100):
-        before, r = r, 1 / len(s) / (k @ c)
-        c = 1 / s.shape[1] / (k.T @ r)
-        if (r - before).abs().mean() < 1e-2:
-            break
-    return torch.diag(r) @ k @ torch.diag(c)
-
-
 def test_plot_plus_plus_is_the_formula_and_learns_in_two_stages(tmp_path):
     torch.manual_seed(0)
     learner = PLOTPlusPlus(clip_model("quick"), tokenizer(), NAMES, num_contexts=3, num_sets=2)
@@ -133,7 +122,7 @@ def test_plot_plus_plus_is_the_formula_and_learns_in_two_stages(tmp_path):
     rows = []
     for own in f:
         similarities = [own @ t[:, k].T for k in range(4)]
-        rows.append(torch.stack([scale * (plan_by_hand(s.detach()) * s).sum() for s in similarities]))
+        rows.append(torch.stack([scale * (transport_plan(s.detach()) * s).sum() for s in similarities]))
     expected = torch.stack(rows)
     loss, logits = learner.loss(images(), LABELS)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)

@@ -14,6 +14,7 @@ from clip_reference import (
     prompt_features,
     text_feature,
     tokenizer,
+    transport_plan,
 )
 
 from visionpeft.clip.learners import PLOT, ProDA
@@ -46,18 +47,6 @@ def parts_by_hand(clip):
         return visual.ln_post(seen[0])[:, 1:] @ visual.proj
 
 
-def plan_by_hand(s, epsilon=0.1):
-    """T (parts, contexts) of similarities (parts, contexts)."""
-    k = (-(1 - s) / epsilon).exp()
-    r, c = torch.ones(len(s), dtype=s.dtype), torch.ones(s.shape[1], dtype=s.dtype)
-    for _ in range(100):
-        before, r = r, 1 / len(s) / (k @ c)
-        c = 1 / s.shape[1] / (k.T @ r)
-        if (r - before).abs().mean() < 1e-2:
-            break
-    return torch.diag(r) @ k @ torch.diag(c)
-
-
 @pytest.mark.parametrize("pooled", [False, True])
 def test_plot_is_the_formula(pooled, tmp_path):
     torch.manual_seed(0)
@@ -70,7 +59,7 @@ def test_plot_is_the_formula(pooled, tmp_path):
     rows = []
     for own in f:
         similarities = [own @ t[:, k].T for k in range(4)]
-        rows.append(torch.stack([scale * (plan_by_hand(s.detach()) * s).sum() for s in similarities]))
+        rows.append(torch.stack([scale * (transport_plan(s.detach()) * s).sum() for s in similarities]))
     expected = torch.stack(rows)
     if pooled:
         raw = learner.encode(learner.layout, learner.context())  # its directions are checked above
