@@ -14,13 +14,12 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.adapters.attach import attach as attach
     from visionpeft.adapters.attach import detach as detach
     from visionpeft.adapters.attach import disable as disable
-    from visionpeft.adapters.attach import economise as economise
     from visionpeft.adapters.attach import route as route
-    from visionpeft.adapters.attach import trainable_parameters as trainable_parameters
     from visionpeft.adapters.attach import use as use
     from visionpeft.adapters.combine import combine as combine
     from visionpeft.adapters.combine import feature_mean as feature_mean
     from visionpeft.adapters.combine import similar_adapters as similar_adapters
+    from visionpeft.adapters.economise import economise as economise
     from visionpeft.adapters.lorahub import lorahub as lorahub
     from visionpeft.adapters.merge import merge as merge
     from visionpeft.adapters.merge import unmerge as unmerge
@@ -30,6 +29,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.adapters.storage import load as load
     from visionpeft.adapters.storage import read_metadata as read_metadata
     from visionpeft.adapters.storage import save as save
+    from visionpeft.adapters.trained import trainable_parameters as trainable_parameters
     from visionpeft.adapters.training_hooks import after_step as after_step
     from visionpeft.adapters.training_hooks import penalty as penalty
     from visionpeft.backbones import describe as describe
@@ -69,9 +69,7 @@ _HOMES = {
         "attach",
         "detach",
         "disable",
-        "economise",
         "route",
-        "trainable_parameters",
         "use",
     ),
     "visionpeft.adapters.combine": (
@@ -79,6 +77,7 @@ _HOMES = {
         "feature_mean",
         "similar_adapters",
     ),
+    "visionpeft.adapters.economise": ("economise",),
     "visionpeft.adapters.lorahub": ("lorahub",),
     "visionpeft.adapters.merge": (
         "merge",
@@ -94,6 +93,7 @@ _HOMES = {
         "read_metadata",
         "save",
     ),
+    "visionpeft.adapters.trained": ("trainable_parameters",),
     "visionpeft.adapters.training_hooks": (
         "after_step",
         "penalty",

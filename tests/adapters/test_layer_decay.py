@@ -8,7 +8,7 @@ from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 
 import visionpeft as vp
-from visionpeft.adapters.attach import layer_distances
+from visionpeft.adapters.trained import layer_distances
 from visionpeft.tasks.optimisation import Optimisation, parameter_groups
 
 MODELS = ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"]

@@ -63,7 +63,7 @@ def test_a_block_of_another_library_keeps_all_tokens(monkeypatch):
         if blocks:
             raise vp.UnsupportedError("it computes something else")
 
-    monkeypatch.setattr("visionpeft.adapters.attach.check_tower", refuse)
+    monkeypatch.setattr("visionpeft.adapters.economise.check_tower", refuse)
     task = make(vp.LinearProbe())
     assert rows(task.model, IMAGES) == [TOKENS] * 3
     with pytest.raises(vp.UnsupportedError):

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -11,16 +10,14 @@ import torch.nn as nn
 from visionpeft.adapters.access import alone_with, beside_others, on_model, uncompiled
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
 from visionpeft.adapters.asking import connect_head
-from visionpeft.adapters.economies import Economies, may_narrow
-from visionpeft.adapters.install import check_unchanged, freeze_unused, install, parameters_in_use, remember_hosts
-from visionpeft.adapters.layer_decay import distances
+from visionpeft.adapters.install import check_unchanged, freeze_unused, install, remember_hosts
 from visionpeft.adapters.route import Opened
 from visionpeft.adapters.routes import check_not_routed, routes_of
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.adapters.sources import fill, used_by, with_sources
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import check_product, check_products, is_quantised
-from visionpeft.backbones.tower import Backbone, Tower
+from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
 from visionpeft.sites import HEAD, NEXT_BLOCK, Order, order_of
@@ -186,55 +183,6 @@ def disable(model: nn.Module) -> nn.Module:
     return model
 
 
-@on_model
-def economise(
-    model: nn.Module, *, class_token_only: bool | None = False, recompute: Literal["mlp", "block"] | None = None
-) -> nn.Module:
-    """Choose exact economies for a model with adapters; without arguments, none. Outputs and gradients stay the same.
-
-    They hold while adapters act, whichever they are.
-
-    Args:
-        model: the model.
-        class_token_only: in the last block of an image tower that pools its class token, compute queries, projection
-            and MLP for this token alone. What the blocks give, such as timm's `forward_features`, is then that token.
-            It stands aside, and all tokens are there, while a hook sees them, while a batch is routed, and if an active
-            method mixes tokens after the attention of this block; `forward_intermediates` is refused. None chooses it
-            where the tower allows it.
-        recompute: "mlp" computes the hidden activations of every MLP again in the backward pass instead of keeping
-            them, "block" all activations of every block, by the library's own gradient checkpointing.
-
-    Returns:
-        The model.
-
-    Raises:
-        ConfigurationError: if the model has no adapters, or there is no such choice.
-        UnsupportedError: if the image tower pools its tokens in another way.
-    """
-    peft = attached(model)
-    with plain(model):
-        towers = describe(model).towers
-        if class_token_only is None:
-            class_token_only = may_narrow(towers) and _can_be_sited(towers["visual"], towers["visual"].depth - 1)
-        chosen = Economies(class_token_only, recompute)
-        chosen.check(towers)
-        for tower in towers.values():
-            check_tower(tower, {index: set() for index in range(tower.depth) if chosen.need(tower, index)})
-    peft.economies = chosen
-    peft.forget()
-    install(model)
-    return model
-
-
-def _can_be_sited(tower: Tower, index: int) -> bool:
-    """Whether the sited form of a block computes what the block does."""
-    try:
-        check_tower(tower, {index: set()})
-    except UnsupportedError:
-        return False
-    return True
-
-
 @contextmanager
 def use(model: nn.Module, names: str | Sequence[str] | None):
     """Within the context, let exactly these adapters act, or none for None. Call `backward` inside it, too.
@@ -297,29 +245,6 @@ def _note(peft: Adapters, opened: Opened, change: Callable[[Opened], None]) -> N
         change(opened)
         if opened.trains:
             freeze_unused(peft, passing=True)
-
-
-@on_model
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters of the active adapters and of the head in use, for an optimiser. All others have requires_grad=False.
-
-    Raises:
-        ConfigurationError: the model's head or a trained parameter was exchanged after the adapter was attached.
-    """
-    peft = attached(model)
-    check_unchanged(model, peft.active)
-    return [parameter for parameter in parameters_in_use(peft) if parameter.requires_grad]
-
-
-@on_model
-def layer_distances(model: nn.Module) -> dict[nn.Parameter, int]:
-    """How many layers from the output each parameter in use acts: 0 the head, 1 the last block, L the first of L.
-
-    For learning rates that decay from layer to layer: lr * decay ** distance.
-    """
-    in_use = set(parameters_in_use(attached(model)))
-    by_name, parameters = distances(model), dict(model.peft.named_parameters())
-    return {p: by_name[f"peft.{name}"] for name, p in parameters.items() if p in in_use}
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -7,8 +7,9 @@ import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import AttachedAdapter
-from visionpeft.adapters.attach import attached, trainable_parameters
+from visionpeft.adapters.attach import attached
 from visionpeft.adapters.install import stood_in_for
+from visionpeft.adapters.trained import trainable_parameters
 from visionpeft.backbones.dispatch import describe
 from visionpeft.methods.parts.sparse_delta import entries_of
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import allocate, evaluating, remake
-from visionpeft.adapters.attach import detach, layer_distances, plain, trainable_parameters
+from visionpeft.adapters.attach import detach, plain
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.storage import is_older, load, method_from, read_metadata, save
+from visionpeft.adapters.trained import layer_distances, trainable_parameters
 from visionpeft.adapters.training_hooks import after_step, penalty
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError, UserError, one_line

@@ -9,7 +9,7 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from visionpeft.adapters.attach import economise
+from visionpeft.adapters.economise import economise
 from visionpeft.adapters.over_folders import attach_over_folders
 from visionpeft.adapters.start import start_from
 from visionpeft.backbones.preprocessing import preprocessing_of

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from visionpeft.adapters.attach import detach, economise, has_adapters
+from visionpeft.adapters.attach import detach, has_adapters
+from visionpeft.adapters.economise import economise
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learner import Learner

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from visionpeft.adapters.attach import economise
+from visionpeft.adapters.economise import economise
 from visionpeft.adapters.over_folders import attach_over_folders
 from visionpeft.adapters.start import start_from
 from visionpeft.adapters.storage import save

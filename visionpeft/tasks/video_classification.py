@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from visionpeft.adapters.attach import economise
+from visionpeft.adapters.economise import economise
 from visionpeft.adapters.over_folders import attach_over_folders
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
