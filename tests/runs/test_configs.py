@@ -101,6 +101,7 @@ UNPUBLISHED |= {"vtab_lst.yaml", "vtab_vqt.yaml"}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
+MASK_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("segmentation/*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,13 @@ def test_video_set_overlay(overlay):
     assert content["model"]["init_args"]["num_frames"] == given["init_args"]["sampling"]["num_frames"]
     with pytest.raises(vp.DataError, match=given["init_args"]["root"]):  # parsed; the videos are not there
         build("--config", "video_aim.yaml" if "aim" in overlay else "video_st_adapter.yaml", "--config", overlay)
+
+
+@pytest.mark.parametrize("overlay", MASK_SETS)
+def test_overlay_of_masks(overlay):
+    """The overlay's options are those of the task and of its data module; the images are not there."""
+    with pytest.raises(vp.DataError, match="nowhere"):
+        build("--config", "scenes_lora.yaml", "--config", overlay, "--data.root", "nowhere")
 
 
 @pytest.mark.parametrize("overlay", [name for name in VIDEO_SETS if "aim" in name])

@@ -7,7 +7,7 @@ from visionpeft.data.image_folder import ImageFolder
 from visionpeft.data.image_list import ClipArt, ImageList
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.multi_task import MultiTask
-from visionpeft.data.segmentation.benchmarks import ADE20K, VOCSegmentation
+from visionpeft.data.segmentation.benchmarks import ADE20K, Cityscapes, VOCSegmentation
 from visionpeft.data.segmentation.folder import MaskFolder
 from visionpeft.data.segmentation.module import SegmentationDataModule
 from visionpeft.data.segmentation.scenes import ComposedScenes
@@ -27,6 +27,7 @@ __all__ = [
     "FGVC",
     "HMDB51",
     "UCF101",
+    "Cityscapes",
     "ClipArt",
     "ClipAugmentation",
     "ComposedScenes",

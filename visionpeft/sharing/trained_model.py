@@ -175,7 +175,7 @@ def as_described(
     data = description["metadata"].get("data", {})
     if trained.labels == "masks":
         trained.window, trained.stride = objective.get("window"), objective.get("stride")
-        trained.size, trained.palette = data.get("size"), data.get("palette")
+        trained.size, trained.palette = data.get("test_size") or data.get("size"), data.get("palette")
     if task is not None:  # whose images were treated in their own way
         data, own = treatment(data, task, folder)
         trained.preprocessing = replace(trained.preprocessing, **own)
