@@ -21,7 +21,7 @@ import visionpeft as vp
 from visionpeft.clip import learners
 from visionpeft.methods.parts.base import Method
 from visionpeft.sites.tasks_of_rows import tasks_of_rows
-from visionpeft.tasks import ImageClassification, PromptLearning, VideoClassification
+from visionpeft.tasks import ImageClassification, PromptLearning, SemanticSegmentation, VideoClassification
 
 BY_NAME = {host.name: host for host in HOSTS}
 FAMILIES = [BY_NAME[name] for name in ("vit_cls", "eva_split", "clip_whole")]
@@ -272,6 +272,7 @@ TASKS = {
     "adalora": functools.partial(ImageClassification, vp.AdaLoRA(), CLASSES, **IMAGES),
     "clips": functools.partial(VideoClassification, vp.STAdapter(bottleneck=4), CLASSES, num_frames=3, **IMAGES),
     "prompts": functools.partial(PromptLearning, learners.CoOp, CLASSES, cache_features=False),
+    "masks": functools.partial(SemanticSegmentation, vp.LoRA(rank=2), CLASSES, window=24, stride=16, **IMAGES),
 }
 
 
@@ -293,7 +294,8 @@ def test_tasks(make, tmp_path):
     size = task.preprocessing.input_size
     frames = [3] if isinstance(task, VideoClassification) else []
     with no_values():
-        batch = there((torch.empty(4, 3, *frames, *size), torch.arange(4)))
+        labels = torch.zeros(4, *size, dtype=torch.int64) if isinstance(task, SemanticSegmentation) else torch.arange(4)
+        batch = there((torch.empty(4, 3, *frames, *size), labels))
         task = walked(task, tmp_path, interval=3)
         found = []
         for index in range(7):
@@ -306,6 +308,18 @@ def test_tasks(make, tmp_path):
         with torch.no_grad():  # learners ask whether they have changed
             found = second_step(task, lambda task: task.validation_step(batch, 0))
         assert len(found) <= isinstance(task, PromptLearning), found
+
+
+HEADS = (vp.LinearSegmentation(layers=4), vp.SETR(), vp.Segmenter(), vp.DPT(), vp.UPerNet())
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)
+def test_heads_for_masks(head):
+    maps = head.number_of_maps or 4
+    module = head.make(8, maps, 3)
+    with no_values():
+        inputs = there(torch.empty(2, maps, 8, 4, 6))
+        assert second_step(moved(module).train(), lambda module: module(inputs)) == []
 
 
 # What the walk must not overlook
@@ -385,3 +399,9 @@ def test_every_method_is_walked():
 
     walked = {type(case.method) for case in [*CASES, *VIDEO_CASES]}
     assert walked == {getattr(methods, name) for name in methods.__all__} - {Method}
+
+
+def test_every_head_is_walked():
+    from visionpeft import heads
+
+    assert {type(head).__name__ for head in HEADS} == set(heads.__all__) - {"DenseHead"}

@@ -15,23 +15,23 @@ from torch.utils.checkpoint import checkpoint
 STRIP_BYTES = 32 * 2**20
 
 
-def interpolation(small: int, large: int, share: float = 1.0) -> Tensor:
+def interpolation(small: int, large: int, share: float = 1.0, device: torch.device | None = None) -> Tensor:
     """The matrix (large, small) of linear interpolation between the centres of pixels (`align_corners=False`).
+
+    Value i of the large ones lies at c = (i + 1/2) small share / large - 1/2, not outside of the small ones, and takes
+    max(0, 1 - |c - j|) of value j.
 
     Args:
         small: number of values.
         large: number of values to make of them.
         share: of the extent of the small ones that the large ones cover, from its beginning.
+        device: where it is made.
     """
-    centres = (torch.arange(large, dtype=torch.float64) + 0.5) * (small * share / large) - 0.5
-    centres = centres.clamp(0, small - 1)
-    lower = centres.floor().long()
-    upper = (lower + 1).clamp(max=small - 1)
-    rows, part = torch.arange(large), centres - lower
-    matrix = torch.zeros(large, small, dtype=torch.float64)
-    matrix[rows, lower] += 1 - part
-    matrix[rows, upper] += part
-    return matrix
+    # made where it is used: copied from the host, each step would wait for it
+    exact = torch.float32 if device is not None and device.type == "mps" else torch.float64  # MPS has no double
+    centres = (torch.arange(large, dtype=exact, device=device) + 0.5) * (small * share / large) - 0.5
+    places = torch.arange(small, dtype=exact, device=device)
+    return (1 - (centres.clamp(0, small - 1)[:, None] - places).abs()).clamp(min=0)
 
 
 def resized(logits: Tensor, size: tuple[int, int], shares: tuple[float, float] = (1.0, 1.0)) -> Tensor:
@@ -101,5 +101,5 @@ def _ranges(logits: Tensor, height: int, width: int) -> Iterator[tuple[int, int]
 
 def _matrices(logits: Tensor, size: tuple[int, int], shares: tuple[float, float]) -> tuple[Tensor, Tensor]:
     sides = zip(logits.shape[-2:], size, shares, strict=True)
-    rows, columns = (interpolation(small, large, share).to(logits) for small, large, share in sides)
+    rows, columns = (interpolation(small, large, share, logits.device).to(logits) for small, large, share in sides)
     return rows, columns

@@ -2,19 +2,19 @@
 
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from visionpeft.data.segmentation.masks import IGNORED
 from visionpeft.models.strips import cross_entropy
 from visionpeft.tasks.objective import Objective, Shown
+from visionpeft.tasks.pixel_metrics import MeanIoU, PixelAccuracy
 
 
 class ClassOfPixels(Objective):
     """One class of K for each pixel: cross-entropy, mean over the labelled pixels of a batch.
 
     Measured are, over all pixels of a split together, the intersection over union of each class, averaged over the
-    classes that are labelled or predicted ("miou", by torchmetrics' `MulticlassJaccardIndex`; its `MeanIoU` takes means
-    over images), and the share of pixels of the right class ("pixel_accuracy").
+    classes that are labelled or predicted ("miou", as by torchmetrics' `MulticlassJaccardIndex`; its `MeanIoU` takes
+    means over images), and the share of pixels of the right class ("pixel_accuracy").
 
     Args:
         num_classes: K.
@@ -42,11 +42,7 @@ class ClassOfPixels(Objective):
 
     def metrics(self, split: str) -> dict[str, Metric]:
         """Mean IoU over the split, and pixel accuracy."""
-        options = {"ignore_index": IGNORED, "validate_args": False}
-        return {
-            "miou": MulticlassJaccardIndex(self.outputs, average="macro", **options),
-            "pixel_accuracy": MulticlassAccuracy(self.outputs, average="micro", **options),
-        }
+        return {"miou": MeanIoU(self.outputs, IGNORED), "pixel_accuracy": PixelAccuracy(IGNORED)}
 
     def answers(self, logits: Tensor) -> Tensor:
         """Class indices (batch, height, width), of logits (batch, classes, height, width) or of such indices."""
