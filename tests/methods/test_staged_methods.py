@@ -1,5 +1,7 @@
 """Methods that are trained in stages: what they choose, what goes back to the start, and what the last stage trains."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,6 +162,76 @@ def test_xprompt_needs_data_and_equal_pieces():
     assert model.peft["default"].methods[0].stages_after == 1
     with pytest.raises(vp.ConfigurationError, match="channels, which are not 7 equal pieces"):
         vp.attach(VIT.build(), vp.XPrompt(pieces=7))
+
+
+# E2VPT
+
+
+def gate_gradients(model, fields):
+    """Sums over samples of absolute gradients in gates before tokens and pieces, of every block, and of signed ones."""
+    plain, pieces = VIT.build(torch.float64), fields["pieces"]
+    tensors = {name: value.detach() for name, value in model.peft["default"].state_dict().items()}
+    prompts = {name: value for name, value in tensors.items() if name.endswith("stream_in.prompts")}
+    sums = {
+        name: [torch.zeros(len(p)), torch.zeros(len(p), pieces), torch.zeros(len(p))] for name, p in prompts.items()
+    }
+    for image, label in zip(IMAGES, LABELS, strict=True):
+        gates = {
+            name: (torch.ones(len(p), 1).double(), torch.ones(len(p), pieces).double()) for name, p in prompts.items()
+        }
+        flat = [gate.requires_grad_() for pair in gates.values() for gate in pair]
+        gated = {
+            name: gamma * (zeta.repeat_interleave(prompts[name].shape[1] // pieces, dim=1) * prompts[name])
+            for name, (gamma, zeta) in gates.items()
+        }
+        edits = edits_of(tensors | gated, {"e2vpt": fields}, shapes_of(plain))
+        logits = forward(plain, image[None], edits, with_head(plain, tensors))[0]
+        found = iter(torch.autograd.grad(-torch.log_softmax(logits, dim=0)[label], flat))
+        for total in sums.values():
+            gamma, zeta = next(found)[:, 0], next(found)
+            total[0] += gamma.abs()
+            total[1] += zeta.abs()
+            total[2] += gamma
+    return sums
+
+
+def test_e2vpt_prunes_the_prompts_of_each_block_and_starts_again():
+    torch.manual_seed(3)
+    method = vp.E2VPT(num_tokens=4, num_keys=2, token_share=0.5, piece_share=0.7, pieces=8, samples=6)
+    model = vp.attach(VIT.build(torch.float64), method).eval()
+    stages = vp.stages(model, [(IMAGES[:4], LABELS[:4]), (IMAGES[4:], LABELS[4:])])
+    next(stages)
+    start = {name: value.clone() for name, value in model.peft["default"].state_dict().items()}
+    train(model)
+    gradients, signed = gate_gradients(model, dataclasses.asdict(method)), 0
+    assert next(stages) == 2
+    found = model.peft["default"].state_dict()
+    for name, (tokens, pieces, with_sign) in gradients.items():
+        kept = sorted(tokens.argsort(descending=True)[:2].tolist())
+        signed += kept == sorted(with_sign.argsort(descending=True)[:2].tolist())
+        ranked = [sorted(pieces[token].argsort(descending=True)[:6].tolist()) for token in kept]
+        index = [8 * place + piece for place, each in enumerate(ranked) for piece in each]
+        path = name.removesuffix("prompts")
+        assert found[f"{path}piece_index"].tolist() == index
+        assert torch.equal(found[f"{path}pieces"], start[name][kept].view(16, -1)[index])
+    assert signed < len(gradients)  # as published, other tokens would stay in some block
+    for name, value in start.items():
+        assert name.endswith("stream_in.prompts") or torch.equal(
+            found[name], value
+        )  # keys, values and the head as well
+    assert model.peft["default"].num_parameters() == 3 * (2 * 6 * 4 + 2 * 2 * 32)
+    train(model)
+    assert next(stages, None) is None
+
+
+def test_e2vpt_keeps_a_token_and_four_pieces():
+    method = vp.E2VPT(token_share=0.05, piece_share=0.05)
+    assert (method.tokens_kept, method.pieces_kept) == (1, 4)
+    assert vp.E2VPT().stages_after == 0
+    with pytest.raises(vp.ConfigurationError, match="E2VPT: there are no prompts to prune"):
+        vp.E2VPT(num_tokens=0, token_share=0.5)
+    with pytest.raises(vp.ConfigurationError, match="channels, which are not 7 equal pieces"):
+        vp.attach(VIT.build(), vp.E2VPT(piece_share=0.5, pieces=7))
 
 
 # U-BitFit and S-BitFit

@@ -11,7 +11,7 @@ import torch
 
 from .arithmetic import ACTIVATIONS, attention, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
 from .block import block_forward
-from .prompts import PROMPTS
+from .prompts import PROMPTS, unpruned
 from .weight_changes import CHANGES, edit_with, random_matrix
 
 
@@ -58,12 +58,7 @@ def vpt(sites, fields, shape):
 def xprompt(sites, fields, shape):
     """XPrompt, arXiv 2210.04457: VPT with the tokens that were kept, zero but for the pieces that were kept."""
     tokens = round(fields["token_share"] * fields["num_tokens"])
-    dense = {}
-    for (index, site), found in sites.items():
-        rows = [torch.zeros(found["pieces"].shape[1], dtype=torch.float64)] * (tokens * fields["pieces"])
-        for place, piece in zip(found["piece_index"].tolist(), found["pieces"], strict=True):
-            rows[place] = piece
-        dense[index, site] = {"prompts": torch.cat(rows).view(tokens, -1)}
+    dense = {key: {"prompts": unpruned(found, tokens, fields)} for key, found in sites.items()}
     return vpt(dense, fields, shape)
 
 

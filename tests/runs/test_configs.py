@@ -90,7 +90,7 @@ NAMES = (
 # relatives of LoRA, of which the fine-grained benchmark has no configuration
 VTAB_ALONE = (
     *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
-    *("vblora", "ltsft", "xprompt", "pruned_bit_fit", "relora"),
+    *("vblora", "ltsft", "xprompt", "pruned_bit_fit", "relora", "e2vpt_pruned"),
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
     *("eva", "lora_ga", "second_order", "neuro_ada", "sct", "binary_mask", "said"),
 )
