@@ -804,6 +804,7 @@ ONLY_TRACED = (
     ("fish_mask", "spt", "gps", "second_order", "neuro_ada"),
     ("pissa", "olora", "lora_ga", "eva", "oft", "boft", "hira"),
     ("ltsft",),
+    ("diff_pruning",),
     ("xprompt_deep",),
     ("pruned_bit_fit",),
     ("relora",),

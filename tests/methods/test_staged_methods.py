@@ -1,14 +1,17 @@
 """Methods that are trained in stages: what they choose, what goes back to the start, and what the last stage trains."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import distance
 from reference import edits_of, forward, shapes_of, trained_weights
 from reference.hosts import HOSTS
 
 import visionpeft as vp
+from visionpeft.methods.diff_pruning import hard_concrete
 
 VIT = next(host for host in HOSTS if host.name == "vit_cls")
 IMAGES, LABELS = VIT.inputs(6, torch.float64, seed=4), torch.tensor([0, 3, 1, 4, 4, 2])
@@ -232,6 +235,99 @@ def test_e2vpt_keeps_a_token_and_four_pieces():
         vp.E2VPT(num_tokens=0, token_share=0.5)
     with pytest.raises(vp.ConfigurationError, match="channels, which are not 7 equal pieces"):
         vp.attach(VIT.build(), vp.E2VPT(piece_share=0.5, pieces=7))
+
+
+# Diff pruning
+
+
+def stretched(logits, uniform):
+    """min(1, max(0, 3 s - 1.5)) with s = 1 / (1 + exp(-(log u - log(1 - u) + a)))."""
+    s = 1 / (1 + torch.exp(-(torch.log(uniform / (1 - uniform)) + logits)))
+    return torch.minimum(torch.tensor(1.0), torch.maximum(torch.tensor(0.0), 3 * s - 1.5))
+
+
+def test_gates_of_diff_pruning_are_closed_and_open_as_often_as_they_should():
+    """Exactly 1 with probability sigmoid(a - log 5), exactly 0 with sigmoid(-a); the gradient is the formula's."""
+    torch.manual_seed(1)
+    for logit in (0.4, 5.0):
+        drawn = hard_concrete(torch.full((200_000,), logit, dtype=torch.float64), drawn=True)
+        expected = [1 / (1 + math.exp(-(logit - math.log(5)))), 1 / (1 + math.exp(logit))]
+        found = [(drawn == value).double().mean().item() for value in (1.0, 0.0)]
+        assert all(abs(a - b) < 3e-3 for a, b in zip(found, expected, strict=True))
+    uniform = torch.full((), 0.5).double()
+    logits = torch.tensor([-2.0, -0.5, 0.1, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    ours = torch.autograd.grad(hard_concrete(logits, drawn=False).sum(), logits)[0]
+    assert torch.equal(hard_concrete(logits, drawn=False), stretched(logits, uniform))
+    s = 1 / (1 + torch.exp(-logits))
+    assert distance(ours, torch.where((s > 0.5) & (s < 2.5 / 3), 3 * s * (1 - s), 0.0)) < 1e-15
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_diff_pruning_keeps_the_largest_changes_where_they_are(structured):
+    """Beside a plain ViT with the weights w0 + z w of a formula; what is kept goes on from z w, the head as well."""
+    method = vp.DiffPruning(density=0.03, structured=structured, penalty_weight=0.01)
+    plain = VIT.build(torch.float64).eval()
+    model = vp.attach(VIT.build(torch.float64), method).eval()
+    total = sum(p.numel() for n, p in plain.named_parameters() if not n.startswith("head."))
+    changed = total - plain.cls_token.numel() - plain.pos_embed.numel() - 3 * 32  # key biases
+    tensors = sum(1 + 2 * (".qkv." in n) for n, _ in plain.named_parameters() if n.startswith(("bl", "patch", "norm")))
+    groups = structured * (tensors - 3)
+    adapter = model.peft["default"]
+    assert adapter.num_parameters() == 2 * changed + groups
+    stages = vp.stages(model)
+    next(stages)
+    expected = 0.01 * (changed + groups) / (1 + math.exp(-5))
+    assert abs(vp.penalty(model).item() - expected) < 1e-6 * expected
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(4)
+        for name, parameter in adapter.named_parameters():
+            gate = name.endswith(("_gate", "_group"))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += (-5 + noise) if gate else 0.05 * noise
+    uniform = torch.full((), 0.5).double()
+    values, changes = adapter.state_dict(), {}
+    for name in [each for each in values if each.endswith((".weight", ".bias")) and not each.startswith("head.")]:
+        change = stretched(values[f"{name}_gate"], uniform) * values[name]
+        changes[name] = change * (stretched(values[f"{name}_group"], uniform) if structured else 1)
+    number = min(round(0.03 * total), sum(int((each != 0).sum()) for each in changes.values()))
+    threshold = torch.cat([each.abs().flatten() for each in changes.values()]).sort(descending=True).values[number - 1]
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            head = name.startswith("head.")
+            parameter.copy_(values[name] if head else parameter + of_sites(changes, name, parameter))
+    assert distance(model(IMAGES), plain(IMAGES)) < 1e-11
+    model.train()
+    assert distance(model(IMAGES), plain(IMAGES)) > 1e-3  # there gates are drawn
+    model.eval()
+    head = values["head.weight"].clone()
+
+    assert next(stages) == 2
+    found = model.peft["default"].state_dict()
+    assert model.peft["default"].num_parameters() == number
+    for name, change in changes.items():
+        kept = change.abs() >= threshold
+        assert kept.any() == (name in found)
+        if kept.any():
+            assert distance(found[name], change[kept]) < 1e-15
+            assert torch.equal(found[f"{name}_index"], kept.flatten().nonzero()[:, 0].int())
+    assert torch.equal(found["head.weight"], head)
+    assert vp.penalty(model) == 0
+    assert next(stages, None) is None
+
+
+def of_sites(changes, name, like):
+    """The change of a parameter of a plain ViT, given those of the sites of its layers."""
+    path, _, part = name.rpartition(".")
+    prefix = "diff_pruning.visual"
+    if name.endswith(("cls_token", "pos_embed")):
+        return torch.zeros_like(like)
+    if path.endswith("qkv"):
+        block = path.split(".")[1]
+        rows = [changes.get(f"{prefix}.{block}.{site}.{part}") for site in "qkv"]
+        return torch.cat([torch.zeros(32).double() if each is None else each for each in rows])
+    for own, site in (("patch_embed.proj", "patch_embed"), ("blocks.", ""), ("attn.", ""), ("mlp.", "")):
+        path = path.replace(own, site)
+    return changes[f"{prefix}.{path}.{part}"]
 
 
 # U-BitFit and S-BitFit

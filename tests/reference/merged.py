@@ -10,7 +10,18 @@ from .weight_changes import CHANGES as OF_WEIGHTS
 SHARED = ("rule", "factors", "bank", "subspace")
 # a site whose tokens matrices read -> these matrices
 READERS = {"attn_in": ("q", "k", "v"), "mlp_in": ("fc1", "fc1_g", "fc1_x"), "hidden": ("fc2",)}
-SPARSE = ("pa_fi", "fish_mask", "ltsft", "pruned_bit_fit", "child_tuning", "spt", "neuro_ada", "gps", "second_order")
+SPARSE = (
+    "pa_fi",
+    "fish_mask",
+    "ltsft",
+    "diff_pruning",
+    "pruned_bit_fit",
+    "child_tuning",
+    "spt",
+    "neuro_ada",
+    "gps",
+    "second_order",
+)
 
 
 def moved(method, fields, weight, bias, found, sites):

@@ -785,6 +785,7 @@ METHODS = {
     "pa_fi": sparse,
     "fish_mask": sparse,
     "ltsft": sparse,
+    "diff_pruning": sparse,
     "pruned_bit_fit": sparse,
     "child_tuning": sparse,
     "neuro_ada": sparse,

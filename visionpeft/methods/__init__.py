@@ -17,6 +17,7 @@ from visionpeft.methods.coda import CoDA
 from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.decomposed_prompt_tuning import DecomposedPromptTuning
+from visionpeft.methods.diff_pruning import DiffPruning
 from visionpeft.methods.dora import DoRA
 from visionpeft.methods.dtl import DTL
 from visionpeft.methods.dylora import DyLoRA
@@ -120,6 +121,7 @@ __all__ = [
     "Compacter",
     "Convpass",
     "DecomposedPromptTuning",
+    "DiffPruning",
     "DoRA",
     "DyLoRA",
     "FacT",
