@@ -146,6 +146,7 @@ CASES = [
     Case("fish_mask", vp.FishMask(density=0.05, samples=3), identity=True, mergeable=True, relative=True),
     Case("ltsft", vp.LTSFT(density=0.05), identity=True, mergeable=True, relative=True),
     Case("diff_pruning", vp.DiffPruning(density=0.05), mergeable=True, relative=True),
+    Case("far", vp.FAR(share=0.2), identity=True, mergeable=True, relative=True),
     Case("pruned_bit_fit", vp.PrunedBitFit(density=0.3, samples=3), identity=True, mergeable=True, relative=True),
     Case("child_f", vp.ChildTuning("F", share=0.6), identity=True, mergeable=True),
     Case("child_d", vp.ChildTuning("D", share=0.1, samples=3), identity=True, mergeable=True, relative=True),
@@ -215,6 +216,7 @@ CASES = [
     Case("lora_dropout", vp.LoRADropout(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
     # after a restart it is no identity, as what was trained before it acts on
     Case("relora", vp.ReLoRA(rank=2, alpha=6, restarts=1), mergeable=True, relative=True),
+    Case("periodic_lora", vp.PeriodicLoRA(rank=2, restarts=1, unloaded=0.4), mergeable=True, relative=True),
     Case("capa_boost", vp.CapaBoost(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
     Case("hi_wi", vp.HiWi(bottleneck=3), identity=True, mergeable=True, relative=True),
     Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True, relative=True),

@@ -808,6 +808,8 @@ ONLY_TRACED = (
     ("xprompt_deep",),
     ("pruned_bit_fit",),
     ("relora",),
+    ("periodic_lora",),
+    ("far",),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
     ("molora", "moelora", "mov", "mix_lora", "sct", "binary_mask", "said"),

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import distance
+from conftest import distance, randomise
 from reference import edits_of, forward, shapes_of, trained_weights
 from reference.hosts import HOSTS
 
@@ -40,11 +40,13 @@ def in_stages(method, batches=None):
 # LT-SFT
 
 
-def fine_tuned(masks=None, rate=0.1, steps=3):
+def fine_tuned(masks=None, rate=0.1, steps=3, only=None):
     """A plain ViT trained by torch alone: its values before and after; outside of the masks weights do not move."""
     model = VIT.build(torch.float64).eval()
     named = dict(model.named_parameters())
     trained = {name: p for name, p in named.items() if name not in ("cls_token", "pos_embed")}
+    if only is not None:
+        trained = {name: p for name, p in trained.items() if name.endswith(only) or name.startswith("head.")}
     before = {name: p.detach().clone() for name, p in trained.items()}
     for _ in range(steps):
         gradients = torch.autograd.grad(F.cross_entropy(model(IMAGES), LABELS), list(trained.values()))
@@ -235,6 +237,71 @@ def test_e2vpt_keeps_a_token_and_four_pieces():
         vp.E2VPT(num_tokens=0, token_share=0.5)
     with pytest.raises(vp.ConfigurationError, match="channels, which are not 7 equal pieces"):
         vp.attach(VIT.build(), vp.E2VPT(piece_share=0.5, pieces=7))
+
+
+# FAR
+
+
+def test_far_trains_the_neurons_that_priming_moves_most():
+    """Two trainings by torch itself, with masks of rows and columns between them, are what the stages do."""
+    full, before = fine_tuned(only=("fc1.weight", "fc1.bias", "fc2.weight"))
+    changed = {name: (p.detach() - before[name]).abs() for name, p in full.named_parameters() if name in before}
+    masks = {}
+    for block in range(3):
+        first, bias, second = (
+            changed[f"blocks.{block}.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight")
+        )
+        sizes = torch.stack([first[j].sum() + bias[j] + second[:, j].sum() for j in range(len(bias))])
+        chosen = torch.zeros(len(bias)).double()
+        chosen[sizes.argsort(descending=True)[: round(0.1 * len(bias))]] = 1
+        masks[f"blocks.{block}.mlp.fc1.weight"] = chosen[:, None].expand_as(first)
+        masks[f"blocks.{block}.mlp.fc1.bias"] = chosen
+        masks[f"blocks.{block}.mlp.fc2.weight"] = chosen.expand_as(second)
+    sparse, _ = fine_tuned(masks, only=("fc1.weight", "fc1.bias", "fc2.weight"))
+
+    model, outputs = in_stages(vp.FAR(share=0.1))
+    assert torch.equal(*outputs)
+    assert model.peft["default"].num_parameters() == 3 * round(0.1 * 64) * (2 * 32 + 1)
+    assert distance(model(IMAGES), sparse(IMAGES)) < 1e-10
+    assert distance(model(IMAGES), full(IMAGES)) > 1e-3
+
+
+def test_far_splits_the_neurons_of_a_gated_mlp():
+    """A neuron has a row in each half of fc1: without them, and its column of fc2, its change is gone."""
+    host = next(host for host in HOSTS if host.name == "eva_fused")
+    model = vp.attach(host.build(torch.float64), vp.FAR(share=0.1))
+    for stage in vp.stages(model):
+        if stage == 1:
+            randomise(model.peft["default"])
+    found = model.peft["default"].state_dict()
+    hidden = model.blocks[0].mlp.fc2.in_features
+    for block in range(len(model.blocks)):
+        rows, columns = (found[f"far.visual.{block}.{site}.index"] for site in ("fc1", "fc2"))
+        assert torch.equal(rows, torch.cat([columns, columns + hidden]))
+
+
+# PeriodicLoRA
+
+
+def test_periodic_lora_unloads_a_share_and_keeps_the_rest():
+    """Logits are equal about a restart; as published by others, with both factors shrunk, they would not be."""
+    method = vp.PeriodicLoRA(rank=2, restarts=1, unloaded=0.4, targets=("q",))
+    model = vp.attach(VIT.build(torch.float64), method).eval()
+    stages = vp.stages(model)
+    next(stages)
+    train(model)
+    module = model.peft["default"].get_submodule("periodic_lora.visual.0.q")
+    before, up, down = model(IMAGES).detach(), module.up.detach().clone(), module.down.detach().clone()
+    next(stages)
+    assert distance(model(IMAGES), before) < 1e-12
+    module = model.peft["default"].get_submodule("periodic_lora.visual.0.q")
+    assert distance(module.earlier_up @ module.earlier_down, 0.4 * up @ down) < 1e-15
+    assert torch.equal(module.down, down)
+    assert distance(module.up, 0.6 * up) < 1e-15
+    with torch.no_grad():
+        module.down.mul_(0.6)
+    assert distance(model(IMAGES), before) > 1e-4
+    assert vp.PeriodicLoRA(unloaded=1.0).stages_after == 3
 
 
 # Diff pruning

@@ -159,6 +159,31 @@ def sparse(sites, fields, shape):
     return {"weight": weight}
 
 
+def neurons_moved(weight, bias, found):
+    """W and b with the change of some rows, or W with that of some columns."""
+    weight, bias, change = weight.clone(), None if bias is None else bias.clone(), found["weight"]
+    index = found["index"].tolist()
+    if change.shape == (len(index), weight.shape[1]):
+        for place, row in zip(index, range(len(index)), strict=True):
+            weight[place] += change[row]
+            if bias is not None:
+                bias[place] += found["bias"][row]
+    else:
+        for place, column in zip(index, range(len(index)), strict=True):
+            weight[:, place] += change[:, column]
+    return weight, bias
+
+
+def far(sites, fields, shape):
+    """FAR, arXiv 2205.01541: the neurons of an MLP that learn move, by rows of fc1 and columns of fc2."""
+
+    def weight(pair, index, site):
+        found = sites.get((index, site))
+        return pair if found is None else neurons_moved(*pair, found)
+
+    return {"weight": weight}
+
+
 def spt(sites, fields, shape):
     """SPT, arXiv 2303.08566: besides single entries, W + B A, or a bottleneck on the output of a matrix."""
     entries = sparse(sites, fields, shape)["weight"]
@@ -784,6 +809,7 @@ METHODS = {
     "prefix_tuning": prefix_tuning,
     "pa_fi": sparse,
     "fish_mask": sparse,
+    "far": far,
     "ltsft": sparse,
     "diff_pruning": sparse,
     "pruned_bit_fit": sparse,
