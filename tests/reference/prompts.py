@@ -60,10 +60,21 @@ def lpt(sites, fields, shape):
     return travelling(prefix, range(start, shape["depth"]), number, fresh)
 
 
+def unpruned(found, tokens, fields):
+    """Prompts (tokens, width), of which `found` has all, or the pieces that were kept, the others being zero."""
+    if "prompts" in found:
+        return found["prompts"]
+    rows = [torch.zeros(found["pieces"].shape[1], dtype=torch.float64)] * (tokens * fields["pieces"])
+    for place, piece in zip(found["piece_index"].tolist(), found["pieces"], strict=True):
+        rows[place] = piece
+    return torch.cat(rows).view(tokens, -1)
+
+
 def e2vpt(sites, fields, shape):
-    """E^2VPT, arXiv 2307.13770, before pruning: fresh prompts in every block, and learned keys and values."""
-    prompts = {index: found["prompts"] for (index, site), found in sites.items() if site == "stream_in"}
-    first, number = shape["prefix"], fields["num_tokens"]
+    """E^2VPT, arXiv 2307.13770, pruned or not: fresh prompts in every block, and learned keys and values."""
+    kept = max(1, round(fields["token_share"] * fields["num_tokens"]))
+    prompts = {index: unpruned(found, kept, fields) for (index, site), found in sites.items() if site == "stream_in"}
+    first, number = shape["prefix"], len(next(iter(prompts.values()), ()))
 
     def enter(state, index):
         x, _ = state

@@ -270,6 +270,7 @@ CHANGES = {
     "moslora": moslora,
     "moelora": moelora,
     "re_lora": re_lora,
+    "periodic_lora": re_lora,
     "sora": sora,
     "dy_lora": dy_lora,
     "loradropout": lora_dropout,

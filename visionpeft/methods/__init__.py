@@ -17,12 +17,14 @@ from visionpeft.methods.coda import CoDA
 from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.decomposed_prompt_tuning import DecomposedPromptTuning
+from visionpeft.methods.diff_pruning import DiffPruning
 from visionpeft.methods.dora import DoRA
 from visionpeft.methods.dtl import DTL
 from visionpeft.methods.dylora import DyLoRA
 from visionpeft.methods.e2vpt import E2VPT
 from visionpeft.methods.eva import EVA
 from visionpeft.methods.fact import FacT
+from visionpeft.methods.far import FAR
 from visionpeft.methods.fish_mask import FishMask
 from visionpeft.methods.fourierft import FourierFT
 from visionpeft.methods.full_fine_tuning import FullFineTuning
@@ -60,6 +62,7 @@ from visionpeft.methods.oft import OFT
 from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
+from visionpeft.methods.periodic_lora import PeriodicLoRA
 from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.pixel_prompt import PixelPrompt
 from visionpeft.methods.prefix_propagation import PrefixPropagation
@@ -93,6 +96,7 @@ __all__ = [
     "DTL",
     "E2VPT",
     "EVA",
+    "FAR",
     "GPS",
     "IA3",
     "IDPG",
@@ -120,6 +124,7 @@ __all__ = [
     "Compacter",
     "Convpass",
     "DecomposedPromptTuning",
+    "DiffPruning",
     "DoRA",
     "DyLoRA",
     "FacT",
@@ -153,6 +158,7 @@ __all__ = [
     "OLoRA",
     "PTuning",
     "PaFi",
+    "PeriodicLoRA",
     "PiSSA",
     "PixelPrompt",
     "PrefixPropagation",
