@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.models.create_clip import create_clip as create_clip
     from visionpeft.models.dense_predictor import DensePredictor as DensePredictor
     from visionpeft.models.feature_maps import feature_maps as feature_maps
+    from visionpeft.models.object_detector import ObjectDetector as ObjectDetector
     from visionpeft.models.proxy_tuning import ProxyTuned as ProxyTuned
     from visionpeft.models.proxy_tuning import proxy_logits as proxy_logits
     from visionpeft.models.video_classifier import VideoClassifier as VideoClassifier
@@ -116,6 +117,7 @@ _HOMES = {
     "visionpeft.models.create_clip": ("create_clip",),
     "visionpeft.models.dense_predictor": ("DensePredictor",),
     "visionpeft.models.feature_maps": ("feature_maps",),
+    "visionpeft.models.object_detector": ("ObjectDetector",),
     "visionpeft.models.proxy_tuning": (
         "ProxyTuned",
         "proxy_logits",

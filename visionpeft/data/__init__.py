@@ -1,5 +1,7 @@
 """Lightning data modules: benchmarks, people's own images and videos, and the embedded sets."""
 
+from visionpeft.data.detection.module import DetectionDataModule
+from visionpeft.data.detection.scenes import ComposedObjects
 from visionpeft.data.few_shot.module import FewShot
 from visionpeft.data.few_shot.templates import dataset_template
 from visionpeft.data.fgvc import FGVC
@@ -30,7 +32,9 @@ __all__ = [
     "Cityscapes",
     "ClipArt",
     "ClipAugmentation",
+    "ComposedObjects",
     "ComposedScenes",
+    "DetectionDataModule",
     "FewShot",
     "FrameSampling",
     "ImageDataModule",

@@ -78,13 +78,13 @@ class DenseHead:
     def build(self, channels: int, maps: int, num_classes: int) -> "DenseModule":
         """The head for so many maps of so many channels, newly initialised."""
 
-    def make(self, channels: int, maps: int, num_classes: int) -> "DenseModule":
-        """As `build`; the module knows how to describe itself."""
-        made = self.build(channels, maps, num_classes)
+    def make(self, channels: int, maps: int, num_classes: int, **more: int) -> "DenseModule":
+        """As `build`, with what else it takes; the module knows how to describe itself."""
+        made = self.build(channels, maps, num_classes, **more)
         made.layout = {
             "class": type(self).__name__,
             "fields": dataclasses.asdict(self),
-            "arguments": {"channels": channels, "maps": maps, "num_classes": num_classes},
+            "arguments": {"channels": channels, "maps": maps, "num_classes": num_classes, **more},
         }
         return made
 

@@ -13,7 +13,7 @@ from visionpeft.adapters.attach import attach
 from visionpeft.backbones.dispatch import describe, describe_model
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.heads import DenseHead, LinearSegmentation
+from visionpeft.heads import DenseHead, DetectionHead, LinearSegmentation
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
@@ -58,7 +58,7 @@ class DensePredictor(nn.Module):
         number = classes if isinstance(classes, int) else len(classes)
         if isinstance(classes, bool | str) or number < 2:
             raise ConfigurationError(f"classes must be a list of at least two names, or their number, not {classes!r}")
-        if not isinstance(head, DenseHead):
+        if not isinstance(head, DenseHead) or isinstance(head, DetectionHead):
             raise ConfigurationError(f"head must be a head such as LinearSegmentation(layers=4), not {head!r}")
         backbone = create_dense_backbone(backbone) if isinstance(backbone, str) else backbone
         towers = describe(backbone).towers

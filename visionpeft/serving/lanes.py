@@ -35,8 +35,10 @@ class Served:
     def __post_init__(self):
         if self.trained.sampling is not None:
             raise UnsupportedError(f"{self.name} classifies videos, and images are served")
-        if self.trained.labels == "masks":
-            raise UnsupportedError(f"{self.name} predicts masks, and classes, labels and numbers are served")
+        if self.trained.labels in ("masks", "objects"):
+            raise UnsupportedError(
+                f"{self.name} predicts {self.trained.labels}, and classes, labels and numbers are served"
+            )
         preprocessing = self.trained.preprocessing or preprocessing_of(self.trained.model)
         self.transform = ImageTransform(preprocessing, self.trained.resize or "squash")
 

@@ -22,8 +22,7 @@ def model_card(description: Mapping, results: Mapping | None, repo_id: str) -> M
     if "sampling" in data:
         task = "video-classification"
     labels = learnt_objective(description, repo_id)["labels"]
-    if labels == "masks":
-        task = "image-segmentation"
+    task = {"masks": "image-segmentation", "objects": "object-detection"}.get(labels, task)
     front = ModelCardData(
         library_name="visionpeft",
         pipeline_tag=task,
@@ -59,6 +58,9 @@ def _evaluation(task: str, data: Mapping, results: Mapping) -> list[EvalResult]:
     if "miou" in test:
         value = round(100 * test["miou"], 2)
         return [EvalResult(task, name, name, "mean_iou", value, metric_name="mean IoU of the test split, %")]
+    if "ap" in test:
+        value = round(100 * test["ap"], 2)
+        return [EvalResult(task, name, name, "ap", value, metric_name="box AP of the test split, %")]
     if "map" in test:
         if test["map"] is None:
             return []
@@ -114,6 +116,7 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
             "several": "the probability of each label",
             "number": "the number of each image",
             "masks": "the class of each pixel",
+            "objects": "of each image boxes, scores and labels",
         }[labels]
         load += f"\nanswers = trained.answers(logits)  # {meaning}"
     sections.append(f"```python\n{load}\n```")

@@ -56,18 +56,19 @@ class UsesHead(StandIn):
 
     acting: tuple[nn.Module]  # in a tuple, so that it is not registered here as well
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map pooled features (batch, width) to what the other head gives."""
+    def forward(self, x: torch.Tensor, *more):
+        """Map pooled features (batch, width), or maps and what else the other head takes, to what that gives."""
         # Trained, a linear layer keeps its input, which must not keep the tokens it was taken from.
-        return in_own_precision(self.acting[0], own(x) if isinstance(self.acting[0], nn.Linear) else x)
+        return in_own_precision(self.acting[0], own(x) if isinstance(self.acting[0], nn.Linear) else x, *more)
 
 
-def in_own_precision(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """head(x) computed in the precision of the head, in the dtype of x; autocast chooses where it is on."""
+def in_own_precision(head: nn.Module, x: torch.Tensor, *more):
+    """head(x) computed in the precision of the head, a tensor in the dtype of x; autocast chooses where it is on."""
     dtype = next((t.dtype for t in (*head.parameters(), *head.buffers()) if t.is_floating_point()), x.dtype)
     if dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
-        return head(x)
-    return head(x.to(dtype)).to(x.dtype)
+        return head(x, *more)
+    given = head(x.to(dtype), *more)
+    return given.to(x.dtype) if isinstance(given, torch.Tensor) else given
 
 
 def is_sharded(tensor: torch.Tensor | None) -> bool:
