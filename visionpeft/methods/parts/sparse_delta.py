@@ -80,7 +80,7 @@ def candidates_of(
         path = ".".join(str(part) for part in (tower.name, index, layer.site) if part is not None)
         if is_quantised(layer.weight_tensor):
             raise UnsupportedError(f"the weight of {path} is quantised, so that single entries of it cannot be trained")
-        if layer.kind != "norm" or isinstance(layer.owner, nn.LayerNorm):
+        if layer.kind != "norm" or (isinstance(layer.owner, nn.LayerNorm) and not layer.channels_first):
             found[f"{path}.weight"] = SparseCandidate(index, layer, "weight")
         if layer.bias_tensor is not None and (key_bias or layer.site != "k"):
             found[f"{path}.bias"] = SparseCandidate(index, layer, "bias")
@@ -175,10 +175,9 @@ class SparseDelta(nn.Module):
         self.shape = tuple(layer.weight_tensor.shape)
         self.kind = layer.kind
         self.eps = layer.owner.eps if layer.kind == "norm" else None
-        self.trailing = (1, 1) if layer.kind == "conv" else ()
-        self.geometry = {}
-        if layer.kind == "conv":
-            self.geometry = {"stride": layer.owner.stride, "padding": layer.owner.padding}
+        self.trailing = layer.trailing
+        names = ("stride", "padding", "dilation", "groups") if layer.kind == "conv" else ()
+        self.geometry = {name: getattr(layer.owner, name) for name in names}
         for part, index in (("weight", weight), ("bias", bias)):
             values = None if index is None else nn.Parameter(torch.zeros(len(index)))
             self.register_parameter(part, values)
