@@ -57,8 +57,7 @@ class RoutedAsking(RoutedSite):
 
 def asker(block: BlockSites, swaps: Swaps) -> Asker:
     """What runs queries through a block as the backbone has it."""
-    classes = swaps.originals | {block.module: block.sited_class, block.attention: block.sited_attention_class}
-    return asker_of(block.module, block.attention, classes)
+    return asker_of(block.module, block.attention, swaps.originals | block.swapped)
 
 
 def connect_head(adapter: AttachedAdapter) -> None:

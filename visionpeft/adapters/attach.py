@@ -10,6 +10,7 @@ import torch.nn as nn
 from visionpeft.adapters.access import alone_with, beside_others, on_model, uncompiled
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
 from visionpeft.adapters.asking import connect_head
+from visionpeft.adapters.block_limits import check_available
 from visionpeft.adapters.install import check_unchanged, freeze_unused, install, remember_hosts
 from visionpeft.adapters.route import Opened
 from visionpeft.adapters.routes import check_not_routed, routes_of
@@ -379,6 +380,7 @@ def _check_sites(adapter: AttachedAdapter, backbone: Backbone) -> None:
         elif placement.site == "tokens" and "norm_pre" not in backbone.towers[placement.tower].layers:
             used[placement.tower][0].add("stream_in")
     for tower, sites in used.items():
+        check_available(adapter, backbone.towers[tower])
         spans = [p for _, p in adapter.placements if p.tower == tower and order_of(p.module) in SPANNING]
         for index in range(min((p.block for p in spans), default=0), max((p.block for p in spans), default=-1) + 1):
             sites[index].update()  # prompts travel through it, so that it is swapped although nothing acts in it

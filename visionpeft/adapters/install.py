@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter, join, own_parameter
 from visionpeft.adapters.asking import QUERIES, Asking, asker, check_asking_alone
+from visionpeft.adapters.block_limits import check_on_map
 from visionpeft.adapters.carried_values import CARRIERS, CARRYING, check_carried
 from visionpeft.adapters.installation import Anatomy, Installation, Rested, Swaps
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
@@ -18,7 +19,7 @@ from visionpeft.adapters.multiplied_tokens import check_multiplied
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import BlockSites, Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.sites import Carriers, Located, OnPatches, Order, Sites, order_of
+from visionpeft.sites import Carriers, Located, OnPatches, OnPixels, Order, Sites, order_of
 from visionpeft.sites.stand_ins import attributes_of, reads_copies, uses_head
 
 SHALLOW = "shallow prompts travel between the blocks; use VPT(deep=True)"
@@ -108,6 +109,7 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
         if sites.key_prompts is not None:
             here = without_prompts(here, sites.key_prompts.prompts)
             prompts = [module for module in prompts if module not in sites.key_prompts.prompts]
+        check_on_map(block, here, prompts)
         sites.extra_tokens = sum(module.num_tokens for module in prompts)
         swap_block(swaps, block, sites)
         located = {key: located_in(modules, sites.first_patch, prompts) for key, modules in here.items()}
@@ -151,8 +153,8 @@ def swap_block(swaps: Swaps, block: BlockSites, sites: Sites) -> None:
 
     Block and attention share their sites: the attention asks for those of q, k, v and kv, the block for its tokens'.
     """
-    swaps.swap(block.module, block.sited_class, sites=sites)
-    swaps.swap(block.attention, block.sited_attention_class, sites=sites)
+    for module, sited_class in block.swapped.items():
+        swaps.swap(module, sited_class, sites=sites)
     for layer in block.economical:
         swaps.swap_layer(layer)
 
@@ -165,7 +167,8 @@ def fill(
     # are no layer of their own, so what acts there is called by the attention, as at a token site.
     for (site, add), acting in here.items():
         if site == "hidden":
-            swaps.swap_layer(layers["fc2"].owner, entering=acting)
+            entering = tuple(map(OnPixels, acting)) if layers["fc2"].channels_first else acting
+            swaps.swap_layer(layers["fc2"].owner, entering=entering)
         elif site == "tokens":
             swaps.swap_layer(layers["norm_pre"].owner, entering=acting)
         elif site in layers and layers[site].called:

@@ -1,6 +1,7 @@
 """How far from the output each parameter of a model acts, for learning rates that decay from layer to layer.
 
 Distances: 0 a head; 1 the last block and the norms after it; L the first of L blocks; L + 1 what comes before them.
+What is between two stages has the distance of the block that follows.
 A parameter of an adapter has the distance of the block or layer it acts in, a trained copy that of its original, and
 what several blocks share that of the first of them. timm counts the same layers from the input
 (`timm.optim.param_groups_layer_decay`, after Bao et al., BEiT, 2021).
@@ -34,6 +35,9 @@ def _of_model(backbone: Backbone, depth: int) -> Iterator[tuple[str, int]]:
         for site in tower.final_norms:
             if site in tower.layers:
                 places |= dict.fromkeys(tower.layers[site].owner.parameters(), 1)
+        for site, layer in tower.layers.items():
+            if tower.between_stages(site) is not None:
+                places |= dict.fromkeys(layer.owner.parameters(), tower.depth - tower.between_stages(site))
         for index, block in enumerate(tower.blocks):
             places |= dict.fromkeys(block.module.parameters(), tower.depth - index)
     for name, parameter in backbone.model.named_parameters():
@@ -62,6 +66,7 @@ def _of_adapter(adapter: AttachedAdapter, backbone: Backbone, own: dict[str, int
 
 
 def _of_place(tower: Tower, block: int | None, site: str) -> int:
+    block = tower.between_stages(site) if block is None else block
     if block is not None:
         return tower.depth - block
     return 1 if site in tower.final_norms else tower.depth + 1

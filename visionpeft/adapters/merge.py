@@ -126,7 +126,7 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
             raise UnsupportedError(f"{place} cannot be merged: no linear layer reads it directly")
         for layer in readers:
             _check_own(holding, layer, place)
-            _merge_layer(layer, [module.merge_input for module in reversed(modules)], value, place)
+            _merge_layer(layer, [_of_matrix(module.merge_input) for module in reversed(modules)], value, place)
     return [(owner, name, v.to(computing_dtype(model, owner, name))) for owner, name, v in values.values()]
 
 
@@ -160,7 +160,7 @@ def _merge_layer(layer: Layer, merges: list[Callable], value, place: str) -> Non
     new_weight, new_bias = weight_rows, bias_rows
     for merged in merges:
         new_weight, new_bias = merged(new_weight, new_bias)
-    weight_rows.copy_(new_weight)
+    weight_rows.copy_(new_weight.view_as(weight_rows))
     if bias_rows is not None:
         bias_rows.copy_(new_bias)
     elif new_bias is not None and not layer.shift_is_void:
@@ -168,6 +168,11 @@ def _merge_layer(layer: Layer, merges: list[Callable], value, place: str) -> Non
             raise UnsupportedError(f"{place} cannot be merged: the layer has no bias that could hold a shift")
         owner, name, index = layer.shift_sink
         value(owner, name)[index] += new_bias
+
+
+def _of_matrix(merged: Callable) -> Callable:
+    """`merge_input` for the weight (out, in, 1, 1) of a convolution of single pixels, too."""
+    return lambda weight, bias: merged(weight.flatten(1), bias)
 
 
 def _place(tower: Tower, block: int | None, site: str) -> str:

@@ -14,6 +14,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters
 from visionpeft.adapters.asking import QUERIES, RoutedAsking, asker, check_asking_alone
+from visionpeft.adapters.block_limits import check_on_map
 from visionpeft.adapters.carried_values import CARRIERS, CARRYING
 from visionpeft.adapters.install import (
     SHALLOW,
@@ -206,6 +207,7 @@ class Routes:
             sites = plan.sites[tower.name, index] = Sites(tower.num_prefix_tokens, tower.causal)
             peft.economies.apply(sites, tower, index, None)
             swap_block(plan.swaps, tower.blocks[index], sites)
+        check_on_map(tower.blocks[index], (), prompts)
         sites.extra_tokens = sum(module.num_tokens for module in prompts)
         return sites
 

@@ -60,13 +60,13 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
 def _state(block: BlockSites) -> tuple:
     """What the check of a block depends on: its classes and settings, and which tensors it has, written to or not."""
     tensors = [(id(p), 0 if p.is_inference() else p._version) for p in block.module.parameters()]
-    classes = type(block.module), block.sited_class, type(block.attention), block.sited_attention_class
+    classes = [kind for module, sited in block.swapped.items() for kind in (type(module), sited)]
     return [(each, each.forward) for each in classes], tensors, _settings(block.module)
 
 
 def _require_class_forward(block: BlockSites) -> None:
     """Refuse a block or attention with a forward of its own, which hides that of any class it is given."""
-    for module in (block.module, block.attention):
+    for module in block.swapped:
         if "forward" in vars(module):
             raise UnsupportedError(
                 f"the forward of a {type(module).__name__} was replaced on the object itself, so that its sited form "
@@ -86,9 +86,23 @@ def _kind(block: torch.nn.Module) -> tuple:
 def _settings(block: torch.nn.Module) -> list[tuple]:
     settings = []
     for path, part in block.named_modules():
-        own = {k: v for k, v in vars(part).items() if k != "training" and isinstance(v, bool | int | float | str)}
+        own = {k: v for k, v in vars(part).items() if k != "training" and _is_setting(v)}
         settings.append((path, type(part), id(vars(part).get("forward")), tuple(sorted(own.items()))))
     return settings
+
+
+def _is_setting(value: object) -> bool:
+    # Tuples, too: of two blocks of a Swin that print the same, one has shift_size (0, 0) and one (3, 3).
+    return all(map(_is_setting, value)) if isinstance(value, tuple) else isinstance(value, bool | int | float | str)
+
+
+def _enliven(module: torch.nn.Module) -> None:
+    """Add noise to every tensor that is one number throughout: what starts at zero (the norms after a branch in SwinV2,
+    the layer scale of a ConvNeXt nearly so) would hide from the check what the block computes.
+    """
+    for parameter in module.parameters():
+        if parameter.numel() and parameter.min() == parameter.max():
+            parameter += 0.1 * torch.randn_like(parameter)
 
 
 def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:
@@ -97,14 +111,18 @@ def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:
     module = dequantise(block.module).cpu().double().eval().requires_grad_(False)
     arguments = block.probe(tower.num_prefix_tokens + 4)
     tokens = arguments.pop("num_tokens", tower.num_prefix_tokens + 4)
-    x = torch.randn(2, tokens, tower.width, dtype=torch.float64)
+    x = arguments.pop("x", None)
+    if x is None:
+        x = torch.randn(2, tokens, block.width, dtype=torch.float64)
+    _enliven(module)
     expected = module(x, **arguments)
 
     sites = Sites(tower.num_prefix_tokens, tower.causal)
-    module.__class__, block.attention.__class__ = block.sited_class, block.sited_attention_class
-    module.sites = block.attention.sites = sites
+    for part, sited_class in block.swapped.items():
+        part.__class__, part.sites = sited_class, sites
     met: list[str] = []
-    probes = {site: Probe(site, met, shifts=site in used) for site in (*TOKEN_SITES, "kv", "hidden", *block.layers)}
+    places = (*block.token_sites, "hidden", *block.layers)
+    probes = {site: Probe(site, met, shifts=site in used) for site in places}
     for site, probe in probes.items():
         layer = block.layers.get("fc2" if site == "hidden" else site)
         if layer is not None and layer.called:
@@ -167,7 +185,7 @@ def _check_tensors(block: BlockSites, probes: dict[str, "Probe"], x: torch.Tenso
     wrong = [
         site
         for site, tokens in (("stream_in", x), ("stream_out", y))
-        if probes[site].seen and not torch.equal(probes[site].seen[0], tokens.detach())
+        if site in probes and probes[site].seen and not _same_tokens(probes[site].seen[0], tokens.detach())
     ]
     for site, layer in block.layers.items():
         if layer.kind != "linear" or not probes[site].seen:
@@ -181,6 +199,13 @@ def _check_tensors(block: BlockSites, probes: dict[str, "Probe"], x: torch.Tenso
             wrong.append(site)
     if wrong:
         raise UnsupportedError(f"site {wrong[0]!r} of {original} is put at another tensor than its name says")
+
+
+def _same_tokens(tokens: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether x is these tokens (batch, tokens, width), or a map of them with channels last or first."""
+    if x.ndim == 3:
+        return torch.equal(tokens, x)
+    return any(torch.equal(tokens, each.flatten(1, 2)) for each in (x, x.permute(0, 2, 3, 1)))
 
 
 def _distance(left: torch.Tensor, right: torch.Tensor, scale: torch.Tensor) -> float:

@@ -37,7 +37,7 @@ def describe_model(model: nn.Module) -> Backbone:
     """Describe a whole model; registered by model class."""
     raise UnsupportedError(
         f"{type(model).__name__} is not supported; supported are timm VisionTransformer, Eva (EVA, EVA-02, DINOv3, "
-        "RoPE ViTs) and Beit, and OpenCLIP models with such or native transformer towers"
+        "RoPE ViTs), Beit and ConvNeXt, and OpenCLIP models with such or native transformer towers"
     )
 
 
@@ -66,17 +66,26 @@ def norm_layers(**norms: nn.Module | None) -> dict[str, Layer]:
     }
 
 
+def require_own_class(module: nn.Module, sited_class: type[nn.Module]) -> None:
+    """Refuse a module of a subclass of the class whose forward a sited class writes out.
+
+    Raises:
+        UnsupportedError: naming it.
+    """
+    if not issubclass(sited_class, class_below(module)):
+        raise UnsupportedError(
+            f"{type(module).__name__} is a subclass of {sited_class.__mro__[1].__name__} with its own code; "
+            "register a sited form of it with visionpeft.backbones.dispatch"
+        )
+
+
 def pre_norm_block(
     block: nn.Module, sited_class: type[nn.Module], probe: Callable[[int], dict] = lambda num_tokens: {}
 ) -> BlockSites:
     """Describe a block with timm's attribute names: norm1, attn, norm2, mlp."""
     sited_attention_class, layers = describe_attention(block.attn)
-    for original, sited in ((block, sited_class), (block.attn, sited_attention_class)):
-        if not issubclass(sited, class_below(original)):
-            raise UnsupportedError(
-                f"{type(original).__name__} is a subclass of {sited.__mro__[1].__name__} with its own code; "
-                "register a sited form of it with visionpeft.backbones.dispatch"
-            )
+    require_own_class(block, sited_class)
+    require_own_class(block.attn, sited_attention_class)
     layers = norm_layers(norm1=block.norm1) | layers | norm_layers(norm2=block.norm2) | describe_mlp(block.mlp)
     activation = getattr(block.mlp, "act", None)
     return BlockSites(block, sited_class, block.attn, sited_attention_class, layers, probe, activation)

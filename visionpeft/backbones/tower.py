@@ -1,7 +1,7 @@
 """What a backbone looks like to a method: towers of blocks, and the layers whose weights it may act on."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import InitVar, dataclass, field
 
 import torch
 import torch.nn as nn
@@ -9,6 +9,9 @@ import torch.nn as nn
 from visionpeft.backbones.frames import Frames
 from visionpeft.backbones.quantised import has_rows
 from visionpeft.errors import UnsupportedError
+from visionpeft.sites import TOKEN_SITES
+
+BETWEEN = "downsample."  # begins the names of layers between stages, before the number of the stage they lead to
 
 # target of a layer -> site whose tokens it takes
 READS = dict.fromkeys(("q", "k", "v", "gate"), "attn_in") | {"fc1": "mlp_in", "fc2": "hidden"}
@@ -34,6 +37,7 @@ class Layer:
         shift_is_void: whether a constant shift of the output changes nothing. So it is for keys that are neither
             rotated nor normalised: it adds the same to all scores of a query.
         reads: the site whose tokens the layer takes as they are, by default that of its name; "" for none.
+        channels_first: whether its output is (batch, out, rows, columns); by default so for convolutions alone.
     """
 
     site: str
@@ -49,8 +53,11 @@ class Layer:
     shift_sink: tuple[nn.Module, str, tuple] | None = None
     shift_is_void: bool = False
     reads: str | None = None
+    channels_first: bool | None = None
 
     def __post_init__(self):
+        if self.channels_first is None:
+            self.channels_first = self.kind == "conv"
         self.target = self.target or self.site
         if self.reads is None:
             self.reads = READS.get(self.target, "")
@@ -83,6 +90,11 @@ class Layer:
         return bias if self.bias_rows is None else bias[self.bias_rows]
 
     @property
+    def trailing(self) -> tuple[int, ...]:
+        """What follows (out,) in the shape by which a value for each channel meets the output."""
+        return (1, 1) if self.channels_first else ()
+
+    @property
     def out_features(self) -> int:
         """Width of the layer's output."""
         return self.weight_tensor.shape[0]
@@ -100,22 +112,60 @@ class BlockSites:
     Args:
         module: the library's block.
         sited_class: the subclass of the block's class whose forward offers the sites.
-        attention: the attention module inside it.
+        attention: the attention module inside it, None if it has none.
         sited_attention_class: likewise for the attention.
         layers: the layer sites by name.
-        probe: makes one more call argument set for the self-check: `probe(num_tokens) -> kwargs` of the forward.
+        probe: makes one more call argument set for the self-check: `probe(num_tokens) -> kwargs` of the forward. It may
+            hold "x", the input itself, and "num_tokens", another number of tokens.
         activation: the activation between the layers of the MLP, if it is one without parameters.
         knows_positions: whether its attention has positions, rotary or relative, which stand for all patches in order.
+        width: width of its token stream; by default that of the tower.
+        grid: rows and columns of its patches in images of the tower's own size, None if it has none.
+        on_map: whether it takes and gives maps, (batch, rows, columns, width) or (batch, width, rows, columns), whose
+            pixels are its tokens. What acts in it is told their rows and columns.
+        token_sites: the token sites that it has, and "kv" if it has that.
     """
 
     module: nn.Module
     sited_class: type[nn.Module]
-    attention: nn.Module
-    sited_attention_class: type[nn.Module]
+    attention: nn.Module | None
+    sited_attention_class: type[nn.Module] | None
     layers: dict[str, Layer]
     probe: Callable[[int], dict] = field(default=lambda num_tokens: {})
     activation: nn.Module | None = None
     knows_positions: bool = False
+    width: int | None = None
+    grid: tuple[int, int] | None = None
+    on_map: bool = False
+    token_sites: tuple[str, ...] = (*TOKEN_SITES, "kv")
+
+    @property
+    def swapped(self) -> dict[nn.Module, type[nn.Module]]:
+        """The block and its attention, with their sited classes."""
+        swapped = {self.module: self.sited_class}
+        return swapped if self.attention is None else swapped | {self.attention: self.sited_attention_class}
+
+    @property
+    def attention_width(self) -> int:
+        """Width of keys and values, all heads together."""
+        return self.layer("v").out_features
+
+    def layer(self, site: str) -> Layer:
+        """The layer at a site.
+
+        Raises:
+            UnsupportedError: the block has no such layer.
+        """
+        if site not in self.layers:
+            raise UnsupportedError(
+                f"blocks of class {type(self.module).__name__} have no layer {site!r}; they have "
+                f"{', '.join(self.layers)}"
+            )
+        return self.layers[site]
+
+    def has(self, site: str) -> bool:
+        """Whether it has a site."""
+        return site in self.token_sites or site in self.layers or (site == "hidden" and "fc2" in self.layers)
 
     @property
     def economical(self) -> list[nn.Module]:
@@ -133,24 +183,27 @@ class Tower:
         path: where it sits in the model, "" for the model itself.
         module: the module at that path.
         blocks: its blocks in order.
-        width: width of the token stream.
+        width: width of the token stream, which its blocks then have; None if they have widths of their own.
         num_prefix_tokens: tokens before the patches (class, registers); for text the start token.
-        layers: layer sites outside the blocks: "patch_embed", "norm_pre", "norm", "fc_norm".
+        layers: layer sites outside the blocks: "patch_embed", "norm_pre", "norm", "fc_norm", and between stages
+            "downsample.1/norm", "downsample.1/reduction" before the blocks of stage 1.
         patch_size: height and width of a patch in pixels, None for text.
         causal: whether attention is masked to the past.
         spanning: modules whose `forward_intermediates` cannot be used while prompts stay for several blocks.
         final_norms: names of the layers that normalise after the last block.
         excluded: prefixes of parameter names in `module` that belong to a head or to another tower.
-        grid_size: rows and columns of patches in images of the tower's own size, None if it has none.
+        grid_size: rows and columns of patches in images of the tower's own size, None if it has none; its blocks then
+            have it, too.
         frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
         pools_class_token: whether after the last block only the first token is read.
+        stages: how many blocks each stage has, of a tower whose width or grid changes between stages.
     """
 
     name: str
     path: str
     module: nn.Module
     blocks: list[BlockSites]
-    width: int
+    width: InitVar[int | None]
     num_prefix_tokens: int
     layers: dict[str, Layer]
     patch_size: tuple[int, int] | None = None
@@ -161,6 +214,12 @@ class Tower:
     grid_size: tuple[int, int] | None = None
     frames: Frames | None = None
     pools_class_token: bool = False
+    stages: tuple[int, ...] = ()
+
+    def __post_init__(self, width: int | None):
+        for block in self.blocks:
+            block.width = block.width or width
+            block.grid = block.grid or self.grid_size
 
     @property
     def depth(self) -> int:
@@ -169,8 +228,47 @@ class Tower:
 
     @property
     def attention_width(self) -> int:
-        """Width of keys and values, all heads together."""
-        return self.blocks[0].layers["v"].out_features
+        """Width of keys and values, all heads together.
+
+        Raises:
+            UnsupportedError: it differs between blocks, or they have no attention.
+        """
+        return self._same("attention_width", range(self.depth))
+
+    def width_of(self, blocks: Iterable[int]) -> int:
+        """The width of the token stream that all these blocks have.
+
+        Raises:
+            UnsupportedError: they have several.
+        """
+        return self._same("width", blocks)
+
+    def attention_width_of(self, blocks: Iterable[int]) -> int:
+        """The width of keys and values that all these blocks have; likewise."""
+        return self._same("attention_width", blocks)
+
+    def _same(self, name: str, blocks: Iterable[int]) -> int:
+        found = [*dict.fromkeys(getattr(self.blocks[index], name) for index in blocks)]
+        if len(found) > 1:
+            raise UnsupportedError(
+                f"the blocks of the {self.name} tower have widths {', '.join(map(str, found))}, and what is shared "
+                "between blocks has one width; choose the blocks of one stage, such as blocks='stage:2', if the method "
+                "has that field"
+            )
+        return found[0]
+
+    def between_stages(self, site: str) -> int | None:
+        """Index of the first block after a layer that is between stages; None for another layer outside the blocks."""
+        if not site.startswith(BETWEEN):
+            return None
+        stage, _, _ = site.removeprefix(BETWEEN).partition("/")
+        return sum(self.stages[: int(stage)])
+
+    def belongs_to(self, site: str) -> int:
+        """Index of the block with which a layer outside the blocks is chosen: the last one for norms after it, the next
+        one for a layer between stages, or else the first.
+        """
+        return self.depth - 1 if site in self.final_norms else self.between_stages(site) or 0
 
     def parameter_names(self) -> list[str]:
         """Names in `module` of the tower's own parameters."""
@@ -188,6 +286,18 @@ class Tower:
     def layer(self, block: int | None, site: str) -> Layer:
         """The layer site of a block, or of the tower itself if `block` is None."""
         return self.layers[site] if block is None else self.blocks[block].layers[site]
+
+
+def _width(tower: Tower) -> int:
+    """Width of the token stream.
+
+    Raises:
+        UnsupportedError: it differs between blocks.
+    """
+    return tower.width_of(range(tower.depth))
+
+
+Tower.width = property(_width)  # after the class, whose field of this name is an argument alone
 
 
 @dataclass

@@ -199,7 +199,7 @@ def _starts(adapter: AttachedAdapter, model: nn.Module, tower: Tower) -> Iterato
     norms = [tower.layers[site].owner for site in tower.final_norms if site in tower.layers]
     places |= {id(p): tower.depth for norm in norms for p in norm.parameters()}
     for _, placement in adapter.placements:
-        behind = tower.depth if placement.site in tower.final_norms else 0
-        yield behind if placement.block is None else placement.block
+        outside = tower.depth if placement.site in tower.final_norms else tower.between_stages(placement.site) or 0
+        yield outside if placement.block is None else placement.block
     for name in adapter.trained_names:
         yield places.get(id(own_parameter(model, name)), 0)

@@ -128,7 +128,7 @@ class AdaMix(Method):
         """One `MixedBottleneck` at `mlp_out` of every chosen block."""
         for index in blocks_of(self, tower):
             module = MixedBottleneck(
-                *(tower.width, self.bottleneck, self.experts, self.shared_up),
+                *(tower.blocks[index].width, self.bottleneck, self.experts, self.shared_up),
                 *(self.activation, self.dropout, self.init),
             )
             yield Placement(tower.name, index, "mlp_out", module)

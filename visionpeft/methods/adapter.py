@@ -109,12 +109,12 @@ class Adapter(Method):
         plus = self.placement == "adapter_plus"
         scale = self.scale if self.scale is not None else "channel" if plus else 1.0
         drop_path = self.drop_path if self.drop_path is not None else 0.1 if plus else 0.0
-        widths = Overrides(self.bottleneck, self.overrides, tower.depth, (), "Adapter overrides")
+        widths = Overrides(self.bottleneck, self.overrides, tower, (), "Adapter overrides")
         for index in blocks_of(self, tower):
             places = AFTER_SCALING if self.after_scaling else PLACEMENTS
             for site, add, *name in places[self.placement]:
                 module = (AfterScaling if self.after_scaling else Bottleneck)(
-                    width=tower.width,
+                    width=tower.blocks[index].width,
                     bottleneck=widths.at(index),
                     activation=self.activation,
                     scale=scale,

@@ -23,6 +23,8 @@ class AdaptFormer(Method):
     the code of Adapter+; with `before_scaling` it is added to what the MLP gives, before layer scale and drop path,
     which then act on it: y + drop_path(gamma * (mlp(norm2 y) + scale * up(...))). With gamma near 1e-5, where such
     backbones begin, its gradient is as small.
+    A block of a ConvNeXt has no attention and one branch, that of the MLP, to which its depth-wise convolution belongs:
+    there y is what enters the block.
     Not mergeable: it is not linear. Trainable: L (2 D h + h + D); 1,189,632 on ViT-B/16 for h = 64.
     Source: Chen et al., AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition, 2022.
 
@@ -53,10 +55,10 @@ class AdaptFormer(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One parallel `Bottleneck` in every chosen block."""
-        widths = Overrides(self.bottleneck, self.overrides, tower.depth, (), "AdaptFormer overrides")
+        widths = Overrides(self.bottleneck, self.overrides, tower, (), "AdaptFormer overrides")
         for index in blocks_of(self, tower):
             module = Bottleneck(
-                width=tower.width,
+                width=tower.blocks[index].width,
                 bottleneck=widths.at(index),
                 activation="relu",
                 scale=self.scale,
@@ -65,5 +67,8 @@ class AdaptFormer(Method):
                 init="lora",
                 serial=False,
             )
+            # A block that is one branch alone, that of the MLP, has no stream in the middle: its branch begins at its
+            # entrance.
+            reads = "stream_mid" if tower.blocks[index].has("stream_mid") else "stream_in"
             add = "mlp_out" if self.before_scaling else "stream_out"
-            yield Placement(tower.name, index, "stream_mid", module, add=add)
+            yield Placement(tower.name, index, reads, module, add=add)

@@ -89,5 +89,6 @@ class APT(Method):
         """One `AdaptivePrefix` at the `kv` site of every chosen block."""
         require_patches(self, tower)
         for index in blocks_of(self, tower):
-            module = AdaptivePrefix(self.num_tokens, tower.attention_width, tower.width, tower.num_prefix_tokens)
+            block = tower.blocks[index]
+            module = AdaptivePrefix(self.num_tokens, block.attention_width, block.width, tower.num_prefix_tokens)
             yield Placement(tower.name, index, "kv", module)

@@ -23,7 +23,7 @@ class Shift(nn.Module):
     def __init__(self, layer: Layer):
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(layer.out_features))
-        self.trailing = (1, 1) if layer.kind == "conv" else ()
+        self.trailing = layer.trailing
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map the layer's output y, channels last or (batch, out, h, w), to the same shape."""

@@ -108,13 +108,14 @@ class Compacter(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement | Shared]:
         """The shared matrices, and one or two `CompactBottleneck` in every chosen block."""
-        if tower.width % self.terms:
-            raise ConfigurationError(
-                f"Compacter: terms={self.terms} does not divide the width {tower.width} of the {tower.name} tower"
-            )
         rule = Rule(self.terms, std=START)
         yield Shared(tower.name, "rule", rule)
         for index in blocks_of(self, tower):
+            width = tower.blocks[index].width
+            if width % self.terms:
+                raise ConfigurationError(
+                    f"Compacter: terms={self.terms} does not divide the width {width} of the {tower.name} tower"
+                )
             for site, _ in PLACEMENTS[self.placement]:
-                module = CompactBottleneck(rule, tower.width, self.bottleneck, self.rank, self.activation, self.dropout)
+                module = CompactBottleneck(rule, width, self.bottleneck, self.rank, self.activation, self.dropout)
                 yield Placement(tower.name, index, site, module)

@@ -10,7 +10,7 @@ from timm.layers import DropPath
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, blocks_of, require, to_parameter_dtype
-from visionpeft.methods.parts.grid import as_images, as_patches, grid_of
+from visionpeft.methods.parts.grid import as_images, as_patches, grid_in_block
 from visionpeft.sites import Placement
 
 # position -> (site it reads, site it is added at)
@@ -33,7 +33,7 @@ class ConvolutionalBypass(nn.Module):
     Args:
         width: width D of the tokens.
         bottleneck: number h of channels of the convolution of 3 x 3 patches.
-        grid: rows and columns of patches.
+        grid: rows and columns of patches; None in a block that tells them at each call.
         scale: a fixed number.
         dropout: dropout before up.
         drop_path: probability of dropping the bypass for a sample while training.
@@ -42,12 +42,13 @@ class ConvolutionalBypass(nn.Module):
 
     stackable = True
     located_at = "patches"
+    reads_grid = True
 
     def __init__(
         self,
         width: int,
         bottleneck: int,
-        grid: tuple[int, int],
+        grid: tuple[int, int] | None,
         scale: float,
         dropout: float,
         drop_path: float,
@@ -59,7 +60,7 @@ class ConvolutionalBypass(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.up = nn.Linear(bottleneck, width)
         self.drop_path = DropPath(drop_path)
-        self.grid = tuple(grid)
+        self.grid = grid
         self.scale = scale
         nn.init.xavier_uniform_(self.down.weight)
         for parameter in (self.down.bias, self.conv.bias, self.up.weight, self.up.bias):
@@ -69,11 +70,11 @@ class ConvolutionalBypass(nn.Module):
         else:
             nn.init.xavier_uniform_(self.conv.weight)
 
-    def forward(self, x: torch.Tensor, first: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, first: int, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Map tokens (batch, tokens, width), whose patches begin at index `first`, to what is added, likewise."""
         h = quick_gelu(self.down(to_parameter_dtype(x, self.down.weight)))
         apart = h[:, :first]
-        patches = as_patches(self.conv(as_images(h[:, first:], self.grid, "Convpass")))
+        patches = as_patches(self.conv(as_images(h[:, first:], grid or self.grid, "Convpass")))
         apart = nn.functional.linear(apart, self.conv.weight[:, :, 1, 1], self.conv.bias)
         h = quick_gelu(torch.cat((apart.to(patches.dtype), patches), dim=1))
         return (self.scale * self.drop_path(self.up(self.dropout(h)))).to(x.dtype)
@@ -126,11 +127,11 @@ class Convpass(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `ConvolutionalBypass` at every position of every chosen block."""
-        grid = grid_of(self, tower)
         for index in blocks_of(self, tower):
+            grid, width = grid_in_block(self, tower, index), tower.blocks[index].width
             for position in dict.fromkeys(self.positions):
                 reads, add = POSITIONS[position]
                 module = ConvolutionalBypass(
-                    tower.width, self.bottleneck, grid, self.scale, self.dropout, self.drop_path, self.init
+                    width, self.bottleneck, grid, self.scale, self.dropout, self.drop_path, self.init
                 )
                 yield Placement(tower.name, index, reads, module, add=add)

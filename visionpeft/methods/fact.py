@@ -160,7 +160,8 @@ class FacT(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement | Shared]:
         """The shared `Factors`, and one `FactoredChange` at every target layer of the chosen blocks."""
-        blocks, width, tucker = blocks_of(self, tower), tower.width, self.decomposition == "tk"
+        blocks, tucker = blocks_of(self, tower), self.decomposition == "tk"
+        width = tower.width_of(blocks)
         layers = [(i, layer) for i, layer in tower.all_layers() if i in blocks and layer.target in self.targets]
         factors = Factors(width, self.rank, tucker)
         yield Shared(tower.name, "factors", factors)

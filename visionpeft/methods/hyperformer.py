@@ -103,7 +103,9 @@ class HyperFormer(ByTask):
     def place(self, tower: Tower) -> Iterator[Placement | Shared]:
         """The network, and an adapter after the attention and after the MLP of the chosen blocks."""
         blocks = blocks_of(self, tower)
-        network = HyperNetwork(tower.width, self.bottleneck, self.embedding, self.number_of_tasks, len(blocks))
+        network = HyperNetwork(
+            tower.width_of(blocks), self.bottleneck, self.embedding, self.number_of_tasks, len(blocks)
+        )
         yield Shared(tower.name, "network", network)
         for layer, index in enumerate(blocks):
             for position, site in enumerate(SITES):

@@ -83,10 +83,10 @@ class IA3(Method):
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One scale at every target of every chosen block."""
         for index in blocks_of(self, tower):
-            layers = tower.blocks[index].layers
+            block = tower.blocks[index]
             for target in dict.fromkeys(self.targets):
                 if target == "hidden":
-                    module = ScaleInput(layers["fc2"].in_features)
+                    module = ScaleInput(block.layer("fc2").in_features)
                 else:
-                    module = ScaleOutput(layers[target].out_features)
+                    module = ScaleOutput(block.layer(target).out_features)
                 yield Placement(tower.name, index, target, module)

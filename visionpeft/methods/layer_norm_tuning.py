@@ -19,7 +19,8 @@ NORMS = ("LayerNorm", "RmsNorm", "RMSNorm", "SimpleNorm")
 class LayerNormTuning(Method):
     """Trains the scale and shift of every normalisation of the backbone; nothing is added.
 
-    All norms of the chosen blocks, and with the last block those after the blocks, with the first those before them.
+    All norms of the chosen blocks, and with the last block those after the blocks, with the first those before them,
+    with the first of a stage those between it and the stage before.
     As weights of the backbone are trained themselves, samples of one batch cannot be routed through two of them.
     Mergeable. Trainable on L blocks of width D: 4 D L + 2 D; 38,400 on ViT-B/16.
     Source: Qi et al., Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models, 2022.
@@ -37,13 +38,12 @@ class LayerNormTuning(Method):
         blocks = blocks_of(self, tower)
         chosen = {id(p) for index in blocks for p in norm_parameters(tower.blocks[index].module)}
         in_blocks = {id(p) for block in tower.blocks for p in block.module.parameters()}
-        in_front = tower.layers.get("norm_pre")
-        in_front = set() if in_front is None else {id(p) for p in in_front.owner.parameters()}
-        outside = {id(p) for p in norm_parameters(tower.module)} - in_blocks
-        if 0 in blocks:
-            chosen |= outside & in_front
-        if tower.depth - 1 in blocks:
-            chosen |= outside - in_front
+        # Those that are no layer site of the tower, such as the norm of a pooling, come after the blocks.
+        outside = dict.fromkeys({id(p) for p in norm_parameters(tower.module)} - in_blocks, tower.depth - 1)
+        for site, layer in tower.layers.items():
+            if layer.kind == "norm":
+                outside |= dict.fromkeys(map(id, layer.owner.parameters()), tower.belongs_to(site))
+        chosen |= {parameter for parameter, block in outside.items() if block in blocks}
         for name in tower.parameter_names():
             if id(tower.module.get_parameter(name)) in chosen:
                 yield name

@@ -162,7 +162,7 @@ class LoRA(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `LowRank` at every target layer of the chosen blocks."""
-        ranks = Overrides(self.rank, self.overrides, tower.depth, self.targets, "LoRA overrides")
+        ranks = Overrides(self.rank, self.overrides, tower, self.targets, "LoRA overrides")
         for index, layer in target_layers(self, tower, ("linear", "conv")):
             yield Placement(tower.name, index, layer.site, self._module(layer, ranks.at(index, layer.target)))
 

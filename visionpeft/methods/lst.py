@@ -130,8 +130,8 @@ class LST(Method):
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `SideBlock` beside every block."""
         require_patches(self, tower)
-        heads = tower.blocks[0].attention.num_heads
         narrow = tower.width // self.ratio
+        heads = tower.blocks[0].attention.num_heads
         fits = tower.width % self.ratio == 0 and narrow % heads == 0
         require(
             fits,

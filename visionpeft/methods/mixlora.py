@@ -175,7 +175,8 @@ class MixLoRA(Method):
     def place(self, tower: Tower) -> Iterator[Placement]:
         """In every chosen block a `Dispatch` and a `Collect` around the MLP, and a low-rank change of each layer."""
         scaling = 1.0 if self.alpha is None else self.alpha / self.rank
-        dispatch = {index: Dispatch(tower.width, self.experts, self.top) for index in blocks_of(self, tower)}
+        widths = {index: tower.blocks[index].width for index in blocks_of(self, tower)}
+        dispatch = {index: Dispatch(width, self.experts, self.top) for index, width in widths.items()}
         for index, module in dispatch.items():
             yield Placement(tower.name, index, "mlp_in", module)
             yield Placement(tower.name, index, "mlp_out", Collect(module))

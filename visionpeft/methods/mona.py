@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, blocks_of, require, to_parameter_dtype
-from visionpeft.methods.parts.grid import as_images, as_patches, grid_of
+from visionpeft.methods.parts.grid import as_images, as_patches, grid_in_block
 from visionpeft.sites import Placement
 
 KERNELS = (3, 5, 7)
@@ -30,14 +30,15 @@ class MultiCognitiveAdapter(nn.Module):
     Args:
         width: width D of the tokens.
         bottleneck: number h of channels of the convolutions.
-        grid: rows and columns of patches.
+        grid: rows and columns of patches; None in a block that tells them at each call.
         dropout: dropout before up.
     """
 
     stackable = True
     located_at = "patches"
+    reads_grid = True
 
-    def __init__(self, width: int, bottleneck: int, grid: tuple[int, int], dropout: float):
+    def __init__(self, width: int, bottleneck: int, grid: tuple[int, int] | None, dropout: float):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.norm_scale = nn.Parameter(torch.full((width,), NORM_START))
@@ -51,11 +52,11 @@ class MultiCognitiveAdapter(nn.Module):
         self.up = nn.Linear(bottleneck, width)
         self.grid = grid
 
-    def forward(self, x: torch.Tensor, first: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, first: int, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Map tokens (batch, tokens, width), whose patches begin at index `first`, to the same shape."""
         u = to_parameter_dtype(x, self.scale)
         h = self.down(self.norm_scale * self.norm(u) + self.scale * u)
-        z = as_images(h[:, first:], self.grid, "Mona")
+        z = as_images(h[:, first:], grid or self.grid, "Mona")
         near = as_patches(sum(convolve(z) for convolve in self.depthwise))
         h = h + torch.cat((self._alone(h[:, :first]).to(near.dtype), near), dim=1) / len(KERNELS)
         h = h + self.pointwise(h)
@@ -111,8 +112,8 @@ class Mona(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """Two `MultiCognitiveAdapter` in every chosen block."""
-        grid = grid_of(self, tower)
         for index in blocks_of(self, tower):
-            for site in ("stream_mid", "stream_out"):
-                module = MultiCognitiveAdapter(tower.width, self.bottleneck, grid, self.dropout)
+            grid, width = grid_in_block(self, tower, index), tower.blocks[index].width
+            for site in filter(tower.blocks[index].has, ("stream_mid", "stream_out")):
+                module = MultiCognitiveAdapter(width, self.bottleneck, grid, self.dropout)
                 yield Placement(tower.name, index, site, module)

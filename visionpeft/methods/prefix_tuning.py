@@ -111,11 +111,12 @@ class PrefixTuning(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement | Shared]:
         """One prefix at the `kv` site of every chosen block."""
-        blocks, width = blocks_of(self, tower), tower.attention_width
+        blocks = blocks_of(self, tower)
         if self.mlp is not None:
-            source = Reparameterisation(self.num_tokens, width, self.mlp, len(blocks))
+            source = Reparameterisation(self.num_tokens, tower.attention_width_of(blocks), self.mlp, len(blocks))
             yield Shared(tower.name, "reparameterisation", source)
         for position, index in enumerate(blocks):
+            width = tower.blocks[index].attention_width
             prefix = Prefix(self.num_tokens, width) if self.mlp is None else ReparameterisedPrefix(source, position)
             yield Placement(tower.name, index, "kv", prefix)
 

@@ -106,9 +106,10 @@ class RepAdapter(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `LinearAdapter` at every position of every chosen block."""
-        divides = tower.width % self.groups == 0
-        require(divides, self, f"groups={self.groups} must divide the width {tower.width} of the {tower.name} tower")
         for index in blocks_of(self, tower):
+            width = tower.blocks[index].width
+            divides = width % self.groups == 0
+            require(divides, self, f"groups={self.groups} must divide the width {width} of the {tower.name} tower")
             for position in dict.fromkeys(self.positions):
-                module = LinearAdapter(tower.width, self.bottleneck, self.groups, self.scale, self.dropout)
+                module = LinearAdapter(width, self.bottleneck, self.groups, self.scale, self.dropout)
                 yield Placement(tower.name, index, POSITIONS[position], module)

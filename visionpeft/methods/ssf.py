@@ -12,7 +12,9 @@ from visionpeft.methods.parts.base import Method, blocks_of, require
 from visionpeft.sites import Order, Placement
 from visionpeft.sites.frozen_layers import scale_shift, shares_memory
 
-TARGETS = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")
+TARGETS = ("norm1", "q", "k", "v", "proj", "conv_dw", "norm2", "fc1", "fc2")
+# and of the layers outside the blocks, besides the final norms and those between stages
+EMBEDDING = ("patch_embed", "patch_embed_norm")
 
 
 class ScaleShift(nn.Module):
@@ -24,11 +26,11 @@ class ScaleShift(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.empty(layer.out_features).normal_(1.0, std))
         self.shift = nn.Parameter(torch.empty(layer.out_features).normal_(0.0, std))
-        self.convolution = layer.kind == "conv"
+        self.trailing = layer.trailing
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map the layer's output y, channels last or (batch, out, h, w), to the same shape."""
-        if self.convolution:
+        if self.trailing:
             return (y * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).to(y.dtype)
         return scale_shift(y, self.scale, self.shift)
 
@@ -38,7 +40,7 @@ class ScaleShift(nn.Module):
 
     def by_row(self, values: dict[str, torch.Tensor], x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """What `forward` gives, with a scale and shift (rows, out) of each row."""
-        shape = (len(y), -1, 1, 1) if self.convolution else (len(y), *(1,) * (y.ndim - 2), -1)
+        shape = (len(y), -1, 1, 1) if self.trailing else (len(y), *(1,) * (y.ndim - 2), -1)
         scale, shift = values["scale"].view(shape), values["shift"].view(shape)
         # Without gradients the output of the layer is read by nobody else, unless it is the input itself.
         in_place = not torch.is_grad_enabled() and y.dtype == scale.dtype and not shares_memory(x, y)
@@ -55,7 +57,9 @@ class SSF(Method):
     """Scale and shift of features: gamma * y + beta on every channel of the output y of a layer.
 
     Acts after both norms, q, k, v, proj, fc1 (before the activation) and fc2 of every block, after the patch
-    embedding (with the first block) and after the final norm (with the last block). gamma ~ N(1, std),
+    embedding (with the first block) and after the final norm (with the last block); where there are stages, also after
+    the norm of the patch embedding, the depth-wise convolution of a block (ConvNeXt) and the norms, reductions and
+    convolutions between stages (with the next block). gamma ~ N(1, std),
     beta ~ N(0, std), so the start is near the backbone, not equal to it. Mergeable.
     Trainable on ViT-B/16: 22 D L + 4 D = 205,824.
     Source: Lian et al., Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, 2022.
@@ -77,10 +81,10 @@ class SSF(Method):
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `ScaleShift` after every layer named above."""
         blocks = blocks_of(self, tower)
-        outside = (["patch_embed"] if 0 in blocks else []) + (
-            list(tower.final_norms) if tower.depth - 1 in blocks else []
-        )
         for index, layer in tower.all_layers():
-            wanted = layer.site in outside if index is None else index in blocks and layer.target in TARGETS
-            if wanted:
+            if index is None:
+                acts = layer.site in (*EMBEDDING, *tower.final_norms) or tower.between_stages(layer.site) is not None
+            else:
+                acts = layer.target in TARGETS
+            if acts and (tower.belongs_to(layer.site) if index is None else index) in blocks:
                 yield Placement(tower.name, index, layer.site, ScaleShift(layer, self.std))

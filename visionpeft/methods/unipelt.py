@@ -154,12 +154,13 @@ class UniPELT(Method):
             low_rank = LowRank(layer.in_features, layer.out_features, self.rank, scaling, self.dropout)
             yield Placement(tower.name, index, layer.site, GatedLowRank(low_rank, layer.in_features))
         for index in blocks_of(self, tower):
-            prefix = Prefix(self.num_tokens, tower.attention_width)
+            block = tower.blocks[index]
+            prefix = Prefix(self.num_tokens, block.attention_width)
             reads_input = self.prefix_gate == "input"
-            width = tower.width if reads_input else tower.attention_width
+            width = block.width if reads_input else block.attention_width
             yield Placement(tower.name, index, "kv", GatedPrefix(prefix, width, reads_input))
             bottleneck = Bottleneck(
-                tower.width,
+                block.width,
                 self.bottleneck,
                 activation=self.activation,
                 scale=1.0,
@@ -168,4 +169,4 @@ class UniPELT(Method):
                 init=self.init,
                 serial=False,
             )
-            yield Placement(tower.name, index, "mlp_out", GatedBottleneck(bottleneck, tower.width))
+            yield Placement(tower.name, index, "mlp_out", GatedBottleneck(bottleneck, block.width))

@@ -26,7 +26,8 @@ class VPT(Method):
     tokens of the stream: shallow prompts, a causal tower, or a block in which something acts that does not take each
     token by itself; in a mixed batch (`visionpeft.route`) also if that is so for one of its rows, or if anything acts
     on the prompts before the attention. Outputs and gradients are the same.
-    P ~ U(-v, v) with v = sqrt(6 / (3 * patch height * patch width + prompt width)). The projection's weight is
+    P ~ U(-v, v) with v = sqrt(6 / (3 * patch height * patch width + prompt width)), with the width of the first block
+    where later ones are wider. The projection's weight is
     Kaiming-normal over its outputs, its bias PyTorch's default.
     Trainable on L blocks of width D: L * num_tokens * D deep, num_tokens * D shallow; with a projection of width d,
     L * num_tokens * d + d * D + D.
@@ -73,21 +74,21 @@ class VPT(Method):
         )
         projection = None
         if self.projection is not None:
-            projection = nn.Linear(self.projection, tower.width)
+            projection = nn.Linear(self.projection, tower.width_of(blocks))
             nn.init.kaiming_normal_(projection.weight, a=0, mode="fan_out")
             yield Shared(tower.name, "projection", projection)
-        counts = Overrides(self.num_tokens, self.overrides, tower.depth, (), "VPT overrides")
+        counts = Overrides(self.num_tokens, self.overrides, tower, (), "VPT overrides")
         at = tower.num_prefix_tokens
         spans = [(index, index) for index in blocks] if self.deep else [(blocks[0], blocks[-1])]
         for first, last in spans:
-            prompts = self._initial(tower, counts.at(first))
+            prompts = self._initial(tower, first, counts.at(first))
             enter = Prompts(prompts, at, self.dropout, projection, spanning=not self.deep)
             yield Placement(tower.name, first, "stream_in", enter)
             leave = RemovePrompts(len(prompts), at, spanning=not self.deep)
             yield Placement(tower.name, last, "stream_out", leave)
 
-    def _initial(self, tower: Tower, num_tokens: int) -> torch.Tensor:
-        width = self.projection or tower.width
+    def _initial(self, tower: Tower, block: int, num_tokens: int) -> torch.Tensor:
+        width = self.projection or tower.blocks[block].width
         if self.init == "normal":
             return torch.randn(num_tokens, width) * 0.02
-        return uniform_prompts(tower, num_tokens, width)
+        return uniform_prompts(tower, num_tokens, width, self.projection)

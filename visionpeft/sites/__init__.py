@@ -16,6 +16,7 @@ from visionpeft.sites.blocks import (
 )
 from visionpeft.sites.carrying import Carriers, Carrying, entering, leaving
 from visionpeft.sites.layers import SitedLayer, SitedLinear, SitedPointwise, sited_layer_class
+from visionpeft.sites.maps import MapFlow, OnPixels
 from visionpeft.sites.placement import HEAD, NEXT_BLOCK, TOKEN_SITES, Order, Placement, Shared, is_drawn, order_of
 
 __all__ = [
@@ -30,7 +31,9 @@ __all__ = [
     "ClassTokenOnly",
     "Flow",
     "Located",
+    "MapFlow",
     "OnPatches",
+    "OnPixels",
     "Order",
     "Placement",
     "Shared",

@@ -29,6 +29,8 @@ called with the index of the first of some tokens as one more argument, of the p
 of the prompts that the module `located_at` has inserted. What inserts prompts that leave after the same block may
 offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see `adapters/key_prompts.py`. What gives
 the MLP each token several times says so by `multiplies_tokens = True` at `mlp_in`, and puts them together at `mlp_out`.
+In a block whose tokens are the pixels of a map, what declares `reads_grid = True` is called with their rows and columns
+as the last argument (`maps`).
 """
 
 from collections.abc import Callable
@@ -238,9 +240,14 @@ class OnPatches:
         self.module = module
         self.first = first
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def reads_grid(self) -> bool:
+        """Whether the module does."""
+        return getattr(self.module, "reads_grid", False)
+
+    def __call__(self, x: torch.Tensor, *grid: tuple[int, int]) -> torch.Tensor:
         """Map tokens (batch, tokens, width) to the same shape."""
-        return torch.cat((x[:, : self.first], self.module(x[:, self.first :])), dim=1)
+        return torch.cat((x[:, : self.first], self.module(x[:, self.first :], *grid)), dim=1)
 
 
 class Located:
@@ -255,9 +262,14 @@ class Located:
         self.module = module
         self.first = first
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def reads_grid(self) -> bool:
+        """Whether the module does."""
+        return getattr(self.module, "reads_grid", False)
+
+    def __call__(self, x: torch.Tensor, *grid: tuple[int, int]) -> torch.Tensor:
         """Act on tokens (batch, tokens, width)."""
-        return self.module(x, self.first)
+        return self.module(x, self.first, *grid)
 
     def join(self, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
         """End the branch of the module."""
@@ -283,10 +295,14 @@ class Flow:
         for module, delta in reversed(self.carried.pop(site, ())):
             x = join(module, x, delta)
         for module in self.sites.acting.get(site, ()):
-            x = module(x)
+            x = self.act(module, x)
         for module, add in self.sites.branches.get(site, ()):
-            self.carried.setdefault(add, []).append((module, module(x)))
+            self.carried.setdefault(add, []).append((module, self.act(module, x)))
         return x
+
+    def act(self, module: nn.Module | OnPatches | Located, x: torch.Tensor) -> torch.Tensor:
+        """Let a module act on tokens x (batch, tokens, width)."""
+        return module(x)
 
 
 class CarryingFlow(Flow):

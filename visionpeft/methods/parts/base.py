@@ -268,7 +268,7 @@ def describe_method(method: Method) -> dict:
 
 def blocks_of(method: Method, tower: Tower) -> list[int]:
     """Indices of the blocks the method's `blocks` names in this tower."""
-    return select_blocks(method.blocks, tower.depth)
+    return select_blocks(method.blocks, tower.depth, tower.stages)
 
 
 def to_parameter_dtype(x: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
-from visionpeft.methods.parts.base import Method
+from visionpeft.methods.parts.base import Method, require
 
 
 def require_patches(method: Method, tower: Tower) -> None:
@@ -33,7 +33,19 @@ def grid_of(method: Method, tower: Tower) -> tuple[int, int]:
     return tuple(grid)
 
 
-def as_images(patches: torch.Tensor, grid: tuple[int, int], method: str) -> torch.Tensor:
+def grid_in_block(method: Method, tower: Tower, block: int) -> tuple[int, int] | None:
+    """`grid_of` for what acts in a block; None for a block that tells it the grid of every image.
+
+    Raises:
+        ConfigurationError: the method has a `grid`, and the block tells it.
+    """
+    if not tower.blocks[block].on_map:
+        return grid_of(method, tower)
+    require(method.grid is None, method, "the blocks of this model tell the grid of every image; leave grid out")
+    return None
+
+
+def as_images(patches: torch.Tensor, grid: tuple[int, int] | None, method: str) -> torch.Tensor:
     """Patches (batch, rows * columns, channels) as images (batch, channels, rows, columns).
 
     Args:
@@ -42,8 +54,10 @@ def as_images(patches: torch.Tensor, grid: tuple[int, int], method: str) -> torc
         method: name of the method, for the error.
 
     Raises:
-        UnsupportedError: there are more or fewer patches than the grid has.
+        UnsupportedError: there are more or fewer patches than the grid has, or nothing tells the grid.
     """
+    if grid is None:
+        raise UnsupportedError(f"{method} needs the grid of patches, of which a mixed batch (route) does not tell it")
     rows, columns = grid
     if patches.shape[1] != rows * columns:
         raise UnsupportedError(

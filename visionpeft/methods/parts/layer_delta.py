@@ -28,10 +28,9 @@ class LayerDelta(nn.Module):
         self.shape = tuple(layer.weight_tensor.shape)
         self.kind = layer.kind
         self.eps = layer.owner.eps if layer.kind == "norm" else None
-        self.trailing = (1, 1) if layer.kind == "conv" else ()
-        self.geometry = {}
-        if layer.kind == "conv":
-            self.geometry = {"stride": layer.owner.stride, "padding": layer.owner.padding}
+        self.trailing = layer.trailing
+        names = ("stride", "padding", "dilation", "groups") if layer.kind == "conv" else ()
+        self.geometry = {name: getattr(layer.owner, name) for name in names}
 
     @abstractmethod
     def dense(self, part: str) -> torch.Tensor:

@@ -10,11 +10,21 @@ from visionpeft.backbones.tower import Tower
 from visionpeft.sites import Order
 
 
-def uniform_prompts(tower: Tower, num_tokens: int, width: int | None = None) -> torch.Tensor:
-    """First prompts (num_tokens, width) of VPT on a tower with patches: U(-v, v), v = sqrt(6 / (3 * patch + width))."""
+def uniform_prompts(
+    tower: Tower, num_tokens: int, width: int | None = None, projection: int | None = None
+) -> torch.Tensor:
+    """First prompts (num_tokens, width) of VPT on a tower with patches: U(-v, v), v = sqrt(6 / (3 * patch + width)).
+
+    Args:
+        tower: the tower.
+        num_tokens: number of prompts.
+        width: their width, by default that of the tower.
+        projection: the width in v where prompts are projected to that of tokens; by default that of the first block,
+            which in the authors' code bounds those of every stage.
+    """
     height, breadth = tower.patch_size
     width = width or tower.width
-    bound = math.sqrt(6 / (3 * height * breadth + width))
+    bound = math.sqrt(6 / (3 * height * breadth + (projection or tower.blocks[0].width)))
     return torch.empty(num_tokens, width).uniform_(-bound, bound)
 
 

@@ -80,7 +80,7 @@ def candidates_of(
         path = ".".join(str(part) for part in (tower.name, index, layer.site) if part is not None)
         if is_quantised(layer.weight_tensor):
             raise UnsupportedError(f"the weight of {path} is quantised, so that single entries of it cannot be trained")
-        if layer.kind != "norm" or isinstance(layer.owner, nn.LayerNorm):
+        if layer.kind != "norm" or (isinstance(layer.owner, nn.LayerNorm) and not layer.channels_first):
             found[f"{path}.weight"] = SparseCandidate(index, layer, "weight")
         if layer.bias_tensor is not None and (key_bias or layer.site != "k"):
             found[f"{path}.bias"] = SparseCandidate(index, layer, "bias")

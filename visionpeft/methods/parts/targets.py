@@ -20,7 +20,11 @@ def target_layers(method: Method, tower: Tower, kinds: Sequence[str] = ("linear"
         ConfigurationError: if a target names no such layer.
     """
     blocks = blocks_of(method, tower)
-    layers = [(i, layer) for i, layer in tower.all_layers() if layer.kind in kinds and (i is None or i in blocks)]
+    layers = [
+        (i, layer)
+        for i, layer in tower.all_layers()
+        if layer.kind in kinds and (tower.between_stages(layer.site) if i is None else i) in (None, *blocks)
+    ]
     available = {layer.target for _, layer in layers}
     for target in method.targets:
         if target not in available:
@@ -28,7 +32,14 @@ def target_layers(method: Method, tower: Tower, kinds: Sequence[str] = ("linear"
                 f"{type(method).__name__}: target {target!r} matches no layer; this backbone has "
                 f"{nearest(target, available)}"
             )
-    return [(index, layer) for index, layer in layers if layer.target in method.targets]
+    chosen = [(index, layer) for index, layer in layers if layer.target in method.targets]
+    for _, layer in chosen:
+        if layer.kind == "conv" and layer.owner.groups > 1:
+            raise ConfigurationError(
+                f"{type(method).__name__}: target {layer.target!r} is a convolution of single channels, whose kernels "
+                "have no matrix of channels to change"
+            )
+    return chosen
 
 
 def ranked_layers(method: Method, tower: Tower) -> Iterator[tuple[int, Layer, int, float]]:
@@ -41,7 +52,7 @@ def ranked_layers(method: Method, tower: Tower) -> Iterator[tuple[int, Layer, in
     Raises:
         ConfigurationError: if a target or an override names no such layer.
     """
-    ranks = Overrides(method.rank, method.overrides, tower.depth, method.targets, f"{type(method).__name__} overrides")
+    ranks = Overrides(method.rank, method.overrides, tower, method.targets, f"{type(method).__name__} overrides")
     for index, layer in target_layers(method, tower):
         rank = ranks.at(index, layer.target)
         yield index, layer, rank, 1.0 if method.alpha is None else method.alpha / rank
