@@ -29,7 +29,14 @@ def describe(model: nn.Module) -> Backbone:
         raise UnsupportedError(f"{type(model).__name__} is already sharded; attach before fully_shard")
     if "open_clip" in sys.modules:  # no model of OpenCLIP is there without it; importing it takes seconds
         importlib.import_module("visionpeft.backbones.open_clip")
-    return describe_model(model)
+    try:
+        return describe_model(model)
+    except UnsupportedError as refusal:
+        from visionpeft.backbones.layers_only import is_timm, layers_only  # which is not needed for sited blocks
+
+        if not is_timm(model):
+            raise
+        return layers_only(model, str(refusal))
 
 
 @singledispatch

@@ -1,7 +1,8 @@
 """What a backbone looks like to a method: towers of blocks, and the layers whose weights it may act on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -34,6 +35,11 @@ class Layer:
         shift_is_void: whether a constant shift of the output changes nothing. So it is for keys that are neither
             rotated nor normalised: it adds the same to all scores of a query.
         reads: the site whose tokens the layer takes as they are, by default that of its name; "" for none.
+        groups: further targets that address it with others of its kind.
+        changed: when what acts there changes the weight that is read, instead of the output: "never"; "if needed",
+            where something acts that can do nothing else; or "always", for layers that do more than multiply, or whose
+            weight is read without a call.
+        overwritten: whether what follows may overwrite the output in place, so that nothing may keep it.
     """
 
     site: str
@@ -49,6 +55,9 @@ class Layer:
     shift_sink: tuple[nn.Module, str, tuple] | None = None
     shift_is_void: bool = False
     reads: str | None = None
+    groups: tuple[str, ...] = ()
+    changed: Literal["never", "if needed", "always"] = "never"
+    overwritten: bool = False
 
     def __post_init__(self):
         self.target = self.target or self.site
@@ -89,8 +98,12 @@ class Layer:
 
     @property
     def in_features(self) -> int:
-        """Width of the layer's input; for a convolution the number of its input channels."""
-        return self.weight_tensor.shape[1]
+        """Width of the layer's input; for a convolution the number of values that make one of its output."""
+        return self.weight_tensor[0].numel()
+
+    def named_by(self, targets: Iterable[str]) -> str | None:
+        """The first of some targets that means this layer, or None."""
+        return next((target for target in targets if target == self.target or target in self.groups), None)
 
 
 @dataclass
@@ -99,7 +112,8 @@ class BlockSites:
 
     Args:
         module: the library's block.
-        sited_class: the subclass of the block's class whose forward offers the sites.
+        sited_class: the subclass of the block's class whose forward offers the sites; None for a block of a tower
+            that has layer sites only.
         attention: the attention module inside it.
         sited_attention_class: likewise for the attention.
         layers: the layer sites by name.
@@ -109,9 +123,9 @@ class BlockSites:
     """
 
     module: nn.Module
-    sited_class: type[nn.Module]
-    attention: nn.Module
-    sited_attention_class: type[nn.Module]
+    sited_class: type[nn.Module] | None
+    attention: nn.Module | None
+    sited_attention_class: type[nn.Module] | None
     layers: dict[str, Layer]
     probe: Callable[[int], dict] = field(default=lambda num_tokens: {})
     activation: nn.Module | None = None
@@ -144,6 +158,8 @@ class Tower:
         grid_size: rows and columns of patches in images of the tower's own size, None if it has none.
         frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
         pools_class_token: whether after the last block only the first token is read.
+        layers_only: why its blocks have no sites but those of layers, None if they are sited.
+        unreached: names in `module` of parameters that the forward does not compute with.
     """
 
     name: str
@@ -161,6 +177,8 @@ class Tower:
     grid_size: tuple[int, int] | None = None
     frames: Frames | None = None
     pools_class_token: bool = False
+    layers_only: str | None = None
+    unreached: frozenset[str] = frozenset()
 
     @property
     def depth(self) -> int:
@@ -175,7 +193,8 @@ class Tower:
     def parameter_names(self) -> list[str]:
         """Names in `module` of the tower's own parameters."""
         excluded = ("peft.", *self.excluded)
-        return [name for name, _ in self.module.named_parameters() if not name.startswith(excluded)]
+        names = [name for name, _ in self.module.named_parameters() if not name.startswith(excluded)]
+        return [name for name in names if name not in self.unreached]
 
     def all_layers(self) -> Iterator[tuple[int | None, Layer]]:
         """Every layer site with the index of its block, or None outside the blocks."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -18,6 +19,7 @@ TARGETS = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")
 class ScaleShift(nn.Module):
     """scale * y + shift on the channels of a layer's output; both (out,)."""
 
+    on_images = True
     order = Order.OUTPUT
 
     def __init__(self, layer: Layer, std: float):
@@ -25,11 +27,14 @@ class ScaleShift(nn.Module):
         self.scale = nn.Parameter(torch.empty(layer.out_features).normal_(1.0, std))
         self.shift = nn.Parameter(torch.empty(layer.out_features).normal_(0.0, std))
         self.convolution = layer.kind == "conv"
+        self.overwritten = layer.overwritten
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map the layer's output y, channels last or (batch, out, h, w), to the same shape."""
         if self.convolution:
             return (y * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).to(y.dtype)
+        if self.overwritten:
+            return (y * self.scale + self.shift).to(y.dtype)
         return scale_shift(y, self.scale, self.shift)
 
     def row_values(self) -> dict[str, torch.Tensor]:
@@ -66,6 +71,7 @@ class SSF(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     std: float = 0.02
     blocks: Blocks = "all"
     towers: str | list[str] | None = None
@@ -82,5 +88,8 @@ class SSF(Method):
         )
         for index, layer in tower.all_layers():
             wanted = layer.site in outside if index is None else index in blocks and layer.target in TARGETS
+            if tower.layers_only is not None:
+                holds = layer.bias_tensor is not None
+                wanted = holds and (len(blocks) == tower.depth if index is None else index in blocks)
             if wanted:
                 yield Placement(tower.name, index, layer.site, ScaleShift(layer, self.std))
