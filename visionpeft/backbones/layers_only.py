@@ -13,6 +13,7 @@ Layers are addressed by the last word of their path ("qkv", "conv1"; "0" with th
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -26,11 +27,6 @@ from visionpeft.sites.stand_ins import own_class
 
 # model -> (its modules with their own classes, what it is)
 _DESCRIBED: WeakKeyDictionary[nn.Module, tuple[list, Backbone]] = WeakKeyDictionary()
-
-
-def is_timm(model: nn.Module) -> bool:
-    """Whether this is a whole model of timm, of any class."""
-    return hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier")
 
 
 def layers_only(model: nn.Module, reason: str) -> Backbone:
@@ -47,7 +43,8 @@ def layers_only(model: nn.Module, reason: str) -> Backbone:
     known = _DESCRIBED.get(model)
     if known is None or known[0] != state:
         known = _DESCRIBED[model] = state, _describe(model, reason)
-    return known[1]
+    backbone = known[1]
+    return replace(backbone, towers={name: replace(tower) for name, tower in backbone.towers.items()})
 
 
 def _own_modules(model: nn.Module) -> list[nn.Module]:
