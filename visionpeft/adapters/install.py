@@ -20,6 +20,7 @@ from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import BlockSites, Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Carriers, Located, OnPatches, OnPixels, Order, Sites, order_of
+from visionpeft.sites.changed_weights import CHANGED, changes_weights, has_statistics, keeps_statistics
 from visionpeft.sites.stand_ins import attributes_of, reads_copies, uses_head
 
 SHALLOW = "shallow prompts travel between the blocks; use VPT(deep=True)"
@@ -91,6 +92,9 @@ def plan_of(peft: Adapters, names: tuple[str, ...]) -> Plan:
 
 def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> None:
     acting = acting_in(tower, plan)
+    if tower.layers_only is not None:
+        for module in filter(has_statistics, tower.module.modules()):
+            swaps.swap(module, keeps_statistics(swaps.kind(module)))
     # Before the blocks are looked at, because it may add to the first one.
     travelling = travelling_prompts(tower, plan, peft, peft.chosen)
     for index, block in enumerate(tower.blocks):
@@ -104,7 +108,7 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
         peft.economies.apply(sites, tower, index, here)
         # Prompts as keys and values are for towers that are not causal, where every token sees them. They act no more
         # as modules and count no more as tokens.
-        if not tower.causal:
+        if not tower.causal and tower.layers_only is None:
             sites.key_prompts = key_prompts(block.module, here)
         if sites.key_prompts is not None:
             here = without_prompts(here, sites.key_prompts.prompts)
@@ -171,12 +175,38 @@ def fill(
             swaps.swap_layer(layers["fc2"].owner, entering=entering)
         elif site == "tokens":
             swaps.swap_layer(layers["norm_pre"].owner, entering=acting)
+        elif site in layers and changes_weight(layers[site], acting):
+            change_weight(swaps, layers[site], acting)
         elif site in layers and layers[site].called:
             swaps.swap_layer(layers[site].owner, acting=acting)
         elif add is not None:
             sites.branches[site] = sites.branches.get(site, ()) + tuple((module, add) for module in acting)
         else:
             sites.acting[site] = acting
+
+
+def changes_weight(layer: Layer, acting: Iterable[nn.Module]) -> bool:
+    """Whether what acts at a layer changes the weight that is read, and not the output."""
+    on_outputs = layer.kind != "conv" or all(getattr(module, "on_images", False) for module in acting)
+    return layer.changed == "always" or (layer.changed == "if needed" and not on_outputs)
+
+
+def change_weight(swaps: Swaps, layer: Layer, acting: tuple[nn.Module, ...]) -> None:
+    """Let the weight and bias of a layer be read as what acts makes of them.
+
+    Raises:
+        UnsupportedError: something acts that does more than change the weight and bias.
+    """
+    for module in acting:
+        what = type(module).__name__
+        if not hasattr(module, "merge"):
+            raise UnsupportedError(f"{what} acts on outputs, but at {layer.site} only the weight can be changed")
+        if getattr(getattr(module, "dropout", None), "p", 0) > 0:
+            raise UnsupportedError(
+                f"{what} cannot drop inputs at {layer.site}, where it changes the weight itself; use dropout=0"
+            )
+    names = tuple(name for name in CHANGED if layer.owner._parameters.get(name) is not None)
+    swaps.swap(layer.owner, changes_weights(swaps.kind(layer.owner), names), acting=acting)
 
 
 def located_in(modules: list[nn.Module], first_patch: int, inside: list[nn.Module]) -> tuple:

@@ -154,7 +154,7 @@ class Routes:
         known, root = self.adapters.get((name, keyed)), peft[name]
         if known is not None and known.root is root:
             return known
-        _check_routable(name, root)
+        _check_routable(name, root, self.backbone)
         check_asking_alone({name: root})
         check_unchanged(model, (name,))
         plan = plan_of(peft, (name,))
@@ -294,11 +294,12 @@ def _described(model: nn.Module, peft: Adapters, originals: dict[nn.Module, type
     return [(module, originals.get(module, type(module)), dict(module._modules)) for _, module in modules]
 
 
-def _check_routable(name: str, adapter: nn.Module) -> None:
+def _check_routable(name: str, adapter: nn.Module, backbone: Backbone) -> None:
     """Refuse an adapter that cannot act on single rows exactly.
 
     Raises:
-        UnsupportedError: if it trains parameters of the backbone itself, or acts on the text tower.
+        UnsupportedError: if it trains parameters of the backbone itself, or acts on the text tower or on one that has
+            layer sites only.
     """
     methods = ", ".join(type(method).__name__ for method in adapter.methods)
     if adapter.trained_names:
@@ -310,6 +311,11 @@ def _check_routable(name: str, adapter: nn.Module) -> None:
         raise UnsupportedError(
             f"adapter {name!r} ({methods}) acts by the task of an image, which a route does not hand on; use it for a "
             "whole batch, within visionpeft.of_tasks"
+        )
+    if any(backbone.towers[placement.tower].layers_only is not None for _, placement in adapter.placements):
+        raise UnsupportedError(
+            f"adapter {name!r} ({methods}) acts on a model that has layer sites only, which does not say which rows of "
+            "a layer are those of an image; use it for a whole batch"
         )
     if any(placement.tower == "text" for _, placement in adapter.placements):
         raise UnsupportedError(f"adapter {name!r} ({methods}) acts on the text tower, whose batch is not images")

@@ -39,7 +39,7 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
     blocks: dict[tuple, list[BlockSites]] = {}
     for index, sites in used.items():
         block = tower.blocks[index]
-        if next(block.module.parameters()).is_meta:
+        if block.sited_class is None or next(block.module.parameters()).is_meta:
             continue
         _require_class_forward(block)
         state, live = _SOUND.get(block.module, (None, set()))

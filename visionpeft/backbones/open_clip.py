@@ -15,7 +15,7 @@ from open_clip.transformer import (
 )
 
 from visionpeft.backbones.attention import attend, attend_as, fused_qkv, fused_qkv_layers, thirds
-from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, norm_layers
+from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, describe_part, norm_layers
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import UNTOUCHED, Sites
@@ -264,7 +264,7 @@ def _(model: TextTransformer) -> Backbone:
 
 @describe_model.register
 def _(model: TimmModel) -> Backbone:
-    trunk = describe_model(model.trunk)
+    trunk = describe_part(model.trunk)
     tower = trunk.towers["visual"]
     tower.path = "trunk"
     return Backbone("open_clip", trunk.name, model, {"visual": tower})
@@ -277,6 +277,8 @@ def _(model: CLIP | CustomTextCLIP | CoCa) -> Backbone:
     towers, refused = {}, {}
     try:
         tower = describe_model(model.visual).towers["visual"]
+        if tower.layers_only is not None:
+            raise UnsupportedError(tower.layers_only)
         tower.path = f"visual.{tower.path}".rstrip(".")
         towers["visual"] = tower
     except UnsupportedError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import InitVar, dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -38,6 +39,11 @@ class Layer:
             rotated nor normalised: it adds the same to all scores of a query.
         reads: the site whose tokens the layer takes as they are, by default that of its name; "" for none.
         channels_first: whether its output is (batch, out, rows, columns); by default so for convolutions alone.
+        groups: further targets that address it with others of its kind.
+        changed: when what acts there changes the weight that is read, instead of the output: "never"; "if needed",
+            where something acts that can do nothing else; or "always", for layers that do more than multiply, or whose
+            weight is read without a call.
+        overwritten: whether what follows may overwrite the output in place, so that nothing may keep it.
     """
 
     site: str
@@ -54,6 +60,9 @@ class Layer:
     shift_is_void: bool = False
     reads: str | None = None
     channels_first: bool | None = None
+    groups: tuple[str, ...] = ()
+    changed: Literal["never", "if needed", "always"] = "never"
+    overwritten: bool = False
 
     def __post_init__(self):
         if self.channels_first is None:
@@ -101,8 +110,12 @@ class Layer:
 
     @property
     def in_features(self) -> int:
-        """Width of the layer's input; for a convolution the number of its input channels."""
-        return self.weight_tensor.shape[1]
+        """Width of the layer's input; for a convolution the number of values that make one of its output."""
+        return self.weight_tensor[0].numel()
+
+    def named_by(self, targets: Iterable[str]) -> str | None:
+        """The first of some targets that means this layer, or None."""
+        return next((target for target in targets if target == self.target or target in self.groups), None)
 
 
 @dataclass
@@ -111,7 +124,8 @@ class BlockSites:
 
     Args:
         module: the library's block.
-        sited_class: the subclass of the block's class whose forward offers the sites.
+        sited_class: the subclass of the block's class whose forward offers the sites; None for a block of a tower
+            that has layer sites only.
         attention: the attention module inside it, None if it has none.
         sited_attention_class: likewise for the attention.
         layers: the layer sites by name.
@@ -127,7 +141,7 @@ class BlockSites:
     """
 
     module: nn.Module
-    sited_class: type[nn.Module]
+    sited_class: type[nn.Module] | None
     attention: nn.Module | None
     sited_attention_class: type[nn.Module] | None
     layers: dict[str, Layer]
@@ -142,6 +156,8 @@ class BlockSites:
     @property
     def swapped(self) -> dict[nn.Module, type[nn.Module]]:
         """The block and its attention, with their sited classes."""
+        if self.sited_class is None:
+            return {}
         swapped = {self.module: self.sited_class}
         return swapped if self.attention is None else swapped | {self.attention: self.sited_attention_class}
 
@@ -197,6 +213,8 @@ class Tower:
         frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
         pools_class_token: whether after the last block only the first token is read.
         stages: how many blocks each stage has, of a tower whose width or grid changes between stages.
+        layers_only: why its blocks have no sites but those of layers, None if they are sited.
+        unreached: names in `module` of parameters that the forward does not compute with.
     """
 
     name: str
@@ -215,6 +233,8 @@ class Tower:
     frames: Frames | None = None
     pools_class_token: bool = False
     stages: tuple[int, ...] = ()
+    layers_only: str | None = None
+    unreached: frozenset[str] = frozenset()
 
     def __post_init__(self, width: int | None):
         for block in self.blocks:
@@ -273,7 +293,8 @@ class Tower:
     def parameter_names(self) -> list[str]:
         """Names in `module` of the tower's own parameters."""
         excluded = ("peft.", *self.excluded)
-        return [name for name, _ in self.module.named_parameters() if not name.startswith(excluded)]
+        names = [name for name, _ in self.module.named_parameters() if not name.startswith(excluded)]
+        return [name for name in names if name not in self.unreached]
 
     def all_layers(self) -> Iterator[tuple[int | None, Layer]]:
         """Every layer site with the index of its block, or None outside the blocks."""

@@ -40,7 +40,7 @@ class DecomposedLowRank(LowRank):
     def merge(self, weight: torch.Tensor, bias):
         """Weight and bias that compute the same: m * V / |V| and b."""
         direction, bias = super().merge(weight, bias)
-        return direction * (self.magnitude.to(weight) / lengths(direction))[:, None], bias
+        return direction * (self.magnitude.to(weight) / lengths(direction.detach()))[:, None], bias
 
 
 def lengths(weight: torch.Tensor) -> torch.Tensor:

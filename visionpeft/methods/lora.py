@@ -77,11 +77,12 @@ class LowRankConv(LowRank):
     """`LowRank` for a patch convolution: A (rank, in * height * width) is applied as a kernel, B to each position."""
 
     stackable = True
+    on_images = True
 
     def __init__(self, convolution: nn.Conv2d, rank: int, scaling: float, dropout: float, train_A: bool = True):
         super().__init__(convolution.weight[0].numel(), convolution.out_channels, rank, scaling, dropout, train_A)
         self.kernel = convolution.weight.shape[1:]
-        self.geometry = {"stride": convolution.stride, "padding": convolution.padding}
+        self.geometry = {"stride": convolution.stride, "padding": convolution.padding, "dilation": convolution.dilation}
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map images x (batch, in, H, W) and patches y (batch, out, h, w) to changed patches."""
@@ -144,6 +145,7 @@ class LoRA(Method):
         train_A: whether A is trained, too.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ("q", "v")
@@ -164,7 +166,9 @@ class LoRA(Method):
         """One `LowRank` at every target layer of the chosen blocks."""
         ranks = Overrides(self.rank, self.overrides, tower, self.targets, "LoRA overrides")
         for index, layer in target_layers(self, tower, ("linear", "conv")):
-            yield Placement(tower.name, index, layer.site, self._module(layer, ranks.at(index, layer.target)))
+            yield Placement(
+                tower.name, index, layer.site, self._module(layer, ranks.at(index, layer.named_by(self.targets)))
+            )
 
     def combine(self, methods, parts, weights):
         """LoRA that changes each weight by the weighted sum of the changes: ranks are put one after another."""
@@ -181,6 +185,6 @@ class LoRA(Method):
 
     def _module(self, layer: Layer, rank: int) -> LowRank:
         scaling = self.scale(rank)
-        if layer.kind == "conv":
+        if layer.kind == "conv" and layer.changed != "always":
             return LowRankConv(layer.owner, rank, scaling, self.dropout, self.train_A)
         return LowRank(layer.in_features, layer.out_features, rank, scaling, self.dropout, self.train_A)

@@ -68,6 +68,8 @@ class DensePredictor(nn.Module):
                 "image tower, .visual"
             )
         tower = towers["visual"]
+        if tower.layers_only is not None:
+            raise UnsupportedError(f"a DensePredictor needs sited blocks; {tower.layers_only}")
         self.backbone = backbone
         self.blocks = head.blocks(tower.depth)
         self.patch_size = tuple(tower.patch_size)

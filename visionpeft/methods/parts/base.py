@@ -47,6 +47,8 @@ class Method:
     written_without: ClassVar[Mapping[str, object]] = {}
     # Fields that say what was found in weights or data, whose tensors only a saved adapter has: not to be given.
     found: ClassVar[tuple[str, ...]] = ("entries",)
+    # Whether it needs the sites of blocks; otherwise those of layers, at which its modules `merge`, are enough.
+    needs_blocks: ClassVar[bool] = True
     # Of a method that is trained in stages: whether each stage starts where the first did, or where the last one ended.
     rewinds: ClassVar[bool] = True
 
@@ -207,6 +209,11 @@ def select_towers(method: Method, backbone: Backbone) -> list[Tower]:
                 f"{type(method).__name__}(towers={method.towers!r}): this model has no tower {name!r}, "
                 f"it has {', '.join(backbone.towers)}"
             )
+        if method.needs_blocks and backbone.towers[name].layers_only is not None:
+            raise UnsupportedError(
+                f"{type(method).__name__} needs sited blocks; this model has layer sites only: "
+                f"{backbone.towers[name].layers_only}"
+            )
     return [backbone.towers[name] for name in dict.fromkeys(names)]
 
 
@@ -267,7 +274,9 @@ def describe_method(method: Method) -> dict:
 
 
 def blocks_of(method: Method, tower: Tower) -> list[int]:
-    """Indices of the blocks the method's `blocks` names in this tower."""
+    """Indices of the blocks the method's `blocks` names in this tower; none where a tower of layers has none."""
+    if method.blocks == "all" and tower.depth == 0:
+        return []
     return select_blocks(method.blocks, tower.depth, tower.stages)
 
 
