@@ -105,7 +105,7 @@ def test_a_configuration_without_recipe_has_the_default_grid(tmp_path):
 
 def test_learning_rates_of_the_command_line_are_the_whole_grid(tmp_path, capsys):
     """Of a recipe with other options, too, so that all methods have as many trials."""
-    recipe = "source: rates and decays\ngrid: {model.optimisation.lr: [1.0e-3], model.optimisation.weight_decay: [0, 1]}"
+    recipe = "source: both\ngrid: {model.optimisation.lr: [1.0e-3], model.optimisation.weight_decay: [0, 1]}"
     (candidate,) = method_candidates([write_config(tmp_path, recipe=recipe)], "vtab_", ["VTAB1k"])
     assert len(Benchmark("vtab1k").grid(candidate, "dsprites_ori")) == 2
     rates = Benchmark("vtab1k", learning_rates=(2e-3, 0.5))
