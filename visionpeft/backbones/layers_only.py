@@ -13,6 +13,7 @@ Layers are addressed by the last word of their path ("qkv", "conv1"; "0" with th
 
 import re
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -44,7 +45,7 @@ def layers_only(model: nn.Module, reason: str) -> Backbone:
     if known is None or known[0] != state:
         known = _DESCRIBED[model] = state, _describe(model, reason)
     backbone = known[1]
-    return replace(backbone, towers={name: replace(tower) for name, tower in backbone.towers.items()})
+    return replace(backbone, towers={name: copy(tower) for name, tower in backbone.towers.items()})
 
 
 def _own_modules(model: nn.Module) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """What a backbone looks like to a method: towers of blocks, and the layers whose weights it may act on."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import InitVar, dataclass, field
 from typing import Literal
@@ -111,7 +112,7 @@ class Layer:
     @property
     def in_features(self) -> int:
         """Width of the layer's input; for a convolution the number of values that make one of its output."""
-        return self.weight_tensor[0].numel()
+        return math.prod(self.weight_tensor.shape[1:])
 
     def named_by(self, targets: Iterable[str]) -> str | None:
         """The first of some targets that means this layer, or None."""
