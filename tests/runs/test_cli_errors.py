@@ -38,7 +38,7 @@ CASES = {
     "weights": ([*VPT, "--model.backbone", "vit_base_patch16_224.orig"], "no weights 'orig'; it has"),
     "convolutional backbone": (
         [*VPT, "--model.backbone", "convnext_atto", "--model.pretrained", "false"],
-        "ConvNeXt is not supported",
+        "VPT needs sited blocks; this model has layer sites only: ConvNeXt has no sited blocks",
     ),
     "trainer field": ([*VPT, "--trainer.max_epoch", "3"], "trainer has no option 'max_epoch'; did you mean max_epochs"),
     "trainer value": ([*VPT, "--trainer.max_epochs", "x"], "max_epochs takes a whole number or null, not 'x'"),
