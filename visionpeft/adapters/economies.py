@@ -31,8 +31,8 @@ class Economies:
         """Refuse what the model does not allow.
 
         Raises:
-            UnsupportedError: `class_token_only` for a model that reads other tokens after its last block, or `recompute`
-                of MLPs that are not sited.
+            UnsupportedError: `class_token_only` for a model that reads other tokens after its last block, or
+                `recompute` of MLPs that are not sited.
         """
         if self.recompute == "mlp" and any(tower.layers_only is not None for tower in towers.values()):
             raise UnsupportedError("recompute='mlp' needs sited blocks; this model has layer sites only")

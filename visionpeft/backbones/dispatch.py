@@ -41,9 +41,10 @@ def describe_part(model: nn.Module) -> Backbone:
     try:
         return describe_model(model)
     except UnsupportedError as refusal:
-        if not (hasattr(model, "pretrained_cfg") and hasattr(model, "get_classifier")):
+        if not hasattr(model, "pretrained_cfg"):  # which timm gives to every model that it makes
             raise
-        return importlib.import_module("visionpeft.backbones.layers_only").layers_only(model, str(refusal))
+        reason = str(refusal).partition(";")[0]
+        return importlib.import_module("visionpeft.backbones.layers_only").layers_only(model, reason)
 
 
 @singledispatch

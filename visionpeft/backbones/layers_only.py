@@ -67,7 +67,7 @@ def _describe(model: nn.Module, reason: str) -> Backbone:
         path="",
         module=model,
         blocks=blocks,
-        width=model.num_features,
+        width=getattr(model, "num_features", 0),
         num_prefix_tokens=0,
         layers={},
         excluded=tuple(f"{path}." for path in (*heads, *unused)),
@@ -153,7 +153,7 @@ def _block_paths(model: nn.Module) -> list[str]:
 
 def _heads(model: nn.Module, found: Reach) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Paths of the classifiers that are called, and of those that are not."""
-    given = model.get_classifier()
+    given = model.get_classifier() if hasattr(model, "get_classifier") else None
     given = list(given) if isinstance(given, tuple | list | nn.ModuleList) else [given]
     paths = {id(module): path for path, module in model.named_modules()}
     inside = [paths[id(head)] for head in given if isinstance(head, nn.Module) and id(head) in paths]

@@ -30,7 +30,7 @@ def target_layers(method: Method, tower: Tower, kinds: Sequence[str] = ("linear"
         if target not in available:
             raise ConfigurationError(
                 f"{type(method).__name__}: target {target!r} matches no layer; this backbone has "
-                f"{nearest(target, available)}"
+                f"{nearest(target, available)}{'' if tower.layers_only is None else ' (layer sites only)'}"
             )
     chosen = [(index, layer) for index, layer in layers if layer.named_by(method.targets)]
     for _, layer in chosen:
