@@ -15,6 +15,7 @@ ADDITIVE = ("lora", "lora_all", "ada_lora", "spt", "pafi", "fish_mask", "child_d
 ADDITIVE += (
     "ltsft",
     "diff_pruning",
+    "auto_lora",
     "far",
     "pruned_bit_fit",
     "bit_fit",

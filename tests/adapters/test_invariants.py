@@ -297,7 +297,7 @@ def test_stacking_in_any_order(host, order):
 
 
 # prompts of other names than those of `VPT` and `PrefixTuning`
-LONGER = ("coda", "e2vpt", "lpt", "idpg", "ptuning", "decomposed", "smop", "apt")
+LONGER = ("coda", "e2vpt", "lpt", "idpg", "ptuning", "decomposed", "smop", "apt", "selective_prompts")
 
 
 @spread()
@@ -808,6 +808,8 @@ ONLY_TRACED = (
     ("xprompt_deep",),
     ("pruned_bit_fit",),
     ("relora",),
+    ("selective_prompts",),
+    ("auto_lora",),
     ("periodic_lora",),
     ("far",),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),

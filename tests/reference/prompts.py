@@ -42,6 +42,30 @@ def prefix_propagation(sites, fields, shape):
     )
 
 
+def selective_prompts(sites, fields, shape):
+    """SPT, EMNLP 2023: x_P <- (1 - g) x_P + g P_l, g = sigmoid(a), or after the selection x_P <- P_l in some blocks."""
+    learned = {index: found for (index, site), found in sites.items() if site == "stream_in"}
+    first, number, start = shape["prefix"], fields["num_tokens"], min(learned)
+
+    def enter(state, index):
+        x, present = state
+        if index not in learned:
+            return state
+        prompts = learned[index]["source.prompts"].expand(len(x), -1, -1)
+        if index != start and "gate" in learned[index]:
+            share = 1 / (1 + torch.exp(-learned[index]["gate"]))
+            prompts = (1 - share) * x[:, first : first + number] + share * prompts
+        return torch.cat([x[:, :first], prompts, x[:, first + present :]], dim=1), number
+
+    def leave(state, index):
+        x, present = state
+        if index != shape["depth"] - 1:
+            return state
+        return torch.cat([x[:, :first], x[:, first + present :]], dim=1), 0
+
+    return {"enter": enter, "leave": leave}
+
+
 def lpt(sites, fields, shape):
     """LPT, arXiv 2210.11292: prompts from the state before block m, for block m and those after it."""
     ((start, _), found), *_ = sites.items()
@@ -315,6 +339,7 @@ PROMPTS = {
     "coda": coda,
     "prefix_propagation": prefix_propagation,
     "lpt": lpt,
+    "selective_prompts": selective_prompts,
     "e2vpt": e2vpt,
     "mona": mona,
     "idpg": idpg,

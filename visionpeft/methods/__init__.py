@@ -7,6 +7,7 @@ from visionpeft.methods.adapter_fusion import AdapterFusion
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
 from visionpeft.methods.apt import APT
+from visionpeft.methods.auto_lora import AutoLoRA
 from visionpeft.methods.binary_mask import BinaryMask
 from visionpeft.methods.bitfit import BitFit
 from visionpeft.methods.boft import BOFT
@@ -75,6 +76,7 @@ from visionpeft.methods.rep_adapter import RepAdapter
 from visionpeft.methods.said import SAID
 from visionpeft.methods.sct import SCT
 from visionpeft.methods.second_order import SecondOrder
+from visionpeft.methods.selective_prompts import SelectivePrompts
 from visionpeft.methods.smop import SMoP
 from visionpeft.methods.sora import SoRA
 from visionpeft.methods.spt import SPT
@@ -116,6 +118,7 @@ __all__ = [
     "AdaptFormer",
     "Adapter",
     "AdapterFusion",
+    "AutoLoRA",
     "BinaryMask",
     "BitFit",
     "CapaBoost",
@@ -170,6 +173,7 @@ __all__ = [
     "SMoP",
     "STAdapter",
     "SecondOrder",
+    "SelectivePrompts",
     "SoRA",
     "UniPELT",
     "VBLoRA",
