@@ -310,7 +310,7 @@ def test_tasks(make, tmp_path):
         assert len(found) <= isinstance(task, PromptLearning), found
 
 
-HEADS = (vp.LinearSegmentation(layers=4), vp.SETR(), vp.Segmenter(), vp.DPT(), vp.UPerNet())
+HEADS = (vp.LinearSegmentation(layers=4), vp.SETR(), vp.Segmenter(), vp.DPT(), vp.UPerNet(), vp.PMT(depth=2))
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)

@@ -45,6 +45,8 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.errors import UnsupportedError as UnsupportedError
     from visionpeft.errors import UserError as UserError
     from visionpeft.heads import *  # noqa: F403
+    from visionpeft.heads.mask_loss import MaskLoss as MaskLoss
+    from visionpeft.heads.mask_loss import mask_classification_loss as mask_classification_loss
     from visionpeft.methods import *  # noqa: F403
     from visionpeft.models.create import create_backbone as create_backbone
     from visionpeft.models.create_clip import create_clip as create_clip
@@ -114,6 +116,10 @@ _HOMES = {
         "StorageError",
         "UnsupportedError",
         "UserError",
+    ),
+    "visionpeft.heads.mask_loss": (
+        "MaskLoss",
+        "mask_classification_loss",
     ),
     "visionpeft.models.create": ("create_backbone",),
     "visionpeft.models.create_clip": ("create_clip",),

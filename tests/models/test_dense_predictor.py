@@ -165,6 +165,7 @@ def test_less_is_kept_for_the_backward_pass():
         vp.Segmenter(depth=1),
         vp.DPT(width=8),
         vp.UPerNet(width=8),
+        vp.PMT(queries=3, depth=1, upscale=0),
     ],
 )
 def test_heads_are_saved_with_the_adapter(head, tmp_path):

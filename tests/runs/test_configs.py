@@ -102,6 +102,7 @@ UNPUBLISHED |= {"vtab_lst.yaml", "vtab_vqt.yaml"}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
+HEADS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("heads/*.yaml"))
 MASK_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("segmentation/*.yaml"))
 
 
@@ -174,6 +175,15 @@ def test_overlay_of_masks(overlay):
     """The overlay's options are those of the task and of its data module; the images are not there."""
     with pytest.raises(vp.DataError, match="nowhere"):
         build("--config", "scenes_lora.yaml", "--config", overlay, "--data.root", "nowhere")
+
+
+@pytest.mark.parametrize("overlay", HEADS)
+def test_overlay_of_a_head(overlay):
+    given = yaml.safe_load((CONFIGS / overlay).read_text())["model"]["init_args"]["head"]
+    task = build("--config", "scenes_linear_probe.yaml", "--config", overlay, "--trainer.accelerator", "cpu").model
+    layout = task.adapter.get_submodule("head").layout
+    assert layout["class"] == given["class_path"]
+    assert layout["fields"] | given["init_args"] == layout["fields"]
 
 
 @pytest.mark.parametrize("overlay", [name for name in VIDEO_SETS if "aim" in name])

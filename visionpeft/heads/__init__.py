@@ -5,6 +5,7 @@ from visionpeft.heads.detection import DetectionHead
 from visionpeft.heads.dpt import DPT
 from visionpeft.heads.fcos import FCOS
 from visionpeft.heads.linear import LinearSegmentation
+from visionpeft.heads.pmt import PMT
 from visionpeft.heads.rcnn import FasterRCNN, MaskRCNN
 from visionpeft.heads.segmenter import Segmenter
 from visionpeft.heads.setr import SETR
@@ -13,6 +14,7 @@ from visionpeft.heads.upernet import UPerNet
 __all__ = [
     "DPT",
     "FCOS",
+    "PMT",
     "SETR",
     "DenseHead",
     "DetectionHead",

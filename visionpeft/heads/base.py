@@ -32,11 +32,13 @@ class DenseHead:
 
     layers: Layers
     number_of_maps: ClassVar[int | None] = None  # of heads that take a certain number
+    gives_scores: ClassVar[bool] = False  # see `DenseModule`
 
     def __post_init__(self):
-        for name, annotation in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if name != "number_of_maps" and not fits(value, annotation):
+        types = get_type_hints(type(self))
+        for name in (field.name for field in dataclasses.fields(self)):
+            value, annotation = getattr(self, name), types[name]
+            if not fits(value, annotation):
                 raise ConfigurationError(f"{type(self).__name__}: {name} must be {in_words(annotation)}, not {value!r}")
         layers = self.layers
         if isinstance(layers, list):
@@ -95,10 +97,13 @@ class DenseModule(nn.Module):
     Attributes:
         layout: description that a saved head is built from again.
         needs_several_images: whether it takes statistics that one training image does not have.
+        gives_scores: whether it gives scores in the place of logits, not negative, whose share is the probability, and
+            in training mode `MaskPredictions`.
     """
 
     layout: dict
     needs_several_images = False
+    gives_scores = False
 
     @abstractmethod
     def forward(self, maps: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from visionpeft.backbones.dispatch import describe, describe_model
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.heads import DenseHead, DetectionHead, LinearSegmentation
+from visionpeft.heads.mask_classification import MaskModule, MaskPredictions
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
@@ -86,7 +87,16 @@ class DensePredictor(nn.Module):
     def coarse_logits(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes, rows, columns) at the resolution of the head, of images filled up to whole patches.
 
-        They cover `1 / shares` of the image; see `shares`.
+        They cover `1 / shares` of the image; see `shares`. Of a head that `gives_scores` they are scores.
+        """
+        output = self.head_output(images)
+        return output.scores if isinstance(output, MaskPredictions) else output
+
+    def head_output(self, images: torch.Tensor) -> torch.Tensor | MaskPredictions:
+        """What the head gives for images filled up to whole patches.
+
+        It is `coarse_logits`, except that heads of queries give `MaskPredictions` while they are trained, of which
+        `mask_classification_loss` is the loss.
         """
         if images.ndim != 4:
             raise ConfigurationError(
@@ -111,6 +121,12 @@ class DensePredictor(nn.Module):
         """Logits (batch, classes, height, width)."""
         size = images.shape[-2:]
         return resized(self.coarse_logits(images), tuple(size), self.shares(size))
+
+    def set_progress(self, share: float) -> None:
+        """Say how much of the training is over, from 0 to 1; on it depends what heads of queries mask."""
+        for module in self.modules():
+            if isinstance(module, MaskModule):
+                module.progress = share
 
     def get_classifier(self) -> nn.Module:
         """The head, under the name timm uses."""

@@ -52,7 +52,12 @@ def classes_of(logits: Tensor, size: tuple[int, int], shares: tuple[float, float
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, ignored: int, shares: tuple[float, float] = (1.0, 1.0)
+    logits: Tensor,
+    labels: Tensor,
+    ignored: int,
+    shares: tuple[float, float] = (1.0, 1.0),
+    *,
+    scores: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the resized logits, mean over the labelled pixels of the batch, 0 if there are none.
 
@@ -61,6 +66,7 @@ def cross_entropy(
         labels: class indices (batch, height, width).
         ignored: the label of pixels that do not count.
         shares: of the extent of the logits that the labels cover.
+        scores: whether they are no logits, but numbers whose share in those of all classes is the probability.
 
     Returns:
         The mean (), and the classes with the largest logits (batch, height, width).
@@ -72,15 +78,19 @@ def cross_entropy(
         total, found = logits.new_zeros(()), []
         for begin, end in _ranges(logits, height, width):
             part, classes = checkpoint(
-                _of_strip, logits, rows[begin:end], columns, labels[:, begin:end], ignored, use_reentrant=False
+                _of_strip, logits, rows[begin:end], columns, labels[:, begin:end], ignored, scores, use_reentrant=False
             )
             total = total + part
             found.append(classes)
     return total / (labels != ignored).sum().clamp(min=1), torch.cat(found, dim=1)
 
 
-def _of_strip(logits: Tensor, rows: Tensor, columns: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+def _of_strip(
+    logits: Tensor, rows: Tensor, columns: Tensor, labels: Tensor, ignored: int, scores: bool
+) -> tuple[Tensor, Tensor]:
     strip = rows @ logits @ columns.T  # rows first, so that many strips cost no more products than one
+    if scores:
+        strip = strip.clamp(min=torch.finfo(strip.dtype).tiny).log()
     return F.cross_entropy(strip, labels, ignore_index=ignored, reduction="sum"), strip.detach().argmax(1)
 
 

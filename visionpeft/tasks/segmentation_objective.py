@@ -18,23 +18,26 @@ class ClassOfPixels(Objective):
 
     Args:
         num_classes: K.
+        scores: whether the head gives scores, of which each pixel's share is its probability, and has a loss of its
+            own, which is then what is trained; measured is the cross-entropy of the shares.
     """
 
     labels = "masks"
-    loss_name = "cross_entropy"
     monitor = "miou"
     shown = Shown("miou", "mIoU", "mean IoU", percentage=True)
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, scores: bool = False):
         self.outputs = num_classes
+        self.scores = scores
+        self.loss_name = "mask_classification" if scores else "cross_entropy"
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of logits (batch, classes, h, w), resized to the labels (batch, height, width)."""
-        return cross_entropy(logits, labels, IGNORED)[0]
+        return cross_entropy(logits, labels, IGNORED, scores=self.scores)[0]
 
     def loss_weight(self, labels: Tensor) -> Tensor | None:
-        """The number of labelled pixels."""
-        return (labels != IGNORED).sum().float()
+        """The number of labelled pixels; None for a loss of masks, whose mean over devices is taken by images."""
+        return None if self.scores else (labels != IGNORED).sum().float()
 
     def measured_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The same; there are no weights."""

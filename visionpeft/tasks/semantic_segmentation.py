@@ -16,10 +16,11 @@ from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.data.segmentation.masks import IGNORED
 from visionpeft.heads import DenseHead, LinearSegmentation
+from visionpeft.heads.mask_loss import mask_classification_loss
 from visionpeft.methods import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.dense_predictor import DensePredictor
-from visionpeft.models.strips import cross_entropy
+from visionpeft.models.strips import classes_of, cross_entropy
 from visionpeft.models.windows import check_windows, window_logits
 from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.optimisation import Optimisation
@@ -29,7 +30,7 @@ HEAD = LinearSegmentation()
 
 
 class SemanticSegmentation(AdaptedTask):
-    """Cross-entropy of each pixel of a `DensePredictor` with a method attached.
+    """Cross-entropy of each pixel of a `DensePredictor` with a method attached; of heads of queries, the loss of masks.
 
     The frozen modules stay in evaluation mode while training; adapter and head, with its batch normalisation, are in
     training mode. Batches are (images (batch, 3, height, width), class indices (batch, height, width)), where -1 counts
@@ -75,7 +76,8 @@ class SemanticSegmentation(AdaptedTask):
         seed: int = 0,
     ):
         check_windows(window, stride)
-        super().__init__(method, class_names, backbone, 0.0, optimisation, seed, ClassOfPixels(len(class_names)))
+        objective = ClassOfPixels(len(class_names), scores=head.gives_scores)
+        super().__init__(method, class_names, backbone, 0.0, optimisation, seed, objective)
         kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
         torch.manual_seed(seed)
         images = create_dense_backbone(backbone, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
@@ -105,12 +107,19 @@ class SemanticSegmentation(AdaptedTask):
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, and in the place of logits the class found for each pixel."""
-        return cross_entropy(self.model.coarse_logits(images), labels, IGNORED, self.model.shares(images.shape[-2:]))
+        shares = self.model.shares(images.shape[-2:])
+        if not self.objective.scores:
+            return cross_entropy(self.model.head_output(images), labels, IGNORED, shares)
+        self.model.set_progress(self.global_step / max(self.steps.total, 1) if self.steps else 0.0)
+        predictions = self.model.head_output(images)
+        with torch.no_grad():
+            found = classes_of(predictions.scores, tuple(labels.shape[-2:]), shares)
+        return mask_classification_loss(predictions, labels, IGNORED, shares), found
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         logits, shares = window_logits(self.model, images, self.window, self.stride)
-        loss, found = cross_entropy(logits, labels, IGNORED, shares)
+        loss, found = cross_entropy(logits, labels, IGNORED, shares, scores=self.objective.scores)
         self._measure(metrics, loss, found, labels)
         return found
 
