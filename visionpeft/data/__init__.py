@@ -1,5 +1,6 @@
 """Lightning data modules: benchmarks, people's own images and videos, and the embedded sets."""
 
+from visionpeft.data.detection.coco import CocoDetection
 from visionpeft.data.detection.module import DetectionDataModule
 from visionpeft.data.detection.scenes import ComposedObjects
 from visionpeft.data.few_shot.module import FewShot
@@ -32,6 +33,7 @@ __all__ = [
     "Cityscapes",
     "ClipArt",
     "ClipAugmentation",
+    "CocoDetection",
     "ComposedObjects",
     "ComposedScenes",
     "DetectionDataModule",

@@ -35,10 +35,10 @@ def write_objects(
     """
     overlays = None if folder is None else _overlays(files, folder)
     numbers = _numbers(files)
-    score = THRESHOLD if threshold is None else threshold
-    table, results, images = Table("image", f"objects with a score from {score:g}"), [], []
+    least = THRESHOLD if threshold is None else threshold
+    table, results, images = Table("image", f"objects with a score from {least:g}"), [], []
     for index, image, found in _predicted(trained, files, skip_corrupt):
-        kept = found["scores"] >= score
+        kept = found["scores"] >= least
         shown = {name: values[kept] for name, values in found.items()}
         results += _results(found, numbers[index], trained.category_ids)
         images.append(

@@ -47,12 +47,14 @@ class ObjectFiles(ImageFiles):
         paths: the images, (n,).
         readers: what gives the objects of each, called with whether masks are asked for, (n,).
         with_masks: whether there are masks.
+        numbers: how many objects each image has, crowds not among them, (n,).
     """
 
-    def __init__(self, paths: list[Path], readers: list, with_masks: bool):
+    def __init__(self, paths: list[Path], readers: list, with_masks: bool, numbers: list[int]):
         super().__init__(paths, range(len(paths)))  # an index for each, as labels of one number there are none
         self.readers = list(readers)
         self.with_masks = with_masks
+        self.numbers = list(numbers)
 
     def objects(self, index: int) -> Objects:
         """The objects of an image.
@@ -64,7 +66,9 @@ class ObjectFiles(ImageFiles):
 
     def subset(self, indices: np.ndarray) -> "ObjectFiles":
         """The images at `indices`."""
-        return type(self)([self.paths[i] for i in indices], [self.readers[i] for i in indices], self.with_masks)
+        own = ([values[i] for i in indices] for values in (self.paths, self.readers, self.numbers))
+        paths, readers, numbers = own
+        return ObjectFiles(paths, readers, self.with_masks, numbers)
 
 
 @dataclass
@@ -75,11 +79,13 @@ class ObjectSet(ImageSet):
         """Check that there is something to learn.
 
         Raises:
-            DataError: an empty split, or no classes.
+            DataError: an empty split, one without any object, or no classes.
         """
         for split, source in self.sources.items():
             if len(source) == 0:
                 raise DataError(f"the {split} split holds no images")
+            if isinstance(source, ObjectFiles) and not sum(source.numbers):
+                raise DataError(f"none of the {len(source)} images of the {split} split has an object")
         if not self.class_names:
             raise DataError("detection needs at least one class of objects, and the data has none")
 
