@@ -157,6 +157,8 @@ def swap_block(swaps: Swaps, block: BlockSites, sites: Sites) -> None:
 
     Block and attention share their sites: the attention asks for those of q, k, v and kv, the block for its tokens'.
     """
+    if block.sited_class is None:  # nor are its layers economical: some act by their weight alone
+        return
     for module, sited_class in block.swapped.items():
         swaps.swap(module, sited_class, sites=sites)
     for layer in block.economical:

@@ -173,6 +173,9 @@ class SparseDelta(LayerDelta):
             self.register_parameter(part, values)
             self.register_buffer(f"{part}_index", index)
 
+    # Said here, beside `sparse_change`: what a class says of itself holds for a forward of its own.
+    forward = LayerDelta.forward
+
     def product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """D x; of a linear layer, without making D."""
         if self.kind == "linear":
