@@ -4,6 +4,7 @@ Every architecture is walked by `python benchmarks/layer_sites.py`, whose examin
 """
 
 import copy
+import dataclasses
 import importlib.util
 import pickle
 from pathlib import Path
@@ -94,6 +95,36 @@ def test_a_convolution_is_a_matrix(options):
     assert torch.allclose(conv(x), expected, rtol=1e-12, atol=1e-12)
     vp.merge(model)
     assert torch.allclose(conv(x), expected, rtol=1e-12, atol=1e-12)
+
+
+# Relatives of LoRA, with sizes that fit a matrix of 16 x 16.
+RELATIVES = [
+    *(vp.BinaryMask(), vp.BOFT(block=4, factors=1), vp.CapaBoost(rank=2), vp.DoRA(rank=2), vp.FourierFT(number=10)),
+    *(vp.GraLoRA(rank=2), vp.HiRA(rank=2), vp.HiWi(), vp.KAdaptation(), vp.KronA(), vp.MiSS(rank=2)),
+    *(vp.MoSLoRA(rank=2), vp.OFT(block=4), vp.OLoRA(rank=2), vp.PiSSA(rank=2), vp.RandLoRA(rank=2)),
+    *(vp.SAID(dimension=9), vp.VBLoRA(length=4), vp.VeRA(rank=2), vp.WaveFT(number=9)),
+]
+
+
+@pytest.mark.parametrize("method", RELATIVES, ids=lambda method: type(method).__name__)
+def test_relatives_on_convolutions(method):
+    """What changes the matrix of a linear layer changes a convolution as that of its unfolded patches, in training."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=3).double()
+    conv = nn.Conv2d(4, 16, 2, stride=2, padding=1)
+    model.conv1 = nn.Sequential(nn.Conv2d(3, 4, 1), conv, nn.Conv2d(16, model.bn1.num_features, 1)).double()
+    vp.attach(model, dataclasses.replace(method, targets=("conv1_1",)), head=False)
+    ((_, placement),) = trained(model).peft["default"].placements
+    parameters = [parameter for parameter in model.peft.parameters() if parameter.requires_grad]
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    weight, bias = conv._parameters["weight"].flatten(1), conv._parameters["bias"]
+    patches = F.unfold(x, 2, stride=2, padding=1).mT
+    plain = F.linear(patches, weight, bias)
+    found, expected = conv(x).flatten(2).mT, placement.module(patches, plain, weight, bias)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(found, plain, rtol=1e-3)
+    grads = [torch.autograd.grad(y.square().sum(), parameters, retain_graph=True) for y in (found, expected)]
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*grads, strict=True))
 
 
 def test_lora_on_convolutions_is_that_of_peft(resnet, images):

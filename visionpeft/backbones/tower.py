@@ -92,6 +92,12 @@ class Layer:
         return weight if self.rows is None else weight[self.rows]
 
     @property
+    def matrix(self) -> torch.Tensor:
+        """The weight rows as (out, in); of a convolution, in are the values that make one of its output."""
+        weight = self.weight_tensor
+        return weight.flatten(1) if weight.ndim > 2 else weight
+
+    @property
     def bias_tensor(self) -> torch.Tensor | None:
         """The bias rows (out,), or None."""
         if self.bias_owner is None:
