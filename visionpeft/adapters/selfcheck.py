@@ -42,8 +42,8 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
         if next(block.module.parameters()).is_meta:
             continue
         _require_class_forward(block)
-        state, live = _SOUND.get(block.module, (None, set()))
-        if state == _state(block) and sites <= live:
+        live = _live(block)
+        if live is not None and sites <= live:
             continue
         kind = _kind(block.module)
         kinds.setdefault(kind, set()).update(sites)
@@ -54,7 +54,15 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
     with torch.random.fork_rng(devices=[]), without_global_hooks():
         for kind, sites in kinds.items():
             _check_block(blocks[kind][0], tower, sites)
-            _SOUND.update((block.module, (_state(block), sites)) for block in blocks[kind])
+            # what an earlier check of the block as it is has found counts on, so that no site of it is checked twice
+            found = [(block, sites | (_live(block) or set())) for block in blocks[kind]]
+            _SOUND.update((block.module, (_state(block), live)) for block, live in found)
+
+
+def _live(block: BlockSites) -> set[str] | None:
+    """The sites of a block that were found to have an effect; None if it was not checked as it is now."""
+    state, live = _SOUND.get(block.module, (None, None))
+    return live if state == _state(block) else None
 
 
 def _state(block: BlockSites) -> tuple:
