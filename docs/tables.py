@@ -95,7 +95,6 @@ def method_lines(public: Sequence[str] | None = None, module=methods) -> list[Li
         public: names of methods; by default those that the package has.
         module: where they are found.
     """
-    torch.manual_seed(0)
     made = functools.cache(models)
     lines = []
     for name, call in calls_of(module.__all__ if public is None else public, vp.Method, module):
@@ -120,6 +119,7 @@ def models(depth: int, device: str, any_size: bool) -> tuple[torch.nn.Module, to
 
     Those that take images of any size have the same parameters, and a few small patches to show cost little.
     """
+    torch.manual_seed(0)
     with torch.device(device):
         plain = timm.create_model("vit_base_patch16_224", num_classes=10, depth=depth, dynamic_img_size=any_size)
         torch.nn.init.normal_(plain.head.weight, std=0.02)
@@ -130,6 +130,7 @@ def attached(name: str, method: vp.Method, module, images: torch.nn.Module, clip
     """The model of images with a method attached, or that of clips if it acts across their frames; shown an image if
     the method needs data, and in its last stage.
     """
+    torch.manual_seed(0)  # what a method chooses must not depend on which others come before it
     sources = ("a", "b") if name in OVER else ()
     for source in sources:
         vp.attach(images, eval(OVER[name], dict(vars(module))), source, head=False)

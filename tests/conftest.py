@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the machine, and tiny models gain nothing
 
+import block_checks
 import pytest
 import shared_cells
 import torch
@@ -25,7 +26,10 @@ from safetensors.torch import load_file
 
 import visionpeft as vp
 from visionpeft import methods
+from visionpeft.adapters import selfcheck
 from visionpeft.errors import UserError
+
+selfcheck._check_block = block_checks.once
 
 
 @pytest.fixture

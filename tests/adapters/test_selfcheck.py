@@ -2,6 +2,7 @@
 
 import functools
 
+import block_checks
 import pytest
 import timm
 import torch
@@ -14,6 +15,11 @@ from visionpeft.backbones.dispatch import describe_block, pre_norm_block
 from visionpeft.backbones.timm_layers import SitedAttention
 from visionpeft.backbones.timm_vit import SitedBlock
 from visionpeft.sites import Sites
+
+
+@pytest.fixture(autouse=True)
+def every_block_is_checked(monkeypatch):
+    monkeypatch.setattr(selfcheck, "_check_block", block_checks.every_time)
 
 
 @pytest.fixture
