@@ -18,7 +18,7 @@ from visionpeft.heads.mask_classification import MaskModule, MaskPredictions
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
-from visionpeft.models.strips import resized
+from visionpeft.models.strips import largest, resized
 
 LINEAR = LinearSegmentation()
 
@@ -119,6 +119,10 @@ class DensePredictor(nn.Module):
         """Logits (batch, classes, height, width)."""
         size = images.shape[-2:]
         return resized(self.coarse_logits(images), tuple(size), self.shares(size))
+
+    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+        """Class indices (batch, height, width) of logits (batch, classes, height, width): those of the largest."""
+        return largest(logits)
 
     def set_progress(self, share: float) -> None:
         """Say how much of the training is over, from 0 to 1; on it depends what heads of queries mask."""
