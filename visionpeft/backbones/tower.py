@@ -144,6 +144,7 @@ class Tower:
         grid_size: rows and columns of patches in images of the tower's own size, None if it has none.
         frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
         pools_class_token: whether after the last block only the first token is read.
+        queried_blocks: through how many of the last blocks tokens of a head may go, which are no patches.
     """
 
     name: str
@@ -161,11 +162,16 @@ class Tower:
     grid_size: tuple[int, int] | None = None
     frames: Frames | None = None
     pools_class_token: bool = False
+    queried_blocks: int = 0
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    def is_queried(self, block: int) -> bool:
+        """Whether tokens of a head may go through a block."""
+        return block >= self.depth - self.queried_blocks
 
     @property
     def attention_width(self) -> int:

@@ -2,10 +2,11 @@
 
 from visionpeft.heads.base import DenseHead
 from visionpeft.heads.dpt import DPT
+from visionpeft.heads.eomt import EoMT
 from visionpeft.heads.linear import LinearSegmentation
 from visionpeft.heads.pmt import PMT
 from visionpeft.heads.segmenter import Segmenter
 from visionpeft.heads.setr import SETR
 from visionpeft.heads.upernet import UPerNet
 
-__all__ = ["DPT", "PMT", "SETR", "DenseHead", "LinearSegmentation", "Segmenter", "UPerNet"]
+__all__ = ["DPT", "PMT", "SETR", "DenseHead", "EoMT", "LinearSegmentation", "Segmenter", "UPerNet"]
