@@ -310,15 +310,24 @@ def test_tasks(make, tmp_path):
         assert len(found) <= isinstance(task, PromptLearning), found
 
 
-HEADS = (vp.LinearSegmentation(layers=4), vp.SETR(), vp.Segmenter(), vp.DPT(), vp.UPerNet(), vp.PMT(depth=2))
+HEADS = (
+    vp.LinearSegmentation(layers=4),
+    vp.SETR(),
+    vp.Segmenter(),
+    vp.DPT(),
+    vp.UPerNet(),
+    vp.PMT(depth=2),
+    vp.EoMT(depth=1),
+)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)
 def test_heads_for_masks(head):
     maps = head.number_of_maps or 4
-    module = head.make(8, maps, 3)
+    through_blocks = isinstance(head, vp.EoMT)
+    module = vp.DensePredictor(vit(), head, 3, vp.LoRA(rank=2)) if through_blocks else head.make(8, maps, 3)
     with no_values():
-        inputs = there(torch.empty(2, maps, 8, 4, 6))
+        inputs = there(torch.empty(2, 3, 32, 32) if through_blocks else torch.empty(2, maps, 8, 4, 6))
         assert second_step(moved(module).train(), lambda module: module(inputs)) == []
 
 

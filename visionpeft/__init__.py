@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.models.dense_predictor import DensePredictor as DensePredictor
     from visionpeft.models.feature_maps import feature_maps as feature_maps
     from visionpeft.models.object_detector import ObjectDetector as ObjectDetector
+    from visionpeft.models.open_vocabulary import OpenVocabulary as OpenVocabulary
     from visionpeft.models.proxy_tuning import ProxyTuned as ProxyTuned
     from visionpeft.models.proxy_tuning import proxy_logits as proxy_logits
     from visionpeft.models.video_classifier import VideoClassifier as VideoClassifier
@@ -126,6 +127,7 @@ _HOMES = {
     "visionpeft.models.dense_predictor": ("DensePredictor",),
     "visionpeft.models.feature_maps": ("feature_maps",),
     "visionpeft.models.object_detector": ("ObjectDetector",),
+    "visionpeft.models.open_vocabulary": ("OpenVocabulary",),
     "visionpeft.models.proxy_tuning": (
         "ProxyTuned",
         "proxy_logits",

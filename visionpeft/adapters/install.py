@@ -99,9 +99,11 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
     travelling = travelling_prompts(tower, plan, peft, peft.chosen)
     for index, block in enumerate(tower.blocks):
         # A block is sited if something acts in it, if prompts travel through it (its attention mask must make room for
-        # them), or if an economy needs it. Every other block stays the library's.
+        # them), if queries of a head go through it (they are no patches), or if an economy needs it. Every other block
+        # stays the library's.
         prompts, here = travelling[index], acting.get(index, {})
-        if index not in acting and not prompts and not peft.economies.need(tower, index):
+        needed = tower.is_queried(index) or peft.economies.need(tower, index)
+        if index not in acting and not prompts and not needed:
             continue
         sites = Sites(tower.num_prefix_tokens, tower.causal)
         check_multiplied(here)
@@ -116,7 +118,7 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
         check_on_map(block, here, prompts)
         sites.extra_tokens = sum(module.num_tokens for module in prompts)
         swap_block(swaps, block, sites)
-        located = {key: located_in(modules, sites.first_patch, prompts) for key, modules in here.items()}
+        located = {key: located_in(modules, sites.first_patch, prompts, sites) for key, modules in here.items()}
         if queries := located.pop(QUERIES, None):
             sites.asking = Asking(queries, asker(block, swaps))
         if carriers := located.pop(CARRIERS, None):
@@ -211,23 +213,28 @@ def change_weight(swaps: Swaps, layer: Layer, acting: tuple[nn.Module, ...]) -> 
     swaps.swap(layer.owner, changes_weights(swaps.kind(layer.owner), names), acting=acting)
 
 
-def located_in(modules: list[nn.Module], first_patch: int, inside: list[nn.Module]) -> tuple:
+def located_in(
+    modules: list[nn.Module], first_patch: int, inside: list[nn.Module], sites: Sites | None = None
+) -> tuple:
     """Modules with where the tokens are for those who treat some of them apart.
 
     Args:
         modules: what acts at one site.
         first_patch: number of tokens before the patches.
         inside: whose prompts travel through the block.
+        sites: of the block, if tokens of a head may stand between these prompts and the patches.
     """
 
     def located(module: nn.Module) -> nn.Module | OnPatches | Located:
         if getattr(module, "patches_only", False):
-            return OnPatches(module, first_patch)
+            return OnPatches(module, first_patch, sites)
         place = getattr(module, "located_at", None)
         if place is None:
             return module
         # Prompts that enter later stand before those that are there.
-        after = [] if place == "patches" else inside[: inside.index(place) + 1]
+        if place == "patches":
+            return Located(module, first_patch, sites)
+        after = inside[: inside.index(place) + 1]
         return Located(module, first_patch - sum(each.num_tokens for each in after))
 
     return tuple(map(located, modules))

@@ -222,6 +222,7 @@ class Tower:
         stages: how many blocks each stage has, of a tower whose width or grid changes between stages.
         layers_only: why its blocks have no sites but those of layers, None if they are sited.
         unreached: names in `module` of parameters that the forward does not compute with.
+        queried_blocks: through how many of the last blocks tokens of a head may go, which are no patches.
     """
 
     name: str
@@ -242,6 +243,7 @@ class Tower:
     stages: tuple[int, ...] = ()
     layers_only: str | None = None
     unreached: frozenset[str] = frozenset()
+    queried_blocks: int = 0
 
     def __post_init__(self, width: int | None):
         for block in self.blocks:
@@ -252,6 +254,10 @@ class Tower:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    def is_queried(self, block: int) -> bool:
+        """Whether tokens of a head may go through a block."""
+        return block >= self.depth - self.queried_blocks
 
     @property
     def attention_width(self) -> int:

@@ -3,6 +3,7 @@
 from visionpeft.heads.base import DenseHead
 from visionpeft.heads.detection import DetectionHead
 from visionpeft.heads.dpt import DPT
+from visionpeft.heads.eomt import EoMT
 from visionpeft.heads.fcos import FCOS
 from visionpeft.heads.linear import LinearSegmentation
 from visionpeft.heads.pmt import PMT
@@ -18,6 +19,7 @@ __all__ = [
     "SETR",
     "DenseHead",
     "DetectionHead",
+    "EoMT",
     "FasterRCNN",
     "LinearSegmentation",
     "MaskRCNN",

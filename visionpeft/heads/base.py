@@ -99,11 +99,13 @@ class DenseModule(nn.Module):
         needs_several_images: whether it takes statistics that one training image does not have.
         gives_scores: whether it gives scores in the place of logits, not negative, whose share is the probability, and
             in training mode `MaskPredictions`.
+        queried_blocks: through how many of the backbone's last blocks its `queries` go.
     """
 
     layout: dict
     needs_several_images = False
     gives_scores = False
+    queried_blocks = 0
 
     @abstractmethod
     def forward(self, maps: torch.Tensor) -> torch.Tensor:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from visionpeft.adapters.attach import attach
+from visionpeft.adapters.attach import attach, has_adapters
 from visionpeft.backbones.dispatch import describe, describe_model
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
@@ -18,7 +19,9 @@ from visionpeft.heads.mask_classification import MaskModule, MaskPredictions
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
-from visionpeft.models.strips import resized
+from visionpeft.models.queries import check_queried, through_last_blocks
+from visionpeft.models.strips import largest, resized
+from visionpeft.sites.stand_ins import acting_head
 
 LINEAR = LinearSegmentation()
 
@@ -76,6 +79,11 @@ class DensePredictor(nn.Module):
         self.patch_size = tuple(tower.patch_size)
         like = next(backbone.parameters())
         self.head = head.make(tower.width, len(self.blocks), number).to(like.device, like.dtype)
+        if (queried := self.head.queried_blocks) > tower.depth:
+            raise ConfigurationError(f"queries cannot go through {queried} blocks of a backbone that has {tower.depth}")
+        self.queries_need_sites = any(block.knows_positions for block in tower.blocks[tower.depth - queried :])
+        if queried:
+            check_queried([block.module for block in tower.blocks[-queried:]], knows_positions=False)
         self.num_classes = number
         self.recompute_head = recompute_head
         if hasattr(backbone, "backbone_source"):
@@ -106,11 +114,35 @@ class DensePredictor(nn.Module):
         missing = [-side % patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)]
         if any(missing):
             images = F.pad(images, (0, missing[1], 0, missing[0]))
+        if self.head.queried_blocks:
+            return self._with_queries(images)
         maps = feature_maps(self.backbone, images, self.blocks)
         if not (self.recompute_head and torch.is_grad_enabled()):
             return self.head(maps)
         contexts = {"context_fn": lambda: (nullcontext(), _statistics_kept(self))}
         return checkpoint(self.head, maps, use_reentrant=False, **contexts)
+
+    def _with_queries(self, images: torch.Tensor) -> torch.Tensor | MaskPredictions:
+        """What a head gives whose queries go through the backbone's last blocks."""
+        if has_adapters(self) and self.peft.routing.opened:
+            raise UnsupportedError("queries of several heads cannot go through the backbone together; leave the route")
+        head = acting_head(self.head)
+        found = MaskPredictions([], [])
+
+        def look(index: int | None, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor | None:
+            masked = head.training and head.masked
+            if index is not None and not masked:
+                return None
+            tokens = [each.to(head.queries.dtype) for each in (queries, patches)]
+            again = self.recompute_head and torch.is_grad_enabled()
+            predict = partial(checkpoint, head.predict, use_reentrant=False) if again else head.predict
+            masks, classes = predict(*tokens)
+            found.masks.append(masks)
+            found.classes.append(classes)
+            return None if index is None else head.open(masks, patches.shape[-2:], index, head.queried_blocks)
+
+        through_last_blocks(self.backbone, images, head.queries, head.queried_blocks, self.queries_need_sites, look)
+        return head.answered(found)
 
     def shares(self, size: Sequence[int]) -> tuple[float, float]:
         """Which part of the extent of `coarse_logits` an image of this height and width covers."""
@@ -121,6 +153,10 @@ class DensePredictor(nn.Module):
         """Logits (batch, classes, height, width)."""
         size = images.shape[-2:]
         return resized(self.coarse_logits(images), tuple(size), self.shares(size))
+
+    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+        """Class indices (batch, height, width) of logits (batch, classes, height, width): those of the largest."""
+        return largest(logits)
 
     def set_progress(self, share: float) -> None:
         """Say how much of the training is over, from 0 to 1; on it depends what heads of queries mask."""
@@ -139,6 +175,7 @@ def _(model: DensePredictor) -> Backbone:
     tower = inside.towers["visual"]
     tower.path = f"backbone.{tower.path}".rstrip(".")
     tower.pools_class_token = False  # every patch is read
+    tower.queried_blocks = model.head.queried_blocks
     unused = tuple(f"backbone.{path}" for path in inside.heads)
     return Backbone(inside.library, inside.name, model, {"visual": tower}, ("head",), unused_heads=unused)
 

@@ -5,7 +5,7 @@ in columns, so a strip of the large logits is R X C^T with the strip's rows R of
 backward pass each strip is computed again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +42,23 @@ def resized(logits: Tensor, size: tuple[int, int], shares: tuple[float, float] =
         return rows @ logits @ columns.T
 
 
-def classes_of(logits: Tensor, size: tuple[int, int], shares: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+def largest(logits: Tensor) -> Tensor:
+    """The classes (batch, height, width) with the largest logits (batch, classes, height, width)."""
+    return logits.argmax(1)
+
+
+def classes_of(
+    logits: Tensor,
+    size: tuple[int, int],
+    shares: tuple[float, float] = (1.0, 1.0),
+    decide: Callable[[Tensor], Tensor] = largest,
+) -> Tensor:
     """The class with the largest resized logit at each pixel, (batch, height, width)."""
     with torch.no_grad(), _in_full(logits):
         logits = _at_least_single(logits)
         rows, columns = _matrices(logits, size, shares)
         strips = (rows[begin:end] @ logits @ columns.T for begin, end in _ranges(logits, *size))
-        return torch.cat([strip.argmax(1) for strip in strips], dim=1)
+        return torch.cat([decide(strip) for strip in strips], dim=1)
 
 
 def cross_entropy(

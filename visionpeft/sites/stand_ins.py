@@ -60,6 +60,11 @@ class UsesHead(StandIn):
         return in_own_precision(self.acting[0], own(x) if isinstance(self.acting[0], nn.Linear) else x, *more)
 
 
+def acting_head(head: nn.Module) -> nn.Module:
+    """The head that computes: that of an adapter, where it stands in for the model's own."""
+    return head.acting[0] if isinstance(head, UsesHead) else head
+
+
 def in_own_precision(head: nn.Module, x: torch.Tensor, *more):
     """head(x) computed in the precision of the head, a tensor in the dtype of x; autocast chooses where it is on."""
     dtype = next((t.dtype for t in (*head.parameters(), *head.buffers()) if t.is_floating_point()), x.dtype)
