@@ -3,6 +3,7 @@
 from visionpeft.data.detection.coco import CocoDetection
 from visionpeft.data.detection.module import DetectionDataModule
 from visionpeft.data.detection.scenes import ComposedObjects
+from visionpeft.data.detection.yolo import YoloFolder
 from visionpeft.data.few_shot.module import FewShot
 from visionpeft.data.few_shot.templates import dataset_template
 from visionpeft.data.fgvc import FGVC
@@ -54,6 +55,7 @@ __all__ = [
     "VideoDataModule",
     "VideoFolder",
     "VideoList",
+    "YoloFolder",
     "dataset_template",
     "files_dataloader",
     "find_images",

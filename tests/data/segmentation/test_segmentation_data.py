@@ -9,7 +9,7 @@ from small_mask_runs import CLASSES, draw_masked
 
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ADE20K, Cityscapes, ComposedScenes, MaskFolder, VOCSegmentation
-from visionpeft.data.segmentation.composed_scenes import class_names, compose, drawings
+from visionpeft.data.segmentation.composed_scenes import class_names, compose, compose_objects, drawings
 from visionpeft.data.segmentation.transforms import MaskedTransform
 from visionpeft.errors import ConfigurationError, DataError
 
@@ -225,7 +225,7 @@ def test_cityscapes(tmp_path):
 def test_scenes_are_the_same_again_and_exact():
     assert class_names() == ["background", "animal", "building", "flag", "person", "plant", "vehicle", "thing"]
     image, mask = compose("train", 5, 64, 0)
-    compose.cache_clear()
+    compose_objects.cache_clear()
     image_again, mask_again = compose("train", 5, 64, 0)
     assert image.tobytes() == image_again.tobytes()
     assert np.array_equal(mask, mask_again)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from visionpeft.data.detection.annotations import Annotated, annotated, categories_of, read_file
 from visionpeft.data.detection.module import DetectionDataModule
-from visionpeft.data.detection.objects import ObjectFiles, ObjectSet
+from visionpeft.data.detection.objects import ObjectFiles, ObjectSet, check_apart
 from visionpeft.data.ordering import permutation
 from visionpeft.errors import DataError
 
@@ -65,8 +65,8 @@ class CocoDetection(DetectionDataModule):
         for split, path in files.items():
             folder = _images(root, path, images)
             found[split] = annotated(contents.pop(split), path, folder, names, masks)
-        _check_apart(found)
         sources = {split: _source(each, masks) for split, each in found.items()}
+        check_apart(sources)
         held_out = "val" not in sources and val_fraction > 0
         if held_out:
             sources = _held_out(sources, val_fraction, split_seed)
@@ -119,15 +119,6 @@ def _held_out(sources: dict[str, ObjectFiles], share: float, seed: int) -> dict[
     if not count:
         return sources
     return {**sources, "train": train.subset(sorted(order[count:])), "val": train.subset(sorted(order[:count]))}
-
-
-def _check_apart(found: dict[str, Annotated]) -> None:
-    """Raise DataError when an image is in two splits."""
-    seen: dict[Path, str] = {}
-    for split, each in found.items():
-        for path in each.paths:
-            if seen.setdefault(path, split) != split:
-                raise DataError(f"image {path} is in the {seen[path]} and in the {split} split")
 
 
 def _notes(split: str, found: Annotated, names: list[str]) -> list[str]:

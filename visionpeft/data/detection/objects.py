@@ -90,6 +90,15 @@ class ObjectSet(ImageSet):
             raise DataError("detection needs at least one class of objects, and the data has none")
 
 
+def check_apart(sources: dict[str, ObjectFiles]) -> None:
+    """Raise DataError when an image is in two splits."""
+    seen: dict[Path, str] = {}
+    for split, source in sources.items():
+        for path in source.paths:
+            if seen.setdefault(path, split) != split:
+                raise DataError(f"image {path} is in the {seen[path]} and in the {split} split")
+
+
 def box_of(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     """x0, y0, x1, y1 around the pixels of a mask (height, width), None of an empty one."""
     rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
