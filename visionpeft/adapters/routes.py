@@ -30,8 +30,9 @@ from visionpeft.adapters.install import (
 from visionpeft.adapters.installation import Anatomy, Swaps
 from visionpeft.adapters.key_prompts import Acting, key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
-from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter, RoutedHead, RoutedKeyPrompts, RoutedSite
+from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter
 from visionpeft.adapters.routed_carriers import RoutedCarriers
+from visionpeft.adapters.routed_sites import RoutedHead, RoutedKeyPrompts, RoutedSite
 from visionpeft.adapters.together import alike
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone, Tower
