@@ -28,7 +28,7 @@ import visionpeft as vp
 MODULES = ("vision_transformer", "vision_transformer_hybrid", "eva", "beit", "deit", "vitamin")
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "mlp_ratio": 4.0}
 REFUSED_BLOCKS = ("ParallelScalingBlock", "ParallelThingsBlock", "DiffParallelScalingBlock", "DiffAttention")
-OTHERS = ("swin_tiny_patch4_window7_224", "resnet18", "naflexvit_base_patch16_gap", "cait_xxs24_224")
+OTHERS = ("resnet18", "naflexvit_base_patch16_gap", "cait_xxs24_224")
 
 # library -> the architecture that runs by default -> those that are made of the same kinds of modules
 ALIKE = Path(__file__).with_name("architectures_alike.json")

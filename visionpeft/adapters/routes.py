@@ -284,7 +284,9 @@ def _size(plan: Plan) -> int:
 
 def _key_prompts(tower: Tower, block: int | None, here: Acting) -> list[nn.Module]:
     """The modules of a block whose prompts can be keys and values alone, and are seen by nothing else that acts."""
-    found = None if block is None or tower.causal else key_prompts(tower.blocks[block].module, here)
+    if block is None or tower.causal:
+        return []
+    found = key_prompts(tower.blocks[block].module, here, tower.blocks[block].on_map)
     return [] if found is None or found.at_entrance or found.at_attention else found.prompts
 
 

@@ -37,7 +37,7 @@ def describe_model(model: nn.Module) -> Backbone:
     """Describe a whole model; registered by model class."""
     raise UnsupportedError(
         f"{type(model).__name__} is not supported; supported are timm VisionTransformer, Eva (EVA, EVA-02, DINOv3, "
-        "RoPE ViTs), Beit and ConvNeXt, and OpenCLIP models with such or native transformer towers"
+        "RoPE ViTs), Beit, Swin, SwinV2 and ConvNeXt, and OpenCLIP models with such or native transformer towers"
     )
 
 
