@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import peft
 import pytest
 import timm
 import torch
@@ -14,8 +15,8 @@ from visionpeft.adapters import selfcheck
 from visionpeft.adapters.fingerprint import fingerprint
 from visionpeft.backbones import timm_swin, timm_swin_v2, windows
 
-# maps of 9 x 13 and then 5 x 7 pixels: windows of 3 x 3 do not divide them, and every second block is shifted
-SIZE, AREA = (36, 52), 9
+# maps of 7 x 8 and then 4 x 4 pixels: windows of 3 x 3 do not divide them, and every second block is shifted
+SIZE = (28, 32)
 FAMILIES = {"swin": SwinTransformer, "swin_v2": SwinTransformerV2}
 OPTIONS = {"window_size": 3, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 4), "drop_path_rate": 0.0}
 
@@ -94,7 +95,9 @@ def attention_of(block, h, prompts=None, prefix=None):
         return 0 if not shift or place < side - window else 1 if place < side - shift else 2
 
     def position_bias(here, there):
-        down, right = here[0] - there[0] + window - 1, here[1] - there[1] + window - 1
+        return biases[here[0] - there[0] + window - 1, here[1] - there[1] + window - 1]
+
+    def bias_of(down, right):
         if not cosine:
             return attention.relative_position_bias_table[down * (2 * window - 1) + right]
         far = [8.0 * (place - window + 1) / (window - 1) for place in (down, right)]
@@ -102,6 +105,8 @@ def attention_of(block, h, prompts=None, prefix=None):
         far = far.sign() * (far.abs() + 1).log2() / 3
         return 16 * torch.sigmoid(attention.cpb_mlp[2].weight @ attention.cpb_mlp[0](far).relu())
 
+    places = range(2 * window - 1)
+    biases = {(down, right): bias_of(down, right) for down in places for right in places}
     output = torch.zeros_like(h)
     for sample in range(len(h)):
         for top in range(0, padded[0], window):
@@ -236,15 +241,17 @@ def test_images_of_a_batch_do_not_influence_each_other(family):
 
 def test_a_row_of_a_mixed_batch_is_that_of_its_adapter(family):
     model = made(family)
-    for name, method in (("a", vp.LoRA(rank=2)), ("b", vp.Adapter(placement="houlsby")), ("c", vp.LoRA(rank=2))):
+    lora, prompts, prefix = vp.LoRA(rank=2), vp.VPT(num_tokens=2), vp.PrefixTuning(num_tokens=2)
+    methods = {"a": lora, "b": vp.Adapter(placement="houlsby"), "c": prompts, "d": prompts, "e": prefix, "f": prefix}
+    for name, method in methods.items():
         vp.attach(model, method, name=name, head=False)
     moved(model)
-    names = ["b", "a", None, "c"]
-    with torch.no_grad(), vp.route(model, names):
-        output = model(images(4))
-    for row, name in enumerate(names):
-        with torch.no_grad(), vp.use(model, name):
-            assert close(output[row], model(images(4))[row])
+    for names in (["b", "a", None, "a"], ["c", "d", "c"], ["e", "f"]):
+        with torch.no_grad(), vp.route(model, names):
+            output = model(images(len(names)))
+        for row, name in enumerate(names):
+            with torch.no_grad(), vp.use(model, name):
+                assert close(output[row], model(images(len(names)))[row])
 
 
 def test_images_of_other_sizes(family):
@@ -253,7 +260,7 @@ def test_images_of_other_sizes(family):
     vp.attach(model, [vp.Mona(bottleneck=4), vp.Convpass(bottleneck=4), vp.VPT(num_tokens=2)], head=False)
     moved(model)
     model.eval()
-    wide, high = images(2, (32, 64)), images(2, (64, 32))
+    wide, high = images(2, (32, 48)), images(2, (48, 32))
     assert close(model(wide)[:1], model(wide[:1]))
     assert not close(model(wide), model(high))
 
@@ -279,7 +286,7 @@ def test_fused_attention():
         (vp.DTL(), "widths 8, 16, .* choose the blocks of one stage"),
         (vp.PrefixTuning(mlp=4), "widths 8, 16"),
         (vp.VPT(projection=4), "widths 8, 16"),
-        (vp.Convpass(grid=(9, 13)), "leave grid out"),
+        (vp.Convpass(grid=(7, 8)), "leave grid out"),
         (vp.AIM(), "AIM acts across the frames"),
     ],
     ids=str,
@@ -307,6 +314,20 @@ def test_the_shifted_block_is_checked_although_it_prints_the_same(monkeypatch):
     with pytest.raises(vp.UnsupportedError, match="does not compute what its sited form computes"):
         vp.attach(made(), vp.LoRA())
     vp.attach(made(), vp.LoRA(blocks="::2"))
+
+
+def test_what_peft_would_wrap_without_effect_is_not_exported(tmp_path):
+    """SwinV2 reads its weight of q, k and v without a call; Swin calls it."""
+    model = made("swin_v2")
+    vp.attach(model, vp.LoRA(rank=2), head=False)
+    with pytest.raises(vp.UnsupportedError, match="reads its weight and never calls it"):
+        vp.export_peft(model, tmp_path / "dead")
+    model = made()
+    vp.attach(model, vp.LoRA(rank=2, targets=("q", "k", "v", "fc1", "reduction")), head=False)
+    moved(model)
+    vp.export_peft(model, tmp_path / "live")
+    other = peft.PeftModel.from_pretrained(made(), tmp_path / "live")
+    assert close(other(images()), model(images()))
 
 
 def test_a_model_whose_norms_start_at_zero(monkeypatch):

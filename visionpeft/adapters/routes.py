@@ -30,7 +30,16 @@ from visionpeft.adapters.install import (
 from visionpeft.adapters.installation import Anatomy, Swaps
 from visionpeft.adapters.key_prompts import Acting, key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
-from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter, RoutedHead, RoutedKeyPrompts, RoutedSite
+from visionpeft.adapters.route import (
+    Key,
+    Opened,
+    Route,
+    RoutedAdapter,
+    RoutedHead,
+    RoutedKeyPrompts,
+    RoutedSite,
+    RoutedWindows,
+)
 from visionpeft.adapters.routed_carriers import RoutedCarriers
 from visionpeft.adapters.together import alike
 from visionpeft.backbones.dispatch import describe
@@ -244,7 +253,10 @@ class Routes:
                     continue
                 layers = tower.layers if block is None else tower.blocks[block].layers
                 sites = None if block is None else plan.sites[tower.name, block]
-                fill(plan.swaps, sites, layers, {(site, add): (RoutedSite(self.routing, key, tower.frames),)})
+                # Keys and values of a map are those of its windows.
+                windows = site == "kv" and tower.blocks[block].on_map
+                routed = (RoutedWindows if windows else RoutedSite)(self.routing, key, tower.frames)
+                fill(plan.swaps, sites, layers, {(site, add): (routed,)})
             spans = [m for key, modules in acting.items() if key[0] == tower.name for m in modules]
             if any(order_of(module) == Order.ENTER_SPAN for module in spans):
                 refuse_intermediates(plan.swaps, tower, SHALLOW)
