@@ -713,7 +713,7 @@ def plain_mlp():
 
 
 REFUSED = {
-    "swin": (swin, vp.LoRA(rank=2), UnsupportedError),
+    "swin": (swin, vp.VPT(num_tokens=2, deep=False), UnsupportedError),
     "convnext": (convnext, vp.VPT(num_tokens=2), UnsupportedError),
     "resnet_clip": (resnet_clip, vp.LoRA(rank=2), UnsupportedError),
     "no_backbone": (plain_mlp, vp.LoRA(rank=2), UnsupportedError),

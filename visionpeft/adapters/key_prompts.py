@@ -63,12 +63,15 @@ class KeyPrompts:
         return prompts
 
 
-def key_prompts(block: nn.Module, acting: Acting) -> KeyPrompts | None:
+def key_prompts(block: nn.Module, acting: Acting, on_map: bool = False) -> KeyPrompts | None:
     """The prompts of a block that is not causal, where they can be keys and values alone, else None.
 
     They can if they leave behind the block, and if everything that acts on its tokens takes each token by itself or
-    leaves prompts alone.
+    leaves prompts alone. If its tokens are the pixels of a map, what reads their grid does so: prompts are none of
+    them, and never meet it.
     """
+    if on_map:
+        acting = {key: [m for m in modules if not getattr(m, "reads_grid", False)] for key, modules in acting.items()}
     entrance = acting.get(("stream_in", None), [])
     prompts = [module for module in entrance if order_of(module) == Order.ENTER]
     leaving = [module for module in acting.get(("stream_out", None), []) if order_of(module) == Order.LEAVE]

@@ -41,9 +41,13 @@ class RoutedSite:
             opened.differentiated = True
         return opened.route
 
+    def _rows_each(self, x: torch.Tensor, route: Route) -> int:
+        """How many rows of x one sample has, one after another."""
+        return 1 if self.frames is None else self.frames.number
+
     def _served(self, x: torch.Tensor, route: Route):
         """Of each group: itself, the rows of x that it serves, None for all, its members and number of samples."""
-        number = 1 if self.frames is None else self.frames.number
+        number = self._rows_each(x, route)
         route.check(len(x) // number)
         for group in route.groups(self.key):
             rows, index = group.rows(x.device)
@@ -125,6 +129,13 @@ class RoutedSite:
             index = route.members(group.names, x.device)
         values = group.together[0].gathered(index, missing=rows is not None)
         return values["A"] * values["scaling"][:, None, None], values["B"]
+
+
+class RoutedWindows(RoutedSite):
+    """A routed site inside windows, of which every sample has as many rows."""
+
+    def _rows_each(self, x: torch.Tensor, route: Route) -> int:
+        return max(1, len(x) // len(route.names))
 
 
 class RoutedKeyPrompts(RoutedSite):

@@ -32,7 +32,7 @@ from visionpeft.adapters.key_prompts import Acting, key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
 from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter
 from visionpeft.adapters.routed_carriers import RoutedCarriers
-from visionpeft.adapters.routed_sites import RoutedHead, RoutedKeyPrompts, RoutedSite
+from visionpeft.adapters.routed_sites import RoutedHead, RoutedKeyPrompts, RoutedSite, RoutedWindows
 from visionpeft.adapters.together import alike
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone, Tower
@@ -245,7 +245,10 @@ class Routes:
                     continue
                 layers = tower.layers if block is None else tower.blocks[block].layers
                 sites = None if block is None else plan.sites[tower.name, block]
-                fill(plan.swaps, sites, layers, {(site, add): (RoutedSite(self.routing, key, tower.frames),)})
+                # Keys and values of a map are those of its windows.
+                windows = site == "kv" and tower.blocks[block].on_map
+                routed = (RoutedWindows if windows else RoutedSite)(self.routing, key, tower.frames)
+                fill(plan.swaps, sites, layers, {(site, add): (routed,)})
             spans = [m for key, modules in acting.items() if key[0] == tower.name for m in modules]
             if any(order_of(module) == Order.ENTER_SPAN for module in spans):
                 refuse_intermediates(plan.swaps, tower, SHALLOW)
@@ -285,7 +288,9 @@ def _size(plan: Plan) -> int:
 
 def _key_prompts(tower: Tower, block: int | None, here: Acting) -> list[nn.Module]:
     """The modules of a block whose prompts can be keys and values alone, and are seen by nothing else that acts."""
-    found = None if block is None or tower.causal else key_prompts(tower.blocks[block].module, here)
+    if block is None or tower.causal:
+        return []
+    found = key_prompts(tower.blocks[block].module, here, tower.blocks[block].on_map)
     return [] if found is None or found.at_entrance or found.at_attention else found.prompts
 
 

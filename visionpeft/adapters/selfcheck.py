@@ -105,11 +105,7 @@ def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:
     # Copied together, so that the layers still refer to the copied block.
     block = unwatched_copy(block, block.module)
     module = dequantise(block.module).cpu().double().eval().requires_grad_(False)
-    arguments = block.probe(tower.num_prefix_tokens + 4)
-    tokens = arguments.pop("num_tokens", tower.num_prefix_tokens + 4)
-    x = arguments.pop("x", None)
-    if x is None:
-        x = torch.randn(2, tokens, block.width, dtype=torch.float64)
+    x, arguments = block.trial(tower.num_prefix_tokens + 4)
     _enliven(module)
     expected = module(x, **arguments)
 

@@ -52,8 +52,8 @@ def describe_model(model: nn.Module) -> Backbone:
     """Describe a whole model; registered by model class."""
     raise UnsupportedError(
         f"{type(model).__name__} has no sited blocks; timm VisionTransformer, Eva (EVA, EVA-02, DINOv3, RoPE ViTs), "
-        "Beit and ConvNeXt have, and OpenCLIP models with such or native transformer towers; any other timm model has "
-        "layer sites"
+        "Beit, Swin, SwinV2 and ConvNeXt have, and OpenCLIP models with such or native transformer towers; any other "
+        "timm model has layer sites"
     )
 
 

@@ -21,7 +21,7 @@ class SitedConvNeXtBlock(ConvNeXtBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map a map (batch, width, rows, columns) to the same shape."""
-        at = MapFlow(self.sites, channels_first=True)
+        at = MapFlow(self.sites, x.shape[2:], channels_first=True)
         x = at("stream_in", x)
         h = at("mlp_out", self.sites.mlp(lambda x: self.branch(at, x), x))
         if self.gamma is not None:

@@ -186,6 +186,16 @@ class BlockSites:
             )
         return self.layers[site]
 
+    def trial(self, num_tokens: int) -> tuple[torch.Tensor, dict]:
+        """A random input in float64 and the other arguments of the forward, for a copy of the block that is tried.
+
+        Args:
+            num_tokens: how many tokens it has, unless the block needs another number of them, or a map.
+        """
+        arguments = self.probe(num_tokens)
+        tokens, x = arguments.pop("num_tokens", num_tokens), arguments.pop("x", None)
+        return torch.randn(2, tokens, self.width, dtype=torch.float64) if x is None else x, arguments
+
     def has(self, site: str) -> bool:
         """Whether it has a site."""
         return site in self.token_sites or site in self.layers or (site == "hidden" and "fc2" in self.layers)

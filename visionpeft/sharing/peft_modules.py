@@ -123,8 +123,8 @@ class _CalledOwners:
         called: set[str] = set()
         for site, layer in block.layers.items():
             layer.owner.register_forward_pre_hook(lambda *_, site=site: called.add(site))
-        arguments = block.probe(self.tower.num_prefix_tokens + 4)
-        tokens = arguments.pop("num_tokens", self.tower.num_prefix_tokens + 4)
-        with without_global_hooks():
-            module(torch.zeros(1, tokens, self.tower.width, dtype=torch.float64), **arguments)
+        # The check draws random numbers, and must not change what the caller draws next.
+        with torch.random.fork_rng(devices=[]), without_global_hooks():
+            x, arguments = block.trial(self.tower.num_prefix_tokens + 4)
+            module(x, **arguments)
         return called

@@ -1,5 +1,7 @@
 """Blocks whose tokens are the pixels of a map: what acts in them sees (batch, rows * columns, width), row by row."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -13,21 +15,25 @@ class MapFlow(Flow):
 
     Args:
         sites: those of the block.
+        grid: rows and columns of the map.
         channels_first: whether maps are (batch, width, rows, columns), or else (batch, rows, columns, width).
     """
 
-    def __init__(self, sites: Sites, channels_first: bool = False):
+    def __init__(self, sites: Sites, grid: Sequence[int], channels_first: bool = False):
         super().__init__(sites)
+        self.grid = tuple(grid)
         self.channels_first = channels_first
-        self.grid = (0, 0)
 
     def __call__(self, site: str, x: torch.Tensor, channels_first: bool | None = None) -> torch.Tensor:
-        """What a `Flow` does with tokens, with the pixels of the map x, which may lie otherwise than others."""
+        """What a `Flow` does with tokens, with the pixels of the map x, which may lie otherwise than others, or be
+        (batch, rows * columns, width) already.
+        """
         if not (site in self.carried or site in self.sites.acting or site in self.sites.branches):
             return x
+        if x.ndim == 3:
+            return super().__call__(site, x)
         channels_first = self.channels_first if channels_first is None else channels_first
         pixels = x.permute(0, 2, 3, 1) if channels_first else x
-        self.grid = tuple(pixels.shape[1:3])
         tokens = super().__call__(site, pixels.flatten(1, 2)).unflatten(1, self.grid)
         if not channels_first:
             return tokens
