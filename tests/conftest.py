@@ -150,6 +150,7 @@ CASES = [
     Case("fish_mask", vp.FishMask(density=0.05, samples=3), identity=True, mergeable=True, relative=True),
     Case("ltsft", vp.LTSFT(density=0.05), identity=True, mergeable=True, relative=True),
     Case("diff_pruning", vp.DiffPruning(density=0.05), mergeable=True, relative=True),
+    Case("fish_dip", vp.FishDip(0.05, samples=2, renewals=1), mergeable=True, relative=True),
     Case("far", vp.FAR(share=0.2), identity=True, mergeable=True, relative=True),
     Case("pruned_bit_fit", vp.PrunedBitFit(density=0.3, samples=3), identity=True, mergeable=True, relative=True),
     Case("child_f", vp.ChildTuning("F", share=0.6), identity=True, mergeable=True),
