@@ -73,7 +73,9 @@ class DenseHead:
                 f"{list(layers)}; what is trained after the last block that is read would never learn"
             )
         if self.number_of_maps not in (None, len(chosen)):
-            raise ConfigurationError(f"{name} reads {self.number_of_maps} blocks, not {len(chosen)}")
+            number = self.number_of_maps
+            fitting = "'quarters', or to 4" if number == 4 else number
+            raise ConfigurationError(f"{name} reads {number} blocks, not {len(chosen)}; set its layers to {fitting}")
         return chosen
 
     @abstractmethod
