@@ -230,7 +230,7 @@ def visual_tower(tower: VisionTransformer, path: str) -> Tower:
         path=path,
         module=tower,
         blocks=[describe_block(block) for block in tower.transformer.resblocks],
-        width=tower.conv1.out_channels,
+        common_width=tower.conv1.out_channels,
         num_prefix_tokens=1,
         layers=layers | norm_layers(norm_pre=tower.ln_pre, norm=tower.ln_post),
         pools_class_token=tower.pool_type == "tok" and tower.attn_pool is None and not tower.output_tokens,
@@ -248,7 +248,7 @@ def text_tower(tower: nn.Module, path: str) -> Tower:
         path=path,
         module=tower,
         blocks=[describe_block(block) for block in tower.transformer.resblocks],
-        width=tower.token_embedding.embedding_dim,
+        common_width=tower.token_embedding.embedding_dim,
         num_prefix_tokens=1,  # the start token
         layers=norm_layers(norm=tower.ln_final),
         causal=causal,
@@ -283,7 +283,8 @@ def _(model: ModifiedResNet) -> Backbone:
     reason = "ModifiedResNet has no sited blocks"
     backbone = layers_only(model, reason, (*paths, "attnpool"), POOL)
     (tower,) = backbone.towers.values()
-    tower.width = model.attnpool.q_proj.in_features
+    for block in tower.blocks:
+        block.width = model.attnpool.q_proj.in_features
     tower.layer(len(paths), "k").shift_is_void = True  # a shift of all keys adds the same to all scores of a query
     return Backbone("open_clip", "ModifiedResNet", model, {"visual": tower})
 

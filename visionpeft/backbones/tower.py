@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -216,7 +216,7 @@ class Tower:
         path: where it sits in the model, "" for the model itself.
         module: the module at that path.
         blocks: its blocks in order.
-        width: width of the token stream, which its blocks then have; None if they have widths of their own.
+        common_width: width of the token stream, which its blocks then have; None if they have widths of their own.
         num_prefix_tokens: tokens before the patches (class, registers); for text the start token.
         layers: layer sites outside the blocks: "patch_embed", "norm_pre", "norm", "fc_norm", and between stages
             "downsample.1/norm", "downsample.1/reduction" before the blocks of stage 1.
@@ -239,7 +239,7 @@ class Tower:
     path: str
     module: nn.Module
     blocks: list[BlockSites]
-    width: InitVar[int | None]
+    common_width: int | None
     num_prefix_tokens: int
     layers: dict[str, Layer]
     patch_size: tuple[int, int] | None = None
@@ -255,9 +255,9 @@ class Tower:
     unreached: frozenset[str] = frozenset()
     queried_blocks: int = 0
 
-    def __post_init__(self, width: int | None):
+    def __post_init__(self):
         for block in self.blocks:
-            block.width = block.width or width
+            block.width = block.width or self.common_width
             block.grid = block.grid or self.grid_size
 
     @property
@@ -268,6 +268,15 @@ class Tower:
     def is_queried(self, block: int) -> bool:
         """Whether tokens of a head may go through a block."""
         return block >= self.depth - self.queried_blocks
+
+    @property
+    def width(self) -> int:
+        """Width of the token stream.
+
+        Raises:
+            UnsupportedError: it differs between blocks.
+        """
+        return self.width_of(range(self.depth))
 
     @property
     def attention_width(self) -> int:
@@ -330,18 +339,6 @@ class Tower:
     def layer(self, block: int | None, site: str) -> Layer:
         """The layer site of a block, or of the tower itself if `block` is None."""
         return self.layers[site] if block is None else self.blocks[block].layers[site]
-
-
-def _width(tower: Tower) -> int:
-    """Width of the token stream.
-
-    Raises:
-        UnsupportedError: it differs between blocks.
-    """
-    return tower.width_of(range(tower.depth))
-
-
-Tower.width = property(_width)  # after the class, whose field of this name is an argument alone
 
 
 @dataclass
