@@ -22,11 +22,12 @@ def target_layers(method: Method, tower: Tower, kinds: Sequence[str] = ("linear"
     blocks = blocks_of(method, tower)
     layers = [(i, layer) for i, layer in tower.all_layers() if _fits(layer, kinds) and (i is None or i in blocks)]
     available = {layer.target for _, layer in layers} | {group for _, layer in layers for group in layer.groups}
+    why = "" if tower.layers_only is None else f" (layer sites only: {tower.layers_only})"
     for target in method.targets:
         if target not in available:
             raise ConfigurationError(
                 f"{type(method).__name__}: target {target!r} matches no layer; this backbone has "
-                f"{nearest(target, available)}{'' if tower.layers_only is None else ' (layer sites only)'}"
+                f"{nearest(target, available)}{why}"
             )
     return [(index, layer) for index, layer in layers if layer.named_by(method.targets)]
 
