@@ -2,7 +2,7 @@
 
 Each architecture is built without storage and described. Of those with layer sites only, the smallest of each set of
 kinds of modules (as `tests/backbones/test_walk.py` sorts them) is built with random weights, in float64 and with every
-layer scale and norm away from zero, and examined at its own image size:
+layer scale and norm away from zero, and examined on images of 64 pixels, or of its own size if it takes no others:
 
 - LoRA on all linear layers and convolutions, BitFit and norm tuning start as the identity, and after a step compute
   what timm's own model computes with its weights changed by hand: W + B A, b + shift, the trained norms;
@@ -30,6 +30,7 @@ import visionpeft as vp
 from visionpeft.backbones.dispatch import describe
 from visionpeft.errors import UserError
 
+SMALL = 64  # pixels of the images, where an architecture takes them
 TOLERANCE = 1e-8  # relative, in float64; some norms of timm compute in float32
 
 
@@ -192,34 +193,46 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    families = sorted({timm.model_entrypoint(name).__module__ for name in args.architectures})
-    mine = set(families[args.part[0] :: args.part[1]])
-    args.output.mkdir(parents=True, exist_ok=True)
-    rows, groups = [], defaultdict(list)
+    by_family = defaultdict(list)
     for name in args.architectures:
-        if timm.model_entrypoint(name).__module__ not in mine:
-            continue
-        row = described(name)
-        rows.append(row)
-        if "kinds" in row:
-            groups[row.pop("kinds")].append(row)
-        elif row["verdict"] != "sited blocks":
-            print(name, row["verdict"], flush=True)
-    print(len(rows), "described,", len(groups), "kinds", flush=True)
-    for number, group in enumerate(sorted(groups.values(), key=lambda group: min(row["parameters"] for row in group))):
-        first = min(group, key=lambda row: row["parameters"])
-        start = time.perf_counter()
+        by_family[timm.model_entrypoint(name).__module__].append(name)
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for family in sorted(by_family)[args.part[0] :: args.part[1]]:
+        rows += walk(by_family[family])
+        write(rows, args.output / f"layer_sites_{args.part[0]}.csv")
+    print(Counter(row["verdict"].split(":")[0] for row in rows))
+
+
+def walk(names: list[str]) -> list[dict]:
+    """One row for each architecture of a family; the smallest of each set of kinds of modules is examined."""
+    rows, groups = [], defaultdict(list)
+    for name in names:
+        rows.append(described(name))
+        if "kinds" in rows[-1]:
+            groups[rows[-1].pop("kinds")].append(rows[-1])
+        elif rows[-1]["verdict"] != "sited blocks":
+            print(name, rows[-1]["verdict"], flush=True)
+    for group in groups.values():
+        first = min(group, key=lambda row: row["parameters"])["architecture"]
+        start = time.process_time()
+        verdict = verdict_of(first)
+        for row in group:
+            row |= {"verdict": verdict, "examined": first}
+        print(first, f"for {len(group)}", verdict, f"{time.process_time() - start:.0f} s", flush=True)
+    return rows
+
+
+def verdict_of(name: str) -> str:
+    """ "exact and live", or what is wrong with an architecture: on small images, or else on those of its own size."""
+    for size in (SMALL, None):
         try:
-            fault = examine(first["architecture"])
+            fault = examine(name, size)
         except Exception as error:
             fault = f"{type(error).__name__}: {str(error)[:300]}"
-        verdict = "exact and live" if fault is None else f"WRONG: {fault}"
-        for row in group:
-            row |= {"verdict": verdict, "examined": first["architecture"]}
-        print(number, first["architecture"], len(group), verdict, f"{time.perf_counter() - start:.0f} s", flush=True)
-        write(rows, args.output / f"layer_sites_{args.part[0]}.csv")
-    write(rows, args.output / f"layer_sites_{args.part[0]}.csv")
-    print(Counter(row["verdict"].split(":")[0] for row in rows))
+            if size is not None:
+                continue
+        return "exact and live" if fault is None else f"WRONG: {fault}"
 
 
 def write(rows: list[dict], path: Path) -> None:

@@ -179,7 +179,7 @@ def test_users_subclass_of_a_block(model):
             return super().forward(x) * 2
 
     model.blocks[1].__class__ = MyBlock
-    refuse(model, vp.LoRA(), "MyBlock is a subclass")
+    refuse(model, vp.VPT(), "needs sited blocks; .*MyBlock is a subclass of Block with its own code; register")
 
 
 def test_users_family_can_be_registered(model):

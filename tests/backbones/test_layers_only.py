@@ -250,7 +250,9 @@ def test_what_needs_blocks_is_refused(resnet):
 
 
 def test_other_refusals(resnet, tmp_path):
-    with pytest.raises(vp.ConfigurationError, match=r"'q' matches no layer; .*convolutions.*\(layer sites only\)"):
+    with pytest.raises(
+        vp.ConfigurationError, match=r"'q' matches no layer; .*convolutions.*\(layer sites only: ResNet has"
+    ):
         vp.attach(resnet, vp.LoRA())
     grouped = timm.create_model("test_efficientnet", num_classes=3)
     with pytest.raises(vp.UnsupportedError, match="cannot drop inputs at conv_dw"):

@@ -27,7 +27,16 @@ import torch
 
 import visionpeft as vp
 
-MODULES = ("vision_transformer", "vision_transformer_hybrid", "eva", "beit", "deit", "vitamin")
+MODULES = (
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "eva",
+    "beit",
+    "deit",
+    "vitamin",
+    "naflexvit",
+    "qwen3_vit",
+)
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "mlp_ratio": 4.0}
 REFUSED_BLOCKS = ("ParallelScalingBlock", "ParallelThingsBlock", "DiffParallelScalingBlock", "DiffAttention")
 
@@ -200,7 +209,7 @@ END_OF_TEXT = 99
 def image_size(model: torch.nn.Module) -> tuple[int, int]:
     """The input size of a timm model or of OpenCLIP's own image tower."""
     embed = getattr(model, "patch_embed", None)
-    return model.image_size if embed is None else embed.img_size or (32, 32)
+    return getattr(model, "image_size", (32, 32)) if embed is None else embed.img_size or (32, 32)
 
 
 def is_supported(vision: dict, trunk: str | None) -> bool:

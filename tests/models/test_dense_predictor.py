@@ -239,10 +239,7 @@ def test_windows_are_averaged_where_they_overlap():
         (lambda: predictor()(images()[0]), "batch, channels, height, width"),
         (lambda: vp.DensePredictor(backbone(dynamic_img_size=False))(images(40, 48)), "dynamic_img_size=True"),
         (lambda: window_logits(predictor(), images(), 16, 20), "stride 20 must be from 1"),
-        (
-            lambda: vp.DensePredictor(timm.create_model("resnet18")),
-            "a DensePredictor needs sited blocks; ResNet has no sited blocks",
-        ),
+        (lambda: vp.DensePredictor(timm.create_model("resnet18")), "needs sited blocks; ResNet has"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):

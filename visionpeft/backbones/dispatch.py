@@ -43,7 +43,8 @@ def describe_part(model: nn.Module) -> Backbone:
     except UnsupportedError as refusal:
         if not hasattr(model, "pretrained_cfg"):  # which timm gives to every model that it makes
             raise
-        reason = str(refusal).partition(";")[0]
+        unknown = describe_model.dispatch(type(model)) is describe_model.dispatch(object)
+        reason = f"{type(model).__name__} has no sited blocks" if unknown else str(refusal)
         return importlib.import_module("visionpeft.backbones.layers_only").layers_only(model, reason)
 
 
@@ -52,8 +53,8 @@ def describe_model(model: nn.Module) -> Backbone:
     """Describe a whole model; registered by model class."""
     raise UnsupportedError(
         f"{type(model).__name__} has no sited blocks; timm VisionTransformer, Eva (EVA, EVA-02, DINOv3, RoPE ViTs), "
-        "Beit, Swin, SwinV2 and ConvNeXt have, and OpenCLIP models with such or native transformer towers; any other "
-        "timm model has layer sites"
+        "Beit, NaFlexVit, Qwen3-VL towers, Swin, SwinV2 and ConvNeXt have, and OpenCLIP models with such or native "
+        "transformer towers; any other timm model has layer sites"
     )
 
 

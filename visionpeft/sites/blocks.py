@@ -179,6 +179,8 @@ def widened(mask: torch.Tensor | None, extra: int, at: int, causal: bool) -> tor
     boolean = mask.dtype == torch.bool
     opened, closed = (True, False) if boolean else (0.0, float("-inf"))
     columns = mask.new_full((*mask.shape[:-1], extra), opened)
+    if mask.shape[-2] == 1 < mask.shape[-1]:  # one row for all tokens that ask
+        return torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
     rows = mask.new_full((*mask.shape[:-2], extra, mask.shape[-1] + extra), opened)
     if causal:
         columns[..., :at, :] = closed

@@ -26,11 +26,12 @@ def target_layers(method: Method, tower: Tower, kinds: Sequence[str] = ("linear"
         if _fits(layer, kinds) and (tower.between_stages(layer.site) if i is None else i) in (None, *blocks)
     ]
     available = {layer.target for _, layer in layers} | {group for _, layer in layers for group in layer.groups}
+    why = "" if tower.layers_only is None else f" (layer sites only: {tower.layers_only})"
     for target in method.targets:
         if target not in available:
             raise ConfigurationError(
                 f"{type(method).__name__}: target {target!r} matches no layer; this backbone has "
-                f"{nearest(target, available)}{'' if tower.layers_only is None else ' (layer sites only)'}"
+                f"{nearest(target, available)}{why}"
             )
     chosen = [(index, layer) for index, layer in layers if layer.named_by(method.targets)]
     for _, layer in chosen:
