@@ -22,6 +22,7 @@ from visionpeft.tasks import ImageClassification
 # `VISIONPEFT_KILLS=20 pytest tests/runs/test_stages.py -k killed_at_random` kills a longer run more often
 KILLS = int(os.environ.get("VISIONPEFT_KILLS", "7"))
 EPOCHS = {"stages/1": max(2, KILLS // 5), ".": max(3, KILLS // 2)}
+ADAPTER = "adapter/adapter.json"
 LTSFT = ("--model.method", "LTSFT", "--model.method.density", "0.02", "--stage_epochs", f"[{EPOCHS['stages/1']}]")
 
 
@@ -94,6 +95,9 @@ def test_what_does_not_go_with_stages_is_refused_before_there_is_a_run(tmp_path,
         "leaves a training of LTSFT without an epoch": [*staged, "--stage_epochs", "[0]"],
         "--trainer.limit_train_batches 0 leaves none": [*staged, "--trainer.limit_train_batches", "0"],
         "compile is made for one": [*staged, "--model.compile", "true"],
+        "AutoLoRA: held_out 0.01 of 21 training images leaves one of the two parts empty": [
+            *("--model.method", "AutoLoRA", "--model.method.held_out", "0.01")
+        ],
         "on one device": [*staged, "--trainer.devices", "2"],
     }
     for sentence, options in refused.items():
@@ -141,20 +145,40 @@ def test_a_part_of_the_training_images_is_held_out_for_the_ranks(tmp_path, image
     trained, held = ({*seen[name]} for name in ("trained", "held out"))
     assert (len(trained), len(held)) == (15, 6)  # of 21 images, the others are validated and tested on
     assert not trained & held
-    description = json.loads((made / "stages/1/choice.json").read_text())
+    description = read(made / "stages/1/choice.json")
     assert description["held_out_samples"] == 6
     (method,) = description["methods"]
     assert {*method["fields"]["ranks"].values()} - {8}  # the selections have moved
 
     monkeypatch.undo()
-    command = [*arguments(images, *auto, epochs=2), "--output", str(tmp_path / "parts")]
-    assert wait(start(fit_and_be_killed, command, 4.5, tmp_path / "note"), 60) == -signal.SIGKILL
-    (part,) = (tmp_path / "parts").iterdir()
-    assert (tmp_path / "note").read_text() == str(part / "stages/1/checkpoints/last.ckpt")
+    goes_the_same_way(made, tmp_path, arguments(images, *auto, epochs=2))
+
+
+def test_a_method_chooses_by_data_before_its_first_stage_and_after_it(tmp_path, images):
+    dip = ("--model.method", "FishDip", "--model.method.renewals", "1", "--model.method.among", "blocks")
+    dip += ("--model.head_init", "truncated_normal", "--stage_epochs", "[2]")
+    made = run(tmp_path / "whole", images, *dip, epochs=1)
+    first, second = (read(made / file)["methods"][0]["fields"] for file in ("stages/1/choice.json", ADAPTER))
+    assert sum(first["entries"].values()) < sum(second["entries"].values())  # those of both stages are saved
+    assert first["before"]
+    assert not second["before"]
+    goes_the_same_way(made, tmp_path, arguments(images, *dip, epochs=1))
+
+
+def goes_the_same_way(made, folder, command):
+    """A run that is killed after an epoch of its first stage, and resumed, gives the adapter of a whole one."""
+    command = [*command, "--output", str(folder / "parts")]
+    assert wait(start(fit_and_be_killed, command, 4.5, folder / "note"), 60) == -signal.SIGKILL
+    (part,) = (folder / "parts").iterdir()
+    assert (folder / "note").read_text() == str(part / "stages/1/checkpoints/last.ckpt")
     assert fit.main(["--resume", str(part)]) == 0
-    ours, theirs = load_file(part / "adapter/adapter.safetensors"), load_file(made / "adapter/adapter.safetensors")
+    ours, theirs = (load_file(each / "adapter/adapter.safetensors") for each in (part, made))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def read(file):
+    return json.loads(file.read_text())
 
 
 def test_a_task_in_its_first_stage_is_not_saved(tmp_path):

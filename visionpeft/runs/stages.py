@@ -24,7 +24,7 @@ from visionpeft.methods.parts.base import Method, describe_method
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import Interrupted
-from visionpeft.runs.held_out import holding_out
+from visionpeft.runs.held_out import held_out_number, holding_out
 from visionpeft.runs.history import EpochHistory
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.tables import print_stage
@@ -52,6 +52,7 @@ def check_stages(cli: CLI) -> None:
             )
         return
     name, trainer = type(method).__name__, cli.config_init.trainer
+    held_out_number(task, cli.datamodule)
     if given is not None and len(given) != method.stages_after:
         raise ConfigurationError(
             f"--stage_epochs gives {len(given)} numbers, but {name} has {method.stages_after} "
