@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 from PIL import Image
-from small_object_runs import FCOS, MASKS, object_arguments, run_objects
+from small_object_runs import COMPOSED, FCOS, MASKS, NUMBERS, as_coco, object_arguments, run_objects
 from small_runs import draw_images, results
 
 import visionpeft as vp
 from visionpeft import evaluate, fit, predict
 from visionpeft.data import ComposedObjects
 from visionpeft.data.detection.outlines import decoded
+from visionpeft.data.detection.transforms import ObjectTransform
+from visionpeft.data.images import open_image
 from visionpeft.data.segmentation.composed_scenes import compose
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import shipped_configs
@@ -26,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return run_objects(tmp_path_factory.mktemp("runs"), head=MASKS, figures=True)
+    """Of files of annotations."""
+    data = as_coco(tmp_path_factory.mktemp("data") / "boats")
+    return run_objects(tmp_path_factory.mktemp("runs"), head=MASKS, data=data, figures=True)
 
 
 def test_a_run_leaves_what_it_has_measured(finished):
@@ -40,8 +44,17 @@ def test_a_run_leaves_what_it_has_measured(finished):
     assert "val/mask_ap" in rows[0]
     names = {path.name for path in finished.iterdir()}
     assert names >= {"adapter", "curves.png", "ap_by_class.png", "objects.png", "metrics.csv", "results.json"}
-    assert evaluate.main([str(finished)]) == 0
-    assert json.loads((finished / "evaluation.json").read_text())["test"] == found["test"]
+    assert found["data"]["category_ids"] == NUMBERS
+
+
+def test_the_same_scenes_measure_the_same(finished):
+    """Also where they are composed, and not read from files."""
+    for data in ((), ("--data", "ComposedObjects", *COMPOSED)):
+        assert evaluate.main([str(finished), *data]) == 0
+        again = json.loads((finished / "evaluation.json").read_text())
+        assert again["data"]["dataset"] == ("ComposedObjects" if data else "CocoDetection")
+        assert again["test"] == pytest.approx(results(finished)["test"])
+    assert again["test"]["loss"] > 0
 
 
 def test_predictions_are_results_of_coco(finished, tmp_path):
@@ -53,7 +66,7 @@ def test_predictions_are_results_of_coco(finished, tmp_path):
     found = json.loads((tmp_path / "out" / "detections.json").read_text())
     about = json.loads((tmp_path / "out" / "images.json").read_text())
     assert [(image["id"], image["width"], image["height"]) for image in about["images"]] == [(7, 64, 48), (30, 48, 96)]
-    assert [entry["id"] for entry in about["categories"]] == list(range(1, 8))
+    assert [entry["id"] for entry in about["categories"]] == NUMBERS
     trained = open_run(RunDirectory(finished))
     assert {result["image_id"] for result in found} == {7, 30}
     for result in found:
@@ -61,11 +74,20 @@ def test_predictions_are_results_of_coco(finished, tmp_path):
         image = next(each for each in about["images"] if each["id"] == result["image_id"])
         assert 0 <= x <= x + width <= image["width"] + 0.01
         assert 0 <= y <= y + height <= image["height"] + 0.01
-        assert 1 <= result["category_id"] <= 7
+        assert result["category_id"] in NUMBERS
         mask = decoded(result["segmentation"], (image["height"], image["width"]))
         rows, columns = mask.nonzero()  # within the box, to a pixel
         assert not len(rows) or (columns.min() >= x - 1.01 and columns.max() <= x + width + 1.01)
-    assert trained.category_ids == list(range(1, 8))
+    with torch.no_grad():
+        pixels = ObjectTransform(trained.preprocessing, trained.size).measure(
+            open_image(tmp_path / "images" / "0007.png")
+        )
+        normalised = pixels / 255 - torch.tensor(trained.preprocessing.mean).view(3, 1, 1)
+        normalised /= torch.tensor(trained.preprocessing.std).view(3, 1, 1)
+        (own,) = trained.model(normalised[None], [(48, 64)])
+    first = [result for result in found if result["image_id"] == 7]
+    assert [result["category_id"] for result in first] == [NUMBERS[label] for label in own["labels"]]
+    assert [result["score"] for result in first] == pytest.approx(own["scores"].tolist(), abs=1e-5)
     overlays = [Image.open(tmp_path / "out" / f"{number}.png").size for number in ("0007", "0030")]
     assert overlays == [(448, 336), (240, 480)]  # enlarged, so that texts can be read
 
@@ -105,8 +127,8 @@ def test_what_is_shared_says_what_it_is(finished):
     card = model_card(description, results(finished), "me/scenes").content
     assert "pipeline_tag: object-detection" in card
     assert "type: ap" in card
-    with pytest.raises(vp.UnsupportedError, match="scenes predicts objects"):
-        Served("scenes", open_run(RunDirectory(finished)), {})
+    with pytest.raises(vp.UnsupportedError, match="boats predicts objects"):
+        Served("boats", open_run(RunDirectory(finished)), {})
 
 
 def refusal(main, arguments, capsys):

@@ -192,9 +192,10 @@ class Measures:
             try:
                 with use(self.model, self.name):
                     for batch in taken(self.batches, samples, False, device):
-                        classes = batch[-1]
+                        labels = batch[-1]
+                        is_class = isinstance(labels, torch.Tensor) and labels.ndim == 1
                         for module in seen.values():
-                            module.classes = classes if classes.ndim == 1 and not classes.is_floating_point() else None
+                            module.classes = labels if is_class and not labels.is_floating_point() else None
                         self.loss(self.model, batch)
             finally:
                 adapter.placements = placements
@@ -294,10 +295,24 @@ def taken(batches: Iterable[Batch], samples: int | None, each: bool, device: tor
     """
     count = 0
     for batch in batches:
-        batch = tuple(tensor[: None if samples is None else samples - count].to(device) for tensor in batch)
+        batch = tuple(_on(device, part[: None if samples is None else samples - count]) for part in batch)
         count += len(batch[0])
-        yield from zip(*(tensor.split(1) for tensor in batch), strict=True) if each else (batch,)
+        yield from zip(*map(_singly, batch), strict=True) if each else (batch,)
         if count == samples:
             return
     if not count:
         raise DataError("no batch of training data was shown")
+
+
+def _on(device: torch.device, part: object) -> object:
+    """A tensor on the device, or a list and what is in it, of labels such as the objects of each image."""
+    if isinstance(part, torch.Tensor):
+        return part.to(device)
+    if isinstance(part, list):
+        return [_on(device, each) for each in part]
+    return {name: _on(device, value) for name, value in part.items()} if isinstance(part, dict) else part
+
+
+def _singly(part: torch.Tensor | list) -> Sequence:
+    """Each sample by itself, in a tensor or a list of one."""
+    return part.split(1) if isinstance(part, torch.Tensor) else [[each] for each in part]

@@ -171,6 +171,7 @@ class ExactAnchors(AnchorGenerator):
 
     def forward(self, image_list: ImageList, feature_maps: list[torch.Tensor]) -> list[torch.Tensor]:
         """Anchors (n, 4) of all levels together, for each image."""
+        # findings/torchvision_detectors_round_strides.sh
         like = feature_maps[0]
         self.set_cell_anchors(torch.float32, like.device)
         grids = [level.shape[-2:] for level in feature_maps]

@@ -123,6 +123,7 @@ def _regions(pyramid: SimplePyramid, patch: int, places: int) -> MultiScaleRoIAl
 
     torchvision would round the scales to powers of two, and keep those of the first image it sees.
     """
+    # findings/torchvision_detectors_round_strides.sh
     names = [str(level) for level in range(LEVELS - 1)]
     align = MultiScaleRoIAlign(names, places, sampling_ratio=2)
     align.scales = [1 / stride for stride in pyramid.strides(patch)[:-1]]

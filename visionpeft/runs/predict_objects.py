@@ -14,8 +14,9 @@ from visionpeft.data.detection.outlines import encoded
 from visionpeft.data.detection.overlays import drawn
 from visionpeft.data.detection.transforms import ObjectTransform
 from visionpeft.data.images import open_image
-from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.errors import DataError
 from visionpeft.files import replacing, write_json
+from visionpeft.runs.predicted_files import named_after
 from visionpeft.sharing.trained_model import TrainedModel
 
 SHOWN = 30
@@ -33,7 +34,7 @@ def write_objects(
     and category the numbers are. The number of an image is the one that its name consists of where all names are
     numbers, as in COCO, else its place from 1 on. `<stem>.png` shows what has at least the threshold as score.
     """
-    overlays = None if folder is None else _overlays(files, folder)
+    overlays = None if folder is None else named_after(files, folder, (".png",), "overlays")
     numbers = _numbers(files)
     least = THRESHOLD if threshold is None else threshold
     table, results, images = Table("image", f"objects with a score from {least:g}"), [], []
@@ -51,7 +52,8 @@ def write_objects(
                 for label, score in zip(shown["labels"], shown["scores"], strict=True)
             ]
             picture = drawn(image, shown["boxes"], shown["labels"], texts, trained.palette, shown.get("masks"))
-            with replacing(overlays[index]) as partial:
+            (path,) = overlays[index]
+            with replacing(path) as partial:
                 picture.save(partial, format="PNG")
         if len(images) <= SHOWN:
             counts = Counter(trained.class_names[label] for label in shown["labels"])
@@ -121,26 +123,3 @@ def _numbers(files: list[Path]) -> list[int]:
         if len(set(numbers)) == len(numbers):
             return numbers
     return list(range(1, len(files) + 1))
-
-
-def _overlays(files: list[Path], folder: Path) -> list[Path]:
-    """Where the overlay of each image goes.
-
-    Raises:
-        ConfigurationError: the folder is none, an image that is predicted would be written over, or two images have
-            one name.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"--output: {folder} is a file; detections go into a folder")
-    seen: dict[str, Path] = {}
-    for file in files:
-        if (other := seen.setdefault(file.stem, file)) != file:
-            raise ConfigurationError(
-                f"the overlays of {other} and {file} would both be {folder / file.stem}.png; predict them into two "
-                "folders"
-            )
-    paths = [folder / f"{file.stem}.png" for file in files]
-    given = {file.resolve() for file in files}
-    if written := [path for path in paths if path.resolve() in given]:
-        raise ConfigurationError(f"--output {folder} would write over the image {written[0]}; name another folder")
-    return paths

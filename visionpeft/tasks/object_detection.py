@@ -188,8 +188,8 @@ class ObjectDetection(AdaptedTask):
             )
         for name, value in self.measured[split].items():
             if isinstance(value, float):
-                # every process has the whole
-                self.log(f"{split}/{name}", torch.tensor(value), on_step=False, on_epoch=True)
+                value = torch.tensor(value, device=self.device)  # the same in every process
+                self.log(f"{split}/{name}", value, on_step=False, on_epoch=True, sync_dist=True)
 
     def load(self, folder: Path) -> None:
         """Read an adapter in the place of the attached one."""
