@@ -90,8 +90,8 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
     dense = [layout for layout in (description.get("heads") or {}).values() if "fields" in layout]
     sections += [_table("head", [(layout["class"], _values(layout["fields"]))]) for layout in dense]
     if data:
-        used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "size", "test_size", "augmentation")
-        used += ("normalisation",)
+        used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "size", "test_size")
+        used += ("augmentation", "normalisation")
         sections.append(_table("data and protocol", [(key, data[key]) for key in used if data.get(key) is not None]))
     if results:
         test = results.get("test", {})
