@@ -122,7 +122,7 @@ def share_masked(progress: float, index: int, blocks: int) -> float:
     """The share of queries whose attention is masked in a block after a share t of the training.
 
     1 until t_i, then (1 - (t - t_i) / (1/6))^0.9, and 0 from t_i + 1/6 on, where t_i = 1/6 + i / (2 (L - 1)).
-    That is what the steps in EoMT's configurations for three and four blocks have in common.
+    So are the steps in EoMT's configurations: read for three blocks, recalled for four.
 
     Args:
         progress: t.
