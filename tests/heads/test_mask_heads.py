@@ -167,7 +167,7 @@ def test_weights_that_make_no_loss_are_refused(options):
 
 
 def test_masks_are_lost_as_published():
-    """On Cityscapes three blocks lose theirs at these of 107 x 186 steps, on COCO four at sixths of the training."""
+    """On Cityscapes three blocks lose theirs at these of 107 x 186 steps, on COCO four at sixths (recalled)."""
     steps = 107 * 186
     for index, (first, last) in enumerate(zip([3317, 8292, 13268], [6634, 11609, 16585], strict=True)):
         assert share_masked((first - 1) / steps, index, 3) == 1

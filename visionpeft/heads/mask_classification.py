@@ -17,7 +17,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.heads.base import DenseHead, DenseModule
 
 POWER = 0.9  # of the annealing
-SPACES = (1 / 6, 2 / 3)  # shares of the training at which the first and the last block begin to lose their masks
+BEGINS = (1 / 6, 2 / 3)  # shares of the training at which the first and the last block begin to lose their masks
 LENGTH = 1 / 6  # share of the training that it takes a block
 
 
@@ -122,13 +122,14 @@ def share_masked(progress: float, index: int, blocks: int) -> float:
     """The share of queries whose attention is masked in a block after a share t of the training.
 
     1 until t_i, then (1 - (t - t_i) / (1/6))^0.9, and 0 from t_i + 1/6 on, where t_i = 1/6 + i / (2 (L - 1)).
+    So are the steps in EoMT's configurations: read for three blocks, recalled for four.
 
     Args:
         progress: t.
         index: i, the number of the block among the masked ones.
         blocks: L.
     """
-    first, last = SPACES
+    first, last = BEGINS
     begin = first + (last - first) * index / max(blocks - 1, 1)
     done = (progress - begin) / LENGTH
     return (1 - min(max(done, 0.0), 1.0)) ** POWER

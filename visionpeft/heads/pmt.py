@@ -31,8 +31,8 @@ class PMT(DenseHead):
     of them (`share_masked`); the loss is `mask_classification_loss`. What it scores is that of `MaskPredictions`.
     Queries ~ N(0, 1), scales 1, all else as PyTorch begins.
 
-    The source is the code of PMT, MIT (no wording or code of it is here), the paper being unknown to the author of this
-    docstring. There the decoder is also given class and register tokens, masks are lost by a schedule for six blocks
+    Source: the code that its authors publish (github.com/tue-mps/pmt, MIT), of which nothing is copied; the paper was
+    not read. There the decoder is also given class and register tokens, masks are lost by a schedule for six blocks
     (here by that of EoMT), and rotary positions are rescaled at random while training.
 
     Args:

@@ -117,7 +117,8 @@ class DensePredictor(nn.Module):
         if self.head.queried_blocks:
             return self._with_queries(images)
         maps = feature_maps(self.backbone, images, self.blocks)
-        if not (self.recompute_head and torch.is_grad_enabled()):
+        # compiled, it is the compiler that decides what is kept
+        if not (self.recompute_head and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return self.head(maps)
         contexts = {"context_fn": lambda: (nullcontext(), _statistics_kept(self))}
         return checkpoint(self.head, maps, use_reentrant=False, **contexts)
@@ -149,8 +150,10 @@ class DensePredictor(nn.Module):
         height, width = (side / (math.ceil(side / p) * p) for side, p in zip(size, self.patch_size, strict=True))
         return height, width
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, classes, height, width)."""
+    def forward(self, images: torch.Tensor, *, at_image_size: bool = True) -> torch.Tensor | MaskPredictions:
+        """Logits (batch, classes, height, width), or what `head_output` gives."""
+        if not at_image_size:
+            return self.head_output(images)
         size = images.shape[-2:]
         return resized(self.coarse_logits(images), tuple(size), self.shares(size))
 

@@ -15,6 +15,7 @@ from visionpeft.adapters.storage import save
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.data.segmentation.masks import IGNORED
+from visionpeft.errors import ConfigurationError
 from visionpeft.heads import DenseHead, LinearSegmentation
 from visionpeft.heads.mask_loss import mask_classification_loss
 from visionpeft.methods import Method
@@ -55,6 +56,12 @@ class SemanticSegmentation(AdaptedTask):
         stride: pixels from one window to the next; two thirds of the window when absent.
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch (dropout) is a function of the seed and the epoch.
+        compile: run training steps as one graph made by `torch.compile`, which recomputes the head as it sees fit; the
+            first steps take minutes. What is measured is not compiled, as images have sizes of their own.
+
+    Raises:
+        ConfigurationError: windows that do not cover an image, or `compile` with a head of queries, whose masks change
+            with each step.
     """
 
     def __init__(
@@ -74,8 +81,14 @@ class SemanticSegmentation(AdaptedTask):
         stride: int | None = None,
         optimisation: Optimisation = Optimisation(),  # noqa: B008  (frozen)
         seed: int = 0,
+        compile: bool = False,
     ):
         check_windows(window, stride)
+        if compile and head.gives_scores:
+            raise ConfigurationError(
+                f"what {type(head).__name__} masks changes with each training step, of which each would be compiled; "
+                "leave compile out"
+            )
         objective = ClassOfPixels(len(class_names), scores=head.gives_scores)
         super().__init__(method, class_names, backbone, 0.0, optimisation, seed, objective)
         kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
@@ -90,6 +103,8 @@ class SemanticSegmentation(AdaptedTask):
         self.economies = {"recompute": recompute}
         economise(self.model, **self.economies)
         self.side = min(self.preprocessing.input_size)
+        if compile:
+            self.compile_model()
 
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how this backbone wants its images.
@@ -109,7 +124,7 @@ class SemanticSegmentation(AdaptedTask):
         """Loss, and in the place of logits the class found for each pixel."""
         shares = self.model.shares(images.shape[-2:])
         if not self.objective.scores:
-            return cross_entropy(self.model.head_output(images), labels, IGNORED, shares)
+            return cross_entropy(self.run_model(images, at_image_size=False), labels, IGNORED, shares)
         self.model.set_progress(self.global_step / max(self.steps.total, 1) if self.steps else 0.0)
         predictions = self.model.head_output(images)
         with torch.no_grad():
