@@ -13,7 +13,14 @@ from visionpeft import fit
 from visionpeft.runs.history import EpochHistory
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
-BACKBONE = ["--model.backbone", "test_vit", "--model.pretrained", "false", "--model.backbone_kwargs", "{img_size: 32}"]
+BACKBONE = [
+    "--model.backbone",
+    "test_vit",
+    "--model.pretrained",
+    "false",
+    "--model.backbone_kwargs",
+    "{img_size: 32, depth: 2}",
+]
 
 
 def draw_images(folder: Path, per_class: int = 10) -> Path:

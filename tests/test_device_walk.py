@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 import visionpeft as vp
 from visionpeft.clip import learners
+from visionpeft.clip.learners import plot
 from visionpeft.methods.parts.base import Method
 from visionpeft.sites.tasks_of_rows import tasks_of_rows
 from visionpeft.tasks import ImageClassification, PromptLearning, SemanticSegmentation, VideoClassification
@@ -158,7 +159,9 @@ OPTIONS = {
     "DePT": [{"host_options": {"context_length": 4}}],  # the shortest tower reads 12 tokens
     "PromptSRC": [{"template": ["a photo of a {}.", "art of the {}."]}],  # and not sixty
     "CLIPLinearProbe": [{}, {"solver": "gradient"}],
-    **{name: [{"num_views": 4}] for name in ("TPT", "CTPT", "DiffTPT", "TPS", "ZERO", "MTA")},
+    **{name: [{"num_views": 4}] for name in ("TPT", "CTPT", "TPS", "ZERO", "MTA")},
+    "DiffTPT": [{"num_views": 4, "steps": 2}],
+    "ProDA": [{"num_contexts": 4, "contexts_per_step": 2}],
     "PromptAlign": [{"num_views": 4, "weight": 0.0}],  # which has no statistics of a source here
 }
 LEARNERS = [(name, options) for name in learners.__all__ if name != "Learner" for options in OPTIONS.get(name, [{}])]
@@ -166,6 +169,12 @@ KINDS = ("autocast", "in chunks", "in full", "siglip")
 # Every learner as it is, and in one of the other ways; each of them several learners go.
 WAYS = [(*learner, "plain") for learner in LEARNERS]
 WAYS += [(*learner, KINDS[index % len(KINDS)]) for index, learner in enumerate(LEARNERS)]
+
+
+@pytest.fixture(autouse=True)
+def few_iterations(monkeypatch):
+    """Of an iteration that is walked a hundred times alike, three show what it moves."""
+    monkeypatch.setattr(plot, "ITERATIONS", 3)
 
 
 @pytest.fixture
@@ -257,7 +266,7 @@ def test_backward_passes_of_learners(name, options):
 # Tasks: heads, losses, metrics
 
 
-IMAGES = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32}}
+IMAGES = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32, "depth": 2}}
 CLASSES = [f"class {index}" for index in range(7)]
 TASKS = {
     **{

@@ -77,7 +77,7 @@ def test_a_run_with_callbacks_is_resumed(tmp_path, images, name):
     assert fit.main(["--resume", str(whole)]) == 0
     assert_same_run(whole, part)
     assert results(whole)["test"] == before["test"]
-    assert (whole / "checkpoints" / "last.ckpt").stat().st_size < 900_000
+    assert (whole / "checkpoints" / "last.ckpt").stat().st_size < 300_000  # the backbone has 540,000 bytes
     if name in PREDICTING:
         assert predict.main([str(whole), str(images / "red")]) == 0
 
@@ -86,7 +86,7 @@ def test_what_is_saved_is_the_average(tmp_path, images):
     """The adapter and the last checkpoint hold the average, the checkpoint beside it what is trained."""
     from safetensors.torch import load_file
 
-    assert fit.main([*arguments(images, *AVERAGE), "--output", str(tmp_path)]) == 0
+    assert fit.main([*arguments(images, *AVERAGE, "--report", "last"), "--output", str(tmp_path)]) == 0
     (made,) = tmp_path.iterdir()
     saved = load_file(made / "adapter" / "adapter.safetensors")
     checkpoint = torch.load(made / "checkpoints" / "last.ckpt", weights_only=True)
