@@ -1,10 +1,10 @@
 """Every learner on every configuration of OpenCLIP: accepted and exact, or refused with one sentence.
 
 Each configuration is built small, in float64, with random weights: its own pooling, mask, class token, kind of image
-tower, bias and context length, but two narrow blocks, and in ViTamin's stem one of each kind of convolutional block. Configurations that
-are then made of the same modules with the same options are walked once. Trunks of
-timm that are no ViTs are stood for by the smallest of their family; text towers of Hugging Face, whose weights have to
-be downloaded, by a tiny one; tokenizers of Hugging Face by one of words with their start, end and padding ids.
+tower, bias and context length, but two narrow blocks, and in ViTamin's stem one of each kind of convolutional block.
+Configurations that are then made of the same modules with the same options are walked once. Trunks of timm that are no
+ViTs are stood for by the smallest of their family; text towers of Hugging Face, whose weights have to be downloaded, by
+a tiny one; tokenizers of Hugging Face by one of words with their start, end and padding ids.
 
 A learner that accepts a configuration is exact if
 - its text features are those that OpenCLIP's own `encode_text` gives of ordinary token ids, after every context vector
@@ -334,7 +334,7 @@ def walk(names: list[str], of_learners: list[str], output: Path) -> list[dict]:
 
 
 REASONS = {
-    "a ViT of OpenCLIP's own without attention pooling": "an image tower that is no ViT of OpenCLIP's own, or pools by attention",
+    "a ViT of OpenCLIP's own without attention pooling": "no ViT of OpenCLIP's own, or attention pooling",
     "text tower of OpenCLIP's own": "a text tower of Hugging Face",
     "local image features need": "no local image features that are projected as the whole image is",
     "cannot act on the visual tower": "an image tower without sited blocks (ResNet, ConvNeXt, FastViT, hybrids)",
