@@ -120,7 +120,7 @@ class LearnerModel:
             return self.served.trained.model
         if names not in self._views:
             view = copy.copy(self.served.trained.model)
-            view._kept = {}  # the text features of other names stay those of the learner they belong to
+            view._kept = type(view._kept)()  # the text features of other names stay those of the learner they belong to
             view.set_class_names(names)
             self._views[names] = view
             if len(self._views) > self.kept:

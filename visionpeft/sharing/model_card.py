@@ -108,8 +108,9 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
         f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}"{given})\nlogits = trained.model(images)'
     )
     labels = learnt_objective(description, repo_id)["labels"]
-    if labels != "classes":
+    if labels != "classes" or description.get("loss") == "sigmoid":
         meaning = {
+            "classes": "whether each class fits, judged by itself",
             "several": "the probability of each label",
             "number": "the number of each image",
             "masks": "the class of each pixel",

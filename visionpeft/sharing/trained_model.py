@@ -42,6 +42,7 @@ class TrainedModel:
         window: height and width of windows that slide over images, for masks; None for the whole at once.
         stride: pixels from one window to the next.
         palette: a colour for each class of masks.
+        pairs: whether each class is judged by itself, as a learner with loss "sigmoid" does.
         mean: of numbers, that of the training labels.
         deviation: their standard deviation.
     """
@@ -54,6 +55,7 @@ class TrainedModel:
     crops: int = 1
     resizing: Literal["pillow", "tensor"] = "pillow"
     labels: str = "classes"
+    pairs: bool = False
     mean: float | None = None
     deviation: float | None = None
     size: int | None = None
@@ -65,16 +67,16 @@ class TrainedModel:
         """What the outputs (batch, outputs) say of each image.
 
         Returns:
-            Class probabilities (batch, classes), which sum to 1; of several labels the probability of each (batch,
-            labels); the numbers (batch,), in the unit of the training labels; or of logits (batch, classes, height,
-            width) the class indices (batch, height, width).
+            Class probabilities (batch, classes), which sum to 1 unless they are of `pairs`; of several labels the
+            probability of each (batch, labels); the numbers (batch,), in the unit of the training labels; or of logits
+            (batch, classes, height, width) the class indices (batch, height, width).
         """
         if self.labels == "masks":
             return logits.argmax(1)
         logits = logits.float()
         if self.labels == "number":
             return logits.squeeze(-1) * self.deviation + self.mean
-        return logits.sigmoid() if self.labels == "several" else logits.softmax(dim=-1)
+        return logits.sigmoid() if self.labels == "several" or self.pairs else logits.softmax(dim=-1)
 
 
 def open_run(run: RunDirectory, class_names: Sequence[str] | None = None, task: str | None = None) -> TrainedModel:
@@ -170,7 +172,7 @@ def as_described(
     if preprocessing := description["preprocessing"]:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()}
         trained.preprocessing = Preprocessing(**values)
-    trained.labels = objective["labels"]
+    trained.labels, trained.pairs = objective["labels"], description.get("loss") == "sigmoid"
     trained.mean, trained.deviation = objective.get("mean"), objective.get("deviation")
     data = description["metadata"].get("data", {})
     if trained.labels == "masks":
