@@ -337,7 +337,8 @@ REASONS = {
     "a ViT of OpenCLIP's own without attention pooling": "no ViT of OpenCLIP's own, or attention pooling",
     "text tower of OpenCLIP's own": "a text tower of Hugging Face",
     "local image features need": "no local image features that are projected as the whole image is",
-    "cannot act on the visual tower": "an image tower without sited blocks (ResNet, ConvNeXt, FastViT, hybrids)",
+    "needs sited blocks": "an image tower without sited blocks (ResNet, ConvNeXt, FastViT, Swin)",
+    "layer sites only": "no layers of these names, or no dropout at them",
 }
 
 

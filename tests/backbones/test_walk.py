@@ -179,8 +179,9 @@ def test_open_clip(name, monkeypatch):
     if not is_supported(config["vision_cfg"], trunk):
         with torch.device("meta"):
             model = small_clip(config, monkeypatch)
-        with pytest.raises(vp.UnsupportedError, match="visual"):
-            vp.attach(model, vp.LoRA())
+        with pytest.raises(vp.UnsupportedError, match="needs sited blocks"):
+            vp.attach(model, vp.VPT())
+        assert vp.describe(model).towers["visual"].layers_only
         return
     model = lively(small_clip(config, monkeypatch))
     images = torch.randn(2, 3, *image_size(getattr(model.visual, "trunk", model.visual)))

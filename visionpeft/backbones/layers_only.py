@@ -12,7 +12,7 @@ Layers are addressed by the last word of their path ("qkv", "conv1"; "0" with th
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -25,16 +25,22 @@ from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites.stand_ins import own_class
 
+NAMED: Mapping[str, str] = {}
+
 # model -> (its modules with their own classes, what it is)
 _DESCRIBED: WeakKeyDictionary[nn.Module, tuple[list, Backbone]] = WeakKeyDictionary()
 
 
-def layers_only(model: nn.Module, reason: str) -> Backbone:
-    """Describe a timm model by its layers alone; made once for a model that stays what it is.
+def layers_only(
+    model: nn.Module, reason: str, block_paths: Sequence[str] | None = None, named: Mapping[str, str] = NAMED
+) -> Backbone:
+    """Describe a model by its layers alone; made once for a model that stays what it is.
 
     Args:
-        model: the model.
+        model: the model, of timm or made like one.
         reason: why it is not described by its blocks.
+        block_paths: its blocks; by default those that timm's `group_matcher` names.
+        named: by path, the names of layers that are not called by the last word of it.
 
     Raises:
         UnsupportedError: it cannot be run, or none of its layers reaches its output.
@@ -42,7 +48,7 @@ def layers_only(model: nn.Module, reason: str) -> Backbone:
     state = [(id(each), own_class(each), _tensors_of(each)) for each in _own_modules(model)]
     known = _DESCRIBED.get(model)
     if known is None or known[0] != state:
-        known = _DESCRIBED[model] = state, _describe(model, reason)
+        known = _DESCRIBED[model] = state, _describe(model, reason, block_paths, named)
     backbone = known[1]
     return replace(backbone, towers={name: replace(tower) for name, tower in backbone.towers.items()})
 
@@ -56,11 +62,11 @@ def _tensors_of(module: nn.Module) -> tuple:
     return tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
 
 
-def _describe(model: nn.Module, reason: str) -> Backbone:
+def _describe(model: nn.Module, reason: str, block_paths: Sequence[str] | None, named: Mapping[str, str]) -> Backbone:
     found = reach(model)
     heads, unused = _heads(model, found)
-    blocks = [BlockSites(model.get_submodule(path), None, None, None, {}) for path in _block_paths(model)]
-    paths = _block_paths(model)
+    paths = _block_paths(model) if block_paths is None else block_paths
+    blocks = [BlockSites(model.get_submodule(path), None, None, None, {}) for path in paths]
     tower = Tower(
         name="visual",
         path="",
@@ -79,7 +85,8 @@ def _describe(model: nn.Module, reason: str) -> Backbone:
     for path, layer in _layers(model, found, (*heads, *unused)):
         index = next((i for i, block in enumerate(paths) if path.startswith(f"{block}.")), None)
         inside = path if index is None else path.removeprefix(f"{paths[index]}.")
-        layer.site, layer.target = inside.replace(".", "_"), _short(inside)
+        layer.site = named.get(path, inside.replace(".", "_"))
+        layer.target = named.get(path, _short(inside))
         sites = tower.layers if index is None else blocks[index].layers
         if layer.site in sites:
             raise UnsupportedError(f"two layers of {type(model).__name__} would both be called {layer.site!r}")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
     Attention,
@@ -16,9 +17,13 @@ from open_clip.transformer import (
 
 from visionpeft.backbones.attention import attend, attend_as, fused_qkv, fused_qkv_layers, thirds
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, describe_part, norm_layers
+from visionpeft.backbones.layers_only import layers_only
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import UNTOUCHED, Sites
+
+# What the layers of a ResNet's attention pool are called elsewhere.
+POOL = {f"attnpool.{name}_proj": site for name, site in {"q": "q", "k": "k", "v": "v", "c": "proj"}.items()}
 
 
 def project(
@@ -270,6 +275,19 @@ def _(model: TimmModel) -> Backbone:
     return Backbone("open_clip", trunk.name, model, {"visual": tower})
 
 
+@describe_model.register
+def _(model: ModifiedResNet) -> Backbone:
+    """Layer sites: blocks are the bottlenecks, and last the attention pool, whose weights are read without a call."""
+    stages = [f"layer{stage}" for stage in range(1, 5)]
+    paths = [f"{stage}.{index}" for stage in stages for index in range(len(model.get_submodule(stage)))]
+    reason = "ModifiedResNet has no sited blocks"
+    backbone = layers_only(model, reason, (*paths, "attnpool"), POOL)
+    (tower,) = backbone.towers.values()
+    tower.width = model.attnpool.q_proj.in_features
+    tower.layer(len(paths), "k").shift_is_void = True  # a shift of all keys adds the same to all scores of a query
+    return Backbone("open_clip", "ModifiedResNet", model, {"visual": tower})
+
+
 @describe_model.register(CLIP)
 @describe_model.register(CustomTextCLIP)
 @describe_model.register(CoCa)
@@ -277,8 +295,6 @@ def _(model: CLIP | CustomTextCLIP | CoCa) -> Backbone:
     towers, refused = {}, {}
     try:
         tower = describe_model(model.visual).towers["visual"]
-        if tower.layers_only is not None:
-            raise UnsupportedError(tower.layers_only)
         tower.path = f"visual.{tower.path}".rstrip(".")
         towers["visual"] = tower
     except UnsupportedError as error:

@@ -37,7 +37,7 @@ class Reach:
 
 
 def reach(model: nn.Module) -> Reach:
-    """Run a copy of a timm model without storage.
+    """Run a copy of a model without storage.
 
     Raises:
         UnsupportedError: it cannot be run so, on no image size that it names.
@@ -68,6 +68,7 @@ def _image_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     channels = getattr(model, "in_chans", channels if first is None else first.in_channels * first.groups)
     sizes = [getattr(part, "img_size", None) for part in (getattr(model, "patch_embed", None), model)]
+    sizes.append(getattr(model, "image_size", None))  # as OpenCLIP calls it
     sizes = [(each, each) if isinstance(each, int) else each for each in sizes]
     for height, width in dict.fromkeys(tuple(each) for each in (*sizes, size) if each):
         for number in dict.fromkeys((channels, config.get("input_size", (3,))[0])):

@@ -19,7 +19,7 @@ from visionpeft.clip.packing import OwnTokens
 from visionpeft.clip.template_ensemble import ensemble, template_layouts
 from visionpeft.clip.templates import check_templates
 from visionpeft.clip.text import TextEncoder, unit
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.base import Method
 
 
@@ -186,7 +186,10 @@ class Learner(nn.Module):
             UnsupportedError: a tower lacks what the method needs.
             ConfigurationError: the CLIP has an adapter of that name.
         """
-        attach(self.clip, method, self.adapter_name, head=False)
+        try:
+            attach(self.clip, method, self.adapter_name, head=False)
+        except UnsupportedError as error:  # which names a method that a user of the learner need not know
+            raise UnsupportedError(f"{type(self).__name__} does not work on this CLIP: {error}") from None
         self.acting = acting_adapters(self.clip)
         self.train()
 
