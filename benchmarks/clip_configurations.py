@@ -338,7 +338,8 @@ REASONS = {
     "text tower of OpenCLIP's own": "a text tower of Hugging Face",
     "local image features need": "no local image features that are projected as the whole image is",
     "needs sited blocks": "an image tower without sited blocks (ResNet, ConvNeXt, FastViT, Swin)",
-    "layer sites only": "no layers of these names, or no dropout at them",
+    "matches no layer": "no layers called q, k, v",
+    "cannot drop inputs": "no dropout in an attention pool",
 }
 
 
