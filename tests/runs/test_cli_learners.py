@@ -289,6 +289,7 @@ WRONG = {
     "OpenCLIP model": (["--model.backbone", "open_clip/tiny_clp"], "OpenCLIP has no model 'tiny_clp'"),
     "weights": (["--model.pretrained", "true"], "name the weights of open_clip/tiny_clip"),
     "chunk": (["--model.chunk_size", "0"], "chunk_size must be at least 1"),
+    "compile": (["--model.compile", "true"], "a learner is not compiled"),
     "task field": (["--model.method", "LoRA"], "PromptLearning has no option 'method'"),
     "template": (["--data.template", "photo of {} and {}"], "must hold {} exactly once"),
     "learner template": (["--model.learner", "ZeroShot", "--model.learner.template", "phot"], "no {} for the class"),

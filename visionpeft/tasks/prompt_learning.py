@@ -50,6 +50,7 @@ class PromptLearning(ImageTask):
             each class is then judged by itself, and probabilities, confidence and calibration are those of sigmoids.
         cache_features: keep image features that cannot change.
         chunk_size: most classes whose text is encoded at a time; less memory, the same gradient. None takes all.
+        compile: refused: features of a frozen image tower are kept, and texts are computed in packs of their own sizes.
         optimisation: optimiser, learning rates and schedule; by default those of CoOp.
         seed: of the initial values, and with the epoch of all randomness in it.
     """
@@ -68,6 +69,7 @@ class PromptLearning(ImageTask):
         loss: ClassLoss = "cross_entropy",
         cache_features: bool = True,
         chunk_size: int | None = None,
+        compile: bool = False,
         optimisation: Optimisation = PROMPT_RECIPE,
         seed: int = 0,
     ):
@@ -75,6 +77,12 @@ class PromptLearning(ImageTask):
             raise ConfigurationError(
                 f"a learner on a CLIP tells which one of the class names fits an image, and labels {labels!r} are not "
                 "that; train an adapter on its image tower (--config images_lora.yaml --model.backbone open_clip/...)"
+            )
+        if compile:
+            raise ConfigurationError(
+                "a learner is not compiled: features of an image tower that is not trained are kept, and texts are "
+                "computed in packs whose sizes follow the class names, of which each would be compiled anew; leave out "
+                "compile"
             )
         objective = ClassPairs(len(class_names)) if loss == "sigmoid" else None
         super().__init__(class_names, optimisation, seed, objective)
