@@ -42,9 +42,9 @@ class TrainedModel:
         window: height and width of windows that slide over images, for masks; None for the whole at once.
         stride: pixels from one window to the next.
         palette: a colour for each class of masks.
-        pairs: whether each class is judged by itself, as a learner with loss "sigmoid" does.
         mean: of numbers, that of the training labels.
         deviation: their standard deviation.
+        pairs: whether each class is judged by itself, as a learner with loss "sigmoid" does.
     """
 
     model: nn.Module
@@ -55,21 +55,21 @@ class TrainedModel:
     crops: int = 1
     resizing: Literal["pillow", "tensor"] = "pillow"
     labels: str = "classes"
-    pairs: bool = False
     mean: float | None = None
     deviation: float | None = None
+    pairs: bool = False
     size: int | None = None
     window: int | None = None
     stride: int | None = None
     palette: list[list[int]] | None = None
 
     def answers(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the outputs (batch, outputs) say of each image.
+        """What the outputs (batch, outputs) say of each image; of `pairs`, probabilities that do not sum to 1.
 
         Returns:
-            Class probabilities (batch, classes), which sum to 1 unless they are of `pairs`; of several labels the
-            probability of each (batch, labels); the numbers (batch,), in the unit of the training labels; or of logits
-            (batch, classes, height, width) the class indices (batch, height, width).
+            Class probabilities (batch, classes), which sum to 1; of several labels the probability of each (batch,
+            labels); the numbers (batch,), in the unit of the training labels; or of logits (batch, classes, height,
+            width) the class indices (batch, height, width).
         """
         if self.labels == "masks":
             return logits.argmax(1)
