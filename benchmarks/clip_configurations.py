@@ -1,10 +1,10 @@
 """Every learner on every configuration of OpenCLIP: accepted and exact, or refused with one sentence.
 
 Each configuration is built small, in float64, with random weights: its own pooling, mask, class token, kind of image
-tower, bias and context length, but two narrow blocks. Configurations that are then made of the
-same modules with the same options are walked once. Trunks of
-timm that are no ViTs are stood for by the smallest of their family; text towers of Hugging Face, whose weights have to
-be downloaded, by a tiny one; tokenizers of Hugging Face by one of words with their start, end and padding ids.
+tower, bias and context length, but two narrow blocks, and in ViTamin's stem one of each kind of convolutional block.
+Configurations that are then made of the same modules with the same options are walked once. Trunks of timm that are no
+ViTs are stood for by the smallest of their family; text towers of Hugging Face, whose weights have to be downloaded, by
+a tiny one; tokenizers of Hugging Face by one of words with their start, end and padding ids.
 
 A learner that accepts a configuration is exact if
 - its text features are those that OpenCLIP's own `encode_text` gives of ordinary token ids, after every context vector
@@ -33,10 +33,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from measuring import table, write
+from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import Tensor, nn
 
 from visionpeft.clip import learners
 from visionpeft.clip.learner import Learner
+from visionpeft.clip.stages import InTwoStages
 from visionpeft.errors import UserError
 
 NAMES = ["dog", "red kite", "car", "green passion flower"]
@@ -52,6 +54,15 @@ VITS = (
     "vitamin",
 )
 SMALLEST = {"convnext": "convnext_atto", "fastvit": "fastvit_t8"}
+SMALL_STEM = {  # of ViTamin
+    "embed_cfg": VitCfg(
+        embed_dim=(16, 24, SMALL_TRUNK["embed_dim"]),
+        depths=(1, 2, 1),  # the second block of a stage keeps its width
+        stem_width=16,
+        conv_cfg=VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6),
+        head_type="1d",
+    )
+}
 SMALL_SWIN = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (2, 2, 2, 2)}
 OPTIONS = {
     **{name: {"num_views": 4} for name in ("TPT", "CTPT", "DiffTPT", "TPS", "ZERO", "MTA", "PromptAlign")},
@@ -147,6 +158,7 @@ def small_trunks():
     choices.append(SMALL_TRUNK | {"num_kv_heads": (1, 2)})
 
     def create_small(name: str, **options) -> nn.Module:
+        options |= SMALL_STEM if name.startswith("vitamin") else {}
         for choice in choices if is_vit(name) else [SMALL_SWIN if name.startswith("swin") else {}]:
             try:
                 return create(name, **options, **choice)
@@ -249,8 +261,9 @@ def examine(learner: Learner, tokenizer: Callable) -> str | None:
         for parameter in filter(torch.is_floating_point, learner.trained_state().values()):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
         learner.eval()
+        prompted = getattr(learner, "host", learner)  # DePT has the prompts of another one
         on_images = type(learner) is learners.CoCoOp
-        context = learner.context(features[:2]) if on_images else learner.context()
+        context = prompted.context(features[:2]) if on_images else prompted.context()
         expected = library_features(learner, context)
         for learner.fast_text in (True, False):
             if differs(F.normalize(learner.encode(learner.layout, context), dim=-1), expected):
@@ -278,6 +291,9 @@ def examine(learner: Learner, tokenizer: Callable) -> str | None:
     trained = learner.trainable_parameters()
     if trained:
         learner.train().loss(x, labels)[0].backward()
+        if isinstance(learner, InTwoStages):  # each stage trains some of them
+            learner.begin_second_stage()
+            learner.train().loss(x, labels)[0].backward()
         if dead := [
             name for name, p in learner.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
         ]:
@@ -318,9 +334,12 @@ def walk(names: list[str], of_learners: list[str], output: Path) -> list[dict]:
 
 
 REASONS = {
+    "a ViT of OpenCLIP's own without attention pooling": "no ViT of OpenCLIP's own, or attention pooling",
     "text tower of OpenCLIP's own": "a text tower of Hugging Face",
     "local image features need": "no local image features that are projected as the whole image is",
-    "cannot act on the visual tower": "an image tower without sited blocks (ResNet, ConvNeXt, FastViT, hybrids)",
+    "needs sited blocks": "an image tower without sited blocks (ResNet, ConvNeXt, FastViT, Swin)",
+    "matches no layer": "no layers called q, k, v",
+    "cannot drop inputs": "no dropout in an attention pool",
 }
 
 

@@ -8,6 +8,7 @@ new method or learner appears with `--write` and without an edit.
 """
 
 import argparse
+import functools
 import inspect
 import re
 import sys
@@ -45,6 +46,9 @@ SITES = (
     *("patch_embed", "tokens", "norm_pre", "stream_in", "norm1", "attn_in", "q", "k", "v", "q_norm", "k_norm", "kv"),
     *("proj", "attn_out", "stream_mid", "norm2", "mlp_in", "fc1", "hidden", "fc2", "mlp_out", "stream_out", "norm"),
 )
+
+# What another method that needs no data trains does not depend on weights: it is attached to a model without any.
+READS_WEIGHTS = ("PaFi",)
 
 ON_LAYERS = (Order.WEIGHT, Order.RENEW, Order.OUTPUT)
 
@@ -91,17 +95,17 @@ def method_lines(public: Sequence[str] | None = None, module=methods) -> list[Li
         public: names of methods; by default those that the package has.
         module: where they are found.
     """
-    torch.manual_seed(0)
-    whole, two_blocks = models(), models(depth=2)
+    made = functools.cache(models)
     lines = []
     for name, call in calls_of(module.__all__ if public is None else public, vp.Method, module):
         method = eval(call, dict(vars(module)))
+        chooses = bool(method.pending or method.stages_after or name in READS_WEIGHTS)
         # Whether it merges is not a question of depth, and merging takes longer than all else.
-        shallow = attached(name, method, module, *two_blocks)
+        shallow = attached(name, method, module, *made(2, "cpu", chooses))
         merges = mergeable(shallow)
         vp.detach(shallow)
-        model = attached(name, method, module, *whole)
-        of_clips = ", on clips" if model is whole[1] else ""
+        model = attached(name, method, module, *made(12, "cpu" if chooses else "meta", chooses))
+        of_clips = ", on clips" if isinstance(model, vp.VideoClassifier) else ""
         trained = counted(model, method)
         changes = "clips" if of_clips else what_it_changes(model, merges)
         does = first_sentence(type(method))
@@ -110,17 +114,23 @@ def method_lines(public: Sequence[str] | None = None, module=methods) -> list[Li
     return lines
 
 
-def models(**kwargs) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A ViT-B/16 with a head that reads it, which timm starts at zero, and a classifier of clips on it."""
-    plain = timm.create_model("vit_base_patch16_224", num_classes=10, **kwargs)
-    torch.nn.init.normal_(plain.head.weight, std=0.02)
-    return plain, vp.VideoClassifier(plain, num_frames=8, num_classes=10)
+def models(depth: int, device: str, any_size: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A ViT-B/16 with a head that reads it, which timm starts at zero, and a classifier of clips on it.
+
+    Those that take images of any size have the same parameters, and a few small patches to show cost little.
+    """
+    torch.manual_seed(0)
+    with torch.device(device):
+        plain = timm.create_model("vit_base_patch16_224", num_classes=10, depth=depth, dynamic_img_size=any_size)
+        torch.nn.init.normal_(plain.head.weight, std=0.02)
+        return plain, vp.VideoClassifier(plain, num_frames=8, num_classes=10)
 
 
 def attached(name: str, method: vp.Method, module, images: torch.nn.Module, clips: torch.nn.Module) -> torch.nn.Module:
     """The model of images with a method attached, or that of clips if it acts across their frames; shown an image if
     the method needs data, and in its last stage.
     """
+    torch.manual_seed(0)  # what a method chooses must not depend on which others come before it
     sources = ("a", "b") if name in OVER else ()
     for source in sources:
         vp.attach(images, eval(OVER[name], dict(vars(module))), source, head=False)
@@ -132,9 +142,9 @@ def attached(name: str, method: vp.Method, module, images: torch.nn.Module, clip
     for source in sources:
         vp.detach(images, source)
     if model.peft["default"].pending:
-        vp.allocate(model, [(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))])
+        vp.allocate(model, [(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))])
     # What is trained in stages is counted in its last one; any values do to choose by.
-    for _ in vp.stages(model, [(torch.randn(1, 3, 224, 224), torch.tensor([0]))]):
+    for _ in vp.stages(model, [(torch.randn(1, 3, 32, 32), torch.tensor([0]))]):
         if any(each.stages_after for each in model.peft["default"].methods):
             for parameter in vp.trainable_parameters(model):
                 torch.nn.init.normal_(parameter.data)

@@ -1,12 +1,7 @@
-"""Run by the test in two processes: three steps on a tiny ViT, alone, replicated (DDP) and sharded (FSDP2).
-
-Arguments: rank, number of processes, and a folder for the rendezvous and the results of each rank.
-"""
+"""Run by the test in two processes: three steps on a tiny ViT, alone, replicated (DDP) and sharded (FSDP2)."""
 
 import dataclasses
-import sys
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -133,9 +128,8 @@ def local(parameter):
     return parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
 
 
-def main(rank, processes, folder):
-    """Train every method in every way and write what came out."""
-    rank, processes, folder = int(rank), int(processes), Path(folder)
+def in_one_of(processes, rank, folder):
+    """Train every method in every way and write what came out; in the folder the processes meet."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
@@ -149,7 +143,4 @@ def main(rank, processes, folder):
     child["apart"] = child_tuning("ddp", rank, processes, common=False)
     torch.save({"results": results, "child": child, "refusals": refusals()}, folder / f"{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return 0

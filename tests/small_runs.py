@@ -1,15 +1,26 @@
 """Training runs that take a second: a tiny untrained backbone on a few coloured squares."""
 
 import json
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
 
 from visionpeft import fit
+from visionpeft.runs.history import EpochHistory
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
-BACKBONE = ["--model.backbone", "test_vit", "--model.pretrained", "false", "--model.backbone_kwargs", "{img_size: 32}"]
+BACKBONE = [
+    "--model.backbone",
+    "test_vit",
+    "--model.pretrained",
+    "false",
+    "--model.backbone_kwargs",
+    "{img_size: 32, depth: 2}",
+]
 
 
 def draw_images(folder: Path, per_class: int = 10) -> Path:
@@ -47,6 +58,24 @@ def run(folder: Path, images: Path, *more: str, epochs: int = 3, figures: bool =
     assert fit.main([*arguments(images, *more, epochs=epochs, figures=figures), "--output", str(folder)]) == 0
     (made,) = set(folder.glob("*")) - before
     return made
+
+
+@contextmanager
+def copied_in(epoch: int, target: Path):
+    """A run that trains in this context leaves a copy of its directory as `kill -9` would leave it in an epoch.
+
+    So an interrupted run costs no training of its own. The epoch, counted from zero, has been trained, and nothing of
+    it is written.
+    """
+    write = EpochHistory.on_train_epoch_end
+
+    def copy_first(self, trainer, pl_module):
+        if trainer.current_epoch == epoch:
+            shutil.copytree(self.path.parent, target)
+        write(self, trainer, pl_module)
+
+    with mock.patch.object(EpochHistory, "on_train_epoch_end", copy_first):
+        yield
 
 
 def results(run_directory: Path) -> dict:

@@ -93,7 +93,7 @@ def run(folder, *command):
     return process.stdout
 
 
-# Every process imports Lightning anew, so one answers all questions.
+# Every process imports Lightning anew, so one answers all questions, and then runs some of the tests.
 COMMAND_LINE = """
 import contextlib, io, json
 import visionpeft as vp
@@ -112,11 +112,20 @@ print(json.dumps({
     "all": configs_of_methods(["all"], "vtab_"),
     "other": hasattr(vp, "BranchShifts"),
 }))
+import pytest, sys
+sys.exit(pytest.main(sys.argv[1:]))
 """
+TESTS = ("-n", "0", "-q", "-p", "no:cacheprovider", "tests/adapters/test_invariants.py")
 
 
-def test_it_is_on_the_command_line(copy):
-    found = json.loads(run(copy, "-W", "ignore", "-c", COMMAND_LINE).splitlines()[-1])
+@pytest.fixture(scope="module")
+def printed(copy):
+    chosen = "branchshift and (vit_cls or clip_whole)"
+    return run(copy, "-W", "ignore", "-c", COMMAND_LINE, *TESTS, "-k", chosen).splitlines()
+
+
+def test_it_is_on_the_command_line(printed):
+    (found,) = [json.loads(line) for line in printed if line.startswith('{"printed"')]
     for page in found["printed"].values():
         assert yaml.safe_load(page)["model"]["init_args"]["method"]["class_path"].endswith("BranchShift")
     assert (found["name"], found["configs"]) == ("branch_shift", ["vtab_branch_shift.yaml"])
@@ -125,12 +134,10 @@ def test_it_is_on_the_command_line(copy):
     assert not found["other"]
 
 
-def test_it_is_in_the_matrix(copy):
+def test_it_is_in_the_matrix(printed):
     """And every property of a method holds for it on a host, without a word in the tests."""
-    arguments = ("-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "tests/adapters/test_invariants.py")
-    last = run(copy, *arguments, "-k", "branchshift and (vit_cls or clip_whole)").splitlines()[-1]
-    assert "failed" not in last
-    assert int(re.search(r"(\d+) passed", last)[1]) > 20
+    assert "failed" not in printed[-1]
+    assert int(re.search(r"(\d+) passed", printed[-1])[1]) > 20
 
 
 def test_it_is_not_in_the_package():

@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 
 import visionpeft as vp
 from visionpeft.clip import learners
+from visionpeft.clip.learners import plot
 from visionpeft.methods.parts.base import Method
 from visionpeft.sites.tasks_of_rows import tasks_of_rows
-from visionpeft.tasks import ImageClassification, PromptLearning, VideoClassification
+from visionpeft.tasks import ImageClassification, PromptLearning, SemanticSegmentation, VideoClassification
 
 BY_NAME = {host.name: host for host in HOSTS}
 FAMILIES = [BY_NAME[name] for name in ("vit_cls", "eva_split", "clip_whole")]
@@ -158,7 +159,9 @@ OPTIONS = {
     "DePT": [{"host_options": {"context_length": 4}}],  # the shortest tower reads 12 tokens
     "PromptSRC": [{"template": ["a photo of a {}.", "art of the {}."]}],  # and not sixty
     "CLIPLinearProbe": [{}, {"solver": "gradient"}],
-    **{name: [{"num_views": 4}] for name in ("TPT", "CTPT", "DiffTPT", "TPS", "ZERO", "MTA")},
+    **{name: [{"num_views": 4}] for name in ("TPT", "CTPT", "TPS", "ZERO", "MTA")},
+    "DiffTPT": [{"num_views": 4, "steps": 2}],
+    "ProDA": [{"num_contexts": 4, "contexts_per_step": 2}],
     "PromptAlign": [{"num_views": 4, "weight": 0.0}],  # which has no statistics of a source here
 }
 LEARNERS = [(name, options) for name in learners.__all__ if name != "Learner" for options in OPTIONS.get(name, [{}])]
@@ -166,6 +169,12 @@ KINDS = ("autocast", "in chunks", "in full", "siglip")
 # Every learner as it is, and in one of the other ways; each of them several learners go.
 WAYS = [(*learner, "plain") for learner in LEARNERS]
 WAYS += [(*learner, KINDS[index % len(KINDS)]) for index, learner in enumerate(LEARNERS)]
+
+
+@pytest.fixture(autouse=True)
+def few_iterations(monkeypatch):
+    """Of an iteration that is walked a hundred times alike, three show what it moves."""
+    monkeypatch.setattr(plot, "ITERATIONS", 3)
 
 
 @pytest.fixture
@@ -257,7 +266,7 @@ def test_backward_passes_of_learners(name, options):
 # Tasks: heads, losses, metrics
 
 
-IMAGES = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32}}
+IMAGES = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32, "depth": 2}}
 CLASSES = [f"class {index}" for index in range(7)]
 TASKS = {
     **{
@@ -272,6 +281,7 @@ TASKS = {
     "adalora": functools.partial(ImageClassification, vp.AdaLoRA(), CLASSES, **IMAGES),
     "clips": functools.partial(VideoClassification, vp.STAdapter(bottleneck=4), CLASSES, num_frames=3, **IMAGES),
     "prompts": functools.partial(PromptLearning, learners.CoOp, CLASSES, cache_features=False),
+    "masks": functools.partial(SemanticSegmentation, vp.LoRA(rank=2), CLASSES, window=24, stride=16, **IMAGES),
 }
 
 
@@ -293,7 +303,8 @@ def test_tasks(make, tmp_path):
     size = task.preprocessing.input_size
     frames = [3] if isinstance(task, VideoClassification) else []
     with no_values():
-        batch = there((torch.empty(4, 3, *frames, *size), torch.arange(4)))
+        labels = torch.zeros(4, *size, dtype=torch.int64) if isinstance(task, SemanticSegmentation) else torch.arange(4)
+        batch = there((torch.empty(4, 3, *frames, *size), labels))
         task = walked(task, tmp_path, interval=3)
         found = []
         for index in range(7):
@@ -306,6 +317,27 @@ def test_tasks(make, tmp_path):
         with torch.no_grad():  # learners ask whether they have changed
             found = second_step(task, lambda task: task.validation_step(batch, 0))
         assert len(found) <= isinstance(task, PromptLearning), found
+
+
+HEADS = (
+    vp.LinearSegmentation(layers=4),
+    vp.SETR(),
+    vp.Segmenter(),
+    vp.DPT(),
+    vp.UPerNet(),
+    vp.PMT(depth=2),
+    vp.EoMT(depth=1),
+)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: type(head).__name__)
+def test_heads_for_masks(head):
+    maps = head.number_of_maps or 4
+    through_blocks = isinstance(head, vp.EoMT)
+    module = vp.DensePredictor(vit(), head, 3, vp.LoRA(rank=2)) if through_blocks else head.make(8, maps, 3)
+    with no_values():
+        inputs = there(torch.empty(2, 3, 32, 32) if through_blocks else torch.empty(2, maps, 8, 4, 6))
+        assert second_step(moved(module).train(), lambda module: module(inputs)) == []
 
 
 # What the walk must not overlook
@@ -385,3 +417,9 @@ def test_every_method_is_walked():
 
     walked = {type(case.method) for case in [*CASES, *VIDEO_CASES]}
     assert walked == {getattr(methods, name) for name in methods.__all__} - {Method}
+
+
+def test_every_head_is_walked():
+    from visionpeft import heads
+
+    assert {type(head).__name__ for head in HEADS} == set(heads.__all__) - {"DenseHead"}

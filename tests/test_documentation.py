@@ -2,16 +2,18 @@
 
 import importlib
 import inspect
-import json
+import os
 import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from forked import start, wait
 from small_runs import draw_images
 
 import visionpeft as vp
@@ -23,20 +25,22 @@ DOCS = ROOT / "docs"
 GUIDES = sorted(DOCS.glob("add_*.md"))
 PAGES = sorted(DOCS.glob("*.md"))
 
-# runs the steps of a page in one process, as a reader would: (language, text)
-RUN = """
-import json, os, pathlib, shlex, sys
-sys.path.insert(0, os.getcwd())
-names = {"__name__": "page"}
-for language, text in json.loads(pathlib.Path("steps.json").read_text()):
-    if language == "python":
-        exec(compile(text, "page", "exec"), names)
-        continue
-    for line in text.strip().splitlines():
-        python, option, module, *arguments = shlex.split(line, comments=True)
-        assert (python, option) == ("python", "-m"), line
-        assert __import__(module, fromlist=["main"]).main(arguments) == 0, line
-"""
+
+def follow(folder, steps):
+    """Run the steps of a page, (language, text), in a folder, as a reader would in one process."""
+    os.chdir(folder)
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(folder))
+    names = {"__name__": "page"}
+    for language, text in steps:
+        if language == "python":
+            exec(compile(text, "page", "exec"), names)
+            continue
+        for line in text.strip().splitlines():
+            python, option, module, *arguments = shlex.split(line, comments=True)
+            assert (python, option) == ("python", "-m"), line
+            assert importlib.import_module(module).main(arguments) == 0, line
+    return 0
 
 
 def blocks(text, *languages):
@@ -45,6 +49,7 @@ def blocks(text, *languages):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 def test_guide(page, tmp_path):
     """A block that begins with `# NAME.py` is that file; the other Python and the commands run as they stand."""
@@ -57,10 +62,8 @@ def test_guide(page, tmp_path):
         else:
             steps.append((language, text))
     assert len(steps) >= 2
-    (tmp_path / "steps.json").write_text(json.dumps(steps))
-    command = [sys.executable, "-W", "ignore", "-c", RUN]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr[-3000:]
+    printed = tmp_path / "printed.txt"
+    assert wait(start(follow, tmp_path, steps, output=printed), 500) == 0, printed.read_text()[-3000:]
 
 
 def test_there_are_four_guides():

@@ -232,3 +232,11 @@ def test_comparison_of_segmentation_methods(run, monkeypatch, tmp_path):
     assert f"| head alone | 0 | {float(best['lr']):g} | 2 |" in printed
     monkeypatch.setattr(ComposedScenes, "__init__", None)  # nothing is left to be trained
     assert f"| head alone | 0 | {float(best['lr']):g} | 2 |" in run("compare_segmentation_methods.py", *options)
+
+
+def test_segment_by_names(run):
+    printed = run("segment_by_names.py", "--images", 1, "--size", 64)
+    rows = re.findall(r"^\| (.+) \| ([\d.]+) \| ([\d.]+) \|$", printed, flags=re.MULTILINE)
+    assert [row[0] for row in rows] == ["CLIP as it is", "MaskCLIP", "SCLIP", "ClearCLIP"]
+    assert all(0 < float(score) <= 100 for row in rows for score in row[1:])
+    assert len({row[1:] for row in rows}) > 1

@@ -161,7 +161,7 @@ def test_averaged_model(method):
 @each_method
 def test_lightning_averaging(method, tmp_path):
     names = ["red", "green", "blue"]
-    options = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32}}
+    options = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32, "depth": 2}}
     rates = Optimisation(lr=0.05, warmup_epochs=0)
     task = ImageClassification(METHODS[method], names, optimisation=rates, **options)
     weights, before = [], frozen(task.model)

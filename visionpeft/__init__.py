@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.adapters.lorahub import lorahub as lorahub
     from visionpeft.adapters.merge import merge as merge
     from visionpeft.adapters.merge import unmerge as unmerge
+    from visionpeft.adapters.selection import Selection as Selection
     from visionpeft.adapters.stages import stages as stages
     from visionpeft.adapters.start import prompt_similarity as prompt_similarity
     from visionpeft.adapters.start import start_from as start_from
@@ -44,11 +45,15 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.errors import UnsupportedError as UnsupportedError
     from visionpeft.errors import UserError as UserError
     from visionpeft.heads import *  # noqa: F403
+    from visionpeft.heads.mask_loss import MaskLoss as MaskLoss
+    from visionpeft.heads.mask_loss import mask_classification_loss as mask_classification_loss
     from visionpeft.methods import *  # noqa: F403
     from visionpeft.models.create import create_backbone as create_backbone
     from visionpeft.models.create_clip import create_clip as create_clip
     from visionpeft.models.dense_predictor import DensePredictor as DensePredictor
     from visionpeft.models.feature_maps import feature_maps as feature_maps
+    from visionpeft.models.object_detector import ObjectDetector as ObjectDetector
+    from visionpeft.models.open_vocabulary import OpenVocabulary as OpenVocabulary
     from visionpeft.models.proxy_tuning import ProxyTuned as ProxyTuned
     from visionpeft.models.proxy_tuning import proxy_logits as proxy_logits
     from visionpeft.models.video_classifier import VideoClassifier as VideoClassifier
@@ -83,6 +88,7 @@ _HOMES = {
         "merge",
         "unmerge",
     ),
+    "visionpeft.adapters.selection": ("Selection",),
     "visionpeft.adapters.stages": ("stages",),
     "visionpeft.adapters.start": (
         "prompt_similarity",
@@ -112,10 +118,16 @@ _HOMES = {
         "UnsupportedError",
         "UserError",
     ),
+    "visionpeft.heads.mask_loss": (
+        "MaskLoss",
+        "mask_classification_loss",
+    ),
     "visionpeft.models.create": ("create_backbone",),
     "visionpeft.models.create_clip": ("create_clip",),
     "visionpeft.models.dense_predictor": ("DensePredictor",),
     "visionpeft.models.feature_maps": ("feature_maps",),
+    "visionpeft.models.object_detector": ("ObjectDetector",),
+    "visionpeft.models.open_vocabulary": ("OpenVocabulary",),
     "visionpeft.models.proxy_tuning": (
         "ProxyTuned",
         "proxy_logits",

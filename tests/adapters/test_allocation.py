@@ -429,7 +429,7 @@ def test_nothing_dense_is_kept_for_backward():
     """Of a sparse change, x is kept, and neither the matrix nor its gradient."""
     x = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(9, 7, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
-    layer = types.SimpleNamespace(weight_tensor=weight, kind="linear")
+    layer = types.SimpleNamespace(weight_tensor=weight, kind="linear", trailing=())
     change = SparseDelta(layer, torch.tensor([0, 9, 30, 62], dtype=torch.int32)).double()
 
     def changed(x, values):

@@ -2,17 +2,24 @@
 
 import functools
 
+import block_checks
 import pytest
 import timm
 import torch
 from timm.models.vision_transformer import Block
 
 import visionpeft as vp
+from visionpeft.adapters import selfcheck
 from visionpeft.backbones import timm_layers
 from visionpeft.backbones.dispatch import describe_block, pre_norm_block
 from visionpeft.backbones.timm_layers import SitedAttention
 from visionpeft.backbones.timm_vit import SitedBlock
 from visionpeft.sites import Sites
+
+
+@pytest.fixture(autouse=True)
+def every_block_is_checked(monkeypatch):
+    monkeypatch.setattr(selfcheck, "_check_block", block_checks.every_time)
 
 
 @pytest.fixture
@@ -172,7 +179,7 @@ def test_users_subclass_of_a_block(model):
             return super().forward(x) * 2
 
     model.blocks[1].__class__ = MyBlock
-    refuse(model, vp.LoRA(), "MyBlock is a subclass")
+    refuse(model, vp.VPT(), "needs sited blocks; .*MyBlock is a subclass of Block with its own code; register")
 
 
 def test_users_family_can_be_registered(model):
@@ -342,3 +349,23 @@ def test_a_forward_on_the_object_is_refused(model, part):
     module = model.blocks[1] if part == "block" else model.blocks[1].attn
     module.forward = module.forward
     refuse(model, vp.LoRA(), "replaced on the object itself")
+
+
+def test_no_site_of_a_block_that_stays_as_it_is_is_checked_twice(model, monkeypatch):
+    """Nor what another method, attached meanwhile, had checked besides; a weight written to makes it another block."""
+    checked = []
+    check = selfcheck._check_block
+
+    def spy(block, tower, used):
+        checked.append(set(used))
+        return check(block, tower, used)
+
+    monkeypatch.setattr(selfcheck, "_check_block", spy)
+    for method in (vp.LoRA(targets=("q",)), vp.LoRA(targets=("fc1",)), vp.LoRA(targets=("fc1", "q"))):
+        vp.detach(vp.attach(model, method))
+    assert checked == [{"q"}, {"fc1"}]
+    with torch.no_grad():
+        for block in model.blocks:
+            block.norm1.weight.mul_(2)
+    vp.attach(model, vp.LoRA(targets=("q",)))
+    assert checked == [{"q"}, {"fc1"}, {"q"}]

@@ -1,5 +1,7 @@
 """Every ViT-like architecture of timm and every OpenCLIP configuration: supported, exact and live, or refused.
 
+All others of timm have layer sites only, for which see `test_layers_only.py`.
+
 Architectures keep their kind of block, attention, MLP, pooling and position code, and are built small.
 
 By default one architecture runs for each set of kinds of modules (`kinds_of`), as `architectures_alike.json` has them,
@@ -25,10 +27,18 @@ import torch
 
 import visionpeft as vp
 
-MODULES = ("vision_transformer", "vision_transformer_hybrid", "eva", "beit", "deit", "vitamin")
+MODULES = (
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "eva",
+    "beit",
+    "deit",
+    "vitamin",
+    "naflexvit",
+    "qwen3_vit",
+)
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32, "patch_size": 8, "mlp_ratio": 4.0}
 REFUSED_BLOCKS = ("ParallelScalingBlock", "ParallelThingsBlock", "DiffParallelScalingBlock", "DiffAttention")
-OTHERS = ("resnet18", "naflexvit_base_patch16_gap", "cait_xxs24_224")
 
 # library -> the architecture that runs by default -> those that are made of the same kinds of modules
 ALIKE = Path(__file__).with_name("architectures_alike.json")
@@ -162,20 +172,11 @@ def test_timm(name):
     kinds = {type(module).__name__ for module in model.modules()}
     images = torch.randn(2, 3, *image_size(model))
     if kinds & set(REFUSED_BLOCKS):
-        with pytest.raises(vp.UnsupportedError):
-            vp.attach(model, vp.LoRA())
+        with pytest.raises(vp.UnsupportedError, match="needs sited blocks"):
+            vp.attach(model, vp.VPT())
+        assert vp.describe(model).towers["visual"].layers_only
         return
     assert_exact_and_live(model, lambda m: m(images), ["visual"])
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_refused(name):
-    model = timm.create_model(name)
-    keys = list(model.state_dict())
-    with pytest.raises(vp.UnsupportedError, match="supported"):
-        vp.attach(model, vp.LoRA())
-    assert list(model.state_dict()) == keys
-    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.slow
@@ -187,8 +188,9 @@ def test_open_clip(name, monkeypatch):
     if not is_supported(config["vision_cfg"], trunk):
         with torch.device("meta"):
             model = small_clip(config, monkeypatch)
-        with pytest.raises(vp.UnsupportedError, match="visual"):
-            vp.attach(model, vp.LoRA())
+        with pytest.raises(vp.UnsupportedError, match="needs sited blocks"):
+            vp.attach(model, vp.VPT())
+        assert vp.describe(model).towers["visual"].layers_only
         return
     model = lively(small_clip(config, monkeypatch))
     images = torch.randn(2, 3, *image_size(getattr(model.visual, "trunk", model.visual)))
@@ -207,7 +209,7 @@ END_OF_TEXT = 99
 def image_size(model: torch.nn.Module) -> tuple[int, int]:
     """The input size of a timm model or of OpenCLIP's own image tower."""
     embed = getattr(model, "patch_embed", None)
-    return model.image_size if embed is None else embed.img_size or (32, 32)
+    return getattr(model, "image_size", (32, 32)) if embed is None else embed.img_size or (32, 32)
 
 
 def is_supported(vision: dict, trunk: str | None) -> bool:

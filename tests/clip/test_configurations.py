@@ -42,6 +42,8 @@ EXACT = {
     "the end is where the free id might be": ("ViT-L-14-worldwide", ("CoOp",)),
     "not causal, convolutions": ("MobileCLIP2-S0", ("ZeroShot", "CoOp")),
     "pooled by attention, rotated": ("PE-Core-B-16", ("ZeroShot", "MaPLe")),
+    "a ResNet with an attention pool": ("RN50", ("TipAdapter", "PLOT", "TunedCLIP")),
+    "convolutional stem, gated MLPs with a norm": ("ViTamin-B-LTT", ("ZeroShot", "MaPLe")),
 }
 
 

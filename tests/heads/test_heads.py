@@ -163,7 +163,7 @@ def test_segmenter():
 @pytest.mark.parametrize("head", [vp.DPT(), vp.UPerNet()])
 def test_four_maps_are_needed(head):
     assert head.blocks(12) == (2, 5, 8, 11)
-    with pytest.raises(vp.ConfigurationError, match="reads 4 blocks, not 2"):
+    with pytest.raises(vp.ConfigurationError, match="reads 4 blocks, not 2; set its layers to 'quarters', or to 4"):
         type(head)(layers=2).blocks(12)
 
 

@@ -165,6 +165,7 @@ def test_less_is_kept_for_the_backward_pass():
         vp.Segmenter(depth=1),
         vp.DPT(width=8),
         vp.UPerNet(width=8),
+        vp.PMT(queries=3, depth=1, upscale=0),
     ],
 )
 def test_heads_are_saved_with_the_adapter(head, tmp_path):
@@ -238,7 +239,7 @@ def test_windows_are_averaged_where_they_overlap():
         (lambda: predictor()(images()[0]), "batch, channels, height, width"),
         (lambda: vp.DensePredictor(backbone(dynamic_img_size=False))(images(40, 48)), "dynamic_img_size=True"),
         (lambda: window_logits(predictor(), images(), 16, 20), "stride 20 must be from 1"),
-        (lambda: vp.DensePredictor(timm.create_model("resnet18")), "not supported"),
+        (lambda: vp.DensePredictor(timm.create_model("resnet18")), "needs sited blocks; ResNet has"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):

@@ -65,6 +65,10 @@ NEAREST = {
         ("test_one_place", "test_routing"),
         "rout and (vit_cls or clip_whole) or routed_heads or large_batches or refusal",
     ),
+    "adapters/routed_sites.py": (
+        ("test_one_place", "test_routing"),
+        "rout and (vit_cls or clip_whole) or routed_heads or large_batches or refusal",
+    ),
     "adapters/storage.py": (("test_storage", "test_clip_storage", "test_fingerprint"), "(save or load) and vit_cls"),
     "adapters/described_tensors.py": (("test_storage", "test_clip_storage"), "save and vit_cls"),
     "adapters/fingerprint.py": (("test_storage", "test_fingerprint", "test_quantised"), "load and vit_cls"),

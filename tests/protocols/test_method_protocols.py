@@ -19,7 +19,7 @@ from visionpeft.data.vtab import vtab1k_tasks
 from visionpeft.errors import ConfigurationError
 from visionpeft.files import shipped
 from visionpeft.protocols import cells, work
-from visionpeft.protocols.method_candidates import MethodCandidate, configs_of_methods
+from visionpeft.protocols.method_candidates import MethodCandidate, configs_of_methods, method_candidates
 from visionpeft.protocols.method_protocols import collect
 from visionpeft.protocols.method_runs import Benchmark, available
 from visionpeft.protocols.method_table import method_table
@@ -101,6 +101,20 @@ def test_a_configuration_without_recipe_has_the_default_grid(tmp_path):
     (tmp_path / "recipes/vtab_small.yaml").write_text("source: mine\ngrit: {}\n")
     with pytest.raises(ConfigurationError, match="is not a recipe"):
         find_recipe(path)
+
+
+def test_learning_rates_of_the_command_line_are_the_whole_grid(tmp_path, capsys):
+    """Of a recipe with other options, too, so that all methods have as many trials."""
+    recipe = "source: both\ngrid: {model.optimisation.lr: [1.0e-3], model.optimisation.weight_decay: [0, 1]}"
+    (candidate,) = method_candidates([write_config(tmp_path, recipe=recipe)], "vtab_", ["VTAB1k"])
+    assert len(Benchmark("vtab1k").grid(candidate, "dsprites_ori")) == 2
+    rates = Benchmark("vtab1k", learning_rates=(2e-3, 0.5))
+    assert rates.grid(candidate, "dsprites_ori") == {"model.optimisation.lr": [2e-3, 0.5]}
+    (found,) = run(tmp_path / "out", candidate.config, more=["--learning_rates", "0.5", "2e-3"])
+    assert {path.parent.name for path in (tmp_path / "out").glob("search/*/*/score.json")} == {"lr-0.5", "lr-0.002"}
+    assert found["chosen_by"] == "learning rates of the command line, 2 trials"
+    assert run(tmp_path / "out", candidate.config, code=2) is None
+    assert "was made with learning_rates [0.5, 0.002], not None" in capsys.readouterr().err
 
 
 def test_best_trial():
@@ -479,6 +493,9 @@ def test_ray_that_is_not_installed(tmp_path, monkeypatch):
         (["--configs", "CONFIG", "--data.train_on", "train800"], "use the protocol's splits"),
         (["--configs", "CONFIG", "--data.task", "cifar"], "use --tasks"),
         (["--configs", "CONFIG", "--paper", "--search", "optuna"], "leave out --search optuna"),
+        (["--configs", "CONFIG", "--paper", "--learning_rates", "1"], "not with --paper, which has the paper's"),
+        (["--configs", "CONFIG", "--search", "none", "--learning_rates", "1"], "not with --search none, which leaves"),
+        (["--configs", "CONFIG", "--learning_rates", "1", "0"], "different numbers above 0, but got [1.0, 0.0]"),
         (["--configs", "CONFIG", "--workers", "0"], "workers must be 1 or more processes"),
         (
             ["--configs", "CONFIG", "--workers", "two"],

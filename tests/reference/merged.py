@@ -3,14 +3,26 @@
 import torch
 
 from .anatomy import addresses_of, shapes_of
-from .methods import fact_change, grouped, random_matrix, sites_of
+from .methods import fact_change, grouped, neurons_moved, random_matrix, sites_of
 from .weight_changes import CHANGES as OF_WEIGHTS
 
 # what several layers share, which is no layer itself
 SHARED = ("rule", "factors", "bank", "subspace")
 # a site whose tokens matrices read -> these matrices
 READERS = {"attn_in": ("q", "k", "v"), "mlp_in": ("fc1", "fc1_g", "fc1_x"), "hidden": ("fc2",)}
-SPARSE = ("pa_fi", "fish_mask", "ltsft", "pruned_bit_fit", "child_tuning", "spt", "neuro_ada", "gps", "second_order")
+SPARSE = (
+    "pa_fi",
+    "fish_mask",
+    "fish_dip",
+    "ltsft",
+    "diff_pruning",
+    "pruned_bit_fit",
+    "child_tuning",
+    "spt",
+    "neuro_ada",
+    "gps",
+    "second_order",
+)
 
 
 def moved(method, fields, weight, bias, found, sites):
@@ -32,6 +44,8 @@ def moved(method, fields, weight, bias, found, sites):
             for j, other in enumerate(found["channels"].tolist()):
                 into[place, other] += found["weight"][i, j]
         return into @ weight, shift if bias is None else into @ bias + shift
+    if method == "far":
+        return neurons_moved(weight, bias, found)
     if method == "ia3":
         return found["scale"][:, None] * weight, None if bias is None else found["scale"] * bias
     if method == "rep_adapter":
@@ -49,12 +63,13 @@ def moved(method, fields, weight, bias, found, sites):
 
 def entries_moved(value, found, part):
     """A weight or bias some of whose entries have moved."""
-    if part not in found:
-        return value
-    flat = value.clone().flatten()
-    for place, change in zip(found[f"{part}_index"].tolist(), found[part], strict=True):
-        flat[place] += change
-    return flat.reshape(value.shape)
+    for values, at in ((part, f"{part}_index"), (f"{part}_before", f"{part}_before_at")):
+        if values in found:
+            flat = value.clone().flatten()
+            for place, change in zip(found[at].tolist(), found[values], strict=True):
+                flat[place] += change
+            value = flat.reshape(value.shape)
+    return value
 
 
 def dora(weight, fields, found, sites):

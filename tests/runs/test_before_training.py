@@ -126,7 +126,7 @@ def test_a_look_at_the_model_changes_nothing(images):
     """The check before training moves neither weights, nor statistics, nor the generator."""
     data = ImageFolder(images)
     task = ImageClassification(
-        LoRA(2), data.class_names, backbone="test_vit", pretrained=False, backbone_kwargs={"img_size": 32},
+        LoRA(2), data.class_names, backbone="test_vit", pretrained=False, backbone_kwargs={"img_size": 32, "depth": 2},
         head="batchnorm_linear",
     )  # fmt: skip
     task.connect(data)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from small_learner_runs import learner_arguments
-from small_runs import arguments, draw_images, results
+from small_runs import arguments, copied_in, draw_images, results
 
 from visionpeft import fit, predict
-from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.runs.history import read_history
 
 AVERAGE = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.8"]
 EQUAL = ["--trainer.callbacks+=WeightAveraging"]
@@ -38,7 +38,8 @@ RUNS = {
     "early stopping of averages": [*STOP, *AVERAGE],
     "watching": [*TIMER, *RATES, *STATS],
 }
-FAILS_IN = 2
+# of which what is saved is not what is trained last
+PREDICTING = ("average", "stochastic with batch normalisation")
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +47,13 @@ def images(tmp_path_factory):
     return draw_images(tmp_path_factory.mktemp("data") / "squares")
 
 
-def interrupted_and_resumed(folder, command, monkeypatch):
-    """Run directories of a whole run, and of one that fails in the third epoch and is resumed."""
-    assert fit.main([*command, "--output", str(folder / "whole")]) == 0
+def interrupted_and_resumed(folder, command):
+    """Run directories of a whole run, and of one that is killed in the third epoch and resumed."""
+    part = folder / "part"
+    with copied_in(2, part):
+        assert fit.main([*command, "--output", str(folder / "whole")]) == 0
     (whole,) = (folder / "whole").iterdir()
-
-    def fail(self, trainer, pl_module):
-        if trainer.current_epoch == FAILS_IN:
-            raise ZeroDivisionError
-        return original(self, trainer, pl_module)
-
-    original = EpochHistory.on_train_epoch_end
-    with monkeypatch.context() as patch:
-        patch.setattr(EpochHistory, "on_train_epoch_end", fail)
-        with pytest.raises(ZeroDivisionError):
-            fit.main([*command, "--output", str(folder / "parts")])
-    (part,) = (folder / "parts").iterdir()
+    assert not (part / "results.json").exists()
     assert fit.main(["--resume", str(part)]) == 0
     return whole, part
 
@@ -77,23 +69,24 @@ def assert_same_run(part, whole):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_with_callbacks_is_resumed(tmp_path, images, monkeypatch, name):
+def test_a_run_with_callbacks_is_resumed(tmp_path, images, name):
     """Interrupted or finished, it gives the numbers of the whole run; its checkpoints hold no backbone."""
-    whole, part = interrupted_and_resumed(tmp_path, arguments(images, *RUNS[name], epochs=5), monkeypatch)
+    whole, part = interrupted_and_resumed(tmp_path, arguments(images, *RUNS[name], epochs=5))
     assert_same_run(part, whole)
     before = results(whole)
     assert fit.main(["--resume", str(whole)]) == 0
     assert_same_run(whole, part)
     assert results(whole)["test"] == before["test"]
-    assert (whole / "checkpoints" / "last.ckpt").stat().st_size < 900_000
-    assert predict.main([str(whole), str(images / "red")]) == 0
+    assert (whole / "checkpoints" / "last.ckpt").stat().st_size < 300_000  # the backbone has 540,000 bytes
+    if name in PREDICTING:
+        assert predict.main([str(whole), str(images / "red")]) == 0
 
 
 def test_what_is_saved_is_the_average(tmp_path, images):
     """The adapter and the last checkpoint hold the average, the checkpoint beside it what is trained."""
     from safetensors.torch import load_file
 
-    assert fit.main([*arguments(images, *AVERAGE), "--output", str(tmp_path)]) == 0
+    assert fit.main([*arguments(images, *AVERAGE, "--report", "last"), "--output", str(tmp_path)]) == 0
     (made,) = tmp_path.iterdir()
     saved = load_file(made / "adapter" / "adapter.safetensors")
     checkpoint = torch.load(made / "checkpoints" / "last.ckpt", weights_only=True)
@@ -107,8 +100,8 @@ def test_what_is_saved_is_the_average(tmp_path, images):
 
 
 @pytest.mark.parametrize("callbacks", [AVERAGE, SWA, ACCUMULATE], ids=lambda given: given[0].rpartition("=")[2])
-def test_a_learner_with_callbacks_is_resumed(tmp_path, images, monkeypatch, callbacks):
-    whole, part = interrupted_and_resumed(tmp_path, learner_arguments(images, *callbacks, epochs=4), monkeypatch)
+def test_a_learner_with_callbacks_is_resumed(tmp_path, images, callbacks):
+    whole, part = interrupted_and_resumed(tmp_path, learner_arguments(images, *callbacks, epochs=4))
     assert_same_run(part, whole)
 
 

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from small_learner_runs import CLIP, learner_arguments, run_learner
-from small_runs import COLOURS, draw_images, results, run
+from small_runs import COLOURS, copied_in, draw_images, results, run
 
 from visionpeft import evaluate, fit, predict
 from visionpeft.clip.description import read_learner
 from visionpeft.clip.learners import TipAdapter
 from visionpeft.clip.storage import load_learner
 from visionpeft.models.open_clip import create_open_clip
-from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.runs.history import read_history
 
 TRAINED = {
     "CoOp": [],
@@ -31,6 +31,8 @@ TRAINED = {
     "TipAdapter": ["--model.learner.train_keys", "true"],
     "CLIPLoRA": [],
 }
+# contexts, averages of epochs, what is chosen after the last one, and an adapter; the others end as CoOp does
+FINISHED_IN_WAYS_OF_THEIR_OWN = ("CoOp", "PromptSRC", "TipAdapter", "CLIPLoRA")
 FITTED = {
     "ZeroShot": [],
     "TPT": ["--model.learner.num_views", "4", "--model.learner.selection", "0.5"],
@@ -142,22 +144,10 @@ def test_predict_reads_gray_and_transparent_images(finished, tmp_path):
 
 
 @pytest.mark.parametrize("learner", TRAINED)
-def test_resumed_run_equals_uninterrupted(learner, tmp_path, images, monkeypatch):
-    more = TRAINED[learner]
-    whole = run_learner(tmp_path / "whole", images, *more, learner=learner)
-
-    def fail_in_second_epoch(self, trainer, pl_module):
-        if trainer.current_epoch == 1:
-            raise ZeroDivisionError
-        return original(self, trainer, pl_module)
-
-    original = EpochHistory.on_train_epoch_end
-    arguments = [*learner_arguments(images, *more, learner=learner), "--output", str(tmp_path / "parts")]
-    with monkeypatch.context() as patch:
-        patch.setattr(EpochHistory, "on_train_epoch_end", fail_in_second_epoch)
-        with pytest.raises(ZeroDivisionError):
-            fit.main(arguments)
-    (part,) = (tmp_path / "parts").iterdir()
+def test_resumed_run_equals_uninterrupted(learner, tmp_path, images):
+    part = tmp_path / "part"
+    with copied_in(1, part):
+        whole = run_learner(tmp_path / "whole", images, *TRAINED[learner], learner=learner)
     assert not (part / "results.json").exists()
     assert not (part / "learner").exists()
     assert fit.main(["--resume", str(part)]) == 0
@@ -165,6 +155,8 @@ def test_resumed_run_equals_uninterrupted(learner, tmp_path, images, monkeypatch
     assert results(part)["test"] == results(whole)["test"]
     saved = [(folder / "learner" / "learner.safetensors").read_bytes() for folder in (part, whole)]
     assert saved[0] == saved[1]
+    if learner not in FINISHED_IN_WAYS_OF_THEIR_OWN:
+        return
     # Once more: nothing is left to train, and what follows the training gives the same again.
     assert fit.main(["--resume", str(part)]) == 0
     assert (part / "learner" / "learner.safetensors").read_bytes() == saved[0]
@@ -289,6 +281,7 @@ WRONG = {
     "OpenCLIP model": (["--model.backbone", "open_clip/tiny_clp"], "OpenCLIP has no model 'tiny_clp'"),
     "weights": (["--model.pretrained", "true"], "name the weights of open_clip/tiny_clip"),
     "chunk": (["--model.chunk_size", "0"], "chunk_size must be at least 1"),
+    "compile": (["--model.compile", "true"], "a learner is not compiled"),
     "task field": (["--model.method", "LoRA"], "PromptLearning has no option 'method'"),
     "template": (["--data.template", "photo of {} and {}"], "must hold {} exactly once"),
     "learner template": (["--model.learner", "ZeroShot", "--model.learner.template", "phot"], "no {} for the class"),

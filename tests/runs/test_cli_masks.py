@@ -171,3 +171,29 @@ def test_shipped_configurations_build_what_they_name(name):
     assert cli.model.label.lower() == name.removeprefix("scenes_").removesuffix(".yaml").replace("_", "")
     with torch.no_grad():
         assert cli.model(torch.randn(1, 3, 24, 32)).shape == (1, 8, 24, 32)
+
+
+def test_head_of_queries(masked, tmp_path, monkeypatch):
+    """Its own loss is trained and falls, the cross-entropy of its scores is measured, and it is used again as saved."""
+    seen = []
+    follow = vp.DensePredictor.set_progress
+    monkeypatch.setattr(vp.DensePredictor, "set_progress", lambda model, t: (seen.append(t), follow(model, t))[1])
+    options = [f"--model.head.{name}" for name in ("queries=6", "depth=1", "upscale=0", "layers=quarters")]
+    options = ["--model.head", "PMT", *options]
+    run = run_masks(tmp_path, masked, *options, "--model.optimisation.lr", "5e-3", epochs=4)
+    assert seen == [pytest.approx(step / 12) for step in range(12)]
+    found = results(run)
+    assert found["objective"]["loss"] == "mask_classification"
+    assert found["head"]["class"] == "PMT"
+    history = read_history(run / "metrics.csv")
+    assert history[-1]["train/loss"] < 0.9 * history[0]["train/loss"]
+    assert 0 < found["test"]["loss"] < 2
+    trained = open_run(RunDirectory(run))
+    assert not trained.model.training
+    pixels = torch.randn(1, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        scores = trained.model.coarse_logits(pixels)
+    assert scores.shape == (1, 3, *scores.shape[-2:])
+    assert (scores >= 0).all()
+    written = masks_of(run, tmp_path / "out", masked / "images" / "00.png")
+    assert written["00.png"].shape == (32, 40)

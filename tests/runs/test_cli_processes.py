@@ -1,4 +1,4 @@
-"""The commands as a newcomer types them, each in a process of its own in an empty directory."""
+"""The commands as a newcomer types them, in a process of their own in an empty directory."""
 
 import json
 import os
@@ -11,11 +11,22 @@ from PIL import Image
 
 from visionpeft.data import dsprites
 
+# Runs each as `python -m visionpeft.<module>` does; one process for all, as each would import Lightning anew.
+AS_MODULES = """
+import json, runpy, sys
+for module, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(f"visionpeft.{module}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, (module, end.code)
+"""
 
-def command(folder, module, *arguments):
-    """Run `python -m visionpeft.<module>` in a folder; returns its standard output."""
+
+def commands(folder, *given):
+    """Run `python -m visionpeft.<module>` with arguments in a folder, one after another; returns what they print."""
     done = subprocess.run(
-        [sys.executable, "-m", f"visionpeft.{module}", *arguments],
+        [sys.executable, "-c", AS_MODULES, json.dumps(given)],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "2", "COLUMNS": "120"},
         capture_output=True,
@@ -29,10 +40,17 @@ def command(folder, module, *arguments):
 
 @pytest.mark.slow
 def test_main_job_evaluate_and_predict(tmp_path):
+    """Warnings and remarks of libraries are shown by none of them."""
+    Image.fromarray(dsprites.render(torch.tensor([5]).numpy())[0]).save(tmp_path / "sprite.png")
     short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--data.test_samples", "100"]
-    printed = command(tmp_path, "fit", "--config", "vtab_vpt.yaml", *short)
     run = tmp_path / "runs" / "dsprites_loc-VPT-1"
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    printed = commands(
+        tmp_path,
+        ["fit", "--config", "vtab_vpt.yaml", *short],
+        ["evaluate", str(run)],
+        ["predict", str(run), "sprite.png", "--output", "out.csv"],
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "sprite.png", "out.csv"}
     for words in (
         "VPT(num_tokens=",
         "100 test images",
@@ -47,12 +65,7 @@ def test_main_job_evaluate_and_predict(tmp_path):
         assert words in printed
     results = json.loads((run / "results.json").read_text())
     assert results["data"]["test_subset"] == {"samples": 100, "of": 73_728, "seed": 0}
-
-    command(tmp_path, "evaluate", str(run))
     again = json.loads((run / "evaluation.json").read_text())["test"]
     assert again == pytest.approx(results["test"])
-
-    Image.fromarray(dsprites.render(torch.tensor([5]).numpy())[0]).save(tmp_path / "sprite.png")
-    printed = command(tmp_path, "predict", str(run), "sprite.png", "--output", "out.csv")
     assert "sprite.png" in printed
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 2

@@ -3,12 +3,12 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from contextlib import chdir
 
 import pytest
 import torch
+from forked import start, wait
 from small_runs import arguments, draw_images, results, run
 
 from visionpeft import fit
@@ -161,29 +161,21 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, images, monkeypatch, capsy
 
 def start_and_stop(tmp_path, images, signal_number, epochs):
     """Start a run in a process, send it a signal after three epochs, and return its directory, exit code and output."""
-    command = [sys.executable, "-m", "visionpeft.fit", *arguments(images, *DROPOUT, epochs=epochs)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*command, "--output", "parts"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A shell's background jobs ignore Ctrl-C, and so would their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            tables = list((tmp_path / "parts").glob("*/metrics.csv"))
-            if tables and len(tables[0].read_text().splitlines()) > 3:
-                process.send_signal(signal_number)
-                break
-            time.sleep(0.01)
-        output, _ = process.communicate(timeout=60)
+    printed = tmp_path / "printed.txt"
+    given = [*arguments(images, *DROPOUT, epochs=epochs), "--output", "parts"]
+    with chdir(tmp_path):
+        process = start(fit.main, given, output=printed)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        tables = list((tmp_path / "parts").glob("*/metrics.csv"))
+        if tables and len(tables[0].read_text().splitlines()) > 3:
+            break
+        time.sleep(0.01)
+    os.kill(process, signal_number)
+    code, output = wait(process, 60), printed.read_text()
     (part,) = (tmp_path / "parts").iterdir()
     assert not (part / "results.json").exists(), output
-    return part, process.returncode, output
+    return part, code, output
 
 
 @pytest.mark.slow

@@ -90,17 +90,20 @@ NAMES = (
 # relatives of LoRA, of which the fine-grained benchmark has no configuration
 VTAB_ALONE = (
     *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
-    *("vblora", "ltsft", "xprompt", "pruned_bit_fit", "relora"),
+    *("vblora", "ltsft", "xprompt", "pruned_bit_fit", "relora", "e2vpt_pruned", "diff_pruning", "far"),
+    *("periodic_lora", "auto_lora", "selective_prompts", "fish_dip"),
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
     *("eva", "lora_ga", "second_order", "neuro_ada", "sct", "binary_mask", "said"),
 )
-UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
+UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE if name != "e2vpt_pruned"}
 # networks beside the backbone, likewise
 BESIDE = ("dtl", "lst", "vqt")
 UNPUBLISHED |= {"vtab_lst.yaml", "vtab_vqt.yaml"}
 VIDEOS = shipped_configs("video_")
 VIDEO_NAMES = ("st_adapter", "aim", "linear_probe", "lora", "vpt", "adaptformer", "full")
 VIDEO_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("videos/*.yaml"))
+HEADS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("heads/*.yaml"))
+MASK_SETS = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("segmentation/*.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +168,22 @@ def test_video_set_overlay(overlay):
     assert content["model"]["init_args"]["num_frames"] == given["init_args"]["sampling"]["num_frames"]
     with pytest.raises(vp.DataError, match=given["init_args"]["root"]):  # parsed; the videos are not there
         build("--config", "video_aim.yaml" if "aim" in overlay else "video_st_adapter.yaml", "--config", overlay)
+
+
+@pytest.mark.parametrize("overlay", MASK_SETS)
+def test_overlay_of_masks(overlay):
+    """The overlay's options are those of the task and of its data module; the images are not there."""
+    with pytest.raises(vp.DataError, match="nowhere"):
+        build("--config", "scenes_lora.yaml", "--config", overlay, "--data.root", "nowhere")
+
+
+@pytest.mark.parametrize("overlay", HEADS)
+def test_overlay_of_a_head(overlay):
+    given = yaml.safe_load((CONFIGS / overlay).read_text())["model"]["init_args"]["head"]
+    task = build("--config", "scenes_linear_probe.yaml", "--config", overlay, "--trainer.accelerator", "cpu").model
+    layout = task.adapter.get_submodule("head").layout
+    assert layout["class"] == given["class_path"]
+    assert layout["fields"] | given["init_args"] == layout["fields"]
 
 
 @pytest.mark.parametrize("overlay", [name for name in VIDEO_SETS if "aim" in name])

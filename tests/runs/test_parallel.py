@@ -1,32 +1,19 @@
 """Two processes, replicated (DDP, without `find_unused_parameters`) or sharded (FSDP2), train as one process does."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from parallel_training import KINDS, NAMES
-
-SCRIPT = Path(__file__).parents[1] / "parallel_training.py"
+from forked import start, wait
+from parallel_training import KINDS, NAMES, in_one_of
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_two_processes_train_as_one(tmp_path):
     """Losses, logits and the adapter's tensors after three steps are those of one process with the whole batch."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(SCRIPT), str(rank), "2", str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+    printed = [tmp_path / f"{rank}.txt" for rank in range(2)]
+    started = [start(in_one_of, 2, rank, tmp_path, output=printed[rank]) for rank in range(2)]
+    codes = [wait(process, 300) for process in started]
+    assert codes == [0, 0], "\n".join(file.read_text() for file in printed)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     wrong = []
     for saved in ranks:

@@ -15,6 +15,9 @@ from small_video_runs import draw_videos, video_arguments
 
 from visionpeft import fit
 from visionpeft.data.ordering import ShareSampler
+from visionpeft.runs.command import PeerLost
+from visionpeft.runs.processes import lost_peers, what_became_of_peers
+from visionpeft.sharing.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -99,6 +102,33 @@ def test_a_killed_run_goes_on_with_another_number_of_devices(tmp_path, images):
     assert not (run / "results.json").exists()
     assert fit.main(["--resume", str(run), "--trainer.devices", "1"]) == 0
     assert furthest(run, alone(tmp_path / "one", given)) < 1e-6
+
+
+SAID = {  # by torch 2.14, where a process was killed, was slow, or another program had the port
+    "[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:19868. This is typically": "has ended",
+    "[/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:35035: Connection reset by peer. This is": "has ended",
+    "[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation": "does not answer",
+    "[enforce fail at /gloo/transport/tcp/pair.cc:464] op.preamble.length <= op.nbytes. 500000 vs 1000.": None,
+    "size mismatch, m1: [4 x 3], m2: [2 x 5]; Connection closed by peer": None,
+}
+SAID_BY_STORE = {
+    "Broken pipe": "has ended",
+    "wait timeout after 2000ms, keys: /zz": "does not answer",
+    "The server socket has failed to listen on any local network address. port: 1, name: EADDRINUSE": None,
+    "The client socket has timed out after 2000ms while trying to connect to (localhost, 1).": None,
+}
+
+
+def test_errors_that_say_nothing_of_another_process_stay_what_they_are(tmp_path):
+    for text, what in SAID.items():
+        assert what_became_of_peers(RuntimeError(text)) == what, text
+    for text, what in SAID_BY_STORE.items():
+        assert what_became_of_peers(torch.distributed.DistNetworkError(text)) == what, text
+    run = RunDirectory(tmp_path)
+    with pytest.raises(torch.distributed.DistNetworkError, match="EADDRINUSE"), lost_peers(run):
+        raise torch.distributed.DistNetworkError(list(SAID_BY_STORE)[2])
+    with pytest.raises(PeerLost, match=f"does not answer; .*--resume {tmp_path}"), lost_peers(run):
+        raise RuntimeError(list(SAID)[2])
 
 
 def children(pid):

@@ -123,7 +123,7 @@ REFUSED = {
     "no split to select on": (["--data.val", "null"], "give --data.val with the name of one"),
     "no test": (["--data.test", "null"], "give --data.test with the name of one"),
     "balanced weights": (["--model.class_weights", "balanced"], "nothing can be balanced by them before"),
-    "cache": (["--model.cache", "memory", "--model.method.blocks", "last:2"], "cache looks images up again"),
+    "cache": (["--model.cache", "memory", "--model.method.blocks", "last:1"], "cache looks images up again"),
     "a command": (["--data.test", "pipe:cat x.tar"], "is a command, which is not run"),
     "few images": (["--data.num_samples.train", "1", "--trainer.devices", "2"], "1 train images cannot be shared by 2"),
     "no source": (["--data.source", "webdataset"], "there is no source 'webdataset'"),

@@ -1,7 +1,7 @@
 """Options of Lightning's Trainer: a whole number stays one, whatever other libraries have annotated before."""
 
-import subprocess
-import sys
+import pytest
+from forked import start, wait
 
 SCRIPT = """
 import typing
@@ -32,9 +32,16 @@ for trainer in (AsLightning, Trainer):
 """
 
 
-def test_one_batch_is_not_all_batches():
+def script():
+    exec(SCRIPT, {})
+    return 0
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_one_batch_is_not_all_batches(tmp_path):
     """Lightning 2.6.6 annotates like the first class; what jsonargparse 4.53 reads is another library's order."""
-    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    as_lightning, ours = run.stdout.splitlines()
+    printed = tmp_path / "printed.txt"
+    assert wait(start(script, output=printed)) == 0, printed.read_text()
+    as_lightning, ours = printed.read_text().splitlines()
     assert as_lightning.split()[0] == "1.0"  # the fault is there, so that this test can fail
     assert ours.split() == ["1", "2", "0.5"]

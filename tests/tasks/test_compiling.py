@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import visionpeft as vp
 from visionpeft.costs.saved_bytes import saved_bytes, storages
 from visionpeft.errors import ConfigurationError
-from visionpeft.tasks import ImageClassification, VideoClassification, compiling
+from visionpeft.tasks import ImageClassification, SemanticSegmentation, VideoClassification, compiling
 from visionpeft.tasks.optimisation import Optimisation
 
 NAMES = ["a", "b", "c"]
@@ -101,6 +101,24 @@ def test_memory_is_spared_as_without_a_compiler(monkeypatch):
     plain = kept(lambda model: None)
     assert kept(compiling.compile_in_place) < 1.02 * plain
     assert kept(lambda model: model.compile(backend=compiling.BACKEND, fullgraph=True)) > 1.2 * plain
+
+
+def test_masks_are_compiled(graphs):
+    """One graph gives loss, gradients and running statistics as the head that is computed again does."""
+    head = vp.LinearSegmentation(dropout=0.0)
+    labels = torch.randint(-1, 3, (4, 32, 32), generator=torch.Generator().manual_seed(1))
+    seen = []
+    for compile in (False, True):
+        task = SemanticSegmentation(vp.LoRA(2), NAMES, head=head, compile=compile, **OPTIONS).train()
+        loss, found = task.training_loss(IMAGES[:4], labels)
+        loss.backward()
+        gradients = [p.grad for p in vp.trainable_parameters(task.model)]
+        seen.append([loss.detach(), found, *gradients, *task.adapter.get_submodule("head").buffers()])
+        assert len(graphs) == compile
+    for plain, compiled in zip(*seen, strict=True):
+        torch.testing.assert_close(compiled, plain)
+    with pytest.raises(ConfigurationError, match="changes with each training step"):
+        SemanticSegmentation(vp.LoRA(2), NAMES, head=vp.PMT(), compile=True, **OPTIONS)
 
 
 def test_clips_are_compiled(graphs):

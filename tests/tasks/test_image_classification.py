@@ -36,7 +36,7 @@ class Random(pl.LightningDataModule):
 
 
 def make(method=None, **fields):
-    fields = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32}} | fields
+    fields = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32, "depth": 2}} | fields
     return ImageClassification(method or vp.LoRA(rank=2), NAMES, **fields)
 
 
@@ -58,7 +58,9 @@ def test_only_adapter_and_head_are_trained(tmp_path):
 
 
 def test_frozen_modules_stay_in_evaluation_mode():
-    task = make(vp.LoRA(rank=2, dropout=0.1), backbone_kwargs={"img_size": 32, "proj_drop_rate": 0.1}, drop_path=0.2)
+    task = make(
+        vp.LoRA(rank=2, dropout=0.1), backbone_kwargs={"img_size": 32, "depth": 2, "proj_drop_rate": 0.1}, drop_path=0.2
+    )
     task.train()
     adapter = set(task.model.peft.modules())
     training = {module for module in task.model.modules() if module.training}

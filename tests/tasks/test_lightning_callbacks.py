@@ -62,7 +62,7 @@ class ByEpoch(torch.utils.data.Sampler):
 
 
 def image_task(method=None, **fields):
-    fields = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32}} | fields
+    fields = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32, "depth": 2}} | fields
     return ImageClassification(method or vp.LoRA(rank=2), NAMES, **({"optimisation": RATES} | fields))
 
 
@@ -193,7 +193,12 @@ def test_ema_is_the_average_of_what_is_trained(tmp_path, name, use_buffers):
 @pytest.mark.filterwarnings("ignore")
 def test_ema_of_videos(tmp_path):
     def video_task():
-        options = {"pretrained": False, "backbone_kwargs": {"img_size": 32}, "num_frames": 2, "optimisation": RATES}
+        options = {
+            "pretrained": False,
+            "backbone_kwargs": {"img_size": 32, "depth": 2},
+            "num_frames": 2,
+            "optimisation": RATES,
+        }
         return VideoClassification(vp.STAdapter(bottleneck=4), NAMES, "test_vit", **options)
 
     data = Squares()

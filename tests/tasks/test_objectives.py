@@ -178,3 +178,29 @@ def test_weights_that_cannot_be_balanced():
         classes.learn([0, 1], NAMES)
     with pytest.raises(ConfigurationError, match="train with a data module"):
         loss_of(classes)
+
+
+def test_pixels_are_measured_as_torchmetrics_measures_them():
+    """Over batches together, without ignored pixels and without the class that is neither labelled nor found."""
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+    from visionpeft.tasks.segmentation_objective import ClassOfPixels
+
+    found, labels = torch.randint(4, (3, 2, 6, 5)), torch.randint(-1, 4, (3, 2, 6, 5))
+    ours = ClassOfPixels(5).metrics("val")
+    theirs = {
+        "miou": MulticlassJaccardIndex(5, average="macro", ignore_index=-1),
+        "pixel_accuracy": MulticlassAccuracy(5, average="micro", ignore_index=-1),
+    }
+    for name, metric in ours.items():
+        for batch in range(3):
+            metric.update(found[batch], labels[batch])
+            theirs[name].update(found[batch], labels[batch])
+        assert metric.compute().item() == pytest.approx(theirs[name].compute().item(), abs=1e-6)
+        counted = type(theirs[name])(5, average=theirs[name].average)
+        counted.update(found, labels.clamp(min=0))
+        assert metric.compute().item() != pytest.approx(counted.compute().item(), abs=1e-3)  # ignored pixels would show
+        for each in (metric, theirs[name]):  # without a labelled pixel
+            each.reset()
+            each.update(found[0], torch.full_like(labels[0], -1))
+        assert metric.compute().item() == pytest.approx(theirs[name].compute().item(), nan_ok=True)

@@ -78,7 +78,7 @@ def config(tmp_path_factory):
     model = {
         "backbone": "test_vit",
         "pretrained": False,
-        "backbone_kwargs": {"img_size": 32},
+        "backbone_kwargs": {"img_size": 32, "depth": 2},
         "method": {"class_path": "MOELoRA", "init_args": {"experts": 2, "rank": 4}},
         "optimisation": {"lr": 0.01, "warmup_epochs": 0},
     }
@@ -166,7 +166,12 @@ def plain(run):
 def task_of(config, **options):
     folders = {name: ImageFolder(config.parent / name, 0, 0, augmentation="none") for name in TASKS_OF_RUN}
     data = MultiTask(folders)
-    fields = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32}, "tasks": data.tasks}
+    fields = {
+        "backbone": "test_vit",
+        "pretrained": False,
+        "backbone_kwargs": {"img_size": 32, "depth": 2},
+        "tasks": data.tasks,
+    }
     method = options.pop("method", vp.LoRA(rank=2))
     return ImageClassification(method, data.class_names, **(fields | options)), data
 

@@ -18,7 +18,7 @@ from visionpeft.tasks import ImageClassification, VideoClassification
 from visionpeft.tasks.optimisation import Optimisation
 
 NAMES = [f"class {index}" for index in range(6)]
-TINY = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32}}
+TINY = {"backbone": "test_vit", "pretrained": False, "backbone_kwargs": {"img_size": 32, "depth": 2}}
 
 
 class RandomClips(pl.LightningDataModule):
@@ -72,7 +72,7 @@ def test_only_adapter_and_head_are_trained(method, tmp_path):
 
 
 def test_modes_while_training():
-    task = make(backbone_kwargs={"img_size": 32, "proj_drop_rate": 0.1}, drop_path=0.2, dropout=0.3)
+    task = make(backbone_kwargs={"img_size": 32, "depth": 2, "proj_drop_rate": 0.1}, drop_path=0.2, dropout=0.3)
     task.train()
     dropped = [module for module in task.model.peft.modules() if isinstance(module, torch.nn.Dropout)]
     assert [module.p for module in dropped] == [0.3]

@@ -7,7 +7,8 @@ from torch import nn
 
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.installation import Swaps
-from visionpeft.adapters.route import Key, RoutedSite, taken
+from visionpeft.adapters.route import Key
+from visionpeft.adapters.routed_sites import RoutedSite, taken
 from visionpeft.backbones.tower import BlockSites
 from visionpeft.errors import UnsupportedError
 from visionpeft.methods.parts.several_features import SeveralFeatures

@@ -379,6 +379,9 @@ def _check_sites(adapter: AttachedAdapter, backbone: Backbone) -> None:
             used[placement.tower][placement.block].update(filter(None, (placement.site, add)))
         elif placement.site == "tokens" and "norm_pre" not in backbone.towers[placement.tower].layers:
             used[placement.tower][0].add("stream_in")
+    for tower in backbone.towers.values():
+        for index in filter(tower.is_queried, range(tower.depth)):
+            used[tower.name][index].update()  # likewise sited, whatever acts there
     for tower, sites in used.items():
         check_available(adapter, backbone.towers[tower])
         spans = [p for _, p in adapter.placements if p.tower == tower and order_of(p.module) in SPANNING]

@@ -31,8 +31,11 @@ class Economies:
         """Refuse what the model does not allow.
 
         Raises:
-            UnsupportedError: `class_token_only` for a model that reads other tokens after its last block.
+            UnsupportedError: `class_token_only` for a model that reads other tokens after its last block, or
+                `recompute` of MLPs that are not sited.
         """
+        if self.recompute == "mlp" and any(tower.layers_only is not None for tower in towers.values()):
+            raise UnsupportedError("recompute='mlp' needs sited blocks; this model has layer sites only")
         if self.class_token_only and not may_narrow(towers):
             raise UnsupportedError(
                 "class_token_only is for image towers that read nothing but the class token after the last block; "

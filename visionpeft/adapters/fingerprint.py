@@ -1,5 +1,7 @@
 """By what a backbone's weights are recognised: hashes of its parameters without heads and adapters.
 
+Of a model that has layer sites only, the statistics of its batch normalisations are among them.
+
 Values are hashed as `v + 0.0` (so that -0.0 is 0.0) rounded to bfloat16, which is the same for a backbone kept in
 float32 and in bfloat16, and once more rounded to float16, for one kept in that: two are compared in the precision of
 the coarser one. Each part of the model (`blocks.3`, `norm`, `pos_embed`) has short hashes of its own, by
@@ -113,6 +115,8 @@ def _parameters(model: nn.Module, backbone: Backbone | None = None) -> list[tupl
     named = [(name, p) for name, p in model.named_parameters(recurse=False)]
     for part, child in model.named_children():
         named += child.named_parameters(prefix=part) if part != "peft" else ()
+    if any(tower.layers_only is not None for tower in backbone.towers.values()):
+        named += [(name, b) for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
     return [(name, p) for name, p in sorted(named, key=lambda entry: entry[0]) if not name.startswith(heads)]
 
 

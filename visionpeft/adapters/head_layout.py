@@ -74,7 +74,7 @@ def dense_head_from_layout(layout: dict) -> DenseHead:
     Raises:
         StorageError: if this version has no such head, or it has other fields.
     """
-    own = [getattr(heads, name) for name in heads.__all__ if name != "DenseHead"]
+    own = [getattr(heads, name) for name in heads.__all__ if name not in ("DenseHead", "DetectionHead")]
     try:
         kind = classes_by_name(DenseHead, own)[layout["class"]]
         types = get_type_hints(kind)

@@ -20,6 +20,7 @@ from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import BlockSites, Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Carriers, Located, OnPatches, OnPixels, Order, Sites, order_of
+from visionpeft.sites.changed_weights import CHANGED, changes_weights, has_statistics, keeps_statistics
 from visionpeft.sites.stand_ins import attributes_of, reads_copies, uses_head
 
 SHALLOW = "shallow prompts travel between the blocks; use VPT(deep=True)"
@@ -91,20 +92,25 @@ def plan_of(peft: Adapters, names: tuple[str, ...]) -> Plan:
 
 def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> None:
     acting = acting_in(tower, plan)
+    if tower.layers_only is not None:
+        for module in filter(has_statistics, tower.module.modules()):
+            swaps.swap(module, keeps_statistics(swaps.kind(module)))
     # Before the blocks are looked at, because it may add to the first one.
     travelling = travelling_prompts(tower, plan, peft, peft.chosen)
     for index, block in enumerate(tower.blocks):
         # A block is sited if something acts in it, if prompts travel through it (its attention mask must make room for
-        # them), or if an economy needs it. Every other block stays the library's.
+        # them), if queries of a head go through it (they are no patches), or if an economy needs it. Every other block
+        # stays the library's.
         prompts, here = travelling[index], acting.get(index, {})
-        if index not in acting and not prompts and not peft.economies.need(tower, index):
+        needed = tower.is_queried(index) or peft.economies.need(tower, index)
+        if index not in acting and not prompts and not needed:
             continue
         sites = Sites(tower.num_prefix_tokens, tower.causal)
         check_multiplied(here)
         peft.economies.apply(sites, tower, index, here)
         # Prompts as keys and values are for towers that are not causal, where every token sees them. They act no more
         # as modules and count no more as tokens.
-        if not tower.causal:
+        if not tower.causal and tower.layers_only is None:
             sites.key_prompts = key_prompts(block.module, here, block.on_map)
         if sites.key_prompts is not None:
             here = without_prompts(here, sites.key_prompts.prompts)
@@ -112,7 +118,7 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
         check_on_map(block, here, prompts)
         sites.extra_tokens = sum(module.num_tokens for module in prompts)
         swap_block(swaps, block, sites)
-        located = {key: located_in(modules, sites.first_patch, prompts) for key, modules in here.items()}
+        located = {key: located_in(modules, sites.first_patch, prompts, sites) for key, modules in here.items()}
         if queries := located.pop(QUERIES, None):
             sites.asking = Asking(queries, asker(block, swaps))
         if carriers := located.pop(CARRIERS, None):
@@ -153,6 +159,8 @@ def swap_block(swaps: Swaps, block: BlockSites, sites: Sites) -> None:
 
     Block and attention share their sites: the attention asks for those of q, k, v and kv, the block for its tokens'.
     """
+    if block.sited_class is None:  # nor are its layers economical: some act by their weight alone
+        return
     for module, sited_class in block.swapped.items():
         swaps.swap(module, sited_class, sites=sites)
     for layer in block.economical:
@@ -171,6 +179,8 @@ def fill(
             swaps.swap_layer(layers["fc2"].owner, entering=entering)
         elif site == "tokens":
             swaps.swap_layer(layers["norm_pre"].owner, entering=acting)
+        elif site in layers and changes_weight(layers[site], acting):
+            change_weight(swaps, layers[site], acting)
         elif site in layers and layers[site].called:
             swaps.swap_layer(layers[site].owner, acting=acting)
         elif add is not None:
@@ -179,23 +189,52 @@ def fill(
             sites.acting[site] = acting
 
 
-def located_in(modules: list[nn.Module], first_patch: int, inside: list[nn.Module]) -> tuple:
+def changes_weight(layer: Layer, acting: Iterable[nn.Module]) -> bool:
+    """Whether what acts at a layer changes the weight that is read, and not the output."""
+    on_outputs = layer.kind != "conv" or all(getattr(module, "on_images", False) for module in acting)
+    return layer.changed == "always" or (layer.changed == "if needed" and not on_outputs)
+
+
+def change_weight(swaps: Swaps, layer: Layer, acting: tuple[nn.Module, ...]) -> None:
+    """Let the weight and bias of a layer be read as what acts makes of them.
+
+    Raises:
+        UnsupportedError: something acts that does more than change the weight and bias.
+    """
+    for module in acting:
+        what = type(module).__name__
+        if not hasattr(module, "merge"):
+            raise UnsupportedError(f"{what} acts on outputs, but at {layer.site} only the weight can be changed")
+        if getattr(getattr(module, "dropout", None), "p", 0) > 0:
+            raise UnsupportedError(
+                f"{what} cannot drop inputs at {layer.site}, where it changes the weight itself; use dropout=0"
+            )
+    names = tuple(name for name in CHANGED if layer.owner._parameters.get(name) is not None)
+    swaps.swap(layer.owner, changes_weights(swaps.kind(layer.owner), names), acting=acting)
+
+
+def located_in(
+    modules: list[nn.Module], first_patch: int, inside: list[nn.Module], sites: Sites | None = None
+) -> tuple:
     """Modules with where the tokens are for those who treat some of them apart.
 
     Args:
         modules: what acts at one site.
         first_patch: number of tokens before the patches.
         inside: whose prompts travel through the block.
+        sites: of the block, if tokens of a head may stand between these prompts and the patches.
     """
 
     def located(module: nn.Module) -> nn.Module | OnPatches | Located:
         if getattr(module, "patches_only", False):
-            return OnPatches(module, first_patch)
+            return OnPatches(module, first_patch, sites)
         place = getattr(module, "located_at", None)
         if place is None:
             return module
         # Prompts that enter later stand before those that are there.
-        after = [] if place == "patches" else inside[: inside.index(place) + 1]
+        if place == "patches":
+            return Located(module, first_patch, sites)
+        after = inside[: inside.index(place) + 1]
         return Located(module, first_patch - sum(each.num_tokens for each in after))
 
     return tuple(map(located, modules))

@@ -1,7 +1,10 @@
 """What batches tell about a backbone: gradients of its weights, what its layers read, sizes of its channels."""
 
+import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 
 import torch
 import torch.nn as nn
@@ -41,15 +44,17 @@ class Measures:
         each: bool,
         clip: float | None = None,
         training: bool = False,
+        hardest: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """Sums of squared gradients of the loss in weights and biases, by name.
 
         Args:
             candidates: the weights and biases.
-            samples: how many samples are taken from the front of the batches.
+            samples: how many samples are taken from the front of the batches, None for all.
             each: square the gradient of each sample, instead of that of each batch.
             clip: norm to which the gradient of each weight or bias is clipped before it is squared, None for none.
             training: let dropout and stochastic depth act, as in training.
+            hardest: of what is taken, how many samples or batches with the largest losses are used, None for all.
         """
 
         def square(gradient: torch.Tensor) -> torch.Tensor:
@@ -57,7 +62,7 @@ class Measures:
                 gradient = gradient * (clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
             return gradient.square()
 
-        return self._sums(candidates, samples, each, self.loss, training, square)
+        return self._sums(candidates, samples, each, self.loss, training, square, hardest)
 
     def gradients(
         self,
@@ -143,6 +148,7 @@ class Measures:
         loss: Loss,
         training: bool,
         term: Callable[[torch.Tensor], torch.Tensor],
+        hardest: int | None = None,
     ) -> dict[str, torch.Tensor]:
         parameters = list({id(c.parameter): c.parameter for c in candidates.values()}.values())
         sums = {
@@ -150,7 +156,8 @@ class Measures:
             for name, c in candidates.items()
         }
         with _differentiable(self.model, parameters, training):
-            for batch in taken(self.batches, samples, each, parameters[0].device):
+            shown = taken(self.batches, samples, each, parameters[0].device)
+            for batch in shown if hardest is None else self._hardest(shown, hardest):
                 with torch.enable_grad():
                     gradients = torch.autograd.grad(loss(self.model, batch), parameters, allow_unused=True)
                 found = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True)}
@@ -167,6 +174,14 @@ class Measures:
         return sums
 
     @torch.no_grad()
+    def _hardest(self, shown: Iterable[Batch], number: int) -> list[Batch]:
+        """The batches with the largest losses; only so many are kept at a time."""
+        found = heapq.nlargest(number, ((self.loss(self.model, each).item(), each) for each in shown), itemgetter(0))
+        if not all(math.isfinite(loss) for loss, _ in found):
+            raise DataError("the loss of a training sample is not finite")
+        return [batch for _, batch in found]
+
+    @torch.no_grad()
     def _observe(self, seen: Mapping[Place, nn.Module], samples: int | None) -> None:
         """Run the batches with modules that look at what passes through some places, and leave it as it is."""
         adapter, device = attached(self.model)[self.name], next(self.model.parameters()).device
@@ -177,9 +192,10 @@ class Measures:
             try:
                 with use(self.model, self.name):
                     for batch in taken(self.batches, samples, False, device):
-                        classes = batch[-1]
+                        labels = batch[-1]
+                        is_class = isinstance(labels, torch.Tensor) and labels.ndim == 1
                         for module in seen.values():
-                            module.classes = classes if classes.ndim == 1 and not classes.is_floating_point() else None
+                            module.classes = labels if is_class and not labels.is_floating_point() else None
                         self.loss(self.model, batch)
             finally:
                 adapter.placements = placements
@@ -279,10 +295,24 @@ def taken(batches: Iterable[Batch], samples: int | None, each: bool, device: tor
     """
     count = 0
     for batch in batches:
-        batch = tuple(tensor[: None if samples is None else samples - count].to(device) for tensor in batch)
+        batch = tuple(_on(device, part[: None if samples is None else samples - count]) for part in batch)
         count += len(batch[0])
-        yield from zip(*(tensor.split(1) for tensor in batch), strict=True) if each else (batch,)
+        yield from zip(*map(_singly, batch), strict=True) if each else (batch,)
         if count == samples:
             return
     if not count:
         raise DataError("no batch of training data was shown")
+
+
+def _on(device: torch.device, part: object) -> object:
+    """A tensor on the device, or a list and what is in it, of labels such as the objects of each image."""
+    if isinstance(part, torch.Tensor):
+        return part.to(device)
+    if isinstance(part, list):
+        return [_on(device, each) for each in part]
+    return {name: _on(device, value) for name, value in part.items()} if isinstance(part, dict) else part
+
+
+def _singly(part: torch.Tensor | list) -> Sequence:
+    """Each sample by itself, in a tensor or a list of one."""
+    return part.split(1) if isinstance(part, torch.Tensor) else [[each] for each in part]

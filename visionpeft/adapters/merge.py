@@ -153,6 +153,8 @@ def _merged_heads(model: nn.Module, peft: Adapters) -> dict[str, nn.Module]:
 def _merge_layer(layer: Layer, merges: list[Callable], value, place: str) -> None:
     weight = value(layer.owner, layer.weight)
     weight_rows = weight if layer.rows is None else weight[layer.rows]
+    if layer.changed != "never":
+        weight_rows = weight_rows.flatten(1) if weight.ndim > 2 else weight_rows
     bias_rows = None
     if layer.bias_owner is not None:
         bias = value(layer.bias_owner, layer.bias)

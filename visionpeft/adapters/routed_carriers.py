@@ -2,7 +2,8 @@
 
 import torch
 
-from visionpeft.adapters.route import Key, RoutedSite, gathered, taken
+from visionpeft.adapters.route import Key
+from visionpeft.adapters.routed_sites import RoutedSite, gathered, taken
 from visionpeft.backbones.frames import Frames
 from visionpeft.sites import entering, leaving
 from visionpeft.sites.routing import Routing

@@ -30,17 +30,9 @@ from visionpeft.adapters.install import (
 from visionpeft.adapters.installation import Anatomy, Swaps
 from visionpeft.adapters.key_prompts import Acting, key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
-from visionpeft.adapters.route import (
-    Key,
-    Opened,
-    Route,
-    RoutedAdapter,
-    RoutedHead,
-    RoutedKeyPrompts,
-    RoutedSite,
-    RoutedWindows,
-)
+from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter
 from visionpeft.adapters.routed_carriers import RoutedCarriers
+from visionpeft.adapters.routed_sites import RoutedHead, RoutedKeyPrompts, RoutedSite, RoutedWindows
 from visionpeft.adapters.together import alike
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone, Tower
@@ -163,7 +155,7 @@ class Routes:
         known, root = self.adapters.get((name, keyed)), peft[name]
         if known is not None and known.root is root:
             return known
-        _check_routable(name, root)
+        _check_routable(name, root, self.backbone)
         check_asking_alone({name: root})
         check_unchanged(model, (name,))
         plan = plan_of(peft, (name,))
@@ -308,11 +300,12 @@ def _described(model: nn.Module, peft: Adapters, originals: dict[nn.Module, type
     return [(module, originals.get(module, type(module)), dict(module._modules)) for _, module in modules]
 
 
-def _check_routable(name: str, adapter: nn.Module) -> None:
+def _check_routable(name: str, adapter: nn.Module, backbone: Backbone) -> None:
     """Refuse an adapter that cannot act on single rows exactly.
 
     Raises:
-        UnsupportedError: if it trains parameters of the backbone itself, or acts on the text tower.
+        UnsupportedError: if it trains parameters of the backbone itself, or acts on the text tower or on one that has
+            layer sites only.
     """
     methods = ", ".join(type(method).__name__ for method in adapter.methods)
     if adapter.trained_names:
@@ -324,6 +317,11 @@ def _check_routable(name: str, adapter: nn.Module) -> None:
         raise UnsupportedError(
             f"adapter {name!r} ({methods}) acts by the task of an image, which a route does not hand on; use it for a "
             "whole batch, within visionpeft.of_tasks"
+        )
+    if any(backbone.towers[placement.tower].layers_only is not None for _, placement in adapter.placements):
+        raise UnsupportedError(
+            f"adapter {name!r} ({methods}) acts on a model that has layer sites only, which does not say which rows of "
+            "a layer are those of an image; use it for a whole batch"
         )
     if any(placement.tower == "text" for _, placement in adapter.placements):
         raise UnsupportedError(f"adapter {name!r} ({methods}) acts on the text tower, whose batch is not images")

@@ -20,6 +20,8 @@ from visionpeft.sites import TOKEN_SITES, SitedLayer, Sites, sited_layer_class
 
 TOLERANCE = 1e-5  # relative; library norms may compute in float32
 
+PLAIN = (bool, int, float, str)
+
 # block -> (what it was when it was found sound, the sites that were found live then)
 _SOUND: WeakKeyDictionary[torch.nn.Module, tuple[tuple, set[str]]] = WeakKeyDictionary()
 
@@ -36,25 +38,27 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
         UnsupportedError: if a sited block computes something else than the original, or a used site has no effect.
     """
     kinds: dict[tuple, set[str]] = {}
-    blocks: dict[tuple, list[BlockSites]] = {}
+    blocks: dict[tuple, list[tuple[BlockSites, tuple, set[str]]]] = {}
     for index, sites in used.items():
         block = tower.blocks[index]
-        if next(block.module.parameters()).is_meta:
+        if block.sited_class is None or next(block.module.parameters()).is_meta:
             continue
         _require_class_forward(block)
-        state, live = _SOUND.get(block.module, (None, set()))
-        if state == _state(block) and sites <= live:
+        state = _state(block)
+        checked, live = _SOUND.get(block.module, (None, set()))
+        if checked == state and sites <= live:
             continue
-        kind = _kind(block.module)
+        kind = repr(block.module), *state[-1]  # the description says neither the class of a part nor what was set on it
         kinds.setdefault(kind, set()).update(sites)
-        blocks.setdefault(kind, []).append(block)
+        blocks.setdefault(kind, []).append((block, state, live if checked == state else set()))
     if not kinds:
         return
     # The check draws random numbers, and must not change what the caller draws next.
     with torch.random.fork_rng(devices=[]), without_global_hooks():
         for kind, sites in kinds.items():
-            _check_block(blocks[kind][0], tower, sites)
-            _SOUND.update((block.module, (_state(block), sites)) for block in blocks[kind])
+            _check_block(blocks[kind][0][0], tower, sites)
+            # What an earlier check of the block as it is has found counts on, so that no site of it is checked twice.
+            _SOUND.update((block.module, (state, sites | live)) for block, state, live in blocks[kind])
 
 
 def _state(block: BlockSites) -> tuple:
@@ -74,16 +78,8 @@ def _require_class_forward(block: BlockSites) -> None:
             )
 
 
-def _kind(block: torch.nn.Module) -> tuple:
-    """What two blocks have in common that compute the same but for their weights.
-
-    Their description does not say which of two classes of one name a part is, nor what was set on it by hand, such as
-    `fused_attn` or a forward of its own.
-    """
-    return repr(block), *_settings(block)
-
-
 def _settings(block: torch.nn.Module) -> list[tuple]:
+    """Of each part its class and what was set on it by hand, such as `fused_attn` or a forward of its own."""
     settings = []
     for path, part in block.named_modules():
         own = {k: v for k, v in vars(part).items() if k != "training" and _is_setting(v)}
@@ -93,7 +89,7 @@ def _settings(block: torch.nn.Module) -> list[tuple]:
 
 def _is_setting(value: object) -> bool:
     # Tuples, too: of two blocks of a Swin that print the same, one has shift_size (0, 0) and one (3, 3).
-    return all(map(_is_setting, value)) if isinstance(value, tuple) else isinstance(value, bool | int | float | str)
+    return all(map(_is_setting, value)) if isinstance(value, tuple) else isinstance(value, PLAIN)
 
 
 def _enliven(module: torch.nn.Module) -> None:

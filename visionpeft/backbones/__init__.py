@@ -5,6 +5,8 @@ from visionpeft.backbones import (  # noqa: F401  (register families)
     timm_convnext,
     timm_eva,
     timm_layers,
+    timm_naflex,
+    timm_qwen,
     timm_swin,
     timm_swin_v2,
     timm_vit,

@@ -29,15 +29,32 @@ def describe(model: nn.Module) -> Backbone:
         raise UnsupportedError(f"{type(model).__name__} is already sharded; attach before fully_shard")
     if "open_clip" in sys.modules:  # no model of OpenCLIP is there without it; importing it takes seconds
         importlib.import_module("visionpeft.backbones.open_clip")
-    return describe_model(model)
+    return describe_part(model)
+
+
+def describe_part(model: nn.Module) -> Backbone:
+    """Describe a model that may be a part of another: by its blocks, or a timm model without sited ones by its layers.
+
+    Raises:
+        UnsupportedError: if it is neither.
+    """
+    try:
+        return describe_model(model)
+    except UnsupportedError as refusal:
+        if not hasattr(model, "pretrained_cfg"):  # which timm gives to every model that it makes
+            raise
+        unknown = describe_model.dispatch(type(model)) is describe_model.dispatch(object)
+        reason = f"{type(model).__name__} has no sited blocks" if unknown else str(refusal)
+        return importlib.import_module("visionpeft.backbones.layers_only").layers_only(model, reason)
 
 
 @singledispatch
 def describe_model(model: nn.Module) -> Backbone:
     """Describe a whole model; registered by model class."""
     raise UnsupportedError(
-        f"{type(model).__name__} is not supported; supported are timm VisionTransformer, Eva (EVA, EVA-02, DINOv3, "
-        "RoPE ViTs), Beit, Swin, SwinV2 and ConvNeXt, and OpenCLIP models with such or native transformer towers"
+        f"{type(model).__name__} has no sited blocks; timm VisionTransformer, Eva (EVA, EVA-02, DINOv3, RoPE ViTs), "
+        "Beit, NaFlexVit, Qwen3-VL towers, Swin, SwinV2 and ConvNeXt have, and OpenCLIP models with such or native "
+        "transformer towers; any other timm model has layer sites"
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
     Attention,
@@ -15,10 +16,14 @@ from open_clip.transformer import (
 )
 
 from visionpeft.backbones.attention import attend, attend_as, fused_qkv, fused_qkv_layers, thirds
-from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, norm_layers
+from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, describe_part, norm_layers
+from visionpeft.backbones.layers_only import layers_only
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import UNTOUCHED, Sites
+
+# What the layers of a ResNet's attention pool are called elsewhere.
+POOL = {f"attnpool.{name}_proj": site for name, site in {"q": "q", "k": "k", "v": "v", "c": "proj"}.items()}
 
 
 def project(
@@ -225,7 +230,7 @@ def visual_tower(tower: VisionTransformer, path: str) -> Tower:
         path=path,
         module=tower,
         blocks=[describe_block(block) for block in tower.transformer.resblocks],
-        width=tower.conv1.out_channels,
+        common_width=tower.conv1.out_channels,
         num_prefix_tokens=1,
         layers=layers | norm_layers(norm_pre=tower.ln_pre, norm=tower.ln_post),
         pools_class_token=tower.pool_type == "tok" and tower.attn_pool is None and not tower.output_tokens,
@@ -243,7 +248,7 @@ def text_tower(tower: nn.Module, path: str) -> Tower:
         path=path,
         module=tower,
         blocks=[describe_block(block) for block in tower.transformer.resblocks],
-        width=tower.token_embedding.embedding_dim,
+        common_width=tower.token_embedding.embedding_dim,
         num_prefix_tokens=1,  # the start token
         layers=norm_layers(norm=tower.ln_final),
         causal=causal,
@@ -264,10 +269,24 @@ def _(model: TextTransformer) -> Backbone:
 
 @describe_model.register
 def _(model: TimmModel) -> Backbone:
-    trunk = describe_model(model.trunk)
+    trunk = describe_part(model.trunk)
     tower = trunk.towers["visual"]
     tower.path = "trunk"
     return Backbone("open_clip", trunk.name, model, {"visual": tower})
+
+
+@describe_model.register
+def _(model: ModifiedResNet) -> Backbone:
+    """Layer sites: blocks are the bottlenecks, and last the attention pool, whose weights are read without a call."""
+    stages = [f"layer{stage}" for stage in range(1, 5)]
+    paths = [f"{stage}.{index}" for stage in stages for index in range(len(model.get_submodule(stage)))]
+    reason = "ModifiedResNet has no sited blocks"
+    backbone = layers_only(model, reason, (*paths, "attnpool"), POOL)
+    (tower,) = backbone.towers.values()
+    for block in tower.blocks:
+        block.width = model.attnpool.q_proj.in_features
+    tower.layer(len(paths), "k").shift_is_void = True  # a shift of all keys adds the same to all scores of a query
+    return Backbone("open_clip", "ModifiedResNet", model, {"visual": tower})
 
 
 @describe_model.register(CLIP)

@@ -74,7 +74,7 @@ def _(model: ConvNeXt) -> Backbone:
         path="",
         module=model,
         blocks=[describe_block(block) for stage in model.stages for block in stage.blocks],
-        width=None,
+        common_width=None,
         num_prefix_tokens=0,
         layers=layers,
         patch_size=(model.feature_info[0]["reduction"],) * 2,

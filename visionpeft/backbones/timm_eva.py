@@ -109,7 +109,7 @@ def rotary_heads(
     q, k, v = (part.unflatten(-1, (h, -1)).transpose(1, 2) for part, h in zip(qkv, heads, strict=True))
     q, k = sites.call(attention.q_norm, q), sites.call(attention.k_norm, k)
     if rope is not None:
-        patches = x.shape[1] - attention.num_prefix_tokens - sites.extra_tokens
+        patches = x.shape[1] - attention.num_prefix_tokens - sites.extra_tokens - sites.queries
         half = getattr(attention, "rotate_half", False)
         q = rotated(q, rope, patches if sites.kept is None else 0, half).type_as(v)
         k = rotated(k, rope, patches, half).type_as(v)

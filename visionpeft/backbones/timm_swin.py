@@ -114,7 +114,7 @@ def swin_backbone(model: nn.Module) -> Backbone:
         path="",
         module=model,
         blocks=[describe_block(block) for stage in model.layers for block in stage.blocks],
-        width=None,
+        common_width=None,
         num_prefix_tokens=0,
         layers=layers | norm_layers(norm=model.norm),
         patch_size=tuple(model.patch_embed.patch_size),

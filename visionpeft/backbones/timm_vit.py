@@ -65,7 +65,7 @@ def timm_backbone(model: nn.Module, **norms: nn.Module) -> Backbone:
         path="",
         module=model,
         blocks=[describe_block(block) for block in model.blocks],
-        width=model.embed_dim,
+        common_width=model.embed_dim,
         num_prefix_tokens=model.num_prefix_tokens,
         layers=layers,
         patch_size=tuple(model.patch_embed.patch_size),

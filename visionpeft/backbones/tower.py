@@ -1,7 +1,9 @@
 """What a backbone looks like to a method: towers of blocks, and the layers whose weights it may act on."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -38,6 +40,11 @@ class Layer:
             rotated nor normalised: it adds the same to all scores of a query.
         reads: the site whose tokens the layer takes as they are, by default that of its name; "" for none.
         channels_first: whether its output is (batch, out, rows, columns); by default so for convolutions alone.
+        groups: further targets that address it with others of its kind.
+        changed: when what acts there changes the weight that is read, instead of the output: "never"; "if needed",
+            where something acts that can do nothing else; or "always", for layers that do more than multiply, or whose
+            weight is read without a call.
+        overwritten: whether what follows may overwrite the output in place, so that nothing may keep it.
     """
 
     site: str
@@ -54,6 +61,9 @@ class Layer:
     shift_is_void: bool = False
     reads: str | None = None
     channels_first: bool | None = None
+    groups: tuple[str, ...] = ()
+    changed: Literal["never", "if needed", "always"] = "never"
+    overwritten: bool = False
 
     def __post_init__(self):
         if self.channels_first is None:
@@ -82,6 +92,12 @@ class Layer:
         return weight if self.rows is None else weight[self.rows]
 
     @property
+    def matrix(self) -> torch.Tensor:
+        """The weight rows as (out, in); of a convolution, in are the values that make one of its output."""
+        weight = self.weight_tensor
+        return weight.flatten(1) if weight.ndim > 2 else weight
+
+    @property
     def bias_tensor(self) -> torch.Tensor | None:
         """The bias rows (out,), or None."""
         if self.bias_owner is None:
@@ -101,8 +117,12 @@ class Layer:
 
     @property
     def in_features(self) -> int:
-        """Width of the layer's input; for a convolution the number of its input channels."""
-        return self.weight_tensor.shape[1]
+        """Width of the layer's input; for a convolution the number of values that make one of its output."""
+        return math.prod(self.weight_tensor.shape[1:])
+
+    def named_by(self, targets: Iterable[str]) -> str | None:
+        """The first of some targets that means this layer, or None."""
+        return next((target for target in targets if target == self.target or target in self.groups), None)
 
 
 @dataclass
@@ -111,7 +131,8 @@ class BlockSites:
 
     Args:
         module: the library's block.
-        sited_class: the subclass of the block's class whose forward offers the sites.
+        sited_class: the subclass of the block's class whose forward offers the sites; None for a block of a tower
+            that has layer sites only.
         attention: the attention module inside it, None if it has none.
         sited_attention_class: likewise for the attention.
         layers: the layer sites by name.
@@ -127,7 +148,7 @@ class BlockSites:
     """
 
     module: nn.Module
-    sited_class: type[nn.Module]
+    sited_class: type[nn.Module] | None
     attention: nn.Module | None
     sited_attention_class: type[nn.Module] | None
     layers: dict[str, Layer]
@@ -142,6 +163,8 @@ class BlockSites:
     @property
     def swapped(self) -> dict[nn.Module, type[nn.Module]]:
         """The block and its attention, with their sited classes."""
+        if self.sited_class is None:
+            return {}
         swapped = {self.module: self.sited_class}
         return swapped if self.attention is None else swapped | {self.attention: self.sited_attention_class}
 
@@ -193,7 +216,7 @@ class Tower:
         path: where it sits in the model, "" for the model itself.
         module: the module at that path.
         blocks: its blocks in order.
-        width: width of the token stream, which its blocks then have; None if they have widths of their own.
+        common_width: width of the token stream, which its blocks then have; None if they have widths of their own.
         num_prefix_tokens: tokens before the patches (class, registers); for text the start token.
         layers: layer sites outside the blocks: "patch_embed", "norm_pre", "norm", "fc_norm", and between stages
             "downsample.1/norm", "downsample.1/reduction" before the blocks of stage 1.
@@ -207,13 +230,16 @@ class Tower:
         frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
         pools_class_token: whether after the last block only the first token is read.
         stages: how many blocks each stage has, of a tower whose width or grid changes between stages.
+        layers_only: why its blocks have no sites but those of layers, None if they are sited.
+        unreached: names in `module` of parameters that the forward does not compute with.
+        queried_blocks: through how many of the last blocks tokens of a head may go, which are no patches.
     """
 
     name: str
     path: str
     module: nn.Module
     blocks: list[BlockSites]
-    width: InitVar[int | None]
+    common_width: int | None
     num_prefix_tokens: int
     layers: dict[str, Layer]
     patch_size: tuple[int, int] | None = None
@@ -225,16 +251,32 @@ class Tower:
     frames: Frames | None = None
     pools_class_token: bool = False
     stages: tuple[int, ...] = ()
+    layers_only: str | None = None
+    unreached: frozenset[str] = frozenset()
+    queried_blocks: int = 0
 
-    def __post_init__(self, width: int | None):
+    def __post_init__(self):
         for block in self.blocks:
-            block.width = block.width or width
+            block.width = block.width or self.common_width
             block.grid = block.grid or self.grid_size
 
     @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    def is_queried(self, block: int) -> bool:
+        """Whether tokens of a head may go through a block."""
+        return block >= self.depth - self.queried_blocks
+
+    @property
+    def width(self) -> int:
+        """Width of the token stream.
+
+        Raises:
+            UnsupportedError: it differs between blocks.
+        """
+        return self.width_of(range(self.depth))
 
     @property
     def attention_width(self) -> int:
@@ -283,7 +325,8 @@ class Tower:
     def parameter_names(self) -> list[str]:
         """Names in `module` of the tower's own parameters."""
         excluded = ("peft.", *self.excluded)
-        return [name for name, _ in self.module.named_parameters() if not name.startswith(excluded)]
+        names = [name for name, _ in self.module.named_parameters() if not name.startswith(excluded)]
+        return [name for name in names if name not in self.unreached]
 
     def all_layers(self) -> Iterator[tuple[int | None, Layer]]:
         """Every layer site with the index of its block, or None outside the blocks."""
@@ -296,18 +339,6 @@ class Tower:
     def layer(self, block: int | None, site: str) -> Layer:
         """The layer site of a block, or of the tower itself if `block` is None."""
         return self.layers[site] if block is None else self.blocks[block].layers[site]
-
-
-def _width(tower: Tower) -> int:
-    """Width of the token stream.
-
-    Raises:
-        UnsupportedError: it differs between blocks.
-    """
-    return tower.width_of(range(tower.depth))
-
-
-Tower.width = property(_width)  # after the class, whose field of this name is an argument alone
 
 
 @dataclass

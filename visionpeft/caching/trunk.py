@@ -44,6 +44,11 @@ class FrozenTrunk:
         self.blocks = [block.module for block in tower.blocks]
         starts = [start for adapter in self.acting for start in _starts(adapter, model, tower)]
         self.first = min(starts, default=None)
+        if tower.layers_only is not None and self.first is not None:
+            raise UnsupportedError(
+                "of a model that has layer sites only, a frozen trunk is kept where nothing but the head is trained; "
+                "leave cache out"
+            )
         if self.first == 0:
             raise ConfigurationError(
                 "the method acts from the first block on, so that there is no frozen trunk whose tokens could be kept; "

@@ -1,14 +1,17 @@
 """What stands in a saved learner, checked."""
 
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from visionpeft.adapters.described_tensors import read_described
+from visionpeft.clip.class_loss import ClassLoss
 from visionpeft.errors import StorageError
 
 FORMAT = 1
 STEM = "learner"
+LOSSES = get_args(ClassLoss)
 
 
 def read_learner(folder: str | Path) -> dict:
@@ -40,6 +43,7 @@ def _check_description(description: object, path: Path) -> None:
     sound = isinstance(learner.get("class"), str) and isinstance(learner.get("options"), dict)
     texts = [text for key in ("class_names", "templates", "adapters") for text in description[key]]
     sound &= all(isinstance(text, str) for text in texts)
+    sound &= description.get("loss", "cross_entropy") in LOSSES  # which versions before had not
     sound &= all(isinstance(backbone.get(k), str) for k in ("class", "architecture", "fingerprint"))
     if not sound:
         raise StorageError(f"the description in {path} is not what save_learner writes")

@@ -3,26 +3,24 @@
 import copy
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from visionpeft.adapters.attach import attach, has_adapters
 from visionpeft.adapters.described_tensors import check_tensors
+from visionpeft.clip.class_loss import ClassLoss, check_class_loss, class_loss
+from visionpeft.clip.kept_features import Kept, KeptFeatures, state_of_texts
 from visionpeft.clip.layout import Layout, Tokenizer, Tokens, check_distinct, clean_class_names
-from visionpeft.clip.model import acting_adapters, check_clip, fixed_image_size, image_dtype
+from visionpeft.clip.model import acting_adapters, check_acting, check_clip, check_images, image_dtype
 from visionpeft.clip.packing import OwnTokens
 from visionpeft.clip.template_ensemble import ensemble, template_layouts
 from visionpeft.clip.templates import check_templates
 from visionpeft.clip.text import TextEncoder, unit
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.base import Method
-
-Kept = TypeVar("Kept")
 
 
 class Learner(nn.Module):
@@ -56,6 +54,9 @@ class Learner(nn.Module):
         template_style: which of a data set's own templates it takes; see `visionpeft.data.dataset_template`.
         chunk_size: most texts that are encoded at a time, None for all; less memory, the same gradient.
         fast_text: leave out the work in the text tower that cannot matter.
+        loss_name: how an image is compared with the classes; see `set_loss`.
+        compares_pairs: it can learn with "sigmoid", because its own `loss` leaves the comparison to `class_loss`; None
+            where it can unless it has a loss of its own, is fitted, or adapts while testing.
 
     Raises:
         UnsupportedError: the model is no CLIP, or its text tower takes no prompts.
@@ -72,6 +73,8 @@ class Learner(nn.Module):
     fits_raw_features = False
     fitted_views = 1
     template_style = "zero_shot"
+    loss_name: ClassLoss = "cross_entropy"
+    compares_pairs: bool | None = None
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class Learner(nn.Module):
         self.tokenizer = Tokenizer(tokenizer, self.text.length)
         self.templates = () if templates is None else check_templates(templates)
         self.class_names: list[str] = []
-        self._kept: dict[str, tuple] = {}
+        self._kept = KeptFeatures()
         self.clip = clip
         self.acting = acting_adapters(clip)
 
@@ -154,6 +157,25 @@ class Learner(nn.Module):
     def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
         """Take what was published for the data set, by learner, where none was given; most learners have nothing."""
 
+    def set_loss(self, loss: ClassLoss) -> None:
+        """Compare images with classes by this loss from now on; it also says what the logits mean.
+
+        With "cross_entropy" an image has one class of all, softmax(logits). It is the default on SigLIP, too: papers
+        train and measure so, and the bias, equal for all classes, changes nothing. With "sigmoid", SigLIP's own loss,
+        each pair of an image and a class is judged by itself, sigmoid(logits), which says "none of them" where all are
+        small and does not depend on the other classes. See `class_loss`.
+
+        Raises:
+            ConfigurationError: an unknown loss, or "sigmoid" where the learner has no form with it or the CLIP no bias.
+        """
+        pairs = self.compares_pairs
+        if pairs is None:
+            kind = type(self)
+            own = kind.loss is not Learner.loss or kind.fit_features is not Learner.fit_features
+            pairs = not own and not self.adapts_while_testing
+        check_class_loss(loss, self.clip, pairs, type(self).__name__)
+        self.loss_name = loss
+
     def reset(self) -> None:
         """Begin a new stream: forget the images that an online learner has seen; others have nothing to forget."""
 
@@ -164,7 +186,10 @@ class Learner(nn.Module):
             UnsupportedError: a tower lacks what the method needs.
             ConfigurationError: the CLIP has an adapter of that name.
         """
-        attach(self.clip, method, self.adapter_name, head=False)
+        try:
+            attach(self.clip, method, self.adapter_name, head=False)
+        except UnsupportedError as error:  # which names a method that a user of the learner need not know
+            raise UnsupportedError(f"{type(self).__name__} does not work on this CLIP: {error}") from None
         self.acting = acting_adapters(self.clip)
         self.train()
 
@@ -174,13 +199,7 @@ class Learner(nn.Module):
         Raises:
             ConfigurationError: others act on the CLIP now.
         """
-        now = acting_adapters(self.clip)
-        if now != self.acting:
-            raise ConfigurationError(
-                f"on the CLIP of this {type(self).__name__} now act {_listed(now)}, and it was built with "
-                f"{_listed(self.acting)}; switch them with visionpeft.activate or visionpeft.disable, or give each "
-                "learner a CLIP of its own"
-            )
+        check_acting(self.clip, self.acting, type(self).__name__)
 
     # Images to logits
 
@@ -190,16 +209,7 @@ class Learner(nn.Module):
         Raises:
             ConfigurationError: another shape than (batch, 3, height, width), another size, or other adapters act.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ConfigurationError(
-                f"images must be (batch, 3, height, width), not {tuple(images.shape)}; convert gray images to RGB"
-            )
-        size = fixed_image_size(self.clip)
-        if size is not None and tuple(images.shape[2:]) != size:
-            raise ConfigurationError(
-                f"images are {images.shape[2]} x {images.shape[3]}, and this CLIP takes {size[0]} x {size[1]}; resize "
-                "them as its preprocessing says"
-            )
+        check_images(self.clip, images)
         self.check_acting()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -257,6 +267,10 @@ class Learner(nn.Module):
         # Autocast would round a hundred times a cosine to the eight bits of bfloat16.
         with torch.autocast(image_features.device.type, enabled=False):
             logits = self.scale.to(image_features.dtype) * image_features @ text_features.mT
+        return self.with_bias(logits)
+
+    def with_bias(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scaled cosines with the bias of the CLIP, which SigLIP has."""
         bias = getattr(self.clip, "logit_bias", None)
         return logits if bias is None else logits + bias.to(logits.dtype)
 
@@ -302,7 +316,11 @@ class Learner(nn.Module):
             features: unit image features (batch, features), if they have been kept.
         """
         logits = self.classify(self.image_features(images) if features is None else features)
-        return F.cross_entropy(logits, labels), logits
+        return self.class_loss(logits, labels), logits
+
+    def class_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean loss () of logits (batch, classes) and labels (batch,), as `set_loss` says."""
+        return class_loss(self.loss_name, logits, labels)
 
     def text_penalty(self, texts: torch.Tensor) -> torch.Tensor | float:
         """What the loss adds to the cross-entropy for unit text features (classes, features)."""
@@ -324,38 +342,6 @@ class Learner(nn.Module):
             What was chosen on the validation split, for the record of a run.
         """
         return {}
-
-    def gradient(
-        self,
-        output: torch.Tensor,
-        tensor: torch.Tensor,
-        upstream: torch.Tensor | None = None,
-        keep_graph: bool = False,
-    ) -> torch.Tensor:
-        """Gradient of `output`, with `upstream` as the gradient of what follows it, with respect to `tensor`.
-
-        It is scaled as in `gradients`.
-        """
-        (gradient,) = self.gradients(output, [tensor], upstream, keep_graph)
-        return gradient
-
-    def gradients(
-        self,
-        output: torch.Tensor,
-        tensors: Sequence[torch.Tensor],
-        upstream: torch.Tensor | None = None,
-        keep_graph: bool = False,
-    ) -> list[torch.Tensor]:
-        """Gradients of `output`, with `upstream` as the gradient of what follows it, with respect to `tensors`.
-
-        They are scaled on their way through a text tower in float16, where small gradients would become zero.
-        """
-        device = self.text.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        scale = 1024.0 if torch.float16 in (autocast, self.text.dtype) else 1.0
-        upstream = torch.ones_like(output) if upstream is None else upstream
-        found = torch.autograd.grad(output, tensors, upstream * scale, retain_graph=keep_graph)
-        return [gradient / scale for gradient in found]
 
     def end_epoch(self, epoch: int, num_epochs: int) -> None:
         """Called after training epoch `epoch` of 0 .. num_epochs - 1."""
@@ -428,7 +414,7 @@ class Learner(nn.Module):
 
         Args:
             key: what the features are.
-            compute: works them out.
+            compute: computes them.
             depends_on: tensors of the learner on whose values they depend, beside the CLIP and the class names.
             with_graph: compute them with gradients.
             adapters: the adapters of the CLIP that act when they are computed; by default those that act now.
@@ -436,49 +422,13 @@ class Learner(nn.Module):
         if torch.compiler.is_exporting():  # what is computed then is no number, and nothing to keep
             with torch.set_grad_enabled(with_graph):
                 return compute()
-        current = [tensor.detach() for tensor in depends_on]
-        acting = acting_adapters(self.clip) if adapters is None else adapters
-        state = {id(p): p._version for p in self._parameters_of_text(acting)}
-        device = self.text.device
-        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        others = (state, acting_adapters(self.clip), autocast, self.text.dtype, device, self.training, self.fast_text)
-        if key in self._kept:
-            features, old_others, old = self._kept[key]
-            if old_others == others and _same_values(old, current):
-                return features
-        # What was computed in inference mode could not take part in a training step later.
-        with torch.inference_mode(False), torch.set_grad_enabled(with_graph):
-            features = compute()
-            self._kept[key] = (features, others, [tensor.clone() for tensor in current])
-        return features
-
-    def _parameters_of_text(self, adapters: Iterable[str]) -> Iterator[nn.Parameter]:
-        """What text features depend on: the text tower, and what these adapters have in it; nothing of the images."""
-        for name, parameter in self.text.module.named_parameters():
-            if not name.startswith(("visual.", "peft.")):  # a plain CLIP is its own text tower
-                yield parameter
-        for adapter in adapters:
-            for name, parameter in self.clip.peft[adapter].named_parameters():
-                if not name.partition(".")[2].startswith("visual."):  # <method>.<tower>. ...
-                    yield parameter
+        state = (*state_of_texts(self.clip, self.text, adapters), self.training, self.fast_text)
+        return self._kept.get(key, state, list(depends_on), compute, with_graph)
 
     def __deepcopy__(self, memo):
         """A learner of its own, with a CLIP of its own; the tokenizer, which does not change, is shared."""
         memo[id(self.tokenizer)] = self.tokenizer
         made = type(self).__new__(type(self))
         memo[id(self)] = made
-        # Kept features are known by the tensors that they were computed from, and may belong to a graph.
-        made.__dict__.update(copy.deepcopy(self.__dict__ | {"_kept": {}}, memo))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
-
-
-def _same_values(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
-    """Whether two lists of tensors are equal, for which their device is waited for once and not for each of them."""
-    pairs = list(zip(left, right, strict=False))
-    if len(left) != len(right) or any(a.shape != b.shape for a, b in pairs):
-        return False
-    return not pairs or bool(torch.stack([(a == b).all() for a, b in pairs]).all())
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f"the adapters {', '.join(names)}" if names else "no adapters"

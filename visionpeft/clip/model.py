@@ -1,5 +1,7 @@
 """What a learner asks of an OpenCLIP model."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 from open_clip import CLIP, CoCa, CustomTextCLIP
@@ -8,7 +10,7 @@ from open_clip.transformer import VisionTransformer
 
 from visionpeft.adapters.attach import has_adapters
 from visionpeft.backbones.dispatch import describe
-from visionpeft.errors import UnsupportedError
+from visionpeft.errors import ConfigurationError, UnsupportedError
 
 
 def check_clip(clip: nn.Module) -> None:
@@ -29,6 +31,42 @@ def check_clip(clip: nn.Module) -> None:
 def acting_adapters(clip: nn.Module) -> tuple[str, ...]:
     """Names of the adapters that act on a CLIP."""
     return clip.peft.active if has_adapters(clip) else ()
+
+
+def check_acting(clip: nn.Module, built_with: Sequence[str], learner: str) -> None:
+    """Refuse to compute with other adapters than those with which a learner of this name was built.
+
+    Raises:
+        ConfigurationError: others act on the CLIP now.
+    """
+    now = acting_adapters(clip)
+    if now != built_with:
+        raise ConfigurationError(
+            f"on the CLIP of this {learner} now act {_listed(now)}, and it was built with {_listed(built_with)}; "
+            "switch them with visionpeft.activate or visionpeft.disable, or give each learner a CLIP of its own"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"the adapters {', '.join(names)}" if names else "no adapters"
+
+
+def check_images(clip: nn.Module, images: torch.Tensor) -> None:
+    """Refuse images that the image tower does not take.
+
+    Raises:
+        ConfigurationError: another shape than (batch, 3, height, width), or another size.
+    """
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ConfigurationError(
+            f"images must be (batch, 3, height, width), not {tuple(images.shape)}; convert gray images to RGB"
+        )
+    size = fixed_image_size(clip)
+    if size is not None and tuple(images.shape[2:]) != size:
+        raise ConfigurationError(
+            f"images are {images.shape[2]} x {images.shape[3]}, and this CLIP takes {size[0]} x {size[1]}; resize "
+            "them as its preprocessing says"
+        )
 
 
 def fixed_image_size(clip: nn.Module) -> tuple[int, int] | None:

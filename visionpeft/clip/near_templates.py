@@ -1,7 +1,6 @@
 """What learners share whose text features are drawn to those of a template."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from visionpeft.clip.learner import Learner
@@ -18,6 +17,7 @@ class NearTemplates(Learner):
     """
 
     template_style = "kgcoop"
+    compares_pairs = True
     vectors: nn.Parameter
     weight: float
 
@@ -32,7 +32,7 @@ class NearTemplates(Learner):
         features = self.image_features(images) if features is None else features
         texts = self.text_features()
         logits = self.logits(features, texts)
-        return F.cross_entropy(logits, labels) + self.text_penalty(texts), logits
+        return self.class_loss(logits, labels) + self.text_penalty(texts), logits
 
     def text_penalty(self, texts: torch.Tensor) -> torch.Tensor:
         """weight * (1 - mean_k cos(t_k, z_k)) for unit text features t (classes, features)."""

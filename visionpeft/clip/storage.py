@@ -41,6 +41,7 @@ def save_learner(
         "class_names": learner.class_names,
         "adapters": [name for name in learner.acting if name != learner.adapter_name],
         "allow_duplicates": learner.allow_duplicates,
+        "loss": learner.loss_name,
         "backbone": backbone_record(learner.clip),
         "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
         "metadata": dict(metadata or {}),
@@ -96,6 +97,7 @@ def load_learner(
     try:
         if description["templates"]:  # perhaps those of the data set it was trained on
             learner.set_template(description["templates"])
+        learner.set_loss(description.get("loss", "cross_entropy"))
         learner.load_trained_state(tensors, what)
         if class_names is not None:
             learner.set_class_names(class_names)

@@ -25,7 +25,7 @@ class Summary:
     """Counts of a model with adapters; `print` shows them as a table.
 
     Args:
-        backbone: name of the architecture.
+        backbone: name of the architecture, and whether it has layer sites only.
         total: number of values in the model as it computes now, adapters included.
         trainable: number of trained values, the head included.
         adapter: number of trained values without the head.
@@ -91,9 +91,10 @@ def summary(model: nn.Module) -> Summary:
     unused = stood_in_for(model)
     own = [p for name, p in model.named_parameters() if not name.startswith("peft.") and p not in unused]
     heads = {id(p) for name in peft.active for p in peft[name].head_parameters()}
-    count = sum(p.numel() for p in trainable)
+    count, backbone = sum(p.numel() for p in trainable), describe(model)
+    coarse = any(tower.layers_only is not None for tower in backbone.towers.values())
     return Summary(
-        backbone=describe(model).name,
+        backbone=backbone.name + " (layer sites only)" * coarse,
         total=sum(p.numel() for p in own) + count,
         trainable=count,
         adapter=sum(p.numel() for p in trainable if id(p) not in heads),

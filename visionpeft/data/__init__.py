@@ -1,5 +1,9 @@
 """Lightning data modules: benchmarks, people's own images and videos, and the embedded sets."""
 
+from visionpeft.data.detection.coco import CocoDetection
+from visionpeft.data.detection.module import DetectionDataModule
+from visionpeft.data.detection.scenes import ComposedObjects
+from visionpeft.data.detection.yolo import YoloFolder
 from visionpeft.data.few_shot.module import FewShot
 from visionpeft.data.few_shot.templates import dataset_template
 from visionpeft.data.fgvc import FGVC
@@ -7,7 +11,7 @@ from visionpeft.data.image_folder import ImageFolder
 from visionpeft.data.image_list import ClipArt, ImageList
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.multi_task import MultiTask
-from visionpeft.data.segmentation.benchmarks import ADE20K, VOCSegmentation
+from visionpeft.data.segmentation.benchmarks import ADE20K, Cityscapes, VOCSegmentation
 from visionpeft.data.segmentation.folder import MaskFolder
 from visionpeft.data.segmentation.module import SegmentationDataModule
 from visionpeft.data.segmentation.scenes import ComposedScenes
@@ -27,9 +31,13 @@ __all__ = [
     "FGVC",
     "HMDB51",
     "UCF101",
+    "Cityscapes",
     "ClipArt",
     "ClipAugmentation",
+    "CocoDetection",
+    "ComposedObjects",
     "ComposedScenes",
+    "DetectionDataModule",
     "FewShot",
     "FrameSampling",
     "ImageDataModule",
@@ -47,6 +55,7 @@ __all__ = [
     "VideoDataModule",
     "VideoFolder",
     "VideoList",
+    "YoloFolder",
     "dataset_template",
     "files_dataloader",
     "find_images",

@@ -9,8 +9,8 @@ import torch
 
 from visionpeft.errors import ConfigurationError, DataError, did_you_mean
 
-Labels = Literal["classes", "several", "number", "masks"]
-# Those that are read from lists and names of folders; masks are images of their own.
+Labels = Literal["classes", "several", "number", "masks", "objects"]
+# Those that are read from lists and names of folders; masks are images of their own, objects have files of theirs.
 LABELS = ("classes", "several", "number")
 # Below this share of their mean, differences between numbers are lost in float32, which has about seven digits.
 RESOLVED = 1e-4

@@ -32,11 +32,13 @@ class DenseHead:
 
     layers: Layers
     number_of_maps: ClassVar[int | None] = None  # of heads that take a certain number
+    gives_scores: ClassVar[bool] = False  # see `DenseModule`
 
     def __post_init__(self):
-        for name, annotation in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if name != "number_of_maps" and not fits(value, annotation):
+        types = get_type_hints(type(self))
+        for name in (field.name for field in dataclasses.fields(self)):
+            value, annotation = getattr(self, name), types[name]
+            if not fits(value, annotation):
                 raise ConfigurationError(f"{type(self).__name__}: {name} must be {in_words(annotation)}, not {value!r}")
         layers = self.layers
         if isinstance(layers, list):
@@ -71,20 +73,22 @@ class DenseHead:
                 f"{list(layers)}; what is trained after the last block that is read would never learn"
             )
         if self.number_of_maps not in (None, len(chosen)):
-            raise ConfigurationError(f"{name} reads {self.number_of_maps} blocks, not {len(chosen)}")
+            number = self.number_of_maps
+            fitting = "'quarters', or to 4" if number == 4 else number
+            raise ConfigurationError(f"{name} reads {number} blocks, not {len(chosen)}; set its layers to {fitting}")
         return chosen
 
     @abstractmethod
     def build(self, channels: int, maps: int, num_classes: int) -> "DenseModule":
         """The head for so many maps of so many channels, newly initialised."""
 
-    def make(self, channels: int, maps: int, num_classes: int) -> "DenseModule":
-        """As `build`; the module knows how to describe itself."""
-        made = self.build(channels, maps, num_classes)
+    def make(self, channels: int, maps: int, num_classes: int, **more: int) -> "DenseModule":
+        """As `build`, with what else it takes; the module knows how to describe itself."""
+        made = self.build(channels, maps, num_classes, **more)
         made.layout = {
             "class": type(self).__name__,
             "fields": dataclasses.asdict(self),
-            "arguments": {"channels": channels, "maps": maps, "num_classes": num_classes},
+            "arguments": {"channels": channels, "maps": maps, "num_classes": num_classes, **more},
         }
         return made
 
@@ -95,10 +99,15 @@ class DenseModule(nn.Module):
     Attributes:
         layout: description that a saved head is built from again.
         needs_several_images: whether it takes statistics that one training image does not have.
+        gives_scores: whether it gives scores in the place of logits, not negative, whose share is the probability, and
+            in training mode `MaskPredictions`.
+        queried_blocks: through how many of the backbone's last blocks its `queries` go.
     """
 
     layout: dict
     needs_several_images = False
+    gives_scores = False
+    queried_blocks = 0
 
     @abstractmethod
     def forward(self, maps: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,7 @@ class BinaryMask(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     found: ClassVar[tuple[str, ...]] = ("fixed",)
 
     masked: float = 0.05
@@ -111,7 +112,7 @@ class BinaryMask(Method):
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One mask at every target layer of the chosen blocks."""
         for index, layer in target_layers(self, tower):
-            shape = tuple(layer.weight_tensor.shape)
+            shape = tuple(layer.matrix.shape)
             module = FixedMask(*shape) if self.fixed else LearnedMask(*shape, self.masked)
             yield Placement(tower.name, index, layer.site, module)
 

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2106.10199
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -18,6 +19,7 @@ class Shift(nn.Module):
     """y + shift on the channels of a layer's output: its bias is b + shift; (out,), zero at the start."""
 
     stackable = True
+    on_images = True
     order = Order.WEIGHT
 
     def __init__(self, layer: Layer):
@@ -51,6 +53,7 @@ class BitFit(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     key_bias: bool = True
     towers: str | list[str] | None = None
 

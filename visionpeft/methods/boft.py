@@ -5,6 +5,7 @@ https://arxiv.org/abs/2311.06243
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -88,6 +89,7 @@ class BOFT(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     block: int = 4
     factors: int = 4
     targets: tuple[str, ...] = ("q", "v")

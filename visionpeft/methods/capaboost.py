@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -83,6 +84,7 @@ class CapaBoost(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 8
     alpha: float | None = None
     copies: int = 2

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -25,7 +26,7 @@ class DecomposedLowRank(LowRank):
 
     def __init__(self, layer: Layer, rank: int, scaling: float, dropout: float):
         super().__init__(layer.in_features, layer.out_features, rank, scaling, dropout)
-        weight = full_precision(layer.weight_tensor.detach())
+        weight = full_precision(layer.matrix.detach())
         self.magnitude = nn.Parameter(lengths(weight if weight.dtype == torch.float64 else weight.float()))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
@@ -40,7 +41,7 @@ class DecomposedLowRank(LowRank):
     def merge(self, weight: torch.Tensor, bias):
         """Weight and bias that compute the same: m * V / |V| and b."""
         direction, bias = super().merge(weight, bias)
-        return direction * (self.magnitude.to(weight) / lengths(direction))[:, None], bias
+        return direction * (self.magnitude.to(weight) / lengths(direction.detach()))[:, None], bias
 
 
 def lengths(weight: torch.Tensor) -> torch.Tensor:
@@ -71,6 +72,7 @@ class DoRA(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ("q", "v")

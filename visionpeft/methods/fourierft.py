@@ -5,7 +5,7 @@ https://arxiv.org/abs/2405.03003
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn as nn
@@ -89,6 +89,7 @@ class FourierFT(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     number: int = 3000
     scale: float = 150.0
     init: Literal["normal", "zero"] = "normal"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.base import Method
@@ -15,6 +16,7 @@ class FullFineTuning(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     towers: str | list[str] | None = None
 
     def trains(self, tower: Tower) -> Iterator[str]:

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2505.20355
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -75,6 +76,7 @@ class GraLoRA(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 32
     cuts: int = 2
     alpha: float | None = 64.0

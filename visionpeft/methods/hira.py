@@ -6,6 +6,7 @@ https://openreview.net/forum?id=TwJrTz9cRS
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -56,6 +57,7 @@ class HiRA(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 32
     targets: tuple[str, ...] = ("q", "v")
     blocks: Blocks = "all"

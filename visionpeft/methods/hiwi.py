@@ -5,6 +5,7 @@ https://arxiv.org/abs/2305.16742
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -60,6 +61,7 @@ class HiWi(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     bottleneck: int = 8
     targets: tuple[str, ...] = ("q", "v")
     blocks: Blocks = "all"

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2203.16329
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -68,6 +69,7 @@ class KAdaptation(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     terms: int = 4
     rank: int = 1
     targets: tuple[str, ...] = ("q", "v")

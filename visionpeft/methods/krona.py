@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -65,6 +66,7 @@ class KronA(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     shape: tuple[int, int] | None = None
     scale: float = 1.0
     targets: tuple[str, ...] = ("q", "v")

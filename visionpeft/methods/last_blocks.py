@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.base import Method, require
@@ -19,6 +20,7 @@ class LastBlocks(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     n: int = 1
     towers: str | list[str] | None = None
 

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2211.08682
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch.nn as nn
 
@@ -30,12 +31,16 @@ class LayerNormTuning(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     blocks: Blocks = "all"
     towers: str | list[str] | None = None
 
     def trains(self, tower: Tower) -> Iterator[str]:
         """Parameters of the norms."""
         blocks = blocks_of(self, tower)
+        if tower.layers_only is not None:
+            yield from self._of_layers(tower, blocks)
+            return
         chosen = {id(p) for index in blocks for p in norm_parameters(tower.blocks[index].module)}
         in_blocks = {id(p) for block in tower.blocks for p in block.module.parameters()}
         # Those that are no layer site of the tower, such as the norm of a pooling, come after the blocks.
@@ -47,6 +52,16 @@ class LayerNormTuning(Method):
         for name in tower.parameter_names():
             if id(tower.module.get_parameter(name)) in chosen:
                 yield name
+
+    def _of_layers(self, tower: Tower, blocks: list[int]) -> Iterator[str]:
+        """Likewise for a tower of layers; norms outside the blocks with all of them."""
+        chosen = {
+            id(parameter)
+            for index, layer in tower.all_layers()
+            if layer.kind == "norm" and (len(blocks) == tower.depth if index is None else index in blocks)
+            for parameter in layer.owner.parameters(recurse=False)
+        }
+        yield from (name for name in tower.parameter_names() if id(tower.module.get_parameter(name)) in chosen)
 
 
 def norm_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -74,17 +74,18 @@ class LowRank(nn.Module):
 
 
 class LowRankConv(LowRank):
-    """`LowRank` for a patch convolution: A (rank, in * height * width) is applied as a kernel, B to each position."""
+    """`LowRank` for a convolution: A (rank, in * height * width) is applied as a kernel, B to each position."""
 
     stackable = True
+    on_images = True
 
     def __init__(self, convolution: nn.Conv2d, rank: int, scaling: float, dropout: float, train_A: bool = True):
         super().__init__(convolution.weight[0].numel(), convolution.out_channels, rank, scaling, dropout, train_A)
         self.kernel = convolution.weight.shape[1:]
-        self.geometry = {"stride": convolution.stride, "padding": convolution.padding}
+        self.geometry = {"stride": convolution.stride, "padding": convolution.padding, "dilation": convolution.dilation}
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
-        """Map images x (batch, in, H, W) and patches y (batch, out, h, w) to changed patches."""
+        """Map the convolution's input x (batch, in, H, W) and output y (batch, out, h, w) to the changed output."""
         x = self.dropout(to_parameter_dtype(x, self.A))
         z = F.conv2d(x, self.A.view(-1, *self.kernel), **self.geometry)
         return y + self.scaling * F.conv2d(z, self.B[:, :, None, None]).to(y.dtype)
@@ -124,6 +125,8 @@ class LoRA(Method):
     """Low-rank change of weight matrices: W + (alpha / rank) B A, each target with its own A and B.
 
     Acts on the rows of q, k and v separately, also where the backbone keeps them in one matrix. Mergeable.
+    The weight of a convolution is taken as a matrix (out, in / groups * height * width), so that A is a convolution of
+    `rank` kernels and B a 1 x 1 one after it.
     `rank_stabilised` makes the scale alpha / sqrt(rank) (rsLoRA), with which the change neither dies nor explodes as
     the rank grows. Without `train_A` only B is trained (LoRA-FA): half the values, and A, drawn as ever, is saved.
     Memory is no reason for it here, where no input of A is kept anyway; and the optimiser of that name in peft, which
@@ -135,7 +138,8 @@ class LoRA(Method):
     Args:
         rank: rank r of the change.
         alpha: numerator of the scale alpha / rank; None for a scale of 1.
-        targets: layers, out of q k v proj fc1 fc2 gate patch_embed; fc1 covers both halves of a gated MLP.
+        targets: layers, out of q k v proj fc1 fc2 gate patch_embed; fc1 covers both halves of a gated MLP. Of a model
+            that has layer sites only: all linears convolutions pointwise grouped, or the names of its layers.
         dropout: dropout on the input of A. It costs memory and time; the papers on ViTs use 0 to 0.1.
         overrides: other ranks for some blocks or targets, such as {"fc1": 4, "last:4": 16, "first:2/q": 2}.
         blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
@@ -144,6 +148,7 @@ class LoRA(Method):
         train_A: whether A is trained, too.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ("q", "v")
@@ -164,7 +169,8 @@ class LoRA(Method):
         """One `LowRank` at every target layer of the chosen blocks."""
         ranks = Overrides(self.rank, self.overrides, tower, self.targets, "LoRA overrides")
         for index, layer in target_layers(self, tower, ("linear", "conv")):
-            yield Placement(tower.name, index, layer.site, self._module(layer, ranks.at(index, layer.target)))
+            rank = ranks.at(index, layer.named_by(self.targets))
+            yield Placement(tower.name, index, layer.site, self._module(layer, rank))
 
     def combine(self, methods, parts, weights):
         """LoRA that changes each weight by the weighted sum of the changes: ranks are put one after another."""
@@ -181,6 +187,6 @@ class LoRA(Method):
 
     def _module(self, layer: Layer, rank: int) -> LowRank:
         scaling = self.scale(rank)
-        if layer.kind == "conv":
+        if layer.kind == "conv" and layer.changed != "always":
             return LowRankConv(layer.owner, rank, scaling, self.dropout, self.train_A)
         return LowRank(layer.in_features, layer.out_features, rank, scaling, self.dropout, self.train_A)

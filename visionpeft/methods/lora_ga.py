@@ -74,7 +74,7 @@ class LoRAGA(Counting):
 
     def start(self, layer: Layer, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for the factors; what they are comes from `allocate`, or with what was saved."""
-        weight = layer.weight_tensor
+        weight = layer.matrix
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return weight.new_zeros(len(weight), rank, dtype=dtype), weight.new_zeros(rank, weight.shape[1], dtype=dtype)
 
@@ -86,9 +86,9 @@ class LoRAGA(Counting):
             for index, layer, rank, _ in ranked_layers(self, tower)
         }
         for path, (_, layer, rank) in layers.items():
-            if is_quantised(layer.weight_tensor):
+            if is_quantised(layer.matrix):
                 raise UnsupportedError(f"LoRAGA: the weight of {path} is quantised and has no gradient to start from")
-            most = min(layer.weight_tensor.shape) // 2
+            most = min(layer.matrix.shape) // 2
             require(rank <= most, self, f"{layer.target} has {2 * most} components, so its rank cannot be {rank}")
         candidates = {path: SparseCandidate(index, layer, "weight") for path, (index, layer, _) in layers.items()}
         gradients, tensors = measures.gradients(candidates, self.samples), {}

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2409.15371 (first published as Bone)
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -61,6 +62,7 @@ class MiSS(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 64
     targets: tuple[str, ...] = ("q", "v")
     blocks: Blocks = "all"

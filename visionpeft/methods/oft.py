@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -79,6 +80,7 @@ class OFT(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     block: int = 32
     targets: tuple[str, ...] = ("q", "v")
     blocks: Blocks = "all"

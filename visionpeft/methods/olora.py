@@ -1,6 +1,7 @@
 """OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models (Büyükakyüz, 2024), https://arxiv.org/abs/2406.01775."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,7 @@ class OLoRA(StartsFromWeight):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ("q", "v")

@@ -6,6 +6,7 @@ https://arxiv.org/abs/2404.02948
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -102,7 +103,7 @@ class StartsFromWeight(Counting):
 
     def start(self, layer: Layer, rank: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of the weight of the layer."""
-        weight = full_precision(layer.weight_tensor)
+        weight = full_precision(layer.matrix)
         weight = weight if weight.dtype == torch.float64 else weight.float()
         most = min(weight.shape)
         require(rank <= most, self, f"{layer.target} has {most} components, so its rank cannot be {rank}")
@@ -133,6 +134,7 @@ class PiSSA(StartsFromWeight):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 8
     alpha: float | None = None
     targets: tuple[str, ...] = ("q", "v")

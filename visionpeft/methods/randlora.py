@@ -6,6 +6,7 @@ https://arxiv.org/abs/2502.00987
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -83,6 +84,7 @@ class RandLoRA(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 32
     scale: float = 20.0
     targets: tuple[str, ...] = ("q", "v")

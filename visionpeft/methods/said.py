@@ -5,6 +5,7 @@ https://arxiv.org/abs/2012.13255
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -79,6 +80,7 @@ class SAID(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     dimension: int = 1000
     targets: tuple[str, ...] = ("q", "v")
     seed: int = 0
@@ -96,12 +98,12 @@ class SAID(Method):
         layers = target_layers(self, tower)
         number = self.dimension - len(layers)
         require(number > 0, self, f"a dimension of {self.dimension} leaves nothing for z beside {len(layers)} scales")
-        smallest = min(hadamard_length(layer.weight_tensor.numel()) for _, layer in layers)
+        smallest = min(hadamard_length(layer.matrix.numel()) for _, layer in layers)
         require(number <= smallest, self, f"z has {number} numbers, more than the {smallest} of the smallest weight")
         subspace = Subspace(number)
         yield Shared(tower.name, "subspace", subspace)
         for place, (index, layer) in enumerate(layers):
-            module = Fastfood(subspace, *layer.weight_tensor.shape, (self.seed, place))
+            module = Fastfood(subspace, *layer.matrix.shape, (self.seed, place))
             yield Placement(tower.name, index, layer.site, module)
 
 

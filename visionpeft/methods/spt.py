@@ -148,7 +148,7 @@ class SPT(Method):
             candidates |= candidates_of(tower, blocks_of(self, tower), norms=True)
         scores = squares(candidates, self.samples, False)
         above, below = max(score.max().item() for score in scores.values()) * 2, torch.finfo(torch.float32).tiny
-        for _ in range(64):  # halving the interval of exponents until float32 values cannot tell its ends apart
+        for _ in range(40):  # halving the interval of exponents until float32 values cannot tell its ends apart
             middle = math.sqrt(above) * math.sqrt(below)
             if self._cost(candidates, _counts(scores, middle)) > self.budget:
                 below = middle
@@ -191,4 +191,4 @@ class SPT(Method):
 
 
 def _counts(scores: Mapping[str, torch.Tensor], threshold: float) -> dict[str, int]:
-    return {name: int((score >= threshold).sum()) for name, score in scores.items()}
+    return {name: int(torch.count_nonzero(score >= threshold)) for name, score in scores.items()}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -20,6 +21,7 @@ EMBEDDING = ("patch_embed", "patch_embed_norm")
 class ScaleShift(nn.Module):
     """scale * y + shift on the channels of a layer's output; both (out,)."""
 
+    on_images = True
     order = Order.OUTPUT
 
     def __init__(self, layer: Layer, std: float):
@@ -27,11 +29,14 @@ class ScaleShift(nn.Module):
         self.scale = nn.Parameter(torch.empty(layer.out_features).normal_(1.0, std))
         self.shift = nn.Parameter(torch.empty(layer.out_features).normal_(0.0, std))
         self.trailing = layer.trailing
+        self.overwritten = layer.overwritten
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map the layer's output y, channels last or (batch, out, h, w), to the same shape."""
         if self.trailing:
             return (y * self.scale.view(-1, 1, 1) + self.shift.view(-1, 1, 1)).to(y.dtype)
+        if self.overwritten:
+            return (y * self.scale + self.shift).to(y.dtype)
         return scale_shift(y, self.scale, self.shift)
 
     def row_values(self) -> dict[str, torch.Tensor]:
@@ -70,6 +75,7 @@ class SSF(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     std: float = 0.02
     blocks: Blocks = "all"
     towers: str | list[str] | None = None
@@ -82,9 +88,13 @@ class SSF(Method):
         """One `ScaleShift` after every layer named above."""
         blocks = blocks_of(self, tower)
         for index, layer in tower.all_layers():
-            if index is None:
-                acts = layer.site in (*EMBEDDING, *tower.final_norms) or tower.between_stages(layer.site) is not None
+            if tower.layers_only is not None:
+                holds = layer.bias_tensor is not None
+                acts = holds and (len(blocks) == tower.depth if index is None else index in blocks)
+            elif index is None:
+                named = layer.site in (*EMBEDDING, *tower.final_norms) or tower.between_stages(layer.site) is not None
+                acts = named and tower.belongs_to(layer.site) in blocks
             else:
-                acts = layer.target in TARGETS
-            if acts and (tower.belongs_to(layer.site) if index is None else index) in blocks:
+                acts = layer.target in TARGETS and index in blocks
+            if acts:
                 yield Placement(tower.name, index, layer.site, ScaleShift(layer, self.std))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -81,6 +82,7 @@ class VBLoRA(Method):
         towers: which towers, "visual" or "text" or both, each with its own bank; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     rank: int = 4
     number: int = 256
     length: int = 256

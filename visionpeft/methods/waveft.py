@@ -5,6 +5,7 @@ https://arxiv.org/abs/2505.12532
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -53,6 +54,7 @@ class WaveFT(Method):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    needs_blocks: ClassVar = False
     number: int = 2592
     scale: float = 25.0
     targets: tuple[str, ...] = ("q", "v")

@@ -3,21 +3,25 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from visionpeft.adapters.attach import attach
+from visionpeft.adapters.attach import attach, has_adapters
 from visionpeft.backbones.dispatch import describe, describe_model
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.heads import DenseHead, LinearSegmentation
+from visionpeft.heads import DenseHead, DetectionHead, LinearSegmentation
+from visionpeft.heads.mask_classification import MaskModule, MaskPredictions
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
-from visionpeft.models.strips import resized
+from visionpeft.models.queries import check_queried, through_last_blocks
+from visionpeft.models.strips import largest, resized
+from visionpeft.sites.stand_ins import acting_head
 
 LINEAR = LinearSegmentation()
 
@@ -58,7 +62,7 @@ class DensePredictor(nn.Module):
         number = classes if isinstance(classes, int) else len(classes)
         if isinstance(classes, bool | str) or number < 2:
             raise ConfigurationError(f"classes must be a list of at least two names, or their number, not {classes!r}")
-        if not isinstance(head, DenseHead):
+        if not isinstance(head, DenseHead) or isinstance(head, DetectionHead):
             raise ConfigurationError(f"head must be a head such as LinearSegmentation(layers=4), not {head!r}")
         backbone = create_dense_backbone(backbone) if isinstance(backbone, str) else backbone
         towers = describe(backbone).towers
@@ -68,11 +72,18 @@ class DensePredictor(nn.Module):
                 "image tower, .visual"
             )
         tower = towers["visual"]
+        if tower.layers_only is not None:
+            raise UnsupportedError(f"a DensePredictor needs sited blocks; {tower.layers_only}")
         self.backbone = backbone
         self.blocks = head.blocks(tower.depth)
         self.patch_size = tuple(tower.patch_size)
         like = next(backbone.parameters())
         self.head = head.make(tower.width, len(self.blocks), number).to(like.device, like.dtype)
+        if (queried := self.head.queried_blocks) > tower.depth:
+            raise ConfigurationError(f"queries cannot go through {queried} blocks of a backbone that has {tower.depth}")
+        self.queries_need_sites = any(block.knows_positions for block in tower.blocks[tower.depth - queried :])
+        if queried:
+            check_queried([block.module for block in tower.blocks[-queried:]], knows_positions=False)
         self.num_classes = number
         self.recompute_head = recompute_head
         if hasattr(backbone, "backbone_source"):
@@ -84,7 +95,16 @@ class DensePredictor(nn.Module):
     def coarse_logits(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes, rows, columns) at the resolution of the head, of images filled up to whole patches.
 
-        They cover `1 / shares` of the image; see `shares`.
+        They cover `1 / shares` of the image; see `shares`. Of a head that `gives_scores` they are scores.
+        """
+        output = self.head_output(images)
+        return output.scores if isinstance(output, MaskPredictions) else output
+
+    def head_output(self, images: torch.Tensor) -> torch.Tensor | MaskPredictions:
+        """What the head gives for images filled up to whole patches.
+
+        It is `coarse_logits`, except that heads of queries give `MaskPredictions` while they are trained, of which
+        `mask_classification_loss` is the loss.
         """
         if images.ndim != 4:
             raise ConfigurationError(
@@ -94,21 +114,58 @@ class DensePredictor(nn.Module):
         missing = [-side % patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)]
         if any(missing):
             images = F.pad(images, (0, missing[1], 0, missing[0]))
+        if self.head.queried_blocks:
+            return self._with_queries(images)
         maps = feature_maps(self.backbone, images, self.blocks)
-        if not (self.recompute_head and torch.is_grad_enabled()):
+        # compiled, it is the compiler that decides what is kept
+        if not (self.recompute_head and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return self.head(maps)
         contexts = {"context_fn": lambda: (nullcontext(), _statistics_kept(self))}
         return checkpoint(self.head, maps, use_reentrant=False, **contexts)
+
+    def _with_queries(self, images: torch.Tensor) -> torch.Tensor | MaskPredictions:
+        """What a head gives whose queries go through the backbone's last blocks."""
+        if has_adapters(self) and self.peft.routing.opened:
+            raise UnsupportedError("queries of several heads cannot go through the backbone together; leave the route")
+        head = acting_head(self.head)
+        found = MaskPredictions([], [])
+
+        def look(index: int | None, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor | None:
+            masked = head.training and head.masked
+            if index is not None and not masked:
+                return None
+            tokens = [each.to(head.queries.dtype) for each in (queries, patches)]
+            again = self.recompute_head and torch.is_grad_enabled()
+            predict = partial(checkpoint, head.predict, use_reentrant=False) if again else head.predict
+            masks, classes = predict(*tokens)
+            found.masks.append(masks)
+            found.classes.append(classes)
+            return None if index is None else head.open(masks, patches.shape[-2:], index, head.queried_blocks)
+
+        through_last_blocks(self.backbone, images, head.queries, head.queried_blocks, self.queries_need_sites, look)
+        return head.answered(found)
 
     def shares(self, size: Sequence[int]) -> tuple[float, float]:
         """Which part of the extent of `coarse_logits` an image of this height and width covers."""
         height, width = (side / (math.ceil(side / p) * p) for side, p in zip(size, self.patch_size, strict=True))
         return height, width
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, classes, height, width)."""
+    def forward(self, images: torch.Tensor, *, at_image_size: bool = True) -> torch.Tensor | MaskPredictions:
+        """Logits (batch, classes, height, width), or what `head_output` gives."""
+        if not at_image_size:
+            return self.head_output(images)
         size = images.shape[-2:]
         return resized(self.coarse_logits(images), tuple(size), self.shares(size))
+
+    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+        """Class indices (batch, height, width) of logits (batch, classes, height, width): those of the largest."""
+        return largest(logits)
+
+    def set_progress(self, share: float) -> None:
+        """Say how much of the training is over, from 0 to 1; on it depends what heads of queries mask."""
+        for module in self.modules():
+            if isinstance(module, MaskModule):
+                module.progress = share
 
     def get_classifier(self) -> nn.Module:
         """The head, under the name timm uses."""
@@ -121,6 +178,7 @@ def _(model: DensePredictor) -> Backbone:
     tower = inside.towers["visual"]
     tower.path = f"backbone.{tower.path}".rstrip(".")
     tower.pools_class_token = False  # every patch is read
+    tower.queried_blocks = model.head.queried_blocks
     unused = tuple(f"backbone.{path}" for path in inside.heads)
     return Backbone(inside.library, inside.name, model, {"visual": tower}, ("head",), unused_heads=unused)
 

@@ -29,9 +29,29 @@ def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int
         UnsupportedError: the model cannot give the tokens of its patches, or an economy has left them out.
         ConfigurationError: images of a size that the backbone does not take.
     """
+    tower = tower_of(backbone)
+    patch = tower.conv1.kernel_size if is_native(tower) else tower.patch_embed.patch_size
+    grid = [side // size for side, size in zip(images.shape[-2:], patch, strict=True)]
+    # prompts come after class and register tokens and before the patches
+    patches = [tokens[:, -grid[0] * grid[1] :] for tokens in normalised_tokens(backbone, images, blocks)]
+    return torch.stack(patches, dim=1).unflatten(2, grid).movedim(-1, 2)
+
+
+def tower_of(backbone: nn.Module) -> nn.Module:
+    """The image tower of a backbone: a timm model, or one of OpenCLIP's own."""
     tower = backbone.visual if isinstance(backbone, ImageClassifier) else backbone
+    return tower.trunk if has_trunk(tower) else tower
+
+
+def normalised_tokens(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Tokens (batch, tokens, width) after some blocks and the final norm, without class and register tokens.
+
+    Raises:
+        UnsupportedError: as `feature_maps`.
+        ConfigurationError: likewise.
+    """
+    tower = tower_of(backbone)
     native = is_native(tower)
-    tower = tower.trunk if has_trunk(tower) else tower
     read = _intermediates(tower)
     height, width = images.shape[-2:]
     if native and (height, width) != tuple(tower.image_size):
@@ -49,11 +69,7 @@ def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int
             f"{type(tower).__name__} does not take images of {height} x {width} pixels ({one_line(error)}); a timm "
             "backbone made with dynamic_img_size=True takes images of any size"
         ) from error
-    patch = tower.conv1.kernel_size if native else tower.patch_embed.patch_size
-    grid = [side // size for side, size in zip((height, width), patch, strict=True)]
-    # prompts come after class and register tokens and before the patches
-    patches = [tokens[:, -grid[0] * grid[1] :] for tokens in (maps["image_intermediates"] if native else maps)]
-    return torch.stack(patches, dim=1).unflatten(2, grid).movedim(-1, 2)
+    return maps["image_intermediates"] if native else maps
 
 
 def _intermediates(tower: nn.Module):

@@ -4,7 +4,7 @@ import sys
 
 from torch import Tensor, nn
 
-from visionpeft.backbones.dispatch import describe_model
+from visionpeft.backbones.dispatch import describe_model, describe_part
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import UnsupportedError
 
@@ -44,7 +44,7 @@ class ImageClassifier(nn.Module):
 
 @describe_model.register
 def _(model: ImageClassifier) -> Backbone:
-    visual = describe_model(model.visual)
+    visual = describe_part(model.visual)
     tower = visual.towers["visual"]
     tower.path = f"visual.{tower.path}".rstrip(".")
     heads = () if isinstance(model.head, nn.Identity) else ("head",)

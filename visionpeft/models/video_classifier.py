@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from visionpeft.adapters.attach import attach
-from visionpeft.backbones.dispatch import describe, describe_model
+from visionpeft.backbones.dispatch import describe, describe_model, describe_part
 from visionpeft.backbones.frames import Frames
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
@@ -124,7 +124,7 @@ class VideoClassifier(nn.Module):
 
 @describe_model.register
 def _(model: VideoClassifier) -> Backbone:
-    inside = describe_model(model.backbone)
+    inside = describe_part(model.backbone)
     tower = inside.towers["visual"]
     tower.path = f"backbone.{tower.path}".rstrip(".")
     tower.frames = model.frames

@@ -1,18 +1,34 @@
 """Classes of every pixel of an image: of the whole at once, or of windows that slide over it."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
 from visionpeft.errors import ConfigurationError
-from visionpeft.models.dense_predictor import DensePredictor
 from visionpeft.models.strips import classes_of
 
 Size = tuple[int, int]
 
 
+class Dense(Protocol):
+    """What is asked of a model that gives logits at every pixel."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, outputs, height, width)."""
+
+    def coarse_logits(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, outputs, rows, columns), which cover `1 / shares` of the image."""
+
+    def shares(self, size: Size) -> tuple[float, float]:
+        """Which part of the extent of `coarse_logits` an image of this size covers."""
+
+    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+        """Class indices (batch, height, width) of logits (batch, outputs, height, width)."""
+
+
 def predict_masks(
-    model: DensePredictor,
+    model: Dense,
     images: torch.Tensor,
     *,
     window: int | None = None,
@@ -22,7 +38,7 @@ def predict_masks(
     """Class indices (batch, height, width) of the pixels of images.
 
     Args:
-        model: the model.
+        model: the model, a `DensePredictor` or an `OpenVocabulary`.
         images: (batch, 3, height, width), as the backbone wants them.
         window: height and width of windows that slide over the images; None for the whole at once.
         stride: pixels from one window to the next; two thirds of the window when absent.
@@ -30,11 +46,11 @@ def predict_masks(
     """
     with torch.no_grad():
         logits, shares = window_logits(model, images, window, stride)
-        return classes_of(logits, tuple(images.shape[-2:]) if size is None else size, shares)
+        return classes_of(logits, tuple(images.shape[-2:]) if size is None else size, shares, model.decide)
 
 
 def window_logits(
-    model: DensePredictor, images: torch.Tensor, window: int | None, stride: int | None
+    model: Dense, images: torch.Tensor, window: int | None, stride: int | None
 ) -> tuple[torch.Tensor, tuple[float, float]]:
     """Logits (batch, classes, rows, columns), and the share of their extent that the images cover.
 
@@ -45,11 +61,11 @@ def window_logits(
     if window is None:
         return model.coarse_logits(images), model.shares(size)
     check_windows(window, stride)
-    total = images.new_zeros(len(images), model.num_classes, *size, dtype=torch.float32)
-    count = images.new_zeros(1, 1, *size)
+    total, count = None, images.new_zeros(1, 1, *size)
     for rows, columns in _windows(size, window, stride or max(1, 2 * window // 3)):
-        part = images[:, :, rows, columns]
-        total[:, :, rows, columns] += model(part)
+        part = model(images[:, :, rows, columns])
+        total = part.new_zeros(*part.shape[:2], *size) if total is None else total
+        total[:, :, rows, columns] += part
         count[:, :, rows, columns] += 1
     return total / count, (1.0, 1.0)
 

@@ -5,6 +5,7 @@ https://arxiv.org/abs/1910.04867. FGVC: Jia et al., Visual Prompt Tuning, 2022, 
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def vtab1k(
     output: str | Path = "runs/vtab1k",
     arguments: Sequence[str] = (),
     workers: work.Workers = 1,
+    learning_rates: Sequence[float] | None = None,
 ) -> list[dict]:
     """Choose on val200 after training on train800, then train on both and test after the last epoch.
 
@@ -53,11 +55,14 @@ def vtab1k(
         output: folder of the runs; what is finished in it is not trained again, and its table has all of it.
         arguments: further arguments of `visionpeft.fit`.
         workers: processes on this machine, or "ray" for a Ray cluster; others may share the folder at the same time.
+        learning_rates: what is tried in the place of every recipe's grid, so that all methods have the same trials.
 
     Raises:
         ConfigurationError: an unknown task or option, or an output of other settings.
     """
-    return _compare("vtab1k", configs, tasks, seeds, search, budget, paper, root, output, arguments, workers)
+    return _compare(
+        "vtab1k", configs, tasks, seeds, search, budget, paper, root, output, arguments, workers, learning_rates
+    )
 
 
 def fgvc(
@@ -71,6 +76,7 @@ def fgvc(
     output: str | Path = "runs/fgvc",
     arguments: Sequence[str] = (),
     workers: work.Workers = 1,
+    learning_rates: Sequence[float] | None = None,
 ) -> list[dict]:
     """Choose on val after training on train, then train on both and test after the last epoch.
 
@@ -85,6 +91,7 @@ def fgvc(
         output: folder of the runs.
         arguments: further arguments of `visionpeft.fit`.
         workers: processes on this machine, or "ray" for a Ray cluster.
+        learning_rates: what is tried in the place of every recipe's grid.
 
     Raises:
         ConfigurationError: no root, an unknown set or option, or an output of other settings.
@@ -93,12 +100,16 @@ def fgvc(
         raise ConfigurationError(
             "fgvc needs --root, the folder in which the sets lie; python -m visionpeft.prepare fgvc builds them"
         )
-    return _compare("fgvc", configs, tasks, seeds, search, budget, paper, root, output, arguments, workers)
+    return _compare(
+        "fgvc", configs, tasks, seeds, search, budget, paper, root, output, arguments, workers, learning_rates
+    )
 
 
-def _compare(name, configs, tasks, seeds, search, budget, paper, root, output, arguments, workers) -> list[dict]:
+def _compare(
+    name, configs, tasks, seeds, search, budget, paper, root, output, arguments, workers, learning_rates
+) -> list[dict]:
     overlays, given = _overlays(arguments)
-    benchmark = Benchmark(name, root, overlays, given, search, paper)
+    benchmark = Benchmark(name, root, overlays, given, search, paper, _learning_rates(learning_rates, search, paper))
     output = Path(output)
     tasks = _tasks(benchmark, tasks)
     if search == "optuna" and paper:
@@ -193,6 +204,17 @@ def _tasks(benchmark: Benchmark, names: Sequence[str] | None) -> list[str]:
     return tasks
 
 
+def _learning_rates(values: Sequence[float] | None, search: str, paper: bool) -> tuple[float, ...]:
+    if values is None:
+        return ()
+    if paper or search == "none":
+        setting = "--paper, which has the paper's" if paper else "--search none, which leaves the configuration's"
+        raise ConfigurationError(f"--learning_rates are tried out, but not with {setting}; leave out one of the two")
+    if not values or len(set(values)) < len(values) or not all(0 < value < math.inf for value in values):
+        raise ConfigurationError(f"learning rates are different numbers above 0, but got {list(values)}")
+    return tuple(values)
+
+
 def _seeds(benchmark: Benchmark, candidate: MethodCandidate, given: Sequence[int] | None) -> tuple[int, ...]:
     seeds = tuple(given or (benchmark.paper and benchmark.recipe(candidate).seeds) or SEEDS)
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
@@ -240,6 +262,7 @@ def _check_output(output: Path, benchmark: Benchmark, budget: int) -> None:
         "search": benchmark.search,
         "budget": budget if benchmark.search == "optuna" else None,
         "paper": benchmark.paper,
+        "learning_rates": list(benchmark.learning_rates) or None,  # None in folders older than the option, too
     }
     output.mkdir(parents=True, exist_ok=True)
     file = output / "protocol.json"

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from visionpeft.data.fgvc import fgvc_datasets
@@ -17,6 +17,7 @@ from visionpeft.runs.history import read_history
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks.checkpointing import DivergedError
 
+LR = "model.optimisation.lr"
 CLIP_ART = "clipart"
 
 
@@ -84,6 +85,7 @@ class Benchmark:
         given: further arguments of the command line.
         search: how hyper-parameters are chosen: "grid", "optuna", or "none", which leaves the configuration's.
         paper: whether the papers' own rules hold.
+        learning_rates: what is tried in the place of the recipe's grid, the same for all methods.
     """
 
     name: str
@@ -92,10 +94,15 @@ class Benchmark:
     given: tuple[str, ...] = ()
     search: str = "grid"
     paper: bool = False
+    learning_rates: tuple[float, ...] = ()
 
     def recipe(self, candidate: MethodCandidate) -> Recipe:
         """What is searched for a candidate."""
-        return paper_recipe(candidate.path) if self.paper else find_recipe(candidate.path)
+        recipe = paper_recipe(candidate.path) if self.paper else find_recipe(candidate.path)
+        if self.learning_rates:
+            grid = {LR: list(self.learning_rates)}
+            recipe = replace(recipe, source="learning rates of the command line", grid=grid)
+        return recipe
 
     def grid(self, candidate: MethodCandidate, task: str) -> dict[str, list]:
         """Values to choose from; in a paper's rule only of options that it leaves open."""

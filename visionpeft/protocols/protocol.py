@@ -98,11 +98,18 @@ def _of_methods(protocol: str, arguments: list[str]) -> tuple[Path, dict]:
     )
     parser.add_argument("--budget", type=int, default=BUDGET, help=f"Optuna's trials of a method on a task ({BUDGET})")
     parser.add_argument(
+        "--learning_rates",
+        nargs="+",
+        type=float,
+        help="learning rates to try in the place of every recipe's grid, so that all methods have the same trials",
+    )
+    parser.add_argument(
         "--paper", action="store_true", help="train and report by each paper's rule, and say so in the table"
     )
     options, further = _parse(parser, arguments, DECIDED_OF_METHODS)
     configs = options.configs or configs_of_methods(options.method, PREFIXES[protocol])
-    chosen = {key: getattr(options, key) for key in ("tasks", "seeds", "search", "budget", "paper", "root", "workers")}
+    decided = ("tasks", "seeds", "search", "budget", "paper", "root", "workers", "learning_rates")
+    chosen = {key: getattr(options, key) for key in decided}
     return options.output or Path("runs") / protocol, {"configs": configs, "arguments": further, **chosen}
 
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_json
 from visionpeft.protocols.method_candidates import MethodCandidate
-from visionpeft.protocols.method_runs import Benchmark, Chosen, Trial
+from visionpeft.protocols.method_runs import LR, Benchmark, Chosen, Trial
 from visionpeft.protocols.work import work_through
 
-LR = "model.optimisation.lr"
 STARTUP_TRIALS = 10
 
 

@@ -26,10 +26,18 @@ from visionpeft.runs.processes import check_devices, share_of_batch
 from visionpeft.runs.sharding import check_sharding
 from visionpeft.runs.trainer import Trainer
 from visionpeft.sharing.run_directory import RunDirectory
-from visionpeft.tasks import ImageClassification, ImageTask, PromptLearning, SemanticSegmentation, VideoClassification
+from visionpeft.tasks import (
+    ImageClassification,
+    ImageTask,
+    ObjectDetection,
+    PromptLearning,
+    SemanticSegmentation,
+    VideoClassification,
+)
 
 CLASSES = [
     ImageClassification,
+    ObjectDetection,
     PromptLearning,
     SemanticSegmentation,
     VideoClassification,

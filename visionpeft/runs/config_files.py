@@ -11,7 +11,7 @@ from visionpeft.files import shipped
 FOLDERS = {
     **{"vtab": "vtab", "fgvc": "fgvc", "images": "images", "video": "video", "scenes": "scenes"},
     **{"fewshot": "few_shot", "base_to_new": "base_to_new", "cross_dataset": "cross_dataset"},
-    "multi_task": "multi_task",
+    **{"multi_task": "multi_task", "objects": "objects"},
 }
 DEFAULT = "default.yaml"  # in a folder: for methods without a configuration there
 

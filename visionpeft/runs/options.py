@@ -57,7 +57,10 @@ OF_PARSERS = ("help", "print_config", "print_shtab")  # jsonargparse has them in
 PROGRAM = "python -m visionpeft.fit"
 WHOLE_PAGE = ["--help", "all"]
 SECTIONS = ("model", "data", "trainer")
-TASKS = ("ImageClassification", "PromptLearning", "SemanticSegmentation", "VideoClassification")
+TASKS = (
+    *("ImageClassification", "ObjectDetection", "PromptLearning", "SemanticSegmentation"),
+    "VideoClassification",
+)
 
 
 def answer_at_once(arguments: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""`python -m visionpeft.predict RUN FILES...`: the classes of files, their labels, a number each, or masks."""
+"""`python -m visionpeft.predict RUN FILES...`: the classes of files, their labels, a number each, masks or objects."""
 
 import argparse
 import csv
@@ -21,12 +21,14 @@ from visionpeft.files import write_whole
 from visionpeft.models.video_views import over_views
 from visionpeft.runs.command import Options
 from visionpeft.runs.predict_masks import write_masks
+from visionpeft.runs.predict_objects import write_objects
 from visionpeft.runs.predictions import CSV_BEGINS, PredictedClasses, PredictedLabels, PredictedNumbers, Predictions
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.sharing.trained_model import TrainedModel, open_run
 
 SHOWN = 30
 FILES = (".csv", ".json")
+IN_FOLDERS = ("masks", "objects")  # labels whose predictions are several files
 
 
 def predict(arguments: list[str]) -> None:
@@ -38,6 +40,9 @@ def predict(arguments: list[str]) -> None:
     model = trained.model.to(device)
     if trained.labels == "masks":
         write_masks(trained, _images(options), options.output, options.skip_corrupt)
+        return
+    if trained.labels == "objects":
+        write_objects(trained, _images(options), options.output, options.skip_corrupt, options.threshold)
         return
     loader, files = _loader(trained, options)
 
@@ -66,14 +71,17 @@ def _predictions(
 
 def _check_options(trained: TrainedModel, options: argparse.Namespace) -> None:
     """Refuse an option of other labels than the run has learnt."""
-    for option, value, labels in (("--top-k", options.top_k, "classes"), ("--threshold", options.threshold, "several")):
-        if value is not None and trained.labels != labels:
+    for option, value, labels in (
+        ("--top-k", options.top_k, ("classes",)),
+        ("--threshold", options.threshold, ("several", "objects")),
+    ):
+        if value is not None and trained.labels not in labels:
             raise ConfigurationError(
-                f"{option} belongs to runs of labels '{labels}', but the run in {options.run} has learnt labels "
-                f"'{trained.labels}'; leave it out"
+                f"{option} belongs to runs of labels {' or '.join(map(repr, labels))}, but the run in {options.run} "
+                f"has learnt labels '{trained.labels}'; leave it out"
             )
-    if options.output is not None and (options.output.suffix in FILES) == (trained.labels == "masks"):
-        wanted = "be a folder, for masks" if trained.labels == "masks" else "end in .csv or .json"
+    if options.output is not None and (options.output.suffix in FILES) == (trained.labels in IN_FOLDERS):
+        wanted = f"be a folder, for {trained.labels}" if trained.labels in IN_FOLDERS else "end in .csv or .json"
         raise ConfigurationError(f"--output must {wanted}, not {options.output.name!r}")
 
 
@@ -111,12 +119,15 @@ def _images(options: argparse.Namespace) -> list[Path]:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = Options("python -m visionpeft.predict", description="Predict classes, labels, numbers or masks of files.")
+    parser = Options("python -m visionpeft.predict", description="Predict what files show, as a run has learnt.")
     parser.add_argument("run", help="directory of a finished run")
     parser.add_argument("files", nargs="+", help="image files, for a run of videos video files, or folders of them")
     parser.add_argument("--top-k", type=int, help="classes for each file (5)")
     parser.add_argument(
-        "--threshold", type=float, help="for runs of several labels: the probability above which one applies (0.5)"
+        "--threshold",
+        type=float,
+        help="for runs of several labels: the probability above which one applies (0.5); for runs of objects: the "
+        "score from which they are drawn (0.5)",
     )
     parser.add_argument(
         "--class-names",
@@ -124,7 +135,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "for runs of a learner on a CLIP",
     )
     parser.add_argument("--task", help="for runs of several tasks: that of the images")
-    parser.add_argument("--output", type=Path, help="a .csv or .json file to write; of masks, a folder")
+    parser.add_argument("--output", type=Path, help="a .csv or .json file to write; of masks and objects, a folder")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave damaged files out instead of stopping")
     options = parser.parse_args(arguments)
     if options.top_k is not None and options.top_k < 1:

@@ -13,34 +13,13 @@ from visionpeft.data.images import open_image
 from visionpeft.data.segmentation.masks import palette_image
 from visionpeft.data.segmentation.overlays import overlay
 from visionpeft.data.segmentation.transforms import MaskedTransform
-from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.errors import DataError
 from visionpeft.files import replacing
 from visionpeft.models.windows import predict_masks
+from visionpeft.runs.predicted_files import named_after
 from visionpeft.sharing.trained_model import TrainedModel
 
 SHOWN = 30
-
-
-def mask_names(files: list[Path], folder: Path) -> list[tuple[Path, Path]]:
-    """Where the mask and the overlay of each image go: `<stem>.png` and `<stem>_overlay.png`.
-
-    Raises:
-        ConfigurationError: the folder is none, would be written over an image that is predicted, or two images have
-            one name.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"--output: {folder} is a file; masks go into a folder")
-    seen: dict[str, Path] = {}
-    for file in files:
-        if (other := seen.setdefault(file.stem, file)) != file:
-            raise ConfigurationError(
-                f"the masks of {other} and {file} would both be {folder / file.stem}.png; predict them into two folders"
-            )
-    names = [(folder / f"{file.stem}.png", folder / f"{file.stem}_overlay.png") for file in files]
-    given = {file.resolve() for file in files}
-    if written := [path for pair in names for path in pair if path.resolve() in given]:
-        raise ConfigurationError(f"--output {folder} would write over the image {written[0]}; name another folder")
-    return names
 
 
 def write_masks(trained: TrainedModel, files: list[Path], folder: Path | None, skip_corrupt: bool) -> None:
@@ -48,7 +27,7 @@ def write_masks(trained: TrainedModel, files: list[Path], folder: Path | None, s
 
     In the palette PNG the index of a pixel is its class; of more than 256 classes it is a 16-bit gray level.
     """
-    names = None if folder is None else mask_names(files, folder)
+    names = None if folder is None else named_after(files, folder, (".png", "_overlay.png"), "masks")
     table, count = Table("image", "classes by their share of pixels"), 0
     for number, image, classes in _predicted(trained, files, skip_corrupt):
         if names is not None:

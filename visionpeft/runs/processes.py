@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 
+# What the network says of a connection whose other end is gone.
+CLOSED = ("closed by peer", "reset by peer", "broken pipe", "connection was likely closed", "remote process exited")
+
+
 class TrainingEnded(UserError):
     """One of the processes of a training ended before its end; the message says how to go on."""
 
@@ -160,7 +164,7 @@ def start(arguments: list[str], trainer: pl.Trainer, run: RunDirectory) -> None:
 
 @contextmanager
 def lost_peers(run: RunDirectory) -> Iterator[None]:
-    """Say that another process is gone where the network says that it does not answer any more.
+    """Say that another process is gone, or hangs, where the network says so; any other error stays what it is.
 
     Raises:
         PeerLost: so it is.
@@ -168,12 +172,29 @@ def lost_peers(run: RunDirectory) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, DistError) or "gloo" in str(error).lower()):
+        what = what_became_of_peers(error)
+        if what is None:
             raise
         raise PeerLost(
-            "another process of this training has ended; finished epochs are kept. Continue with: "
+            f"another process of this training {what}; finished epochs are kept. Continue with: "
             f"python -m visionpeft.fit --resume {run.path}"
         ) from error
+
+
+def what_became_of_peers(error: RuntimeError) -> str | None:
+    """What an error of the network says of another process, None if it says nothing of one.
+
+    The class does not tell: Gloo raises a plain `RuntimeError`, and a `DistError` may as well be a port in use or an
+    operation that a backend does not know. So it is read in the text, as of torch 2 and NCCL 2.
+    """
+    said = str(error).lower()
+    if not (isinstance(error, DistError) or "gloo" in said):
+        return None
+    if any(each in said for each in CLOSED):
+        return "has ended"
+    if "timed out" in said or "timeout" in said:
+        return None if "while trying to connect" in said else "does not answer"
+    return None
 
 
 def _why(failures: dict[int, "ProcessFailure"], processes: int, run: RunDirectory) -> str:

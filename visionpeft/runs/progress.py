@@ -98,8 +98,10 @@ def _numbers(metrics: dict, shown: Shown) -> str:
     def metric(value: float) -> str:
         return f"{100 * value:.1f} %" if shown.percentage else f"{value:.4g}"
 
+    def of(split: str) -> str:
+        name = f"{split}/{shown.name}"  # some metrics are of a whole split, and none of the training
+        return f"{split} {metrics[f'{split}/loss']:.3f}" + (f", {metric(metrics[name])}" if name in metrics else "")
+
     return f"loss and {shown.short}: " + "; ".join(
-        f"{split} {metrics[f'{split}/loss']:.3f}, {metric(metrics[f'{split}/{shown.name}'])}"
-        for split in ("train", "val")
-        if f"{split}/loss" in metrics
+        of(split) for split in ("train", "val") if f"{split}/loss" in metrics
     )

@@ -5,6 +5,7 @@ import lightning.pytorch as pl
 from visionpeft.data import ImageDataModule
 from visionpeft.runs.label_records import LabelsRecord, NumbersRecord
 from visionpeft.runs.masks_record import MasksRecord
+from visionpeft.runs.objects_record import ObjectsRecord
 from visionpeft.runs.test_record import Record, TestRecord
 from visionpeft.tasks import ImageTask
 
@@ -13,6 +14,8 @@ def record_of(task: ImageTask, datamodule: ImageDataModule) -> Record:
     """What collects the test of a task on this data."""
     if task.objective.labels == "masks":
         return MasksRecord(task.class_names, datamodule.palette)
+    if task.objective.labels == "objects":
+        return ObjectsRecord(task.class_names, datamodule.palette)
     if task.objective.labels == "number":
         return NumbersRecord()
     if task.objective.labels == "several":

@@ -105,6 +105,10 @@ def check_sharding(trainer: pl.Trainer, task: ImageTask) -> None:
             f"{task.label} chooses what it trains by gradients of all weights, of which each device has a part with "
             f"{how}; leave that out"
         )
+    if any(tower.layers_only is not None for tower in describe(task.model).towers.values()):
+        raise ConfigurationError(
+            f"{how} shares out sited blocks, and {task.label} acts on a model that has layer sites only; use ddp"
+        )
     if getattr(task, "trunk", None) is not None:
         raise ConfigurationError(
             f"with {how} all devices compute the frozen blocks together, and cache lets each leave them out for images "

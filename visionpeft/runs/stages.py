@@ -8,7 +8,7 @@ stage with a choice is over; the first without one is where a run resumes, from 
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,10 +20,11 @@ from visionpeft.adapters.described_tensors import check_tensors, read_described,
 from visionpeft.adapters.stages import begin_next, staged, start_of
 from visionpeft.adapters.storage import method_from
 from visionpeft.errors import ConfigurationError, StorageError
-from visionpeft.methods.parts.base import describe_method
+from visionpeft.methods.parts.base import Method, describe_method
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import Interrupted
+from visionpeft.runs.held_out import held_out_number, holding_out
 from visionpeft.runs.history import EpochHistory
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.tables import print_stage
@@ -51,6 +52,7 @@ def check_stages(cli: CLI) -> None:
             )
         return
     name, trainer = type(method).__name__, cli.config_init.trainer
+    held_out_number(task, cli.datamodule)
     if given is not None and len(given) != method.stages_after:
         raise ConfigurationError(
             f"--stage_epochs gives {len(given)} numbers, but {name} has {method.stages_after} "
@@ -116,16 +118,18 @@ def _train_stage(cli: CLI, run: RunDirectory, stage: RunDirectory, number: int, 
     task, cost = cli.model, TrainingCost()
     options = {} if cli.config.stage_epochs is None else {"max_epochs": cli.config.stage_epochs[number - 1]}
     stage.path.mkdir(parents=True, exist_ok=True)
-    trainer = cli.build_trainer(
-        [cost, EpochHistory(stage.metrics), *checkpoint_callbacks(stage, False, task.objective), TrainingProgress()],
-        of_stage=True,
-        logger=TensorBoardLogger(stage.path, name="", version="tensorboard"),
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=stage.path,
-        enable_progress_bar=False,
-        **options,
-    )
-    train(trainer, task, cli.datamodule, stage, run)
+    with holding_out(task, cli.datamodule) as held_out:
+        callbacks = [*held_out, EpochHistory(stage.metrics), *checkpoint_callbacks(stage, False, task.objective)]
+        trainer = cli.build_trainer(
+            [cost, *callbacks, TrainingProgress()],
+            of_stage=True,
+            logger=TensorBoardLogger(stage.path, name="", version="tensorboard"),
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=stage.path,
+            enable_progress_bar=False,
+            **options,
+        )
+        train(trainer, task, cli.datamodule, stage, run)
     methods = [describe_method(each) for each in task.adapter.methods]
     task.to(trainer.strategy.root_device)
     with torch.random.fork_rng(devices=[]):
@@ -138,15 +142,16 @@ def _train_stage(cli: CLI, run: RunDirectory, stage: RunDirectory, number: int, 
         "training_seconds": round(cost.seconds, 2),
         "peak_memory_bytes": cost.peak_memory,
     }
+    if held_out:
+        description["held_out_samples"] = sum(len(each.images) for each in held_out)
     write_described(stage.path, CHOICE, task.adapter.state_dict(), description)
 
 
 def _begin(task: AdaptedTask, folder: Path) -> dict:
     """Put the adapter at the beginning of the stage after a choice; what that says of its own stage."""
     description, tensors = read_described(folder, CHOICE, _check_description)
-    # as JSON, where the tuple of a default is the list of a file
-    own = json.dumps([describe_method(each) for each in task.adapter.methods])
-    if own not in (json.dumps(description["trained"]), json.dumps(description["methods"])):
+    known = [_given([method_from(each) for each in description[key]]) for key in ("trained", "methods")]
+    if _given(task.adapter.methods) not in known:
         raise ConfigurationError(
             f"the choice in {folder} was made by another method or with other options than {task.label} has; resume "
             "the run as it was"
@@ -154,6 +159,14 @@ def _begin(task: AdaptedTask, folder: Path) -> dict:
     remake(task.model, task.adapter_name, [method_from(each) for each in description["methods"]], tensors, {})
     check_tensors(tensors, task.adapter.state_dict(), f"the choice in {folder}")
     return {key: description[key] for key in ("epochs", "training_seconds", "peak_memory_bytes")}
+
+
+def _given(methods: Sequence[Method]) -> str:
+    """What was given of some methods, without what they have found; as JSON, where a tuple of a default is a list."""
+    described = [describe_method(each) for each in methods]
+    for each, method in zip(described, methods, strict=True):
+        each["fields"] = {name: value for name, value in each["fields"].items() if name not in method.found}
+    return json.dumps(described)
 
 
 def _check_description(description: object, path: Path) -> None:

@@ -50,6 +50,16 @@ def _tested(results: dict) -> Iterator[tuple[str, str]]:
         yield "test accuracy of pixels", percent(test["pixel_accuracy"])
         if test["mean_accuracy"] is not None:
             yield f"mean over {tested['occurring']:,} classes tested", percent(test["mean_accuracy"])
+    elif "ap" in test:
+        tested = results["classes_tested"]
+        yield (
+            f"test AP of boxes over {tested['averaged']:,} of {tested['of']:,} classes",
+            f"[bold]{percent(test['ap'])}[/bold]",
+        )
+        yield "test AP50, AP75", f"{percent(test['ap50'])}, {percent(test['ap75'])}"
+        if "mask_ap" in test:
+            yield "test AP of masks", f"[bold]{percent(test['mask_ap'])}[/bold]"
+            yield "test AP50, AP75 of masks", f"{percent(test['mask_ap50'])}, {percent(test['mask_ap75'])}"
     elif "map" in test:
         labels = results["labels_tested"]
         yield (
@@ -106,6 +116,8 @@ def _learnt(data: dict) -> str:
     labels = data.get("labels", "classes")
     if labels == "masks":
         return f"{data['classes']} classes of pixels"
+    if labels == "objects":
+        return f"objects of {data['classes']} classes"
     return "a number each" if labels == "number" else f"{data['classes']} {'labels' if labels == 'several' else labels}"
 
 

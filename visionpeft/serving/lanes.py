@@ -35,8 +35,10 @@ class Served:
     def __post_init__(self):
         if self.trained.sampling is not None:
             raise UnsupportedError(f"{self.name} classifies videos, and images are served")
-        if self.trained.labels == "masks":
-            raise UnsupportedError(f"{self.name} predicts masks, and classes, labels and numbers are served")
+        if self.trained.labels in ("masks", "objects"):
+            raise UnsupportedError(
+                f"{self.name} predicts {self.trained.labels}, and classes, labels and numbers are served"
+            )
         preprocessing = self.trained.preprocessing or preprocessing_of(self.trained.model)
         self.transform = ImageTransform(preprocessing, self.trained.resize or "squash")
 
@@ -120,7 +122,7 @@ class LearnerModel:
             return self.served.trained.model
         if names not in self._views:
             view = copy.copy(self.served.trained.model)
-            view._kept = {}  # the text features of other names stay those of the learner they belong to
+            view._kept = type(view._kept)()  # the text features of other names stay those of the learner they belong to
             view.set_class_names(names)
             self._views[names] = view
             if len(self._views) > self.kept:

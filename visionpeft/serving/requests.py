@@ -33,7 +33,10 @@ class ClassProbability(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What is on an image: classes whose probabilities sum to 1, labels of which several may apply, or a number."""
+    """What is on an image: a class, labels of which several may apply, or a number.
+
+    Probabilities of classes sum to 1, except of a learner with loss "sigmoid", which judges each class by itself.
+    """
 
     adapter: str
     labels: str = Field(description='"classes", "several" or "number"')

@@ -22,8 +22,7 @@ def model_card(description: Mapping, results: Mapping | None, repo_id: str) -> M
     if "sampling" in data:
         task = "video-classification"
     labels = learnt_objective(description, repo_id)["labels"]
-    if labels == "masks":
-        task = "image-segmentation"
+    task = {"masks": "image-segmentation", "objects": "object-detection"}.get(labels, task)
     front = ModelCardData(
         library_name="visionpeft",
         pipeline_tag=task,
@@ -59,6 +58,9 @@ def _evaluation(task: str, data: Mapping, results: Mapping) -> list[EvalResult]:
     if "miou" in test:
         value = round(100 * test["miou"], 2)
         return [EvalResult(task, name, name, "mean_iou", value, metric_name="mean IoU of the test split, %")]
+    if "ap" in test:
+        value = round(100 * test["ap"], 2)
+        return [EvalResult(task, name, name, "ap", value, metric_name="box AP of the test split, %")]
     if "map" in test:
         if test["map"] is None:
             return []
@@ -90,8 +92,8 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
     dense = [layout for layout in (description.get("heads") or {}).values() if "fields" in layout]
     sections += [_table("head", [(layout["class"], _values(layout["fields"]))]) for layout in dense]
     if data:
-        used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "size", "augmentation")
-        used += ("normalisation",)
+        used = ("task", "split", "train_on", "shots", "sizes", "test_subset", "resize", "size", "test_size")
+        used += ("augmentation", "normalisation")
         sections.append(_table("data and protocol", [(key, data[key]) for key in used if data.get(key) is not None]))
     if results:
         test = results.get("test", {})
@@ -108,11 +110,13 @@ def _body(description: Mapping, data: Mapping, results: Mapping | None, repo_id:
         f'import visionpeft as vp\n\ntrained = vp.from_pretrained("{repo_id}"{given})\nlogits = trained.model(images)'
     )
     labels = learnt_objective(description, repo_id)["labels"]
-    if labels != "classes":
+    if labels != "classes" or description.get("loss") == "sigmoid":
         meaning = {
+            "classes": "whether each class fits, judged by itself",
             "several": "the probability of each label",
             "number": "the number of each image",
             "masks": "the class of each pixel",
+            "objects": "of each image boxes, scores and labels",
         }[labels]
         load += f"\nanswers = trained.answers(logits)  # {meaning}"
     sections.append(f"```python\n{load}\n```")

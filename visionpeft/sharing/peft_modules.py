@@ -65,8 +65,15 @@ def peft_modules(model: nn.Module) -> tuple[Backbone, dict[str, PeftModule]]:
     """The described backbone and, by their names in the model, the modules that hold its linear and convolution sites.
 
     Call it while no adapter acts.
+
+    Raises:
+        UnsupportedError: the model has layer sites only, whose names here are not those of peft.
     """
     backbone = describe(model)
+    if any(tower.layers_only is not None for tower in backbone.towers.values()):
+        raise UnsupportedError(
+            f"adapters of a {type(model).__name__}, which has layer sites only, are not converted from or to peft's"
+        )
     paths = {id(module): path for path, module in model.named_modules()}
     attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     outputs = {id(attention.out_proj) for attention in attentions}

@@ -13,15 +13,17 @@ from visionpeft.adapters.storage import load, read_metadata
 from visionpeft.backbones.preprocessing import Preprocessing, Resize
 from visionpeft.clip.description import read_learner
 from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.heads import DetectionHead
 from visionpeft.models.create import create_backbone
 from visionpeft.models.dense_predictor import DensePredictor
+from visionpeft.models.object_detector import ObjectDetector
 from visionpeft.models.video_classifier import VideoClassifier
 from visionpeft.models.video_sampling import FrameSampling
 from visionpeft.sharing.described_backbone import described_arguments
 from visionpeft.sharing.one_task import one_task, treatment
 from visionpeft.sharing.run_directory import RunDirectory
 
-KINDS = ("classes", "several", "number", "masks")
+KINDS = ("classes", "several", "number", "masks", "objects")
 
 
 @dataclass
@@ -37,11 +39,14 @@ class TrainedModel:
         sampling: which frames make a clip, as in the test of the run; None for images.
         crops: crops of each clip in that test.
         resizing: of frames, as in training.
-        labels: what is told of an image: one of "classes", "several" of them, a "number", or "masks".
-        size: pixels of the shorter side of images, for masks.
+        labels: what is told of an image: one of "classes", "several" of them, a "number", "masks" or
+            "objects".
+        size: pixels of the shorter side of images, for masks and objects.
         window: height and width of windows that slide over images, for masks; None for the whole at once.
         stride: pixels from one window to the next.
-        palette: a colour for each class of masks.
+        palette: a colour for each class of masks or objects.
+        pairs: whether each class is judged by itself, as a learner with loss "sigmoid" does.
+        category_ids: the number of each class in files of results, for objects.
         mean: of numbers, that of the training labels.
         deviation: their standard deviation.
     """
@@ -54,27 +59,32 @@ class TrainedModel:
     crops: int = 1
     resizing: Literal["pillow", "tensor"] = "pillow"
     labels: str = "classes"
+    pairs: bool = False
     mean: float | None = None
     deviation: float | None = None
     size: int | None = None
     window: int | None = None
     stride: int | None = None
     palette: list[list[int]] | None = None
+    category_ids: list[int] | None = None
 
     def answers(self, logits: torch.Tensor) -> torch.Tensor:
         """What the outputs (batch, outputs) say of each image.
 
         Returns:
-            Class probabilities (batch, classes), which sum to 1; of several labels the probability of each (batch,
-            labels); the numbers (batch,), in the unit of the training labels; or of logits (batch, classes, height,
-            width) the class indices (batch, height, width).
+            Class probabilities (batch, classes), which sum to 1 unless they are of `pairs`; of several labels the
+            probability of each (batch, labels); the numbers (batch,), in the unit of the training labels; or of logits
+            (batch, classes, height, width) the class indices (batch, height, width). What a detector gives is its
+            answer already.
         """
         if self.labels == "masks":
             return logits.argmax(1)
+        if self.labels == "objects":
+            return logits
         logits = logits.float()
         if self.labels == "number":
             return logits.squeeze(-1) * self.deviation + self.mean
-        return logits.sigmoid() if self.labels == "several" else logits.softmax(dim=-1)
+        return logits.sigmoid() if self.labels == "several" or self.pairs else logits.softmax(dim=-1)
 
 
 def open_run(run: RunDirectory, class_names: Sequence[str] | None = None, task: str | None = None) -> TrainedModel:
@@ -170,12 +180,16 @@ def as_described(
     if preprocessing := description["preprocessing"]:
         values = {key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()}
         trained.preprocessing = Preprocessing(**values)
-    trained.labels = objective["labels"]
+    trained.labels, trained.pairs = objective["labels"], description.get("loss") == "sigmoid"
     trained.mean, trained.deviation = objective.get("mean"), objective.get("deviation")
     data = description["metadata"].get("data", {})
     if trained.labels == "masks":
         trained.window, trained.stride = objective.get("window"), objective.get("stride")
-        trained.size, trained.palette = data.get("size"), data.get("palette")
+        trained.size, trained.palette = data.get("test_size") or data.get("size"), data.get("palette")
+    if trained.labels == "objects":
+        trained.size, trained.palette, trained.category_ids = (
+            data.get(name) for name in ("size", "palette", "category_ids")
+        )
     if task is not None:  # whose images were treated in their own way
         data, own = treatment(data, task, folder)
         trained.preprocessing = replace(trained.preprocessing, **own)
@@ -245,7 +259,9 @@ def described_classifier(
     names = description["class_names"]
     if (layout := description["heads"].get("head", {})) and "fields" in layout:
         images = create_backbone(**arguments)
-        return DensePredictor(images, dense_head_from_layout(layout), layout["arguments"]["num_classes"])
+        head = dense_head_from_layout(layout)
+        kind = ObjectDetector if isinstance(head, DetectionHead) else DensePredictor
+        return kind(images, head, layout["arguments"]["num_classes"])
     if "sampling" not in data:
         # With the outputs of the training, or a backbone without pretrained weights would be drawn differently.
         number = learnt_objective(description, folder)["labels"] == "number"

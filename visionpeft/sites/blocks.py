@@ -58,6 +58,7 @@ class Sites:
         self.num_prefix_tokens = num_prefix_tokens
         self.causal = causal
         self.extra_tokens = 0  # prompts among the tokens between stream_in and stream_out
+        self.queries = 0  # tokens of a head, while they are there: directly before the patches, with masks of their own
         self.acting: dict[str, tuple[nn.Module, ...]] = {}
         self.branches: dict[str, tuple[tuple[nn.Module, str], ...]] = {}
         self.key_prompts: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -73,7 +74,7 @@ class Sites:
     @property
     def first_patch(self) -> int:
         """Number of tokens before the patches while they are in the block."""
-        return self.num_prefix_tokens + self.extra_tokens
+        return self.num_prefix_tokens + self.extra_tokens + self.queries
 
     def call(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Call a layer of the block, with what acts on its output."""
@@ -178,6 +179,8 @@ def widened(mask: torch.Tensor | None, extra: int, at: int, causal: bool) -> tor
     boolean = mask.dtype == torch.bool
     opened, closed = (True, False) if boolean else (0.0, float("-inf"))
     columns = mask.new_full((*mask.shape[:-1], extra), opened)
+    if mask.shape[-2] == 1 < mask.shape[-1]:  # one row for all tokens that ask
+        return torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
     rows = mask.new_full((*mask.shape[:-2], extra, mask.shape[-1] + extra), opened)
     if causal:
         columns[..., :at, :] = closed
@@ -234,11 +237,13 @@ class OnPatches:
     Args:
         module: maps patches (batch, patches, width) to the same shape.
         first: number of tokens before the patches.
+        sites: of the block, whose queries come before the patches, too, while they are there.
     """
 
-    def __init__(self, module: nn.Module, first: int):
+    def __init__(self, module: nn.Module, first: int, sites: Sites | None = None):
         self.module = module
         self.first = first
+        self.sites = sites
 
     @property
     def reads_grid(self) -> bool:
@@ -247,7 +252,8 @@ class OnPatches:
 
     def __call__(self, x: torch.Tensor, *grid: tuple[int, int]) -> torch.Tensor:
         """Map tokens (batch, tokens, width) to the same shape."""
-        return torch.cat((x[:, : self.first], self.module(x[:, self.first :], *grid)), dim=1)
+        first = self.first if self.sites is None else self.first + self.sites.queries
+        return torch.cat((x[:, :first], self.module(x[:, first:], *grid)), dim=1)
 
 
 class Located:
@@ -255,12 +261,19 @@ class Located:
 
     Args:
         module: maps (x, first), or as a branch with `join` also (x, delta, first).
-        first: index of the first of those tokens.
+        start: index of the first of those tokens.
+        sites: of the block, whose queries come before the patches, too, while they are there; None for prompts.
     """
 
-    def __init__(self, module: nn.Module, first: int):
+    def __init__(self, module: nn.Module, start: int, sites: Sites | None = None):
         self.module = module
-        self.first = first
+        self.start = start
+        self.sites = sites
+
+    @property
+    def first(self) -> int:
+        """Index of the first of those tokens now."""
+        return self.start if self.sites is None else self.start + self.sites.queries
 
     @property
     def reads_grid(self) -> bool:

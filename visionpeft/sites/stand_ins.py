@@ -40,9 +40,7 @@ class StandIn(nn.Module):
 
     def __reduce_ex__(self, protocol):
         # The class is made on demand, so what is pickled is how to make it.
-        sited = issubclass(self.below, SitedLayer)
-        original = self.below.original if sited else self.below
-        return _empty, (type(self).make, original, sited, type(self).arguments), self.__dict__
+        return _empty, recipe(type(self)), self.__dict__
 
 
 class ReadsCopies(StandIn):
@@ -56,18 +54,24 @@ class UsesHead(StandIn):
 
     acting: tuple[nn.Module]  # in a tuple, so that it is not registered here as well
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map pooled features (batch, width) to what the other head gives."""
+    def forward(self, x: torch.Tensor, *more):
+        """Map pooled features (batch, width), or maps and what else the other head takes, to what that gives."""
         # Trained, a linear layer keeps its input, which must not keep the tokens it was taken from.
-        return in_own_precision(self.acting[0], own(x) if isinstance(self.acting[0], nn.Linear) else x)
+        return in_own_precision(self.acting[0], own(x) if isinstance(self.acting[0], nn.Linear) else x, *more)
 
 
-def in_own_precision(head: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """head(x) computed in the precision of the head, in the dtype of x; autocast chooses where it is on."""
+def acting_head(head: nn.Module) -> nn.Module:
+    """The head that computes: that of an adapter, where it stands in for the model's own."""
+    return head.acting[0] if isinstance(head, UsesHead) else head
+
+
+def in_own_precision(head: nn.Module, x: torch.Tensor, *more):
+    """head(x) computed in the precision of the head, a tensor in the dtype of x; autocast chooses where it is on."""
     dtype = next((t.dtype for t in (*head.parameters(), *head.buffers()) if t.is_floating_point()), x.dtype)
     if dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
-        return head(x)
-    return head(x.to(dtype)).to(x.dtype)
+        return head(x, *more)
+    given = head(x.to(dtype), *more)
+    return given.to(x.dtype) if isinstance(given, torch.Tensor) else given
 
 
 def is_sharded(tensor: torch.Tensor | None) -> bool:
@@ -79,20 +83,23 @@ def is_sharded(tensor: torch.Tensor | None) -> bool:
 def reads_copies(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The class of a module that reads these of its parameters from `copies`."""
 
+    changes = hasattr(below, "changed_value")  # modules that change weights act on the trained ones
+
     def copied(name: str) -> property:
         def read(self):
             holder, key = self.copies[name]
             value, mine = getattr(holder, key), self._parameters[name]
             if is_sharded(mine):
                 return mine
-            return value if value.dtype == mine.dtype else value.to(mine.dtype)
+            value = value if value.dtype == mine.dtype else value.to(mine.dtype)
+            return self.changed_value(name, value) if changes else value
 
         return property(read)
 
     properties = {name: copied(name) for name in names}
     if "pos_embed" in names and hasattr(below, "set_input_size"):
         properties["set_input_size"] = _refuse_input_size  # before it has changed the half of the model
-    return _made(reads_copies, ReadsCopies, below, names, properties)
+    return made(reads_copies, ReadsCopies, below, names, properties)
 
 
 @functools.cache
@@ -106,7 +113,7 @@ def uses_head(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]
 
         return property(read)
 
-    return _made(uses_head, UsesHead, below, names, {name: of_head(name) for name in names})
+    return made(uses_head, UsesHead, below, names, {name: of_head(name) for name in names})
 
 
 def attributes_of(head: nn.Module) -> tuple[str, ...]:
@@ -127,12 +134,28 @@ def _refuse_input_size(self, *args, **kwargs) -> None:
     )
 
 
-def _made(make, mixed_in: type[StandIn], below: type[nn.Module], names: tuple[str, ...], properties: dict) -> type:
+def made(make, mixed_in: type[StandIn], below: type[nn.Module], names: tuple[str, ...], properties: dict) -> type:
+    """A class with `mixed_in` and these properties above another class, made by `make(below, names)`."""
     about = {"below": below, "make": staticmethod(make), "arguments": names}
     about |= {key: getattr(below, key) for key in ("__module__", "__qualname__", "__doc__")}
     return type(below.__name__, (mixed_in, below), {**about, **properties})
 
 
-def _empty(make, original: type[nn.Module], sited: bool, names: tuple[str, ...]) -> nn.Module:
-    cls = make(sited_layer_class(original) if sited else original, names)
+def recipe(kind: type[nn.Module]) -> tuple:
+    """How a class of a module is made: the library's own, and then what was mixed in, with its names."""
+    if issubclass(kind, StandIn):
+        return (*recipe(kind.below), (kind.make, kind.arguments))
+    return ((kind.original, True) if issubclass(kind, SitedLayer) else (kind, False),)
+
+
+def _empty(start: tuple[type[nn.Module], bool], *mixed_in: tuple) -> nn.Module:
+    original, sited = start
+    cls = sited_layer_class(original) if sited else original
+    for make, names in mixed_in:
+        cls = make(cls, names)
     return cls.__new__(cls)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The library's class of a module, whatever is mixed in."""
+    return recipe(getattr(type(module), "unrouted", type(module)))[0][0]

@@ -1,9 +1,17 @@
 """LightningModules: what is trained, with which loss and optimiser, and how it is measured."""
 
 from visionpeft.tasks.image_classification import ImageClassification
+from visionpeft.tasks.object_detection import ObjectDetection
 from visionpeft.tasks.prompt_learning import PromptLearning
 from visionpeft.tasks.semantic_segmentation import SemanticSegmentation
 from visionpeft.tasks.task import ImageTask
 from visionpeft.tasks.video_classification import VideoClassification
 
-__all__ = ["ImageClassification", "ImageTask", "PromptLearning", "SemanticSegmentation", "VideoClassification"]
+__all__ = [
+    "ImageClassification",
+    "ImageTask",
+    "ObjectDetection",
+    "PromptLearning",
+    "SemanticSegmentation",
+    "VideoClassification",
+]

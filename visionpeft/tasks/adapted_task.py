@@ -83,16 +83,16 @@ class AdaptedTask(ImageTask):
         compile_in_place(self.model)
         self.compiled = True
 
-    def run_model(self, inputs: Tensor) -> Tensor:
-        """Logits of the model, whether it is compiled or not.
+    def run_model(self, inputs: Tensor, **options) -> Tensor:
+        """Logits of the model, whether it is compiled or not; options are those of its forward.
 
         Raises:
             ConfigurationError: it cannot be compiled as one graph.
         """
         if not self.compiled:
-            return self.model(inputs)
+            return self.model(inputs, **options)
         with in_one_sentence():
-            return self.model(inputs)
+            return self.model(inputs, **options)
 
     @property
     def adapter(self) -> AttachedAdapter:

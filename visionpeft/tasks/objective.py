@@ -50,7 +50,7 @@ class Objective:
     monitor: str
     mode: Literal["max", "min"] = "max"
     shown: Shown
-    loss_name: Loss
+    loss_name: Loss | Literal["sigmoid"]
 
     def check_precision(self, precision: str | int | None) -> None:
         """Refuse a precision of Lightning's in which labels lose what is to be learnt.

@@ -335,12 +335,17 @@ def build_objective(
         asymmetry: of the asymmetric loss; by default that of its paper.
 
     Raises:
-        ConfigurationError: an option of other labels; or masks, which are of another task.
+        ConfigurationError: an option of other labels; or masks or objects, which are of other tasks.
     """
     if labels == "masks":
         raise ConfigurationError(
             "masks say the class of each pixel, which an image's one output does not; use SemanticSegmentation "
             "(--model SemanticSegmentation)"
+        )
+    if labels == "objects":
+        raise ConfigurationError(
+            "objects have places in an image, which an image's one output does not say; use ObjectDetection (--model "
+            "ObjectDetection)"
         )
     allowed = LOSSES[labels]
     loss = allowed[0] if loss is None else loss

@@ -13,6 +13,7 @@ from visionpeft.adapters.attach import detach, has_adapters
 from visionpeft.adapters.economise import economise
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.feature_cache import FeatureCache
+from visionpeft.clip.class_loss import ClassLoss
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.stages import InTwoStages
 from visionpeft.clip.storage import load_learner, save_learner
@@ -20,6 +21,7 @@ from visionpeft.clip.unprompted import unprompted
 from visionpeft.data.labels import Labels
 from visionpeft.errors import ConfigurationError
 from visionpeft.models.create_clip import create_clip
+from visionpeft.tasks.class_pairs import ClassPairs
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.passes import in_order
 from visionpeft.tasks.task import ImageTask
@@ -44,8 +46,11 @@ class PromptLearning(ImageTask):
         checkpoint: a local file with the CLIP's weights.
         backbone_kwargs: further arguments of `open_clip.create_model`.
         labels: what a label is, taken from the data; only "classes", whose names an image is compared with.
+        loss: "cross_entropy", as papers train on any CLIP; or "sigmoid", SigLIP's own, for learners that can take it:
+            each class is then judged by itself, and probabilities, confidence and calibration are those of sigmoids.
         cache_features: keep image features that cannot change.
         chunk_size: most classes whose text is encoded at a time; less memory, the same gradient. None takes all.
+        compile: refused: features of a frozen image tower are kept, and texts are computed in packs of their own sizes.
         optimisation: optimiser, learning rates and schedule; by default those of CoOp.
         seed: of the initial values, and with the epoch of all randomness in it.
     """
@@ -61,8 +66,10 @@ class PromptLearning(ImageTask):
         checkpoint: str | None = None,
         backbone_kwargs: dict | None = None,
         labels: Labels = "classes",
+        loss: ClassLoss = "cross_entropy",
         cache_features: bool = True,
         chunk_size: int | None = None,
+        compile: bool = False,
         optimisation: Optimisation = PROMPT_RECIPE,
         seed: int = 0,
     ):
@@ -71,7 +78,14 @@ class PromptLearning(ImageTask):
                 f"a learner on a CLIP tells which one of the class names fits an image, and labels {labels!r} are not "
                 "that; train an adapter on its image tower (--config images_lora.yaml --model.backbone open_clip/...)"
             )
-        super().__init__(class_names, optimisation, seed)
+        if compile:
+            raise ConfigurationError(
+                "a learner is not compiled: features of an image tower that is not trained are kept, and texts are "
+                "computed in packs whose sizes follow the class names, of which each would be compiled anew; leave out "
+                "compile"
+            )
+        objective = ClassPairs(len(class_names)) if loss == "sigmoid" else None
+        super().__init__(class_names, optimisation, seed, objective)
         if chunk_size is not None and chunk_size < 1:
             raise ConfigurationError(
                 f"chunk_size must be at least 1, or null for all classes at once, not {chunk_size}"
@@ -85,6 +99,7 @@ class PromptLearning(ImageTask):
         self.preprocessing = preprocessing_of(clip)
         torch.manual_seed(seed)
         self.learner = learner(clip, self.tokenizer, self.class_names)
+        self.learner.set_loss(loss)
         self.learner.chunk_size = chunk_size
         self._economise()
         self.fixed_views: int | None = None
@@ -106,6 +121,7 @@ class PromptLearning(ImageTask):
         return {
             "learner": {"class": type(learner).__name__, "options": learner.options},
             "template": list(learner.templates) or None,
+            **({} if learner.loss_name == "cross_entropy" else {"loss": learner.loss_name}),
             "backbone": learner.clip.backbone_source,
             "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
             **({"chosen": self.chosen} if self.chosen else {}),

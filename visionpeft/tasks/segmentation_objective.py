@@ -2,39 +2,42 @@
 
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from visionpeft.data.segmentation.masks import IGNORED
 from visionpeft.models.strips import cross_entropy
 from visionpeft.tasks.objective import Objective, Shown
+from visionpeft.tasks.pixel_metrics import MeanIoU, PixelAccuracy
 
 
 class ClassOfPixels(Objective):
     """One class of K for each pixel: cross-entropy, mean over the labelled pixels of a batch.
 
     Measured are, over all pixels of a split together, the intersection over union of each class, averaged over the
-    classes that are labelled or predicted ("miou", by torchmetrics' `MulticlassJaccardIndex`; its `MeanIoU` takes means
-    over images), and the share of pixels of the right class ("pixel_accuracy").
+    classes that are labelled or predicted ("miou", as by torchmetrics' `MulticlassJaccardIndex`; its `MeanIoU` takes
+    means over images), and the share of pixels of the right class ("pixel_accuracy").
 
     Args:
         num_classes: K.
+        scores: whether the head gives scores, of which each pixel's share is its probability, and has a loss of its
+            own, which is then what is trained; measured is the cross-entropy of the shares.
     """
 
     labels = "masks"
-    loss_name = "cross_entropy"
     monitor = "miou"
     shown = Shown("miou", "mIoU", "mean IoU", percentage=True)
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, scores: bool = False):
         self.outputs = num_classes
+        self.scores = scores
+        self.loss_name = "mask_classification" if scores else "cross_entropy"
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of logits (batch, classes, h, w), resized to the labels (batch, height, width)."""
-        return cross_entropy(logits, labels, IGNORED)[0]
+        return cross_entropy(logits, labels, IGNORED, scores=self.scores)[0]
 
     def loss_weight(self, labels: Tensor) -> Tensor | None:
-        """The number of labelled pixels."""
-        return (labels != IGNORED).sum().float()
+        """The number of labelled pixels; None for a loss of masks, whose mean over devices is taken by images."""
+        return None if self.scores else (labels != IGNORED).sum().float()
 
     def measured_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The same; there are no weights."""
@@ -42,11 +45,7 @@ class ClassOfPixels(Objective):
 
     def metrics(self, split: str) -> dict[str, Metric]:
         """Mean IoU over the split, and pixel accuracy."""
-        options = {"ignore_index": IGNORED, "validate_args": False}
-        return {
-            "miou": MulticlassJaccardIndex(self.outputs, average="macro", **options),
-            "pixel_accuracy": MulticlassAccuracy(self.outputs, average="micro", **options),
-        }
+        return {"miou": MeanIoU(self.outputs, IGNORED), "pixel_accuracy": PixelAccuracy(IGNORED)}
 
     def answers(self, logits: Tensor) -> Tensor:
         """Class indices (batch, height, width), of logits (batch, classes, height, width) or of such indices."""

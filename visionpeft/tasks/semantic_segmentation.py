@@ -15,11 +15,13 @@ from visionpeft.adapters.storage import save
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.data.segmentation.masks import IGNORED
+from visionpeft.errors import ConfigurationError
 from visionpeft.heads import DenseHead, LinearSegmentation
+from visionpeft.heads.mask_loss import mask_classification_loss
 from visionpeft.methods import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.dense_predictor import DensePredictor
-from visionpeft.models.strips import cross_entropy
+from visionpeft.models.strips import classes_of, cross_entropy
 from visionpeft.models.windows import check_windows, window_logits
 from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.optimisation import Optimisation
@@ -29,7 +31,7 @@ HEAD = LinearSegmentation()
 
 
 class SemanticSegmentation(AdaptedTask):
-    """Cross-entropy of each pixel of a `DensePredictor` with a method attached.
+    """Cross-entropy of each pixel of a `DensePredictor` with a method attached; of heads of queries, the loss of masks.
 
     The frozen modules stay in evaluation mode while training; adapter and head, with its batch normalisation, are in
     training mode. Batches are (images (batch, 3, height, width), class indices (batch, height, width)), where -1 counts
@@ -54,6 +56,12 @@ class SemanticSegmentation(AdaptedTask):
         stride: pixels from one window to the next; two thirds of the window when absent.
         optimisation: optimiser, learning rates and schedule.
         seed: the randomness of an epoch (dropout) is a function of the seed and the epoch.
+        compile: run training steps as one graph made by `torch.compile`, which recomputes the head as it sees fit; the
+            first steps take minutes. What is measured is not compiled, as images have sizes of their own.
+
+    Raises:
+        ConfigurationError: windows that do not cover an image, or `compile` with a head of queries, whose masks change
+            with each step.
     """
 
     def __init__(
@@ -73,9 +81,16 @@ class SemanticSegmentation(AdaptedTask):
         stride: int | None = None,
         optimisation: Optimisation = Optimisation(),  # noqa: B008  (frozen)
         seed: int = 0,
+        compile: bool = False,
     ):
         check_windows(window, stride)
-        super().__init__(method, class_names, backbone, 0.0, optimisation, seed, ClassOfPixels(len(class_names)))
+        if compile and head.gives_scores:
+            raise ConfigurationError(
+                f"what {type(head).__name__} masks changes with each training step, of which each would be compiled; "
+                "leave compile out"
+            )
+        objective = ClassOfPixels(len(class_names), scores=head.gives_scores)
+        super().__init__(method, class_names, backbone, 0.0, optimisation, seed, objective)
         kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
         torch.manual_seed(seed)
         images = create_dense_backbone(backbone, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
@@ -88,6 +103,8 @@ class SemanticSegmentation(AdaptedTask):
         self.economies = {"recompute": recompute}
         economise(self.model, **self.economies)
         self.side = min(self.preprocessing.input_size)
+        if compile:
+            self.compile_model()
 
     def connect(self, datamodule: pl.LightningDataModule) -> None:
         """Tell the data how this backbone wants its images.
@@ -105,12 +122,19 @@ class SemanticSegmentation(AdaptedTask):
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, and in the place of logits the class found for each pixel."""
-        return cross_entropy(self.model.coarse_logits(images), labels, IGNORED, self.model.shares(images.shape[-2:]))
+        shares = self.model.shares(images.shape[-2:])
+        if not self.objective.scores:
+            return cross_entropy(self.run_model(images, at_image_size=False), labels, IGNORED, shares)
+        self.model.set_progress(self.global_step / max(self.steps.total, 1) if self.steps else 0.0)
+        predictions = self.model.head_output(images)
+        with torch.no_grad():
+            found = classes_of(predictions.scores, tuple(labels.shape[-2:]), shares)
+        return mask_classification_loss(predictions, labels, IGNORED, shares), found
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         logits, shares = window_logits(self.model, images, self.window, self.stride)
-        loss, found = cross_entropy(logits, labels, IGNORED, shares)
+        loss, found = cross_entropy(logits, labels, IGNORED, shares, scores=self.objective.scores)
         self._measure(metrics, loss, found, labels)
         return found
 

@@ -26,6 +26,8 @@ from visionpeft.tasks.objectives import OneClass
 from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, output_side, parameter_groups
 from visionpeft.tasks.steps import Steps, planned_steps
 
+LEARNT_BY = {"masks": "SemanticSegmentation", "objects": "ObjectDetection"}  # labels that one task alone takes
+
 
 class ImageTask(pl.LightningModule):
     """Base of the tasks that map images, (batch, 3, height, width), or clips of them -> logits (batch, outputs).
@@ -136,13 +138,14 @@ class ImageTask(pl.LightningModule):
                 f"{type(self).__name__} takes {self.kind}, but {type(datamodule).__name__} holds {kind}; use {task} "
                 f"(--model {task}), or other data"
             )
-        masks = "masks" in (getattr(datamodule, "labels", None), self.objective.labels)
-        if isinstance(datamodule, ImageDataModule) and masks and datamodule.labels != self.objective.labels:
-            raise ConfigurationError(
-                "masks are learnt by SemanticSegmentation (--model SemanticSegmentation), and nothing else is: "
-                f"{type(datamodule).__name__} has labels {datamodule.labels!r}, which {type(self).__name__} refuses"
-            )
         if isinstance(datamodule, ImageDataModule) and datamodule.labels != self.objective.labels:
+            for labels in (datamodule.labels, self.objective.labels):
+                if own := LEARNT_BY.get(labels):
+                    raise ConfigurationError(
+                        f"{labels} are learnt by {own} (--model {own}), and nothing else is: "
+                        f"{type(datamodule).__name__} has labels {datamodule.labels!r}, which {type(self).__name__} "
+                        "refuses"
+                    )
             raise ConfigurationError(
                 f"{type(self).__name__} learns from labels {self.objective.labels!r} here, but those of "
                 f"{type(datamodule).__name__} are {datamodule.labels!r} (--data.labels)"

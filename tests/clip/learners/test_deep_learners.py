@@ -545,7 +545,7 @@ def test_features_of_a_tower_without_prompts_are_fixed(options):
 # refusals
 
 
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", [name for name in BUILDS if name != "CLIPLoRA"])
 def test_a_resnet_is_refused(name):
     """A ResNet has no blocks to put prompts into; the model keeps its classes and gets no adapter."""
     clip = make_clip("resnet")

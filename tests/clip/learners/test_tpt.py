@@ -16,6 +16,7 @@ from clip_reference import (
     tokenizer,
 )
 
+from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.learners import TPT, CoOp, ZeroShot
 from visionpeft.clip.storage import load_learner, save_learner
 from visionpeft.clip.views import confident, draw_views, marginal_entropy
@@ -179,11 +180,11 @@ def test_the_kept_graph_gives_the_gradient_of_a_fresh_one(chunk_size):
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
         upstream = torch.randn(graph.shape, generator=generator, dtype=torch.float64)
-        kept = learner.gradient(graph, start, upstream, keep_graph=True)
+        (kept,) = gradients_of(learner.text, graph, [start], upstream, keep_graph=True)
         learner._kept.clear()
         fresh_start, fresh = learner._first_texts()
         assert fresh is not graph
-        assert torch.equal(kept, learner.gradient(fresh, fresh_start, upstream))
+        assert torch.equal(kept, gradients_of(learner.text, fresh, [fresh_start], upstream)[0])
     learner._kept.clear()
 
 

@@ -8,8 +8,8 @@ from scipy.io import savemat
 from small_mask_runs import CLASSES, draw_masked
 
 from visionpeft.backbones.preprocessing import Preprocessing
-from visionpeft.data import ADE20K, ComposedScenes, MaskFolder, VOCSegmentation
-from visionpeft.data.segmentation.composed_scenes import class_names, compose, drawings
+from visionpeft.data import ADE20K, Cityscapes, ComposedScenes, MaskFolder, VOCSegmentation
+from visionpeft.data.segmentation.composed_scenes import class_names, compose, compose_objects, drawings
 from visionpeft.data.segmentation.transforms import MaskedTransform
 from visionpeft.errors import ConfigurationError, DataError
 
@@ -189,10 +189,43 @@ def test_ade20k(tmp_path):
     assert data.sources["test"].mask(0)[::2, ::2].tolist() == [[-1, 0], [149, 2]]
 
 
+def test_cityscapes(tmp_path):
+    for split, city, number in (("train", "ulm", 1), ("train", "aachen", 2), ("val", "lindau", 3)):
+        stem = f"{city}_00000{number}_000019"
+        for kind, name in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+            (tmp_path / kind / split / city).mkdir(parents=True)
+            pixels = np.full((8, 16, 3), number, np.uint8)
+            if kind == "gtFine":
+                pixels = np.arange(128, dtype=np.uint8).reshape(8, 16) % 34  # all numbers there are
+                Image.fromarray(pixels).save(tmp_path / kind / split / city / f"{stem}_gtFine_instanceIds.png")
+            Image.fromarray(pixels).save(tmp_path / kind / split / city / f"{stem}_{name}.png")
+    data = module(Cityscapes, tmp_path, val_fraction=0.5, size=4)
+    assert {split: len(source) for split, source in data.sources.items()} == {"train": 1, "val": 1, "test": 1}
+    names = "road sidewalk building wall fence pole light sign vegetation terrain sky person rider car truck bus train"
+    assert [name.split()[-1] for name in data.class_names] == [*names.split(), "motorcycle", "bicycle"]
+    assert data.palette[0] == [128, 64, 128]
+    # the table of cityscapesScripts: number of the label -> train id
+    trained = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13}
+    trained |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+    expected = [trained.get(number % 34, -1) for number in range(128)]
+    assert data.sources["test"].mask(0).flatten().tolist() == expected
+    assert data.dataset("train")[0][0].shape == (3, 4, 4)
+    assert data.dataset("test")[0][0].shape == (3, 1024, 2048)  # however large a training square is
+    assert data.dataset("test")[0][1].shape == (8, 16)
+    assert module(Cityscapes, tmp_path, size=4, test_size=None).dataset("test")[0][0].shape == (3, 4, 8)
+    ordered = [path.parent.name for path in module(Cityscapes, tmp_path, val_fraction=0).sources["train"].paths]
+    assert ordered == ["aachen", "ulm"]
+    (tmp_path / "gtFine/val/lindau/lindau_000003_000019_gtFine_labelIds.png").unlink()
+    with pytest.raises(DataError, match=r"lindau_000003_000019_gtFine_labelIds\.png does not exist"):
+        module(Cityscapes, tmp_path)
+    with pytest.raises(DataError, match=r"no folder .*leftImg8bit/train; root must hold leftImg8bit and gtFine"):
+        Cityscapes(tmp_path / "elsewhere")
+
+
 def test_scenes_are_the_same_again_and_exact():
     assert class_names() == ["background", "animal", "building", "flag", "person", "plant", "vehicle", "thing"]
     image, mask = compose("train", 5, 64, 0)
-    compose.cache_clear()
+    compose_objects.cache_clear()
     image_again, mask_again = compose("train", 5, 64, 0)
     assert image.tobytes() == image_again.tobytes()
     assert np.array_equal(mask, mask_again)

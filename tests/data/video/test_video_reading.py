@@ -9,6 +9,7 @@ from data_layouts import truncate
 from PIL import Image
 from video_files import number_of, picture, write_audio, write_frames, write_video
 
+from visionpeft.data.video import decoding
 from visionpeft.data.video import reading as video_reading
 from visionpeft.data.video.reading import EncodedVideo, FrameFolder, list_videos, open_video
 from visionpeft.errors import DataError
@@ -62,7 +63,7 @@ def test_frames_asked_for_are_the_frames_returned(tmp_path, name):
 def test_index_is_not_made_again(tmp_path, monkeypatch):
     path = write_video(tmp_path / "video.mp4")
     index = open_video(path).index
-    monkeypatch.setattr(video_reading, "_index", None)
+    monkeypatch.setattr(video_reading, "index_of", None)
     assert open_video(path, index).read([7], number_of) == {7: 7}
 
 
@@ -76,9 +77,9 @@ def test_variable_frame_rate(tmp_path):
 def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     video = EncodedVideo(write_video(tmp_path / "video.mp4", 58, keyframe_every=6))
     decoded = []
-    original = video_reading._decoded
+    original = decoding.decoded_frames
     monkeypatch.setattr(
-        video_reading, "_decoded", lambda *given: (decoded.append(frame.pts) or frame for frame in original(*given))
+        decoding, "decoded_frames", lambda *given: (decoded.append(frame.pts) or frame for frame in original(*given))
     )
     assert video.read([50], number_of) == {50: 50}
     assert len(decoded) <= 6

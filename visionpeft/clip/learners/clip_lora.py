@@ -39,7 +39,8 @@ class CLIPLoRA(Learner):
         allow_duplicates: accept two classes of one name.
 
     Raises:
-        UnsupportedError: a tower named is no transformer with sited blocks, such as a ResNet.
+        UnsupportedError: dropout with an image tower whose weights are changed as they are read: of CLIP's ResNets,
+            where q, k and v are those of the attention pool.
         ConfigurationError: towers, blocks or targets that do not exist, a prompt longer than the text tower, or an
             adapter of that name.
     """

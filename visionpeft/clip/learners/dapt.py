@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
@@ -48,6 +47,7 @@ class DAPT(Learner):
 
     frozen_images = False
     adapter_name = "dapt"
+    compares_pairs = True
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class DAPT(Learner):
             )
         now, texts = self.image_features(images), self.text_features()
         logits = self.logits(now, texts)
-        loss = F.cross_entropy(logits, labels)
+        loss = self.class_loss(logits, labels)
         if self.image_weight:
             loss = loss + self.image_weight * (now - self.prototypes[labels].to(now.dtype)).square().mean()
         return loss + self.text_weight * self.likeness(texts), logits

@@ -110,14 +110,13 @@ class PLOT(Learner):
                 f"{tuple(features.shape)}"
             )
         texts = self.raw_text_features()
-        bias = getattr(self.clip, "logit_bias", None)
         with torch.autocast(features.device.type, enabled=False):
             similarities = torch.einsum("bmd,nkd->bkmn", features[:, 1:], unit(texts).to(features.dtype))
             plan = transport(similarities.detach(), self.epsilon)
             logits = self.scale.to(features.dtype) * (plan * similarities).sum(dim=(-2, -1))
             if self.pooled:
                 logits = logits + self.scale.to(features.dtype) * features[:, 0] @ unit(texts.mean(dim=0)).mT
-        return logits if bias is None else logits + bias.to(logits.dtype)
+        return self.with_bias(logits)
 
 
 @torch.no_grad()

@@ -116,9 +116,8 @@ class PLOTPlusPlus(InTwoStages, Learner):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of unit image features (batch, sets, features)."""
         texts = self.text_features()
-        bias = getattr(self.clip, "logit_bias", None)
         with torch.autocast(features.device.type, enabled=False):
             similarities = torch.einsum("bmd,nkd->bkmn", features, texts.to(features.dtype))
             plan = transport(similarities.detach(), self.epsilon)
             logits = self.scale.to(features.dtype) * (plan * similarities).sum(dim=(-2, -1))
-        return logits if bias is None else logits + bias.to(logits.dtype)
+        return self.with_bias(logits)

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.coop import Position, check_context_length, context_prompts
@@ -159,7 +160,11 @@ class ProGrad(Learner):
         taught = (self.logits(features, self.template_features()) / self.temperature).softmax(dim=-1)
         # Cross-entropy against the teacher has the gradient of the KL divergence.
         general = self.temperature**2 * F.cross_entropy(logits / self.temperature, taught)
-        gradient = self.gradient(cross_entropy, self.vectors, keep_graph=True)
-        gradient = project(gradient, self.gradient(general, self.vectors), self.strength)
+        gradient = self._gradient(cross_entropy, keep_graph=True)
+        gradient = project(gradient, self._gradient(general), self.strength)
         # A term that is zero and has the projected gradient: any optimiser, loss scaler or hook sees this one alone.
         return cross_entropy.detach() + ((self.vectors - self.vectors.detach()) * gradient).sum(), logits.detach()
+
+    def _gradient(self, loss: torch.Tensor, keep_graph: bool = False) -> torch.Tensor:
+        (gradient,) = gradients_of(self.text, loss, [self.vectors], keep_graph=keep_graph)
+        return gradient

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from visionpeft.adapters.storage import backbone_record, check_backbone
 from visionpeft.clip.description import read_saved
+from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.learners.maple import MaPLe
 from visionpeft.clip.model import check_clip
 from visionpeft.clip.source_statistics import Moments, moments_of, read_moments, watched_blocks
@@ -184,7 +185,7 @@ class PromptAlign(MaPLe):
                         order = by_confidence(self.logits(features, texts.detach())[None])[0]
                         chosen = views[order[: number_chosen(len(views), self.selection)]]
                     loss, start = self.objective(chosen, texts, start)
-                    gradients = self.gradients(loss, tuned)
+                    gradients = gradients_of(self.text, loss, tuned)
                 for parameter, gradient in zip(tuned, gradients, strict=True):
                     parameter.grad = gradient
                 optimizer.step()

@@ -50,6 +50,7 @@ class ProVP(TemplateTexts):
 
     frozen_images = False
     adapter_name = "provp"
+    compares_pairs = True
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class ProVP(TemplateTexts):
         """Training loss and logits (batch, classes) of images (batch, 3, height, width) and labels (batch,)."""
         now = self.image_features(images)
         logits = self.classify(now)
-        loss = F.cross_entropy(logits, labels)
+        loss = self.class_loss(logits, labels)
         if not self.weight:
             return loss, logits
         with torch.autocast(now.device.type, enabled=False):

@@ -50,6 +50,7 @@ class RPO(Learner):
     """
 
     frozen_images = False
+    compares_pairs = True
 
     def __init__(
         self,
@@ -165,7 +166,7 @@ class RPO(Learner):
         else:
             own = unit(self._read_images(pair.unbind(1) for pair in features.unbind(1)))
         logits = self.classify(own)
-        return F.cross_entropy(logits, labels), logits
+        return self.class_loss(logits, labels), logits
 
 
 def _one(template: str | Sequence[str]) -> tuple[str, ...]:

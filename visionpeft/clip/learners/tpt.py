@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.storage import backbone_record, check_backbone
 from visionpeft.clip.description import read_saved
+from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.coop import CoOp, Position, context_prompts, initial_context
@@ -156,10 +157,11 @@ class TPT(Learner):
                 loss = self.objective(chosen, texts).sum()
                 (upstream,) = torch.autograd.grad(loss, texts)
             if step == 0:
-                gradients = [self.gradient(graph, start, one, keep_graph=True) for one in upstream]
+                # One way back for each image, through the one graph.
+                gradients = [gradients_of(self.text, graph, [start], one, keep_graph=True)[0] for one in upstream]
                 context.grad = torch.stack(gradients)
             else:
-                context.grad = self.gradient(graph, context, upstream)
+                (context.grad,) = gradients_of(self.text, graph, [context], upstream)
             optimizer.step()
         return context.detach()
 

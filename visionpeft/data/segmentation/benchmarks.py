@@ -1,4 +1,4 @@
-"""Pascal VOC 2012 and ADE20K, as their owners distribute them."""
+"""Pascal VOC 2012, ADE20K and Cityscapes, as their owners distribute them."""
 
 from pathlib import Path
 
@@ -16,6 +16,7 @@ VOC_CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 ADE20K_CLASSES = 150
+CITYSCAPES_ROWS = 1024
 HELD_OUT = 0.05  # of the training images, for selection: what is published as validation is the test
 
 
@@ -97,6 +98,45 @@ class ADE20K(SegmentationDataModule):
         super().__init__(MaskSet(sources, names, about), **kwargs)
 
 
+class Cityscapes(SegmentationDataModule):
+    """Cityscapes: 19 classes of street scenes, 2,975 training and 500 validation images of 2048 x 1024 pixels.
+
+    Cordts et al. 2016, "The Cityscapes Dataset for Semantic Urban Scene Understanding". The published validation split
+    is the test here, as the masks of the published test split are not, and a part of the training split is held out
+    for selection. Masks are `*_gtFine_labelIds.png` as downloaded: of their 34 numbers 19 are classes, in the order of
+    the train ids, and the others count nowhere. To measure, images keep their 1024 rows unless `test_size` says other.
+
+    Args:
+        root: the folder that holds leftImg8bit and gtFine, which torchvision reads.
+        val_fraction: share of the training images held out for selection; 0 for none.
+        split_seed: seed of that.
+        test_size: pixels of the shorter side in val and test.
+
+    Raises:
+        DataError: a folder is missing, or holds no images.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        val_fraction: float = HELD_OUT,
+        split_seed: int = 0,
+        test_size: int | None = CITYSCAPES_ROWS,
+        **kwargs,
+    ):
+        from torchvision.datasets import Cityscapes as CityscapesFiles  # which brings all of torchvision's data sets
+
+        classes = sorted((c for c in CityscapesFiles.classes if not c.ignore_in_eval), key=lambda c: c.train_id)
+        names = [each.name for each in classes]
+        numbers = {each.id: None for each in CityscapesFiles.classes} | {each.id: each.name for each in classes}
+        reader = MaskReader(names, values=numbers)
+        sources = _held_out(_cityscapes(Path(root), "train"), val_fraction, split_seed, reader)
+        sources["test"] = _files(_cityscapes(Path(root), "val"), reader)
+        about = {"dataset": "Cityscapes", "task": "cityscapes", **_selection(sources)}
+        kwargs.setdefault("palette", [list(each.color) for each in classes])
+        super().__init__(MaskSet(sources, names, about), test_size=test_size, **kwargs)
+
+
 class _SBDReader(MaskReader):
     """Masks of VOC, and of SBD as MATLAB files."""
 
@@ -124,6 +164,22 @@ def _voc(root: Path, split: str) -> list[tuple[Path, Path]]:
             f"{root} holds no VOCdevkit/VOC2012 with JPEGImages, SegmentationClass and ImageSets/Segmentation ({error})"
         ) from error
     return [(Path(image), Path(mask)) for image, mask in zip(files.images, files.masks, strict=True)]
+
+
+def _cityscapes(root: Path, split: str) -> list[tuple[Path, Path]]:
+    from torchvision.datasets import Cityscapes as CityscapesFiles
+
+    for kind in ("leftImg8bit", "gtFine"):
+        if not (root / kind / split).is_dir():  # before torchvision, which would unpack archives that it finds there
+            raise DataError(
+                f"there is no folder {root / kind / split}; root must hold leftImg8bit and gtFine, unpacked from "
+                "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip"
+            )
+    files = CityscapesFiles(root, split=split, mode="fine", target_type="semantic")
+    pairs = [(Path(image), Path(masks[0])) for image, masks in zip(files.images, files.targets, strict=True)]
+    if not pairs:
+        raise DataError(f"{root / 'leftImg8bit' / split} holds no folder of a city with images in it")
+    return sorted(pairs)  # torchvision lists them as the file system does
 
 
 def _augmented(images: Path, sbd: str | Path | None) -> list[tuple[Path, Path]]:

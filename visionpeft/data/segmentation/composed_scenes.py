@@ -74,15 +74,26 @@ class Scenes:
         return compose(self.split, int(self.indices[index]), self.side, self.seed)
 
 
-@functools.lru_cache(maxsize=64)  # image and mask of a scene are asked for one after the other
 def compose(split: str, number: int, side: int, seed: int) -> tuple[Image.Image, np.ndarray]:
     """A scene: RGB image of `side` x `side` pixels, and class indices int64 (side, side)."""
+    image, places, labels = compose_objects(split, number, side, seed)
+    return image, np.array([0, *(label + 1 for label in labels)])[places]
+
+
+@functools.lru_cache(maxsize=64)  # image and mask of a scene are asked for one after the other
+def compose_objects(split: str, number: int, side: int, seed: int) -> tuple[Image.Image, np.ndarray, tuple[int, ...]]:
+    """A scene by its objects, of which some may be hidden.
+
+    Returns:
+        RGB image of `side` x `side` pixels; which object a pixel shows, int64 (side, side), 0 for none and i for the
+        i-th; and the class of each object, from 0.
+    """
     key = seed, ("train", "val", "test").index(split), number
     chosen = list(drawings(split).values())
     few, many = OBJECTS
     count = few + _integers(many - few + 1, *key, 0)
     image = Image.fromarray(_texture(side, *key))
-    mask = np.zeros((side, side), np.int64)
+    places, labels = np.zeros((side, side), np.int64), []
     for which in range(1, count + 1):
         label = _integers(len(chosen), *key, which, 0)
         drawing = _sprite(chosen[label][_integers(len(chosen[label]), *key, which, 1)])
@@ -94,9 +105,10 @@ def compose(split: str, number: int, side: int, seed: int) -> tuple[Image.Image,
         image.paste(sprite, corner, sprite.getchannel("A"))
         opaque = Image.new("L", (side, side))
         opaque.paste(sprite.getchannel("A"), corner)
-        mask[np.asarray(opaque) >= 128] = label + 1
-    mask.setflags(write=False)  # it is kept
-    return image, mask
+        places[np.asarray(opaque) >= 128] = which
+        labels.append(label)
+    places.setflags(write=False)  # it is kept
+    return image, places, tuple(labels)
 
 
 def _scaled(drawing: Image.Image, length: int, mirrored: bool) -> Image.Image:

@@ -17,11 +17,12 @@ class SegmentationDataModule(ImageDataModule):
     """Images with a class for each pixel, in a train split and, where there are any, a val and a test split.
 
     Loaders, order, resuming and normalisation are those of images. Training batches are squares of `size` pixels cut
-    out of images resized at random; to measure, the shorter side of an image becomes `size`, its mask keeps its size.
+    out of images resized at random; to measure, the shorter side of an image becomes `test_size`, its mask keeps its
+    size.
 
     Args:
         images: splits of images with masks, class names and what is to be recorded about them.
-        size: pixels of a training square, and of the shorter side in val and test; the backbone's own when absent.
+        size: pixels of a training square; the backbone's own when absent.
         scale: smallest and largest factor by which the shorter side of a training image is resized, beside `size`.
         flip: mirror half of the training images.
         distort: change brightness, contrast, saturation and hue of training images.
@@ -35,6 +36,8 @@ class SegmentationDataModule(ImageDataModule):
         seed: of shuffling and augmentation; the seed given to Lightning when absent.
         test_batch_size: images in a batch of the val and test splits; more than one needs images of one size.
         palette: colour (red, green, blue) of each class in figures and predicted masks; Pascal VOC's when absent.
+        test_size: pixels of the shorter side of images in val and test, and of those that are predicted; `size` when
+            absent.
     """
 
     def __init__(
@@ -54,8 +57,10 @@ class SegmentationDataModule(ImageDataModule):
         seed: int | None = None,
         test_batch_size: int = 1,
         palette: list[list[int]] | None = None,
+        test_size: int | None = None,
     ):
         check_sizes(size, scale)
+        check_sizes(test_size, scale)
         if palette is not None and len(palette) != len(images.class_names):
             raise ConfigurationError(f"palette has {len(palette)} colours for {len(images.class_names)} classes")
         super().__init__(
@@ -70,7 +75,7 @@ class SegmentationDataModule(ImageDataModule):
             seed=seed,
             test_batch_size=test_batch_size,
         )
-        self.size = size
+        self.size, self.test_size = size, test_size
         self.scale = tuple(scale)
         self.flip = flip
         self.distort = distort
@@ -99,14 +104,17 @@ class SegmentationDataModule(ImageDataModule):
             ConfigurationError: `preprocessing` was not set.
         """
         self._check_ready(split)
-        transform = MaskedTransform(self.preprocessing, self.side, self.scale, self.flip, self.distort)
-        return MaskedDataset(self.sources[split], transform, trains=split == "train", seed=self._seed())
+        trains = split == "train"
+        side = self.side if trains or self.test_size is None else self.test_size
+        transform = MaskedTransform(self.preprocessing, side, self.scale, self.flip, self.distort)
+        return MaskedDataset(self.sources[split], transform, trains=trains, seed=self._seed())
 
     def _treatment(self) -> dict[str, object]:
         """Entries of the description on what is done to images before they are normalised."""
         used = self.preprocessing
         return {
             "size": self.side if used else self.size,
+            "test_size": self.test_size,
             "scale": list(self.scale),
             "flip": self.flip,
             "distort": self.distort,

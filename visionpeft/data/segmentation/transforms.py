@@ -33,6 +33,8 @@ class MaskedTransform:
         ConfigurationError: a size or factors that are none.
     """
 
+    outside = IGNORED  # value of masks where there is no image
+
     def __init__(
         self,
         preprocessing: Preprocessing,
@@ -46,7 +48,7 @@ class MaskedTransform:
         self.interpolation = InterpolationMode(preprocessing.interpolation)
         self.mean = torch.tensor(preprocessing.mean).view(3, 1, 1) * 255
         self.std = torch.tensor(preprocessing.std).view(3, 1, 1) * 255
-        fill = {tv_tensors.Image: self.mean.flatten().round().tolist(), tv_tensors.Mask: IGNORED}
+        fill = {tv_tensors.Image: self.mean.flatten().round().tolist(), tv_tensors.Mask: self.outside}
         steps = [v2.RandomCrop(size, pad_if_needed=True, fill=fill)]
         steps += [v2.RandomHorizontalFlip()] if flip else []
         steps += [v2.RandomPhotometricDistort()] if distort else []

@@ -17,12 +17,18 @@ from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.addressing import select_blocks
 from visionpeft.methods.parts.field_types import fits, in_words
-from visionpeft.methods.parts.measures import Measures
+from visionpeft.methods.parts.measures import Measures, Squares
 from visionpeft.sites import Placement, Shared
 
 
 class Measure(Protocol):
-    """Shows training samples one by one to a method that chooses after a stage; `adapters.stages` has it."""
+    """Shows training samples one by one to a method that chooses after a stage; `adapters.stages` has it.
+
+    Attributes:
+        squares: measures squared gradients of the backbone's weights, with the adapter acting.
+    """
+
+    squares: Squares
 
     def __call__(
         self,
@@ -47,6 +53,11 @@ class Method:
     written_without: ClassVar[Mapping[str, object]] = {}
     # Fields that say what was found in weights or data, whose tensors only a saved adapter has: not to be given.
     found: ClassVar[tuple[str, ...]] = ("entries",)
+    # Whether it needs the sites of blocks; otherwise those of layers, at which its modules `merge`, are enough.
+    needs_blocks: ClassVar[bool] = True
+    # Share of the training data on which `selects` is learnt, and at which learning rate; fields of methods that do.
+    held_out: ClassVar[float] = 0.0
+    selection_lr: ClassVar[float] = 0.0
     # Of a method that is trained in stages: whether each stage starts where the first did, or where the last one ended.
     rewinds: ClassVar[bool] = True
 
@@ -118,6 +129,10 @@ class Method:
             ConfigurationError: the training leaves nothing to choose by.
         """
         raise TypeError(f"{type(self).__name__} is trained in one stage")
+
+    def selects(self, part: nn.Module) -> list[nn.Parameter]:
+        """Which parameters of its modules are learnt on a held-out part of the training data; see `Selection`."""
+        return []
 
     @property
     def masks_gradients(self) -> bool:
@@ -207,6 +222,11 @@ def select_towers(method: Method, backbone: Backbone) -> list[Tower]:
                 f"{type(method).__name__}(towers={method.towers!r}): this model has no tower {name!r}, "
                 f"it has {', '.join(backbone.towers)}"
             )
+        if method.needs_blocks and backbone.towers[name].layers_only is not None:
+            raise UnsupportedError(
+                f"{type(method).__name__} needs sited blocks; this model has layer sites only: "
+                f"{backbone.towers[name].layers_only}"
+            )
     return [backbone.towers[name] for name in dict.fromkeys(names)]
 
 
@@ -267,7 +287,9 @@ def describe_method(method: Method) -> dict:
 
 
 def blocks_of(method: Method, tower: Tower) -> list[int]:
-    """Indices of the blocks the method's `blocks` names in this tower."""
+    """Indices of the blocks the method's `blocks` names in this tower; none where a tower of layers has none."""
+    if method.blocks == "all" and tower.depth == 0:
+        return []
     return select_blocks(method.blocks, tower.depth, tower.stages)
 
 

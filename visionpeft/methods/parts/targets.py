@@ -23,23 +23,30 @@ def target_layers(method: Method, tower: Tower, kinds: Sequence[str] = ("linear"
     layers = [
         (i, layer)
         for i, layer in tower.all_layers()
-        if layer.kind in kinds and (tower.between_stages(layer.site) if i is None else i) in (None, *blocks)
+        if _fits(layer, kinds) and (tower.between_stages(layer.site) if i is None else i) in (None, *blocks)
     ]
-    available = {layer.target for _, layer in layers}
+    available = {layer.target for _, layer in layers} | {group for _, layer in layers for group in layer.groups}
+    why = "" if tower.layers_only is None else f" (layer sites only: {tower.layers_only})"
     for target in method.targets:
         if target not in available:
             raise ConfigurationError(
                 f"{type(method).__name__}: target {target!r} matches no layer; this backbone has "
-                f"{nearest(target, available)}"
+                f"{nearest(target, available)}{why}"
             )
-    chosen = [(index, layer) for index, layer in layers if layer.target in method.targets]
+    chosen = [(index, layer) for index, layer in layers if layer.named_by(method.targets)]
     for _, layer in chosen:
-        if layer.kind == "conv" and layer.owner.groups > 1:
+        if layer.kind == "conv" and layer.changed == "never" and layer.owner.groups > 1:
             raise ConfigurationError(
                 f"{type(method).__name__}: target {layer.target!r} is a convolution of single channels, whose kernels "
                 "have no matrix of channels to change"
             )
     return chosen
+
+
+def _fits(layer: Layer, kinds: Sequence[str]) -> bool:
+    """Whether a layer is of one of these kinds; a convolution whose weight can be changed is a matrix, too."""
+    matrix = layer.kind == "conv" and layer.changed != "never"
+    return layer.kind in kinds or (matrix and "linear" in kinds)
 
 
 def ranked_layers(method: Method, tower: Tower) -> Iterator[tuple[int, Layer, int, float]]:
@@ -54,7 +61,7 @@ def ranked_layers(method: Method, tower: Tower) -> Iterator[tuple[int, Layer, in
     """
     ranks = Overrides(method.rank, method.overrides, tower, method.targets, f"{type(method).__name__} overrides")
     for index, layer in target_layers(method, tower):
-        rank = ranks.at(index, layer.target)
+        rank = ranks.at(index, layer.named_by(method.targets))
         yield index, layer, rank, 1.0 if method.alpha is None else method.alpha / rank
 
 

@@ -1,0 +1,159 @@
+"""Methods on a real pretrained ViT: clip art and rendered sprites at 112 pixels, each with the best of three rates.
+
+The backbone is `dinov2_small_focus`, made by `python -m visionpeft.prepare backbone dinov2_small`. Every method has the
+same trials: three learning rates, chosen on validation with one seed, then three seeds trained on train and validation
+and tested after the last epoch. All by the protocol `vtab1k` of the package, so that what is finished is kept, what was
+interrupted goes on, and several machines may share the folder.
+
+    nice python benchmarks/real_backbone.py --output runs/real_backbone
+    python benchmarks/real_backbone.py --output runs/real_backbone --write    # the table, into docs/results.md
+
+A training takes five to ten CPU minutes, and there are six of a method on a task.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from measuring import clock, table
+
+from visionpeft import protocol
+from visionpeft.protocols.method_protocols import collect
+from visionpeft.runs.cli import CLI
+
+PAGE = Path(__file__).parents[1] / "docs/results.md"
+BEGIN, END = "<!-- real_backbone:begin -->", "<!-- real_backbone:end -->"
+TASKS = {"clipart": "clip art", "dsprites_loc": "dsprites_loc"}
+METHODS = [
+    "linear_probe",
+    "lora",
+    "vpt",
+    "ssf",
+    "adaptformer",
+    "bitfit",
+    "adapter_plus",
+    "vpt_shallow",
+    "layer_norm_tuning",
+    "convpass",
+    "dora",
+    "ia3",
+]
+RATES = ["--learning_rates", "5e-4", "2e-3", "8e-3"]
+OPTIONS = {
+    "model.backbone": "dinov2_small_focus",
+    "model.backbone_kwargs": "{img_size: 112}",
+    "model.optimisation.warmup_epochs": "1",
+    "trainer.max_epochs": "10",
+    "trainer.precision": "bf16-mixed",
+    "trainer.accelerator": "cpu",
+    "data.batch_size": "32",
+    "data.test_batch_size": "100",
+    "data.test_samples": "1000",
+}
+SETTINGS = [part for option, value in OPTIONS.items() for part in (f"--{option}", value)]
+SEEDS = 3
+ROUNDS = 5
+
+
+class Step:
+    """A training step of a method as `fit` makes it, on 16 images.
+
+    Args:
+        config: configuration of the method.
+    """
+
+    def __init__(self, config: str):
+        self.task = CLI(["--config", config, *SETTINGS]).model
+        size, classes = self.task.preprocessing.input_size, len(self.task.class_names)
+        torch.manual_seed(0)
+        self.images, self.labels = torch.randn(16, 3, *size), torch.arange(16) % classes
+        self.task.train()
+        trained = [parameter for parameter in self.task.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def forward(self) -> None:
+        """A forward pass of the network in which nothing is kept."""
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            self.task.model(self.images)
+
+    def run(self) -> None:
+        """Forward, backward and optimiser."""
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = self.task.training_loss(self.images, self.labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def step_ratios(configs: dict[str, str]) -> dict[str, float]:
+    """CPU time of a step of each method in forward passes of the frozen backbone, median of interleaved turns."""
+    steps = {name: Step(config) for name, config in configs.items()}
+    frozen = Step(config_of("linear_probe"))
+    frozen.task.eval()
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(ROUNDS + 1):
+        before = clock("cpu")
+        frozen.forward()
+        forward = clock("cpu") - before
+        for name, step in steps.items():
+            before = clock("cpu")
+            step.run()
+            if turn:  # the first warms up
+                ratios[name].append((clock("cpu") - before) / forward)
+    return {name: statistics.median(found) for name, found in ratios.items()}
+
+
+def lines(rows: list[dict], ratios: dict[str, float]) -> list[dict]:
+    """A line for each method, of tasks on which all seeds are done."""
+    found = []
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method]
+        line = {"method": method}
+        for task, words in TASKS.items():
+            of_task = [row for row in own if row["task"] == task]
+            if len(of_task) < SEEDS:
+                line[words] = ""
+                continue
+            scores = [100 * row["top1"] for row in of_task]
+            (rate,) = json.loads(of_task[0]["hyper_parameters"]).values()
+            line[words] = f"{statistics.mean(scores):.1f} ± {statistics.pstdev(scores):.1f} ({rate:g})"
+        if any(line[words] for words in TASKS.values()):
+            line["trained, without head"] = f"{own[0]['adapter_parameters']:,}"
+            line["kept, MiB an image"] = f"{own[0]['saved_bytes_per_image'] / 2**20:.1f}"
+            line["step"] = f"{ratios[method]:.2f}"
+            found.append(line)
+    return found
+
+
+def config_of(method: str) -> str:
+    """Its shipped configuration."""
+    return f"vtab_{method}.yaml"
+
+
+def main() -> None:
+    """Train what is missing, or write the table of what is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/real_backbone"), help="folder of the protocol")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK")
+    parser.add_argument("--write", action="store_true", help="only put the table of what is done into docs/results.md")
+    options = parser.parse_args()
+    if not options.write:
+        for task, method in itertools.product(options.tasks, options.methods):  # one by one: a method is done early
+            where = ["--output", str(options.output), "--tasks", task, "--configs", config_of(method)]
+            if code := protocol.main(["vtab1k", *where, *RATES, *SETTINGS]):
+                raise SystemExit(code)
+        return
+    rows = collect(options.output)
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    made = table(lines(rows, step_ratios({method: config_of(method) for method in methods})))
+    PAGE.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

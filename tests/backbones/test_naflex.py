@@ -1,0 +1,75 @@
+"""NaFlexVit with several image sizes in one batch: what adapters do is that of each image alone.
+
+Its architectures are walked in `test_walk.py`.
+"""
+
+import pytest
+import timm
+import torch
+
+import visionpeft as vp
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "num_classes": 3}
+METHODS = {
+    "tokens": [vp.VPT(num_tokens=2, deep=False), vp.LoRA(rank=2), vp.SSF()],
+    "keys": [vp.VPT(num_tokens=2), vp.PrefixTuning(num_tokens=2)],
+    "layers": [vp.LoRA(rank=2, targets=("patch_embed", "proj", "fc1")), vp.BitFit()],
+}
+
+
+def patches_of(sizes, length):
+    """A batch of images of so many rows and columns of patches, filled up to one length."""
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "patches": torch.zeros(len(sizes), length, 48, dtype=torch.float64),
+        "patch_coord": torch.zeros(len(sizes), length, 2, dtype=torch.long),
+        "patch_valid": torch.zeros(len(sizes), length, dtype=torch.bool),
+    }
+    for index, (rows, columns) in enumerate(sizes):
+        number = rows * columns
+        batch["patches"][index, :number] = torch.randn(number, 48, dtype=torch.float64, generator=generator)
+        batch["patch_coord"][index, :number] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        batch["patch_valid"][index, :number] = True
+    return batch
+
+
+@pytest.mark.parametrize("key_only", [False, True], ids=["pairs", "keys alone"])
+@pytest.mark.parametrize("methods", METHODS.values(), ids=list(METHODS))
+def test_a_batch_of_several_sizes(methods, key_only):
+    torch.manual_seed(0)
+    options = SMALL | {"use_key_only_attn_mask": key_only}
+    model = timm.create_model("naflexvit_base_patch16_gap", **options).double().eval()
+    vp.attach(model, methods)
+    with torch.no_grad():
+        for parameter in model.peft.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        together = model(patches_of([(2, 3), (3, 3)], 12))
+        for index, number in enumerate((6, 9)):
+            batch = patches_of([(2, 3), (3, 3)], 12)
+            alone = model({name: value[index : index + 1, :number] for name, value in batch.items()})
+            assert torch.allclose(together[index], alone[0], rtol=1e-9, atol=1e-12)
+        batch = patches_of([(2, 3), (3, 3)], 12)
+        batch["patch_valid"][0, 6] = True  # negative control
+        assert not torch.allclose(model(batch)[0], together[0], rtol=1e-6)
+        vp.disable(model)
+        assert not torch.allclose(model(patches_of([(2, 3), (3, 3)], 12)), together, rtol=1e-2)
+
+
+def test_patches_of_another_size():
+    """They are multiplied with a resampled weight: what adapters change it by is resampled with it."""
+    torch.manual_seed(0)
+    model = timm.create_model("naflexvit_base_patch16_gap", enable_patch_interpolator=True, **SMALL).eval()
+    vp.attach(model, vp.LoRA(rank=2, targets=("patch_embed",)), head=False)
+    batch = {
+        "patches": torch.randn(1, 4, 8, 8, 3),
+        "patch_coord": torch.cartesian_prod(torch.arange(2), torch.arange(2))[None],
+        "patch_valid": torch.ones(1, 4, dtype=torch.bool),
+    }
+    with torch.no_grad():
+        base = model(batch)
+        for parameter in model.peft.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        found = model(batch)
+        vp.merge(model)
+        assert torch.allclose(found, model(batch), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, base, rtol=1e-2)

@@ -1,0 +1,82 @@
+"""A backbone with a head that finds objects: sizes, masks in whole images, saving, and what reaches the backbone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import visionpeft as vp
+from visionpeft.models.object_detector import at_size
+
+HEAD = vp.FCOS(width=64, convs=0, score_threshold=0.0, detections=20)
+
+
+def detector(method=None, head=HEAD):
+    torch.manual_seed(0)
+    backbone = vp.create_backbone("test_vit", pretrained=False, num_classes=0, img_size=32, dynamic_img_size=True)
+    return vp.ObjectDetector(backbone, head, ["cat", "dog"], method).eval()
+
+
+@torch.no_grad()
+def test_an_image_of_any_size_and_the_pixels_it_had():
+    model = detector()
+    patch = model.patch
+    images = torch.randn(2, 3, 2 * patch + 5, 3 * patch)
+    found = model(images, [(4 * patch + 10, 6 * patch), tuple(images.shape[-2:])])
+    plain = model(images)
+    assert torch.allclose(found[0]["boxes"], 2 * plain[0]["boxes"])
+    assert torch.equal(found[1]["boxes"], plain[1]["boxes"])
+    assert found[0]["boxes"].shape == (20, 4)
+    assert all(image["boxes"][:, 3].max() <= 2 * patch + 5 for image in plain)  # not into what was filled up
+    assert (plain[0]["scores"].diff() <= 0).all()
+    filled = F.pad(images, (0, 0, 0, patch - 5))
+    alone = vp.feature_maps(model.backbone, filled, model.blocks)
+    assert torch.equal(model.maps(images), alone)
+
+
+def test_masks_lie_in_their_boxes():
+    """The left half of a box, in an image that is twice as wide and as high as the tensor."""
+    mask = torch.zeros(1, 1, 28, 28)
+    mask[..., :14] = 1
+    found = {"boxes": torch.tensor([[4.0, 2.0, 12.0, 10.0]]), "masks": mask}
+    found |= {"scores": torch.ones(1), "labels": torch.zeros(1, dtype=torch.long)}
+    whole = at_size(found, (16, 20), (32, 40))
+    assert whole["boxes"].tolist() == [[8, 4, 24, 20]]
+    expected = torch.zeros(32, 40, dtype=torch.bool)
+    expected[4:20, 8:16] = True
+    assert whole["masks"].shape == (1, 32, 40)
+    # torchvision draws the border of a mask of 28 x 28 to within a pixel
+    assert (whole["masks"][0] ^ expected).sum() <= 16 + 2 * 16 + 2 * 8
+    assert whole["masks"][0, 6:18, 10:14].all()
+
+
+def test_method_and_head_learn_and_are_saved_together(tmp_path):
+    model = detector([vp.LoRA(rank=2), vp.VPT(num_tokens=2, deep=True)]).train()
+    images = torch.randn(2, 3, 32, 48)
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 28.0]]), "labels": torch.tensor([1])}] * 2
+    base = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    optimiser = torch.optim.AdamW(vp.trainable_parameters(model), lr=1e-2)
+    for _ in range(2):  # LoRA's A has no gradient while B is zero
+        optimiser.zero_grad()
+        sum(model.losses(images, targets).values()).backward()
+        optimiser.step()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in vp.trainable_parameters(model))
+    assert all(torch.equal(value, base[name]) for name, value in model.backbone.state_dict().items() if name in base)
+    vp.save(model, tmp_path / "adapter", class_names=["cat", "dog"])
+    other = detector()
+    with torch.no_grad():
+        before, (expected, _) = other(images)[0]["boxes"], model.eval()(images)
+        vp.load(other, tmp_path / "adapter")
+        assert torch.equal(other(images)[0]["boxes"], expected["boxes"])
+        assert not torch.equal(before, expected["boxes"])
+        vp.disable(other)
+        assert not torch.equal(other(images)[0]["scores"], expected["scores"])
+    assert vp.read_metadata(tmp_path / "adapter")["heads"]["head"]["class"] == "FCOS"
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(vp.UnsupportedError, match="class_token_only"):
+        vp.economise(detector(vp.LoRA(rank=2)), class_token_only=True)
+    with pytest.raises(vp.ConfigurationError, match=r"images \(batch, channels, height, width\)"):
+        detector()(torch.zeros(3, 32, 32))
+    with pytest.raises(vp.ConfigurationError, match="list of names, or their number"):
+        vp.ObjectDetector("test_vit", HEAD, [])

@@ -1,0 +1,35 @@
+"""Where predictions that are files of their own go: names after those of the images, which nothing is written over."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from visionpeft.errors import ConfigurationError
+
+
+def named_after(files: list[Path], folder: Path, endings: Sequence[str], what: str) -> list[tuple[Path, ...]]:
+    """Where what is predicted of each image goes: its name without ending, and each of the endings.
+
+    Args:
+        files: the images.
+        folder: the folder.
+        endings: such as ".png" and "_overlay.png".
+        what: is predicted, for errors.
+
+    Raises:
+        ConfigurationError: the folder is none, would be written over an image that is predicted, or two images have
+            one name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"--output: {folder} is a file; {what} go into a folder")
+    seen: dict[str, Path] = {}
+    for file in files:
+        if (other := seen.setdefault(file.stem, file)) != file:
+            raise ConfigurationError(
+                f"the {what} of {other} and {file} would both be {folder / file.stem}{endings[0]}; predict them into "
+                "two folders"
+            )
+    names = [tuple(folder / f"{file.stem}{ending}" for ending in endings) for file in files]
+    given = {file.resolve() for file in files}
+    if written := [path for several in names for path in several if path.resolve() in given]:
+        raise ConfigurationError(f"--output {folder} would write over the image {written[0]}; name another folder")
+    return names
