@@ -35,7 +35,7 @@ def _tower(encoder: Qwen3VitEncoder, path: str, model: nn.Module) -> Tower:
         path=path,
         module=encoder,
         blocks=[describe_block(block) for block in encoder.blocks],
-        width=encoder.embed_dim,
+        common_width=encoder.embed_dim,
         num_prefix_tokens=0,
         layers=layers,
         patch_size=tuple(encoder.patch_embed.patch_size),
