@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import block_checks
 import open_clip
 import pytest
 import timm
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from timm.models.convnext import ConvNeXt
 
 import visionpeft as vp
+from visionpeft.adapters import selfcheck
 from visionpeft.adapters.fingerprint import fingerprint
 from visionpeft.backbones import describe
 from visionpeft.backbones.timm_convnext import SitedConvNeXtBlock
@@ -317,6 +319,7 @@ def test_layers_between_stages_go_with_the_stage_after_them():
 
 def test_a_drift_that_a_small_layer_scale_would_hide(monkeypatch):
     """gamma starts at 1e-6: a sited block that leaves the branch out would be off by no more than that."""
+    monkeypatch.setattr(selfcheck, "_check_block", block_checks.every_time)
     model = ConvNeXt(num_classes=5, depths=DEPTHS, dims=(8, 16, 24, 32))
     vp.attach(model, vp.LoRA(targets=("fc1",)))
     vp.detach(model)

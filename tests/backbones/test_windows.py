@@ -3,6 +3,7 @@
 import copy
 import functools
 
+import block_checks
 import peft
 import pytest
 import timm
@@ -302,6 +303,7 @@ def test_refused_with_nothing_changed(method, sentence):
 
 
 def test_the_shifted_block_is_checked_although_it_prints_the_same(monkeypatch):
+    monkeypatch.setattr(selfcheck, "_check_block", block_checks.every_time)
     first, second, *_ = blocks_of(made())
     assert repr(first) == repr(second)
     original = windows.attend_in_windows
@@ -332,11 +334,13 @@ def test_what_peft_would_wrap_without_effect_is_not_exported(tmp_path):
 
 def test_a_model_whose_norms_start_at_zero(monkeypatch):
     """Of a new SwinV2 every branch is zero: nothing would show what a block computes, and nothing seem to be live."""
-    monkeypatch.setattr(timm_swin_v2, "LARGEST_SCALE", 1.0)
-    with pytest.raises(vp.UnsupportedError, match="does not compute what its sited form computes"):
-        vp.attach(SwinTransformerV2(img_size=SIZE, **OPTIONS), vp.LoRA())
-    monkeypatch.undo()
-    vp.attach(SwinTransformerV2(img_size=SIZE, **OPTIONS), vp.LoRA())
+    monkeypatch.setattr(selfcheck, "_check_block", block_checks.every_time)
+    model = SwinTransformerV2(img_size=SIZE, **OPTIONS)
+    vp.detach(vp.attach(model, vp.LoRA()))
+    with monkeypatch.context() as patch:
+        patch.setattr(timm_swin_v2, "LARGEST_SCALE", 1.0)
+        with pytest.raises(vp.UnsupportedError, match="does not compute what its sited form computes"):
+            vp.attach(SwinTransformerV2(img_size=SIZE, **OPTIONS), vp.LoRA())
     monkeypatch.setattr(selfcheck, "_enliven", lambda module: None)
     with pytest.raises(vp.UnsupportedError, match="nothing done at site"):
         vp.attach(SwinTransformerV2(img_size=SIZE, **OPTIONS), vp.LoRA())

@@ -88,6 +88,22 @@ FAULTS = [
         "adds = index >= first", "adds = index > first",
         ("test_side_paths",), "dtl",
     ),
+    # blocks whose tokens are the pixels of a map
+    Fault(
+        "map_turned", "what reads the grid of a map is told columns and rows",
+        "return module(x, self.grid) if", "return module(x, self.grid[::-1]) if",
+        ("test_maps",), "grid",
+    ),
+    Fault(
+        "windows_mixed", "prompts of each sample go to the windows of others",
+        "x.repeat_interleave(windows // len(x), dim=0)", "x.repeat(windows // len(x), 1, 1, 1)",
+        ("test_windows",), "mixed",
+    ),
+    Fault(
+        "one_kind_of_block", "a shifted block is taken for one that is not",
+        "return all(map(_is_setting, value)) if isinstance(value, tuple) else isinstance", "return isinstance",
+        ("test_windows",), "shifted",
+    ),
     # methods
     Fault(
         "lora_scale", "LoRA's own product has its scale twice",
@@ -117,7 +133,7 @@ FAULTS = [
     ),
     Fault(
         "ssf_site", "SSF leaves out the final norm",
-        "list(tower.final_norms) if tower.depth - 1 in blocks else []", "[]",
+        "in (*EMBEDDING, *tower.final_norms)", "in EMBEDDING",
         ("test_counts", "test_methods_reference"), "ssf or SSF",
     ),
     Fault(
@@ -164,8 +180,7 @@ FAULTS = [
     ),
     Fault(
         "vpt_bound", "the paper's bound for prompts with one channel instead of three",
-        "bound = math.sqrt(6 / (3 * height * breadth + width))\n    return torch.empty(num_tokens, width).uniform_",
-        "bound = math.sqrt(6 / (height * breadth + width))\n    return torch.empty(num_tokens, width).uniform_",
+        "math.sqrt(6 / (3 * height * breadth + (projection or", "math.sqrt(6 / (height * breadth + (projection or",
         ("test_methods_reference", "test_method_fields", "test_weight_methods", "test_gated_vpt"),
         "vpt or bound or start or initial",
     ),
@@ -178,7 +193,7 @@ FAULTS = [
     ),
     Fault(
         "sparse_bias", "merging a sparse change forgets the bias",
-        "return weight, bias if self.bias is None else bias + self.dense(\"bias\").to(bias)", "return weight, bias",
+        "return weight, bias + self.dense(\"bias\").to(bias) if self.has(\"bias\") else bias", "return weight, bias",
         keyword="pafi and vit_cls or fish and vit_cls",
     ),
     Fault(
@@ -200,8 +215,8 @@ FAULTS = [
     ),
     Fault(
         "site_twice", "modules at a token site act twice",
-        "        for module in self.sites.acting.get(site, ()):\n            x = module(x)\n        for module, add",
-        "        for module in 2 * self.sites.acting.get(site, ()):\n            x = module(x)\n        for module, add",
+        "for module in self.sites.acting.get(site, ()):\n            x = self.act(module, x)",
+        "for module in 2 * self.sites.acting.get(site, ()):\n            x = self.act(module, x)",
         keyword="vit_cls",
     ),
     Fault(
