@@ -13,7 +13,6 @@ Layers are addressed by the last word of their path ("qkv", "conv1"; "0" with th
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -25,12 +24,12 @@ from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites.stand_ins import own_class
 
-# model -> (its modules with their own classes, what it is)
-_DESCRIBED: WeakKeyDictionary[nn.Module, tuple[list, Backbone]] = WeakKeyDictionary()
+# model -> (its modules with their own classes, what one pass has met); not the layers, which would keep the model alive
+_MET: WeakKeyDictionary[nn.Module, tuple[list, Reach]] = WeakKeyDictionary()
 
 
 def layers_only(model: nn.Module, reason: str) -> Backbone:
-    """Describe a timm model by its layers alone; made once for a model that stays what it is.
+    """Describe a timm model by its layers alone; it is run once as long as it stays what it is.
 
     Args:
         model: the model.
@@ -40,11 +39,10 @@ def layers_only(model: nn.Module, reason: str) -> Backbone:
         UnsupportedError: it cannot be run, or none of its layers reaches its output.
     """
     state = [(id(each), own_class(each), _tensors_of(each)) for each in _own_modules(model)]
-    known = _DESCRIBED.get(model)
-    if known is None or known[0] != state:
-        known = _DESCRIBED[model] = state, _describe(model, reason)
-    backbone = known[1]
-    return replace(backbone, towers={name: replace(tower) for name, tower in backbone.towers.items()})
+    met = _MET.get(model)
+    if met is None or met[0] != state:
+        met = _MET[model] = state, reach(model)
+    return _describe(model, reason, met[1])
 
 
 def _own_modules(model: nn.Module) -> list[nn.Module]:
@@ -56,11 +54,10 @@ def _tensors_of(module: nn.Module) -> tuple:
     return tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
 
 
-def _describe(model: nn.Module, reason: str) -> Backbone:
-    found = reach(model)
+def _describe(model: nn.Module, reason: str, found: Reach) -> Backbone:
     heads, unused = _heads(model, found)
-    blocks = [BlockSites(model.get_submodule(path), None, None, None, {}) for path in _block_paths(model)]
     paths = _block_paths(model)
+    blocks = [BlockSites(model.get_submodule(path), None, None, None, {}) for path in paths]
     tower = Tower(
         name="visual",
         path="",
@@ -137,7 +134,7 @@ def _short(path: str) -> str:
 def _block_paths(model: nn.Module) -> list[str]:
     """Paths of the modules that timm's `group_matcher` names as blocks, in the order of the model's modules."""
     try:
-        matcher = model.group_matcher(coarse=False)
+        matcher = own_class(model).group_matcher(model, coarse=False)  # and not what stands in for it with adapters
     except (AttributeError, TypeError, NotImplementedError):
         return []
     patterns = []
