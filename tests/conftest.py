@@ -145,6 +145,8 @@ CASES = [
     Case("pafi", vp.PaFi(density=0.05), identity=True, mergeable=True),
     Case("fish_mask", vp.FishMask(density=0.05, samples=3), identity=True, mergeable=True, relative=True),
     Case("ltsft", vp.LTSFT(density=0.05), identity=True, mergeable=True, relative=True),
+    Case("diff_pruning", vp.DiffPruning(density=0.05), mergeable=True, relative=True),
+    Case("far", vp.FAR(share=0.2), identity=True, mergeable=True, relative=True),
     Case("pruned_bit_fit", vp.PrunedBitFit(density=0.3, samples=3), identity=True, mergeable=True, relative=True),
     Case("child_f", vp.ChildTuning("F", share=0.6), identity=True, mergeable=True),
     Case("child_d", vp.ChildTuning("D", share=0.1, samples=3), identity=True, mergeable=True, relative=True),
@@ -214,6 +216,8 @@ CASES = [
     Case("lora_dropout", vp.LoRADropout(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
     # after a restart it is no identity, as what was trained before it acts on
     Case("relora", vp.ReLoRA(rank=2, alpha=6, restarts=1), mergeable=True, relative=True),
+    Case("periodic_lora", vp.PeriodicLoRA(rank=2, restarts=1, unloaded=0.4), mergeable=True, relative=True),
+    Case("auto_lora", vp.AutoLoRA(3, alpha=6), identity=True, mergeable=True, image_only=True, relative=True),
     Case("capa_boost", vp.CapaBoost(rank=2, alpha=6), identity=True, mergeable=True, relative=True),
     Case("hi_wi", vp.HiWi(bottleneck=3), identity=True, mergeable=True, relative=True),
     Case("krona", vp.KronA(targets=EVERY_MATRIX, scale=0.7), identity=True, mergeable=True, relative=True),
@@ -264,7 +268,14 @@ CASES = [
     Case("ada_mix", vp.AdaMix(experts=3, bottleneck=4, shared_up=False), relative=True),
     Case("mona", vp.Mona(bottleneck=4), image_only=True, relative=True),
     Case("e2vpt", vp.E2VPT(num_tokens=2, num_keys=3), image_only=True, relative=True),
+    Case(
+        "e2vpt_pruned",
+        vp.E2VPT(3, 2, token_share=0.7, piece_share=0.6, pieces=8, samples=3),
+        image_only=True,
+        relative=True,
+    ),
     Case("prefix_propagation", vp.PrefixPropagation(num_tokens=3, keep=0.7, add=1.5), relative=True),
+    Case("selective_prompts", vp.SelectivePrompts(num_tokens=2, kept=1), image_only=True, relative=True),
     Case("lpt", vp.LPT(num_tokens=3, bottleneck=4), image_only=True, relative=True),
     Case("idpg", vp.IDPG(num_tokens=3, bottleneck=4, terms=2), image_only=True, relative=True),
     Case("ptuning", vp.PTuning(num_tokens=3, hidden=4), relative=True),
@@ -329,7 +340,19 @@ REFUSALS: dict[tuple[str, str], str] = {
 }
 REFUSALS |= {("clip_text", name): "text has no patches to convolve" for name in ("convpass", "convpass_mlp")}
 REFUSALS |= {("clip_text", name): "text has no patches" for name in ("dtl", "dtl_plus", "lst", "lst_dropped")}
-OF_IMAGES = ("coda", "mona", "e2vpt", "lpt", "idpg", "decomposed", "smop", "apt", "pixel_prompt")
+OF_IMAGES = (
+    "coda",
+    "mona",
+    "e2vpt",
+    "e2vpt_pruned",
+    "selective_prompts",
+    "lpt",
+    "idpg",
+    "decomposed",
+    "smop",
+    "apt",
+    "pixel_prompt",
+)
 REFUSALS |= {("clip_text", name): "words are not patches" for name in OF_IMAGES}
 WITH_POSITIONS = ("beit", "eva_fused", "eva_split", "eva_post_norm", "eva_rope_mixed", "eva_grouped", "dinov3")
 REFUSALS |= {(host, "coda"): "positions in the attention are those of all patches" for host in WITH_POSITIONS}

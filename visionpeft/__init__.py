@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.adapters.lorahub import lorahub as lorahub
     from visionpeft.adapters.merge import merge as merge
     from visionpeft.adapters.merge import unmerge as unmerge
+    from visionpeft.adapters.selection import Selection as Selection
     from visionpeft.adapters.stages import stages as stages
     from visionpeft.adapters.start import prompt_similarity as prompt_similarity
     from visionpeft.adapters.start import start_from as start_from
@@ -83,6 +84,7 @@ _HOMES = {
         "merge",
         "unmerge",
     ),
+    "visionpeft.adapters.selection": ("Selection",),
     "visionpeft.adapters.stages": ("stages",),
     "visionpeft.adapters.start": (
         "prompt_similarity",

@@ -12,7 +12,19 @@ BY_HOST = {h.name: h for h in HOSTS}
 BY_NAME = {c.name: c for c in CASES}
 VIT = BY_HOST["vit_cls"]
 ADDITIVE = ("lora", "lora_all", "ada_lora", "spt", "pafi", "fish_mask", "child_d", "child_f", "full", "last_block")
-ADDITIVE += ("ltsft", "pruned_bit_fit", "bit_fit", "layer_norm_tuning", "pissa", "sora", "eva", "gps")
+ADDITIVE += (
+    "ltsft",
+    "diff_pruning",
+    "auto_lora",
+    "far",
+    "pruned_bit_fit",
+    "bit_fit",
+    "layer_norm_tuning",
+    "pissa",
+    "sora",
+    "eva",
+    "gps",
+)
 
 
 def two(case, host=VIT, dtype=torch.float64, seeds=(1, 2)):

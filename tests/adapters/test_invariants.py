@@ -297,7 +297,7 @@ def test_stacking_in_any_order(host, order):
 
 
 # prompts of other names than those of `VPT` and `PrefixTuning`
-LONGER = ("coda", "e2vpt", "lpt", "idpg", "ptuning", "decomposed", "smop", "apt")
+LONGER = ("coda", "e2vpt", "lpt", "idpg", "ptuning", "decomposed", "smop", "apt", "selective_prompts")
 
 
 @spread()
@@ -804,9 +804,14 @@ ONLY_TRACED = (
     ("fish_mask", "spt", "gps", "second_order", "neuro_ada"),
     ("pissa", "olora", "lora_ga", "eva", "oft", "boft", "hira"),
     ("ltsft",),
+    ("diff_pruning",),
     ("xprompt_deep",),
     ("pruned_bit_fit",),
     ("relora",),
+    ("selective_prompts",),
+    ("auto_lora",),
+    ("periodic_lora",),
+    ("far",),
     ("vb_lora", "miss", "rand_lora", "gra_lora", "fourierft", "waveft"),
     ("moslora", "sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
     ("molora", "moelora", "mov", "mix_lora", "sct", "binary_mask", "said"),

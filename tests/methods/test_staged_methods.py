@@ -1,12 +1,17 @@
 """Methods that are trained in stages: what they choose, what goes back to the start, and what the last stage trains."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import distance, randomise
 from reference import edits_of, forward, shapes_of, trained_weights
 from reference.hosts import HOSTS
 
 import visionpeft as vp
+from visionpeft.methods.diff_pruning import hard_concrete
 
 VIT = next(host for host in HOSTS if host.name == "vit_cls")
 IMAGES, LABELS = VIT.inputs(6, torch.float64, seed=4), torch.tensor([0, 3, 1, 4, 4, 2])
@@ -35,11 +40,13 @@ def in_stages(method, batches=None):
 # LT-SFT
 
 
-def fine_tuned(masks=None, rate=0.1, steps=3):
+def fine_tuned(masks=None, rate=0.1, steps=3, only=None):
     """A plain ViT trained by torch alone: its values before and after; outside of the masks weights do not move."""
     model = VIT.build(torch.float64).eval()
     named = dict(model.named_parameters())
     trained = {name: p for name, p in named.items() if name not in ("cls_token", "pos_embed")}
+    if only is not None:
+        trained = {name: p for name, p in trained.items() if name.endswith(only) or name.startswith("head.")}
     before = {name: p.detach().clone() for name, p in trained.items()}
     for _ in range(steps):
         gradients = torch.autograd.grad(F.cross_entropy(model(IMAGES), LABELS), list(trained.values()))
@@ -160,6 +167,234 @@ def test_xprompt_needs_data_and_equal_pieces():
     assert model.peft["default"].methods[0].stages_after == 1
     with pytest.raises(vp.ConfigurationError, match="channels, which are not 7 equal pieces"):
         vp.attach(VIT.build(), vp.XPrompt(pieces=7))
+
+
+# E2VPT
+
+
+def gate_gradients(model, fields):
+    """Sums over samples of absolute gradients in gates before tokens and pieces, of every block, and of signed ones."""
+    plain, pieces = VIT.build(torch.float64), fields["pieces"]
+    tensors = {name: value.detach() for name, value in model.peft["default"].state_dict().items()}
+    prompts = {name: value for name, value in tensors.items() if name.endswith("stream_in.prompts")}
+    sums = {
+        name: [torch.zeros(len(p)), torch.zeros(len(p), pieces), torch.zeros(len(p))] for name, p in prompts.items()
+    }
+    for image, label in zip(IMAGES, LABELS, strict=True):
+        gates = {
+            name: (torch.ones(len(p), 1).double(), torch.ones(len(p), pieces).double()) for name, p in prompts.items()
+        }
+        flat = [gate.requires_grad_() for pair in gates.values() for gate in pair]
+        gated = {
+            name: gamma * (zeta.repeat_interleave(prompts[name].shape[1] // pieces, dim=1) * prompts[name])
+            for name, (gamma, zeta) in gates.items()
+        }
+        edits = edits_of(tensors | gated, {"e2vpt": fields}, shapes_of(plain))
+        logits = forward(plain, image[None], edits, with_head(plain, tensors))[0]
+        found = iter(torch.autograd.grad(-torch.log_softmax(logits, dim=0)[label], flat))
+        for total in sums.values():
+            gamma, zeta = next(found)[:, 0], next(found)
+            total[0] += gamma.abs()
+            total[1] += zeta.abs()
+            total[2] += gamma
+    return sums
+
+
+def test_e2vpt_prunes_the_prompts_of_each_block_and_starts_again():
+    torch.manual_seed(3)
+    method = vp.E2VPT(num_tokens=4, num_keys=2, token_share=0.5, piece_share=0.7, pieces=8, samples=6)
+    model = vp.attach(VIT.build(torch.float64), method).eval()
+    stages = vp.stages(model, [(IMAGES[:4], LABELS[:4]), (IMAGES[4:], LABELS[4:])])
+    next(stages)
+    start = {name: value.clone() for name, value in model.peft["default"].state_dict().items()}
+    train(model)
+    gradients, signed = gate_gradients(model, dataclasses.asdict(method)), 0
+    assert next(stages) == 2
+    found = model.peft["default"].state_dict()
+    for name, (tokens, pieces, with_sign) in gradients.items():
+        kept = sorted(tokens.argsort(descending=True)[:2].tolist())
+        signed += kept == sorted(with_sign.argsort(descending=True)[:2].tolist())
+        ranked = [sorted(pieces[token].argsort(descending=True)[:6].tolist()) for token in kept]
+        index = [8 * place + piece for place, each in enumerate(ranked) for piece in each]
+        path = name.removesuffix("prompts")
+        assert found[f"{path}piece_index"].tolist() == index
+        assert torch.equal(found[f"{path}pieces"], start[name][kept].view(16, -1)[index])
+    assert signed < len(gradients)  # as published, other tokens would stay in some block
+    for name, value in start.items():
+        assert name.endswith("stream_in.prompts") or torch.equal(
+            found[name], value
+        )  # keys, values and the head as well
+    assert model.peft["default"].num_parameters() == 3 * (2 * 6 * 4 + 2 * 2 * 32)
+    train(model)
+    assert next(stages, None) is None
+
+
+def test_e2vpt_keeps_a_token_and_four_pieces():
+    method = vp.E2VPT(token_share=0.05, piece_share=0.05)
+    assert (method.tokens_kept, method.pieces_kept) == (1, 4)
+    assert vp.E2VPT().stages_after == 0
+    with pytest.raises(vp.ConfigurationError, match="E2VPT: there are no prompts to prune"):
+        vp.E2VPT(num_tokens=0, token_share=0.5)
+    with pytest.raises(vp.ConfigurationError, match="channels, which are not 7 equal pieces"):
+        vp.attach(VIT.build(), vp.E2VPT(piece_share=0.5, pieces=7))
+
+
+# FAR
+
+
+def test_far_trains_the_neurons_that_priming_moves_most():
+    """Two trainings by torch itself, with masks of rows and columns between them, are what the stages do."""
+    full, before = fine_tuned(only=("fc1.weight", "fc1.bias", "fc2.weight"))
+    changed = {name: (p.detach() - before[name]).abs() for name, p in full.named_parameters() if name in before}
+    masks = {}
+    for block in range(3):
+        first, bias, second = (
+            changed[f"blocks.{block}.mlp.{name}"] for name in ("fc1.weight", "fc1.bias", "fc2.weight")
+        )
+        sizes = torch.stack([first[j].sum() + bias[j] + second[:, j].sum() for j in range(len(bias))])
+        chosen = torch.zeros(len(bias)).double()
+        chosen[sizes.argsort(descending=True)[: round(0.1 * len(bias))]] = 1
+        masks[f"blocks.{block}.mlp.fc1.weight"] = chosen[:, None].expand_as(first)
+        masks[f"blocks.{block}.mlp.fc1.bias"] = chosen
+        masks[f"blocks.{block}.mlp.fc2.weight"] = chosen.expand_as(second)
+    sparse, _ = fine_tuned(masks, only=("fc1.weight", "fc1.bias", "fc2.weight"))
+
+    model, outputs = in_stages(vp.FAR(share=0.1))
+    assert torch.equal(*outputs)
+    assert model.peft["default"].num_parameters() == 3 * round(0.1 * 64) * (2 * 32 + 1)
+    assert distance(model(IMAGES), sparse(IMAGES)) < 1e-10
+    assert distance(model(IMAGES), full(IMAGES)) > 1e-3
+
+
+def test_far_splits_the_neurons_of_a_gated_mlp():
+    """A neuron has a row in each half of fc1: without them, and its column of fc2, its change is gone."""
+    host = next(host for host in HOSTS if host.name == "eva_fused")
+    model = vp.attach(host.build(torch.float64), vp.FAR(share=0.1))
+    for stage in vp.stages(model):
+        if stage == 1:
+            randomise(model.peft["default"])
+    found = model.peft["default"].state_dict()
+    hidden = model.blocks[0].mlp.fc2.in_features
+    for block in range(len(model.blocks)):
+        rows, columns = (found[f"far.visual.{block}.{site}.index"] for site in ("fc1", "fc2"))
+        assert torch.equal(rows, torch.cat([columns, columns + hidden]))
+
+
+# PeriodicLoRA
+
+
+def test_periodic_lora_unloads_a_share_and_keeps_the_rest():
+    """Logits are equal about a restart; as published by others, with both factors shrunk, they would not be."""
+    method = vp.PeriodicLoRA(rank=2, restarts=1, unloaded=0.4, targets=("q",))
+    model = vp.attach(VIT.build(torch.float64), method).eval()
+    stages = vp.stages(model)
+    next(stages)
+    train(model)
+    module = model.peft["default"].get_submodule("periodic_lora.visual.0.q")
+    before, up, down = model(IMAGES).detach(), module.up.detach().clone(), module.down.detach().clone()
+    next(stages)
+    assert distance(model(IMAGES), before) < 1e-12
+    module = model.peft["default"].get_submodule("periodic_lora.visual.0.q")
+    assert distance(module.earlier_up @ module.earlier_down, 0.4 * up @ down) < 1e-15
+    assert torch.equal(module.down, down)
+    assert distance(module.up, 0.6 * up) < 1e-15
+    with torch.no_grad():
+        module.down.mul_(0.6)
+    assert distance(model(IMAGES), before) > 1e-4
+    assert vp.PeriodicLoRA(unloaded=1.0).stages_after == 3
+
+
+# Diff pruning
+
+
+def stretched(logits, uniform):
+    """min(1, max(0, 3 s - 1.5)) with s = 1 / (1 + exp(-(log u - log(1 - u) + a)))."""
+    s = 1 / (1 + torch.exp(-(torch.log(uniform / (1 - uniform)) + logits)))
+    return torch.minimum(torch.tensor(1.0), torch.maximum(torch.tensor(0.0), 3 * s - 1.5))
+
+
+def test_gates_of_diff_pruning_are_closed_and_open_as_often_as_they_should():
+    """Exactly 1 with probability sigmoid(a - log 5), exactly 0 with sigmoid(-a); the gradient is the formula's."""
+    torch.manual_seed(1)
+    for logit in (0.4, 5.0):
+        drawn = hard_concrete(torch.full((200_000,), logit, dtype=torch.float64), drawn=True)
+        expected = [1 / (1 + math.exp(-(logit - math.log(5)))), 1 / (1 + math.exp(logit))]
+        found = [(drawn == value).double().mean().item() for value in (1.0, 0.0)]
+        assert all(abs(a - b) < 3e-3 for a, b in zip(found, expected, strict=True))
+    uniform = torch.full((), 0.5).double()
+    logits = torch.tensor([-2.0, -0.5, 0.1, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    ours = torch.autograd.grad(hard_concrete(logits, drawn=False).sum(), logits)[0]
+    assert torch.equal(hard_concrete(logits, drawn=False), stretched(logits, uniform))
+    s = 1 / (1 + torch.exp(-logits))
+    assert distance(ours, torch.where((s > 0.5) & (s < 2.5 / 3), 3 * s * (1 - s), 0.0)) < 1e-15
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_diff_pruning_keeps_the_largest_changes_where_they_are(structured):
+    """Beside a plain ViT with the weights w0 + z w of a formula; what is kept goes on from z w, the head as well."""
+    method = vp.DiffPruning(density=0.03, structured=structured, penalty_weight=0.01)
+    plain = VIT.build(torch.float64).eval()
+    model = vp.attach(VIT.build(torch.float64), method).eval()
+    total = sum(p.numel() for n, p in plain.named_parameters() if not n.startswith("head."))
+    changed = total - plain.cls_token.numel() - plain.pos_embed.numel() - 3 * 32  # key biases
+    tensors = sum(1 + 2 * (".qkv." in n) for n, _ in plain.named_parameters() if n.startswith(("bl", "patch", "norm")))
+    groups = structured * (tensors - 3)
+    adapter = model.peft["default"]
+    assert adapter.num_parameters() == 2 * changed + groups
+    stages = vp.stages(model)
+    next(stages)
+    expected = 0.01 * (changed + groups) / (1 + math.exp(-5))
+    assert abs(vp.penalty(model).item() - expected) < 1e-6 * expected
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(4)
+        for name, parameter in adapter.named_parameters():
+            gate = name.endswith(("_gate", "_group"))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += (-5 + noise) if gate else 0.05 * noise
+    uniform = torch.full((), 0.5).double()
+    values, changes = adapter.state_dict(), {}
+    for name in [each for each in values if each.endswith((".weight", ".bias")) and not each.startswith("head.")]:
+        change = stretched(values[f"{name}_gate"], uniform) * values[name]
+        changes[name] = change * (stretched(values[f"{name}_group"], uniform) if structured else 1)
+    number = min(round(0.03 * total), sum(int((each != 0).sum()) for each in changes.values()))
+    threshold = torch.cat([each.abs().flatten() for each in changes.values()]).sort(descending=True).values[number - 1]
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            head = name.startswith("head.")
+            parameter.copy_(values[name] if head else parameter + of_sites(changes, name, parameter))
+    assert distance(model(IMAGES), plain(IMAGES)) < 1e-11
+    model.train()
+    assert distance(model(IMAGES), plain(IMAGES)) > 1e-3  # there gates are drawn
+    model.eval()
+    head = values["head.weight"].clone()
+
+    assert next(stages) == 2
+    found = model.peft["default"].state_dict()
+    assert model.peft["default"].num_parameters() == number
+    for name, change in changes.items():
+        kept = change.abs() >= threshold
+        assert kept.any() == (name in found)
+        if kept.any():
+            assert distance(found[name], change[kept]) < 1e-15
+            assert torch.equal(found[f"{name}_index"], kept.flatten().nonzero()[:, 0].int())
+    assert torch.equal(found["head.weight"], head)
+    assert vp.penalty(model) == 0
+    assert next(stages, None) is None
+
+
+def of_sites(changes, name, like):
+    """The change of a parameter of a plain ViT, given those of the sites of its layers."""
+    path, _, part = name.rpartition(".")
+    prefix = "diff_pruning.visual"
+    if name.endswith(("cls_token", "pos_embed")):
+        return torch.zeros_like(like)
+    if path.endswith("qkv"):
+        block = path.split(".")[1]
+        rows = [changes.get(f"{prefix}.{block}.{site}.{part}") for site in "qkv"]
+        return torch.cat([torch.zeros(32).double() if each is None else each for each in rows])
+    for own, site in (("patch_embed.proj", "patch_embed"), ("blocks.", ""), ("attn.", ""), ("mlp.", "")):
+        path = path.replace(own, site)
+    return changes[f"{prefix}.{path}.{part}"]
 
 
 # U-BitFit and S-BitFit

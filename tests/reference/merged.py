@@ -3,14 +3,25 @@
 import torch
 
 from .anatomy import addresses_of, shapes_of
-from .methods import fact_change, grouped, random_matrix, sites_of
+from .methods import fact_change, grouped, neurons_moved, random_matrix, sites_of
 from .weight_changes import CHANGES as OF_WEIGHTS
 
 # what several layers share, which is no layer itself
 SHARED = ("rule", "factors", "bank", "subspace")
 # a site whose tokens matrices read -> these matrices
 READERS = {"attn_in": ("q", "k", "v"), "mlp_in": ("fc1", "fc1_g", "fc1_x"), "hidden": ("fc2",)}
-SPARSE = ("pa_fi", "fish_mask", "ltsft", "pruned_bit_fit", "child_tuning", "spt", "neuro_ada", "gps", "second_order")
+SPARSE = (
+    "pa_fi",
+    "fish_mask",
+    "ltsft",
+    "diff_pruning",
+    "pruned_bit_fit",
+    "child_tuning",
+    "spt",
+    "neuro_ada",
+    "gps",
+    "second_order",
+)
 
 
 def moved(method, fields, weight, bias, found, sites):
@@ -32,6 +43,8 @@ def moved(method, fields, weight, bias, found, sites):
             for j, other in enumerate(found["channels"].tolist()):
                 into[place, other] += found["weight"][i, j]
         return into @ weight, shift if bias is None else into @ bias + shift
+    if method == "far":
+        return neurons_moved(weight, bias, found)
     if method == "ia3":
         return found["scale"][:, None] * weight, None if bias is None else found["scale"] * bias
     if method == "rep_adapter":

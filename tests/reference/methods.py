@@ -11,7 +11,7 @@ import torch
 
 from .arithmetic import ACTIVATIONS, attention, join_heads, layer_norm, linear, quick_gelu, softmax, split_heads
 from .block import block_forward
-from .prompts import PROMPTS
+from .prompts import PROMPTS, unpruned
 from .weight_changes import CHANGES, edit_with, random_matrix
 
 
@@ -58,12 +58,7 @@ def vpt(sites, fields, shape):
 def xprompt(sites, fields, shape):
     """XPrompt, arXiv 2210.04457: VPT with the tokens that were kept, zero but for the pieces that were kept."""
     tokens = round(fields["token_share"] * fields["num_tokens"])
-    dense = {}
-    for (index, site), found in sites.items():
-        rows = [torch.zeros(found["pieces"].shape[1], dtype=torch.float64)] * (tokens * fields["pieces"])
-        for place, piece in zip(found["piece_index"].tolist(), found["pieces"], strict=True):
-            rows[place] = piece
-        dense[index, site] = {"prompts": torch.cat(rows).view(tokens, -1)}
+    dense = {key: {"prompts": unpruned(found, tokens, fields)} for key, found in sites.items()}
     return vpt(dense, fields, shape)
 
 
@@ -160,6 +155,31 @@ def sparse(sites, fields, shape):
             if part in found:
                 moved[place] = pair[place] + moved_entries(found[part], found[f"{part}_index"], pair[place])
         return tuple(moved)
+
+    return {"weight": weight}
+
+
+def neurons_moved(weight, bias, found):
+    """W and b with the change of some rows, or W with that of some columns."""
+    weight, bias, change = weight.clone(), None if bias is None else bias.clone(), found["weight"]
+    index = found["index"].tolist()
+    if change.shape == (len(index), weight.shape[1]):
+        for place, row in zip(index, range(len(index)), strict=True):
+            weight[place] += change[row]
+            if bias is not None:
+                bias[place] += found["bias"][row]
+    else:
+        for place, column in zip(index, range(len(index)), strict=True):
+            weight[:, place] += change[:, column]
+    return weight, bias
+
+
+def far(sites, fields, shape):
+    """FAR, arXiv 2205.01541: the neurons of an MLP that learn move, by rows of fc1 and columns of fc2."""
+
+    def weight(pair, index, site):
+        found = sites.get((index, site))
+        return pair if found is None else neurons_moved(*pair, found)
 
     return {"weight": weight}
 
@@ -789,7 +809,9 @@ METHODS = {
     "prefix_tuning": prefix_tuning,
     "pa_fi": sparse,
     "fish_mask": sparse,
+    "far": far,
     "ltsft": sparse,
+    "diff_pruning": sparse,
     "pruned_bit_fit": sparse,
     "child_tuning": sparse,
     "neuro_ada": sparse,

@@ -42,6 +42,30 @@ def prefix_propagation(sites, fields, shape):
     )
 
 
+def selective_prompts(sites, fields, shape):
+    """SPT, EMNLP 2023: x_P <- (1 - g) x_P + g P_l, g = sigmoid(a), or after the selection x_P <- P_l in some blocks."""
+    learned = {index: found for (index, site), found in sites.items() if site == "stream_in"}
+    first, number, start = shape["prefix"], fields["num_tokens"], min(learned)
+
+    def enter(state, index):
+        x, present = state
+        if index not in learned:
+            return state
+        prompts = learned[index]["source.prompts"].expand(len(x), -1, -1)
+        if index != start and "gate" in learned[index]:
+            share = 1 / (1 + torch.exp(-learned[index]["gate"]))
+            prompts = (1 - share) * x[:, first : first + number] + share * prompts
+        return torch.cat([x[:, :first], prompts, x[:, first + present :]], dim=1), number
+
+    def leave(state, index):
+        x, present = state
+        if index != shape["depth"] - 1:
+            return state
+        return torch.cat([x[:, :first], x[:, first + present :]], dim=1), 0
+
+    return {"enter": enter, "leave": leave}
+
+
 def lpt(sites, fields, shape):
     """LPT, arXiv 2210.11292: prompts from the state before block m, for block m and those after it."""
     ((start, _), found), *_ = sites.items()
@@ -60,10 +84,21 @@ def lpt(sites, fields, shape):
     return travelling(prefix, range(start, shape["depth"]), number, fresh)
 
 
+def unpruned(found, tokens, fields):
+    """Prompts (tokens, width), of which `found` has all, or the pieces that were kept, the others being zero."""
+    if "prompts" in found:
+        return found["prompts"]
+    rows = [torch.zeros(found["pieces"].shape[1], dtype=torch.float64)] * (tokens * fields["pieces"])
+    for place, piece in zip(found["piece_index"].tolist(), found["pieces"], strict=True):
+        rows[place] = piece
+    return torch.cat(rows).view(tokens, -1)
+
+
 def e2vpt(sites, fields, shape):
-    """E^2VPT, arXiv 2307.13770, before pruning: fresh prompts in every block, and learned keys and values."""
-    prompts = {index: found["prompts"] for (index, site), found in sites.items() if site == "stream_in"}
-    first, number = shape["prefix"], fields["num_tokens"]
+    """E^2VPT, arXiv 2307.13770, pruned or not: fresh prompts in every block, and learned keys and values."""
+    kept = max(1, round(fields["token_share"] * fields["num_tokens"]))
+    prompts = {index: unpruned(found, kept, fields) for (index, site), found in sites.items() if site == "stream_in"}
+    first, number = shape["prefix"], len(next(iter(prompts.values()), ()))
 
     def enter(state, index):
         x, _ = state
@@ -304,6 +339,7 @@ PROMPTS = {
     "coda": coda,
     "prefix_propagation": prefix_propagation,
     "lpt": lpt,
+    "selective_prompts": selective_prompts,
     "e2vpt": e2vpt,
     "mona": mona,
     "idpg": idpg,

@@ -142,6 +142,14 @@ def re_lora(weight, fields, found, sites):
     return weight + scale_of(fields, len(found["down"])) * (found["up"] @ found["down"] + earlier)
 
 
+def auto_lora(weight, fields, found, sites):
+    """AutoLoRA, arXiv 2403.09113: W + s B diag(softmax(a)) A while ranks are selected, then W + s B A."""
+    shares = torch.ones(len(found["down"]), dtype=weight.dtype)
+    if "selection" in found:
+        shares = torch.exp(found["selection"]) / torch.exp(found["selection"]).sum()
+    return weight + scale_of(fields, fields["rank"]) * found["up"] @ torch.diag(shares) @ found["down"]
+
+
 def dy_lora(weight, fields, found, sites):
     """DyLoRA, arXiv 2210.07558: LoRA of the first ranks, with the scale of as many."""
     used = fields["used"] or fields["rank"]
@@ -270,6 +278,8 @@ CHANGES = {
     "moslora": moslora,
     "moelora": moelora,
     "re_lora": re_lora,
+    "periodic_lora": re_lora,
+    "auto_lora": auto_lora,
     "sora": sora,
     "dy_lora": dy_lora,
     "loradropout": lora_dropout,

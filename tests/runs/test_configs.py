@@ -90,11 +90,12 @@ NAMES = (
 # relatives of LoRA, of which the fine-grained benchmark has no configuration
 VTAB_ALONE = (
     *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
-    *("vblora", "ltsft", "xprompt", "pruned_bit_fit", "relora"),
+    *("vblora", "ltsft", "xprompt", "pruned_bit_fit", "relora", "e2vpt_pruned", "diff_pruning", "far"),
+    *("periodic_lora", "auto_lora", "selective_prompts"),
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
     *("eva", "lora_ga", "second_order", "neuro_ada", "sct", "binary_mask", "said"),
 )
-UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE}
+UNPUBLISHED |= {f"vtab_{name}.yaml" for name in VTAB_ALONE if name != "e2vpt_pruned"}
 # networks beside the backbone, likewise
 BESIDE = ("dtl", "lst", "vqt")
 UNPUBLISHED |= {"vtab_lst.yaml", "vtab_vqt.yaml"}

@@ -1,5 +1,6 @@
 """Runs in stages: train, choose, go back to the start, train again, whenever the process is killed."""
 
+import json
 import os
 import random
 import signal
@@ -13,6 +14,8 @@ from small_runs import arguments, draw_images, results, run
 
 import visionpeft as vp
 from visionpeft import fit
+from visionpeft.runs import held_out
+from visionpeft.runs.held_out import HeldOutSteps
 from visionpeft.runs.history import read_history
 from visionpeft.tasks import ImageClassification
 
@@ -111,6 +114,42 @@ def test_callbacks_begin_anew_in_each_stage(tmp_path, images):
     assert len(numbers(made / "stages" / "1" / "metrics.csv")) == len(numbers(made / "metrics.csv")) == 1
     (begun,) = (v for k, v in load_file(made / "stages/1/choice.safetensors").items() if k.endswith("pieces"))
     assert begun.numel() == results(made)["parameters"]["adapter"] == 80 * 4
+
+
+def test_a_part_of_the_training_images_is_held_out_for_the_ranks(tmp_path, images, monkeypatch):
+    """In the first stage alone, never seen by the other optimiser; killed after an epoch, the run goes the same way."""
+    seen = {"trained": [], "held out": []}
+
+    def colours(batch):
+        return [tuple(image.flatten()[:4].tolist()) for image in batch]
+
+    class Looking(HeldOutSteps):
+        def on_train_batch_start(self, trainer, task, batch, batch_idx):
+            seen["trained"] += colours(batch[0])
+            seen["held out"] += colours(self.batch(trainer.global_step)[0])
+            super().on_train_batch_start(trainer, task, batch, batch_idx)
+
+    monkeypatch.setattr(held_out, "HeldOutSteps", Looking)
+    auto = ("--model.method", "AutoLoRA", "--model.method.selection_lr", "0.1", "--model.head_init", "truncated_normal")
+    auto += ("--model.optimisation.lr", "0.1", "--data.augmentation", "none")
+    made = run(tmp_path / "whole", images, *auto, epochs=2)
+    trained, held = ({*seen[name]} for name in ("trained", "held out"))
+    assert (len(trained), len(held)) == (15, 6)  # of 21 images, the others are validated and tested on
+    assert not trained & held
+    description = json.loads((made / "stages/1/choice.json").read_text())
+    assert description["held_out_samples"] == 6
+    (method,) = description["methods"]
+    assert {*method["fields"]["ranks"].values()} - {8}  # the selections have moved
+
+    monkeypatch.undo()
+    command = [*arguments(images, *auto, epochs=2), "--output", str(tmp_path / "parts")]
+    assert wait(start(fit_and_be_killed, command, 4.5, tmp_path / "note"), 60) == -signal.SIGKILL
+    (part,) = (tmp_path / "parts").iterdir()
+    assert (tmp_path / "note").read_text() == str(part / "stages/1/checkpoints/last.ckpt")
+    assert fit.main(["--resume", str(part)]) == 0
+    ours, theirs = load_file(part / "adapter/adapter.safetensors"), load_file(made / "adapter/adapter.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
 def test_a_task_in_its_first_stage_is_not_saved(tmp_path):

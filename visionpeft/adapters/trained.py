@@ -6,18 +6,28 @@ from visionpeft.adapters.access import on_model
 from visionpeft.adapters.attach import attached
 from visionpeft.adapters.install import check_unchanged, parameters_in_use
 from visionpeft.adapters.layer_decay import distances
+from visionpeft.adapters.training_hooks import acting
 
 
 @on_model
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters of the active adapters and of the head in use, for an optimiser. All others have requires_grad=False.
 
+    Without those that a method learns on a held-out part of the data, for which there is `visionpeft.Selection`.
+
     Raises:
         ConfigurationError: the model's head or a trained parameter was exchanged after the adapter was attached.
     """
     peft = attached(model)
     check_unchanged(model, peft.active)
-    return [parameter for parameter in parameters_in_use(peft) if parameter.requires_grad]
+    selected = {id(parameter) for parameter in selection_parameters(model)}
+    return [p for p in parameters_in_use(peft) if p.requires_grad and id(p) not in selected]
+
+
+@on_model
+def selection_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that the methods of the active adapters learn on a held-out part of the training data."""
+    return [parameter for method, part in acting(model) for parameter in method.selects(part)]
 
 
 @on_model

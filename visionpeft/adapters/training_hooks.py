@@ -35,8 +35,8 @@ def penalty(
     Raises:
         ConfigurationError: a method compares two passes, and `logits` or `again` is missing.
     """
-    total = sum(method.penalty(part) for method, part in _acting(model))
-    comparing = [method for method, _ in _acting(model) if method.compares_passes]
+    total = sum(method.penalty(part) for method, part in acting(model))
+    comparing = [method for method, _ in acting(model) if method.compares_passes]
     if not comparing:
         return total
     if logits is None or again is None:
@@ -63,11 +63,11 @@ def after_step(model: nn.Module, step: int, total_steps: int) -> None:
     """
     if not 1 <= step <= total_steps:
         raise ConfigurationError(f"after_step: step {step} is none of the steps 1 to {total_steps} of the training")
-    for method, part in _acting(model):
+    for method, part in acting(model):
         method.after_step(part, step, total_steps)
 
 
-def _acting(model: nn.Module) -> Iterator[tuple[Method, nn.Module]]:
+def acting(model: nn.Module) -> Iterator[tuple[Method, nn.Module]]:
     """Methods of the active adapters with their modules."""
     peft = attached(model)
     for name in peft.active:

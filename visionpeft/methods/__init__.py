@@ -7,6 +7,7 @@ from visionpeft.methods.adapter_fusion import AdapterFusion
 from visionpeft.methods.adaptformer import AdaptFormer
 from visionpeft.methods.aim import AIM
 from visionpeft.methods.apt import APT
+from visionpeft.methods.auto_lora import AutoLoRA
 from visionpeft.methods.binary_mask import BinaryMask
 from visionpeft.methods.bitfit import BitFit
 from visionpeft.methods.boft import BOFT
@@ -17,12 +18,14 @@ from visionpeft.methods.coda import CoDA
 from visionpeft.methods.compacter import Compacter
 from visionpeft.methods.convpass import Convpass
 from visionpeft.methods.decomposed_prompt_tuning import DecomposedPromptTuning
+from visionpeft.methods.diff_pruning import DiffPruning
 from visionpeft.methods.dora import DoRA
 from visionpeft.methods.dtl import DTL
 from visionpeft.methods.dylora import DyLoRA
 from visionpeft.methods.e2vpt import E2VPT
 from visionpeft.methods.eva import EVA
 from visionpeft.methods.fact import FacT
+from visionpeft.methods.far import FAR
 from visionpeft.methods.fish_mask import FishMask
 from visionpeft.methods.fourierft import FourierFT
 from visionpeft.methods.full_fine_tuning import FullFineTuning
@@ -60,6 +63,7 @@ from visionpeft.methods.oft import OFT
 from visionpeft.methods.olora import OLoRA
 from visionpeft.methods.pafi import PaFi
 from visionpeft.methods.parts.base import Method
+from visionpeft.methods.periodic_lora import PeriodicLoRA
 from visionpeft.methods.pissa import PiSSA
 from visionpeft.methods.pixel_prompt import PixelPrompt
 from visionpeft.methods.prefix_propagation import PrefixPropagation
@@ -72,6 +76,7 @@ from visionpeft.methods.rep_adapter import RepAdapter
 from visionpeft.methods.said import SAID
 from visionpeft.methods.sct import SCT
 from visionpeft.methods.second_order import SecondOrder
+from visionpeft.methods.selective_prompts import SelectivePrompts
 from visionpeft.methods.smop import SMoP
 from visionpeft.methods.sora import SoRA
 from visionpeft.methods.spt import SPT
@@ -93,6 +98,7 @@ __all__ = [
     "DTL",
     "E2VPT",
     "EVA",
+    "FAR",
     "GPS",
     "IA3",
     "IDPG",
@@ -112,6 +118,7 @@ __all__ = [
     "AdaptFormer",
     "Adapter",
     "AdapterFusion",
+    "AutoLoRA",
     "BinaryMask",
     "BitFit",
     "CapaBoost",
@@ -120,6 +127,7 @@ __all__ = [
     "Compacter",
     "Convpass",
     "DecomposedPromptTuning",
+    "DiffPruning",
     "DoRA",
     "DyLoRA",
     "FacT",
@@ -153,6 +161,7 @@ __all__ = [
     "OLoRA",
     "PTuning",
     "PaFi",
+    "PeriodicLoRA",
     "PiSSA",
     "PixelPrompt",
     "PrefixPropagation",
@@ -164,6 +173,7 @@ __all__ = [
     "SMoP",
     "STAdapter",
     "SecondOrder",
+    "SelectivePrompts",
     "SoRA",
     "UniPELT",
     "VBLoRA",

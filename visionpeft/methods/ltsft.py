@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.base import Measure, Method, require
-from visionpeft.methods.parts.entries import TrainsEntries
+from visionpeft.methods.parts.entries import TrainsEntries, moved, names_of
 from visionpeft.methods.parts.sparse_delta import SparseCandidate, candidates_of, highest
 from visionpeft.sites import Placement
 
@@ -56,7 +56,7 @@ class LTSFT(TrainsEntries):
     def trains(self, tower: Tower) -> Iterator[str]:
         """In the first stage, whatever has entries to choose."""
         if self.entries is None:
-            yield from dict.fromkeys(_names(tower, self.candidates(tower)).values())
+            yield from dict.fromkeys(names_of(tower, self.candidates(tower)).values())
 
     def candidates(self, tower: Tower) -> dict[str, SparseCandidate]:
         """Weights and biases of all layers, norms included."""
@@ -75,19 +75,9 @@ class LTSFT(TrainsEntries):
         measure: Measure,
     ) -> tuple[Method, dict[str, torch.Tensor]]:
         """Choose the entries that have moved most."""
-        moved, total = {}, 0
+        changes, total = {}, 0
         for tower in towers:
             total += sum(tower.module.get_parameter(name).numel() for name in tower.parameter_names())
-            candidates = self.candidates(tower)
-            for key, name in _names(tower, candidates).items():
-                path = f"{tower.path}.{name}" if tower.path else name
-                after = candidates[key].rows_of(trained[path].detach())
-                moved[key] = (after - candidates[key].values.detach().to(after)).abs()
-        require(any(each.any() for each in moved.values()), self, "its first stage has moved no weight to choose by")
-        return self.with_entries(highest(moved, max(1, round(self.density * total))))
-
-
-def _names(tower: Tower, candidates: Mapping[str, SparseCandidate]) -> dict[str, str]:
-    """The names in the tower of the parameters that hold the candidates."""
-    names = {id(tower.module.get_parameter(name)): name for name in tower.parameter_names()}
-    return {key: names[id(candidate.parameter)] for key, candidate in candidates.items()}
+            changes |= moved(tower, self.candidates(tower), trained)
+        require(any(each.any() for each in changes.values()), self, "its first stage has moved no weight to choose by")
+        return self.with_entries(highest(changes, max(1, round(self.density * total))))

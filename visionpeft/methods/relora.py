@@ -128,7 +128,7 @@ class ReLoRA(Method):
     ) -> tuple[Method, dict[str, torch.Tensor]]:
         """Keep what was trained, and begin again beside it."""
         tensors = {}
-        for path, module in _grown(part).items():
+        for path, module in grown_of(part).items():
             tensors |= {
                 f"{path}.earlier_down": module.A.detach().clone(),
                 f"{path}.earlier_up": module.B.detach().clone(),
@@ -142,9 +142,9 @@ class ReLoRA(Method):
         rank = (self.restarted + 1) * self.rank
         fields = {"targets": self.targets, "dropout": self.dropout, "blocks": self.blocks, "towers": self.towers}
         lora = LoRA(rank=rank, alpha=None if self.alpha is None else self.scaling * rank, **fields)
-        return lora, tree_of({path: module.low_rank() for path, module in _grown(part).items()})
+        return lora, tree_of({path: module.low_rank() for path, module in grown_of(part).items()})
 
 
-def _grown(part: nn.Module) -> dict[str, GrownRanks]:
+def grown_of(part: nn.Module) -> dict[str, GrownRanks]:
     """By path, <tower>.<block>.<site>."""
     return {path: module for path, module in part.named_modules() if isinstance(module, GrownRanks)}

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -10,44 +11,10 @@ import torch.nn as nn
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Measure, Method, require
-from visionpeft.methods.parts.prompts import Prompts, RemovePrompts
+from visionpeft.methods.parts.prompts import RemovePrompts
+from visionpeft.methods.parts.pruned_prompts import PrunedPrompts, importances, pruned_tensors, require_equal_pieces
 from visionpeft.methods.vpt import VPT
-from visionpeft.sites import Order, Placement
-
-
-class PrunedPrompts(Prompts):
-    """Prompts of which only some pieces are trained; the other channels are zero.
-
-    `pieces` (number, width / pieces of a token) are those that are kept, `piece_index` (number,) where they are among
-    the pieces of all tokens.
-
-    Args:
-        num_tokens: tokens.
-        width: their width.
-        number: pieces that are kept.
-        size: width of a piece.
-        at: number of prefix tokens.
-        dropout: dropout on the prompts.
-        spanning: whether they stay for several blocks.
-    """
-
-    stackable = False
-
-    def __init__(self, num_tokens: int, width: int, number: int, size: int, at: int, dropout: float, spanning: bool):
-        nn.Module.__init__(self)  # the prompts are no parameter here
-        self.pieces = nn.Parameter(torch.zeros(number, size))
-        self.register_buffer("piece_index", torch.arange(number, dtype=torch.int32))
-        self.num_tokens, self.width, self.at = num_tokens, width, at
-        self.dropout = nn.Dropout(dropout)
-        self.order = Order.ENTER_SPAN if spanning else Order.ENTER
-        self._projection = (None,)
-
-    @property
-    def prompts(self) -> torch.Tensor:
-        """The tokens (num_tokens, width)."""
-        size = self.pieces.shape[1]
-        every = self.pieces.new_zeros(self.num_tokens * self.width // size, size)
-        return every.index_copy(0, self.piece_index.long(), self.pieces).view(self.num_tokens, self.width)
+from visionpeft.sites import Placement
 
 
 @dataclass(frozen=True)
@@ -79,6 +46,8 @@ class XPrompt(Method):
         blocks: which blocks, such as "all", "last:4", "3:9" or a list of indices.
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
+
+    found: ClassVar[tuple[str, ...]] = ("pruned",)
 
     num_tokens: int = 20
     token_share: float = 0.5
@@ -119,12 +88,7 @@ class XPrompt(Method):
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """Prompts at `stream_in`, their removal at `stream_out`, as `VPT` places them."""
-        require(
-            tower.width % self.pieces == 0,
-            self,
-            f"the {tower.name} tower has {tower.width} channels, which are not {self.pieces} equal pieces; "
-            "give another number of pieces",
-        )
+        require_equal_pieces(self, tower, self.pieces)
         size = tower.width // self.pieces
         for placement in self._prompts().place(tower):
             module = placement.module
@@ -147,30 +111,12 @@ class XPrompt(Method):
         measure: Measure,
     ) -> tuple[Method, dict[str, torch.Tensor]]:
         """Choose tokens and pieces by what the loss makes of their gates."""
-        sets = {path: module for path, module in part.named_modules() if isinstance(module, Prompts)}
-        prompts = {path: module.prompts for path, module in sets.items()}
-        of_tokens = {path: torch.zeros(len(each), dtype=torch.float64) for path, each in prompts.items()}
-        of_pieces = {path: torch.zeros(len(each), self.pieces, dtype=torch.float64) for path, each in prompts.items()}
-
-        def see(gradients: tuple[torch.Tensor, ...]) -> None:
-            for (path, each), gradient in zip(prompts.items(), gradients, strict=True):
-                products = (each.detach() * gradient).double().cpu().view(len(each), self.pieces, -1).sum(dim=2)
-                of_pieces[path] += products.abs()
-                of_tokens[path] += products.sum(dim=1).abs()
-
-        measure(list(prompts.values()), self.samples, see)
-        require(
-            all(each.isfinite().all() and each.any() for each in of_tokens.values()),
-            self,
-            "the gradients of its prompts are all zero, or not finite, so that none is more important than another",
-        )
+        of_tokens, of_pieces = importances(self, part, self.pieces, self.samples, measure)
         tensors = {}
-        for path in sets:
+        for path in of_tokens:
             tokens = of_tokens[path].topk(self.tokens_kept).indices.sort().values
             index = of_pieces[path][tokens].flatten().topk(self.pieces_kept).indices.sort().values
-            begun = start[f"{path}.prompts"].cpu()[tokens]  # where the prompts were before the first stage
-            tensors[f"{path}.pieces"] = begun.reshape(-1, begun.shape[1] // self.pieces)[index]
-            tensors[f"{path}.piece_index"] = index.to(torch.int32)
+            tensors |= pruned_tensors(path, start, tokens, index, self.pieces)
         return dataclasses.replace(self, pruned=True), tensors
 
     def _prompts(self) -> VPT:

@@ -24,6 +24,7 @@ from visionpeft.methods.parts.base import describe_method
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import Interrupted
+from visionpeft.runs.held_out import holding_out
 from visionpeft.runs.history import EpochHistory
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.tables import print_stage
@@ -116,16 +117,18 @@ def _train_stage(cli: CLI, run: RunDirectory, stage: RunDirectory, number: int, 
     task, cost = cli.model, TrainingCost()
     options = {} if cli.config.stage_epochs is None else {"max_epochs": cli.config.stage_epochs[number - 1]}
     stage.path.mkdir(parents=True, exist_ok=True)
-    trainer = cli.build_trainer(
-        [cost, EpochHistory(stage.metrics), *checkpoint_callbacks(stage, False, task.objective), TrainingProgress()],
-        of_stage=True,
-        logger=TensorBoardLogger(stage.path, name="", version="tensorboard"),
-        plugins=[AtomicCheckpointIO()],
-        default_root_dir=stage.path,
-        enable_progress_bar=False,
-        **options,
-    )
-    train(trainer, task, cli.datamodule, stage, run)
+    with holding_out(task, cli.datamodule) as held_out:
+        callbacks = [*held_out, EpochHistory(stage.metrics), *checkpoint_callbacks(stage, False, task.objective)]
+        trainer = cli.build_trainer(
+            [cost, *callbacks, TrainingProgress()],
+            of_stage=True,
+            logger=TensorBoardLogger(stage.path, name="", version="tensorboard"),
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=stage.path,
+            enable_progress_bar=False,
+            **options,
+        )
+        train(trainer, task, cli.datamodule, stage, run)
     methods = [describe_method(each) for each in task.adapter.methods]
     task.to(trainer.strategy.root_device)
     with torch.random.fork_rng(devices=[]):
@@ -138,6 +141,8 @@ def _train_stage(cli: CLI, run: RunDirectory, stage: RunDirectory, number: int, 
         "training_seconds": round(cost.seconds, 2),
         "peak_memory_bytes": cost.peak_memory,
     }
+    if held_out:
+        description["held_out_samples"] = sum(len(each.images) for each in held_out)
     write_described(stage.path, CHOICE, task.adapter.state_dict(), description)
 
 

@@ -47,6 +47,9 @@ class Method:
     written_without: ClassVar[Mapping[str, object]] = {}
     # Fields that say what was found in weights or data, whose tensors only a saved adapter has: not to be given.
     found: ClassVar[tuple[str, ...]] = ("entries",)
+    # Share of the training data on which `selects` is learnt, and at which learning rate; fields of methods that do.
+    held_out: ClassVar[float] = 0.0
+    selection_lr: ClassVar[float] = 0.0
     # Of a method that is trained in stages: whether each stage starts where the first did, or where the last one ended.
     rewinds: ClassVar[bool] = True
 
@@ -118,6 +121,10 @@ class Method:
             ConfigurationError: the training leaves nothing to choose by.
         """
         raise TypeError(f"{type(self).__name__} is trained in one stage")
+
+    def selects(self, part: nn.Module) -> list[nn.Parameter]:
+        """Which parameters of its modules are learnt on a held-out part of the training data; see `Selection`."""
+        return []
 
     @property
     def masks_gradients(self) -> bool:

@@ -60,3 +60,20 @@ def highest_of_rows(score: torch.Tensor, number: int) -> torch.Tensor:
     first = torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]
     chosen = rows.topk(number, dim=1, sorted=False).indices
     return (first + chosen).flatten().sort().values.to(torch.int32)
+
+
+def names_of(tower: Tower, candidates: Mapping[str, SparseCandidate]) -> dict[str, str]:
+    """The names in the tower of the parameters that hold the candidates."""
+    names = {id(tower.module.get_parameter(name)): name for name in tower.parameter_names()}
+    return {key: names[id(candidate.parameter)] for key, candidate in candidates.items()}
+
+
+def moved(
+    tower: Tower, candidates: Mapping[str, SparseCandidate], trained: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """By how much trained copies of parameters differ from the backbone's: |w1 - w0| of each candidate."""
+    changes = {}
+    for key, name in names_of(tower, candidates).items():
+        after = candidates[key].rows_of(trained[f"{tower.path}.{name}" if tower.path else name].detach())
+        changes[key] = (after - candidates[key].values.detach().to(after)).abs()
+    return changes

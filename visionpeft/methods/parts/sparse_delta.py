@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Layer, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.sites import Order, Placement
+from visionpeft.methods.parts.layer_delta import LayerDelta
+from visionpeft.sites import Placement
 from visionpeft.sites.frozen_layers import sparse_product
 
 PARTS = ("weight", "bias")
@@ -155,12 +155,10 @@ def united(
     return entries, tensors
 
 
-class SparseDelta(nn.Module):
+class SparseDelta(LayerDelta):
     """A layer whose weight is W + D and whose bias is b + d, where D and d are zero but for some trained entries.
 
-    What is trained and saved are the values of these entries (number,), zero at the start, and their flat indices. The
-    product is made with W + D, under autocast rounded as one like a trained weight; where the precision of W is another
-    than that of D, D gets a product of its own.
+    What is trained and saved are the values of these entries (number,), zero at the start, and their flat indices.
 
     Args:
         layer: a linear layer, a patch convolution or a LayerNorm.
@@ -168,37 +166,18 @@ class SparseDelta(nn.Module):
         bias: of the bias, or None.
     """
 
-    order = Order.WEIGHT
-
     def __init__(self, layer: Layer, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None):
-        super().__init__()
-        self.shape = tuple(layer.weight_tensor.shape)
-        self.kind = layer.kind
-        self.eps = layer.owner.eps if layer.kind == "norm" else None
-        self.trailing = (1, 1) if layer.kind == "conv" else ()
-        self.geometry = {}
-        if layer.kind == "conv":
-            self.geometry = {"stride": layer.owner.stride, "padding": layer.owner.padding}
+        super().__init__(layer)
         for part, index in (("weight", weight), ("bias", bias)):
             values = None if index is None else nn.Parameter(torch.zeros(len(index)))
             self.register_parameter(part, values)
             self.register_buffer(f"{part}_index", index)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
-        """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out).
-
-        Of a convolution, x is (batch, in, H, W) and y (batch, out, h, w).
-        """
-        if self.weight is not None:
-            dtype = y.dtype if torch.is_autocast_enabled(x.device.type) else self.weight.dtype
-            if self.kind == "conv":
-                change = F.conv2d(x.to(dtype), self.dense("weight").to(dtype), **self.geometry)
-            elif self.eps is None:
-                change = sparse_product(x, self.weight, self.weight_index, self.shape, dtype)
-            else:
-                change = self.dense("weight") * F.layer_norm(x.to(self.weight.dtype), self.shape, eps=self.eps)
-            y = y + change.to(y.dtype)
-        return y if self.bias is None else (y + self.dense("bias").view(-1, *self.trailing)).to(y.dtype)
+    def product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """D x; of a linear layer, without making D."""
+        if self.kind == "linear":
+            return sparse_product(x, self.weight, self.weight_index, self.shape, dtype)
+        return super().product(x, dtype)
 
     def sparse_change(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] | None:
         """Values and flat indices of D, and d, for a linear layer."""
@@ -208,12 +187,6 @@ class SparseDelta(nn.Module):
     def dense(self, part: str) -> torch.Tensor:
         """The change as a tensor like the weight or bias, zeros included."""
         return scatter(getattr(self, part), getattr(self, f"{part}_index"), self.shape[: 1 if part == "bias" else None])
-
-    def merge(self, weight: torch.Tensor, bias):
-        """Weight and bias that compute the same: W + D and b + d."""
-        if self.weight is not None:
-            weight = weight + self.dense("weight").to(weight)
-        return weight, bias if self.bias is None else bias + self.dense("bias").to(bias)
 
 
 def scatter(values: torch.Tensor, index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

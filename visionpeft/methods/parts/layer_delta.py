@@ -1,0 +1,67 @@
+"""A change of the weight and bias of a linear layer, a patch convolution or a LayerNorm, added to what it computes."""
+
+from abc import abstractmethod
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from visionpeft.backbones.tower import Layer
+from visionpeft.sites import Order
+
+
+class LayerDelta(nn.Module):
+    """A layer whose weight is W + D and whose bias is b + d.
+
+    A subclass has the tensors `weight` and `bias`, each None where it changes no such part, and `dense`. The product is
+    made with W + D, under autocast rounded as one like a trained weight; where the precision of W is another than that
+    of D, D gets a product of its own.
+
+    Args:
+        layer: a linear layer, a patch convolution or a LayerNorm.
+    """
+
+    order = Order.WEIGHT
+
+    def __init__(self, layer: Layer):
+        super().__init__()
+        self.shape = tuple(layer.weight_tensor.shape)
+        self.kind = layer.kind
+        self.eps = layer.owner.eps if layer.kind == "norm" else None
+        self.trailing = (1, 1) if layer.kind == "conv" else ()
+        self.geometry = {}
+        if layer.kind == "conv":
+            self.geometry = {"stride": layer.owner.stride, "padding": layer.owner.padding}
+
+    @abstractmethod
+    def dense(self, part: str) -> torch.Tensor:
+        """D or d as a tensor like the weight or bias."""
+
+    def acting(self, part: str) -> torch.Tensor:
+        """What acts in a forward pass: `dense`, unless a subclass draws something."""
+        return self.dense(part)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
+        """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out).
+
+        Of a convolution, x is (batch, in, H, W) and y (batch, out, h, w).
+        """
+        if self.weight is not None:
+            dtype = y.dtype if torch.is_autocast_enabled(x.device.type) else self.weight.dtype
+            y = y + self.product(x, dtype).to(y.dtype)
+        return y if self.bias is None else (y + self.acting("bias").view(-1, *self.trailing)).to(y.dtype)
+
+    def product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """D x, in this precision but for a LayerNorm."""
+        change = self.acting("weight")
+        if self.kind == "conv":
+            return F.conv2d(x.to(dtype), change.to(dtype), **self.geometry)
+        if self.eps is None:
+            return F.linear(x.to(dtype), change.to(dtype))
+        return change * F.layer_norm(x.to(self.weight.dtype), self.shape, eps=self.eps)
+
+    def merge(self, weight: torch.Tensor, bias):
+        """Weight and bias that compute the same: W + D and b + d."""
+        if self.weight is not None:
+            weight = weight + self.dense("weight").to(weight)
+        return weight, bias if self.bias is None else bias + self.dense("bias").to(bias)
