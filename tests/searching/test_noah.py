@@ -11,7 +11,7 @@ import visionpeft as vp
 from visionpeft.errors import ConfigurationError, UserError
 from visionpeft.searching.evolution import Evolution
 from visionpeft.searching.noah import NoahSpace
-from visionpeft.searching.space import Place
+from visionpeft.searching.space import Host
 from visionpeft.searching.supernet import NOAH, SlicedBottleneck, SlicedLowRank, stand_alone, use_member
 
 WIDTH, DEPTH = 192, 3
@@ -166,9 +166,9 @@ def played(rounds, score):
 
 def judged(limit, seed=0):
     """A search of 16 trials whose score favours wide adapters in late blocks."""
-    place = Place(NoahSpace(sizes=(1, 2, 4)), small(), limit)
+    host = Host(NoahSpace(sizes=(1, 2, 4)), small(), limit)
     return played(
-        place.space.rounds(place, 16, seed), lambda member: sum(i * h for i, h in enumerate(member["bottlenecks"]))
+        host.space.rounds(host, 16, seed), lambda member: sum(i * h for i, h in enumerate(member["bottlenecks"]))
     )
 
 
@@ -200,11 +200,11 @@ def test_a_space_that_is_smaller_than_the_budget_is_judged_whole():
 
 
 def test_a_limit_below_the_smallest_member_is_refused():
-    place = Place(NoahSpace(sizes=(1, 2, 4)), small(), 1000)
+    host = Host(NoahSpace(sizes=(1, 2, 4)), small(), 1000)
     least = closed_form({kind: [1, 0, 0] for kind in ("prompts", "ranks", "bottlenecks")})
-    assert place.count(place.space.smallest(place)) == least == 1537
+    assert host.count(host.space.smallest(host)) == least == 1537
     with pytest.raises(
         ConfigurationError, match="no member with at most 1,000 values on this backbone: the smallest has"
     ):
-        place.check()
-    Place(place.space, place.model, least).check()
+        host.check()
+    Host(host.space, host.model, least).check()

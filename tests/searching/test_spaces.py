@@ -14,7 +14,7 @@ from visionpeft import search
 from visionpeft.errors import ConfigurationError
 from visionpeft.searching.autopeft import AutoPeftSpace
 from visionpeft.searching.s4 import PATTERNS, PRESET, S4Space, groups_of
-from visionpeft.searching.space import Place
+from visionpeft.searching.space import Host
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH = 192
@@ -62,8 +62,8 @@ def of_a_block(sizes):
 
 
 def test_blocks_of_the_preset_train_equally_many_values(model):
-    place = Place(S4Space(), model)
-    member = place.space.member(place, 8000)
+    host = Host(S4Space(), model)
+    member = host.space.member(host, 8000)
     assert [sorted(sizes) for sizes in member["sizes"]] == [sorted(mix) for mix in PRESET]
     for sizes in member["sizes"]:
         assert abs(of_a_block(sizes) - 8000) <= 4 * WIDTH / 2 + 2 * WIDTH / 2 + WIDTH  # half a step of each size
@@ -71,16 +71,16 @@ def test_blocks_of_the_preset_train_equally_many_values(model):
             abs(of_a_block(sizes | {"B": 1}) - of_a_block({k: s for k, s in sizes.items() if k != "B"})) == 11 * WIDTH
         )
     whole = sum(of_a_block(s) * len(g) for s, g in zip(member["sizes"], member["groups"], strict=True))
-    assert place.count(member) == whole
+    assert host.count(member) == whole
 
 
 def test_members_of_s4_are_different_and_respect_the_limit(model):
     (members,) = played(
-        S4Space(values=(3000, 6000)).rounds(Place(S4Space(values=(3000, 6000)), model, 30_000), 8, 0), id
+        S4Space(values=(3000, 6000)).rounds(Host(S4Space(values=(3000, 6000)), model, 30_000), 8, 0), id
     )
     assert len({json.dumps(member) for member in members}) == 8
-    place = Place(S4Space(), model)
-    assert max(place.count(member) for member in members) <= 30_000
+    host = Host(S4Space(), model)
+    assert max(host.count(member) for member in members) <= 30_000
     assert members[0]["pattern"] == "spindle"
     assert len({member["pattern"] for member in members}) > 1
 
@@ -118,22 +118,22 @@ def test_sizes_of_autopeft_are_halved_widths():
 
 def test_what_autopeft_proposes_follows_from_the_scores(model):
     space = AutoPeftSpace()
-    place = Place(space, model, 60_000)
+    host = Host(space, model, 60_000)
 
     def score(member):
         return 0.1 * sum(member["blocks"])
 
-    found = played(space.rounds(place, 10, 3), score)
+    found = played(space.rounds(host, 10, 3), score)
     assert [len(each) for each in found] == [4, 4, 2]
     members = [*itertools.chain(*found)]
     assert len({json.dumps(member) for member in members}) == 10
     for member in members:
         number = sum(member["blocks"])
         adapters = sum((2 * WIDTH + 1) * member[kind] + WIDTH * (member[kind] > 0) for kind in ("serial", "parallel"))
-        assert place.count(member) == number * (adapters + 2 * WIDTH * member["prefix"]) <= 60_000
-    again = played(space.rounds(place, 10, 3), score)
+        assert host.count(member) == number * (adapters + 2 * WIDTH * member["prefix"]) <= 60_000
+    again = played(space.rounds(host, 10, 3), score)
     assert again == found
-    assert played(space.rounds(place, 10, 3), lambda member: -score(member))[1:] != found[1:]
+    assert played(space.rounds(host, 10, 3), lambda member: -score(member))[1:] != found[1:]
 
 
 def test_a_search_trains_its_members(tmp_path):

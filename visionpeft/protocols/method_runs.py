@@ -39,8 +39,12 @@ class Trial(Training):
             score = {"val_top1": rows[-1]["val/top1"], "epochs": round(rows[-1]["epoch"]) + 1}
             score["steps"] = round(rows[-1]["step"])
         trained = find_run(folder)
-        write_json(folder / "score.json", score | {"run": trained.path.name})
+        write_json(folder / "score.json", score | self.kept(trained) | {"run": trained.path.name})
         self._clear(folder)
+
+    def kept(self, run: RunDirectory) -> dict:
+        """What else of the run is written into `score.json`, before it is deleted."""
+        return {}
 
     def score(self, output: Path) -> float:
         """Validation accuracy; below all others where training diverged."""

@@ -13,7 +13,7 @@ from visionpeft.methods.adapter import Adapter
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.searching.evolution import ATTEMPTS, Rounds
-from visionpeft.searching.space import Member, Place, Space
+from visionpeft.searching.space import Host, Member, Space
 
 HALVINGS = 10
 TOGETHER = 4
@@ -59,9 +59,9 @@ class AutoPeftSpace(Space):
             found.append(PrefixTuning(member["prefix"], blocks=blocks))
         return found
 
-    def smallest(self, place: Place) -> Member:
+    def smallest(self, host: Host) -> Member:
         """One key and value in the first block."""
-        return {"serial": 0, "parallel": 0, "prefix": 1, "blocks": [block == 0 for block in range(place.tower.depth)]}
+        return {"serial": 0, "parallel": 0, "prefix": 1, "blocks": [block == 0 for block in range(host.tower.depth)]}
 
     def text(self, member: Member) -> str:
         """The sizes and the blocks."""
@@ -69,12 +69,12 @@ class AutoPeftSpace(Space):
         sizes = ", ".join(f"{name} {member[name]}" for name in ("serial", "parallel", "prefix"))
         return f"{sizes} in blocks {blocks}"
 
-    def rounds(self, place: Place, budget: int, seed: int) -> Rounds:
+    def rounds(self, host: Host, budget: int, seed: int) -> Rounds:
         """What the study proposes; it is told accuracy and trained values."""
         optuna = imported_optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(directions=["maximize", "minimize"])
-        width, depth, seen, judged = place.tower.width, place.tower.depth, set(), 0
+        width, depth, seen, judged = host.tower.width, host.tower.depth, set(), 0
         choices = {"serial": self.sizes(width), "parallel": self.sizes(width)}
         choices["prefix"] = self.sizes(width, self.largest_prefix or width // 4)
 
@@ -94,7 +94,7 @@ class AutoPeftSpace(Space):
                 trial = study.ask()
                 member = proposed(trial)
                 key = json.dumps(member)
-                if key in seen or not self.methods(member) or not place.fits(member):
+                if key in seen or not self.methods(member) or not host.fits(member):
                     study.tell(trial, state=optuna.trial.TrialState.FAIL)
                     continue
                 seen.add(key)
@@ -103,7 +103,7 @@ class AutoPeftSpace(Space):
                 return
             scores = yield [member for _, member in waiting]
             for (trial, member), score in zip(waiting, scores, strict=True):
-                study.tell(trial, [score, place.count(member)])
+                study.tell(trial, [score, host.count(member)])
             judged += len(waiting)
 
 

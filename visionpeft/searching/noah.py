@@ -11,7 +11,7 @@ from torch import nn
 
 from visionpeft.methods.parts.base import Method
 from visionpeft.searching.evolution import Evolution, Rounds
-from visionpeft.searching.space import Member, Place, Space, per_block
+from visionpeft.searching.space import Host, Member, Space, per_block
 from visionpeft.searching.supernet import KINDS, NOAH, stand_alone, use_member
 
 NEW_DEPTH, NEW_SIZE = 0.4, 0.2
@@ -55,9 +55,9 @@ class NoahSpace(Space):
         """`VPT`, `LoRA` and `Adapter`, as far as it has them."""
         return stand_alone(member, self.supernet(0))
 
-    def smallest(self, place: Place) -> Member:
+    def smallest(self, host: Host) -> Member:
         """The smallest size in as few blocks as there may be."""
-        depth = place.tower.depth
+        depth = host.tower.depth
         least = min(self.supernet(0).depths_in(depth), default=0)
         return {kind: [min(self.sizes) if block < least else 0 for block in range(depth)] for kind in KINDS}
 
@@ -65,9 +65,9 @@ class NoahSpace(Space):
         """The sizes of each kind."""
         return ", ".join(f"{LETTERS[kind]} {per_block(member[kind])}" for kind in KINDS)
 
-    def rounds(self, place: Place, budget: int, seed: int) -> Rounds:
+    def rounds(self, host: Host, budget: int, seed: int) -> Rounds:
         """The evolution."""
-        number = place.tower.depth
+        number = host.tower.depth
         depths, sizes = self.supernet(0).depths_in(number), sorted(self.sizes)
 
         def of_depth(chance: random.Random, depth: int, before: list[int]) -> list[int]:
@@ -96,4 +96,4 @@ class NoahSpace(Space):
             own = [chance.choice([each for each in sizes if each <= size]) if size else 0 for size in member[kind]]
             return member | {kind: of_depth(chance, depth, own)}
 
-        return Evolution(draw, cross, change, shrink, place.fits).rounds(budget, seed)
+        return Evolution(draw, cross, change, shrink, host.fits).rounds(budget, seed)

@@ -11,7 +11,7 @@ from visionpeft.protocols.method_candidates import MethodCandidate
 from visionpeft.protocols.method_runs import Benchmark
 from visionpeft.searching.space import Member, Space
 from visionpeft.searching.supernet import described
-from visionpeft.searching.trials import Costs, MemberTrial, SupernetTrial
+from visionpeft.searching.trials import Costs, MemberTrial, StructureTrial, SupernetTrial
 
 FOUND = ", found"  # after the name of a space, which then stands for a method
 
@@ -38,6 +38,7 @@ class Judged:
         text: in words.
         val_top1: accuracy on validation; below 0 where training diverged.
         costs: as `step_costs` gives them.
+        steps: of the optimiser, of its own training.
     """
 
     task: str
@@ -45,10 +46,11 @@ class Judged:
     text: str
     val_top1: float
     costs: dict[str, float]
+    steps: int = 0
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """How the trainings of a search are told to `visionpeft.fit`.
 
     Args:
@@ -70,8 +72,7 @@ class Plan:
     def arguments(self, task: str, methods: Method | Sequence[Method], seed: int, stage: str) -> list[str]:
         """Command line of a training of the "trial" or the "final" stage with some methods."""
         parts = described([methods] if isinstance(methods, Method) else methods)
-        # One with its class by its import path, as the method of a supernet is in no list.
-        value = _with_path(parts[0], methods) if isinstance(methods, Method) else parts
+        value = parts[0] if isinstance(methods, Method) else parts
         arguments = self.benchmark.arguments(self.base, task, {"model.method": value}, seed, stage)
         arguments += ["--report", "last"]
         if stage == "trial":
@@ -95,7 +96,9 @@ class Plan:
         name, text = f"trials/{task}-seed-{self.seed}/{key}", f"{self.space.text(member)} on {task}"
         if supernet := self.supernet(task):
             return SupernetTrial(name, text, arguments, member=member, space=self.space, supernet=supernet.name)
-        return MemberTrial(name, text, arguments, member=member)
+        return (StructureTrial if self.space.finds else MemberTrial)(
+            name, text, arguments, member=member, space=self.space
+        )
 
     def final(self, task: str, seed: int, best: Judged, steps: int) -> Training:
         """A last training of the best member."""
@@ -144,7 +147,3 @@ class Plan:
             "saved_bytes_per_image": costs["saved_bytes"],
             "step_forwards": costs["step_forwards"],
         }
-
-
-def _with_path(entry: dict, method: Method) -> dict:
-    return entry | {"class_path": f"{type(method).__module__}.{type(method).__qualname__}"}

@@ -18,7 +18,7 @@ from visionpeft.methods.lora import LoRA
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.prefix_tuning import PrefixTuning
 from visionpeft.searching.evolution import ATTEMPTS, Rounds
-from visionpeft.searching.space import Member, Place, Space
+from visionpeft.searching.space import Host, Member, Space
 
 # How many blocks the four groups have, in proportion.
 PATTERNS = {
@@ -74,10 +74,10 @@ class S4Space(Space):
         if not self.values or not all(isinstance(value, int) and value > 0 for value in self.values):
             raise ConfigurationError(f"values must be positive integers, not {list(self.values)}")
 
-    def member(self, place: Place, values: int, pattern: str = "spindle", mixes: Sequence[str] = PRESET) -> Member:
+    def member(self, host: Host, values: int, pattern: str = "spindle", mixes: Sequence[str] = PRESET) -> Member:
         """The member of a pattern and four mixes, whose blocks train about so many values."""
-        groups = groups_of(pattern, place.tower.depth)
-        return {"pattern": pattern, "groups": groups, "sizes": [_sizes(place, mix, values) for mix in mixes]}
+        groups = groups_of(pattern, host.tower.depth)
+        return {"pattern": pattern, "groups": groups, "sizes": [_sizes(host, mix, values) for mix in mixes]}
 
     def methods(self, member: Member) -> list[Method]:
         """`Adapter`, `LoRA`, `PrefixTuning` and `BitFit` of each group."""
@@ -93,11 +93,11 @@ class S4Space(Space):
             for kind, size in sizes.items()
         ]
 
-    def smallest(self, place: Place) -> Member:
+    def smallest(self, host: Host) -> Member:
         """The smallest of each method that trains least."""
         return min(
-            (self.member(place, min(self.values), mixes=(kind,) * 4) for kind in "ALPB"),
-            key=lambda each: place.count(each),
+            (self.member(host, min(self.values), mixes=(kind,) * 4) for kind in "ALPB"),
+            key=lambda each: host.count(each),
         )
 
     def text(self, member: Member) -> str:
@@ -108,27 +108,27 @@ class S4Space(Space):
             parts.append(f"{blocks[0]}-{blocks[-1]}: {methods}" if len(blocks) > 1 else f"{blocks[0]}: {methods}")
         return f"{member['pattern']}, {'; '.join(parts)}"
 
-    def rounds(self, place: Place, budget: int, seed: int) -> Rounds:
+    def rounds(self, host: Host, budget: int, seed: int) -> Rounds:
         """One round: the paper's result with each number of values, then members that are drawn."""
         chance, seen = random.Random(seed), set()
-        members = [self.member(place, values) for values in self.values]
+        members = [self.member(host, values) for values in self.values]
         for _ in range(ATTEMPTS * budget):
             if len(members) >= 2 * budget:
                 break
             mixes = [chance.choice(MIXES) for _ in range(4)]
-            members.append(self.member(place, chance.choice(self.values), chance.choice([*PATTERNS]), mixes))
+            members.append(self.member(host, chance.choice(self.values), chance.choice([*PATTERNS]), mixes))
         kept = []
         for member in members:
             key = json.dumps(member)
-            if key not in seen and place.fits(member):
+            if key not in seen and host.fits(member):
                 seen.add(key)
                 kept.append(member)
         yield kept[:budget]
 
 
-def _sizes(place: Place, mix: str, values: int) -> dict[str, int]:
+def _sizes(host: Host, mix: str, values: int) -> dict[str, int]:
     """The size of each method of a mix in a block: biases first, then equal shares of what is left."""
-    one = _values(place)
+    one = _values(host)
     left = values - (one["B", 1] if "B" in mix else 0)
     sized = [kind for kind in mix if kind != "B"]
     sizes = {"B": 1} if "B" in mix else {}
@@ -139,6 +139,6 @@ def _sizes(place: Place, mix: str, values: int) -> dict[str, int]:
 
 
 @functools.lru_cache(maxsize=1)  # one backbone after the other is asked for the same few numbers
-def _values(place: Place) -> dict[tuple[str, int], int]:
+def _values(host: Host) -> dict[tuple[str, int], int]:
     """Values of each kind of method in the first block, of sizes 1 and 2."""
-    return {(kind, size): place.count({"groups": [[0]], "sizes": [{kind: size}]}) for kind in "ALPB" for size in (1, 2)}
+    return {(kind, size): host.count({"groups": [[0]], "sizes": [{kind: size}]}) for kind in "ALPB" for size in (1, 2)}

@@ -1,5 +1,6 @@
 """What a space is: members, the order in which they are judged, and the methods that a member is."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,10 +8,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from visionpeft.adapters.attach import attach, detach
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
-from visionpeft.costs.counts import summary
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method
 from visionpeft.searching.evolution import Rounds
@@ -23,16 +22,18 @@ class Space(ABC):
 
     Attributes:
         name: on the command line.
+        finds: whether a trial finds the member that it judges.
     """
 
     name: ClassVar[str]
+    finds: ClassVar[bool] = False
 
     @abstractmethod
-    def smallest(self, place: "Place") -> Member:
+    def smallest(self, host: "Host") -> Member:
         """The member that trains least."""
 
     @abstractmethod
-    def rounds(self, place: "Place", budget: int, seed: int) -> Rounds:
+    def rounds(self, host: "Host", budget: int, seed: int) -> Rounds:
         """Rounds of members to be judged, at most `budget` in all; it is sent the scores of each round."""
 
     @abstractmethod
@@ -47,13 +48,22 @@ class Space(ABC):
         """The method that is trained once in the place of every member, if there is one."""
         return None
 
+    def found(self, member: Member, methods: list[dict]) -> Member:
+        """The member that a trial has found, if it `finds`.
+
+        Args:
+            member: what the trial began with.
+            methods: what was trained last, as `describe_method` describes it.
+        """
+        return member
+
     def use(self, part: nn.Module, member: Member) -> None:
         """Let a member act in the supernet, whose modules in an adapter `part` is."""
         raise TypeError(f"the members of {self.name} are trained themselves")
 
 
 @dataclass(frozen=True)
-class Place:
+class Host:
     """A backbone on which members act.
 
     Args:
@@ -66,18 +76,21 @@ class Place:
     model: nn.Module
     limit: int | None = None
 
-    @property
+    @functools.cached_property
     def tower(self) -> Tower:
         """The image tower."""
         return next(iter(describe(self.model).towers.values()))
 
     def count(self, member: Member) -> int:
-        """Values that a member trains outside the head, counted where it is attached."""
-        attach(self.model, self.space.methods(member))
-        try:
-            return summary(self.model).adapter
-        finally:
-            detach(self.model)
+        """Values that a member trains outside the head, of the modules that its methods place."""
+        trained = {}
+        for method in self.space.methods(member):
+            for placed in method.place(self.tower):
+                trained |= {id(parameter): parameter for parameter in placed.module.parameters()}
+            for name in method.trains(self.tower):
+                parameter = self.tower.module.get_parameter(name)
+                trained[id(parameter)] = parameter
+        return sum(parameter.numel() for parameter in trained.values())
 
     def fits(self, member: Member) -> bool:
         """Whether it trains no more than the limit."""

@@ -8,10 +8,11 @@ from visionpeft.errors import ConfigurationError, UserError, did_you_mean
 from visionpeft.methods.parts.field_types import from_json
 from visionpeft.searching.autopeft import AutoPeftSpace
 from visionpeft.searching.noah import NoahSpace
+from visionpeft.searching.s3pet import S3PetSpace
 from visionpeft.searching.s4 import S4Space
 from visionpeft.searching.space import Space
 
-SPACES: dict[str, type[Space]] = {space.name: space for space in (NoahSpace, AutoPeftSpace, S4Space)}
+SPACES: dict[str, type[Space]] = {space.name: space for space in (NoahSpace, AutoPeftSpace, S4Space, S3PetSpace)}
 
 
 def make_space(name: str, options: str | None) -> Space:

@@ -14,8 +14,8 @@ from visionpeft.protocols.method_runs import Benchmark
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import config_content, config_name
 from visionpeft.runs.history import read_history
-from visionpeft.searching.plan import Judged, OwnData, Plan
-from visionpeft.searching.space import Place, Space
+from visionpeft.searching.plan import Judged, OwnData, SearchPlan
+from visionpeft.searching.space import Host, Space
 from visionpeft.searching.trials import Costs
 from visionpeft.tasks import ImageClassification
 
@@ -82,10 +82,10 @@ def search(
         MethodCandidate(config_name(each).removeprefix(PREFIXES[name]), each, module)
         for each in _configs(against, name)
     ]
-    plan = Plan(
+    plan = SearchPlan(
         space, benchmark, MethodCandidate(config_name(base), base, module), search_epochs, seeds[0], max_parameters
     )
-    places = {task: _place(plan, task) for task in tasks}
+    hosts = {task: _host(plan, task) for task in tasks}
     settle(
         output,
         "search.json",
@@ -103,7 +103,7 @@ def search(
     )
     supernets = [training for task in tasks if (training := plan.supernet(task)) is not None]
     train(supernets, output, workers)
-    judged = _judge(plan, places, budget, output, workers)
+    judged = _judge(plan, hosts, budget, output, workers)
     best = {task: _best([each for each in judged if each.task == task]) for task in tasks}
     steps = {task: _search_steps(plan, task, judged, output) for task in tasks}
     train([plan.final(task, seed, best[task], steps[task]) for task in tasks for seed in seeds], output, workers)
@@ -142,7 +142,7 @@ def _data_of(base: str, overlays: Sequence[str]) -> str:
     return found.rpartition(".")[2]
 
 
-def _place(plan: Plan, task: str) -> Place:
+def _host(plan: SearchPlan, task: str) -> Host:
     """The backbone of a task, after everything was refused that can be known to fail before training.
 
     Raises:
@@ -165,18 +165,18 @@ def _place(plan: Plan, task: str) -> Place:
             "such as --data.val val.csv or --data.val_fraction 0.1"
         )
     detach(cli.model.model)
-    place = Place(plan.space, cli.model.model, plan.limit)
-    place.check()
-    first = [plan.space.methods(plan.space.smallest(place)), *([] if method is None else [method])]
+    host = Host(plan.space, cli.model.model, plan.limit)
+    host.check()
+    first = [plan.space.methods(plan.space.smallest(host)), *([] if method is None else [method])]
     for methods in first:  # as a training builds them
         CLI(plan.arguments(task, methods, plan.seed, "trial"))
     CLI(plan.arguments(task, first[0], plan.seed, "final")).datamodule.setup()
-    return place
+    return host
 
 
-def _judge(plan: Plan, places: dict[str, Place], budget: int, output: Path, workers: work.Workers) -> list[Judged]:
+def _judge(plan: SearchPlan, hosts: dict[str, Host], budget: int, output: Path, workers: work.Workers) -> list[Judged]:
     """All trials, round by round, those of all tasks together."""
-    rounds = {task: plan.space.rounds(place, budget, plan.seed) for task, place in places.items()}
+    rounds = {task: plan.space.rounds(host, budget, plan.seed) for task, host in hosts.items()}
     waiting = {task: next(each, None) for task, each in rounds.items()}
     judged = []
     while waiting := {task: members for task, members in waiting.items() if members}:
@@ -189,8 +189,9 @@ def _judge(plan: Plan, places: dict[str, Place], budget: int, output: Path, work
         for task, own in trials.items():
             scores = [trial.score(output) for trial in own]
             judged += [
-                Judged(task, trial.member, plan.space.text(trial.member), score, trial.costs(output))
+                Judged(task, member := trial.judged(output), plan.space.text(member), score, trial.costs(output), steps)
                 for trial, score in zip(own, scores, strict=True)
+                for steps in (trial.steps(output),)
             ]
             try:
                 following[task] = rounds[task].send(scores)
@@ -208,11 +209,11 @@ def _best(judged: Sequence[Judged]) -> Judged:
     return best
 
 
-def _search_steps(plan: Plan, task: str, judged: Sequence[Judged], output: Path) -> int:
+def _search_steps(plan: SearchPlan, task: str, judged: Sequence[Judged], output: Path) -> int:
     """Optimiser steps that the search on a task has taken."""
     if supernet := plan.supernet(task):
         return _steps(output / supernet.name)[0]
-    return sum(plan.trial(task, each.member).steps(output) for each in judged if each.task == task)
+    return sum(each.steps for each in judged if each.task == task)
 
 
 def _steps(folder: Path) -> tuple[int, int]:
@@ -227,7 +228,7 @@ def _last(run: Path) -> dict[str, float]:
 
 
 def _alone(
-    plan: Plan,
+    plan: SearchPlan,
     costs: Mapping[tuple[str, MethodCandidate], Costs],
     seeds: Sequence[int],
     best: Mapping[str, Judged],

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from visionpeft import methods as listed
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.methods.adapter import Adapter
@@ -293,4 +294,9 @@ def stand_alone(sizes: Sizes, supernet: NOAH) -> list[Method]:
 
 def described(methods: Sequence[Method]) -> list[dict]:
     """Methods as a configuration names them, with all fields: what is left out would be taken over from another."""
-    return [{"class_path": type(method).__name__, "init_args": asdict(method)} for method in methods]
+    return [{"class_path": _class_path(type(method)), "init_args": asdict(method)} for method in methods]
+
+
+def _class_path(cls: type[Method]) -> str:
+    """Its name, or its import path if it is in no list."""
+    return cls.__name__ if cls.__name__ in listed.__all__ else f"{cls.__module__}.{cls.__qualname__}"

@@ -16,7 +16,11 @@ from visionpeft.files import write_json
 from visionpeft.protocols.cells import Training, find_run
 from visionpeft.protocols.method_runs import Trial
 from visionpeft.runs.cli import CLI
+from visionpeft.runs.history import read_history
+from visionpeft.runs.stages import CHOICE
 from visionpeft.searching.space import Member, Space
+from visionpeft.searching.supernet import described
+from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageTask
 
 IMAGES = 16  # of a step whose costs are measured
@@ -46,9 +50,11 @@ class MemberTrial(Costs):
 
     Args:
         member: what is judged.
+        space: its space.
     """
 
     member: Member = field(default_factory=dict)
+    space: Space | None = None
 
     def done(self, folder: Path) -> bool:
         """Whether score and costs are there."""
@@ -73,9 +79,54 @@ class MemberTrial(Costs):
         """Accuracy on validation; below all others where training diverged."""
         return self.scored.score(output)
 
+    def judged(self, output: Path) -> Member:
+        """The member that was judged."""
+        return self.member
+
     def steps(self, output: Path) -> int:
         """Optimiser steps of its training."""
         return json.loads((output / self.name / "score.json").read_text()).get("steps", 0)
+
+
+@dataclass(frozen=True)
+class TwoStages(Trial):
+    """A training in two stages, of which the score keeps what the first has chosen, and the steps of both."""
+
+    def kept(self, run: RunDirectory) -> dict:
+        """The methods of the second stage, and all steps."""
+        first = RunDirectory(run.path / "stages" / "1")
+        choice = first.path / f"{CHOICE}.json"
+        if not choice.is_file():  # it diverged before
+            return {}
+        rows = [read_history(each.metrics) for each in (first, run)]
+        steps = sum(round(each[-1]["step"]) for each in rows if each)
+        return {"methods": json.loads(choice.read_text())["methods"], "steps": steps}
+
+
+class StructureTrial(MemberTrial):
+    """A member that its own training finds; costs are those of what was found."""
+
+    @property
+    def scored(self) -> Trial:
+        """Its training."""
+        return TwoStages(self.name, self.text, self.arguments)
+
+    def do(self, folder: Path) -> None:
+        """Train it if that is not done, and measure what was found."""
+        if not self.scored.done(folder):
+            self.judge(folder)
+        arguments = list(self.arguments)
+        method = arguments.index("--model.method") + 1
+        arguments[method] = json.dumps(described(self.space.methods(self._found(folder))))
+        write_json(folder / "costs.json", step_costs(tuple(arguments)))
+
+    def judged(self, output: Path) -> Member:
+        """What was found."""
+        return self._found(output / self.name)
+
+    def _found(self, folder: Path) -> Member:
+        methods = json.loads((folder / "score.json").read_text()).get("methods")
+        return self.member if methods is None else self.space.found(self.member, methods)
 
 
 @dataclass(frozen=True)
@@ -83,11 +134,9 @@ class SupernetTrial(MemberTrial):
     """A member that is judged with the weights of a supernet.
 
     Args:
-        space: its space.
         supernet: folder of the supernet's cell in the output.
     """
 
-    space: Space | None = None
     supernet: str = ""
 
     def judge(self, folder: Path) -> None:
