@@ -10,7 +10,7 @@ from torch import nn
 
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.base import Method
 from visionpeft.searching.evolution import Rounds
 
@@ -78,8 +78,16 @@ class Host:
 
     @functools.cached_property
     def tower(self) -> Tower:
-        """The image tower."""
-        return next(iter(describe(self.model).towers.values()))
+        """The image tower.
+
+        Raises:
+            UnsupportedError: its blocks have no sites.
+        """
+        backbone = describe(self.model)
+        if not backbone.towers:
+            reasons = "; ".join(backbone.refused.values()) or "it has no blocks in which they act"
+            raise UnsupportedError(f"space {self.space.name} has no member that fits {backbone.name}: {reasons}")
+        return next(iter(backbone.towers.values()))
 
     def count(self, member: Member) -> int:
         """Values that a member trains outside the head, of the modules that its methods place."""

@@ -167,10 +167,9 @@ def _host(plan: SearchPlan, task: str) -> Host:
     detach(cli.model.model)
     host = Host(plan.space, cli.model.model, plan.limit)
     host.check()
-    first = [plan.space.methods(plan.space.smallest(host)), *([] if method is None else [method])]
-    for methods in first:  # as a training builds them
-        CLI(plan.arguments(task, methods, plan.seed, "trial"))
-    CLI(plan.arguments(task, first[0], plan.seed, "final")).datamodule.setup()
+    smallest = plan.space.methods(plan.space.smallest(host))
+    CLI(plan.arguments(task, smallest if method is None else method, plan.seed, "trial"))  # as a training builds it
+    CLI(plan.arguments(task, smallest, plan.seed, "final")).datamodule.setup()
     return host
 
 
