@@ -304,8 +304,8 @@ class Tower:
         if len(found) > 1:
             raise UnsupportedError(
                 f"the blocks of the {self.name} tower have widths {', '.join(map(str, found))}, and what is shared "
-                "between blocks has one width; choose the blocks of one stage, such as blocks='stage:2', if the method "
-                "has that field"
+                "between blocks, or reads several of them, has one; choose the blocks of one stage, such as "
+                "blocks='stage:2', if there is such a field"
             )
         return found[0]
 

@@ -73,15 +73,16 @@ class CIAT(Method):
     def place(self, tower: Tower) -> Iterator[Placement]:
         """An `EmbeddingAdapter` at `tokens`, and a parallel `Bottleneck` at both sub-layers of every chosen block."""
         if self.embedding:
-            module = EmbeddingAdapter(tower.width, self._adapter(tower))
+            width = tower.blocks[0].width
+            module = EmbeddingAdapter(width, self._adapter(width))
             yield Placement(tower.name, None, "tokens", module)
         for index in blocks_of(self, tower):
             for reads, add in (("attn_in", "attn_out"), ("mlp_in", "mlp_out")):
-                yield Placement(tower.name, index, reads, self._adapter(tower), add=add)
+                yield Placement(tower.name, index, reads, self._adapter(tower.blocks[index].width), add=add)
 
-    def _adapter(self, tower: Tower) -> Bottleneck:
+    def _adapter(self, width: int) -> Bottleneck:
         adapter = Bottleneck(
-            tower.width,
+            width,
             self.bottleneck,
             activation=self.activation,
             scale=1.0,
