@@ -227,6 +227,24 @@ def test_saved_and_loaded(resnet, images, tmp_path):
         vp.load(other, tmp_path / "adapter")
 
 
+def test_a_head_that_is_a_convolution(images, tmp_path):
+    """As that of DLA and others: found by timm's own word for it, trained and saved."""
+    torch.manual_seed(0)
+    models = [timm.create_model("test_efficientnet", num_classes=3).double().eval() for _ in range(2)]
+    for model in models:
+        model.global_pool.flatten = nn.Identity()
+        model.classifier = nn.Sequential(nn.Conv2d(model.num_features, 3, 1), nn.Flatten()).double()
+        model.get_classifier = lambda model=model: model.classifier[0]
+    models[1].load_state_dict(models[0].state_dict())
+    vp.attach(models[0], vp.LinearProbe())
+    assert models[0].peft["default"].heads == ("classifier.0",)
+    vp.save(trained(models[0]), tmp_path / "adapter")
+    vp.load(models[1], tmp_path / "adapter")
+    assert torch.equal(models[0](images), models[1](images))
+    vp.disable(models[1])
+    assert not torch.allclose(models[0](images), models[1](images))
+
+
 @pytest.mark.slow
 def test_compiled(resnet, images):
     """In one graph: changes of outputs and of weights, and statistics that are kept."""

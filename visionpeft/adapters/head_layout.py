@@ -18,6 +18,7 @@ LAYERS = {
     nn.Identity: (),
     nn.Dropout: ("p",),
     nn.Linear: ("in_features", "out_features"),
+    nn.Conv2d: ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
     nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
 }
@@ -37,7 +38,7 @@ def head_layout(head: nn.Module) -> dict:
     for cls, names in LAYERS.items():
         if kind is cls or (issubclass(kind, cls) and kind.forward is cls.forward):
             arguments = {name: getattr(head, name) for name in names}
-            if issubclass(cls, nn.Linear):
+            if issubclass(cls, nn.Linear | nn.Conv2d):
                 arguments["bias"] = head.bias is not None
             return {"class": cls.__name__, "arguments": arguments}
     allowed = ", ".join(cls.__name__ for cls in LAYERS)

@@ -22,6 +22,8 @@ class LayerNormTuning(Method):
 
     All norms of the chosen blocks, and with the last block those after the blocks, with the first those before them,
     with the first of a stage those between it and the stage before.
+    On a model that has layer sites only, norms of every kind (batch and group normalisation, too), those outside the
+    blocks where `blocks` are all; batch normalisation keeps its stored statistics.
     As weights of the backbone are trained themselves, samples of one batch cannot be routed through two of them.
     Mergeable. Trainable on L blocks of width D: 4 D L + 2 D; 38,400 on ViT-B/16.
     Source: Qi et al., Parameter-Efficient Tuning on Layer Normalization for Pre-trained Language Models, 2022.

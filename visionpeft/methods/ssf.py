@@ -66,6 +66,8 @@ class SSF(Method):
     the norm of the patch embedding, the depth-wise convolution of a block (ConvNeXt) and the norms, reductions and
     convolutions between stages (with the next block). gamma ~ N(1, std),
     beta ~ N(0, std), so the start is near the backbone, not equal to it. Mergeable.
+    On a model that has layer sites only: after every norm, and every linear layer and convolution with a bias (one
+    without is followed by a norm), those outside the blocks where `blocks` are all.
     Trainable on ViT-B/16: 22 D L + 4 D = 205,824.
     Source: Lian et al., Scaling & Shifting Your Features: A New Baseline for Efficient Model Tuning, 2022.
 
