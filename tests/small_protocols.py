@@ -9,7 +9,7 @@ model:
   init_args:
     backbone: test_vit
     pretrained: false
-    backbone_kwargs: {img_size: 32, depth: 2}
+    backbone_kwargs: {img_size: 32}
     method: {class_path: METHOD}
     optimisation: {lr: 1e-3, warmup_epochs: 0}
 data:

@@ -161,7 +161,7 @@ OPTIONS = {
     "CLIPLinearProbe": [{}, {"solver": "gradient"}],
     **{name: [{"num_views": 4}] for name in ("TPT", "CTPT", "TPS", "ZERO", "MTA")},
     "DiffTPT": [{"num_views": 4, "steps": 2}],
-    "ProDA": [{"num_contexts": 4, "contexts_per_step": 2}],
+    "ProDA": [{"num_contexts": 8}],
     "PromptAlign": [{"num_views": 4, "weight": 0.0}],  # which has no statistics of a source here
 }
 LEARNERS = [(name, options) for name in learners.__all__ if name != "Learner" for options in OPTIONS.get(name, [{}])]

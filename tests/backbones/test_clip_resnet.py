@@ -122,13 +122,13 @@ def test_prompts_in_the_image_tower_are_refused(name):
 
 
 def test_a_tower_around_a_timm_model_without_sited_blocks():
-    """ConvNeXt in a CLIP: its layers, under the paths of the CLIP."""
+    """EfficientNet in a CLIP: its layers, under the paths of the CLIP."""
     torch.manual_seed(0)
-    vision = {"timm_model_name": "test_convnext", "timm_model_pretrained": False, "timm_pool": "", "image_size": 64}
+    vision = {"timm_model_name": "test_efficientnet", "timm_model_pretrained": False, "image_size": 64}
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    clip = open_clip.CustomTextCLIP(32, vision | {"timm_proj": "linear"}, text).double().eval()
+    clip = open_clip.CustomTextCLIP(32, vision | {"timm_pool": "avg", "timm_proj": "linear"}, text).double().eval()
     plain = copy.deepcopy(clip)
-    vp.attach(clip, vp.LoRA(rank=2, targets=("linears",)), head=False)
+    vp.attach(clip, vp.LoRA(rank=2, targets=("pointwise",)), head=False)
     tower = vp.describe(clip).towers["visual"]
     assert tower.path == "visual.trunk"
     moved(clip)
@@ -141,5 +141,5 @@ def test_a_tower_around_a_timm_model_without_sited_blocks():
             weight += (placement.module.scaling * placement.module.B @ placement.module.A).view_as(weight)
     seen = images(size=64)
     torch.testing.assert_close(clip.encode_image(seen), plain.encode_image(seen), rtol=1e-10, atol=1e-10)
-    with pytest.raises(vp.UnsupportedError, match=r"needs sited blocks; .* ConvNeXt has no sited blocks$"):
+    with pytest.raises(vp.UnsupportedError, match=r"needs sited blocks; .* EfficientNet has no sited blocks$"):
         vp.attach(clip, vp.VPT(), name="prompts")

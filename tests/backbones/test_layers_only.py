@@ -5,8 +5,10 @@ Every architecture is walked by `python benchmarks/layer_sites.py`, whose examin
 
 import copy
 import dataclasses
+import gc
 import importlib.util
 import pickle
+import weakref
 from pathlib import Path
 
 import peft
@@ -158,6 +160,16 @@ def test_layers_that_start_at_zero_hide_nothing(resnet):
     assert tower.unreached == {"unused.weight", "unused.bias"}
     vp.attach(resnet, vp.FullFineTuning())
     assert not any("unused" in name for name in resnet.peft["default"].trained_names)
+
+
+def test_nothing_keeps_a_model_alive():
+    model = timm.create_model("test_resnet")
+    vp.attach(model, ALL)
+    vp.detach(model)
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 def test_a_weight_that_is_read_and_not_called(images):

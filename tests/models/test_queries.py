@@ -124,15 +124,17 @@ def test_prompts_that_travel_stay_beside_queries():
     model = predictor(method=vp.VPT(num_tokens=2, blocks="last:2"), dtype=torch.float64).eval()
     pixels = images(dtype=torch.float64)
     with torch.no_grad():
-        as_keys = model(pixels)
-        vp.attach(
-            model, vp.Convpass(bottleneck=4, grid=(6, 8)), name="patches"
-        )  # after which prompts have to be tokens
+        as_keys, masked = model(pixels), model.train().head_output(pixels)
+        # whose convolutions mix tokens, so that prompts have to be some
+        vp.attach(model, vp.Convpass(bottleneck=4, grid=(6, 8)), name="patches")
         for name, parameter in model.peft.patches.named_parameters():
             if name.startswith("convpass"):
                 torch.nn.init.zeros_(parameter)
         model.peft.patches.head.load_state_dict(model.peft.default.head.state_dict())
-        assert torch.allclose(model(pixels), as_keys, atol=1e-9)
+        for ours, theirs in zip(model.train().head_output(pixels).masks, masked.masks, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-9)
+        assert torch.allclose(model.eval()(pixels), as_keys, atol=1e-9)
+        assert not torch.allclose(masked.scores, model.coarse_logits(pixels), atol=1e-3)
 
 
 def test_rotary_positions_are_those_of_patches():

@@ -1,12 +1,15 @@
 """Average precision by numbers made by hand."""
 
+import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
+import visionpeft as vp
 from visionpeft.data.detection.objects import objects_of
+from visionpeft.data.detection.outlines import encoded
 from visionpeft.tasks.average_precision import AveragePrecision, evaluation
 
 SIZE = (40, 40)
@@ -89,3 +92,12 @@ def test_numbers_of_annotations_matter_to_the_evaluation():
         done = evaluate(own, found, "bbox", print_function=lambda *_: None)
         done.run()
         assert done.stats[0] == pytest.approx(expected)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(vp.ConfigurationError, match=r"pip install 'visionpeft\[detection\]'"):
+        AveragePrecision(["a"], masks=False)
+    monkeypatch.setitem(sys.modules, "faster_coco_eval.core", None)
+    with pytest.raises(vp.ConfigurationError, match="masks of objects need faster-coco-eval"):
+        encoded(np.zeros((2, 2), bool))

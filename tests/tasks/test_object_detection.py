@@ -7,6 +7,7 @@ import torch
 
 import visionpeft as vp
 from visionpeft.data import ComposedObjects
+from visionpeft.data.detection.objects import objects_of
 from visionpeft.tasks import ObjectDetection
 from visionpeft.tasks.optimisation import Optimisation
 
@@ -20,7 +21,7 @@ def scenes(**options):
     return ComposedObjects(train=4, val=0, test=4, normalisation="half", **options)
 
 
-def test_objects_that_were_learnt_are_found():
+def test_objects_that_were_learnt_are_found(monkeypatch):
     """In scenes that were trained on; in others, with as many objects, they are not."""
     data = scenes()
     others, data.sources["test"] = data.sources["test"], data.sources["train"]
@@ -37,6 +38,11 @@ def test_objects_that_were_learnt_are_found():
     assert elsewhere["test/ap"] < 0.2
     measured = task.measured["test"]["ap_by_class"]
     assert np.mean([value for value in measured.values() if value is not None]) == pytest.approx(elsewhere["test/ap"])
+    monkeypatch.setattr(
+        type(others), "objects", lambda self, index: objects_of([], [], masks=np.zeros((0, 48, 48), bool))
+    )
+    with pytest.raises(vp.DataError, match="none of the 4 images measured of the test split has an object"):
+        trainer.test(task, data, verbose=False)
 
 
 @pytest.mark.parametrize("method", [vp.EVA(rank=2), vp.SPT(budget=2000, samples=4)])

@@ -160,7 +160,7 @@ def test_from_python_it_is_opened_for_a_task(runs):
 
 def plain(run):
     torch.manual_seed(0)
-    return vp.create_backbone("test_vit", pretrained=False, img_size=32, num_classes=6)
+    return vp.create_backbone("test_vit", pretrained=False, img_size=32, depth=2, num_classes=6)
 
 
 def task_of(config, **options):

@@ -13,8 +13,6 @@ Layers are addressed by the last word of their path ("qkv", "conv1"; "0" with th
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -28,14 +26,14 @@ from visionpeft.sites.stand_ins import own_class
 
 NAMED: Mapping[str, str] = {}
 
-# model -> (its modules with their own classes, what it is)
-_DESCRIBED: WeakKeyDictionary[nn.Module, tuple[list, Backbone]] = WeakKeyDictionary()
+# model -> (its modules with their own classes, what one pass has met); not the layers, which would keep the model alive
+_MET: WeakKeyDictionary[nn.Module, tuple[list, Reach]] = WeakKeyDictionary()
 
 
 def layers_only(
     model: nn.Module, reason: str, block_paths: Sequence[str] | None = None, named: Mapping[str, str] = NAMED
 ) -> Backbone:
-    """Describe a model by its layers alone; made once for a model that stays what it is.
+    """Describe a model by its layers alone; it is run once as long as it stays what it is.
 
     Args:
         model: the model, of timm or made like one.
@@ -47,11 +45,10 @@ def layers_only(
         UnsupportedError: it cannot be run, or none of its layers reaches its output.
     """
     state = [(id(each), own_class(each), _tensors_of(each)) for each in _own_modules(model)]
-    known = _DESCRIBED.get(model)
-    if known is None or known[0] != state:
-        known = _DESCRIBED[model] = state, _describe(model, reason, block_paths, named)
-    backbone = known[1]
-    return replace(backbone, towers={name: copy(tower) for name, tower in backbone.towers.items()})
+    met = _MET.get(model)
+    if met is None or met[0] != state:
+        met = _MET[model] = state, reach(model)
+    return _describe(model, reason, met[1], block_paths, named)
 
 
 def _own_modules(model: nn.Module) -> list[nn.Module]:
@@ -63,8 +60,9 @@ def _tensors_of(module: nn.Module) -> tuple:
     return tuple((name, None if p is None else p.shape) for name, p in module._parameters.items())
 
 
-def _describe(model: nn.Module, reason: str, block_paths: Sequence[str] | None, named: Mapping[str, str]) -> Backbone:
-    found = reach(model)
+def _describe(
+    model: nn.Module, reason: str, found: Reach, block_paths: Sequence[str] | None, named: Mapping[str, str]
+) -> Backbone:
     heads, unused = _heads(model, found)
     paths = _block_paths(model) if block_paths is None else block_paths
     blocks = [BlockSites(model.get_submodule(path), None, None, None, {}) for path in paths]
@@ -145,7 +143,7 @@ def _short(path: str) -> str:
 def _block_paths(model: nn.Module) -> list[str]:
     """Paths of the modules that timm's `group_matcher` names as blocks, in the order of the model's modules."""
     try:
-        matcher = model.group_matcher(coarse=False)
+        matcher = own_class(model).group_matcher(model, coarse=False)  # and not what stands in for it with adapters
     except (AttributeError, TypeError, NotImplementedError):
         return []
     patterns = []

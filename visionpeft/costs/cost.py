@@ -115,9 +115,9 @@ def measure(
         backbone_gflops = giga_multiply_adds(model, images[:1])
     steps, forwards = [], []
     for _ in range(rounds):
-        steps.append(_seconds(step, device))
+        steps.append(seconds(step, device))
         with use(model, None), torch.no_grad():
-            forwards.append(_seconds(lambda: model(images), device))
+            forwards.append(seconds(lambda: model(images), device))
     return MethodCost(
         counts=summary(model),
         batch_size=batch_size,
@@ -132,7 +132,8 @@ def measure(
     )
 
 
-def _seconds(run: Callable[[], object], device: str) -> float:
+def seconds(run: Callable[[], object], device: str) -> float:
+    """Seconds of a call: of this process on "cpu", which other programs hardly disturb, else of the clock."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     if device != "cpu":
         torch.cuda.synchronize()

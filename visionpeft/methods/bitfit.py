@@ -11,7 +11,8 @@ import torch
 import torch.nn as nn
 
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.methods.parts.base import Method, require_same, weighted_sum
+from visionpeft.methods.parts.addressing import Blocks
+from visionpeft.methods.parts.base import Method, blocks_of, require_same, weighted_sum
 from visionpeft.sites import Order, Placement
 
 
@@ -44,22 +45,27 @@ class BitFit(Method):
     are trained themselves. Learned position biases are not biases in this sense. Mergeable.
     Trainable on ViT-B/16 and on the ViT-B/16 tower of CLIP: 11 D L + 2 D = 102,912. The key bias is among them in the
     paper, although it adds the same to all scores of a query and so has a zero gradient (unless keys are rotated or
-    normalised); without it: 93,696.
+    normalised); without it: 93,696. In some blocks alone, those of their layers and norms: 11 D for each block.
     Source: Ben Zaken et al., BitFit, 2022.
 
     Args:
         key_bias: whether to count and train the key bias. The bias of a key normalisation is trained in any case,
             although without rotation its gradient is zero, too.
+        blocks: which blocks, such as "last:4" or a list of indices; "all" has what is outside of blocks, too.
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
     needs_blocks: ClassVar = False
     key_bias: bool = True
+    blocks: Blocks = "all"
     towers: str | list[str] | None = None
 
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `Shift` after every layer that has a bias."""
+        everything, blocks = self.blocks == "all", blocks_of(self, tower)
         for index, layer in tower.all_layers():
+            if not everything and index not in blocks:
+                continue
             if layer.bias_tensor is not None and (self.key_bias or layer.site != "k"):
                 yield Placement(tower.name, index, layer.site, Shift(layer))
 
@@ -69,7 +75,9 @@ class BitFit(Method):
         return self, weighted_sum(parts, weights)
 
     def trains(self, tower: Tower) -> Iterator[str]:
-        """Biases outside the described layers, such as those of attention pooling."""
+        """Biases outside the described layers, such as those of attention pooling, if all blocks are meant."""
+        if self.blocks != "all":
+            return
         described = {id(getattr(b.bias_owner, b.bias)) for _, b in tower.all_layers() if b.bias_owner is not None}
         for name in tower.parameter_names():
             if name.endswith("bias") and id(tower.module.get_parameter(name)) not in described:

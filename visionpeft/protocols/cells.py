@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +163,33 @@ def train(trainings: Sequence[Training], output: Path, workers: work.Workers = 1
     for training in trainings:
         training.check(output / training.name)
     work.finish(trainings, output, workers)
+
+
+def settle(output: Path, name: str, settings: dict) -> None:
+    """Write what all cells of a folder are made with, or refuse one that was made with something else.
+
+    Args:
+        output: the folder.
+        name: of the file.
+        settings: plain values.
+
+    Raises:
+        ConfigurationError: it was.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / name
+    own = output / f".{file.stem}.{os.getpid()}.json"
+    write_json(own, settings)
+    try:
+        os.link(own, file)  # fails if it exists: whoever comes first decides
+    except FileExistsError:
+        made = json.loads(file.read_text())
+        differing = [key for key in settings if made.get(key) != settings[key]]
+        if differing:
+            change = "; ".join(f"{key} {made.get(key)}, not {settings[key]}" for key in differing)
+            raise ConfigurationError(f"{output} was made with {change}; give another --output") from None
+    finally:
+        own.unlink()
 
 
 def find_run(folder: Path) -> RunDirectory | None:

@@ -6,7 +6,6 @@ https://arxiv.org/abs/1910.04867. FGVC: Jia et al., Visual Prompt Tuning, 2022, 
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,9 +14,8 @@ from visionpeft.data.aliases import choose as choose_name
 from visionpeft.data.fgvc import fgvc_datasets
 from visionpeft.data.vtab import vtab1k_tasks
 from visionpeft.errors import ConfigurationError
-from visionpeft.files import write_json
 from visionpeft.protocols import work
-from visionpeft.protocols.cells import Training, find_run, train
+from visionpeft.protocols.cells import Training, find_run, settle, train
 from visionpeft.protocols.method_candidates import MethodCandidate, measure, method_candidates
 from visionpeft.protocols.method_runs import CLIP_ART, Benchmark, available
 from visionpeft.protocols.search import choose, pieces
@@ -108,10 +106,10 @@ def fgvc(
 def _compare(
     name, configs, tasks, seeds, search, budget, paper, root, output, arguments, workers, learning_rates
 ) -> list[dict]:
-    overlays, given = _overlays(arguments)
+    overlays, given = split_overlays(arguments)
     benchmark = Benchmark(name, root, overlays, given, search, paper, _learning_rates(learning_rates, search, paper))
     output = Path(output)
-    tasks = _tasks(benchmark, tasks)
+    tasks = tasks_of(benchmark, tasks)
     if search == "optuna" and paper:
         raise ConfigurationError("--paper searches the paper's own grid; leave out --search optuna")
     work.check_workers(workers)
@@ -188,7 +186,12 @@ def _checkpoint(backbone: dict) -> str:
     return backbone["name"] if backbone.get("pretrained") else "none: random weights"
 
 
-def _tasks(benchmark: Benchmark, names: Sequence[str] | None) -> list[str]:
+def tasks_of(benchmark: Benchmark, names: Sequence[str] | None) -> list[str]:
+    """The tasks that are named, or all that are there.
+
+    Raises:
+        ConfigurationError: one does not exist or is named twice, or none is there.
+    """
     if names is None:
         found = available(benchmark.name, benchmark.root)
         if not found:
@@ -222,7 +225,7 @@ def _seeds(benchmark: Benchmark, candidate: MethodCandidate, given: Sequence[int
     return seeds
 
 
-def _overlays(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def split_overlays(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Configurations among further arguments, which come before recipes, and the others, which come after."""
     overlays, given, rest = [], [], list(arguments)
     while rest:
@@ -264,20 +267,7 @@ def _check_output(output: Path, benchmark: Benchmark, budget: int) -> None:
         "paper": benchmark.paper,
         "learning_rates": list(benchmark.learning_rates) or None,  # None in folders older than the option, too
     }
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / "protocol.json"
-    own = output / f".protocol.{os.getpid()}.json"
-    write_json(own, settings)
-    try:
-        os.link(own, file)  # fails if it exists: whoever comes first decides
-    except FileExistsError:
-        made = json.loads(file.read_text())
-        differing = [key for key in settings if made.get(key) != settings[key]]
-        if differing:
-            change = "; ".join(f"{key} {made.get(key)}, not {settings[key]}" for key in differing)
-            raise ConfigurationError(f"{output} was made with {change}; give another --output") from None
-    finally:
-        own.unlink()
+    settle(output, "protocol.json", settings)
 
 
 def _trials(trials: Sequence) -> str:

@@ -38,9 +38,14 @@ class Trial(Training):
         else:
             rows = [row for row in read_history(find_run(folder).metrics) if "val/top1" in row]
             score = {"val_top1": rows[-1]["val/top1"], "epochs": round(rows[-1]["epoch"]) + 1}
+            score["steps"] = round(rows[-1]["step"])
         trained = find_run(folder)
-        write_json(folder / "score.json", score | {"run": trained.path.name})
+        write_json(folder / "score.json", score | self.kept(trained) | {"run": trained.path.name})
         self._clear(folder)
+
+    def kept(self, run: RunDirectory) -> dict:
+        """What else of the run is written into `score.json`, before it is deleted."""
+        return {}
 
     def score(self, output: Path) -> float:
         """Validation accuracy; below all others where training diverged."""
@@ -162,14 +167,14 @@ class Benchmark:
             settings |= {**recipe.paper, **recipe.tasks.get(task, {})}
         return [
             *("--config", candidate.config, *self.overlays),
-            *self._on(task, stage),
+            *self.on(task, stage),
             *as_arguments(settings),
             *self.given,
             *as_arguments(values),
             *("--seed_everything", str(seed), "--figures", "false"),
         ]
 
-    def _on(self, task: str, stage: str) -> list[str]:
+    def on(self, task: str, stage: str) -> list[str]:
         """Data of a task: of a "trial" with a validation split, of a "final" training without."""
         both = {"trial": "train", "final": "train+val"}
         if task == CLIP_ART:

@@ -152,26 +152,40 @@ def _parser(protocol: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--root", help="folder in which the data sets lie; embedded ones need none")
     parser.add_argument("--output", type=Path, help=f"folder of runs, tables and figures (runs/{protocol})")
     parser.add_argument(
-        "--workers", type=_workers, default=1, help="processes that train at the same time (1), or ray: a Ray cluster"
+        "--workers", type=workers, default=1, help="processes that train at the same time (1), or ray: a Ray cluster"
     )
     return parser
 
 
-def _workers(given: str) -> Workers:
-    workers = int(given) if given.isdecimal() else given
+def workers(given: str) -> Workers:
+    """The option `--workers`."""
+    number = int(given) if given.isdecimal() else given
     try:
-        check_workers(workers)
+        check_workers(number)
     except ConfigurationError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return workers
+    return number
 
 
 def _parse(
     parser: argparse.ArgumentParser, arguments: list[str], decided: dict[str, str]
 ) -> tuple[argparse.Namespace, list[str]]:
     options, further = parser.parse_known_args(arguments)
+    return options, refuse_decided(further, decided)
+
+
+def refuse_decided(further: list[str], decided: dict[str, str]) -> list[str]:
+    """The further arguments of a command, none of which decides what the command itself decides.
+
+    Args:
+        further: the arguments.
+        decided: for each of those options, what to use in its place.
+
+    Raises:
+        ConfigurationError: one does.
+    """
     for argument in further:
         name = argument.partition("=")[0]
         if name in decided:
             raise ConfigurationError(f"{name} is decided by the protocol; use {decided[name]}")
-    return options, further
+    return further

@@ -49,6 +49,7 @@ class TrainedModel:
         category_ids: the number of each class in files of results, for objects.
         mean: of numbers, that of the training labels.
         deviation: their standard deviation.
+        pairs: whether each class is judged by itself, as a learner with loss "sigmoid" does.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class TrainedModel:
     pairs: bool = False
     mean: float | None = None
     deviation: float | None = None
+    pairs: bool = False
     size: int | None = None
     window: int | None = None
     stride: int | None = None
@@ -69,7 +71,7 @@ class TrainedModel:
     category_ids: list[int] | None = None
 
     def answers(self, logits: torch.Tensor) -> torch.Tensor:
-        """What the outputs (batch, outputs) say of each image.
+        """What the outputs (batch, outputs) say of each image; of `pairs`, probabilities that do not sum to 1.
 
         Returns:
             Class probabilities (batch, classes), which sum to 1 unless they are of `pairs`; of several labels the

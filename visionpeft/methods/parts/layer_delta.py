@@ -59,6 +59,13 @@ class LayerDelta(nn.Module):
             y = y + self.product(x, dtype).to(y.dtype)
         return (y + self.acting("bias").view(-1, *self.trailing)).to(y.dtype) if self.has("bias") else y
 
+    def sparse_change(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] | None:
+        """Values and flat indices of D, and d, of a linear layer whose D is sparse; None for any other.
+
+        It is here, beside `forward`, because what a module says of itself counts for that `forward` alone.
+        """
+        return None
+
     def product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """D x, in this precision but for a LayerNorm."""
         change = self.acting("weight")
