@@ -266,6 +266,23 @@ def test_images_of_other_sizes(family):
     assert not close(model(wide), model(high))
 
 
+@pytest.mark.parametrize("kernel", [(3, 1, 1), (3, 3, 3)], ids=str)
+def test_clips(kernel):
+    """ST-Adapter convolves the maps of each stage, over the frames of one clip alone."""
+    backbone = made()
+    model = vp.VideoClassifier(backbone, num_frames=2, num_classes=3).double().eval()
+    clips = torch.stack((images(2), images(4)[2:]), dim=1).movedim(1, 2).unflatten(0, (2,))
+    with torch.no_grad():
+        base = model(clips)
+        vp.attach(model, vp.STAdapter(bottleneck=4, kernel=kernel, norm_of_mean=False), head=False)
+        assert torch.equal(model(clips), base)
+        moved(model)
+        output = model(clips)
+        assert not close(output, base)
+        assert close(model(clips[1:]), output[1:])
+        assert not close(model(clips.flip(2)), output)
+
+
 def test_fused_attention():
     """timm's own choice by TIMM_FUSED_ATTN=2."""
     outputs = []

@@ -146,14 +146,12 @@ class STAdapter(Method):
         """One `SpatioTemporalBottleneck` at every position of every chosen block, `MeanOverFrames` after the last."""
         frames, kernel = frames_of(self, tower), tuple(self.kernel)
         spatial = kernel[1:] != (1, 1)
-        require(
-            not spatial or tower.grid_size,
-            self,
-            f"kernel={kernel} needs a model with a fixed grid of patches; use 1, 1",
-        )
         for index in blocks_of(self, tower):
+            block = tower.blocks[index]
+            fixed = not spatial or block.grid is not None
+            require(fixed, self, f"kernel={kernel} needs a model with a fixed grid of patches; use 1, 1")
             for position in dict.fromkeys(self.positions):
-                module = SpatioTemporalBottleneck(tower.width, self.bottleneck, kernel, tower.grid_size, frames)
+                module = SpatioTemporalBottleneck(block.width, self.bottleneck, kernel, block.grid, frames)
                 yield Placement(tower.name, index, POSITIONS[position], module)
         if self.norm_of_mean:
             yield Placement(tower.name, tower.depth - 1, "stream_out", MeanOverFrames(frames))
