@@ -16,6 +16,7 @@ ADDITIVE += (
     "ltsft",
     "diff_pruning",
     "auto_lora",
+    "fish_dip",
     "far",
     "pruned_bit_fit",
     "bit_fit",

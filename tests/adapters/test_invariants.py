@@ -808,6 +808,7 @@ ONLY_TRACED = (
     ("xprompt_deep",),
     ("pruned_bit_fit",),
     ("relora",),
+    ("fish_dip",),
     ("selective_prompts",),
     ("auto_lora",),
     ("periodic_lora",),

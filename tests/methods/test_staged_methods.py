@@ -304,6 +304,67 @@ def test_periodic_lora_unloads_a_share_and_keeps_the_rest():
     assert vp.PeriodicLoRA(unloaded=1.0).stages_after == 3
 
 
+# FISH-DIP
+
+
+def squares_of(model, number):
+    """{name: sum of squared gradients} of the samples with the largest losses, in a plain model."""
+    named = dict(model.named_parameters())
+    losses = [F.cross_entropy(model(image[None]), label[None]) for image, label in zip(IMAGES, LABELS, strict=True)]
+    sums = {name: torch.zeros_like(p) for name, p in named.items()}
+    for loss in sorted(losses, key=lambda loss: -loss.item())[:number]:
+        for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):
+            sums[name] += gradient.square()
+    return sums
+
+
+def test_fish_dip_chooses_by_hard_samples_and_keeps_what_has_left():
+    """The merged model is a plain one: its own gradients say what is next, and only that moves."""
+    batches = [(IMAGES[:4], LABELS[:4]), (IMAGES[4:], LABELS[4:])]
+    model = vp.attach(VIT.build(torch.float64), vp.FishDip(0.02, among="blocks", samples=2, renewals=2)).eval()
+    with pytest.raises(vp.ConfigurationError, match="FishDip waits for data before its first stage"):
+        next(vp.stages(model, batches))
+    vp.allocate(model, batches)
+    masks, before, touched = [], None, {}
+    for _ in vp.stages(model, batches):
+        if before is not None:
+            assert distance(model(IMAGES), before) < 1e-12
+        plain, weights = VIT.build(torch.float64).eval(), dict(model.peft["default"].state_dict())
+        with torch.no_grad():
+            for name, value in merged(model).items():
+                plain.get_parameter(name).copy_(value)
+        scores = {name: s for name, s in squares_of(plain, 2).items() if name.startswith(("blocks.", "norm."))}
+        for name in [name for name in scores if "qkv.bias" in name]:
+            scores[name][32:64] = -1  # key biases are no candidates
+        number = round(0.02 * sum(int((s >= 0).sum()) for s in scores.values()))
+        threshold = torch.cat([s.flatten() for s in scores.values()]).sort(descending=True).values[number - 1]
+        chosen = {name: s >= threshold for name, s in scores.items()}
+        assert model.peft["default"].num_parameters() == number
+        old = merged(model)
+        train(model)
+        moved = {name: value != old[name] for name, value in merged(model).items() if name in chosen}
+        assert all(torch.equal(moved[name], mask) for name, mask in chosen.items())
+        touched = {name: mask | touched.get(name, False) for name, mask in chosen.items()}
+        masks.append(torch.cat([mask.flatten() for mask in chosen.values()]))
+        before = model(IMAGES).detach()
+    assert len(masks) == 3
+    assert not torch.equal(masks[0], masks[1])
+    left = {name: value for name, value in weights.items() if name.endswith("_before")}
+    assert left  # some have left, and have kept their values
+    method, part = model.peft["default"].methods[0].fold(model.peft["default"].fish_dip)
+    assert sum(method.entries.values()) == sum(int(mask.sum()) for mask in touched.values())
+    assert method.before is None
+    assert {name.rpartition("_")[2] for name, _ in part.named_buffers()} == {"index"}
+
+
+def merged(model):
+    """The weights of a model with its adapter merged, head included."""
+    vp.merge(model)
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items() if "peft" not in name}
+    vp.unmerge(model)
+    return weights | {n: v.clone() for n, v in model.peft["default"].state_dict().items() if n.startswith("head.")}
+
+
 # Diff pruning
 
 

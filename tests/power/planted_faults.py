@@ -178,7 +178,7 @@ FAULTS = [
     ),
     Fault(
         "sparse_bias", "merging a sparse change forgets the bias",
-        "return weight, bias if self.bias is None else bias + self.dense(\"bias\").to(bias)", "return weight, bias",
+        "return weight, bias + self.dense(\"bias\").to(bias) if self.has(\"bias\") else bias", "return weight, bias",
         keyword="pafi and vit_cls or fish and vit_cls",
     ),
     Fault(

@@ -13,6 +13,7 @@ READERS = {"attn_in": ("q", "k", "v"), "mlp_in": ("fc1", "fc1_g", "fc1_x"), "hid
 SPARSE = (
     "pa_fi",
     "fish_mask",
+    "fish_dip",
     "ltsft",
     "diff_pruning",
     "pruned_bit_fit",
@@ -62,12 +63,13 @@ def moved(method, fields, weight, bias, found, sites):
 
 def entries_moved(value, found, part):
     """A weight or bias some of whose entries have moved."""
-    if part not in found:
-        return value
-    flat = value.clone().flatten()
-    for place, change in zip(found[f"{part}_index"].tolist(), found[part], strict=True):
-        flat[place] += change
-    return flat.reshape(value.shape)
+    for values, at in ((part, f"{part}_index"), (f"{part}_before", f"{part}_before_at")):
+        if values in found:
+            flat = value.clone().flatten()
+            for place, change in zip(found[at].tolist(), found[values], strict=True):
+                flat[place] += change
+            value = flat.reshape(value.shape)
+    return value
 
 
 def dora(weight, fields, found, sites):

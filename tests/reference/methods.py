@@ -152,8 +152,12 @@ def sparse(sites, fields, shape):
     def weight(pair, index, site):
         found, moved = sites.get((index, site), {}), list(pair)
         for place, part in enumerate(("weight", "bias")):
-            if part in found:
-                moved[place] = pair[place] + moved_entries(found[part], found[f"{part}_index"], pair[place])
+            for values, at in (
+                (part, f"{part}_index"),
+                (f"{part}_before", f"{part}_before_at"),
+            ):  # the latter FISH-DIP's
+                if values in found:
+                    moved[place] = moved[place] + moved_entries(found[values], found[at], pair[place])
         return tuple(moved)
 
     return {"weight": weight}
@@ -809,6 +813,7 @@ METHODS = {
     "prefix_tuning": prefix_tuning,
     "pa_fi": sparse,
     "fish_mask": sparse,
+    "fish_dip": sparse,
     "far": far,
     "ltsft": sparse,
     "diff_pruning": sparse,

@@ -91,7 +91,7 @@ NAMES = (
 VTAB_ALONE = (
     *("pissa", "olora", "oft", "boft", "hira", "miss", "rand_lora", "gra_lora", "fourierft", "waveft", "moslora"),
     *("vblora", "ltsft", "xprompt", "pruned_bit_fit", "relora", "e2vpt_pruned", "diff_pruning", "far"),
-    *("periodic_lora", "auto_lora", "selective_prompts"),
+    *("periodic_lora", "auto_lora", "selective_prompts", "fish_dip"),
     *("sora", "dy_lora", "lora_dropout", "capa_boost", "hi_wi"),
     *("eva", "lora_ga", "second_order", "neuro_ada", "sct", "binary_mask", "said"),
 )

@@ -19,7 +19,11 @@ from visionpeft.runs.held_out import HeldOutSteps
 from visionpeft.runs.history import read_history
 from visionpeft.tasks import ImageClassification
 
-LTSFT = ("--model.method", "LTSFT", "--model.method.density", "0.02")
+# `VISIONPEFT_KILLS=20 pytest tests/runs/test_stages.py -k killed_at_random` kills a longer run more often
+KILLS = int(os.environ.get("VISIONPEFT_KILLS", "7"))
+EPOCHS = {"stages/1": max(2, KILLS // 5), ".": max(3, KILLS // 2)}
+ADAPTER = "adapter/adapter.json"
+LTSFT = ("--model.method", "LTSFT", "--model.method.density", "0.02", "--stage_epochs", f"[{EPOCHS['stages/1']}]")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, images):
-    return run(tmp_path_factory.mktemp("whole"), images, *LTSFT, "--stage_epochs", "[2]", epochs=3)
+    return run(tmp_path_factory.mktemp("whole"), images, *LTSFT, epochs=EPOCHS["."])
 
 
 def numbers(folder):
@@ -57,8 +61,8 @@ def fit_and_be_killed(command, point, note):
 
 def test_killed_at_random_writes_it_resumes_in_the_right_stage(tmp_path, images, whole):
     draw, killed = random.Random(30), []
-    command = [*arguments(images, *LTSFT, "--stage_epochs", "[2]", epochs=3), "--output", str(tmp_path / "parts")]
-    for _ in range(7):
+    command = [*arguments(images, *LTSFT, epochs=EPOCHS["."]), "--output", str(tmp_path / "parts")]
+    for _ in range(KILLS):
         note = tmp_path / "note"
         code = wait(start(fit_and_be_killed, command, draw.randrange(2, 9) / 2, note), 60)
         assert code == -signal.SIGKILL
@@ -67,13 +71,15 @@ def test_killed_at_random_writes_it_resumes_in_the_right_stage(tmp_path, images,
         command = ["--resume", str(part)]
     assert fit.main(command) == 0
     # in both trainings, and where one ends and the other begins
-    assert {"stages/1/checkpoints/last.ckpt", "stages/1/choice.safetensors", "checkpoints/last.ckpt"} <= {*killed}
-    for folder in ("stages/1", "."):
+    if KILLS == 7:  # otherwise in both trainings is enough
+        assert {"stages/1/checkpoints/last.ckpt", "stages/1/choice.safetensors", "checkpoints/last.ckpt"} <= {*killed}
+    assert len({file.startswith("stages/1/") for file in killed}) == 2
+    for folder, epochs in EPOCHS.items():
         assert numbers(part / folder / "metrics.csv") == numbers(whole / folder / "metrics.csv")
-        assert len(numbers(part / folder / "metrics.csv")) == {"stages/1": 2, ".": 3}[folder]
+        assert len(numbers(part / folder / "metrics.csv")) == epochs
     ours, theirs = results(part), results(whole)
     assert ours["test"] == theirs["test"]
-    assert [each["epochs"] for each in ours["earlier_stages"]] == [2]
+    assert [each["epochs"] for each in ours["earlier_stages"]] == [EPOCHS["stages/1"]]
     assert ours["parameters"] == theirs["parameters"]
     for file in ("stages/1/choice.safetensors", "adapter/adapter.safetensors"):
         ours, theirs = load_file(part / file), load_file(whole / file)
@@ -89,6 +95,9 @@ def test_what_does_not_go_with_stages_is_refused_before_there_is_a_run(tmp_path,
         "leaves a training of LTSFT without an epoch": [*staged, "--stage_epochs", "[0]"],
         "--trainer.limit_train_batches 0 leaves none": [*staged, "--trainer.limit_train_batches", "0"],
         "compile is made for one": [*staged, "--model.compile", "true"],
+        "AutoLoRA: held_out 0.01 of 21 training images leaves one of the two parts empty": [
+            *("--model.method", "AutoLoRA", "--model.method.held_out", "0.01")
+        ],
         "on one device": [*staged, "--trainer.devices", "2"],
     }
     for sentence, options in refused.items():
@@ -136,20 +145,40 @@ def test_a_part_of_the_training_images_is_held_out_for_the_ranks(tmp_path, image
     trained, held = ({*seen[name]} for name in ("trained", "held out"))
     assert (len(trained), len(held)) == (15, 6)  # of 21 images, the others are validated and tested on
     assert not trained & held
-    description = json.loads((made / "stages/1/choice.json").read_text())
+    description = read(made / "stages/1/choice.json")
     assert description["held_out_samples"] == 6
     (method,) = description["methods"]
     assert {*method["fields"]["ranks"].values()} - {8}  # the selections have moved
 
     monkeypatch.undo()
-    command = [*arguments(images, *auto, epochs=2), "--output", str(tmp_path / "parts")]
-    assert wait(start(fit_and_be_killed, command, 4.5, tmp_path / "note"), 60) == -signal.SIGKILL
-    (part,) = (tmp_path / "parts").iterdir()
-    assert (tmp_path / "note").read_text() == str(part / "stages/1/checkpoints/last.ckpt")
+    goes_the_same_way(made, tmp_path, arguments(images, *auto, epochs=2))
+
+
+def test_a_method_chooses_by_data_before_its_first_stage_and_after_it(tmp_path, images):
+    dip = ("--model.method", "FishDip", "--model.method.renewals", "1", "--model.method.among", "blocks")
+    dip += ("--model.head_init", "truncated_normal", "--stage_epochs", "[2]")
+    made = run(tmp_path / "whole", images, *dip, epochs=1)
+    first, second = (read(made / file)["methods"][0]["fields"] for file in ("stages/1/choice.json", ADAPTER))
+    assert sum(first["entries"].values()) < sum(second["entries"].values())  # those of both stages are saved
+    assert first["before"]
+    assert not second["before"]
+    goes_the_same_way(made, tmp_path, arguments(images, *dip, epochs=1))
+
+
+def goes_the_same_way(made, folder, command):
+    """A run that is killed after an epoch of its first stage, and resumed, gives the adapter of a whole one."""
+    command = [*command, "--output", str(folder / "parts")]
+    assert wait(start(fit_and_be_killed, command, 4.5, folder / "note"), 60) == -signal.SIGKILL
+    (part,) = (folder / "parts").iterdir()
+    assert (folder / "note").read_text() == str(part / "stages/1/checkpoints/last.ckpt")
     assert fit.main(["--resume", str(part)]) == 0
-    ours, theirs = load_file(part / "adapter/adapter.safetensors"), load_file(made / "adapter/adapter.safetensors")
+    ours, theirs = (load_file(each / "adapter/adapter.safetensors") for each in (part, made))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def read(file):
+    return json.loads(file.read_text())
 
 
 def test_a_task_in_its_first_stage_is_not_saved(tmp_path):

@@ -1,7 +1,10 @@
 """What batches tell about a backbone: gradients of its weights, what its layers read, sizes of its channels."""
 
+import heapq
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 
 import torch
 import torch.nn as nn
@@ -41,15 +44,17 @@ class Measures:
         each: bool,
         clip: float | None = None,
         training: bool = False,
+        hardest: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """Sums of squared gradients of the loss in weights and biases, by name.
 
         Args:
             candidates: the weights and biases.
-            samples: how many samples are taken from the front of the batches.
+            samples: how many samples are taken from the front of the batches, None for all.
             each: square the gradient of each sample, instead of that of each batch.
             clip: norm to which the gradient of each weight or bias is clipped before it is squared, None for none.
             training: let dropout and stochastic depth act, as in training.
+            hardest: of what is taken, how many samples or batches with the largest losses are used, None for all.
         """
 
         def square(gradient: torch.Tensor) -> torch.Tensor:
@@ -57,7 +62,7 @@ class Measures:
                 gradient = gradient * (clip / (gradient.norm() + 1e-6)).clamp(max=1.0)
             return gradient.square()
 
-        return self._sums(candidates, samples, each, self.loss, training, square)
+        return self._sums(candidates, samples, each, self.loss, training, square, hardest)
 
     def gradients(
         self,
@@ -143,6 +148,7 @@ class Measures:
         loss: Loss,
         training: bool,
         term: Callable[[torch.Tensor], torch.Tensor],
+        hardest: int | None = None,
     ) -> dict[str, torch.Tensor]:
         parameters = list({id(c.parameter): c.parameter for c in candidates.values()}.values())
         sums = {
@@ -150,7 +156,8 @@ class Measures:
             for name, c in candidates.items()
         }
         with _differentiable(self.model, parameters, training):
-            for batch in taken(self.batches, samples, each, parameters[0].device):
+            shown = taken(self.batches, samples, each, parameters[0].device)
+            for batch in shown if hardest is None else self._hardest(shown, hardest):
                 with torch.enable_grad():
                     gradients = torch.autograd.grad(loss(self.model, batch), parameters, allow_unused=True)
                 found = {id(p): gradient for p, gradient in zip(parameters, gradients, strict=True)}
@@ -165,6 +172,14 @@ class Measures:
                 "start the head with another initialisation (--model.head_init truncated_normal)"
             )
         return sums
+
+    @torch.no_grad()
+    def _hardest(self, shown: Iterable[Batch], number: int) -> list[Batch]:
+        """The batches with the largest losses; only so many are kept at a time."""
+        found = heapq.nlargest(number, ((self.loss(self.model, each).item(), each) for each in shown), itemgetter(0))
+        if not all(math.isfinite(loss) for loss, _ in found):
+            raise DataError("the loss of a training sample is not finite")
+        return [batch for _, batch in found]
 
     @torch.no_grad()
     def _observe(self, seen: Mapping[Place, nn.Module], samples: int | None) -> None:

@@ -1,6 +1,7 @@
 """Methods that are trained more than once: train, choose by what was trained, go back to the start, train again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -9,7 +10,7 @@ from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import cross_entropy, evaluating, remake
 from visionpeft.adapters.attach import attached, known, plain, use
-from visionpeft.adapters.measures import taken
+from visionpeft.adapters.measures import Measures, taken
 from visionpeft.backbones.dispatch import describe
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method, require, select_towers
@@ -48,7 +49,11 @@ def stages(
     if name is None and len(peft) != 1:
         raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one is trained with name=")
     name = known(peft, name) if name is not None else next(iter(peft))
-    staged(peft[name])
+    method = staged(peft[name])
+    if method is not None and method.pending:
+        raise ConfigurationError(
+            f"{type(method).__name__} waits for data before its first stage; call visionpeft.allocate(model, batches)"
+        )
     start, number = start_of(peft[name]), 1
     yield number
     while staged(attached(model)[known(attached(model), name)]) is not None:
@@ -69,7 +74,7 @@ def staged(adapter: AttachedAdapter) -> Method | None:
     names = " and ".join(type(method).__name__ for method in found)
     if len(found) > 1:
         raise ConfigurationError(f"{names} are both trained in stages; attach one of them")
-    waiting = [type(method).__name__ for method in adapter.methods if method.pending]
+    waiting = [type(method).__name__ for method in adapter.methods if method.pending and method is not found[0]]
     if waiting:
         raise ConfigurationError(
             f"{names} is trained in stages and {waiting[0]} waits for data, which it would see in one of them only; "
@@ -124,20 +129,60 @@ def begin_next(
     (index,) = [index for index, each in enumerate(adapter.methods) if each is method]
     key = adapter.method_keys[index]
 
-    def measure(parameters: Sequence[nn.Parameter], samples: int, see: Callable) -> int:
-        require(batches is not None, method, "it chooses by gradients: give stages batches of training data")
-        with use(model, name), evaluating(model), torch.enable_grad():
-            count = 0
-            for batch in taken(batches, samples, True, parameters[0].device):
-                see(torch.autograd.grad(loss(model, batch), parameters))
-                count += 1
-        return count
-
     with plain(model), torch.no_grad():
         towers = select_towers(method, describe(model))
         part = adapter._modules.get(key, nn.ModuleDict())
         own = {path.removeprefix(f"{key}."): value for path, value in start.items() if path.startswith(f"{key}.")}
-        following, tensors = method.next_stage(towers, part, own, dict(adapter.trained_parameters()), measure)
+        shown = ShownSamples(model, name, method, batches, loss)
+        following, tensors = method.next_stage(towers, part, own, dict(adapter.trained_parameters()), shown)
     methods = [following if each is method else each for each in adapter.methods]
     named = {f"{key}.{path}": tensor for path, tensor in tensors.items()}
     remake(model, name, methods, named, start if method.rewinds else None)
+
+
+class ShownSamples:
+    """What a method can measure after a stage: the `Measure` of `next_stage`, with the adapter as it was trained.
+
+    Args:
+        model: the model.
+        name: name of the adapter.
+        method: which method measures.
+        batches: training batches, None if there are none.
+        loss: maps model and batch to a scalar.
+    """
+
+    def __init__(self, model: nn.Module, name: str, method: Method, batches: Iterable[Batch] | None, loss: Callable):
+        self.model, self.name, self.method, self.batches, self.loss = model, name, method, batches, loss
+
+    def __call__(self, parameters: Sequence[nn.Parameter], samples: int, see: Callable) -> int:
+        """Show it the gradients in these parameters of the loss of each of so many samples."""
+        with self._acting():
+            count = 0
+            for batch in taken(self.batches, samples, True, parameters[0].device):
+                see(torch.autograd.grad(self.loss(self.model, batch), parameters))
+                count += 1
+        return count
+
+    @property
+    def squares(self) -> Callable[..., dict[str, torch.Tensor]]:
+        """Measures squared gradients of the backbone's weights."""
+        adapter: AttachedAdapter = attached(self.model)[self.name]
+        head_values = sum(parameter.numel() for parameter in adapter.head_parameters())
+        return _Squares(self, Measures(self.model, self.name, self.batches, self.loss, head_values))
+
+    @contextmanager
+    def _acting(self) -> Iterator[None]:
+        require(self.batches is not None, self.method, "it chooses by gradients: give stages batches of training data")
+        with use(self.model, self.name), evaluating(self.model), torch.enable_grad():
+            yield
+
+
+class _Squares:
+    """`Measures` with the adapter acting."""
+
+    def __init__(self, shown: ShownSamples, measures: Measures):
+        self.shown, self.measures, self.head_values = shown, measures, measures.head_values
+
+    def __call__(self, *arguments, **options) -> dict[str, torch.Tensor]:
+        with self.shown._acting():
+            return self.measures(*arguments, **options)

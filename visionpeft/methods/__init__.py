@@ -26,6 +26,7 @@ from visionpeft.methods.e2vpt import E2VPT
 from visionpeft.methods.eva import EVA
 from visionpeft.methods.fact import FacT
 from visionpeft.methods.far import FAR
+from visionpeft.methods.fish_dip import FishDip
 from visionpeft.methods.fish_mask import FishMask
 from visionpeft.methods.fourierft import FourierFT
 from visionpeft.methods.full_fine_tuning import FullFineTuning
@@ -131,6 +132,7 @@ __all__ = [
     "DoRA",
     "DyLoRA",
     "FacT",
+    "FishDip",
     "FishMask",
     "FourierFT",
     "FullFineTuning",

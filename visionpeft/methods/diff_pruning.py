@@ -83,7 +83,7 @@ class DiffPruning(TrainsEntries):
     Gates need their own learning rate: 0.1 in the published code, which never lowers it; there its scheduler is made
     and not used. Here it is `--model.optimisation.lora_plus` times the rate of w, and falls with it; left at 1, gates
     hardly move, and the first stage is full fine-tuning. Mergeable. The first stage trains two numbers for every
-    weight, 170,936,160 on ViT-B/16 with class token and positions frozen, and costs more than full fine-tuning; the
+    weight, 171,274,752 on ViT-B/16 with class token and positions frozen, and costs more than full fine-tuning; the
     saved adapter has K = round(density * parameters of the towers), 428,993 for 0.5 %. Embeddings and key biases as in
     `LTSFT`. If fewer are left than K, it is those.
     Source: Guo, Rush, Kim, Parameter-Efficient Transfer Learning with Diff Pruning, 2021, and the authors' code.

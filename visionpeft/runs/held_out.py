@@ -20,7 +20,8 @@ from visionpeft.tasks.adapted_task import AdaptedTask
 class HeldOutSteps(pl.Callback):
     """Before each training step, one step of the second optimiser on a batch of the held-out part.
 
-    Which images are in a batch follows from the number of the step alone, so that a resumed run goes the same way.
+    Which images are in a batch follows from the number of the step alone, so that a resumed run goes the same way. They
+    are loaded in this process, and kept as training images are.
 
     Args:
         images: the held-out images, augmented as training images are.
@@ -58,17 +59,41 @@ class HeldOutSteps(pl.Callback):
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images and labels for a step: on and on through orders that are drawn for each pass."""
-        keys, number = [], len(self.images)
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            turn, place = divmod(position, number)
-            keys.append((int(permutation(number, self.seed * 100_003 + turn)[place]), turn))
-        return self.images.__getitems__(keys)
+        number, first = len(self.images), step * self.batch_size
+        places = [divmod(position, number) for position in range(first, first + self.batch_size)]
+        orders = {turn: permutation(number, self.seed * 100_003 + turn) for turn in {turn for turn, _ in places}}
+        return self.images.__getitems__([(int(orders[turn][place]), turn) for turn, place in places])
 
 
 def _loss(task: AdaptedTask, batch: list[Tensor]) -> Tensor:
     images, labels = batch
     with task.of_tasks(labels):
         return task.objective.loss(task(images).float(), labels)
+
+
+def held_out_number(task: AdaptedTask, datamodule: pl.LightningDataModule) -> int:
+    """How many training images are held out, 0 for a method that learns nothing there.
+
+    Raises:
+        ConfigurationError: the data is another's data module, or too small.
+    """
+    if not selection_parameters(task.model):
+        return 0
+    method = next(each for each in attached(task.model)[task.adapter_name].methods if each.held_out)
+    name = type(method).__name__
+    if not isinstance(datamodule, ImageDataModule):
+        raise ConfigurationError(
+            f"{name} learns on a part of the training images that is held out, which {type(datamodule).__name__} "
+            "cannot give; use one of the data modules of visionpeft, or visionpeft.Selection in a loop of your own"
+        )
+    total = len(datamodule.sources["train"])
+    number = round(method.held_out * total)
+    if not 0 < number < total:
+        raise ConfigurationError(
+            f"{name}: held_out {method.held_out} of {total} training {datamodule.images.kind}s leaves one of the two "
+            "parts empty"
+        )
+    return number
 
 
 @contextmanager
@@ -83,21 +108,8 @@ def holding_out(task: AdaptedTask, datamodule: pl.LightningDataModule) -> Iterat
     if not selection_parameters(task.model):
         yield []
         return
-    method = next(each for each in attached(task.model)[task.adapter_name].methods if each.held_out)
-    name = type(method).__name__
-    if not isinstance(datamodule, ImageDataModule):
-        raise ConfigurationError(
-            f"{name} learns on a part of the training images that is held out, which {type(datamodule).__name__} "
-            "cannot give; use one of the data modules of visionpeft, or visionpeft.Selection in a loop of your own"
-        )
     datamodule.setup("fit")  # what it leaves out of the split is left out of both parts
-    train = datamodule.sources["train"]
-    number = round(method.held_out * len(train))
-    if not 0 < number < len(train):
-        raise ConfigurationError(
-            f"{name}: held_out {method.held_out} of {len(train)} training {datamodule.images.kind}s leaves one of the "
-            "two parts empty"
-        )
+    number, train = held_out_number(task, datamodule), datamodule.sources["train"]
     held = subset(len(train), number, task.seed)
     rest = np.setdiff1d(np.arange(len(train)), held)
     try:

@@ -8,7 +8,7 @@ stage with a choice is over; the first without one is where a run resumes, from 
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,11 +20,11 @@ from visionpeft.adapters.described_tensors import check_tensors, read_described,
 from visionpeft.adapters.stages import begin_next, staged, start_of
 from visionpeft.adapters.storage import method_from
 from visionpeft.errors import ConfigurationError, StorageError
-from visionpeft.methods.parts.base import describe_method
+from visionpeft.methods.parts.base import Method, describe_method
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import Interrupted
-from visionpeft.runs.held_out import holding_out
+from visionpeft.runs.held_out import held_out_number, holding_out
 from visionpeft.runs.history import EpochHistory
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.tables import print_stage
@@ -52,6 +52,7 @@ def check_stages(cli: CLI) -> None:
             )
         return
     name, trainer = type(method).__name__, cli.config_init.trainer
+    held_out_number(task, cli.datamodule)
     if given is not None and len(given) != method.stages_after:
         raise ConfigurationError(
             f"--stage_epochs gives {len(given)} numbers, but {name} has {method.stages_after} "
@@ -149,9 +150,8 @@ def _train_stage(cli: CLI, run: RunDirectory, stage: RunDirectory, number: int, 
 def _begin(task: AdaptedTask, folder: Path) -> dict:
     """Put the adapter at the beginning of the stage after a choice; what that says of its own stage."""
     description, tensors = read_described(folder, CHOICE, _check_description)
-    # as JSON, where the tuple of a default is the list of a file
-    own = json.dumps([describe_method(each) for each in task.adapter.methods])
-    if own not in (json.dumps(description["trained"]), json.dumps(description["methods"])):
+    known = [_given([method_from(each) for each in description[key]]) for key in ("trained", "methods")]
+    if _given(task.adapter.methods) not in known:
         raise ConfigurationError(
             f"the choice in {folder} was made by another method or with other options than {task.label} has; resume "
             "the run as it was"
@@ -159,6 +159,14 @@ def _begin(task: AdaptedTask, folder: Path) -> dict:
     remake(task.model, task.adapter_name, [method_from(each) for each in description["methods"]], tensors, {})
     check_tensors(tensors, task.adapter.state_dict(), f"the choice in {folder}")
     return {key: description[key] for key in ("epochs", "training_seconds", "peak_memory_bytes")}
+
+
+def _given(methods: Sequence[Method]) -> str:
+    """What was given of some methods, without what they have found; as JSON, where a tuple of a default is a list."""
+    described = [describe_method(each) for each in methods]
+    for each, method in zip(described, methods, strict=True):
+        each["fields"] = {name: value for name, value in each["fields"].items() if name not in method.found}
+    return json.dumps(described)
 
 
 def _check_description(description: object, path: Path) -> None:

@@ -17,12 +17,18 @@ from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.addressing import select_blocks
 from visionpeft.methods.parts.field_types import fits, in_words
-from visionpeft.methods.parts.measures import Measures
+from visionpeft.methods.parts.measures import Measures, Squares
 from visionpeft.sites import Placement, Shared
 
 
 class Measure(Protocol):
-    """Shows training samples one by one to a method that chooses after a stage; `adapters.stages` has it."""
+    """Shows training samples one by one to a method that chooses after a stage; `adapters.stages` has it.
+
+    Attributes:
+        squares: measures squared gradients of the backbone's weights, with the adapter acting.
+    """
+
+    squares: Squares
 
     def __call__(
         self,

@@ -45,10 +45,11 @@ class Squares(Protocol):
     def __call__(
         self,
         candidates: Mapping[str, SparseCandidate],
-        samples: int,
+        samples: int | None,
         each: bool,
         clip: float | None = None,
         training: bool = False,
+        hardest: int | None = None,
     ) -> dict[str, torch.Tensor]:
         """Sums by name; see `adapters.measures.Measures`."""
 
