@@ -92,9 +92,11 @@ class AutoPeftSpace(Space):
                 n_startup_trials=max(1, budget // 3), constant_liar=True, seed=1000 * seed + judged
             )
             waiting = []
-            for _ in range(ATTEMPTS):
+            for attempt in range(4 * ATTEMPTS):
                 if len(waiting) == min(TOGETHER, budget - judged):
                     break
+                if attempt == ATTEMPTS:  # what it proposes was there or does not fit, and it would go on so
+                    study.sampler = optuna.samplers.RandomSampler(seed=1000 * seed + judged)
                 trial = study.ask()
                 member = proposed(trial)
                 key = json.dumps(member)
