@@ -280,7 +280,7 @@ CASES = [
         relative=True,
     ),
     Case("prefix_propagation", vp.PrefixPropagation(num_tokens=3, keep=0.7, add=1.5), relative=True),
-    Case("selective_prompts", vp.SelectivePrompts(num_tokens=2, kept=1), image_only=True, relative=True),
+    Case("selective_prompts", vp.SelectivePrompts(num_tokens=2), image_only=True, relative=True),
     Case("lpt", vp.LPT(num_tokens=3, bottleneck=4), image_only=True, relative=True),
     Case("idpg", vp.IDPG(num_tokens=3, bottleneck=4, terms=2), image_only=True, relative=True),
     Case("ptuning", vp.PTuning(num_tokens=3, hidden=4), relative=True),

@@ -108,7 +108,7 @@ def test_ranks_are_those_whose_share_is_large_enough():
 def test_selective_prompts_follow_their_gates():
     """By the transcription while gates are learnt; then a gate is one or none at all, and what stays goes back."""
     torch.manual_seed(3)
-    method = vp.SelectivePrompts(num_tokens=2, kept=1)
+    method = vp.SelectivePrompts(num_tokens=2, share=0.5)
     model, plain = vp.attach(VIT.build(torch.float64), method).eval(), VIT.build(torch.float64)
     stages = vp.stages(model)
     next(stages)
@@ -135,8 +135,8 @@ def test_selective_prompts_follow_their_gates():
     hard |= {name: torch.tensor([60.0 if name == best else -60.0]).double() for name in gates}  # a sigmoid of 1 or 0
     assert distance(model(BATCH[0]), expected(hard)) < 1e-11
     assert distance(model(BATCH[0]), expected(start)) > 1e-4
-    with pytest.raises(vp.ConfigurationError, match="kept=3, but there are 2 blocks after the first"):
-        vp.attach(VIT.build(), vp.SelectivePrompts(kept=3))
+    with pytest.raises(vp.ConfigurationError, match="there is one block alone, so that nothing can be selected"):
+        vp.attach(VIT.build(), vp.SelectivePrompts(blocks="last:1"))
 
 
 def test_selection_needs_a_method_that_selects():

@@ -118,7 +118,7 @@ def test_sizes_of_autopeft_are_halved_widths():
 
 def test_what_autopeft_proposes_follows_from_the_scores(model):
     space = AutoPeftSpace()
-    host = Host(space, model, 60_000)
+    host = Host(space, model, 200_000)
 
     def score(member):
         return 0.1 * sum(member["blocks"])
@@ -130,7 +130,9 @@ def test_what_autopeft_proposes_follows_from_the_scores(model):
     for member in members:
         number = sum(member["blocks"])
         adapters = sum((2 * WIDTH + 1) * member[kind] + WIDTH * (member[kind] > 0) for kind in ("serial", "parallel"))
-        assert host.count(member) == number * (adapters + 2 * WIDTH * member["prefix"]) <= 60_000
+        assert host.count(member) == number * (adapters + 2 * WIDTH * member["prefix"]) <= 200_000
+    (least,) = itertools.chain(*played(space.rounds(Host(space, model, 2 * WIDTH), 1, 0), score))
+    assert (least["prefix"], sum(least["blocks"])) == (1, 1)  # all that a limit this low allows
     again = played(space.rounds(host, 10, 3), score)
     assert again == found
     assert played(space.rounds(host, 10, 3), lambda member: -score(member))[1:] != found[1:]

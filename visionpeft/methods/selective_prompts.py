@@ -40,14 +40,14 @@ class SelectivePrompts(Method):
     """Prompts that travel through all blocks, and new ones in their place before the blocks where that helps most.
 
     Two stages (`visionpeft.stages`; the command line does both). In the first, before every block but the first chosen
-    one, the prompts that the block before has left become (1 - g_l) x_P + g_l P_l, with learned P_l and a gate
-    g_l = sigmoid(a_l), 1/2 at the start. Prompts are trained on a part of the training data, and a by
-    `visionpeft.Selection` on the rest, the share `held_out`, never on validation or test data. Then the `kept` blocks
-    of largest gates get new prompts in the place of those that travel; before the others these stay as they are.
-    Everything goes back to where it began and is trained again on all data. With no block kept it is
-    `VPT(deep=False)`, with all `VPT(deep=True)`. P start as those of VPT. Not mergeable: it adds tokens.
-    Trained in the end, with k blocks kept, for width D: (1 + k) num_tokens D; 38,400 on ViT-B/16 for k = 4. In the
-    first stage L (num_tokens D + 1) - 1.
+    one, the prompts that the block before has left become (1 - g_l) x_P + g_l P_l, with learned P_l and a gate g_l =
+    sigmoid(a_l), 1/2 at the start. Prompts are trained on a part of the training data, and a by `visionpeft.Selection`
+    on the rest, the share `held_out`, never on validation or test data. Then the `share` of these blocks with the
+    largest gates get new prompts in the place of those that travel; before the others these stay as they are.
+    Everything goes back to where it began and is trained again on all data. With none of them it is `VPT(deep=False)`,
+    with all `VPT(deep=True)`. P start as those of VPT. Not mergeable: it adds tokens.
+    Trained in the end, with k such blocks, for width D: (1 + k) num_tokens D; 38,400 on ViT-B/16 for k = 4 of 11. In
+    the first stage L (num_tokens D + 1) - 1.
     Source: Zhu, Tan, SPT: Learning to Selectively Insert Prompts for Better Prompt Tuning, 2023, whose code is not
     published; the formulas are recalled, not checked, as is that the gates are learnt as in DARTS. Two parts of it that
     are recalled less well, a gate drawn again in training and a loss of consistency between two of them, are left out.
@@ -55,7 +55,7 @@ class SelectivePrompts(Method):
 
     Args:
         num_tokens: prompts.
-        kept: before how many blocks, besides the first, prompts are new.
+        share: share of the blocks after the first before which prompts are new, at least one of them.
         held_out: share of the training data on which the gates are learnt.
         selection_lr: learning rate of the gates.
         dropout: dropout on the prompts, drawn for each sample.
@@ -67,7 +67,7 @@ class SelectivePrompts(Method):
     found: ClassVar[tuple[str, ...]] = ("renewed",)
 
     num_tokens: int = 10
-    kept: int = 4
+    share: float = 0.4
     held_out: float = 0.3
     selection_lr: float = 0.01
     dropout: float = 0.0
@@ -78,7 +78,7 @@ class SelectivePrompts(Method):
     def __post_init__(self):
         super().__post_init__()
         require(self.num_tokens > 0, self, "num_tokens must be a positive integer")
-        require(self.kept > 0, self, "kept must be a positive integer; without any block use VPT(deep=False)")
+        require(0 < self.share < 1, self, f"share must be between 0 and 1, not {self.share}; VPT has none, or all")
         require(0 < self.held_out < 1, self, f"held_out must be between 0 and 1, not {self.held_out}")
         require(self.selection_lr > 0, self, f"selection_lr must be positive, not {self.selection_lr}")
         require(0 <= self.dropout < 1, self, f"dropout must be in [0, 1), not {self.dropout}")
@@ -92,11 +92,7 @@ class SelectivePrompts(Method):
         """Prompts that enter the first chosen block and leave the last, and what changes them on their way."""
         require(tower.patch_size is not None, self, f"the {tower.name} tower has no patches to start prompts from")
         blocks = blocks_of(self, tower)
-        require(
-            self.kept < len(blocks),
-            self,
-            f"kept={self.kept}, but there are {len(blocks) - 1} blocks after the first; give fewer",
-        )
+        require(len(blocks) > 1, self, "there is one block alone, so that nothing can be selected; use VPT")
         sources = [LearnedPrompts(uniform_prompts(tower, self.num_tokens), self.dropout) for _ in blocks]
         for placement in travelling(self, tower, blocks, sources, self.num_tokens, keep=0.0, add=1.0):
             module = placement.module
@@ -123,9 +119,10 @@ class SelectivePrompts(Method):
         renewed = []
         for tower in towers:
             own = [path for path in gates if path.startswith(f"{tower.name}.")]
-            differ = len({gates[path] for path in own}) > 1 or len(own) == self.kept
+            kept = max(1, round(self.share * len(own)))
+            differ = len({gates[path] for path in own}) > 1 or len(own) == kept
             require(differ, self, "its gates are all equal, so that no block is better than another")
-            best = sorted(own, key=lambda path: gates[path], reverse=True)[: self.kept]
+            best = sorted(own, key=lambda path: gates[path], reverse=True)[:kept]
             renewed += [path.rpartition(".")[0] for path in own if path in best]
         return dataclasses.replace(self, renewed=renewed), {}
 

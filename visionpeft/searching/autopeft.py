@@ -82,15 +82,21 @@ class AutoPeftSpace(Space):
             member: Member = {name: trial.suggest_categorical(name, sizes) for name, sizes in choices.items()}
             return member | {"blocks": [trial.suggest_categorical(f"block{i}", [False, True]) for i in range(depth)]}
 
+        # One that is allowed, as `Host.check` has seen; where the limit is low, hardly another may be found by chance.
+        least = self.smallest(host)
+        blocks = {f"block{block}": on for block, on in enumerate(least["blocks"])}
+        study.enqueue_trial({name: least[name] for name in choices} | blocks)
         while judged < budget:
             # A sampler of its own for each round, whose draws follow from the seed and what was judged before.
             study.sampler = optuna.samplers.TPESampler(
                 n_startup_trials=max(1, budget // 3), constant_liar=True, seed=1000 * seed + judged
             )
             waiting = []
-            for _ in range(ATTEMPTS):
+            for attempt in range(4 * ATTEMPTS):
                 if len(waiting) == min(TOGETHER, budget - judged):
                     break
+                if attempt == ATTEMPTS:  # what it proposes was there or does not fit, and it would go on so
+                    study.sampler = optuna.samplers.RandomSampler(seed=1000 * seed + judged)
                 trial = study.ask()
                 member = proposed(trial)
                 key = json.dumps(member)

@@ -118,7 +118,7 @@ class S4Space(Space):
             mixes = [chance.choice(MIXES) for _ in range(4)]
             members.append(self.member(host, chance.choice(self.values), chance.choice([*PATTERNS]), mixes))
         kept = []
-        for member in members:
+        for member in [*members, self.smallest(host)]:  # one of them is allowed, as `Host.check` has seen
             key = json.dumps(member)
             if key not in seen and host.fits(member):
                 seen.add(key)

@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -121,6 +121,3 @@ class Host:
 def per_block(sizes: Sequence[int]) -> str:
     """Sizes in words: "5" where all are alike, else "1 5 10 0"."""
     return str(sizes[0]) if len(set(sizes)) == 1 else " ".join(map(str, sizes))
-
-
-Fits = Callable[[Member], bool]

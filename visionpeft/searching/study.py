@@ -201,7 +201,11 @@ def _judge(plan: SearchPlan, hosts: dict[str, Host], budget: int, output: Path, 
 
 
 def _best(judged: Sequence[Judged]) -> Judged:
-    """Highest accuracy on validation; of equal ones that with the fewest trained values, then the first."""
+    """Highest accuracy on validation; of equal ones that with the fewest trained values, then the first.
+
+    Raises:
+        ConfigurationError: all diverged.
+    """
     best = min(judged, key=lambda each: (-each.val_top1, each.costs["parameters"]))
     if best.val_top1 < 0:
         raise ConfigurationError(f"all {len(judged)} trials on {best.task} diverged; give a smaller learning rate")
