@@ -22,6 +22,7 @@ import torch
 
 import visionpeft as vp
 from visionpeft import methods
+from visionpeft.adapters.trained import selection_parameters
 from visionpeft.clip import learners
 from visionpeft.sites import Order, order_of
 
@@ -148,6 +149,8 @@ def attached(name: str, method: vp.Method, module, images: torch.nn.Module, clip
         if any(each.stages_after for each in model.peft["default"].methods):
             for parameter in vp.trainable_parameters(model):
                 torch.nn.init.normal_(parameter.data)
+            for place, parameter in enumerate(selection_parameters(model)):
+                parameter.data += place  # gates differ; the shares of the ranks of a layer stay equal
     return model
 
 
