@@ -19,7 +19,9 @@ def images(tmp_path_factory):
 
 def save_lora(folder, seed):
     torch.manual_seed(0)
-    model = vp.attach(vp.create_backbone("test_vit", pretrained=False, img_size=32, num_classes=3), vp.LoRA(rank=2))
+    model = vp.attach(
+        vp.create_backbone("test_vit", pretrained=False, img_size=32, depth=2, num_classes=3), vp.LoRA(rank=2)
+    )
     torch.manual_seed(seed)
     for parameter in model.peft["default"].parameters():
         torch.nn.init.normal_(parameter.data, std=0.3)

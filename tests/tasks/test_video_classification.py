@@ -126,7 +126,7 @@ def test_at_the_start_the_mean_of_image_features_is_classified():
     """Until something is learnt the model is the image backbone with a head on the mean over frames."""
     task = make(vp.AIM(num_frames=3), dropout=0.0).eval()
     torch.manual_seed(0)
-    image = vp.create_backbone("test_vit", pretrained=False, img_size=32).eval()
+    image = vp.create_backbone("test_vit", pretrained=False, img_size=32, depth=2).eval()
     clips = RandomClips().views[:2, 0]
     with torch.no_grad():
         features = torch.stack([image(frame) for frame in clips.unbind(2)]).mean(0)
