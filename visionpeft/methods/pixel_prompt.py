@@ -95,7 +95,7 @@ class PixelPrompt(Method):
         inside = 2 * self.width < min(size)
         sentence = f"a border of {self.width} pixels leaves nothing inside an image of {size[0]} x {size[1]}"
         require(inside, self, sentence)
-        yield Placement(tower.name, None, "patch_embed", Frame(layer.weight_tensor.shape[1], size, self.width))
+        yield Placement(tower.name, None, "patch_embed", Frame(layer.owner.in_channels, size, self.width))
 
 
 def _reads_pixels(layer: Layer, patch: tuple[int, int]) -> bool:
