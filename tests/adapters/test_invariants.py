@@ -715,7 +715,7 @@ def plain_mlp():
 REFUSED = {
     "swin": (swin, vp.VPT(num_tokens=2, deep=False), UnsupportedError),
     "convnext": (convnext, vp.VPT(num_tokens=2), UnsupportedError),
-    "resnet_clip": (resnet_clip, vp.LoRA(rank=2), UnsupportedError),
+    "resnet_clip": (resnet_clip, vp.VPT(num_tokens=2), UnsupportedError),
     "no_backbone": (plain_mlp, vp.LoRA(rank=2), UnsupportedError),
     "no_such_target": (BY_HOST["vit_cls"].build, vp.LoRA(rank=2, targets=("qkv",)), UserError),
     "no_such_block": (BY_HOST["vit_cls"].build, vp.VPT(num_tokens=2, blocks=[7]), UserError),
