@@ -56,6 +56,7 @@ NEAREST = {
         ("test_changed_model", "test_gated_vpt"),
         f"{CELLS} or (stacking or switching) and vit_cls or test_video_methods and routed",
     ),
+    "adapters/plan.py": (("test_changed_model", "test_gated_vpt"), f"{CELLS} or (stacking or switching) and vit_cls"),
     "adapters/key_prompts.py": (("test_block_economies",), "vpt and vit_cls"),
     "adapters/merge.py": (
         ("test_input_merging", "test_weight_methods", "test_access"),

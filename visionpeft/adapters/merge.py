@@ -9,7 +9,8 @@ import torch.nn as nn
 from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import Adapters, check_allocated, own_parameter
 from visionpeft.adapters.attach import attached, reattach, unfreeze
-from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install, plan_of
+from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install
+from visionpeft.adapters.plan import plan_of
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import computing_dtype, full_precision, is_quantised
 from visionpeft.backbones.tower import READS, Layer, Tower

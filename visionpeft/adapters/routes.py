@@ -16,20 +16,11 @@ from visionpeft.adapters.adapters import Adapters
 from visionpeft.adapters.asking import QUERIES, RoutedAsking, asker, check_asking_alone
 from visionpeft.adapters.block_limits import check_on_map
 from visionpeft.adapters.carried_values import CARRIERS, CARRYING
-from visionpeft.adapters.install import (
-    SHALLOW,
-    acting_in,
-    check_unchanged,
-    fill,
-    located_in,
-    plan_of,
-    refuse_intermediates,
-    swap_block,
-    travelling_prompts,
-)
+from visionpeft.adapters.install import SHALLOW, check_unchanged, fill, refuse_intermediates, swap_block
 from visionpeft.adapters.installation import Anatomy, Swaps
 from visionpeft.adapters.key_prompts import Acting, key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
+from visionpeft.adapters.plan import acting_in, located_in, plan_of, travelling_prompts
 from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter
 from visionpeft.adapters.routed_carriers import RoutedCarriers
 from visionpeft.adapters.routed_sites import RoutedHead, RoutedKeyPrompts, RoutedSite, RoutedWindows
