@@ -179,7 +179,7 @@ def test_head_of_queries(masked, tmp_path, monkeypatch):
     follow = vp.DensePredictor.set_progress
     monkeypatch.setattr(vp.DensePredictor, "set_progress", lambda model, t: (seen.append(t), follow(model, t))[1])
     options = [f"--model.head.{name}" for name in ("queries=6", "depth=1", "upscale=0", "layers=quarters")]
-    options = ["--model.head", "PMT", *options]
+    options = ["--model.backbone_kwargs", "{img_size: 32, depth: 4}", "--model.head", "PMT", *options]
     run = run_masks(tmp_path, masked, *options, "--model.optimisation.lr", "5e-3", epochs=4)
     assert seen == [pytest.approx(step / 12) for step in range(12)]
     found = results(run)

@@ -30,7 +30,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def finished(tmp_path_factory):
     """Of files of annotations."""
     data = as_coco(tmp_path_factory.mktemp("data") / "boats")
-    return run_objects(tmp_path_factory.mktemp("runs"), head=MASKS, data=data, figures=True)
+    deep = ("--model.backbone_kwargs", "{img_size: 32, depth: 6}")  # enough of them to learn in so few steps
+    return run_objects(tmp_path_factory.mktemp("runs"), *deep, head=MASKS, data=data, figures=True)
 
 
 def test_a_run_leaves_what_it_has_measured(finished):
