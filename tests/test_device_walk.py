@@ -422,4 +422,6 @@ def test_every_method_is_walked():
 def test_every_head_is_walked():
     from visionpeft import heads
 
-    assert {type(head).__name__ for head in HEADS} == set(heads.__all__) - {"DenseHead"}
+    # Not those of torchvision's detectors, which choose boxes by numbers that have come back from the device.
+    of_masks = {name for name in heads.__all__ if not issubclass(getattr(heads, name), heads.DetectionHead)}
+    assert {type(head).__name__ for head in HEADS} == of_masks - {"DenseHead"}
