@@ -22,7 +22,9 @@ def test_two_replicas_answer_as_one_process_and_keep_their_adapters(tmp_path):
     folder, files = eight.save_adapters(tmp_path / "adapters"), eight.draw_files(2)
     expected = eight.offline(folder, files, eight.NAMES[:3])
     path = os.pathsep.join(filter(None, (os.getcwd(), *sys.path)))
-    environment = {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}}
+    # Ray kills a proxy that is not ready within 5 seconds, which it is not where other tests run at the same time.
+    patience = {f"RAY_SERVE_PROXY_{check}_TIMEOUT_S": "60" for check in ("READY_CHECK", "HEALTH_CHECK")}
+    environment = {"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | patience}
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
         with eight.listening("127.0.0.1", 0) as free:
