@@ -6,12 +6,11 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from visionpeft.adapters.attach import attach, has_adapters
-from visionpeft.backbones.dispatch import describe, describe_model
+from visionpeft.backbones.dispatch import describe_model
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.heads import DenseHead, DetectionHead, LinearSegmentation
@@ -19,11 +18,13 @@ from visionpeft.heads.mask_classification import MaskModule, MaskPredictions
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
+from visionpeft.models.image_tower import describe_around, filled_up, image_tower
 from visionpeft.models.queries import check_queried, through_last_blocks
 from visionpeft.models.strips import largest, resized
 from visionpeft.sites.stand_ins import acting_head
 
 LINEAR = LinearSegmentation()
+READER = "a DensePredictor"
 
 
 class DensePredictor(nn.Module):
@@ -65,15 +66,7 @@ class DensePredictor(nn.Module):
         if not isinstance(head, DenseHead) or isinstance(head, DetectionHead):
             raise ConfigurationError(f"head must be a head such as LinearSegmentation(layers=4), not {head!r}")
         backbone = create_dense_backbone(backbone) if isinstance(backbone, str) else backbone
-        towers = describe(backbone).towers
-        if "visual" not in towers or "text" in towers:
-            raise UnsupportedError(
-                f"a DensePredictor takes a model of images alone, not a {type(backbone).__name__}; of a CLIP give its "
-                "image tower, .visual"
-            )
-        tower = towers["visual"]
-        if tower.layers_only is not None:
-            raise UnsupportedError(f"a DensePredictor needs sited blocks; {tower.layers_only}")
+        tower = image_tower(backbone, READER)
         self.backbone = backbone
         self.blocks = head.blocks(tower.depth)
         self.patch_size = tuple(tower.patch_size)
@@ -106,14 +99,7 @@ class DensePredictor(nn.Module):
         It is `coarse_logits`, except that heads of queries give `MaskPredictions` while they are trained, of which
         `mask_classification_loss` is the loss.
         """
-        if images.ndim != 4:
-            raise ConfigurationError(
-                f"a DensePredictor takes images (batch, channels, height, width), not a tensor of shape "
-                f"{tuple(images.shape)}"
-            )
-        missing = [-side % patch for side, patch in zip(images.shape[-2:], self.patch_size, strict=True)]
-        if any(missing):
-            images = F.pad(images, (0, missing[1], 0, missing[0]))
+        images = filled_up(images, self.patch_size, READER)
         if self.head.queried_blocks:
             return self._with_queries(images)
         maps = feature_maps(self.backbone, images, self.blocks)
@@ -174,13 +160,9 @@ class DensePredictor(nn.Module):
 
 @describe_model.register
 def _(model: DensePredictor) -> Backbone:
-    inside = describe_model(model.backbone)
-    tower = inside.towers["visual"]
-    tower.path = f"backbone.{tower.path}".rstrip(".")
-    tower.pools_class_token = False  # every patch is read
-    tower.queried_blocks = model.head.queried_blocks
-    unused = tuple(f"backbone.{path}" for path in inside.heads)
-    return Backbone(inside.library, inside.name, model, {"visual": tower}, ("head",), unused_heads=unused)
+    described = describe_around(model)
+    described.towers["visual"].queried_blocks = model.head.queried_blocks
+    return described
 
 
 @contextmanager

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from visionpeft.adapters.attach import attach
-from visionpeft.backbones.dispatch import describe, describe_model
+from visionpeft.backbones.dispatch import describe_model
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.heads import FCOS, DetectionHead
@@ -16,8 +15,10 @@ from visionpeft.heads.detection import Target
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
+from visionpeft.models.image_tower import describe_around, filled_up, image_tower
 
 DEFAULT = FCOS()
+READER = "an ObjectDetector"
 
 
 class ObjectDetector(nn.Module):
@@ -53,13 +54,7 @@ class ObjectDetector(nn.Module):
         if not isinstance(head, DetectionHead):
             raise ConfigurationError(f"head must be a head that finds objects, such as FCOS(), not {head!r}")
         backbone = create_dense_backbone(backbone) if isinstance(backbone, str) else backbone
-        towers = describe(backbone).towers
-        if "visual" not in towers or "text" in towers:
-            raise UnsupportedError(
-                f"an ObjectDetector takes a model of images alone, not a {type(backbone).__name__}; of a CLIP give its "
-                "image tower, .visual"
-            )
-        tower = towers["visual"]
+        tower = image_tower(backbone, READER)
         if len(set(tower.patch_size)) > 1:
             raise UnsupportedError(f"patches of {tower.patch_size} pixels are no squares, which heads take them for")
         self.backbone = backbone
@@ -77,15 +72,7 @@ class ObjectDetector(nn.Module):
 
     def maps(self, images: torch.Tensor) -> torch.Tensor:
         """What the head reads of images (batch, 3, height, width): (batch, 1, channels, rows, columns)."""
-        if images.ndim != 4:
-            raise ConfigurationError(
-                f"an ObjectDetector takes images (batch, channels, height, width), not a tensor of shape "
-                f"{tuple(images.shape)}"
-            )
-        missing = [-side % self.patch for side in images.shape[-2:]]
-        if any(missing):
-            images = F.pad(images, (0, missing[1], 0, missing[0]))
-        return feature_maps(self.backbone, images, self.blocks)
+        return feature_maps(self.backbone, filled_up(images, (self.patch, self.patch), READER), self.blocks)
 
     def losses(self, images: torch.Tensor, targets: list[Target]) -> dict[str, torch.Tensor]:
         """The losses of the head by name, each (), which add up to that of the batch.
@@ -137,9 +124,4 @@ def at_size(found: Target, size: tuple[int, int], wanted: tuple[int, int]) -> Ta
 
 @describe_model.register
 def _(model: ObjectDetector) -> Backbone:
-    inside = describe_model(model.backbone)
-    tower = inside.towers["visual"]
-    tower.path = f"backbone.{tower.path}".rstrip(".")
-    tower.pools_class_token = False  # every patch is read
-    unused = tuple(f"backbone.{path}" for path in inside.heads)
-    return Backbone(inside.library, inside.name, model, {"visual": tower}, ("head",), unused_heads=unused)
+    return describe_around(model)

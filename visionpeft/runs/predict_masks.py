@@ -9,14 +9,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from visionpeft.data.images import open_image
 from visionpeft.data.segmentation.masks import palette_image
 from visionpeft.data.segmentation.overlays import overlay
 from visionpeft.data.segmentation.transforms import MaskedTransform
 from visionpeft.errors import DataError
-from visionpeft.files import replacing
 from visionpeft.models.windows import predict_masks
-from visionpeft.runs.predicted_files import named_after
+from visionpeft.runs.predicted_files import named_after, readable, save_png
 from visionpeft.sharing.trained_model import TrainedModel
 
 SHOWN = 30
@@ -33,8 +31,8 @@ def write_masks(trained: TrainedModel, files: list[Path], folder: Path | None, s
         if names is not None:
             folder.mkdir(parents=True, exist_ok=True)
             mask, shown = names[number]
-            _save(palette_image(classes, trained.palette), mask)
-            _save(overlay(image, classes, trained.palette), shown)
+            save_png(palette_image(classes, trained.palette), mask)
+            save_png(overlay(image, classes, trained.palette), shown)
         if count < SHOWN:
             table.add_row(str(files[number]), _shares(classes, trained.class_names))
         count += 1
@@ -56,24 +54,13 @@ def _predicted(
     """Number of each image that can be read, the image, and its class indices (height, width)."""
     transform = MaskedTransform(trained.preprocessing, trained.size or min(trained.preprocessing.input_size))
     device = next(trained.model.parameters()).device
-    for number, file in enumerate(files):
-        try:
-            image = open_image(file)
-        except DataError:
-            if not skip_corrupt:
-                raise
-            continue
+    for number, image in readable(files, skip_corrupt):
         pixels = transform.normalise(transform.measure(image)[None]).to(device)
         with torch.inference_mode():
             found = predict_masks(
                 trained.model, pixels, window=trained.window, stride=trained.stride, size=(image.height, image.width)
             )
         yield number, image, found[0].cpu().numpy()
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    with replacing(path) as partial:
-        image.save(partial, format="PNG")
 
 
 def _shares(classes: np.ndarray, names: list[str]) -> str:

@@ -13,10 +13,9 @@ from rich.table import Table
 from visionpeft.data.detection.outlines import encoded
 from visionpeft.data.detection.overlays import drawn
 from visionpeft.data.detection.transforms import ObjectTransform
-from visionpeft.data.images import open_image
 from visionpeft.errors import DataError
-from visionpeft.files import replacing, write_json
-from visionpeft.runs.predicted_files import named_after
+from visionpeft.files import write_json
+from visionpeft.runs.predicted_files import named_after, readable, save_png
 from visionpeft.sharing.trained_model import TrainedModel
 
 SHOWN = 30
@@ -52,9 +51,7 @@ def write_objects(
                 for label, score in zip(shown["labels"], shown["scores"], strict=True)
             ]
             picture = drawn(image, shown["boxes"], shown["labels"], texts, trained.palette, shown.get("masks"))
-            (path,) = overlays[index]
-            with replacing(path) as partial:
-                picture.save(partial, format="PNG")
+            save_png(picture, *overlays[index])
         if len(images) <= SHOWN:
             counts = Counter(trained.class_names[label] for label in shown["labels"])
             table.add_row(
@@ -87,13 +84,7 @@ def _predicted(
     """Place of each image that can be read, the image, and what was found in its pixels."""
     transform = ObjectTransform(trained.preprocessing, trained.size or min(trained.preprocessing.input_size))
     device = next(trained.model.parameters()).device
-    for index, file in enumerate(files):
-        try:
-            image = open_image(file)
-        except DataError:
-            if not skip_corrupt:
-                raise
-            continue
+    for index, image in readable(files, skip_corrupt):
         pixels = transform.normalise(transform.measure(image)[None]).to(device)
         with torch.inference_mode():
             (found,) = trained.model(pixels, [(image.height, image.width)])

@@ -1,9 +1,13 @@
-"""Where predictions that are files of their own go: names after those of the images, which nothing is written over."""
+"""Predictions that are files of their own: which images are read, and where what is predicted of each goes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from visionpeft.errors import ConfigurationError
+from PIL import Image
+
+from visionpeft.data.images import open_image
+from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.files import replacing
 
 
 def named_after(files: list[Path], folder: Path, endings: Sequence[str], what: str) -> list[tuple[Path, ...]]:
@@ -33,3 +37,25 @@ def named_after(files: list[Path], folder: Path, endings: Sequence[str], what: s
     if written := [path for several in names for path in several if path.resolve() in given]:
         raise ConfigurationError(f"--output {folder} would write over the image {written[0]}; name another folder")
     return names
+
+
+def readable(files: Sequence[Path], skip_corrupt: bool) -> Iterator[tuple[int, Image.Image]]:
+    """Place and content of each image; of those that cannot be read, none if they are to be left out.
+
+    Raises:
+        DataError: one cannot be read, and none is to be left out.
+    """
+    for index, file in enumerate(files):
+        try:
+            image = open_image(file)
+        except DataError:
+            if not skip_corrupt:
+                raise
+            continue
+        yield index, image
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write an image as a whole or not at all."""
+    with replacing(path) as partial:
+        image.save(partial, format="PNG")

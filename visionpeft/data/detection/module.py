@@ -6,14 +6,13 @@ from visionpeft.data.detection.dataset import ObjectDataset
 from visionpeft.data.detection.objects import ObjectSet
 from visionpeft.data.detection.transforms import ObjectTransform
 from visionpeft.data.labels import Labels
-from visionpeft.data.module import ImageDataModule
 from visionpeft.data.segmentation.masks import palette_of
-from visionpeft.data.segmentation.transforms import check_sizes
+from visionpeft.data.segmentation.squares import SquaresDataModule
 
 SCALE = (0.5, 2.0)
 
 
-class DetectionDataModule(ImageDataModule):
+class DetectionDataModule(SquaresDataModule):
     """Images with boxes, and masks if there are any, in a train split and, where there are any, a val and a test split.
 
     Loaders, order, resuming and normalisation are those of images. Training batches are squares of `size` pixels cut
@@ -56,23 +55,21 @@ class DetectionDataModule(ImageDataModule):
         test_batch_size: int = 1,
         category_ids: list[int] | None = None,
     ):
-        check_sizes(size, scale)
         super().__init__(
             images,
+            size,
+            scale,
+            flip,
+            distort,
             batch_size=batch_size,
             num_workers=num_workers,
             normalisation=normalisation,
             drop_last=drop_last,
-            cache_in_memory=False,
             test_samples=test_samples,
             skip_corrupt=skip_corrupt,
             seed=seed,
             test_batch_size=test_batch_size,
         )
-        self.size = size
-        self.scale = tuple(scale)
-        self.flip = flip
-        self.distort = distort
         self.palette = palette_of(len(self.class_names) + 1)[1:]  # a colour for each class, none of them black
         self.category_ids = category_ids or list(range(1, len(self.class_names) + 1))
 
@@ -85,16 +82,6 @@ class DetectionDataModule(ImageDataModule):
     def with_masks(self) -> bool:
         """Whether the objects have masks."""
         return all(source.with_masks for source in self.sources.values())
-
-    @property
-    def deterministic_views(self) -> None:
-        """Squares are cut anew in each epoch."""
-        return None
-
-    @property
-    def side(self) -> int:
-        """`size`, or the smaller side of the backbone's images."""
-        return min(self.preprocessing.input_size) if self.size is None else self.size
 
     def dataset(self, split: str) -> ObjectDataset:
         """The images of "train" (cut and augmented), "val" or "test" with their objects.
@@ -109,13 +96,4 @@ class DetectionDataModule(ImageDataModule):
 
     def _treatment(self) -> dict[str, object]:
         """Entries of the description on what is done to images before they are normalised."""
-        used = self.preprocessing
-        return {
-            "size": self.side if used else self.size,
-            "scale": list(self.scale),
-            "flip": self.flip,
-            "distort": self.distort,
-            "interpolation": used.interpolation if used else None,
-            "palette": self.palette,
-            "category_ids": self.category_ids,
-        }
+        return super()._treatment() | {"palette": self.palette, "category_ids": self.category_ids}

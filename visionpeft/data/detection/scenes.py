@@ -4,8 +4,13 @@ import numpy as np
 
 from visionpeft.data.detection.module import DetectionDataModule
 from visionpeft.data.detection.objects import Objects, ObjectSet, box_of, objects_of
-from visionpeft.data.segmentation.composed_scenes import Scenes, class_names, compose_objects
-from visionpeft.errors import ConfigurationError
+from visionpeft.data.segmentation.composed_scenes import (
+    Scenes,
+    about_scenes,
+    class_names,
+    compose_objects,
+    splits_of_scenes,
+)
 
 
 class SceneObjects(Scenes):
@@ -57,21 +62,7 @@ class ComposedObjects(DetectionDataModule):
         test_batch_size: int = 16,
         **kwargs,
     ):
-        if side < 16 or min(train, test) < 1 or val < 0:
-            raise ConfigurationError(
-                f"scenes of side {side} need at least 16 pixels, and train {train} and test {test} at least one scene"
-            )
-        counts = {"train": train, "val": val, "test": test}
-        sources = {
-            name: SceneObjects(name, np.arange(count), side, scene_seed) for name, count in counts.items() if count
-        }
-        about = {
-            "dataset": "ComposedObjects",
-            "task": "objects",
-            "trained_on": "train",
-            "selected_on": "val" if val else None,
-            "side": side,
-            "scene_seed": scene_seed,
-        }
+        sources = splits_of_scenes(SceneObjects, train, val, test, side, scene_seed)
+        about = {"dataset": "ComposedObjects", "task": "objects", **about_scenes(val, side, scene_seed)}
         images = ObjectSet(sources, class_names()[1:], about)
         super().__init__(images, size=size, scale=scale, test_batch_size=test_batch_size, **kwargs)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from visionpeft.data.cut_out import cut_out
 from visionpeft.data.ordering import mix
+from visionpeft.errors import ConfigurationError
 from visionpeft.files import shipped
 
 BACKGROUND = "background"
@@ -141,3 +142,25 @@ def _uniform(*seeds: int) -> float:
 
 def _integers(below: int, *seeds: int) -> int:
     return int(_uniform(*seeds) * below)
+
+
+def splits_of_scenes(
+    kind: type[Scenes], train: int, val: int, test: int, side: int, scene_seed: int
+) -> dict[str, Scenes]:
+    """So many scenes of each split; none of a split without scenes.
+
+    Raises:
+        ConfigurationError: scenes that are too small, or too few.
+    """
+    if side < 16 or min(train, test) < 1 or val < 0:
+        raise ConfigurationError(
+            f"scenes of side {side} need at least 16 pixels, and train {train} and test {test} at least one scene"
+        )
+    counts = {"train": train, "val": val, "test": test}
+    return {name: kind(name, np.arange(count), side, scene_seed) for name, count in counts.items() if count}
+
+
+def about_scenes(val: int, side: int, scene_seed: int) -> dict[str, object]:
+    """What a run records of its scenes."""
+    selected_on = "val" if val else None
+    return {"trained_on": "train", "selected_on": selected_on, "side": side, "scene_seed": scene_seed}

@@ -3,17 +3,17 @@
 from typing import Literal
 
 from visionpeft.data.labels import Labels
-from visionpeft.data.module import ImageDataModule
 from visionpeft.data.segmentation.dataset import MaskedDataset
 from visionpeft.data.segmentation.masks import palette_of
 from visionpeft.data.segmentation.sources import MaskSet
+from visionpeft.data.segmentation.squares import SquaresDataModule
 from visionpeft.data.segmentation.transforms import MaskedTransform, check_sizes
 from visionpeft.errors import ConfigurationError
 
 SCALE = (0.5, 2.0)
 
 
-class SegmentationDataModule(ImageDataModule):
+class SegmentationDataModule(SquaresDataModule):
     """Images with a class for each pixel, in a train split and, where there are any, a val and a test split.
 
     Loaders, order, resuming and normalisation are those of images. Training batches are squares of `size` pixels cut
@@ -59,42 +59,31 @@ class SegmentationDataModule(ImageDataModule):
         palette: list[list[int]] | None = None,
         test_size: int | None = None,
     ):
-        check_sizes(size, scale)
         check_sizes(test_size, scale)
         if palette is not None and len(palette) != len(images.class_names):
             raise ConfigurationError(f"palette has {len(palette)} colours for {len(images.class_names)} classes")
         super().__init__(
             images,
+            size,
+            scale,
+            flip,
+            distort,
             batch_size=batch_size,
             num_workers=num_workers,
             normalisation=normalisation,
             drop_last=drop_last,
-            cache_in_memory=False,
             test_samples=test_samples,
             skip_corrupt=skip_corrupt,
             seed=seed,
             test_batch_size=test_batch_size,
         )
-        self.size, self.test_size = size, test_size
-        self.scale = tuple(scale)
-        self.flip = flip
-        self.distort = distort
+        self.test_size = test_size
         self.palette = palette or palette_of(len(self.class_names))
 
     @property
     def labels(self) -> Labels:
         """What a label is: a class for each pixel."""
         return "masks"
-
-    @property
-    def deterministic_views(self) -> None:
-        """Squares are cut anew in each epoch."""
-        return None
-
-    @property
-    def side(self) -> int:
-        """`size`, or the smaller side of the backbone's images."""
-        return min(self.preprocessing.input_size) if self.size is None else self.size
 
     def dataset(self, split: str) -> MaskedDataset:
         """The images of "train" (cut and augmented), "val" or "test" with their masks.
@@ -111,13 +100,4 @@ class SegmentationDataModule(ImageDataModule):
 
     def _treatment(self) -> dict[str, object]:
         """Entries of the description on what is done to images before they are normalised."""
-        used = self.preprocessing
-        return {
-            "size": self.side if used else self.size,
-            "test_size": self.test_size,
-            "scale": list(self.scale),
-            "flip": self.flip,
-            "distort": self.distort,
-            "interpolation": used.interpolation if used else None,
-            "palette": self.palette,
-        }
+        return super()._treatment() | {"test_size": self.test_size, "palette": self.palette}

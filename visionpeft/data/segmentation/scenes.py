@@ -1,11 +1,8 @@
 """The embedded set of scenes with exact masks."""
 
-import numpy as np
-
-from visionpeft.data.segmentation.composed_scenes import Scenes, class_names
+from visionpeft.data.segmentation.composed_scenes import Scenes, about_scenes, class_names, splits_of_scenes
 from visionpeft.data.segmentation.module import SegmentationDataModule
 from visionpeft.data.segmentation.sources import MaskSet
-from visionpeft.errors import ConfigurationError
 
 
 class ComposedScenes(SegmentationDataModule):
@@ -37,19 +34,7 @@ class ComposedScenes(SegmentationDataModule):
         test_batch_size: int = 16,
         **kwargs,
     ):
-        if side < 16 or min(train, test) < 1 or val < 0:
-            raise ConfigurationError(
-                f"scenes of side {side} need at least 16 pixels, and train {train} and test {test} at least one scene"
-            )
-        counts = {"train": train, "val": val, "test": test}
-        sources = {name: Scenes(name, np.arange(count), side, scene_seed) for name, count in counts.items() if count}
-        about = {
-            "dataset": "ComposedScenes",
-            "task": "scenes",
-            "trained_on": "train",
-            "selected_on": "val" if val else None,
-            "side": side,
-            "scene_seed": scene_seed,
-        }
+        sources = splits_of_scenes(Scenes, train, val, test, side, scene_seed)
+        about = {"dataset": "ComposedScenes", "task": "scenes", **about_scenes(val, side, scene_seed)}
         images = MaskSet(sources, class_names(), about)
         super().__init__(images, size=size, scale=scale, test_batch_size=test_batch_size, **kwargs)
