@@ -1,6 +1,8 @@
 """A backbone with a head that finds objects: sizes, masks in whole images, saving, and what reaches the backbone."""
 
+import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -80,3 +82,7 @@ def test_what_does_not_fit_is_refused():
         detector()(torch.zeros(3, 32, 32))
     with pytest.raises(vp.ConfigurationError, match="list of names, or their number"):
         vp.ObjectDetector("test_vit", HEAD, [])
+    with pytest.raises(vp.UnsupportedError, match="an ObjectDetector needs sited blocks; ResNet has no sited blocks"):
+        vp.ObjectDetector(timm.create_model("test_resnet"), HEAD)
+    with pytest.raises(vp.UnsupportedError, match="an ObjectDetector takes a model of images alone, not a CLIP"):
+        vp.ObjectDetector(open_clip.model.CLIP(8, {"layers": 1, "width": 64, "image_size": 32}, {"layers": 1}), HEAD)
