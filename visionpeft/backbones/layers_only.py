@@ -144,7 +144,7 @@ def _block_paths(model: nn.Module) -> list[str]:
     """Paths of the modules that timm's `group_matcher` names as blocks, in the order of the model's modules."""
     try:
         matcher = own_class(model).group_matcher(model, coarse=False)  # and not what stands in for it with adapters
-    except (AttributeError, TypeError, NotImplementedError):
+    except (AttributeError, TypeError, NotImplementedError):  # a model that has no groups, or none of single blocks
         return []
     patterns = []
     for name, value in matcher.items() if isinstance(matcher, dict) else ():

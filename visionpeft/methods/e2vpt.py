@@ -14,8 +14,7 @@ import torch.nn as nn
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Measure, Method, blocks_of, require
-from visionpeft.methods.parts.prompts import RemovePrompts
-from visionpeft.methods.parts.pruned_prompts import PrunedPrompts, importances, pruned_tensors, require_equal_pieces
+from visionpeft.methods.parts.pruned_prompts import importances, pruned_module, pruned_tensors, require_equal_pieces
 from visionpeft.methods.prefix_tuning import prepend
 from visionpeft.methods.vpt import VPT
 from visionpeft.sites import Placement
@@ -142,8 +141,10 @@ class E2VPT(Method):
         require(tower.patch_size is not None, self, f"the {tower.name} tower has no patches to start prompts from")
         if self._prunes:
             require_equal_pieces(self, tower, self.pieces)
+        kept = self.tokens_kept, self.tokens_kept * self.pieces_kept, self.pieces, self.dropout, False
         for placement in self._prompts(tower):
-            yield replace(placement, module=self._pruned(placement.module, tower)) if self.pruned else placement
+            module = pruned_module(placement.module, tower, *kept) if self.pruned else placement.module
+            yield replace(placement, module=module)
         if self.num_keys:
             for index in blocks_of(self, tower):
                 block = tower.blocks[index]
@@ -153,14 +154,6 @@ class E2VPT(Method):
 
     def _prompts(self, tower: Tower) -> Iterable[Placement]:
         return VPT(self.num_tokens, dropout=self.dropout, blocks=self.blocks).place(tower) if self.num_tokens else ()
-
-    def _pruned(self, module: nn.Module, tower: Tower) -> nn.Module:
-        """What acts in the second stage in the place of a module of the first."""
-        number, at = self.tokens_kept, module.at
-        if isinstance(module, RemovePrompts):
-            return RemovePrompts(number, at, spanning=False)
-        size = tower.width // self.pieces
-        return PrunedPrompts(number, tower.width, number * self.pieces_kept, size, at, self.dropout, spanning=False)
 
     def next_stage(
         self,

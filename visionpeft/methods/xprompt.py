@@ -11,8 +11,7 @@ import torch.nn as nn
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Measure, Method, require
-from visionpeft.methods.parts.prompts import RemovePrompts
-from visionpeft.methods.parts.pruned_prompts import PrunedPrompts, importances, pruned_tensors, require_equal_pieces
+from visionpeft.methods.parts.pruned_prompts import importances, pruned_module, pruned_tensors, require_equal_pieces
 from visionpeft.methods.vpt import VPT
 from visionpeft.sites import Placement
 
@@ -89,18 +88,10 @@ class XPrompt(Method):
     def place(self, tower: Tower) -> Iterator[Placement]:
         """Prompts at `stream_in`, their removal at `stream_out`, as `VPT` places them."""
         require_equal_pieces(self, tower, self.pieces)
-        size = tower.width // self.pieces
+        kept = self.tokens_kept, self.pieces_kept, self.pieces, self.dropout, not self.deep
         for placement in self._prompts().place(tower):
-            module = placement.module
-            spanning = not self.deep
-            if self.pruned and isinstance(module, RemovePrompts):
-                placement = dataclasses.replace(placement, module=RemovePrompts(self.tokens_kept, module.at, spanning))
-            elif self.pruned:
-                pruned = PrunedPrompts(
-                    self.tokens_kept, tower.width, self.pieces_kept, size, module.at, self.dropout, spanning
-                )
-                placement = dataclasses.replace(placement, module=pruned)
-            yield placement
+            module = pruned_module(placement.module, tower, *kept) if self.pruned else placement.module
+            yield dataclasses.replace(placement, module=module)
 
     def next_stage(
         self,

@@ -7,7 +7,7 @@ import torch.nn as nn
 
 from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.base import Measure, Method, require
-from visionpeft.methods.parts.prompts import Prompts
+from visionpeft.methods.parts.prompts import Prompts, RemovePrompts
 from visionpeft.sites import Order
 
 
@@ -44,6 +44,25 @@ class PrunedPrompts(Prompts):
         size = self.pieces.shape[1]
         every = self.pieces.new_zeros(self.num_tokens * self.width // size, size)
         return every.index_copy(0, self.piece_index.long(), self.pieces).view(self.num_tokens, self.width)
+
+
+def pruned_module(
+    module: nn.Module, tower: Tower, tokens: int, number: int, pieces: int, dropout: float, spanning: bool
+) -> nn.Module:
+    """What acts in the second stage in the place of a module of the first: prompts, or what removes them.
+
+    Args:
+        module: that of the first stage.
+        tower: where it acts.
+        tokens: prompts that are kept.
+        number: pieces of these that are trained.
+        pieces: into how many pieces the channels of a token are cut.
+        dropout: dropout on the prompts.
+        spanning: whether they stay for several blocks.
+    """
+    if isinstance(module, RemovePrompts):
+        return RemovePrompts(tokens, module.at, spanning)
+    return PrunedPrompts(tokens, tower.width, number, tower.width // pieces, module.at, dropout, spanning)
 
 
 def importances(
