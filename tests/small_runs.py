@@ -7,10 +7,11 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from visionpeft import fit
-from visionpeft.runs.history import EpochHistory
+from visionpeft.runs.history import EpochHistory, read_history
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 BACKBONE = [
@@ -76,6 +77,26 @@ def copied_in(epoch: int, target: Path):
 
     with mock.patch.object(EpochHistory, "on_train_epoch_end", copy_first):
         yield
+
+
+@contextmanager
+def failing_in_second_epoch():
+    """A training in this context ends by an error when its second epoch is trained and nothing of that is written."""
+    write = EpochHistory.on_train_epoch_end
+
+    def fail(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            raise ZeroDivisionError
+        return write(self, trainer, pl_module)
+
+    with mock.patch.object(EpochHistory, "on_train_epoch_end", fail), pytest.raises(ZeroDivisionError):
+        yield
+
+
+def history_of(run_directory: Path) -> list[dict]:
+    """Its epochs as measured, without the seconds that they took."""
+    rows = read_history(run_directory / "metrics.csv")
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def results(run_directory: Path) -> dict:

@@ -3,14 +3,13 @@
 import json
 
 import pytest
-from small_runs import draw_images, results, run
+from small_runs import draw_images, failing_in_second_epoch, history_of, results, run
 from small_video_runs import draw_videos, run_videos, video_arguments
 from video_files import write_frames
 
 import visionpeft as vp
 from visionpeft import evaluate, fit, predict
 from visionpeft.data import VideoFolder
-from visionpeft.runs.history import EpochHistory, read_history
 
 AIM = ["--model.method", "{class_path: AIM, init_args: {num_frames: 3, drop_path: 0.3}}", "--model.dropout", "0.3"]
 
@@ -182,28 +181,16 @@ def test_wrong_command_line(arguments, said, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # nothing was begun
 
 
-def without_seconds(history):
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
-
-
-def test_resumed_run_equals_uninterrupted(tmp_path, videos, monkeypatch):
+def test_resumed_run_equals_uninterrupted(tmp_path, videos):
     """With dropout, dropped clips, random frames and random crops."""
     whole = run_videos(tmp_path / "whole", videos, *AIM, epochs=3)
 
-    def fail_in_second_epoch(self, trainer, pl_module):
-        if trainer.current_epoch == 1:
-            raise ZeroDivisionError
-        return original(self, trainer, pl_module)
-
-    original = EpochHistory.on_train_epoch_end
-    with monkeypatch.context() as patch:
-        patch.setattr(EpochHistory, "on_train_epoch_end", fail_in_second_epoch)
-        with pytest.raises(ZeroDivisionError):
-            fit.main([*video_arguments(videos, *AIM, epochs=3), "--output", str(tmp_path / "parts")])
+    with failing_in_second_epoch():
+        fit.main([*video_arguments(videos, *AIM, epochs=3), "--output", str(tmp_path / "parts")])
     (part,) = (tmp_path / "parts").iterdir()
     assert not (part / "results.json").exists()
     assert fit.main(["--resume", str(part)]) == 0
-    assert without_seconds(read_history(part / "metrics.csv")) == without_seconds(read_history(whole / "metrics.csv"))
+    assert history_of(part) == history_of(whole)
     assert results(part)["test"] == results(whole)["test"]
 
 
