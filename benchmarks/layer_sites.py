@@ -60,10 +60,15 @@ def kinds_of(model: nn.Module) -> frozenset:
     return frozenset(kinds)
 
 
-def lively(name: str) -> nn.Module:
-    """The architecture with random weights in float64, none of which hides what comes after it."""
+def lively(name: str, size: int | None, **options) -> tuple[nn.Module, Tensor]:
+    """The architecture with random weights in float64, none of which hides what comes after it, and two images.
+
+    The statistics of batch normalisations are those of random images, somewhat changed. Without that, sums over many
+    branches grow from block to block until the gates after them are all 0 or 1, and pass no gradient.
+    """
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=3).eval()
+    model = timm.create_model(name, num_classes=3, **options).eval()
+    shape = model.pretrained_cfg.get("input_size", (3, 224, 224)) if size is None else (3, size, size)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim <= 1 or parameter.numel() == max(parameter.shape):  # scales, shifts, gammas
@@ -74,11 +79,19 @@ def lively(name: str) -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn_like(parameter))
-        for module in model.modules():
-            if isinstance(module._buffers.get("running_mean"), Tensor):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 1.5)
-    return model.double()
+        model.double()
+        counting = [module for module in model.modules() if isinstance(module._buffers.get("running_mean"), Tensor)]
+        momenta = [module.momentum for module in counting]
+        for module in counting:
+            module.train().momentum = 1.0
+        if counting:
+            model(torch.randn(4, *shape, dtype=torch.float64))
+        for module, momentum in zip(counting, momenta, strict=True):
+            module.eval().momentum = momentum
+            module.running_mean += 0.1 * module.running_var.sqrt() * torch.randn_like(module.running_mean)
+            module.running_var *= 0.5 + torch.rand_like(module.running_var)
+            module.running_var.clamp_min_(1e-3)
+    return model, torch.randn(2, *shape, dtype=torch.float64)
 
 
 def by_hand(model: nn.Module, adapter: nn.Module) -> nn.Module:
@@ -114,11 +127,12 @@ def distance(found: Tensor, expected: Tensor, scale: Tensor) -> float:
     return ((found - expected).norm() / scale.norm().clamp_min(1e-300)).item()
 
 
-def examine(name: str, size: int | None = None) -> str | None:
-    """What is wrong with the layer sites of an architecture, or None; at its own image size, or another one."""
-    model = lively(name)
-    shape = model.pretrained_cfg.get("input_size", (3, 224, 224)) if size is None else (3, size, size)
-    images = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def examine(name: str, size: int | None = None, **options) -> str | None:
+    """What is wrong with the layer sites of an architecture, or None; at its own image size, or another one.
+
+    `options` go to `timm.create_model`.
+    """
+    model, images = lively(name, size, **options)
     groups = {group for _, layer in describe(model).towers["visual"].all_layers() for group in layer.groups}
     targets = tuple(sorted(groups & {"all", "grouped"}))
     with torch.no_grad():

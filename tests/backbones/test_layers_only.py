@@ -56,10 +56,19 @@ def trained(model):
 
 
 # Kinds of layers: norms with their activation and depthwise convolutions; standardised weights and weights read with a
-# gain; linear layers and norms of channels last, with norms of channels first between them.
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_nfnet", "test_mambaout"])
-def test_exact_and_live(walk, name):
-    assert walk.examine(name, 64) is None
+# gain; linear layers and norms of channels last, with norms of channels first between them; norms that read a third
+# tensor, which norm tuning trains where BitFit changes the bias.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("test_efficientnet", {}),
+        ("test_nfnet", {}),
+        ("test_mambaout", {}),
+        ("resnetv2_50d_evos", {"layers": (1, 1, 1, 1), "channels": (128, 128, 128, 128), "stem_chs": 64}),
+    ],
+)
+def test_exact_and_live(walk, name, options):
+    assert walk.examine(name, 64, **options) is None
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class ChangesWeights(StandIn):
 
     def changed_value(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """The weight or bias that is read instead of this one, of the same shape and precision."""
-        if is_sharded(value):
+        if is_sharded(value) or name not in CHANGED:  # a norm with a third tensor, trained beside a changed bias
             return value
         other = self._parameters.get("bias" if name == "weight" else "weight")
         pair = {name: value, ("bias" if name == "weight" else "weight"): other}
