@@ -90,7 +90,11 @@ def test_requests_of_many_adapters_share_batches(service, files, expected):
     assert service.metrics.images._sum.get() - before == 12
     text = ask(service, "GET", "/metrics").text
     assert 'visionpeft_requests_total{code="200",path="/predict"}' in text
-    assert "visionpeft_adapters_loaded" in text
+    told = dict(line.split() for line in text.splitlines() if line.startswith(("visionpeft_ad", "visionpeft_waiting")))
+    pool = next(iter(service._lanes.values())).pool
+    assert float(told["visionpeft_waiting"]) == 0
+    assert float(told["visionpeft_adapters_loaded"]) == len(pool.loaded()) >= 3
+    assert float(told["visionpeft_adapter_bytes"]) == pool.bytes > 0
     buckets = [line for line in text.splitlines() if line.startswith("visionpeft_batch_images_bucket")]
     assert float(buckets[0].split()[-1]) < float(buckets[-1].split()[-1])  # not all alone
 

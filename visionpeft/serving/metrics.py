@@ -1,11 +1,8 @@
 """What Prometheus is told."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
-if TYPE_CHECKING:
-    from visionpeft.serving.service import Service
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -24,15 +21,21 @@ class Metrics:
         self.images = Histogram("visionpeft_batch_images", "Images in a batch", buckets=IMAGES, **of)
         self.batch_seconds = Histogram("visionpeft_batch_seconds", "Time of a batch", buckets=SECONDS, **of)
 
-    def watch(self, service: "Service") -> None:
-        """Tell of the queue and the adapters of a service, too, as they are when the metrics are read."""
-        of = {"registry": self.registry}
-        waiting = Gauge("visionpeft_waiting", "Images that wait for their batch", **of)
-        waiting.set_function(service.batches.waiting)
-        loaded = Gauge("visionpeft_adapters_loaded", "Adapters in memory", **of)
-        loaded.set_function(service.number_loaded)
-        held = Gauge("visionpeft_adapter_bytes", "Bytes of the adapters in memory", **of)
-        held.set_function(service.bytes_loaded)
+    def watch(self, waiting: Callable[[], int], loaded: Callable[[], int], held: Callable[[], int]) -> None:
+        """Tell of the queue and the adapters, too, as they are when the metrics are read.
+
+        Args:
+            waiting: number of images that wait.
+            loaded: number of adapters in memory.
+            held: bytes of these.
+        """
+        gauges = {
+            ("visionpeft_waiting", "Images that wait for their batch"): waiting,
+            ("visionpeft_adapters_loaded", "Adapters in memory"): loaded,
+            ("visionpeft_adapter_bytes", "Bytes of the adapters in memory"): held,
+        }
+        for (name, text), value in gauges.items():
+            Gauge(name, text, registry=self.registry).set_function(value)
 
     def computed(self, images: int, seconds: float) -> None:
         """Count a batch."""

@@ -99,7 +99,7 @@ class Service:
         self._decoding = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decoding")
         settings = self.settings
         self.batches = Batches(settings.max_batch, settings.max_wait, self.limits.queue, self.metrics.computed)
-        self.metrics.watch(self)
+        self.metrics.watch(self.batches.waiting, self.number_loaded, self.bytes_loaded)
 
     def close(self) -> None:
         """Answer what waits, and end."""
