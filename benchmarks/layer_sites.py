@@ -10,7 +10,7 @@ layer scale and norm away from zero, and examined on images of 64 pixels, or of 
 - every trained tensor gets a gradient, but biases that change nothing in timm's own model either;
 - passes in training mode write to no statistics, and detaching leaves the model bit for bit.
 
-    python benchmarks/layer_sites.py --output results
+    python benchmarks/layer_sites.py --output results    # goes on after a kill, family by family
     python benchmarks/layer_sites.py --architectures resnet18 regnety_002
 """
 
@@ -31,6 +31,7 @@ from visionpeft.backbones.dispatch import describe
 from visionpeft.errors import UserError
 
 SMALL = 64  # pixels of the images, where an architecture takes them
+DEAD = "no gradient for"
 TOLERANCE = 1e-8  # relative, in float64; some norms of timm compute in float32
 
 
@@ -60,11 +61,12 @@ def kinds_of(model: nn.Module) -> frozenset:
     return frozenset(kinds)
 
 
-def lively(name: str, size: int | None, **options) -> tuple[nn.Module, Tensor]:
+def lively(name: str, size: int | None, normal: bool, **options) -> tuple[nn.Module, Tensor]:
     """The architecture with random weights in float64, none of which hides what comes after it, and two images.
 
-    The statistics of batch normalisations are those of random images, somewhat changed. Without that, sums over many
-    branches grow from block to block until the gates after them are all 0 or 1, and pass no gradient.
+    With `normal` the statistics of batch normalisations are those of random images, else random. With these, sums over
+    many branches grow from block to block until gates after them are all 0 or 1 and pass no gradient; with those, some
+    channels hardly vary, and what does not grow here grows there.
     """
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, **options).eval()
@@ -79,18 +81,17 @@ def lively(name: str, size: int | None, **options) -> tuple[nn.Module, Tensor]:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn_like(parameter))
-        model.double()
         counting = [module for module in model.modules() if isinstance(module._buffers.get("running_mean"), Tensor)]
         momenta = [module.momentum for module in counting]
         for module in counting:
-            module.train().momentum = 1.0
-        if counting:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.train(normal).momentum = 1.0
+        model.double()
+        if counting and normal:
             model(torch.randn(4, *shape, dtype=torch.float64))
         for module, momentum in zip(counting, momenta, strict=True):
             module.eval().momentum = momentum
-            module.running_mean += 0.1 * module.running_var.sqrt() * torch.randn_like(module.running_mean)
-            module.running_var *= 0.5 + torch.rand_like(module.running_var)
-            module.running_var.clamp_min_(1e-3)
     return model, torch.randn(2, *shape, dtype=torch.float64)
 
 
@@ -127,12 +128,12 @@ def distance(found: Tensor, expected: Tensor, scale: Tensor) -> float:
     return ((found - expected).norm() / scale.norm().clamp_min(1e-300)).item()
 
 
-def examine(name: str, size: int | None = None, **options) -> str | None:
+def examine(name: str, size: int | None = None, normal: bool = False, **options) -> str | None:
     """What is wrong with the layer sites of an architecture, or None; at its own image size, or another one.
 
-    `options` go to `timm.create_model`.
+    `normal` is for `lively`, `options` for `timm.create_model`.
     """
-    model, images = lively(name, size, **options)
+    model, images = lively(name, size, normal, **options)
     groups = {group for _, layer in describe(model).towers["visual"].all_layers() for group in layer.groups}
     targets = tuple(sorted(groups & {"all", "grouped"}))
     with torch.no_grad():
@@ -152,7 +153,7 @@ def examine(name: str, size: int | None = None, **options) -> str | None:
         found.square().sum().backward()
         dead = [key for key, p in parameters.items() if p.grad is None or not p.grad.any()]
         if dead and not void(model, adapter, dead, images, base):
-            return f"no gradient for {len(dead)} tensors, such as {dead[0]}"
+            return f"{DEAD} {len(dead)} tensors, such as {dead[0]}"
         heads = {path: copy.deepcopy(adapter.get_submodule(path)) for path in adapter.heads}
         with vp.use(model, None):
             changed = by_hand(unadapted(model), adapter)
@@ -235,10 +236,14 @@ def main() -> None:
     for name in args.architectures:
         by_family[timm.model_entrypoint(name).__module__].append(name)
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = []
+    table = args.output / f"layer_sites_{args.part[0]}.csv"
+    rows = list(csv.DictReader(table.open())) if table.is_file() else []  # of an interrupted walk
+    walked = {row["family"] for row in rows}
     for family in sorted(by_family)[args.part[0] :: args.part[1]]:
+        if family.rpartition(".")[2] in walked:
+            continue
         rows += walk(by_family[family])
-        write(rows, args.output / f"layer_sites_{args.part[0]}.csv")
+        write(rows, table)
     print(Counter(row["verdict"].split(":")[0] for row in rows))
 
 
@@ -262,10 +267,15 @@ def walk(names: list[str]) -> list[dict]:
 
 
 def verdict_of(name: str) -> str:
-    """ "exact and live", or what is wrong with an architecture: on small images, or else on those of its own size."""
+    """ "exact and live", or what is wrong with an architecture: on small images, or else on those of its own size.
+
+    It has to be exact however it was made lively, and live in one way.
+    """
     for size in (SMALL, None):
         try:
             fault = examine(name, size)
+            if fault is not None and fault.startswith(DEAD):
+                fault = examine(name, size, normal=True)
         except Exception as error:
             fault = f"{type(error).__name__}: {str(error)[:300]}"
             if size is not None:
