@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share the machine, and tiny models gain nothing
 
+gc.disable()  # until all is imported and collected: what is made until then stays to the end
+
 import block_checks
 import pytest
 import shared_cells
@@ -52,10 +54,14 @@ def pytest_collection_modifyitems(items):
     items[:] = shared_cells.in_cells(items)
 
 
-def pytest_collection_finish():
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    result = yield
     # what is there now stays to the end, and need not be searched by every later collection of garbage
     gc.collect()
     gc.freeze()
+    gc.enable()
+    return result
 
 
 @pytest.hookimpl(wrapper=True)

@@ -134,11 +134,13 @@ def moved(module, device="cuda"):
     registered = {id(each) for each in (*module.parameters(), *module.buffers())}
     metrics = [each for each in module.modules() if isinstance(each, Metric)]  # these move their states by themselves
     registered |= {id(getattr(metric, state)) for metric in metrics for state in metric._defaults}
+    # A vocabulary has no tensors, and most of the objects of a learner: copying it would take longer than a step.
+    vocabularies = {id(each.tokenizer) for each in module.modules() if hasattr(each, "tokenizer")}
     kept, made = {}, {}
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(value, torch.Tensor) and id(value) not in vocabularies:
                 return None
             kept[id(value)] = value
             return id(value)

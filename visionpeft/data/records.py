@@ -202,7 +202,7 @@ class ImageSet:
         if len(names) < 2:
             raise DataError(f"a data set needs at least two classes, found {len(names)}: {', '.join(names)}")
         present = {
-            split: {part for label in source.labels for part in parts_of(label)}
+            split: {part for label in set(source.labels) for part in parts_of(label)}
             for split, source in self.sources.items()
         }
         for split, found in present.items():

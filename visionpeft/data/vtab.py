@@ -6,6 +6,7 @@ are rendered where no root is given.
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -100,13 +101,20 @@ def _rendered(task: str, definition: dict, train_on: str) -> dict[str, Source]:
             f"VTAB-1k task '{task}' needs root, the folder that holds {task}/{train_on}.txt; it comes from the "
             "community VTAB-1k archive (NOAH, RepAdapter); only dsprites_loc and dsprites_ori are rendered without one"
         )
-    order = permutation(dsprites.COUNT, DSPRITES_SEED)
-    train, val, test = np.split(order, [dsprites.COUNT * 8 // 10, dsprites.COUNT * 9 // 10])
+    train, val, test = np.split(_order(), [dsprites.COUNT * 8 // 10, dsprites.COUNT * 9 // 10])
     if train_on == "train800":
         indices = {"train": train[:800], "val": val[:200], "test": test}
     else:
         indices = {"train": np.concatenate([train[:800], val[:200]]), "test": test}
     return {split: dsprites.Sprites(members, factor) for split, members in indices.items()}
+
+
+@cache
+def _order() -> np.ndarray:
+    """All rendered images in the order in which they are divided; drawn once, as it takes longer than all else here."""
+    order = permutation(dsprites.COUNT, DSPRITES_SEED)
+    order.flags.writeable = False
+    return order
 
 
 def _folder(root: Path, task: str, definition: dict) -> Path:
