@@ -145,6 +145,8 @@ class BlockSites:
         on_map: whether it takes and gives maps, (batch, rows, columns, width) or (batch, width, rows, columns), whose
             pixels are its tokens. What acts in it is told their rows and columns.
         token_sites: the token sites that it has, and "kv" if it has that.
+        further: attentions beside the first one, which read the stream by norms of their own, so that prompts have no
+            one place among their keys.
     """
 
     module: nn.Module
@@ -159,14 +161,15 @@ class BlockSites:
     grid: tuple[int, int] | None = None
     on_map: bool = False
     token_sites: tuple[str, ...] = (*TOKEN_SITES, "kv")
+    further: tuple[nn.Module, ...] = ()
 
     @property
     def swapped(self) -> dict[nn.Module, type[nn.Module]]:
         """The block and its attention, with their sited classes."""
         if self.sited_class is None:
             return {}
-        swapped = {self.module: self.sited_class}
-        return swapped if self.attention is None else swapped | {self.attention: self.sited_attention_class}
+        attentions = () if self.attention is None else (self.attention, *self.further)
+        return {self.module: self.sited_class} | dict.fromkeys(attentions, self.sited_attention_class)
 
     @property
     def attention_width(self) -> int:

@@ -95,8 +95,8 @@ class MoV(Method):
             head_width = block.layer("q").out_features // block.attention.num_heads
             for target in dict.fromkeys(self.targets):
                 if target == "hidden":
-                    module = MixedScaleInput(block.layers["fc2"].in_features, 1, self.experts)
+                    module = MixedScaleInput(block.layer("fc2").in_features, 1, self.experts)
                 else:
-                    channels = block.layers[target].out_features
+                    channels = block.layer(target).out_features
                     module = MixedScaleOutput(channels, channels // head_width, self.experts)
                 yield Placement(tower.name, index, target, module)

@@ -76,6 +76,11 @@ class Sites:
         """Number of tokens before the patches while they are in the block."""
         return self.num_prefix_tokens + self.extra_tokens + self.queries
 
+    def acted_on(self, *token_sites: str) -> bool:
+        """Whether anything changes the tokens at one of some token sites: it acts there, or its branch ends there."""
+        ends = {add for branches in self.branches.values() for _, add in branches}
+        return any(site in self.acting or site in ends for site in token_sites)
+
     def call(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Call a layer of the block, with what acts on its output."""
         return layer(x)
