@@ -91,6 +91,7 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
         if index not in acting and not prompts and not needed:
             continue
         sites = Sites(tower.num_prefix_tokens, tower.causal)
+        sites.layout = block.layout
         check_multiplied(here)
         peft.economies.apply(sites, tower, index, here)
         # Prompts as keys and values are for towers that are not causal, where every token sees them. They act no more

@@ -197,6 +197,7 @@ class Routes:
         sites = plan.sites.get((tower.name, index))
         if sites is None:
             sites = plan.sites[tower.name, index] = Sites(tower.num_prefix_tokens, tower.causal)
+            sites.layout = tower.blocks[index].layout
             peft.economies.apply(sites, tower, index, None)
             swap_block(plan.swaps, tower.blocks[index], sites)
         check_on_map(tower.blocks[index], (), prompts)

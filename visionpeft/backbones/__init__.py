@@ -4,6 +4,8 @@ from visionpeft.backbones import (  # noqa: F401  (register families)
     timm_beit,
     timm_convnext,
     timm_eva,
+    timm_hiera,
+    timm_hiera_det,
     timm_layers,
     timm_naflex,
     timm_parallel,

@@ -57,8 +57,8 @@ class SitedRelPosBlock(RelPosBlock, AttendsAfterNorm):
         """Map tokens (batch, tokens, width) to the same shape."""
         at = self.sites.enter()
         x = at("stream_in", x)
-        h = at("attn_out", self.attn(at("attn_in", self.norm1(x)), shared_rel_pos=shared_rel_pos))
-        x = at("stream_mid", self.sites.followed(x) + self.drop_path1(self.ls1(h)))
+        h = self.ls1(at("attn_out", self.attn(at("attn_in", self.norm1(x)), shared_rel_pos=shared_rel_pos)))
+        x = at("stream_mid", self.sites.followed(x) + self.drop_path1(h))
         h = at("mlp_out", self.sites.mlp(lambda x: self.mlp(at("mlp_in", self.norm2(x))), x))
         return at("stream_out", x + self.drop_path2(self.ls2(h)))
 

@@ -92,7 +92,7 @@ class MoV(Method):
         """One mixture at every target of every chosen block."""
         for index in blocks_of(self, tower):
             block = tower.blocks[index]
-            head_width = block.layer("q").out_features // block.attention.num_heads
+            head_width = block.layer("q").out_features // block.num_heads
             for target in dict.fromkeys(self.targets):
                 if target == "hidden":
                     module = MixedScaleInput(block.layer("fc2").in_features, 1, self.experts)

@@ -66,6 +66,7 @@ class Sites:
         self.asking: Callable | None = None
         self.class_token_only: ClassTokenOnly | None = None
         self.recompute_mlp = False
+        self.layout: object = None  # that of the block, for its own forward
 
     def enter(self) -> "Flow":
         """Start one pass through the block."""
