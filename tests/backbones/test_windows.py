@@ -231,6 +231,27 @@ def test_lora_is_timms_model_with_other_weights(family):
         assert not close(made(family)(images()), expected(images()))
 
 
+@pytest.mark.parametrize("size", [(24, 24), SIZE], ids=str)
+def test_what_acts_before_attention_is_merged_where_no_window_is_filled_up(size):
+    """It does not see the zeros that fill up a map, which a merged weight would change."""
+    torch.manual_seed(0)
+    model = SwinTransformer(img_size=size, num_classes=5, **OPTIONS).double().eval()
+    vp.attach(model, vp.RepAdapter(bottleneck=4), head=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    output = model(images(2, size))
+    if size == SIZE:
+        with pytest.raises(vp.UnsupportedError, match="the windows of this block are filled up with zeros"):
+            vp.merge(model)
+        vp.detach(model)
+        vp.attach(model, vp.RepAdapter(bottleneck=4, positions=("mlp",)), head=False)
+        moved(model)
+        output = model(images(2, size))
+    vp.merge(model)
+    assert close(model(images(2, size)), output)
+
+
 def test_images_of_a_batch_do_not_influence_each_other(family):
     """Prompts that are averaged over windows in the wrong layout would mix them, as in published code."""
     model = made(family)

@@ -29,6 +29,12 @@ def check_available(adapter: AttachedAdapter, tower: Tower) -> None:
                 f"{type(adapter.methods[index]).__name__} adds tokens, which blocks of class "
                 f"{type(block.module).__name__} would never see: they have no attention"
             )
+        if block.narrows(placement.site, add):
+            raise UnsupportedError(
+                f"{type(adapter.methods[index]).__name__} reads tokens at {placement.site} of block {placement.block} "
+                f"and adds to those at {add}, which are fewer and wider: the first block of a stage pools its tokens; "
+                "leave out such blocks, or what acts beside the attention"
+            )
         if missing:
             reason = "which have no attention" if block.attention is None else "which do not have it"
             raise UnsupportedError(

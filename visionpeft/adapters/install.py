@@ -91,12 +91,13 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
         if index not in acting and not prompts and not needed:
             continue
         sites = Sites(tower.num_prefix_tokens, tower.causal)
+        sites.layout = block.layout
         check_multiplied(here)
         peft.economies.apply(sites, tower, index, here)
         # Prompts as keys and values are for towers that are not causal, where every token sees them. They act no more
         # as modules and count no more as tokens.
         if not tower.causal and tower.layers_only is None:
-            sites.key_prompts = key_prompts(block.module, here, block.on_map)
+            sites.key_prompts = key_prompts(block, here)
         if sites.key_prompts is not None:
             here = without_prompts(here, sites.key_prompts.prompts)
             prompts = [module for module in prompts if module not in sites.key_prompts.prompts]

@@ -13,6 +13,7 @@ import torch.nn as nn
 from timm.layers import DropPath
 from torch.nn.modules.dropout import _DropoutNd
 
+from visionpeft.backbones.tower import BlockSites
 from visionpeft.sites import TOKEN_SITES, UNSEEN, Order, is_drawn, order_of
 
 # (site, where a branch is added) -> modules that act there in one block
@@ -63,14 +64,16 @@ class KeyPrompts:
         return prompts
 
 
-def key_prompts(block: nn.Module, acting: Acting, on_map: bool = False) -> KeyPrompts | None:
+def key_prompts(block: BlockSites, acting: Acting) -> KeyPrompts | None:
     """The prompts of a block that is not causal, where they can be keys and values alone, else None.
 
     They can if they leave behind the block, and if everything that acts on its tokens takes each token by itself or
     leaves prompts alone. If its tokens are the pixels of a map, what reads their grid does so: prompts are none of
-    them, and never meet it.
+    them, and never meet it. Of several attentions, each would read other keys of them.
     """
-    if on_map:
+    if block.further:
+        return None
+    if block.on_map:
         acting = {key: [m for m in modules if not getattr(m, "reads_grid", False)] for key, modules in acting.items()}
     entrance = acting.get(("stream_in", None), [])
     prompts = [module for module in entrance if order_of(module) == Order.ENTER]
@@ -92,7 +95,7 @@ def key_prompts(block: nn.Module, acting: Acting, on_map: bool = False) -> KeyPr
     if not all(type(part) is nn.Dropout for part in drawing):  # others draw for all tokens of a sample together
         return None
     at_attention = acting.get(("attn_in", None), [])
-    return KeyPrompts(block, prompts, _on_all(at_entrance), _on_all(at_attention), drawing)
+    return KeyPrompts(block.module, prompts, _on_all(at_entrance), _on_all(at_attention), drawing)
 
 
 def without_prompts(acting: Acting, prompts: Iterable[nn.Module]) -> Acting:

@@ -122,6 +122,11 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
             _check_own(holding, tower.layer(block, site), place)
             _merge_layer(tower.layer(block, site), [module.merge for module in modules], value, place)
             continue
+        if site == "attn_in" and tower.blocks[block].fills_up:
+            raise UnsupportedError(
+                f"{place} cannot be merged: the windows of this block are filled up with zeros, which what acts there "
+                "does not see and a merged weight would change; keep it attached, or have it before the MLP alone"
+            )
         readers = [layer for layer in tower.blocks[block].layers.values() if layer.reads == site]
         if not readers:
             raise UnsupportedError(f"{place} cannot be merged: no linear layer reads it directly")

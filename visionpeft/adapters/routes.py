@@ -197,6 +197,7 @@ class Routes:
         sites = plan.sites.get((tower.name, index))
         if sites is None:
             sites = plan.sites[tower.name, index] = Sites(tower.num_prefix_tokens, tower.causal)
+            sites.layout = tower.blocks[index].layout
             peft.economies.apply(sites, tower, index, None)
             swap_block(plan.swaps, tower.blocks[index], sites)
         check_on_map(tower.blocks[index], (), prompts)
@@ -281,7 +282,7 @@ def _key_prompts(tower: Tower, block: int | None, here: Acting) -> list[nn.Modul
     """The modules of a block whose prompts can be keys and values alone, and are seen by nothing else that acts."""
     if block is None or tower.causal:
         return []
-    found = key_prompts(tower.blocks[block].module, here, tower.blocks[block].on_map)
+    found = key_prompts(tower.blocks[block], here)
     return [] if found is None or found.at_entrance or found.at_attention else found.prompts
 
 

@@ -1,6 +1,6 @@
 """What the sited attention classes share: keys and values in, attended values out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.fx
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from visionpeft.backbones.tower import Layer
 from visionpeft.sites import UNTOUCHED, Sites, frozen_layers
 from visionpeft.sites.asking import attend_again
+
+NOTHING: Mapping[str, torch.Tensor] = {}
 
 
 def open_in_front(
@@ -61,9 +63,16 @@ def attend_as(
     if fused:
         dropout = attention.attn_drop.p if attention.training else 0.0
         return attend(q, k, v, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout)
+    return attention_weights(attention, q, k, attn_mask, is_causal) @ v
+
+
+def attention_weights(
+    attention: nn.Module, q: torch.Tensor, k: torch.Tensor, attn_mask: torch.Tensor | None, is_causal: bool
+) -> torch.Tensor:
+    """The weights (batch, heads, tokens that ask, keys) of an attention module, after its `attn_drop`."""
     attn_mask, is_causal = _for_all_keys(attn_mask, is_causal, q, k)
     scores = (q * attention.scale) @ k.transpose(-2, -1)
-    return attention.attn_drop(_masked(scores, attn_mask, is_causal).softmax(dim=-1)) @ v
+    return attention.attn_drop(_masked(scores, attn_mask, is_causal).softmax(dim=-1))
 
 
 # Traced by torch.fx, a mask that is not there cannot be told from one that is: the next two are kept whole.
@@ -184,7 +193,13 @@ def in_front(prompts: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def _part(sites: Sites, site: str, x: torch.Tensor, weight: torch.Tensor, bias) -> torch.Tensor:
     rows = thirds(weight.shape[0] // 3)[site]
-    weight, bias = weight[rows], None if bias is None else bias[rows]
+    return product_at(sites, site, x, weight[rows], None if bias is None else bias[rows])
+
+
+def product_at(
+    sites: Sites, site: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x W^T + b (..., out) of a weight that is read and not called, with what acts at its site."""
     y, ((_, acting),) = frozen_layers.linear(x, weight, bias, [(None, sites.acting.get(site, ()))])
     for module in acting:
         y = module(x, y, weight, bias)
@@ -195,18 +210,44 @@ def apply_fused(
     sites: Sites, x: torch.Tensor, layer: Callable[[torch.Tensor], torch.Tensor] | None, weight: torch.Tensor, bias
 ) -> tuple[torch.Tensor, ...]:
     """q, k, v (batch, tokens, w) of tokens x (batch, tokens, width), with what acts at each; see `fused_qkv`."""
-    acting = [(rows, sites.acting.get(site, ())) for site, rows in thirds(weight.shape[0] // 3).items()]
+    return apply_rows(sites, x, layer, weight, bias, thirds(weight.shape[0] // 3))
+
+
+def apply_rows(
+    sites: Sites,
+    x: torch.Tensor,
+    layer: Callable[[torch.Tensor], torch.Tensor] | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows_of: Mapping[str, slice],
+    added: Mapping[str, torch.Tensor] = NOTHING,
+) -> tuple[torch.Tensor, ...]:
+    """The parts (batch, tokens, w) of the output of one layer, with what acts at the site of each.
+
+    Args:
+        sites: with what acts at these sites.
+        x: the tokens (batch, tokens, width).
+        layer: the layer, or None if it is x W^T + b and need not be called.
+        weight: its weight (out, width).
+        bias: its bias (out,) or None.
+        rows_of: the rows of each site, which follow one another and are all.
+        added: by site, a bias that is added to a part after the layer, which has none then.
+    """
+    acting = [(rows, sites.acting.get(site, ())) for site, rows in rows_of.items()]
     if layer is None or frozen_layers.is_plain(layer):
         y, acting = frozen_layers.linear(x, weight, bias, acting)
     else:
         y = layer(x)
         if any(modules for _, modules in acting) and not torch.is_grad_enabled() and isinstance(layer, nn.Module):
             y = y.clone()  # a hook may have kept what the layer gave, which modules may write to
-    outputs, parts = [], y.chunk(3, dim=-1)
-    for index, (rows, modules) in enumerate(acting):
+    outputs, parts = [], y.split([rows.stop - rows.start for rows in rows_of.values()], dim=-1)
+    for index, (site, (rows, modules)) in enumerate(zip(rows_of, acting, strict=True)):
         output = parts[index]  # and not by iterating, which torch.fx cannot trace
+        own_bias = added.get(site, None if bias is None else bias[rows])
+        if site in added:
+            output = output + own_bias
         for module in modules:
-            output = module(x, output, weight[rows], None if bias is None else bias[rows])
+            output = module(x, output, weight[rows], own_bias)
         outputs.append(output)
     if any(modules for _, modules in acting):
         # A part of y that nothing has replaced would keep all of y for the backward pass.

@@ -27,7 +27,7 @@ class SitedAttention(Attention):
         return plain_attention(self, x, UNTOUCHED)
 
 
-def plain_heads(attention: Attention, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
+def plain_heads(attention: nn.Module, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
     """q, k, v (batch, heads, tokens, head width) of tokens x (batch, tokens, width), with what acts at these sites."""
     qkv = fused_qkv(sites, x, attention.qkv, attention.qkv.weight, attention.qkv.bias)
     q, k, v = (part.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2) for part in qkv)

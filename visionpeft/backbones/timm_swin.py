@@ -93,6 +93,8 @@ def window_block(block: nn.Module, sited_class: type[nn.Module]) -> BlockSites:
     described = pre_norm_block(block, sited_class, SmallMap(block, width))
     described.width, described.on_map, described.knows_positions = width, True, True
     described.grid = None if block.dynamic_mask else tuple(block.input_resolution)
+    sides = zip(block.input_resolution, block.window_size, strict=True)
+    described.fills_up = block.dynamic_mask or any(side % window for side, window in sides)
     return described
 
 

@@ -15,6 +15,8 @@ from visionpeft.sites import TOKEN_SITES
 
 BETWEEN = "downsample."  # begins the names of layers between stages, before the number of the stage they lead to
 
+ENTERING = ("stream_in", "attn_in")  # the token sites before the attention
+
 # target of a layer -> site whose tokens it takes
 READS = dict.fromkeys(("q", "k", "v", "gate"), "attn_in") | {"fc1": "mlp_in", "fc2": "hidden"}
 
@@ -145,6 +147,12 @@ class BlockSites:
         on_map: whether it takes and gives maps, (batch, rows, columns, width) or (batch, width, rows, columns), whose
             pixels are its tokens. What acts in it is told their rows and columns.
         token_sites: the token sites that it has, and "kv" if it has that.
+        further: attentions beside the first one, which read the stream by norms of their own, so that prompts have no
+            one place among their keys.
+        entering_width: width of the tokens that enter and that the attention reads, of a block that makes fewer and
+            wider tokens of them.
+        fills_up: whether its windows may be filled up with zeros, which are keys and values as pixels are.
+        layout: what the flow through the block needs to know of where its tokens lie, if not their own shape says it.
     """
 
     module: nn.Module
@@ -159,14 +167,31 @@ class BlockSites:
     grid: tuple[int, int] | None = None
     on_map: bool = False
     token_sites: tuple[str, ...] = (*TOKEN_SITES, "kv")
+    further: tuple[nn.Module, ...] = ()
+    entering_width: int | None = None
+    fills_up: bool = False
+    layout: object = None
 
     @property
     def swapped(self) -> dict[nn.Module, type[nn.Module]]:
         """The block and its attention, with their sited classes."""
         if self.sited_class is None:
             return {}
-        swapped = {self.module: self.sited_class}
-        return swapped if self.attention is None else swapped | {self.attention: self.sited_attention_class}
+        attentions = () if self.attention is None else (self.attention, *self.further)
+        return {self.module: self.sited_class} | dict.fromkeys(attentions, self.sited_attention_class)
+
+    def width_at(self, site: str) -> int:
+        """Width of the tokens at a token site."""
+        return self.entering_width or self.width if site in ENTERING else self.width
+
+    def narrows(self, site: str, add: str | None) -> bool:
+        """Whether what is read at a site are more tokens than those to which it is added."""
+        return self.entering_width is not None and site in ENTERING and add in TOKEN_SITES and add not in ENTERING
+
+    @property
+    def num_heads(self) -> int:
+        """Number of heads of the queries, as the library calls it."""
+        return self.attention.heads if hasattr(self.attention, "heads") else self.attention.num_heads
 
     @property
     def attention_width(self) -> int:
@@ -194,7 +219,8 @@ class BlockSites:
         """
         arguments = self.probe(num_tokens)
         tokens, x = arguments.pop("num_tokens", num_tokens), arguments.pop("x", None)
-        return torch.randn(2, tokens, self.width, dtype=torch.float64) if x is None else x, arguments
+        x = torch.randn(2, tokens, self.width_at("stream_in"), dtype=torch.float64) if x is None else x
+        return x, arguments
 
     def has(self, site: str) -> bool:
         """Whether it has a site."""

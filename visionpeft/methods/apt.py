@@ -90,5 +90,6 @@ class APT(Method):
         require_patches(self, tower)
         for index in blocks_of(self, tower):
             block = tower.blocks[index]
-            module = AdaptivePrefix(self.num_tokens, block.attention_width, block.width, tower.num_prefix_tokens)
+            widths = block.attention_width, block.width_at("attn_in")
+            module = AdaptivePrefix(self.num_tokens, *widths, tower.num_prefix_tokens)
             yield Placement(tower.name, index, "kv", module)

@@ -148,7 +148,7 @@ class E2VPT(Method):
         if self.num_keys:
             for index in blocks_of(self, tower):
                 block = tower.blocks[index]
-                head_width = block.layer("q").out_features // block.attention.num_heads
+                head_width = block.layer("q").out_features // block.num_heads
                 module = KeyValuePrompts(self.num_keys, block.attention_width, head_width, self.shared, self.dropout)
                 yield Placement(tower.name, index, "kv", module)
 

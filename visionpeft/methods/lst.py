@@ -142,7 +142,7 @@ class LST(Method):
         unknown = [index for index in self.dropped if not 0 <= index < tower.depth]
         require(not unknown, self, f"dropped={self.dropped!r}, but the tower has blocks 0 to {tower.depth - 1}")
         require(len({*self.dropped}) < tower.depth, self, "dropped leaves no side block at all")
-        hidden = tower.blocks[0].layers["fc2"].in_features * narrow // tower.width
+        hidden = tower.blocks[0].layer("fc2").in_features * narrow // tower.width
         starts = narrowed(tower, narrow, heads, hidden) if self.start == "magnitude" else [None] * tower.depth
         for index in range(tower.depth):
             module = SideBlock(

@@ -92,11 +92,11 @@ class MoV(Method):
         """One mixture at every target of every chosen block."""
         for index in blocks_of(self, tower):
             block = tower.blocks[index]
-            head_width = block.layer("q").out_features // block.attention.num_heads
+            head_width = block.layer("q").out_features // block.num_heads
             for target in dict.fromkeys(self.targets):
                 if target == "hidden":
-                    module = MixedScaleInput(block.layers["fc2"].in_features, 1, self.experts)
+                    module = MixedScaleInput(block.layer("fc2").in_features, 1, self.experts)
                 else:
-                    channels = block.layers[target].out_features
+                    channels = block.layer(target).out_features
                     module = MixedScaleOutput(channels, channels // head_width, self.experts)
                 yield Placement(tower.name, index, target, module)

@@ -107,9 +107,9 @@ class RepAdapter(Method):
     def place(self, tower: Tower) -> Iterator[Placement]:
         """One `LinearAdapter` at every position of every chosen block."""
         for index in blocks_of(self, tower):
-            width = tower.blocks[index].width
-            divides = width % self.groups == 0
-            require(divides, self, f"groups={self.groups} must divide the width {width} of the {tower.name} tower")
             for position in dict.fromkeys(self.positions):
+                width = tower.blocks[index].width_at(POSITIONS[position])
+                divides = width % self.groups == 0
+                require(divides, self, f"groups={self.groups} must divide the width {width} of the {tower.name} tower")
                 module = LinearAdapter(width, self.bottleneck, self.groups, self.scale, self.dropout)
                 yield Placement(tower.name, index, POSITIONS[position], module)

@@ -13,7 +13,7 @@ from visionpeft.methods.parts.base import Method, blocks_of, require
 from visionpeft.sites import Order, Placement
 from visionpeft.sites.frozen_layers import scale_shift, shares_memory
 
-TARGETS = ("norm1", "q", "k", "v", "proj", "conv_dw", "norm2", "fc1", "fc2")
+TARGETS = ("norm1", "expand", "q", "k", "v", "proj", "conv_dw", "norm2", "fc1", "fc2")
 # and of the layers outside the blocks, besides the final norms and those between stages
 EMBEDDING = ("patch_embed", "patch_embed_norm")
 
@@ -63,9 +63,9 @@ class SSF(Method):
 
     Acts after both norms, q, k, v, proj, fc1 (before the activation) and fc2 of every block, after the patch
     embedding (with the first block) and after the final norm (with the last block); where there are stages, also after
-    the norm of the patch embedding, the depth-wise convolution of a block (ConvNeXt) and the norms, reductions and
-    convolutions between stages (with the next block). gamma ~ N(1, std),
-    beta ~ N(0, std), so the start is near the backbone, not equal to it. Mergeable.
+    the norm of the patch embedding, the depth-wise convolution of a block (ConvNeXt), the layer that widens the stream
+    in one (Hiera), and the norms, reductions and convolutions between stages (with the next block).
+    gamma ~ N(1, std), beta ~ N(0, std), so the start is near the backbone, not equal to it. Mergeable.
     On a model that has layer sites only: after every norm, and every linear layer and convolution with a bias (one
     without is followed by a norm), those outside the blocks where `blocks` are all.
     Trainable on ViT-B/16: 22 D L + 4 D = 205,824.

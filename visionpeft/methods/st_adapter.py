@@ -151,7 +151,8 @@ class STAdapter(Method):
             fixed = not spatial or block.grid is not None
             require(fixed, self, f"kernel={kernel} needs a model with a fixed grid of patches; use 1, 1")
             for position in dict.fromkeys(self.positions):
-                module = SpatioTemporalBottleneck(block.width, self.bottleneck, kernel, block.grid, frames)
+                width = block.width_at(POSITIONS[position])
+                module = SpatioTemporalBottleneck(width, self.bottleneck, kernel, block.grid, frames)
                 yield Placement(tower.name, index, POSITIONS[position], module)
         if self.norm_of_mean:
             yield Placement(tower.name, tower.depth - 1, "stream_out", MeanOverFrames(frames))

@@ -157,7 +157,7 @@ class UniPELT(Method):
             block = tower.blocks[index]
             prefix = Prefix(self.num_tokens, block.attention_width)
             reads_input = self.prefix_gate == "input"
-            width = block.width if reads_input else block.attention_width
+            width = block.width_at("attn_in") if reads_input else block.attention_width
             yield Placement(tower.name, index, "kv", GatedPrefix(prefix, width, reads_input))
             bottleneck = Bottleneck(
                 block.width,

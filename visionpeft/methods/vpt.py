@@ -88,7 +88,7 @@ class VPT(Method):
             yield Placement(tower.name, last, "stream_out", leave)
 
     def _initial(self, tower: Tower, block: int, num_tokens: int) -> torch.Tensor:
-        width = self.projection or tower.blocks[block].width
+        width = self.projection or tower.blocks[block].width_at("stream_in")
         if self.init == "normal":
             return torch.randn(num_tokens, width) * 0.02
         return uniform_prompts(tower, num_tokens, width, self.projection)

@@ -66,6 +66,7 @@ class Sites:
         self.asking: Callable | None = None
         self.class_token_only: ClassTokenOnly | None = None
         self.recompute_mlp = False
+        self.layout: object = None  # that of the block, for its own forward
 
     def enter(self) -> "Flow":
         """Start one pass through the block."""
@@ -75,6 +76,11 @@ class Sites:
     def first_patch(self) -> int:
         """Number of tokens before the patches while they are in the block."""
         return self.num_prefix_tokens + self.extra_tokens + self.queries
+
+    def acted_on(self, *token_sites: str) -> bool:
+        """Whether anything changes the tokens at one of some token sites: it acts there, or its branch ends there."""
+        ends = {add for branches in self.branches.values() for _, add in branches}
+        return any(site in self.acting or site in ends for site in token_sites)
 
     def call(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """Call a layer of the block, with what acts on its output."""
