@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -92,7 +93,7 @@ class DetectionHead(DenseHead):
         Raises:
             UnsupportedError: a stage does not have twice the stride of the one before.
         """
-        if any(coarse != 2 * fine for fine, coarse in zip(strides, strides[1:], strict=False)):
+        if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
             raise UnsupportedError(
                 f"{type(self).__name__} reads stages of which each has twice the stride of the one before, not of "
                 f"{', '.join(map(str, strides))} pixels"

@@ -25,9 +25,9 @@ class FasterRCNN(DetectionHead):
 
     loss = objectness and boxes of the proposals + classes and boxes of the regions. Strides are patch / finest times
     1, 2, 4, 8, 16: for patches of 16 pixels and finest = 4 the paper's 4 to 64, as for the four stages of Swin and
-    ConvNeXt, with anchors of 32 to 512 pixels in three shapes. Regions are read from all levels but the last, by their size. Initialisations are torchvision's. For
-    91 outputs, K classes and the background, width = 256 and hidden = 1024 there are 593,935 + 14,362,055 values on
-    the pyramid.
+    ConvNeXt, with anchors of 32 to 512 pixels in three shapes. Regions are read from all levels but the last, by their
+    size. Initialisations are torchvision's. For 91 outputs, K classes and the background, width = 256 and hidden = 1024
+    there are 593,935 + 14,362,055 values on the pyramid.
 
     Ren, He, Girshick, Sun 2015, "Faster R-CNN" (arXiv 1506.01497), with Lin et al. 2016, "Feature Pyramid Networks"
     (arXiv 1612.03144); the pyramid is ViTDet's (arXiv 2203.16527).

@@ -18,8 +18,9 @@ class UPerNet(DenseHead):
     """Four maps at 4, 2, 1 and 1/2 times the patches' resolution, pooled, added from coarse to fine, and fused.
 
     Maps of four stages have their resolutions already, and are only normalised, as in the papers of Swin and ConvNeXt.
-    Of a plain ViT they are made by a neck, that of BEiT and MAE: the first map goes through a transposed convolution (2 x 2, stride 2), batch
-    normalisation, GELU and another one, the second through one, the third stays, the fourth is halved by its maxima.
+    Of a plain ViT they are made by the neck of BEiT and MAE: the first map goes through a transposed convolution
+    (2 x 2, stride 2), batch normalisation, GELU and another one, the second through one, the third stays, the fourth is
+    halved by its maxima.
     Then with C = `width`, each convolution without bias and followed by batch normalisation and ReLU: the fourth map is
     averaged over grids of 1, 2, 3 and 6 cells, 1 x 1 to C each, resized, joined with the map and 3 x 3 to C; the others
     go 1 x 1 to C; from the coarsest on each is resized and added to the next, then 3 x 3; all are resized to the first,
