@@ -184,6 +184,22 @@ def test_upernet_is_that_of_transformers(name):
         assert not torch.allclose(model.coarse_logits(images()), coarse, atol=1e-3)
 
 
+def test_counts_on_swin_b():
+    """That of mmsegmentation's UPerNet without its auxiliary head, with the norms, which are the backbone's there."""
+    widths = [128, 256, 512, 1024]
+
+    def count(head, **more):
+        with torch.device("meta"):
+            return sum(p.numel() for p in head.make(widths, 4, 150, **more).parameters())
+
+    c, total = 512, sum(widths)
+    assert count(vp.UPerNet(width=c)) == 2 * total + c * (total + 12 * 1024 + 99 * c + 24) + 150 * (c + 1)
+    assert count(vp.UPerNet(width=c)) == 2 * total + 33_315_990
+    assert count(vp.LinearSegmentation(layers="quarters")) == 2 * total + total * (150 + 2) + 150
+    fused = 7 * (2 * 9 * 256**2 + 4 * 256) + 4 * (256**2 + 256)  # the coarsest has one residual unit
+    assert count(vp.DPT()) == 9 * 256 * total + fused + 9 * 256**2 + 2 * 256 + 150 * 257
+
+
 @torch.no_grad()
 def test_dpt_is_that_of_transformers():
     from transformers import DPTConfig, Swinv2Config
