@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
@@ -145,6 +147,7 @@ def test_texts_of_a_saved_learner(masked, tmp_path):
 
 
 def task(**options):
+    open_clip.add_model_config(Path(__file__).parents[1] / "clip_configs")
     return OpenVocabularySegmentation(CLASSES, "open_clip/tiny_clip", pretrained=False, **options)
 
 
