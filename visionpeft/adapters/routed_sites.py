@@ -205,20 +205,25 @@ class RoutedHead:
         self.routing = routing
         self.path = path
 
-    def __call__(self, x: torch.Tensor, own: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Map pooled features (batch, width) to logits (batch, classes); `own` is the model's own head."""
+    def __call__(self, x: torch.Tensor | list[torch.Tensor], own: Callable) -> torch.Tensor:
+        """Map pooled features (batch, width) to logits (batch, classes); `own` is the model's own head.
+
+        Maps (batch, ...) go to a head for maps, those of several stages as a list.
+        """
+        several = isinstance(x, list)
+        like = x[0] if several else x
         route = self.routing.current().route
-        route.check(len(x))
+        route.check(len(like))
         results = []
         for group in route.heads(self.path):
-            rows, index = group.rows(x.device)
-            part = taken(x, rows)
+            rows, index = group.rows(like.device)
+            part = _rows_of(x, rows)
             head = group.chains[0][0]
             together = bool(group.together) and head is not None
-            if together and (group.together[0].hooked() or alike_heads(head) is None or traced()):
+            if together and (several or group.together[0].hooked() or alike_heads(head) is None or traced()):
                 for number, name in enumerate(group.names):
-                    own_rows, _ = route.rows((name,), x.device)
-                    results.append((own_rows, in_own_precision(group.chains[number][0], taken(x, own_rows))))
+                    own_rows, _ = route.rows((name,), like.device)
+                    results.append((own_rows, in_own_precision(group.chains[number][0], _rows_of(x, own_rows))))
             elif together:
                 results.append((rows, _heads_on_rows(group, head, index, part)))
             else:
@@ -232,10 +237,14 @@ class RoutedHead:
             )
         if results[0][0] is None:
             return results[0][1]
-        result = x.new_zeros(len(x), *shapes.pop(), dtype=results[0][1].dtype)
+        result = like.new_zeros(len(like), *shapes.pop(), dtype=results[0][1].dtype)
         for rows, part in results:
             result = result.index_copy(0, rows, part)
         return result
+
+
+def _rows_of(x: torch.Tensor | list[torch.Tensor], rows: torch.Tensor | None) -> torch.Tensor | list[torch.Tensor]:
+    return [taken(each, rows) for each in x] if isinstance(x, list) else taken(x, rows)
 
 
 def _heads_on_rows(group: Group, head: nn.Module, index: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

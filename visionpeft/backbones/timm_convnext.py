@@ -81,6 +81,7 @@ def _(model: ConvNeXt) -> Backbone:
         spanning=(model,),
         excluded=("head.fc.",),
         stages=tuple(len(stage.blocks) for stage in model.stages),
+        strides=tuple(info["reduction"] for info in model.feature_info),
     )
     heads = () if isinstance(model.head.fc, nn.Identity) else ("head.fc",)
     return Backbone("timm", architecture(model), model, {"visual": tower}, heads)

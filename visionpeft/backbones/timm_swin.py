@@ -124,6 +124,7 @@ def swin_backbone(model: nn.Module) -> Backbone:
         excluded=("head.fc.",),
         grid_size=None if model.dynamic_img_size else tuple(model.patch_embed.grid_size),
         stages=tuple(len(stage.blocks) for stage in model.layers),
+        strides=tuple(info["reduction"] for info in model.feature_info),
     )
     heads = () if isinstance(model.head.fc, nn.Identity) else ("head.fc",)
     return Backbone("timm", architecture(model), model, {"visual": tower}, heads)

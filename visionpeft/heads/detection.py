@@ -1,8 +1,9 @@
-"""What the heads for object detection have in common: a pyramid of one map, and torchvision's detectors on it."""
+"""What the heads for object detection have in common: a pyramid of maps, and torchvision's detectors on it."""
 
 from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -10,24 +11,29 @@ from timm.layers import LayerNorm2d
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import FeaturePyramidNetwork
 
-from visionpeft.errors import ConfigurationError
-from visionpeft.heads.base import DenseHead, DenseModule, Layers
+from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.heads.base import DenseHead, DenseModule, Layers, stage_norms
 
 LEVELS = 5
+STAGES = {4: 4, 2: 3, 1: 2}  # how many of the last are read, by `finest`
 
 Target = dict[str, torch.Tensor]
 
 
 class DetectionHead(DenseHead):
-    """Base of heads that find objects: frozen dataclasses, given one map of a backbone and no image.
+    """Base of heads that find objects: frozen dataclasses, given maps of a backbone and no image.
 
-    Every such head has the fields below, and what it builds is on a `SimplePyramid` of five levels.
+    Every such head has the fields below, and what it builds is on a pyramid of five levels: on one map of a plain
+    backbone a `SimplePyramid`, on the last stages of a backbone in stages a `StagePyramid`.
 
     Args:
-        layers: see `DenseHead`; one.
+        layers: see `DenseHead`; one, the last block when absent. Of a backbone in stages it has to be absent: the last
+            four stages are read, three with `finest=2` and two with `finest=1`.
         width: channels of the pyramid.
-        finest: places of the finest level in a row of a patch, 4, 2 or 1; each of the other levels has half as many.
+        finest: places of the finest level in a row of a patch, or of a place of the stage before the last, 4, 2 or 1;
+            each of the other levels has half as many.
         score_threshold: detections of a lower score are left out.
         nms_threshold: of two detections of a class whose boxes have a larger IoU, the one of the lower score goes.
         detections: how many are kept of an image, at most.
@@ -35,7 +41,8 @@ class DetectionHead(DenseHead):
 
     number_of_maps = 1
     masks = False  # whether each object's mask is found as well
-    layers: Layers
+    convolved = False  # whether levels coarser than the last stage are convolutions of it, and not its places
+    layers: Layers | None
     width: int
     finest: int
     score_threshold: float
@@ -54,19 +61,58 @@ class DetectionHead(DenseHead):
             if not 0 <= getattr(self, field) <= 1:
                 raise ConfigurationError(f"{name}: {field} must be from 0 to 1, not {getattr(self, field)}")
 
+    def blocks(self, depth: int, called: str = "blocks") -> tuple[int, ...]:
+        """As `DenseHead.blocks`."""
+        return super().blocks(depth, called) if self.layers is not None else (depth - 1,)
+
+    def stages(self, number: int) -> tuple[int, ...]:
+        """Numbers of the stages that are read, of a backbone in so many.
+
+        Raises:
+            ConfigurationError: it has fewer stages, or `layers` says something else.
+        """
+        name, read = type(self).__name__, STAGES[self.finest]
+        if self.layers is not None:
+            raise ConfigurationError(
+                f"{name} reads the last stages of a backbone in stages, four, three or two by its field finest; leave "
+                "layers out"
+            )
+        if read > number:
+            raise ConfigurationError(
+                f"{name} reads {read} stages with finest={self.finest}, of a backbone that has {number}"
+            )
+        return tuple(range(number - read, number))
+
     def build(self, channels: int, maps: int, num_classes: int, patch: int) -> "DetectionModule":
         """The head for a map of so many channels with a place for `patch` x `patch` pixels, newly initialised."""
-        detector = self.detector(SimplePyramid(channels, self.width, self.finest), num_classes, patch)
+        return self._module(SimplePyramid(channels, self.width, self.finest), num_classes, patch)
+
+    def build_on_stages(self, channels: Sequence[int], num_classes: int, strides: Sequence[int]) -> "DetectionModule":
+        """The head for maps of stages with these channels and pixels from place to place, newly initialised.
+
+        Raises:
+            UnsupportedError: a stage does not have twice the stride of the one before.
+        """
+        if any(coarse != 2 * fine for fine, coarse in pairwise(strides)):
+            raise UnsupportedError(
+                f"{type(self).__name__} reads stages of which each has twice the stride of the one before, not of "
+                f"{', '.join(map(str, strides))} pixels"
+            )
+        pyramid = StagePyramid(channels, self.width, self.finest, self.convolved)
+        return self._module(pyramid, num_classes, strides[-2])
+
+    def _module(self, pyramid: "SimplePyramid | StagePyramid", num_classes: int, patch: int) -> "DetectionModule":
+        detector = self.detector(pyramid, num_classes, patch)
         detector.transform = _AsGiven()
         return DetectionModule(detector)
 
     @abstractmethod
-    def detector(self, pyramid: "SimplePyramid", num_classes: int, patch: int) -> nn.Module:
-        """A detector of torchvision's on the pyramid of patches of so many pixels."""
+    def detector(self, pyramid: "SimplePyramid | StagePyramid", num_classes: int, patch: int) -> nn.Module:
+        """A detector of torchvision's on the pyramid of patches, or of places, of so many pixels."""
 
 
 class DetectionModule(DenseModule):
-    """A built head: a map (batch, 1, channels, rows, columns) -> losses, or what is found in each image.
+    """A built head: a map (batch, 1, channels, rows, columns), or maps of stages -> losses, or what is found.
 
     Args:
         detector: torchvision's, whose first label is its `first_label`, 0 if it has none.
@@ -77,12 +123,12 @@ class DetectionModule(DenseModule):
         self.detector = detector
 
     def forward(
-        self, maps: torch.Tensor, size: Sequence[int], targets: list[Target] | None = None
+        self, maps: torch.Tensor | list[torch.Tensor], size: Sequence[int], targets: list[Target] | None = None
     ) -> dict[str, torch.Tensor] | list[Target]:
         """Losses by name where there are targets, else detections; both do not depend on the mode of the module.
 
         Args:
-            maps: (batch, 1, channels, rows, columns).
+            maps: (batch, 1, channels, rows, columns), or of each stage (batch, channels, rows, columns).
             size: height and width of the images in pixels, of which the map may show more than there is.
             targets: of each image "boxes" float (n, 4) as x0, y0, x1, y1 in pixels and "labels" int64 (n,), for masks
                 "masks" uint8 (n, height, width) as well.
@@ -96,7 +142,7 @@ class DetectionModule(DenseModule):
             targets = [target | {"labels": target["labels"] + first} for target in targets]
         # torchvision's modules take their mode for what is asked of them
         self.detector.train(targets is not None)
-        found = self.detector(_Maps(maps[:, 0], size), targets)
+        found = self.detector(_Maps(maps if isinstance(maps, list) else maps[:, 0], size), targets)
         if targets is not None:
             return found
         return [image | {"labels": image["labels"] - first} for image in found]
@@ -156,6 +202,53 @@ class SimplePyramid(nn.Module):
         return [patch / scale for scale in self.scales]
 
 
+class StagePyramid(nn.Module):
+    """Five maps of the last stages of a backbone: a feature pyramid network.
+
+    Each map goes through a layer normalisation over its channels, which is new, and conv 1 x 1 to w = `width`; from the
+    coarsest on each is doubled by repeating places and added to the next, then conv 3 x 3 w -> w, as torchvision has
+    it. Coarser levels are every second place of the one before, as where regions are proposed, or 3 x 3 convolutions of
+    stride 2 of it, with a ReLU before all but the first, as in FCOS. W ~ U(-a, a) with a^2 = 3 / inputs, b = 0. With S
+    the sum of the channels of n maps there are 2 S + w S + n (9 w^2 + 2 w) values, and 9 w^2 + w for each convolution.
+
+    Lin et al. 2016, "Feature Pyramid Networks" (arXiv 1612.03144); the norms are those of the code that Swin and
+    ConvNeXt are published with for detection.
+
+    Args:
+        channels: of each map, the finest first.
+        width: w.
+        finest: places of the finest level in a row of a place of the last map but one: 4, 2 or 1.
+        convolved: whether coarser levels are convolutions.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int, finest: int, convolved: bool):
+        super().__init__()
+        self.out_channels = width  # which torchvision asks for
+        self.scales = [finest / 2**level for level in range(LEVELS)]  # places in a row for one of the last map but one
+        self.norms = stage_norms(channels)
+        self.pyramid = FeaturePyramidNetwork(list(channels), width)
+        more = LEVELS - len(channels)
+        self.coarser = nn.ModuleList(
+            nn.Conv2d(width, width, 3, stride=2, padding=1) if convolved else nn.MaxPool2d(1, 2) for _ in range(more)
+        )
+        for layer in self.coarser if convolved else ():
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+        self.convolved = convolved
+
+    def forward(self, maps: list[torch.Tensor]) -> "OrderedDict[str, torch.Tensor]":
+        """Maps (batch, channels, rows, columns) -> five (batch, width, ...), the finest first, named "0" to "4"."""
+        normed = [norm(each) for norm, each in zip(self.norms, maps, strict=True)]
+        levels = list(self.pyramid(OrderedDict((str(number), each) for number, each in enumerate(normed))).values())
+        for number, coarser in enumerate(self.coarser):
+            levels.append(coarser(F.relu(levels[-1]) if self.convolved and number else levels[-1]))
+        return OrderedDict((str(number), level) for number, level in enumerate(levels))
+
+    def strides(self, patch: int) -> list[float]:
+        """Pixels from one place of each level to the next, where they are `patch` in the last map but one."""
+        return [patch / scale for scale in self.scales]
+
+
 class ExactAnchors(AnchorGenerator):
     """torchvision's anchors, `strides` pixels apart, which it would round down: 3 for 3.5 where patches have 14 pixels.
 
@@ -182,8 +275,8 @@ class ExactAnchors(AnchorGenerator):
 class _Maps(list):
     """Maps in the place of the images that torchvision's detectors take, and the size of those."""
 
-    def __init__(self, maps: torch.Tensor, size: Sequence[int]):
-        super().__init__(maps)
+    def __init__(self, maps: torch.Tensor | list[torch.Tensor], size: Sequence[int]):
+        super().__init__(maps[0] if isinstance(maps, list) else maps)  # one for each image, whose shape is asked for
         self.maps, self.size = maps, tuple(size)
 
 

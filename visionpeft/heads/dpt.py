@@ -1,5 +1,6 @@
 """The head of DPT, without the class token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,11 @@ class DPT(DenseHead):
     classes. The readout of the class token is left out ("ignore" there), as heads are given patches alone.
     Initialisations are PyTorch's.
 
-    Ranftl et al. 2021, "Vision Transformers for Dense Prediction" (arXiv 2103.13413).
+    Maps of four stages have their resolutions already: they go through the convolutions 3 x 3 to C at once, without a
+    norm, as transformers' DPT takes those of SwinV2.
+
+    Ranftl et al. 2021, "Vision Transformers for Dense Prediction" (arXiv 2103.13413); on backbones in stages, recalled
+    and not read, Birkl et al. 2023, "MiDaS v3.1" (arXiv 2307.14460).
 
     Args:
         layers: see `DenseHead`; four.
@@ -45,20 +50,35 @@ class DPT(DenseHead):
 
     def build(self, channels: int, maps: int, num_classes: int) -> DenseModule:
         """The head for four maps of so many channels, newly initialised."""
-        return _DPT(channels, num_classes, self.width, self.dropout)
-
-
-class _DPT(DenseModule):
-    def __init__(self, channels: int, num_classes: int, width: int, dropout: float):
-        super().__init__()
-        widths = [3 * width * share // 8 for share in SHARES]
-        self.project = nn.ModuleList(nn.Conv2d(channels, each, 1) for each in widths)
-        self.resample = nn.ModuleList([
+        widths = [3 * self.width * share // 8 for share in SHARES]
+        project = [nn.Conv2d(channels, each, 1) for each in widths]
+        resample = [
             nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
             nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2),
             nn.Identity(),
             nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1),
-        ])  # fmt: skip
+        ]
+        return _DPT(widths, num_classes, self.width, self.dropout, project, resample)
+
+    def build_on_stages(self, channels: Sequence[int], num_classes: int) -> DenseModule:
+        """The head for maps of four stages with these channels, newly initialised."""
+        as_they_are = [nn.Identity() for _ in channels]
+        return _DPT(channels, num_classes, self.width, self.dropout, as_they_are, as_they_are)
+
+
+class _DPT(DenseModule):
+    def __init__(
+        self,
+        widths: Sequence[int],
+        num_classes: int,
+        width: int,
+        dropout: float,
+        project: Sequence[nn.Module],
+        resample: Sequence[nn.Module],
+    ):
+        super().__init__()
+        self.project = nn.ModuleList(project)
+        self.resample = nn.ModuleList(resample)
         self.level = nn.ModuleList(nn.Conv2d(each, width, 3, padding=1, bias=False) for each in widths)
         self.fusion = nn.ModuleList(_Fusion(width, level=index < 3) for index in range(4))
         self.before = nn.Sequential(
@@ -66,8 +86,9 @@ class _DPT(DenseModule):
         )
         self.classify = nn.Conv2d(width, num_classes, 1)
 
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        steps = zip(self.project, self.resample, self.level, maps.unbind(1), strict=True)
+    def forward(self, maps: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        maps = maps.unbind(1) if isinstance(maps, torch.Tensor) else maps
+        steps = zip(self.project, self.resample, self.level, maps, strict=True)
         levels = [level(resample(project(x))) for project, resample, level, x in steps]
         sizes = [tuple(2 * side for side in levels[0].shape[-2:]), *(tuple(x.shape[-2:]) for x in levels[:3])]
         path = None

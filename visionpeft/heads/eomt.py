@@ -1,5 +1,6 @@
 """The encoder-only mask transformer: queries that go through the backbone's own last blocks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,17 @@ class EoMT(DenseHead):
     def build(self, channels: int, maps: int, num_classes: int) -> DenseModule:
         """The head for maps of so many channels, newly initialised."""
         return _EoMT(channels, num_classes, self)
+
+    def build_on_stages(self, channels: Sequence[int], num_classes: int) -> DenseModule:
+        """Refuse: their blocks see windows of a map, or take no tokens.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "the queries of EoMT go through blocks in which all tokens see each other, which a backbone in stages does "
+            "not have; use UPerNet, DPT or LinearSegmentation there"
+        )
 
 
 class _EoMT(MaskModule):

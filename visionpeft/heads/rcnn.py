@@ -1,4 +1,4 @@
-"""Faster R-CNN and Mask R-CNN on a simple feature pyramid."""
+"""Faster R-CNN and Mask R-CNN on a simple feature pyramid, or on that of a backbone in stages."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torchvision.ops.poolers import initLevelMapper
 
 from visionpeft.errors import ConfigurationError
 from visionpeft.heads.base import Layers
-from visionpeft.heads.detection import LEVELS, DetectionHead, ExactAnchors, SimplePyramid
+from visionpeft.heads.detection import LEVELS, DetectionHead, ExactAnchors, SimplePyramid, StagePyramid
 
 ANCHOR = 8  # strides long
 RATIOS = (0.5, 1.0, 2.0)
@@ -24,10 +24,10 @@ class FasterRCNN(DetectionHead):
     """Regions are proposed on five levels, then classified and corrected one by one: torchvision's Faster R-CNN.
 
     loss = objectness and boxes of the proposals + classes and boxes of the regions. Strides are patch / finest times
-    1, 2, 4, 8, 16: for patches of 16 pixels and finest = 4 the paper's 4 to 64, with anchors of 32 to 512 pixels in
-    three shapes. Regions are read from all levels but the last, by their size. Initialisations are torchvision's. For
-    91 outputs, K classes and the background, width = 256 and hidden = 1024 there are 593,935 + 14,362,055 values on
-    the pyramid.
+    1, 2, 4, 8, 16: for patches of 16 pixels and finest = 4 the paper's 4 to 64, as for the four stages of Swin and
+    ConvNeXt, with anchors of 32 to 512 pixels in three shapes. Regions are read from all levels but the last, by their
+    size. Initialisations are torchvision's. For 91 outputs, K classes and the background, width = 256 and hidden = 1024
+    there are 593,935 + 14,362,055 values on the pyramid.
 
     Ren, He, Girshick, Sun 2015, "Faster R-CNN" (arXiv 1506.01497), with Lin et al. 2016, "Feature Pyramid Networks"
     (arXiv 1612.03144); the pyramid is ViTDet's (arXiv 2203.16527).
@@ -35,14 +35,14 @@ class FasterRCNN(DetectionHead):
     Args:
         layers: see `DetectionHead`, as the other fields.
         width: of the pyramid.
-        finest: places of the finest level in a row of a patch.
+        finest: places of the finest level in a row of a patch; see `DetectionHead`.
         hidden: width of the two layers that see a region.
         score_threshold: of detections.
         nms_threshold: IoU.
         detections: of an image.
     """
 
-    layers: Layers = 1
+    layers: Layers | None = None
     width: int = 256
     finest: int = 4
     hidden: int = 1024
@@ -55,7 +55,7 @@ class FasterRCNN(DetectionHead):
         if self.hidden < 1:
             raise ConfigurationError(f"{type(self).__name__}: hidden must be at least 1, not {self.hidden}")
 
-    def detector(self, pyramid: SimplePyramid, num_classes: int, patch: int) -> nn.Module:
+    def detector(self, pyramid: SimplePyramid | StagePyramid, num_classes: int, patch: int) -> nn.Module:
         """torchvision's detector on the pyramid, whose label 0 is the background."""
         strides = pyramid.strides(patch)
         made = self._kind()(
@@ -75,7 +75,7 @@ class FasterRCNN(DetectionHead):
     def _kind(self) -> type[nn.Module]:
         return detection.FasterRCNN
 
-    def _of_masks(self, pyramid: SimplePyramid, num_classes: int, patch: int) -> dict:
+    def _of_masks(self, pyramid: SimplePyramid | StagePyramid, num_classes: int, patch: int) -> dict:
         return {}
 
 
@@ -91,7 +91,7 @@ class MaskRCNN(FasterRCNN):
     Args:
         layers: as in `FasterRCNN`, as the other fields.
         width: of the pyramid.
-        finest: places of the finest level in a row of a patch.
+        finest: places of the finest level in a row of a patch; see `DetectionHead`.
         hidden: width of the two layers that see a region.
         mask_width: channels of the head of masks.
         score_threshold: of detections.
@@ -110,7 +110,7 @@ class MaskRCNN(FasterRCNN):
     def _kind(self) -> type[nn.Module]:
         return detection.MaskRCNN
 
-    def _of_masks(self, pyramid: SimplePyramid, num_classes: int, patch: int) -> dict:
+    def _of_masks(self, pyramid: SimplePyramid | StagePyramid, num_classes: int, patch: int) -> dict:
         return {
             "mask_roi_pool": _regions(pyramid, patch, MASK_PLACES),
             "mask_head": MaskRCNNHeads(self.width, (self.mask_width,) * 4, 1),
@@ -118,7 +118,7 @@ class MaskRCNN(FasterRCNN):
         }
 
 
-def _regions(pyramid: SimplePyramid, patch: int, places: int) -> MultiScaleRoIAlign:
+def _regions(pyramid: SimplePyramid | StagePyramid, patch: int, places: int) -> MultiScaleRoIAlign:
     """The levels but the last, of which a region of 14 patches in a row is read from that of the patches.
 
     torchvision would round the scales to powers of two, and keep those of the first image it sees.

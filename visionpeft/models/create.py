@@ -10,9 +10,13 @@ from visionpeft.models.checkpoints import load_timm_checkpoint
 from visionpeft.models.network import fetched
 from visionpeft.models.prepared import PREPARED, prepared_weights
 
-# timm's files whose models interpolate their position embeddings when they are made with dynamic_img_size=True
+# timm's files whose models take images of any size when they are made with dynamic_img_size=True
 VIT = "timm.models.vision_transformer"
-ANY_SIZE = ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")
+SWIN = "timm.models.swin_transformer"
+ANY_SIZE = (
+    *("vision_transformer", "vision_transformer_hybrid", "deit", "eva"),
+    *("swin_transformer", "swin_transformer_v2"),
+)
 NANO_VIT = Path(__file__).parent.parent / "weights" / "nano_vit"
 
 
@@ -66,9 +70,12 @@ def create_backbone(
 def create_dense_backbone(name: str, **kwargs) -> nn.Module:
     """As `create_backbone`, without a classifier; a timm model is made so that it takes images of any size if it can.
 
+    Swin keeps its windows and their shift in maps of every size (`always_partition=True`), as where it was published
+    for segmentation and detection; timm would leave out the shift where a map of its own size fits into one window.
+
     Args:
         name: as for `create_backbone`.
-        **kwargs: the same; `dynamic_img_size` as given.
+        **kwargs: the same; `dynamic_img_size` and `always_partition` as given.
     """
     if not name.startswith("open_clip/") and "dynamic_img_size" not in kwargs:
         _check_timm_name(name)
@@ -77,6 +84,8 @@ def create_dense_backbone(name: str, **kwargs) -> nn.Module:
         home = timm.model_entrypoint(architecture).__module__ if known else VIT
         if home.rpartition(".")[2] in ANY_SIZE:
             kwargs["dynamic_img_size"] = True
+        if home == SWIN:
+            kwargs = {"always_partition": True} | kwargs
     return create_backbone(name, num_classes=0, **kwargs)
 
 

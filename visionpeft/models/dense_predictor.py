@@ -18,7 +18,7 @@ from visionpeft.heads.mask_classification import MaskModule, MaskPredictions
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
-from visionpeft.models.image_tower import describe_around, filled_up, image_tower
+from visionpeft.models.image_tower import describe_around, filled_up, image_tower, what_is_read
 from visionpeft.models.queries import check_queried, through_last_blocks
 from visionpeft.models.strips import largest, resized
 from visionpeft.sites.stand_ins import acting_head
@@ -32,8 +32,8 @@ class DensePredictor(nn.Module):
 
     Backbone, head and method do not know each other: any head reads any backbone by `feature_maps`, with any method
     attached. `attach`, `save`, `load` and everything else take this model, not the backbone in it; the head belongs to
-    the adapter and is saved with it. Images whose sides are no multiples of the patch's are filled with zeros on the
-    right and at the bottom, and what is predicted there is cut away.
+    the adapter and is saved with it. Images whose sides are no multiples of the patch's, or of the stride of a
+    backbone's last stage, are filled with zeros on the right and at the bottom; what is predicted there is cut away.
 
     Shapes: images (batch, 3, height, width) -> logits (batch, classes, height, width).
 
@@ -68,10 +68,10 @@ class DensePredictor(nn.Module):
         backbone = create_dense_backbone(backbone) if isinstance(backbone, str) else backbone
         tower = image_tower(backbone, READER)
         self.backbone = backbone
-        self.blocks = head.blocks(tower.depth)
-        self.patch_size = tuple(tower.patch_size)
+        self.blocks, channels, _ = what_is_read(head, tower, READER)
+        self.patch_size = (tower.strides[-1],) * 2 if tower.stages else tuple(tower.patch_size)
         like = next(backbone.parameters())
-        self.head = head.make(tower.width, len(self.blocks), number).to(like.device, like.dtype)
+        self.head = head.make(channels, len(self.blocks), number).to(like.device, like.dtype)
         if (queried := self.head.queried_blocks) > tower.depth:
             raise ConfigurationError(f"queries cannot go through {queried} blocks of a backbone that has {tower.depth}")
         self.queries_need_sites = any(block.knows_positions for block in tower.blocks[tower.depth - queried :])

@@ -10,26 +10,31 @@ from visionpeft.errors import ConfigurationError, UnsupportedError, one_line
 from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native
 
 
-def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
+def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor | list[torch.Tensor]:
     """Tokens of the patches after some blocks, each after the backbone's final norm if it has one, in a grid.
 
     By the library's own `forward_intermediates`, with the adapters acting. Prompts that travel through the blocks are
     left out, like class and register tokens. Images of another size than the backbone's are taken by timm models
-    made with `dynamic_img_size=True`, which interpolate their position embeddings, and by those with rotary ones.
+    made with `dynamic_img_size=True`, which interpolate their position embeddings, by those with rotary ones, and by
+    ConvNeXt. A backbone in stages (Swin, ConvNeXt) gives the map of each stage as the stage leaves it: its final norm
+    is made for the last one alone, and what reads several maps has a norm for each.
 
     Args:
         backbone: a timm model, an `ImageClassifier` or an OpenCLIP image tower, with adapters or without.
-        images: (batch, 3, height, width), whose sides are multiples of the patch's.
-        blocks: numbers of the blocks, from 0, ascending.
+        images: (batch, 3, height, width), whose sides are multiples of the patch's, or of the last stage's stride.
+        blocks: numbers of the blocks, from 0, ascending; of a backbone in stages, of the stages.
 
     Returns:
-        (batch, len(blocks), width, height / patch, width / patch).
+        (batch, len(blocks), width, height / patch, width / patch); of a backbone in stages a list of their maps (batch,
+        width, height / stride, width / stride), each of its own width and stride.
 
     Raises:
         UnsupportedError: the model cannot give the tokens of its patches, or an economy has left them out.
         ConfigurationError: images of a size that the backbone does not take.
     """
     tower = tower_of(backbone)
+    if not (is_native(tower) or hasattr(tower, "blocks")):  # timm's models in stages have `layers` or `stages`
+        return list(_read(tower, images, blocks, output_fmt="NCHW"))
     patch = tower.conv1.kernel_size if is_native(tower) else tower.patch_embed.patch_size
     grid = [side // size for side, size in zip(images.shape[-2:], patch, strict=True)]
     # prompts come after class and register tokens and before the patches
@@ -52,7 +57,6 @@ def normalised_tokens(backbone: nn.Module, images: torch.Tensor, blocks: Sequenc
     """
     tower = tower_of(backbone)
     native = is_native(tower)
-    read = _intermediates(tower)
     height, width = images.shape[-2:]
     if native and (height, width) != tuple(tower.image_size):
         sizes = " x ".join(map(str, tower.image_size))
@@ -61,15 +65,22 @@ def normalised_tokens(backbone: nn.Module, images: torch.Tensor, blocks: Sequenc
             "or make it with force_image_size"
         )
     options = {"normalize_intermediates": True} if native else {"norm": True}
+    # NLC, because what is left out here has to be left out before tokens can be put into rows and columns
+    maps = _read(tower, images, blocks, output_fmt="NLC", **options)
+    return maps["image_intermediates"] if native else maps
+
+
+def _read(tower: nn.Module, images: torch.Tensor, blocks: Sequence[int], **options) -> Sequence | dict:
+    """What the library's `forward_intermediates` gives with these options."""
+    read = _intermediates(tower)
+    height, width = images.shape[-2:]
     try:
-        # NLC, because what is left out here has to be left out before tokens can be put into rows and columns
-        maps = read(images, indices=list(blocks), intermediates_only=True, output_fmt="NLC", **options)
+        return read(images, indices=list(blocks), intermediates_only=True, **options)
     except AssertionError as error:  # how timm refuses a size
         raise ConfigurationError(
             f"{type(tower).__name__} does not take images of {height} x {width} pixels ({one_line(error)}); a timm "
             "backbone made with dynamic_img_size=True takes images of any size"
         ) from error
-    return maps["image_intermediates"] if native else maps
 
 
 def _intermediates(tower: nn.Module):

@@ -9,6 +9,7 @@ from torch import nn
 from visionpeft.backbones.dispatch import describe, describe_model
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.heads import DenseHead
 
 
 def image_tower(backbone: nn.Module, reader: str) -> Tower:
@@ -32,6 +33,29 @@ def image_tower(backbone: nn.Module, reader: str) -> Tower:
     return towers["visual"]
 
 
+def what_is_read(head: DenseHead, tower: Tower, reader: str) -> tuple[tuple[int, ...], int | list[int], list[int]]:
+    """Numbers of the blocks or stages that a head reads of a tower, their channels, and the strides of such stages.
+
+    Args:
+        head: the head.
+        tower: as `image_tower` gives it.
+        reader: what is to read it, with its article, for errors.
+
+    Returns:
+        Of a tower whose blocks are alike one number of channels and no strides.
+
+    Raises:
+        ConfigurationError: the tower does not have them.
+        UnsupportedError: patches of a tower in stages that are no squares.
+    """
+    if not tower.stages:
+        return head.blocks(tower.depth), tower.width, []
+    if len(set(tower.patch_size)) > 1:
+        raise UnsupportedError(f"{reader} reads stages of square patches, not of {tower.patch_size} pixels")
+    chosen = head.stages(len(tower.stages))
+    return chosen, [tower.stage_widths[stage] for stage in chosen], [tower.strides[stage] for stage in chosen]
+
+
 def filled_up(images: torch.Tensor, patch: Sequence[int], reader: str) -> torch.Tensor:
     """Images (batch, channels, height, width) with zeros on the right and at the bottom, up to whole patches.
 
@@ -52,5 +76,15 @@ def describe_around(model: nn.Module) -> Backbone:
     tower = inside.towers["visual"]
     tower.path = f"backbone.{tower.path}".rstrip(".")
     tower.pools_class_token = False
+    if tower.stages:
+        _leave_out_final_norms(tower)
     unused = tuple(f"backbone.{path}" for path in inside.heads)
     return Backbone(inside.library, inside.name, model, {"visual": tower}, ("head",), unused_heads=unused)
+
+
+def _leave_out_final_norms(tower: Tower) -> None:
+    """Describe a tower without the norms after its last stage, which nothing computes where its maps are read."""
+    norms = [tower.layers.pop(site).owner for site in tower.final_norms if site in tower.layers]
+    unread = {id(parameter) for norm in norms for parameter in norm.parameters()}
+    names = {name for name, parameter in tower.module.named_parameters() if id(parameter) in unread}
+    tower.unreached = tower.unreached | names

@@ -15,7 +15,7 @@ from visionpeft.heads.detection import Target
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
-from visionpeft.models.image_tower import describe_around, filled_up, image_tower
+from visionpeft.models.image_tower import describe_around, filled_up, image_tower, what_is_read
 
 DEFAULT = FCOS()
 READER = "an ObjectDetector"
@@ -24,10 +24,11 @@ READER = "an ObjectDetector"
 class ObjectDetector(nn.Module):
     """Boxes of the objects in an image, with class and score, and masks where the head has them.
 
-    Backbone, head and method do not know each other, as in a `DensePredictor`: the head reads one map of the backbone
-    by `feature_maps`, and belongs to the adapter, with which it is saved. Images come normalised as the backbone wants
-    them, and are neither resized nor normalised again. Those whose sides are no multiples of the patch's are filled
-    with zeros on the right and at the bottom; no box reaches there.
+    Backbone, head and method do not know each other, as in a `DensePredictor`: the head reads one map of the backbone,
+    or those of its last stages, by `feature_maps`, and belongs to the adapter, with which it is saved. Images come
+    normalised as the backbone wants them, and are neither resized nor normalised again. Those whose sides are no
+    multiples of the patch's, or of the stride of the last stage, are filled with zeros on the right and at the bottom;
+    no box reaches there.
 
     Args:
         backbone: as for `DensePredictor`.
@@ -58,10 +59,11 @@ class ObjectDetector(nn.Module):
         if len(set(tower.patch_size)) > 1:
             raise UnsupportedError(f"patches of {tower.patch_size} pixels are no squares, which heads take them for")
         self.backbone = backbone
-        self.blocks = head.blocks(tower.depth)
-        self.patch = tower.patch_size[0]
+        self.blocks, channels, strides = what_is_read(head, tower, READER)
+        self.patch = tower.strides[-1] if tower.stages else tower.patch_size[0]
         like = next(backbone.parameters())
-        made = head.make(tower.width, len(self.blocks), number, patch=self.patch)
+        geometry = {"strides": strides} if tower.stages else {"patch": self.patch}
+        made = head.make(channels, len(self.blocks), number, **geometry)
         self.head = made.to(like.device, like.dtype)
         self.num_classes = number
         if hasattr(backbone, "backbone_source"):
@@ -70,8 +72,8 @@ class ObjectDetector(nn.Module):
         if method is not None:
             attach(self, method)
 
-    def maps(self, images: torch.Tensor) -> torch.Tensor:
-        """What the head reads of images (batch, 3, height, width): (batch, 1, channels, rows, columns)."""
+    def maps(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """What the head reads of images (batch, 3, height, width): see `DetectionModule`."""
         return feature_maps(self.backbone, filled_up(images, (self.patch, self.patch), READER), self.blocks)
 
     def losses(self, images: torch.Tensor, targets: list[Target]) -> dict[str, torch.Tensor]:

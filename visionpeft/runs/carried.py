@@ -1,4 +1,4 @@
-"""Saved adapters that a configuration names, copied into the run, so that it can be resumed and tested without them."""
+"""Saved adapters and learners that a configuration names, copied into the run, which then does without them."""
 
 import copy
 import json
@@ -9,11 +9,11 @@ from pathlib import Path
 from visionpeft.errors import StorageError
 from visionpeft.files import write_json
 
-FILES = ("adapter.json", "adapter.safetensors")
+STEMS = ("learner", "adapter")
 
 
 def carry(content: dict, folder: Path) -> None:
-    """Copy the adapters that a configuration names into a folder, and note which is which.
+    """Copy the adapters and learners that a configuration names into a folder, and note which is which.
 
     Args:
         content: the configuration, as plain values.
@@ -27,7 +27,8 @@ def carry(content: dict, folder: Path) -> None:
     try:
         for source, name in named.items():
             (folder / name).mkdir(parents=True)
-            for file in FILES:
+            stem = next((stem for stem in STEMS if (Path(source) / f"{stem}.json").is_file()), "adapter")
+            for file in (f"{stem}.json", f"{stem}.safetensors"):
                 shutil.copyfile(Path(source) / file, folder / name / file)
     except OSError as error:
         raise StorageError(f"the adapters that this run begins with could not be copied into it: {error}") from None

@@ -30,6 +30,7 @@ from visionpeft.tasks import (
     ImageClassification,
     ImageTask,
     ObjectDetection,
+    OpenVocabularySegmentation,
     PromptLearning,
     SemanticSegmentation,
     VideoClassification,
@@ -38,6 +39,7 @@ from visionpeft.tasks import (
 CLASSES = [
     ImageClassification,
     ObjectDetection,
+    OpenVocabularySegmentation,
     PromptLearning,
     SemanticSegmentation,
     VideoClassification,

@@ -58,8 +58,8 @@ PROGRAM = "python -m visionpeft.fit"
 WHOLE_PAGE = ["--help", "all"]
 SECTIONS = ("model", "data", "trainer")
 TASKS = (
-    *("ImageClassification", "ObjectDetection", "PromptLearning", "SemanticSegmentation"),
-    "VideoClassification",
+    *("ImageClassification", "ObjectDetection", "OpenVocabularySegmentation", "PromptLearning"),
+    *("SemanticSegmentation", "VideoClassification"),
 )
 
 

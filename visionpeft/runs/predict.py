@@ -132,7 +132,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--class-names",
         help="classes to tell apart in place of the trained ones, separated by commas, or a text file with one a line; "
-        "for runs of a learner on a CLIP",
+        "for runs of a learner on a CLIP, of whole images or of pixels",
     )
     parser.add_argument("--task", help="for runs of several tasks: that of the images")
     parser.add_argument("--output", type=Path, help="a .csv or .json file to write; of masks and objects, a folder")

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from visionpeft.data.segmentation.masks import palette_image
+from visionpeft.data.segmentation.masks import palette_image, palette_of
 from visionpeft.data.segmentation.overlays import overlay
 from visionpeft.data.segmentation.transforms import MaskedTransform
 from visionpeft.errors import DataError
@@ -25,14 +25,15 @@ def write_masks(trained: TrainedModel, files: list[Path], folder: Path | None, s
 
     In the palette PNG the index of a pixel is its class; of more than 256 classes it is a 16-bit gray level.
     """
+    palette = trained.palette or palette_of(len(trained.class_names))
     names = None if folder is None else named_after(files, folder, (".png", "_overlay.png"), "masks")
     table, count = Table("image", "classes by their share of pixels"), 0
     for number, image, classes in _predicted(trained, files, skip_corrupt):
         if names is not None:
             folder.mkdir(parents=True, exist_ok=True)
             mask, shown = names[number]
-            save_png(palette_image(classes, trained.palette), mask)
-            save_png(overlay(image, classes, trained.palette), shown)
+            save_png(palette_image(classes, palette), mask)
+            save_png(overlay(image, classes, palette), shown)
         if count < SHOWN:
             table.add_row(str(files[number]), _shares(classes, trained.class_names))
         count += 1

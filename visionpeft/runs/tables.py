@@ -126,7 +126,11 @@ def _parts(setting: dict) -> list[dict]:
     if "method" in setting:
         return setting["method"]
     learner = setting["learner"]
-    return [{"class": learner["class"], "fields": learner["options"]}]
+    parts = [{"class": learner["class"], "fields": learner["options"]}]
+    if of_pixels := setting.get("open_vocabulary"):
+        fields = {name: value for name, value in of_pixels.items() if name != "classes"}
+        parts.append({"class": "OpenVocabulary", "fields": fields})
+    return parts
 
 
 def _in_code(part: dict) -> str:

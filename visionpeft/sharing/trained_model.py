@@ -80,7 +80,7 @@ class TrainedModel:
             answer already.
         """
         if self.labels == "masks":
-            return logits.argmax(1)
+            return self.model.decide(logits)
         if self.labels == "objects":
             return logits
         logits = logits.float()
@@ -146,6 +146,8 @@ def open_saved(
         elif tokenizer is None:
             raise ConfigurationError(f"{folder} holds a learner; give the tokenizer of its CLIP, too")
         model = load_learner(folder, model, tokenizer, class_names)
+        if (dense := description["metadata"].get("open_vocabulary")) is not None:
+            model = _for_pixels(model, dense, folder, renamed=class_names is not None)
         names = model.class_names
     else:
         names = description["class_names"]
@@ -157,7 +159,25 @@ def open_saved(
         if model is None:
             model = described_classifier(description, folder, own, checkpoint)
         load(model, folder)
-    return as_described(model, names, description, folder, task)
+    trained = as_described(model, names, description, folder, task)
+    if class_names is not None:
+        trained.palette = None  # that of the other classes
+    return trained
+
+
+def _for_pixels(learner: nn.Module, dense: Mapping, folder: Path, renamed: bool) -> nn.Module:
+    """A learner as it classifies pixels; classes that were renamed are found by these names, without a background.
+
+    Raises:
+        StorageError: the description is not that of an `OpenVocabulary`.
+    """
+    from visionpeft.models.open_vocabulary import OpenVocabulary  # with OpenCLIP, which is there with a learner
+
+    try:
+        options = {**dense, "classes": None, "threshold": 0.0} if renamed else dense
+        return OpenVocabulary(learner, **options)
+    except (TypeError, AttributeError):
+        raise StorageError(f"{folder} says it classifies pixels, but not in a way that this version knows") from None
 
 
 def as_described(

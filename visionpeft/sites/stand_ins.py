@@ -54,7 +54,7 @@ class UsesHead(StandIn):
 
     acting: tuple[nn.Module]  # in a tuple, so that it is not registered here as well
 
-    def forward(self, x: torch.Tensor, *more):
+    def forward(self, x: torch.Tensor | list[torch.Tensor], *more):
         """Map pooled features (batch, width), or maps and what else the other head takes, to what that gives."""
         # Trained, a linear layer keeps its input, which must not keep the tokens it was taken from.
         return in_own_precision(self.acting[0], own(x) if isinstance(self.acting[0], nn.Linear) else x, *more)
@@ -65,13 +65,14 @@ def acting_head(head: nn.Module) -> nn.Module:
     return head.acting[0] if isinstance(head, UsesHead) else head
 
 
-def in_own_precision(head: nn.Module, x: torch.Tensor, *more):
+def in_own_precision(head: nn.Module, x: torch.Tensor | list[torch.Tensor], *more):
     """head(x) computed in the precision of the head, a tensor in the dtype of x; autocast chooses where it is on."""
-    dtype = next((t.dtype for t in (*head.parameters(), *head.buffers()) if t.is_floating_point()), x.dtype)
-    if dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+    own = x[0] if isinstance(x, list) else x  # the maps of several stages, which are alike
+    dtype = next((t.dtype for t in (*head.parameters(), *head.buffers()) if t.is_floating_point()), own.dtype)
+    if dtype == own.dtype or torch.is_autocast_enabled(own.device.type):
         return head(x, *more)
-    given = head(x.to(dtype), *more)
-    return given.to(x.dtype) if isinstance(given, torch.Tensor) else given
+    given = head([each.to(dtype) for each in x] if isinstance(x, list) else x.to(dtype), *more)
+    return given.to(own.dtype) if isinstance(given, torch.Tensor) else given
 
 
 def is_sharded(tensor: torch.Tensor | None) -> bool:

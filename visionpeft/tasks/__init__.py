@@ -2,6 +2,7 @@
 
 from visionpeft.tasks.image_classification import ImageClassification
 from visionpeft.tasks.object_detection import ObjectDetection
+from visionpeft.tasks.open_vocabulary_segmentation import OpenVocabularySegmentation
 from visionpeft.tasks.prompt_learning import PromptLearning
 from visionpeft.tasks.semantic_segmentation import SemanticSegmentation
 from visionpeft.tasks.task import ImageTask
@@ -11,6 +12,7 @@ __all__ = [
     "ImageClassification",
     "ImageTask",
     "ObjectDetection",
+    "OpenVocabularySegmentation",
     "PromptLearning",
     "SemanticSegmentation",
     "VideoClassification",
