@@ -13,6 +13,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 import visionpeft as vp
+from visionpeft.errors import ConfigurationError
 from visionpeft.heads.detection import StagePyramid
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.windows import window_logits
@@ -80,6 +81,43 @@ def test_maps_are_what_the_stages_give(name):
         parameter.normal_(std=0.3)
     after = vp.feature_maps(model, images(), range(4))
     assert not any(torch.allclose(*pair, atol=1e-3) for pair in zip(maps, after, strict=True))
+
+
+HIERA = {
+    "hiera_tiny_224": {"img_size": (64, 64), "mask_unit_size": (8, 8), "mask_unit_attn": (True, True, False, False)},
+    "sam2_hiera_tiny": {"window_spec": (4, 2, 2, 2), "global_att_blocks": (3,)},
+}
+OF_HIERA = {"embed_dim": 8, "num_heads": 1, "stages": (1, 1, 2, 1), "q_pool": 3}
+
+
+@pytest.mark.parametrize("name", HIERA)
+def test_heads_on_hiera(name):
+    """Whose tokens do not lie row by row; all that is trained learns but the norm that nothing reads."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=0, **OF_HIERA, **HIERA[name]).double().eval()
+    pixels = images(64, 64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        expected = model.forward_intermediates(pixels, intermediates_only=True)
+        maps = vp.feature_maps(model, pixels, (0, 1, 2, 3))
+    assert [tuple(each.shape[1:]) for each in maps] == [(8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 2, 2)]
+    assert all(map(torch.equal, maps, expected))
+    dense = vp.DensePredictor(model, PLAIN, 3, vp.FullFineTuning())
+    assert close(dense.coarse_logits(pixels), logits_of(maps, dense.head))
+    assert dense(pixels).shape == (2, 3, 64, 64)
+    dense.coarse_logits(pixels).square().mean().backward()
+    trained = dict(dense.peft.default.trained_parameters())
+    assert all(p.grad is not None and p.grad.any() for path, p in trained.items())
+    untrained = {path for path, _ in dense.backbone.named_parameters() if f"backbone.{path}" not in trained}
+    assert untrained == {"head.norm.weight", "head.norm.bias"}
+    if name == "hiera_tiny_224":
+        with pytest.raises(
+            ConfigurationError, match=r"takes images of 64 x 64 pixels, not 64 x 96; make it with img_size"
+        ):
+            dense(images())
+    else:
+        assert dense(images()).shape == (2, 3, 64, 96)
 
 
 # transformers

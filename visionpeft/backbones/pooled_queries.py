@@ -61,6 +61,7 @@ def hiera_backbone(model: nn.Module, blocks: list[BlockSites]) -> Backbone:
         spanning=(model,),
         excluded=("head.fc.",),
         stages=tuple(after - before for before, after in pairwise(starts)),
+        strides=tuple(info["reduction"] for info in model.feature_info),
     )
     heads = () if isinstance(model.head.fc, nn.Identity) else ("head.fc",)
     return Backbone("timm", architecture(model), model, {"visual": tower}, heads)

@@ -23,7 +23,7 @@ class DenseHead:
     resized bilinearly to the image by whoever calls it. Every head has a field `layers`, and a head that checks more of
     its fields does so in a `__post_init__` that begins with this one.
 
-    Of a backbone in stages (Swin, ConvNeXt) it reads stages in the place of blocks, each of its own width and
+    Of a backbone in stages (Swin, ConvNeXt, Hiera) it reads stages in the place of blocks, each of its own width and
     resolution, and is given a list of their maps (batch, channels, rows, columns) as the stages leave them. All but DPT
     begin with a layer normalisation over the channels of each, new and trained with the head, as in the code that Swin
     and ConvNeXt are published with for segmentation and detection; the backbone's own final norm is not computed there.

@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 
 import torch
+from timm.models.hiera import Hiera
 from torch import nn
 
 from visionpeft.adapters.install import SHALLOW, NoIntermediates
 from visionpeft.errors import ConfigurationError, UnsupportedError, one_line
 from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native
+
+IN_STAGES = ("layers", "stages", "stage_ends")  # what timm's Swin, ConvNeXt and Hiera have, and no plain ViT
 
 
 def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor | list[torch.Tensor]:
@@ -16,8 +19,8 @@ def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int
     By the library's own `forward_intermediates`, with the adapters acting. Prompts that travel through the blocks are
     left out, like class and register tokens. Images of another size than the backbone's are taken by timm models
     made with `dynamic_img_size=True`, which interpolate their position embeddings, by those with rotary ones, and by
-    ConvNeXt. A backbone in stages (Swin, ConvNeXt) gives the map of each stage as the stage leaves it: its final norm
-    is made for the last one alone, and what reads several maps has a norm for each.
+    ConvNeXt and SAM 2's Hiera. A backbone in stages (Swin, ConvNeXt, Hiera) gives the map of each stage as the stage
+    leaves it: its final norm is made for the last one alone, and what reads several maps has a norm for each.
 
     Args:
         backbone: a timm model, an `ImageClassifier` or an OpenCLIP image tower, with adapters or without.
@@ -33,7 +36,7 @@ def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int
         ConfigurationError: images of a size that the backbone does not take.
     """
     tower = tower_of(backbone)
-    if not (is_native(tower) or hasattr(tower, "blocks")):  # timm's models in stages have `layers` or `stages`
+    if any(hasattr(tower, name) for name in IN_STAGES):
         return list(_read(tower, images, blocks, output_fmt="NCHW"))
     patch = tower.conv1.kernel_size if is_native(tower) else tower.patch_embed.patch_size
     grid = [side // size for side, size in zip(images.shape[-2:], patch, strict=True)]
@@ -74,6 +77,13 @@ def _read(tower: nn.Module, images: torch.Tensor, blocks: Sequence[int], **optio
     """What the library's `forward_intermediates` gives with these options."""
     read = _intermediates(tower)
     height, width = images.shape[-2:]
+    if isinstance(tower, Hiera):  # which would fail on the sum of tokens and position embeddings
+        own = [side * step for side, step in zip(tower.tokens_spatial_shape, tower.patch_stride, strict=True)]
+        if own != [height, width]:
+            raise ConfigurationError(
+                f"{type(tower).__name__} takes images of {' x '.join(map(str, own))} pixels, not {height} x {width}; "
+                f"make it with img_size=({height}, {width}), use windows of its own size, or take a SAM 2 Hiera"
+            )
     try:
         return read(images, indices=list(blocks), intermediates_only=True, **options)
     except AssertionError as error:  # how timm refuses a size
