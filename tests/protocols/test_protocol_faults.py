@@ -1,12 +1,15 @@
 """A protocol that is killed at random points, and processes that share an output folder."""
 
+import gc
 import json
 import os
 import random
 import shutil
 import signal
 import time
+import weakref
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 from forked import start, wait
@@ -17,6 +20,7 @@ from small_runs import run as run_fit
 
 from visionpeft import fit, protocol
 from visionpeft.files import claim, write_json
+from visionpeft.protocols import work
 from visionpeft.protocols.method_runs import Trial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,3 +212,32 @@ def test_json_files_of_many_writers_are_always_whole(tmp_path):
         assert len(set(json.loads((tmp_path / "shared.json").read_text())["numbers"])) == 1
     assert [wait(child) for child in children] == [0] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]
+
+
+@dataclass
+class Cycle:
+    """Work that leaves something behind which refers to itself, as a trainer and its task do."""
+
+    name: str
+    left: list
+    text: str = "a cycle"
+
+    def done(self, folder):
+        return (folder / "done").is_file()
+
+    def do(self, folder):
+        assert not any(reference() for reference in self.left), "what earlier work left is still in memory"
+        cycle = type("Trainer", (), {})()
+        cycle.task = cycle
+        self.left.append(weakref.ref(cycle))
+        (folder / "done").touch()
+
+
+def test_what_a_cell_leaves_is_gone_before_the_next(tmp_path):
+    left = []
+    gc.disable()  # so that chance collects nothing
+    try:
+        work.finish([Cycle("first", left), Cycle("second", left)], tmp_path)
+    finally:
+        gc.enable()
+    assert len(left) == 2

@@ -1,6 +1,7 @@
 """Work that is done once: each piece in a folder of its own, by one process at a time, again after any kill."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import time
@@ -107,7 +108,11 @@ def _claim_and_do(piece: Work, output: Path, text: str) -> bool:
     with claim(folder / "lock") as mine:
         if mine and not piece.done(folder):  # nobody has finished it in the meantime
             Console().print(f"[bold]{text}[/bold]", highlight=False, soft_wrap=True)
-            piece.do(folder)
+            try:
+                piece.do(folder)
+            finally:
+                # Task, data and trainer of a run refer to each other; left to chance, those of several stay in memory.
+                gc.collect()
     return mine
 
 
