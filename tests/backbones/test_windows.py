@@ -265,10 +265,12 @@ def test_a_row_of_a_mixed_batch_is_that_of_its_adapter(family):
     model = made(family)
     lora, prompts, prefix = vp.LoRA(rank=2), vp.VPT(num_tokens=2), vp.PrefixTuning(num_tokens=2)
     methods = {"a": lora, "b": vp.Adapter(placement="houlsby"), "c": prompts, "d": prompts, "e": prefix, "f": prefix}
+    mona, convpass = vp.Mona(bottleneck=2, dropout=0.0), vp.Convpass(bottleneck=2, dropout=0.0)
+    methods |= {"g": mona, "h": mona, "i": convpass, "j": convpass}  # which read the grid, of a map that is no square
     for name, method in methods.items():
         vp.attach(model, method, name=name, head=False)
     moved(model)
-    for names in (["b", "a", None, "a"], ["c", "d", "c"], ["e", "f"]):
+    for names in (["b", "a", None, "a"], ["c", "d", "c"], ["e", "f"], ["g", "j", None, "h", "i", "a"]):
         with torch.no_grad(), vp.route(model, names):
             output = model(images(len(names)))
         for row, name in enumerate(names):

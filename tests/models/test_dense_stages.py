@@ -437,8 +437,9 @@ def test_all_is_trained_but_the_norm_that_nothing_reads():
 
 def test_saved_and_routed(tmp_path):
     """The head comes back from its description; each row of a batch has the logits of its adapter alone."""
-    made = [vp.DensePredictor(backbone(dtype=torch.float32), vp.UPerNet(width=6), 3).eval() for _ in range(2)]
-    for name, method in (("default", vp.LoRA(rank=2)), ("other", vp.AdaptFormer(bottleneck=2))):
+    made = [vp.DensePredictor(backbone("convnext", torch.float32), vp.UPerNet(width=6), 3).eval() for _ in range(2)]
+    lora, mona = vp.LoRA(rank=2, targets=("fc1", "fc2")), vp.Mona(bottleneck=2, dropout=0.0)
+    for name, method in (("default", lora), ("other", mona)):
         vp.attach(made[0], method, name=name)
     for tensor in made[0].peft.state_dict().values():
         if tensor.is_floating_point():

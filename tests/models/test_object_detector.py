@@ -75,6 +75,31 @@ def test_method_and_head_learn_and_are_saved_together(tmp_path):
     assert vp.read_metadata(tmp_path / "adapter")["heads"]["head"]["class"] == "FCOS"
 
 
+@torch.no_grad()
+def test_images_of_a_routed_batch_are_those_of_each_adapter():
+    """Each by the adapter and the head of its row, and after the route as before; losses are those of one head."""
+    model = detector(vp.LoRA(rank=2))
+    vp.attach(model, vp.AdaptFormer(bottleneck=4), name="other")
+    for parameter in model.peft.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+    images, names = torch.randn(3, 3, 32, 40), ["other", "default", "other"]
+    alone = {}
+    for name in ("default", "other"):
+        with vp.use(model, name):
+            alone[name] = model(images)
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 28.0]]), "labels": torch.tensor([1])}] * 3
+    with vp.route(model, names):
+        found = model(images)
+        with pytest.raises(vp.UnsupportedError, match="train one adapter at a time"):
+            model.losses(images, targets)
+    for row, name in enumerate(names):
+        assert torch.allclose(found[row]["boxes"], alone[name][row]["boxes"], atol=1e-3)
+        assert torch.equal(found[row]["labels"], alone[name][row]["labels"])
+    assert not torch.allclose(found[0]["scores"], alone["default"][0]["scores"], atol=1e-4)
+    with vp.use(model, "default"):
+        assert torch.equal(model(images)[0]["boxes"], alone["default"][0]["boxes"])
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(vp.UnsupportedError, match="class_token_only"):
         vp.economise(detector(vp.LoRA(rank=2)), class_token_only=True)

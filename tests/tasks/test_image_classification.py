@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import visionpeft as vp
 from visionpeft.errors import StorageError
-from visionpeft.tasks import ImageClassification
+from visionpeft.tasks import ImageClassification, SemanticSegmentation
 from visionpeft.tasks.optimisation import Optimisation
 
 NAMES = [f"class {index}" for index in range(7)]
@@ -70,6 +70,23 @@ def test_frozen_modules_stay_in_evaluation_mode():
     assert training - adapter == set(paths)
     task.eval()
     assert not any(module.training for module in task.model.modules())
+
+
+@pytest.mark.parametrize("task", [ImageClassification, SemanticSegmentation])
+def test_stochastic_depth_that_nobody_asked_for_is_none(task):
+    """timm makes Swin with a rate of .1; where one is given, it is active while training."""
+    small = {"embed_dim": 8, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4, "img_size": 32}
+    images = torch.randn(2, 3, 32, 32)
+    for drop_path, given in ((0.0, {}), (0.4, {}), (0.0, {"drop_path_rate": 0.4})):
+        made = task(
+            vp.LoRA(rank=2), ["a", "b"], "swin_tiny_patch4_window7_224", pretrained=False, drop_path=drop_path,
+            backbone_kwargs=small | given,
+        ).train()  # fmt: skip
+        assert any(isinstance(module, DropPath) for module in made.model.modules())
+        made.model.get_classifier().eval()
+        made.model.peft.eval()
+        passes = [made.model(images) for _ in range(6)]
+        assert all(torch.equal(each, passes[0]) for each in passes) == (not drop_path and not given)
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.8])

@@ -83,13 +83,17 @@ class RoutedSite:
                 results.append((rows, own_y))
             return gathered(y, results)
         (x,) = inputs
+        return self._on_tokens(x, route)
+
+    def _on_tokens(self, x: torch.Tensor, route: Route, *grid: tuple[int, int]):
+        """Act on tokens x, or begin branches; what reads the grid is told it, if there is one."""
         if self.key[3] is not None:
-            return [[acts(taken(x, rows)) for acts in acting] for rows, acting in self._parts(x, route)]
+            return [[_told(acts, taken(x, rows), grid) for acts in acting] for rows, acting in self._parts(x, route)]
         results = []
         for rows, acting in self._parts(x, route):
             own = taken(x, rows)
             for acts in acting:
-                own = acts(own)
+                own = _told(acts, own, grid)
             results.append((rows, own))
         return gathered(x, results)
 
@@ -129,6 +133,20 @@ class RoutedSite:
             index = route.members(group.names, x.device)
         values = group.together[0].gathered(index, missing=rows is not None)
         return values["A"] * values["scaling"][:, None, None], values["B"]
+
+
+class RoutedPixels(RoutedSite):
+    """A routed site of tokens that are the pixels of a map."""
+
+    reads_grid = True
+
+    def __call__(self, x: torch.Tensor, grid: tuple[int, int]):
+        """Apply to pixels x (batch, rows * columns, width) of a map of so many rows and columns."""
+        return self._on_tokens(x, self._route(), grid)
+
+
+def _told(acts: Callable, x: torch.Tensor, grid: tuple):
+    return acts(x, *grid) if getattr(acts, "reads_grid", False) else acts(x)
 
 
 class RoutedWindows(RoutedSite):
@@ -205,13 +223,17 @@ class RoutedHead:
         self.routing = routing
         self.path = path
 
-    def __call__(self, x: torch.Tensor | list[torch.Tensor], own: Callable) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor | list[torch.Tensor], own: Callable, *more) -> torch.Tensor | list:
         """Map pooled features (batch, width) to logits (batch, classes); `own` is the model's own head.
 
-        Maps (batch, ...) go to a head for maps, those of several stages as a list.
+        Maps (batch, ...) go to a head for maps, those of several stages as a list; a head that takes more than them
+        gives a list of what it finds in each image.
+
+        Raises:
+            UnsupportedError: heads give tensors of several shapes, or the losses of a whole batch.
         """
-        several = isinstance(x, list)
-        like = x[0] if several else x
+        apart = isinstance(x, list) or bool(more)  # these do not act together
+        like = x[0] if isinstance(x, list) else x
         route = self.routing.current().route
         route.check(len(like))
         results = []
@@ -220,14 +242,16 @@ class RoutedHead:
             part = _rows_of(x, rows)
             head = group.chains[0][0]
             together = bool(group.together) and head is not None
-            if together and (several or group.together[0].hooked() or alike_heads(head) is None or traced()):
+            if together and (apart or group.together[0].hooked() or alike_heads(head) is None or traced()):
                 for number, name in enumerate(group.names):
                     own_rows, _ = route.rows((name,), like.device)
-                    results.append((own_rows, in_own_precision(group.chains[number][0], _rows_of(x, own_rows))))
+                    results.append((own_rows, in_own_precision(group.chains[number][0], _rows_of(x, own_rows), *more)))
             elif together:
                 results.append((rows, _heads_on_rows(group, head, index, part)))
             else:
-                results.append((rows, own(part) if head is None else in_own_precision(head, part)))
+                results.append((rows, own(part, *more) if head is None else in_own_precision(head, part, *more)))
+        if not isinstance(results[0][1], torch.Tensor):
+            return _found_in_each(results, len(like))
         shapes = {part.shape[1:] for _, part in results}
         if len(shapes) > 1:
             classes = sorted({shape[0] for shape in shapes})
@@ -245,6 +269,19 @@ class RoutedHead:
 
 def _rows_of(x: torch.Tensor | list[torch.Tensor], rows: torch.Tensor | None) -> torch.Tensor | list[torch.Tensor]:
     return [taken(each, rows) for each in x] if isinstance(x, list) else taken(x, rows)
+
+
+def _found_in_each(results: list[tuple[torch.Tensor | None, list]], number: int) -> list:
+    """What heads have found in each of so many images, in the order of the batch."""
+    found: list = [None] * number
+    for rows, images in results:
+        if not isinstance(images, list):
+            raise UnsupportedError(
+                "a head that gives the losses of a batch cannot be trained in a route; train one adapter at a time"
+            )
+        for row, image in zip(range(number) if rows is None else rows.tolist(), images, strict=True):
+            found[row] = image
+    return found
 
 
 def _heads_on_rows(group: Group, head: nn.Module, index: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

@@ -23,12 +23,12 @@ from visionpeft.adapters.layer_decay import GroupMatcher
 from visionpeft.adapters.plan import acting_in, located_in, plan_of, travelling_prompts
 from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter
 from visionpeft.adapters.routed_carriers import RoutedCarriers
-from visionpeft.adapters.routed_sites import RoutedHead, RoutedKeyPrompts, RoutedSite, RoutedWindows
+from visionpeft.adapters.routed_sites import RoutedHead, RoutedKeyPrompts, RoutedPixels, RoutedSite, RoutedWindows
 from visionpeft.adapters.together import alike
 from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError
-from visionpeft.sites import Order, SitedLayer, Sites, order_of
+from visionpeft.sites import TOKEN_SITES, Order, SitedLayer, Sites, order_of
 from visionpeft.sites.routing import Routable, Routing, routable
 
 MOST_KEPT = 64  # routes whose rows are kept as indices on the device
@@ -237,9 +237,10 @@ class Routes:
                     continue
                 layers = tower.layers if block is None else tower.blocks[block].layers
                 sites = None if block is None else plan.sites[tower.name, block]
-                # Keys and values of a map are those of its windows.
-                windows = site == "kv" and tower.blocks[block].on_map
-                routed = (RoutedWindows if windows else RoutedSite)(self.routing, key, tower.frames)
+                kind = RoutedSite
+                if block is not None and tower.blocks[block].on_map:  # whose keys and values are those of its windows
+                    kind = RoutedWindows if site == "kv" else RoutedPixels if site in TOKEN_SITES else RoutedSite
+                routed = kind(self.routing, key, tower.frames)
                 fill(plan.swaps, sites, layers, {(site, add): (routed,)})
             spans = [m for key, modules in acting.items() if key[0] == tower.name for m in modules]
             if any(order_of(module) == Order.ENTER_SPAN for module in spans):

@@ -304,6 +304,11 @@ class OnRows:
         """Whether the modules do."""
         return getattr(self.together.template, "reads_attention_input", False)
 
+    @property
+    def reads_grid(self) -> bool:
+        """Whether the modules do."""
+        return getattr(self.together.template, "reads_grid", False)
+
 
 class JoiningOnRows(OnRows):
     """Likewise for modules with a `join`."""

@@ -84,7 +84,7 @@ def create_dense_backbone(name: str, **kwargs) -> nn.Module:
         home = timm.model_entrypoint(architecture).__module__ if known else VIT
         if home.rpartition(".")[2] in ANY_SIZE:
             kwargs["dynamic_img_size"] = True
-        if home == SWIN:
+        if home == SWIN:  # findings/timm_swin_of_any_size_leaves_its_last_windows_unshifted.sh
             kwargs = {"always_partition": True} | kwargs
     return create_backbone(name, num_classes=0, **kwargs)
 

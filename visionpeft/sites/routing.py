@@ -177,13 +177,13 @@ def _own_when_routed(name: str, kind: type[nn.Module]) -> property:
 
 
 def _forward_of_head(active: type[nn.Module], library: type[nn.Module]):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map pooled features (batch, width) to logits (batch, classes)."""
+    def forward(self, x: torch.Tensor | list[torch.Tensor], *more):
+        """Map pooled features (batch, width), or maps and what else the head takes, to what it gives."""
         given = of_route(self)
         if given is None:
-            return active.forward(self, x)
+            return active.forward(self, x, *more)
         own = functools.partial(library.forward, self)
-        return given["routed"](x, own) if "routed" in given else own(x)
+        return given["routed"](x, own, *more) if "routed" in given else own(x, *more)
 
     return forward
 

@@ -73,6 +73,17 @@ class AdaptedTask(ImageTask):
                     f"{self.objective.labels!r} do not have; set its consistency to 0"
                 )
         self.compiled = False
+        self.drops_blocks = False
+
+    def backbone_arguments(self, given: dict | None, drop_path: float) -> dict:
+        """Arguments of the function that creates the backbone.
+
+        Stochastic depth of the backbone, which timm makes some models with (Swin with a rate of .1), is active while
+        training only if a rate is given here.
+        """
+        arguments = dict(given or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
+        self.drops_blocks = bool(arguments.get("drop_path_rate"))
+        return arguments
 
     def compile_model(self) -> None:
         """Let the model run as one compiled graph from now on; what is trained and saved stays what it is.
@@ -207,7 +218,7 @@ class AdaptedTask(ImageTask):
         if mode:
             self.model.eval()
             self.model.peft.train()
-            for module in self.model.modules():
+            for module in self.model.modules() if self.drops_blocks else ():
                 if isinstance(module, DropPath):
                     module.train()
         return self

@@ -138,7 +138,7 @@ class ImageClassification(AdaptedTask):
                     f"{name} to 0, or leave cache out"
                 )
 
-        kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
+        kwargs = self.backbone_arguments(backbone_kwargs, drop_path)
         torch.manual_seed(seed)
         self.model = create_backbone(
             backbone, pretrained=pretrained, checkpoint=checkpoint, num_classes=outputs, **kwargs

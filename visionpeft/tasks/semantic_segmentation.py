@@ -91,7 +91,7 @@ class SemanticSegmentation(AdaptedTask):
             )
         objective = ClassOfPixels(len(class_names), scores=head.gives_scores)
         super().__init__(method, class_names, backbone, 0.0, optimisation, seed, objective)
-        kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
+        kwargs = self.backbone_arguments(backbone_kwargs, drop_path)
         torch.manual_seed(seed)
         images = create_dense_backbone(backbone, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
         self.preprocessing = preprocessing_of(images)

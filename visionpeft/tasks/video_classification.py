@@ -70,7 +70,7 @@ class VideoClassification(AdaptedTask):
         compile: bool = False,
     ):
         super().__init__(method, class_names, backbone, label_smoothing, optimisation, seed)
-        kwargs = dict(backbone_kwargs or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
+        kwargs = self.backbone_arguments(backbone_kwargs, drop_path)
         torch.manual_seed(seed)
         images = create_backbone(backbone, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
         self.preprocessing = preprocessing_of(images)

@@ -57,7 +57,7 @@ def as_images(patches: torch.Tensor, grid: tuple[int, int] | None, method: str) 
         UnsupportedError: there are more or fewer patches than the grid has, or nothing tells the grid.
     """
     if grid is None:
-        raise UnsupportedError(f"{method} needs the grid of patches, of which a mixed batch (route) does not tell it")
+        raise UnsupportedError(f"{method} needs the grid of patches, and nothing tells it")
     rows, columns = grid
     if patches.shape[1] != rows * columns:
         raise UnsupportedError(
