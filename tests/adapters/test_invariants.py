@@ -436,7 +436,7 @@ TRAINING = [(BY_HOST["vit_cls"], c) for c in CASES] + [
 
 @pytest.mark.parametrize(("host", "case"), TRAINING, ids=repr)
 def test_training_lowers_the_loss(host, case):
-    """Every method learns: 16 random images, random targets, some steps of Adam."""
+    """Every method learns: 16 random images, random targets, as many steps of Adam as it needs, at most 20."""
     torch.manual_seed(4)
     model = attach(host.build(), host, case).eval()
     inputs = host.inputs(16)
@@ -450,6 +450,8 @@ def test_training_lowers_the_loss(host, case):
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
+        if max(losses[-3:]) < 0.97 * losses[0]:  # and stays there
+            return
     assert min(losses[-3:]) < 0.97 * losses[0]
 
 

@@ -17,7 +17,7 @@ import visionpeft as vp
 from visionpeft.adapters.measures import Measures
 from visionpeft.methods.parts.entries import highest_of_rows
 from visionpeft.methods.parts.measures import Place
-from visionpeft.methods.parts.sparse_delta import highest
+from visionpeft.methods.parts.sparse_delta import highest, largest
 
 HOST = {host.name: host for host in HOSTS}["vit_cls"]
 IMAGES = HOST.inputs(6, torch.float64, seed=4)
@@ -561,3 +561,23 @@ def test_counts_of_methods_that_see_data():
     assert sum(p.numel() for module in placed for p in module.parameters()) == 84_934_656
     ranks = vp.EVA().allocate(towers, Weights())[0].ranks
     assert sum(ranks.values()) * 2 * 768 == 294_912
+
+
+@pytest.mark.parametrize(
+    "kind", ["normal", "few different", "nearly all zero", "ascending", "the sampled ones largest"]
+)
+def test_largest_of_many(kind):
+    """A full sort says which values are the largest; a sample that is far from all of them changes nothing."""
+    generator, count, number = torch.Generator().manual_seed(0), 200_000, 5_000
+    values = torch.randn(count, generator=generator)
+    if kind == "few different":
+        values = torch.randint(0, 9, (count,), generator=generator).float()
+    elif kind == "nearly all zero":
+        values = values.relu() * (torch.rand(count, generator=generator) < 0.01)
+    elif kind == "ascending":
+        values = values.sort().values
+    elif kind == "the sampled ones largest":
+        values[:: number // 256] += 100
+    chosen = largest(values, number)
+    assert len(chosen.unique()) == number
+    assert torch.equal(values[chosen].sort().values, values.sort().values[-number:])

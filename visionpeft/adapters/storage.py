@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -171,10 +172,13 @@ def folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tens
     return methods, {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 
+_version = cache(version)  # to find the files of four packages takes 3 ms, as long as to write a small adapter
+
+
 def package_versions() -> dict[str, str]:
     """Versions of what a saved file depends on; OpenCLIP may not be installed."""
     packages = ("visionpeft", "torch", "timm", "open_clip_torch")
-    return {package: version(package) for package in packages if find_spec(_MODULES.get(package, package))}
+    return {package: _version(package) for package in packages if find_spec(_MODULES.get(package, package))}
 
 
 def backbone_record(model: nn.Module, with_fingerprint: bool = True, backbone: Backbone | None = None) -> dict:

@@ -148,10 +148,12 @@ class SPT(Method):
             candidates |= candidates_of(tower, blocks_of(self, tower), norms=True)
         scores = squares(candidates, self.samples, False)
         above, below = max(score.max().item() for score in scores.values()) * 2, torch.finfo(torch.float32).tiny
+        counted = scores
         for _ in range(40):  # halving the interval of exponents until float32 values cannot tell its ends apart
             middle = math.sqrt(above) * math.sqrt(below)
-            if self._cost(candidates, _counts(scores, middle)) > self.budget:
+            if self._cost(candidates, _counts(counted, middle)) > self.budget:
                 below = middle
+                counted = {name: score[score >= below] for name, score in counted.items()}  # soon a few of them
             else:
                 above = middle
         counts = _counts(scores, above)

@@ -1,6 +1,7 @@
 """Create a CLIP model with its tokenizer by name: the embedded `nano_clip`, or any OpenCLIP model."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import open_clip
@@ -40,10 +41,11 @@ def create_clip(
     if name == "nano_clip":
         if kwargs or checkpoint is not None or not pretrained:
             raise ConfigurationError("nano_clip takes no further arguments; its weights are in the package")
-        clip, tokenizer = load_nano_clip(), open_clip.tokenizer.SimpleTokenizer()
+        clip, tokenizer = load_nano_clip(), _tokenizer(None)
     elif name.startswith("open_clip/"):
         clip = create_open_clip(name, pretrained, checkpoint, **kwargs)
-        tokenizer = open_clip.get_tokenizer(name.split("/")[1])
+        model = name.split("/")[1]
+        tokenizer = _tokenizer(model, repr(open_clip.get_model_config(model)))
     else:
         raise ConfigurationError(
             f"there is no CLIP model {name!r}; use nano_clip, or open_clip/<model>/<tag> such as "
@@ -57,3 +59,12 @@ def create_clip(
         "checkpoint": None if checkpoint is None else str(checkpoint),
     }
     return clip.eval(), tokenizer
+
+
+@cache
+def _tokenizer(model: str | None, configuration: str | None = None) -> Callable:
+    """The tokenizer of an OpenCLIP model of this configuration, or OpenCLIP's own.
+
+    It does not change, and to read its vocabulary takes longer than to build a small CLIP: one serves all models.
+    """
+    return open_clip.tokenizer.SimpleTokenizer() if model is None else open_clip.get_tokenizer(model)

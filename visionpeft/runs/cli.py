@@ -17,7 +17,6 @@ from visionpeft import data, heads, methods
 from visionpeft.clip import learners
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
-from visionpeft.files import replacing
 from visionpeft.runs.carried import with_carried
 from visionpeft.runs.config_files import config_content
 from visionpeft.runs.explain import explain, missing_package, user_error
@@ -189,14 +188,9 @@ class CLI(LightningCLI):
         except (ValueError, TypeError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
 
-    def plain_config(self) -> dict:
-        """The resolved configuration as plain values."""
-        return yaml.safe_load(self.parser.dump(self._resolved(), skip_none=False, skip_validation=True))
-
-    def save_config(self, path: Path) -> None:
-        """Write the resolved configuration, which is enough to build task and data again; at once, or not at all."""
-        with replacing(path) as partial:
-            self.parser.save(self._resolved(), partial, skip_none=False, skip_validation=True, overwrite=True)
+    def config_text(self) -> str:
+        """The resolved configuration as YAML, which is enough to build task and data again."""
+        return self.parser.dump(self._resolved(), skip_none=False, skip_validation=True)
 
     def _resolved(self) -> Namespace:
         """The configuration without what a run is started with alone."""

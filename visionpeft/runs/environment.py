@@ -2,11 +2,13 @@
 
 import os
 import platform
+from functools import cache
 from importlib.metadata import version
 
 import torch
 
 _RECORDED = ("visionpeft", "torch", "torchvision", "timm", "open_clip_torch", "lightning", "torchmetrics", "numpy")
+_version = cache(version)  # it stays the same, and a protocol asks in every run
 
 
 def environment() -> dict:
@@ -15,7 +17,7 @@ def environment() -> dict:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version(name) for name in _RECORDED},
+        "packages": {name: _version(name) for name in _RECORDED},
         "cpu_cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],

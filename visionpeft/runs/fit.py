@@ -6,13 +6,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from visionpeft.errors import ConfigurationError, UserError
-from visionpeft.files import claim, write_json
+from visionpeft.files import claim, replacing, write_json
 from visionpeft.runs.agreement import Peers, what_must_agree
 from visionpeft.runs.before_training import check_before_training
 from visionpeft.runs.carried import carry
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import is_started
+from visionpeft.runs.config_files import parsed
 from visionpeft.runs.environment import environment
 from visionpeft.runs.figures import draw_curves
 from visionpeft.runs.history import EpochHistory, read_history
@@ -131,8 +132,10 @@ def _run_directory(cli: CLI) -> RunDirectory:
     write_json(run.path / "environment.json", environment())
     if draw := getattr(cli.datamodule, "draw", None):  # which images of a few-shot set were drawn
         draw.write(run.path / "draw.json")
-    carry(cli.plain_config(), run.carried)
-    cli.save_config(run.config)  # last, as it is what makes the folder that of a run
+    text = cli.config_text()
+    carry(parsed(text), run.carried)
+    with replacing(run.config) as partial:  # last, as it is what makes the folder that of a run
+        partial.write_text(text, encoding="utf-8")
     return run
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import lightning
 import pytest
@@ -14,6 +15,8 @@ from data_layouts import SMALL, write_class_folders, write_image
 from visionpeft.data import FewShot
 from visionpeft.data.few_shot.definitions import few_shot_class_names, few_shot_datasets
 from visionpeft.data.few_shot.draw import class_subset, draw_indices, restrict
+from visionpeft.data.few_shot.place import Place
+from visionpeft.data.few_shot.splits import read_splits
 from visionpeft.data.records import Row
 from visionpeft.errors import ConfigurationError, DataError, StorageError
 
@@ -652,6 +655,18 @@ def test_absent_embedded_set(monkeypatch, tmp_path):
     monkeypatch.setattr("visionpeft.data.few_shot.splits.shipped", lambda kind: tmp_path)
     with pytest.raises(DataError, match=r"the embedded set Drawings is not installed: .*drawings/train\.csv"):
         FewShot("drawings")
+
+
+def test_what_is_done_to_an_embedded_split_is_done_to_it_alone():
+    """Its files are read once in a process."""
+    definition, place = few_shot_datasets()["clipart"], Place(Path("."))
+    first = read_splits("clipart", definition, place)
+    whole = {split: len(rows) for split, rows in first.rows.items()}
+    first.rows["train"].clear()
+    first.notes.append("mine")
+    again = read_splits("clipart", definition, place)
+    assert {split: len(rows) for split, rows in again.rows.items()} == whole
+    assert "mine" not in again.notes
 
 
 def test_own_folder(tmp_path):

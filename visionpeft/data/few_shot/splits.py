@@ -3,6 +3,8 @@
 Layouts are those of CoOp (Zhou et al. 2022, "Learning to Prompt for Vision-Language Models", arXiv 2109.01134).
 """
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from visionpeft.data.annotations import read_text
@@ -82,11 +84,18 @@ def _aircraft(definition: dict, place: Place) -> Splits:
 
 def _embedded(key: str, definition: dict) -> Splits:
     folder = shipped("datasets") / key
-    files = {split: _list_file(folder, split) for split in SPLITS}
-    if files["train"] is None:
+    if _list_file(folder, "train") is None:
         raise DataError(
             f"the embedded set {definition['title']} is not installed: {folder / 'train.csv'} does not exist"
         )
+    read = _read_embedded(folder)
+    return replace(read, rows={split: [*rows] for split, rows in read.rows.items()}, notes=[*read.notes])
+
+
+@cache
+def _read_embedded(folder: Path) -> Splits:
+    """Read once in a process: a protocol asks for it in every cell, and nobody writes to what is in the package."""
+    files = {split: _list_file(folder, split) for split in SPLITS}
     return _of_images(ImageList(**files, root=folder).images, folder, "embedded")
 
 
