@@ -12,15 +12,14 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 import visionpeft as vp
 
 # a map of 4 x 5 pixels, which windows of 3 x 3 do not divide, and a second block without windows
-OPTIONS = {"img_size": (16, 20), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "global_attn_indexes": (1,)}
+OPTIONS = {"img_size": (16, 20), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "window_size": 3}
 FAMILIES = {"positions": {"use_rel_pos": True}, "rotary": {"use_rope": True, "qkv_bias": False, "qk_norm": True}}
-PATHS = {"positions": "neck", "rotary": "neck"}
 
 
 @functools.cache
 def _made(family):
     torch.manual_seed(0)
-    options = {"window_size": 3, "neck_chans": 8, "num_classes": 5, "init_values": 1.0}
+    options = {"global_attn_indexes": (1,), "neck_chans": 8, "num_classes": 5, "init_values": 1.0}
     model = VisionTransformerSAM(**OPTIONS, **options, **FAMILIES[family]).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -89,7 +88,8 @@ def attention_of(block, h, prompts=None, prefix=None):
                 )
                 others.append([attention.k_norm(keys), values])
             for keys, values in others:
-                k, v = torch.cat((keys.expand(len(h), -1, -1, -1), k), 2), torch.cat((values.expand(len(h), -1, -1, -1), v), 2)
+                keys, values = (each.expand(len(h), -1, -1, -1) for each in (keys, values))
+                k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
             bias = torch.nn.functional.pad(bias, (k.shape[2] - bias.shape[3], 0))
             y = ((q @ k.mT / 8**0.5 + bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
             found[:, top : top + height, left : left + width] = attention.proj(y).unflatten(1, (height, width))
@@ -153,7 +153,6 @@ def test_exact_at_the_start_live_and_merged(family, name):
     grads = torch.autograd.grad(output.square().sum(), list(parameters.values()))
     void = "k.shift" if family == "positions" else "none"
     dead = [n for n, grad in zip(parameters, grads, strict=True) if not grad.any() and not n.endswith(void)]
-    # with positions that depend on queries, only keys have a shift without effect
     assert dead == []
     assert not close(output, base)
     refused = UNMERGED | ({"ssf": "no bias that could hold a shift"} if family == "rotary" else {})
@@ -166,6 +165,17 @@ def test_exact_at_the_start_live_and_merged(family, name):
     assert close(model(images()), output)
     vp.detach(model)
     assert close(model(images()), base)
+
+
+def test_attention_by_itself():
+    """Without positions and what acts at its sites, as methods for clips use it over the frames."""
+    model = made("positions")
+    vp.attach(model, [vp.LoRA(rank=2), vp.PrefixTuning(num_tokens=2)], head=False)
+    moved(model)
+    block, h, plain = model.blocks[0], torch.randn(2, 7, 16, dtype=torch.float64), made("positions").blocks[0].attn
+    q, k, v = (y.unflatten(-1, (2, 8)).transpose(1, 2) for y in plain.qkv(h).chunk(3, dim=-1))
+    y = ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    assert close(block.attend(h), plain.proj(y))
 
 
 def test_refused(family):

@@ -1,4 +1,6 @@
-"""timm `VisionTransformerSAM`, the image encoder of SAM: a ViT on a map, with attention inside windows in most blocks."""
+"""timm `VisionTransformerSAM`, the image encoder of SAM: a ViT on a map, whose attention is inside windows but for a few
+blocks.
+"""
 
 import torch
 import torch.nn as nn
@@ -23,7 +25,7 @@ from visionpeft.backbones.timm_eva import rotated
 from visionpeft.backbones.timm_vit import architecture
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.backbones.windows import project_windows, window_heads
-from visionpeft.sites import MapFlow, Sites, is_drawn
+from visionpeft.sites import UNTOUCHED, MapFlow, Sites, is_drawn
 
 
 class SitedSAMAttention(Attention):
@@ -53,6 +55,12 @@ class SitedSAMAttention(Attention):
         k, v = self.sites.kv(k, v, x)
         x = attend_as(self, q, k, v, attn_mask=bias, fused=self.fused_attn)
         return self.proj_drop(project_windows(self, x, self.sites, samples)).unflatten(1, size)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend over tokens (batch, tokens, width) without positions and without what acts at the sites."""
+        q, k, v = window_heads(self, x, UNTOUCHED, len(x), self.qkv, self.qkv.bias)
+        x = attend_as(self, UNTOUCHED.call(self.q_norm, q), UNTOUCHED.call(self.k_norm, k), v, fused=self.fused_attn)
+        return self.proj_drop(project_windows(self, x, UNTOUCHED, len(x)))
 
 
 class SitedSAMBlock(Block, AttendsAfterNorm):
@@ -113,7 +121,8 @@ def _(block: Block) -> BlockSites:
 
 @describe_model.register
 def _(model: VisionTransformerSAM) -> Backbone:
-    layers = {"patch_embed": Layer("patch_embed", "conv", model.patch_embed.proj)} | norm_layers(norm_pre=model.norm_pre)
+    layers = {"patch_embed": Layer("patch_embed", "conv", model.patch_embed.proj)}
+    layers |= norm_layers(patch_embed_norm=model.norm_pre)
     final = {}
     for index, part in enumerate(model.neck if isinstance(model.neck, nn.Sequential) else [model.neck]):
         if isinstance(part, nn.Conv2d):
