@@ -186,6 +186,8 @@ def test_refused(family):
     ):
         with pytest.raises(vp.UserError, match=sentence):
             vp.attach(model, method)
+    with pytest.raises(vp.UnsupportedError, match="tokens in a line, but those of VisionTransformerSAM are the pixels"):
+        vp.DensePredictor(model, classes=2)
     vp.attach(model, vp.RepAdapter(bottleneck=4))
     with pytest.raises(vp.UnsupportedError, match="windows of this block are filled up with zeros"):
         vp.merge(model)

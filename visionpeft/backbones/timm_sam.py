@@ -1,6 +1,4 @@
-"""timm `VisionTransformerSAM`, the image encoder of SAM: a ViT on a map, whose attention is inside windows but for a few
-blocks.
-"""
+"""timm `VisionTransformerSAM`, the image encoder of SAM: a ViT on a map, with windows in all blocks but a few."""
 
 import torch
 import torch.nn as nn
