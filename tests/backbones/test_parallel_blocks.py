@@ -5,6 +5,7 @@ weights changed by hand, timm's own blocks on more tokens, and attention written
 import copy
 import functools
 
+import block_checks
 import pytest
 import timm
 import torch
@@ -17,6 +18,8 @@ from timm.models.vision_transformer import (
 )
 
 import visionpeft as vp
+from visionpeft.adapters import selfcheck
+from visionpeft.backbones import timm_parallel
 
 FAMILIES = {
     "beside": {"block_fn": ParallelScalingBlock, "qk_norm": True},
@@ -350,6 +353,15 @@ def test_without_fused_attention(family):
         moved(model)
         outputs.append(model(images()))
     assert close(*outputs)
+
+
+def test_the_check_at_attach_sees_rows_that_are_multiplied_together(monkeypatch):
+    """As where nothing acts on what attention and MLP read; a probe at every site has them multiplied apart."""
+    monkeypatch.setattr(selfcheck, "_check_block", block_checks.every_time)
+    original = timm_parallel.apply_rows
+    monkeypatch.setattr(timm_parallel, "apply_rows", lambda *options: tuple(2 * part for part in original(*options)))
+    with pytest.raises(vp.UnsupportedError, match="does not compute what its sited form computes"):
+        vp.attach(made("beside"), vp.LoRA(rank=2))
 
 
 def test_hooks_see_the_layers():
