@@ -5,6 +5,7 @@ weights changed by hand, timm's own blocks on more tokens, and attention written
 import copy
 import functools
 
+import block_checks
 import pytest
 import timm
 import torch
@@ -17,6 +18,8 @@ from timm.models.vision_transformer import (
 )
 
 import visionpeft as vp
+from visionpeft.adapters import selfcheck
+from visionpeft.backbones import timm_parallel
 
 FAMILIES = {
     "beside": {"block_fn": ParallelScalingBlock, "qk_norm": True},
@@ -286,6 +289,26 @@ def test_what_joins_the_stream_between_is_not_read_by_the_mlp(name):
     assert close(model(images()), output_with(name, forward))
 
 
+@pytest.mark.parametrize("name", ["beside", "no_bias", "differential"])
+def test_attention_by_itself(name):
+    """Which other methods use once more: that of the backbone, whatever acts at its sites."""
+    model = made(name)
+    vp.attach(model, [vp.LoRA(rank=2), vp.PrefixTuning(num_tokens=2)], head=False)
+    moved(model)
+    block, x = model.blocks[0], torch.randn(2, 7, 16, dtype=torch.float64)
+    h, nothing = block.attention_input(x), torch.zeros(0, 2, 8, dtype=torch.float64)
+    assert close(h, (block.norm1 if name == "differential" else block.in_norm)(x))
+    plain, prefix = made(name).blocks[0], {"keys": nothing, "values": nothing}
+    if name == "differential":
+        rows = [parameter.chunk(3) for parameter in (plain.attn.qkv.weight, plain.attn.qkv.bias)]
+        expected = plain.attn.proj(plain.attn.norm(attention_of(plain.attn, h, rows, prefix)))
+    else:
+        weights = plain.in_proj.weight.split(plain.in_split)[1:]
+        biases = [h.new_zeros(16)] * 3 if name == "no_bias" else plain.in_proj.bias.split(plain.in_split)[1:]
+        expected = plain.attn_out_proj(attention_of(plain, h, (weights, biases), prefix))
+    assert close(block.attend(h), expected)
+
+
 def gradients(model, x):
     output = model(x)
     return output, torch.autograd.grad(output.square().sum(), list(model.peft.parameters()))
@@ -330,6 +353,15 @@ def test_without_fused_attention(family):
         moved(model)
         outputs.append(model(images()))
     assert close(*outputs)
+
+
+def test_the_check_at_attach_sees_rows_that_are_multiplied_together(monkeypatch):
+    """As where nothing acts on what attention and MLP read; a probe at every site has them multiplied apart."""
+    monkeypatch.setattr(selfcheck, "_check_block", block_checks.every_time)
+    original = timm_parallel.apply_rows
+    monkeypatch.setattr(timm_parallel, "apply_rows", lambda *options: tuple(2 * part for part in original(*options)))
+    with pytest.raises(vp.UnsupportedError, match="does not compute what its sited form computes"):
+        vp.attach(made("beside"), vp.LoRA(rank=2))
 
 
 def test_hooks_see_the_layers():

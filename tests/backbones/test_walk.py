@@ -31,6 +31,7 @@ MODULES = (
     "vision_transformer",
     "vision_transformer_hybrid",
     "vision_transformer_relpos",
+    "vision_transformer_sam",
     "eva",
     "beit",
     "deit",

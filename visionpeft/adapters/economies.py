@@ -4,11 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from visionpeft.adapters.key_prompts import Acting
-from visionpeft.backbones.tower import Tower
+from visionpeft.backbones.tower import ENTERING, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import TOKEN_SITES, ClassTokenOnly, Order, Sites, order_of
-
-BEFORE_ATTENTION = ("stream_in", "attn_in")
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,8 @@ def _treats_class_token_alone(acting: Acting) -> bool:
         for module in modules:
             leaving = order_of(module) in (Order.LEAVE, Order.LEAVE_SPAN) and getattr(module, "tokenwise", True)
             if add is not None:
-                alone = site not in BEFORE_ATTENTION and getattr(module, "tokenwise", False)
-            elif site in BEFORE_ATTENTION or site == "kv" or leaving:
+                alone = site not in ENTERING and getattr(module, "tokenwise", False)
+            elif site in ENTERING or site == "kv" or leaving:
                 alone = True
             else:
                 alone = getattr(module, "tokenwise", site not in TOKEN_SITES)

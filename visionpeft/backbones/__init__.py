@@ -11,6 +11,7 @@ from visionpeft.backbones import (  # noqa: F401  (register families)
     timm_parallel,
     timm_qwen,
     timm_relpos,
+    timm_sam,
     timm_swin,
     timm_swin_v2,
     timm_vit,

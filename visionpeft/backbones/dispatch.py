@@ -53,8 +53,9 @@ def describe_model(model: nn.Module) -> Backbone:
     """Describe a whole model; registered by model class."""
     raise UnsupportedError(
         f"{type(model).__name__} has no sited blocks; timm VisionTransformer (relative positions, too), Eva (EVA, "
-        "EVA-02, DINOv3, RoPE ViTs), Beit, NaFlexVit, Qwen3-VL towers, Swin, SwinV2, ConvNeXt, Hiera and SAM 2's "
-        "trunk have, and OpenCLIP models with such or native transformer towers; any other timm model has layer sites"
+        "EVA-02, DINOv3, RoPE ViTs), Beit, NaFlexVit, Qwen3-VL towers, Swin, SwinV2, ConvNeXt, Hiera and the encoders "
+        "of SAM and SAM 2 have, and OpenCLIP models with such or native transformer towers; any other timm model has "
+        "layer sites"
     )
 
 

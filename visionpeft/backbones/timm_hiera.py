@@ -31,6 +31,9 @@ class Unrolled:
     grid: tuple[int, int]
     raster: torch.Tensor
 
+    def __post_init__(self):
+        self.places = self.raster.argsort()
+
     def rolled(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (batch, tokens, width) row by row.
 
@@ -46,7 +49,7 @@ class Unrolled:
 
     def unrolled(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens (batch, tokens, width) that are row by row in the order of the block."""
-        return x[:, self.raster.to(x.device).argsort()]
+        return x[:, self.places.to(x.device)]
 
 
 class UnrolledFlow(MapFlow):
@@ -156,7 +159,7 @@ def _layouts(model: Hiera) -> list[Unrolled]:
     size, schedule = tuple(model.unroll.size), list(model.unroll.schedule)
     layouts = []
     for _ in range(model.q_pool + 1):
-        places = torch.arange(size[0] * size[1]).view(1, -1, 1)
+        places = torch.arange(size[0] * size[1], device=model.patch_embed.proj.weight.device).view(1, -1, 1)
         layouts.append(Unrolled(size, Unroll(size, (1, 1), schedule)(places).flatten().argsort()))
         if schedule:
             size = tuple(side // stride for side, stride in zip(size, schedule.pop(0), strict=True))

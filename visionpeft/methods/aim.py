@@ -135,11 +135,11 @@ class AIM(Method):
         for index in blocks_of(self, tower):
             block = tower.blocks[index]
             drop_path = self.drop_path * index / max(1, tower.depth - 1)
-            if not hasattr(block.sited_class, "attend"):
-                raise UnsupportedError(
-                    f"AIM uses the attention of a block twice, but {block.sited_class.__name__} does not offer "
-                    "attention_input and attend"
-                )
+            for sited in filter(None, (block.sited_class, block.sited_attention_class)):
+                if not hasattr(sited, "attend"):
+                    raise UnsupportedError(
+                        f"AIM uses the attention of a block twice, but {sited.__name__} does not offer attend"
+                    )
             inner = self._adapter(tower.width, serial=True) if self.num_temporal == 2 else None
             temporal = self._adapter(tower.width, dropped=DropClips(drop_path, frames))
             attention = TemporalAttention(block.module, inner, temporal, frames)

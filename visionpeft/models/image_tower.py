@@ -30,6 +30,9 @@ def image_tower(backbone: nn.Module, reader: str) -> Tower:
         )
     if towers["visual"].layers_only is not None:
         raise UnsupportedError(f"{reader} needs sited blocks; {towers['visual'].layers_only}")
+    if towers["visual"].common_width is not None and any(block.on_map for block in towers["visual"].blocks):
+        kind = type(towers["visual"].module).__name__
+        raise UnsupportedError(f"{reader} reads tokens in a line, but those of {kind} are the pixels of a map")
     return towers["visual"]
 
 
