@@ -1,4 +1,4 @@
-"""Classification heads of every kind that a model of timm has, or that is usual to give it, are saved with an adapter."""
+"""Classification heads of every kind that timm gives a model, and of several layers, are saved with an adapter."""
 
 import pytest
 import timm

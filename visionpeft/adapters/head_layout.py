@@ -58,8 +58,8 @@ def head_layout(head: nn.Module) -> dict:
         return {"class": kind.__name__, "num_classes": linear[-1].out_features}
     allowed = ", ".join(cls.__name__ for cls in LAYERS)
     raise StorageError(
-        f"a head of class {type(head).__name__} cannot be saved; use Sequential, {allowed}, or keep the whole model with "
-        "torch.save(model.state_dict(), file)"
+        f"a head of class {type(head).__name__} cannot be saved; use Sequential, {allowed}, or keep the whole model "
+        "with torch.save(model.state_dict(), file)"
     )
 
 
