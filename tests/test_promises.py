@@ -6,6 +6,7 @@ one tiny ViT, and of CoOp on a tiny CLIP.
 
 import contextlib
 import copy
+import importlib
 import os
 import pickle
 import re
@@ -507,6 +508,24 @@ def test_ddp(method, one_process):
     model, alone = adapted(method), adapted(method)
     assert torch.allclose(three_steps(model, DistributedDataParallel(model)), three_steps(alone, alone), atol=1e-9)
     assert same(frozen(model), build().state_dict())
+
+
+@row("`nn.DataParallel` on several devices", "refused")
+@each_method
+def test_data_parallel(method, monkeypatch):
+    """Its copies are made here on the CPU, where it has no broadcast of its own; a merged model is copied."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        replicate, "_broadcast_coalesced_reshape", lambda tensors, devices, detach: [tensors for _ in devices]
+    )
+    model = adapted(method)
+    with pytest.raises(vp.UnsupportedError, match="start a process for each device"):
+        replicate.replicate(model, [0, 1])
+    for copied in replicate.replicate(build(), [0, 1]):
+        assert torch.equal(copied(IMAGES), build()(IMAGES))
+    if method in ("lora", "ssf"):
+        expected = vp.merge(model)(IMAGES)
+        assert all(torch.equal(copied(IMAGES), expected) for copied in replicate.replicate(model, [0, 1]))
 
 
 def sharded(method):

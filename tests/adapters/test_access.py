@@ -7,6 +7,7 @@ import threading
 import pytest
 import timm
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 import visionpeft as vp
 from visionpeft.adapters import access
@@ -51,6 +52,66 @@ def test_compiled_models(tmp_path):
     assert torch.equal(model(IMAGES), expected)
     vp.detach(compiled)
     assert torch.equal(model(IMAGES), build()(IMAGES))
+
+
+class Around(torch.nn.Module):
+    """A module of somebody's own around a model of timm."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.net = model
+
+    def forward(self, images):
+        return self.net(images)
+
+
+@pytest.mark.parametrize("around", [Around, torch.nn.DataParallel, AveragedModel])
+def test_a_model_around_a_model_is_refused_with_its_part(around, tmp_path):
+    """It says where the model is that can be adapted, and later where the adapters are."""
+    outer = around(build())
+    path = next(name for name, _ in outer.named_children())
+    with pytest.raises(vp.UnsupportedError, match=f"its part '{path}' is a VisionTransformer: attach to that"):
+        vp.attach(outer, vp.LoRA(rank=2))
+    with pytest.raises(ConfigurationError, match=r"no adapter is attached to this model$"):
+        vp.merge(outer)
+    adapted(getattr(outer, path))
+    for act in (vp.trainable_parameters, vp.merge, vp.detach, vp.disable, lambda model: vp.save(model, tmp_path)):
+        with pytest.raises(ConfigurationError, match=f"no adapter is attached .*'{path}' has some: give that part"):
+            act(outer)
+    vp.merge(getattr(outer, path))
+    with pytest.raises(ConfigurationError, match=f"no merged adapters; its part '{path}' has some: give that part"):
+        vp.unmerge(outer)
+    vp.detach(getattr(outer, path))
+    assert torch.equal(outer(IMAGES), build()(IMAGES))
+
+
+def test_features_alone_are_refused_with_their_part():
+    """timm's wrapper is described by its layers, on images of the size of what it wraps."""
+    options = {
+        "depth": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "img_size": 32,
+        "features_only": True,
+        "out_indices": (0, 1),
+    }
+    model = timm.create_model("vit_tiny_patch16_224", **options)
+    for method in (vp.LoRA(rank=2), vp.VPT(num_tokens=2)):
+        with pytest.raises(vp.UserError, match="its part 'model' is a VisionTransformer: attach to that"):
+            vp.attach(model, method)
+    vp.attach(model.model, vp.VPT(num_tokens=2))
+    assert [each.shape for each in model(IMAGES)] == [(2, 32, 2, 2)] * 2
+
+
+def test_what_is_attached_is_in_the_mode_of_the_model():
+    for mode in (True, False):
+        model = vp.attach(build().train(mode), vp.LoRA(rank=2, dropout=0.5))
+        assert {module.training for module in model.modules()} == {mode}
+
+
+def test_the_name_of_a_method_is_no_method():
+    with pytest.raises(ConfigurationError, match=r"needs a method such as LoRA\(rank=8\), not 'VPT'"):
+        vp.attach(build(), "VPT")
 
 
 @torch.no_grad()

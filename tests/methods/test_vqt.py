@@ -129,6 +129,15 @@ def test_pooled_features_alone_are_refused():
         model.forward_head(features)
 
 
+def test_a_model_that_does_not_pool_is_refused():
+    """It gives its head one vector for each token; a pooled one is taken (negative control)."""
+    model = queried()
+    model(IMAGES)
+    model.global_pool = ""
+    with pytest.raises(UnsupportedError, match="one vector for each image"):
+        model(IMAGES)
+
+
 def several_layers():
     model = HOST.build()
     model.head = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.GELU(), torch.nn.Linear(8, 5))

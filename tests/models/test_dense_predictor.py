@@ -185,10 +185,10 @@ def test_a_damaged_description_of_a_head_is_refused():
     from visionpeft.adapters.head_layout import head_from_layout
 
     layout = dict(vp.LinearSegmentation().make(8, 1, 2).layout)
-    assert head_from_layout(layout)(torch.zeros(1, 1, 8, 2, 2)).shape == (1, 2, 2, 2)
+    assert head_from_layout(layout, predictor(), "head")(torch.zeros(1, 1, 8, 2, 2)).shape == (1, 2, 2, 2)
     for damaged in ({"class": "Elsewhere"}, {"fields": {"dropout": 2}}, {"fields": {"width": 2}}, {"arguments": {}}):
         with pytest.raises(vp.StorageError, match="can build"):
-            head_from_layout(layout | damaged)
+            head_from_layout(layout | damaged, predictor(), "head")
 
 
 def test_rows_of_a_routed_batch_are_those_of_each_adapter():

@@ -8,6 +8,7 @@ import torch
 
 from visionpeft import evaluate, fit
 from visionpeft.errors import ConfigurationError
+from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import find_config
 
 VPT = ["--config", "vtab_vpt.yaml"]
@@ -34,6 +35,12 @@ CASES = {
     "task": ([*VPT, "--data.task", "cifa"], "did you mean cifar"),
     "task without root": ([*VPT, "--data.task", "cifar"], "needs root"),
     "root": (["--config", "images_lora.yaml", "--data.root", "nope"], "image folder nope does not exist"),
+    "root of what is in the package": (
+        ["--config", "fewshot_coop.yaml", "--data.root", "photos/"],
+        "--data.root photos/ would not be read: the configuration has the embedded data set 'clipart'; for images of",
+    ),
+    "seed": ([*VPT, "--seed_everything", "4294967296"], "must be from 0 to 4294967295"),
+    "negative seed": ([*VPT, "--seed_everything=-1"], "must be from 0 to 4294967295"),
     "backbone": ([*VPT, "--model.backbone", "nano_vitt"], "no backbone 'nano_vitt'; did you mean nano_vit?"),
     "weights": ([*VPT, "--model.backbone", "vit_base_patch16_224.orig"], "no weights 'orig'; it has"),
     "convolutional backbone": (
@@ -61,6 +68,14 @@ def test_wrong_command_line(arguments, said, capsys, tmp_path, monkeypatch):
     assert said in captured.err
     assert "Traceback" not in captured.err + captured.out
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+@pytest.mark.parametrize("named", [["folder"], ["clipart"], ["Drawings"]])
+def test_a_root_is_taken_where_the_data_set_is_named(named, monkeypatch):
+    """A protocol gives one root to all its data sets, of which some may be in the package."""
+    monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)
+    cli = CLI(["--config", "fewshot_coop.yaml", "--data.root", "photos/", "--data.dataset", *named])
+    assert (str(cli.config.data.init_args.root), [cli.config.data.init_args.dataset]) == ("photos/", named)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.heads import DenseHead, DetectionHead
 from visionpeft.methods import Method
 from visionpeft.runs.cli import CLASSES, CLI
+from visionpeft.runs.command import Options
 from visionpeft.runs.config_files import shipped_configs
 from visionpeft.runs.options import OPTIONS, TASKS, answer_at_once, help_page
 from visionpeft.runs.signatures import parameters, trainer_parameters
@@ -124,3 +125,20 @@ def test_the_whole_page_has_types_and_defaults(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("usage: python -m visionpeft.fit")
     assert "(type: str, default: runs)" in " ".join(printed.split())
+
+
+def test_words_of_an_option_are_joined_by_either_sign():
+    """As in a configuration, or as in the help; what is no option stays as it is written."""
+    options = Options("made here")
+    options.add_argument("files", nargs="+")
+    options.add_argument("--skip-corrupt", action="store_true")
+    options.add_argument("--top-k", type=int)
+    options.add_argument("--learning_rates", type=float)
+    for words in (
+        ["--skip_corrupt", "--top_k", "3", "--learning-rates=2"],
+        ["--skip-corrupt", "--top-k=3", "--learning_rates", "2"],
+    ):
+        found = options.parse_args(["a_b-c.jpg", *words])
+        assert vars(found) == {"files": ["a_b-c.jpg"], "skip_corrupt": True, "top_k": 3, "learning_rates": 2.0}
+    with pytest.raises(ConfigurationError, match="unrecognized arguments: --skip_all; see made here --help"):
+        options.parse_args(["a.jpg", "--skip_all"])

@@ -197,6 +197,17 @@ class Adapters(nn.ModuleDict):
         if self.routing.routes is not None:
             self.routing.routes.forget()
 
+    def _replicate_for_data_parallel(self):
+        """What `nn.DataParallel` calls on several devices.
+
+        Raises:
+            UnsupportedError: always; what acts in a model belongs to its own modules, not to copies of them.
+        """
+        raise UnsupportedError(
+            "nn.DataParallel copies the model for each device, and adapters act in the original; start a process for "
+            "each device (torchrun and DistributedDataParallel), or let PyTorch see one (CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def _apply(self, fn: Callable, recurse: bool = True):
         super()._apply(fn, recurse)
         for _, _, original, _ in self.replaced:

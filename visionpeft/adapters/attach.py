@@ -56,7 +56,7 @@ def attach(
         UnsupportedError: if the model or a site the method needs is not supported.
         ConfigurationError: if the name is taken, or a target, block range or tower matches nothing.
     """
-    methods = tuple(method) if isinstance(method, Sequence) else (method,)
+    methods = tuple(method) if isinstance(method, Sequence) and not isinstance(method, str) else (method,)
     for each in methods:
         if not isinstance(each, Method):
             raise ConfigurationError(f"attach needs a method such as LoRA(rank=8), not {each!r}")
@@ -100,7 +100,7 @@ def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: B
     connect_head(adapter)  # refuses, so before anything is changed
     remember_hosts(model, adapter)
     if not has_adapters(model):
-        model.add_module("peft", Adapters())
+        model.add_module("peft", Adapters().train(model.training))
         model.peft.was_trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
         model.requires_grad_(False)
     peft: Adapters = model.peft
@@ -259,12 +259,19 @@ def attached(model: nn.Module) -> Adapters:
     Raises:
         ConfigurationError: if it has none, or they are merged.
     """
-    if not has_adapters(model):
-        merged = "merged_peft" in model.__dict__
-        raise ConfigurationError(
-            "the adapters are merged; call unmerge first" if merged else "no adapter is attached to this model"
-        )
-    return model.peft
+    if has_adapters(model):
+        return model.peft
+    if "merged_peft" in model.__dict__:
+        raise ConfigurationError("the adapters are merged; call unmerge first")
+    raise ConfigurationError(f"no adapter is attached to this model{_elsewhere(model)}")
+
+
+def _elsewhere(model: nn.Module) -> str:
+    """The end of a sentence that refuses a model without adapters: which part of it has some."""
+    for path, part in model.named_modules():
+        if path and (has_adapters(part) or "merged_peft" in vars(part)):
+            return f"; its part {path!r} has some: give that part"
+    return ""
 
 
 def known(peft: Adapters, name: str) -> str:
@@ -287,7 +294,7 @@ def reattach(model: nn.Module) -> None:
     """
     peft: Adapters | None = model.__dict__.get("merged_peft")
     if peft is None:
-        raise ConfigurationError("the model has no merged adapters")
+        raise ConfigurationError(f"the model has no merged adapters{_elsewhere(model)}")
     moved = [
         (original, getattr(owner, name))
         for owner, name, original, _ in peft.replaced

@@ -116,7 +116,8 @@ def _parameters(model: nn.Module, backbone: Backbone | None = None) -> list[tupl
     for part, child in model.named_children():
         named += child.named_parameters(prefix=part) if part != "peft" else ()
     if any(tower.layers_only is not None for tower in backbone.towers.values()):
-        named += [(name, b) for name, b in model.named_buffers() if name.endswith(("running_mean", "running_var"))]
+        statistics = [(n, b) for n, b in model.named_buffers() if n.endswith(("running_mean", "running_var"))]
+        named += [(name, b) for name, b in statistics if not name.startswith("peft.")]
     return [(name, p) for name, p in sorted(named, key=lambda entry: entry[0]) if not name.startswith(heads)]
 
 

@@ -78,7 +78,8 @@ def _decide(model: nn.Module) -> Installation:
 def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> None:
     acting = acting_in(tower, plan)
     if tower.layers_only is not None:
-        for module in filter(has_statistics, tower.module.modules()):
+        trained = set(peft.modules())  # a head that is trained learns the statistics of its normalisation, too
+        for module in filter(has_statistics, [each for each in tower.module.modules() if each not in trained]):
             swaps.swap(module, keeps_statistics(swaps.kind(module)))
     # Before the blocks are looked at, because it may add to the first one.
     travelling = travelling_prompts(tower, plan, peft, peft.chosen)

@@ -136,7 +136,7 @@ def made_adapter(
             adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
             adapter.heads = tuple(description["heads"])
             for path, layout in description["heads"].items():
-                nest(adapter, path, head_from_layout(layout))
+                nest(adapter, path, head_from_layout(layout, model, path))
         except UserError:
             raise
         except (RuntimeError, TypeError, ValueError, KeyError) as error:  # sizes and names torch refuses

@@ -43,20 +43,33 @@ def describe_part(model: nn.Module) -> Backbone:
     except UnsupportedError as refusal:
         if not hasattr(model, "pretrained_cfg"):  # which timm gives to every model that it makes
             raise
-        unknown = describe_model.dispatch(type(model)) is describe_model.dispatch(object)
-        reason = f"{type(model).__name__} has no sited blocks" if unknown else str(refusal)
+        reason = str(refusal) if _is_known(model) else f"{type(model).__name__} has no sited blocks{_part_of(model)}"
         return importlib.import_module("visionpeft.backbones.layers_only").layers_only(model, reason)
 
 
 @singledispatch
 def describe_model(model: nn.Module) -> Backbone:
     """Describe a whole model; registered by model class."""
+    if part := _part_of(model, layers_too=True):
+        raise UnsupportedError(f"{type(model).__name__} is no model that can be adapted as a whole{part}")
     raise UnsupportedError(
         f"{type(model).__name__} has no sited blocks; timm VisionTransformer (relative positions, too), Eva (EVA, "
         "EVA-02, DINOv3, RoPE ViTs), Beit, NaFlexVit, Qwen3-VL towers, Swin, SwinV2, ConvNeXt, Hiera and the encoders "
         "of SAM and SAM 2 have, and OpenCLIP models with such or native transformer towers; any other timm model has "
         "layer sites"
     )
+
+
+def _is_known(model: nn.Module) -> bool:
+    return describe_model.dispatch(type(model)) is not describe_model.dispatch(object)
+
+
+def _part_of(model: nn.Module, layers_too: bool = False) -> str:
+    """The end of a sentence that refuses a model: which part of it has blocks, or is one of timm's models at all."""
+    for path, part in model.named_modules():
+        if path and (_is_known(part) or (layers_too and hasattr(part, "pretrained_cfg"))):
+            return f"; its part {path!r} is a {type(part).__name__}: attach to that"
+    return ""
 
 
 @singledispatch

@@ -44,7 +44,7 @@ def reach(model: nn.Module) -> Reach:
     """
     calls, reads, failure = Counter(), Counter(), None
     for shape in _image_shapes(model):
-        skeleton = _without_storage(model)
+        skeleton = without_storage(model)
         for path, module in skeleton.named_modules():
             module.register_forward_pre_hook(lambda _, args, path=path: calls.update([path]))
             if module._parameters.get("weight") is not None:
@@ -69,13 +69,14 @@ def _image_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     channels = getattr(model, "in_chans", channels if first is None else first.in_channels * first.groups)
     sizes = [getattr(part, "img_size", None) for part in (getattr(model, "patch_embed", None), model)]
     sizes.append(getattr(model, "image_size", None))  # as OpenCLIP calls it
+    sizes += [part.patch_embed.img_size for part in model.children() if hasattr(part, "patch_embed")]  # features alone
     sizes = [(each, each) if isinstance(each, int) else each for each in sizes]
     for height, width in dict.fromkeys(tuple(each) for each in (*sizes, size) if each):
         for number in dict.fromkeys((channels, config.get("input_size", (3,))[0])):
             yield number, height, width
 
 
-def _without_storage(model: nn.Module) -> nn.Module:
+def without_storage(model: nn.Module) -> nn.Module:
     """A copy of a model as it is without adapters, whose tensors have shapes and no values."""
     memo: dict[int, object] = {id(vars(model)[name]): None for name in OURS if name in vars(model)}
     memo |= {id(model._modules[name]): nn.Identity() for name in OURS if name in model._modules}

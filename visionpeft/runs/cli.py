@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from visionpeft import data, heads, methods
 from visionpeft.clip import learners
 from visionpeft.data import ImageDataModule
+from visionpeft.data.few_shot.definitions import is_embedded
 from visionpeft.errors import ConfigurationError
 from visionpeft.runs.carried import with_carried
 from visionpeft.runs.config_files import config_content
@@ -136,6 +137,23 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: Parser, args) -> None:
         """Parse this CLI's arguments; `--resume RUN` starts from the configuration of that run."""
         self.config = parser.parse_args(_with_resumed_config(self.arguments))
+        if not 0 <= self.config.seed_everything < 2**32:
+            raise ConfigurationError(
+                f"--seed_everything {self.config.seed_everything} must be from 0 to {2**32 - 1}, as NumPy takes seeds"
+            )
+        self._check_root()
+
+    def _check_root(self) -> None:
+        """Refuse a root for images that are in the package, unless these were asked for by name."""
+        named = {argument.partition("=")[0] for argument in self.arguments}
+        options = self.config.data.init_args if self.config.data is not None else Namespace()
+        if "--data.root" not in named or "--data.dataset" in named or "dataset" not in options:
+            return
+        if self.config.data.class_path.rpartition(".")[2] == "FewShot" and is_embedded(str(options.dataset)):
+            raise ConfigurationError(
+                f"--data.root {options.root} would not be read: the configuration has the embedded data set "
+                f"'{options.dataset}'; for images of your own, {options.root}/<class>/*.jpg, add --data.dataset folder"
+            )
 
     def before_instantiate_classes(self) -> None:
         """Refuse a missing accelerator before anything is built."""

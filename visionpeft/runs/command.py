@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +18,17 @@ from visionpeft.errors import ConfigurationError, UserError
 
 
 class Options(argparse.ArgumentParser):
-    """The options of a command that reads no configuration; `prog` is how it is called."""
+    """The options of a command that reads no configuration; `prog` is how it is called.
+
+    An option may be written with `_` for `-` and the other way round, because configurations have `skip_corrupt`.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Take every option by the name that this parser has for it."""
+        names = {name.replace("_", "-"): name for name in self._option_string_actions}
+        parts = [each.partition("=") for each in (sys.argv[1:] if args is None else args)]
+        known = [(names.get(name.replace("_", "-"), name), *rest) for name, *rest in parts]
+        return super().parse_known_args(["".join(each) for each in known], namespace)
 
     def error(self, message: str):
         """Raise what the user can act on."""

@@ -26,6 +26,17 @@ def find_few_shot(name: str, others: Mapping[str, Sequence[str]] | None = None) 
     return choose(name, {**names, **(others or {})}, "few-shot data set")
 
 
+def is_embedded(name: str) -> bool:
+    """Whether the images of a data set, by key, title or alias, are in the package, so that it is read in no root."""
+    names = {
+        name.lower()
+        for key, entry in few_shot_datasets().items()
+        if entry.get("embedded")
+        for name in (key, entry["title"], *entry["aliases"])
+    }
+    return name.lower() in names
+
+
 def few_shot_class_names(name: str) -> list[str] | dict[str, str]:
     """Shipped class names in the order of the labels: a list, or for ImageNet and its subsets {WordNet id: name}."""
     return json.loads((shipped("datasets") / "class_names" / f"{name}.json").read_text(encoding="utf-8"))

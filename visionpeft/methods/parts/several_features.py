@@ -77,5 +77,10 @@ class SeveralFeatures(nn.Linear):
         """Map pooled features f (batch, width) to logits (batch, classes)."""
         if self.gathered is None:
             raise UnsupportedError("this head reads what an adapter gathers, and it has no adapter")
+        if x.ndim != 2:
+            raise UnsupportedError(
+                f"this head reads one vector for each image, and the model gives it {tuple(x.shape)}; let it pool "
+                "(global_pool='token' or 'avg')"
+            )
         parts = [x, *(z.flatten(1).to(x.dtype) for z in self.gathered.take())]
         return F.linear(torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1), self.weight, self.bias)
