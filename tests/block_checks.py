@@ -15,7 +15,7 @@ def once(block, tower, used):
     """Check a block of a tower as at attach, unless one of its kind was found sound with the same sites."""
     classes, _, settings = selfcheck._state(block)
     of_tower = tower.num_prefix_tokens, tower.causal  # the widths of layers are in what the block says of itself
-    kind = repr(block.module), tuple(classes), tuple(settings), of_tower, frozenset(used)
+    kind = selfcheck.kind_of(block.module, settings), tuple(classes), of_tower, frozenset(used)
     if kind not in _sound:
         every_time(block, tower, used)
         _sound.add(kind)

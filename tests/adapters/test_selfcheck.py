@@ -369,3 +369,20 @@ def test_no_site_of_a_block_that_stays_as_it_is_is_checked_twice(model, monkeypa
             block.norm1.weight.mul_(2)
     vp.attach(model, vp.LoRA(targets=("q",)))
     assert checked == [{"q"}, {"fc1"}, {"q"}]
+
+
+@pytest.mark.parametrize(("changed", "checks"), [("rates", 2), ("a norm's epsilon", 3)])
+def test_blocks_that_drop_paths_at_other_rates_are_of_one_kind(monkeypatch, changed, checks):
+    """The first block drops none and has other parts; what is set in another block beside makes a third kind."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", depth=4, embed_dim=32, num_heads=2, drop_path_rate=0.3, proj_drop_rate=0.1
+    )
+    model.blocks[3].mlp.drop1.p = 0.5
+    if changed != "rates":
+        model.blocks[2].norm1.eps = 1e-3
+    checked = []
+    monkeypatch.setattr(
+        selfcheck, "_check_block", lambda *arguments: checked.append(block_checks.every_time(*arguments))
+    )
+    vp.attach(model, vp.LoRA())
+    assert len(checked) == checks

@@ -7,10 +7,12 @@ them: where a gradient is zero, nothing done at that site reaches the output. Th
 them, so that the order of the sites and the tensor each of them stands for are checked in the same pass.
 """
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 from weakref import WeakKeyDictionary
 
 import torch
+from timm.layers import DropPath
 
 from visionpeft.backbones.quantised import dequantise
 from visionpeft.backbones.tower import BlockSites, Tower
@@ -21,6 +23,7 @@ from visionpeft.sites import TOKEN_SITES, SitedLayer, Sites, sited_layer_class
 TOLERANCE = 1e-5  # relative; library norms may compute in float32
 
 PLAIN = (bool, int, float, str)
+DROPS = re.compile(r"(: (?:Dropout|DropPath))\([^()]*\)")  # as a part of a block is described
 
 # block -> (what it was when it was found sound, the sites that were found live then)
 _SOUND: WeakKeyDictionary[torch.nn.Module, tuple[tuple, set[str]]] = WeakKeyDictionary()
@@ -48,7 +51,7 @@ def check_tower(tower: Tower, used: dict[int, set[str]]) -> None:
         checked, live = _SOUND.get(block.module, (None, set()))
         if checked == state and sites <= live:
             continue
-        kind = repr(block.module), *state[-1]  # the description says neither the class of a part nor what was set on it
+        kind = kind_of(block.module, state[-1])
         kinds.setdefault(kind, set()).update(sites)
         blocks.setdefault(kind, []).append((block, state, live if checked == state else set()))
     if not kinds:
@@ -68,6 +71,15 @@ def _state(block: BlockSites) -> tuple:
     return [(each, each.forward) for each in classes], tensors, _settings(block.module)
 
 
+def kind_of(block: torch.nn.Module, settings: list[tuple]) -> tuple:
+    """What blocks have in common of which one is checked for all: their description and their settings.
+
+    The description says neither the class of a part nor what was set on it. The rates of dropouts and dropped paths are
+    left out of both: the check runs in evaluation mode, and with dropped paths they differ in all blocks of a model.
+    """
+    return DROPS.sub(r"\1", repr(block)), *settings
+
+
 def _require_class_forward(block: BlockSites) -> None:
     """Refuse a block or attention with a forward of its own, which hides that of any class it is given."""
     for module in block.swapped:
@@ -82,7 +94,8 @@ def _settings(block: torch.nn.Module) -> list[tuple]:
     """Of each part its class and what was set on it by hand, such as `fused_attn` or a forward of its own."""
     settings = []
     for path, part in block.named_modules():
-        own = {k: v for k, v in vars(part).items() if k != "training" and _is_setting(v)}
+        left_out = ("training", "p", "drop_prob") if type(part) in (torch.nn.Dropout, DropPath) else ("training",)
+        own = {k: v for k, v in vars(part).items() if k not in left_out and _is_setting(v)}
         settings.append((path, type(part), id(vars(part).get("forward")), tuple(sorted(own.items()))))
     return settings
 

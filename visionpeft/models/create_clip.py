@@ -45,7 +45,10 @@ def create_clip(
     elif name.startswith("open_clip/"):
         clip = create_open_clip(name, pretrained, checkpoint, **kwargs)
         model = name.split("/")[1]
-        tokenizer = _tokenizer(model, repr(open_clip.get_model_config(model)))
+        configuration = open_clip.get_model_config(model)
+        # One of Hugging Face is not for several threads at once, such as those of a service of many learners.
+        shared = "hf_tokenizer_name" not in configuration["text_cfg"]
+        tokenizer = _tokenizer(model, repr(configuration)) if shared else open_clip.get_tokenizer(model)
     else:
         raise ConfigurationError(
             f"there is no CLIP model {name!r}; use nano_clip, or open_clip/<model>/<tag> such as "
@@ -63,7 +66,7 @@ def create_clip(
 
 @cache
 def _tokenizer(model: str | None, configuration: str | None = None) -> Callable:
-    """The tokenizer of an OpenCLIP model of this configuration, or OpenCLIP's own.
+    """OpenCLIP's own tokenizer, as a model of this configuration has it, or by default.
 
     It does not change, and to read its vocabulary takes longer than to build a small CLIP: one serves all models.
     """
