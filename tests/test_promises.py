@@ -306,6 +306,15 @@ def test_backward_hooks(method):
     model(IMAGES).square().sum().backward()
     assert seen["output"].abs().max() > 0
     assert torch.equal(seen["output"], expected["output"])
+    for trained_alone in (vp.LinearProbe(), vp.VQT()):  # nothing in the blocks or before them
+        model, seen = vp.attach(build(), trained_alone), {}
+        model.blocks[0].register_full_backward_hook(
+            lambda module, given, output, seen=seen: seen.update(output=output[0])
+        )
+        model(IMAGES).square().sum().backward()
+        assert not seen
+        model(IMAGES.clone().requires_grad_()).square().sum().backward()
+        assert seen["output"].abs().max() > 0
 
 
 @row("attention maps", "promised")

@@ -104,6 +104,15 @@ class TestImageFolder:
         assert set(data.sources) == {"train", "test"}
         assert "annotations/boxes.xml" in data.description()["notes"][0]
 
+    def test_a_test_alone(self, tmp_path):
+        """All of it is scored, by a run that is finished; beside a val folder a train folder is missed."""
+        write_class_folders(tmp_path / "Test", {"b": 3, "a": 2})
+        data = ImageFolder(tmp_path)
+        assert {split: len(source) for split, source in data.sources.items()} == {"test": 5}
+        assert data.class_names == ["a", "b"]
+        assert data.description()["trained_on"] is None
+        assert list(data.sources["test"].labels) == [0, 0, 1, 1, 1]
+
     @pytest.mark.parametrize(
         ("names", "said"),
         [(("val", "test"), "no train folder"), (("train", "val", "valid"), "val and valid both"),

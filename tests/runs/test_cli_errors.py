@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from visionpeft import evaluate, fit
 from visionpeft.errors import ConfigurationError
+from visionpeft.protocols.evaluation import evaluate_again
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import find_config
+from visionpeft.summary import main as summarise
 
 VPT = ["--config", "vtab_vpt.yaml"]
 
@@ -46,6 +49,19 @@ CASES = {
     "convolutional backbone": (
         [*VPT, "--model.backbone", "convnext_atto", "--model.pretrained", "false"],
         "VPT adds tokens, which blocks of class ConvNeXtBlock would never see",
+    ),
+    "data without its root": ([*VPT, "--data", "ImageFolder"], "ImageFolder needs root; give --data.root ..."),
+    "data without two options": (
+        [*VPT, "--data", "FGVC"],
+        "needs dataset and root; give --data.dataset ... --data.root",
+    ),
+    "callback without an option": (
+        [*VPT, "--trainer.callbacks+=EarlyStopping"],
+        "EarlyStopping needs monitor; give --trainer.callbacks.monitor ...",
+    ),
+    "logger without an option": (
+        [*VPT, "--trainer.logger", "CSVLogger"],
+        "CSVLogger needs save_dir; give --trainer.logger.save_dir ...",
     ),
     "trainer field": ([*VPT, "--trainer.max_epoch", "3"], "trainer has no option 'max_epoch'; did you mean max_epochs"),
     "trainer value": ([*VPT, "--trainer.max_epochs", "x"], "max_epochs takes a whole number or null, not 'x'"),
@@ -127,3 +143,26 @@ def test_error_of_a_process(tmp_path):
     assert done.returncode == 2
     assert done.stderr == "error: there is no class 'Lora'; did you mean LoRA?\n"
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("", "it is empty"), ("# nothing\n", "it is empty"), ("hello", "it says 'hello'")]
+)
+def test_a_file_that_configures_nothing(text, said, capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    for configs in (["--config", str(path)], [*VPT, "--config", str(path)]):
+        assert fit.main(configs) == 2
+        assert f"error: {path} is no configuration: {said}" in capsys.readouterr().err
+
+
+def test_values_that_a_method_refuses_in_a_summary(capsys):
+    assert summarise(["--backbone", "nano_vit", "--method", "LoRA", "--method.rank", "0"]) == 2
+    assert capsys.readouterr().err == "error: LoRA: rank must be a positive integer\n"
+
+
+@pytest.mark.parametrize("arguments", [["--model.method", "VPT"], ["--model.method.rank=2"]])
+def test_a_run_is_not_evaluated_as_another_method(arguments, tmp_path):
+    run = SimpleNamespace(path=tmp_path, read_results=dict)
+    with pytest.raises(ConfigurationError, match=r"--model\.method.*: the method is that of the adapter"):
+        evaluate_again(run, ["--data.test_samples", "5", *arguments])

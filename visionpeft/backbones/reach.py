@@ -69,7 +69,8 @@ def _image_shapes(model: nn.Module) -> Iterator[tuple[int, ...]]:
     channels = getattr(model, "in_chans", channels if first is None else first.in_channels * first.groups)
     sizes = [getattr(part, "img_size", None) for part in (getattr(model, "patch_embed", None), model)]
     sizes.append(getattr(model, "image_size", None))  # as OpenCLIP calls it
-    sizes += [part.patch_embed.img_size for part in model.children() if hasattr(part, "patch_embed")]  # features alone
+    inner = [getattr(part, "patch_embed", None) for part in model.children()]  # of timm's wrapper for features alone
+    sizes += [getattr(part, "img_size", None) for part in inner]
     sizes = [(each, each) if isinstance(each, int) else each for each in sizes]
     for height, width in dict.fromkeys(tuple(each) for each in (*sizes, size) if each):
         for number in dict.fromkeys((channels, config.get("input_size", (3,))[0])):

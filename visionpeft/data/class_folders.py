@@ -32,7 +32,8 @@ def read_class_folders(
 ) -> ImageSet:
     """The splits under `root/{train,val,test}/<class>/`, or of `root/<class>/` divided by the fractions.
 
-    The first layout is taken where every folder has the name of a split (`SPLIT_FOLDERS`, in any case).
+    The first layout is taken where every folder has the name of a split (`SPLIT_FOLDERS`, in any case); it may be that
+    of the test alone, on which a finished run is scored.
 
     Args as of `ImageFolder`; `dataset` is the name recorded, `files` what a split becomes, and `find` lists a folder.
 
@@ -65,7 +66,7 @@ def read_class_folders(
     about = {
         "dataset": dataset,
         "task": root.resolve().name,
-        "trained_on": "train",
+        "trained_on": "train" if "train" in sources else None,
         "selected_on": "val" if "val" in sources else None,
         "split": division,
     }
@@ -123,7 +124,7 @@ def _split_folders(root: Path, find: Find, kind: str) -> dict[str, Path]:
                 f"{root} is ambiguous: {' and '.join(folder.name for folder in of_split)} both name the {split} split; "
                 "leave one"
             )
-    if "train" not in found:
+    if "train" not in found and list(found) != ["test"]:  # a test alone is what a finished run is scored on
         raise DataError(
             f"{root} holds {' and '.join(folder.name for folder in named)}, which are names of splits, and no train "
             f"folder with {kind}s to train on; add it, or rename what is a class"

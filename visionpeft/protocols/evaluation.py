@@ -28,9 +28,14 @@ def evaluate_again(run: RunDirectory, arguments: Sequence[str]) -> dict:
         Its results.json with the new test in place of the old.
 
     Raises:
-        ConfigurationError: what was trained knows only its own classes, and there are others.
+        ConfigurationError: what was trained knows only its own classes, and there are others; or another method is
+            asked for than the one that was trained.
     """
     trained = run.read_results()
+    if other := [each for each in arguments if each.startswith("--model.method")]:
+        raise ConfigurationError(
+            f"{other[0]}: the method is that of the adapter in {run.path}, as trained; leave it out"
+        )
     cli = CLI(["--config", str(run.config), *arguments])
     task, datamodule = cli.model, cli.datamodule
     task.load(run.path / task.folder)

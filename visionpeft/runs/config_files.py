@@ -47,6 +47,11 @@ def config_content(name: str) -> object:
         content = parsed(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        said = "it is empty" if content is None else f"it says {str(content)[:40]!r} alone"
+        raise ConfigurationError(
+            f"{path} is no configuration: {said}; model, data and trainer stand in it, as in vtab_vpt.yaml"
+        )
     if path.name == DEFAULT and (method := _method_of(_in_folder(name.removesuffix(".yaml")))):
         content["model"]["init_args"]["method"] = {"class_path": method}
     return content

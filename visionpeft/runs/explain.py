@@ -17,6 +17,7 @@ _UNRECOGNIZED = re.compile(
     r"(?:Problem with given class_path '([\w.]+)':\s*)?unrecognized arguments: -*([\w.]+)", re.DOTALL
 )
 _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)")
+_MISSING = re.compile(r"Problem with given class_path '([\w.]+)':\s*the following arguments are required: ([\w, ]+)")
 _VALUE = re.compile(r"Parser key \"([\w.]+)\":\s*Expected an? (.*?)(?:\. Got value: (.*))?$", re.MULTILINE)
 _UNION = re.compile(
     r"Parser key \"([\w.]+)\":\s*Does not validate against any of the Union subtypes\s*"
@@ -53,6 +54,8 @@ def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> st
         return _unknown_option(match[1], match[2], parser, by_name)
     if match := _innermost(_NO_CLASS, message):
         return f"there is no class {match[1]!r}{did_you_mean(match[1], _candidates(message, by_name))}"
+    if match := _innermost(_MISSING, message):
+        return _missing_options(match, message)
     if match := _innermost(_VALUE, message):
         return f"option {match[1]} takes {_type_in_words(match[2])}" + (f", not {match[3]!r}" if match[3] else "")
     starts = [match.start() for match in re.finditer("Parser key", message)]
@@ -125,6 +128,14 @@ def _unknown_option(class_path: str | None, option: str, parser: ArgumentParser,
         if is_dataclass(parameter.annotation)
     }
     return unknown_option(name, option, parameters, inner)
+
+
+def _missing_options(match: re.Match, message: str) -> str:
+    """What a class needs that was not given, and how to give it where the class stands directly below its key."""
+    names = match[2].split(", ")
+    needs = f"{match[1].rpartition('.')[2]} needs {' and '.join(names)}"
+    keys = re.findall(r'Parser key "([\w.]+)"', message[: match.start()])
+    return needs if len(keys) != 1 else f"{needs}; give {' '.join(f'--{keys[0]}.{name} ...' for name in names)}"
 
 
 def _parameters(cls: type) -> dict[str, inspect.Parameter]:

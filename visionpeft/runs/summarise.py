@@ -8,6 +8,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.methods import Method
 from visionpeft.models.create import create_backbone
 from visionpeft.runs.cli import Parser
+from visionpeft.runs.explain import user_error
 
 
 def summarise(arguments: list[str]) -> None:
@@ -22,7 +23,11 @@ def summarise(arguments: list[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="images in a batch")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of the times")
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.instantiate(parser.parse_args(arguments))
+    parsed = parser.parse_args(arguments)
+    try:
+        options = parser.instantiate(parsed)
+    except ValueError as error:
+        raise user_error(error) or error from None
     if not options.method:
         raise ConfigurationError("name a method, such as --method LoRA --method.rank 8")
     for name in ("num_classes", "batch_size", "rounds"):
