@@ -9,10 +9,12 @@ import visionpeft as vp
 from visionpeft.adapters.fingerprint import fingerprint
 from visionpeft.adapters.head_layout import head_from_layout, head_layout
 
-HEADS = {  # classes of heads that timm has besides torch's Linear, and a model with each
-    "Linear": ("mobilenetv3_small_050", {}),
-    "NormLinear": ("levit_128s", {}),  # two heads, each with a batch normalisation
-    "ClassifierHead": ("samvit_base_patch16", {"img_size": 32, "depth": 2, "embed_dim": 32, "num_heads": 2}),
+SEQUENCER = {"layers": (1, 1, 1, 1), "embed_dims": (8,) * 4, "hidden_sizes": (4,) * 4}
+SEQUENCER |= {"pretrained_cfg_overlay": {"input_size": (3, 56, 56)}}
+HEADS = {  # classes of heads that timm has besides torch's Linear, and a model with each and the side of its images
+    "Linear": ("mobilenetv3_small_050", {}, 64),
+    "NormLinear": ("levit_128s", {}, 224),  # two heads, each with a batch normalisation
+    "ClassifierHead": ("sequencer2d_s", SEQUENCER, 56),
 }
 
 
@@ -33,11 +35,11 @@ def vit(**options):
 @torch.no_grad()
 def test_heads_of_the_library(kind, tmp_path):
     """Loaded into models of any number of classes, whose own heads come back."""
-    name, options = HEADS[kind]
+    name, options, side = HEADS[kind]
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3, **options).eval()
     others = [timm.create_model(name, num_classes=number, **options).eval() for number in (3, 0)]
-    images = torch.randn(2, 3, *[options.get("img_size", 224)] * 2)
+    images = torch.randn(2, 3, side, side)
     backbone = {key: value for key, value in model.state_dict().items() if not key.startswith(("head", "classifier"))}
     heads = vp.attach(model, vp.LinearProbe()).peft["default"].heads
     assert type(model.get_submodule(heads[0])).__name__ == kind
@@ -57,7 +59,7 @@ def test_heads_of_the_library(kind, tmp_path):
     "entry", [{"num_classes": "3"}, {"num_classes": -1}, {"num_classes": 10**15}, {"class": "Upsample"}]
 )
 def test_edited_heads_of_the_library_are_refused(entry):
-    name, options = HEADS["ClassifierHead"]
+    name, options, _ = HEADS["ClassifierHead"]
     model = timm.create_model(name, num_classes=3, **options)
     layout = head_layout(model.head)
     assert layout == {"class": "ClassifierHead", "num_classes": 3}
