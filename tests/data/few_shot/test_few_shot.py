@@ -669,6 +669,14 @@ def test_what_is_done_to_an_embedded_split_is_done_to_it_alone():
     assert "mine" not in again.notes
 
 
+@pytest.mark.parametrize("dataset", ["folder", "list", "clipart"])
+def test_places_that_would_not_be_read(dataset, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"folder and split_file would not be read; leave them out"):
+        FewShot(dataset, tmp_path, folder="birds", split_file="split.json")
+    with pytest.raises(ConfigurationError, match=r"image_folder would not be read; leave it out"):
+        FewShot(dataset, tmp_path, image_folder="rgb")
+
+
 def test_own_folder(tmp_path):
     write_class_folders(tmp_path, {"red_kite": 20, "heron": 20})
     data = FewShot("folder", tmp_path, shots=4)

@@ -1,6 +1,6 @@
 """The data of few-shot learning with CLIP: the published benchmark, its shifted test sets, and people's own images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -87,6 +87,8 @@ class FewShot(ImageDataModule):
         self.own_template = template is not None
         template = template or definitions.get(key, {}).get("templates", {}).get("zero_shot", PHOTO)
         check_templates(template)
+        places = {"folder": folder, "image_folder": image_folder, "split_file": split_file}
+        _check_places(key, definitions, [name for name, place in places.items() if place is not None])
         if key in OWN:
             splits = _own(key, root, class_names, val_fraction, test_fraction)
         else:
@@ -161,6 +163,17 @@ def _check(shots: int | None, classes: str, split: str, draw_rule: str) -> None:
         raise ConfigurationError(f"unknown split '{split}': choose published or own")
     if draw_rule not in ("coop", "clip_lora"):
         raise ConfigurationError(f"unknown draw_rule '{draw_rule}': choose coop or clip_lora")
+
+
+def _check_places(key: str, definitions: Mapping[str, dict], given: Sequence[str]) -> None:
+    """Refuse places where a data set of this name is not looked for."""
+    if given and (key in OWN or definitions[key].get("embedded")):
+        read = "is read as it lies in root" if key in OWN else "is in the package"
+        it = "it" if len(given) == 1 else "them"
+        raise ConfigurationError(
+            f"dataset '{key}' {read}, and {' and '.join(given)} would not be read; leave {it} out, or name a published "
+            "data set, which may lie elsewhere"
+        )
 
 
 def _own(
