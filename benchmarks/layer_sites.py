@@ -154,7 +154,7 @@ def examine(name: str, size: int | None = None, normal: bool = False, **options)
         dead = [key for key, p in parameters.items() if p.grad is None or not p.grad.any()]
         if dead and not void(model, adapter, dead, images, base):
             return f"{DEAD} {len(dead)} tensors, such as {dead[0]}"
-        heads = {path: copy.deepcopy(adapter.get_submodule(path)) for path in adapter.heads}
+        heads = {path: copy.deepcopy(adapter.get_submodule(path)) for path in adapter.head_paths}
         with vp.use(model, None):
             changed = by_hand(unadapted(model), adapter)
         for path, head in heads.items():

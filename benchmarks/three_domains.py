@@ -167,7 +167,7 @@ class Bench:
         data.setup()
         task.load(self.adapter(source, domain, seed))
         model, own = task.model, task.adapter_name
-        (path,) = model.peft[own].heads
+        (path,) = model.peft[own].head_paths
         head = {key: value.clone() for key, value in model.peft[own].get_submodule(path).state_dict().items()}
         vp.detach(model)
         model.get_submodule(path).load_state_dict(head)

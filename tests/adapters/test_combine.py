@@ -159,7 +159,7 @@ def test_heads():
     heads = [model.peft[name].head.weight for name in ("a", "b", "mix")]
     assert torch.allclose(heads[2], 0.25 * heads[0] + 0.75 * heads[1], atol=1e-14)
     vp.combine(model, {"a": 1, "b": 1}, "sum", head=False)
-    assert model.peft["sum"].heads == ()
+    assert model.peft["sum"].head_paths == ()
     before = list(model.peft)
     with pytest.raises(UserError, match="head=False"):
         vp.combine(model, {"a": 1, "b": 1}, "no")

@@ -41,7 +41,7 @@ def test_heads_of_the_library(kind, tmp_path):
     others = [timm.create_model(name, num_classes=number, **options).eval() for number in (3, 0)]
     images = torch.randn(2, 3, side, side)
     backbone = {key: value for key, value in model.state_dict().items() if not key.startswith(("head", "classifier"))}
-    heads = vp.attach(model, vp.LinearProbe()).peft["default"].heads
+    heads = vp.attach(model, vp.LinearProbe()).peft["default"].head_paths
     assert type(model.get_submodule(heads[0])).__name__ == kind
     vp.save(trained(model), tmp_path)
     for other in others:

@@ -57,13 +57,14 @@ def trained(model):
 
 # Kinds of layers: norms with their activation and depthwise convolutions; standardised weights and weights read with a
 # gain; linear layers and norms of channels last, with norms of channels first between them; norms that read a third
-# tensor, which norm tuning trains where BitFit changes the bias.
+# tensor, which norm tuning trains where BitFit changes the bias; a model that calls its heads `heads`.
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("test_efficientnet", {}),
         ("test_nfnet", {}),
         ("test_mambaout", {}),
+        ("efficientvim_m1", {"embed_dim": (8, 16, 32), "depths": (1, 1, 1), "state_dim": (4, 4, 4)}),
         ("resnetv2_50d_evos", {"layers": (1, 1, 1, 1), "channels": (128, 128, 128, 128), "stem_chs": 64}),
     ],
 )
@@ -246,7 +247,7 @@ def test_a_head_that_is_a_convolution(images, tmp_path):
         model.get_classifier = lambda model=model: model.classifier[0]
     models[1].load_state_dict(models[0].state_dict())
     vp.attach(models[0], vp.LinearProbe())
-    assert models[0].peft["default"].heads == ("classifier.0",)
+    assert models[0].peft["default"].head_paths == ("classifier.0",)
     vp.save(trained(models[0]), tmp_path / "adapter")
     vp.load(models[1], tmp_path / "adapter")
     assert torch.equal(models[0](images), models[1](images))

@@ -310,9 +310,9 @@ FAULTS = [
     ),
     Fault(
         "disabled_head", "a switched-off adapter keeps its head",
-        'next((name for name in reversed(peft.chosen) if path in peft[name].heads), None)', 'next((name for name in reversed([*peft]) if path in peft[name].heads), None)',
+        'next((name for name in reversed(peft.chosen) if path in peft[name].head_paths), None)', 'next((name for name in reversed([*peft]) if path in peft[name].head_paths), None)',
         ("test_switching", "test_invariants"), "switching or disable or exception or head",
-        elsewhere=(("        with_head = [adapter for adapter in peft.active if path in peft[adapter].heads]", "        with_head = [adapter for adapter in peft if path in peft[adapter].heads]"),),
+        elsewhere=(("        with_head = [adapter for adapter in peft.active if path in peft[adapter].head_paths]", "        with_head = [adapter for adapter in peft if path in peft[adapter].head_paths]"),),
     ),
     Fault(
         "order", "what acts at a site follows the order of attaching",

@@ -57,9 +57,9 @@ class AttachedAdapter(nn.Module):
             value = _trainable(backbone.model, name).detach()
             nest(self, f"trained.{name}", nn.Parameter(value.to(training_dtype(value), copy=True)))
         self.hosts: dict[str, tuple[nn.Module]] = {}  # path of a head -> the model's own, when this one was attached
-        self.heads = backbone.heads if head else ()
+        self.head_paths = backbone.heads if head else ()
         gathered = sum(method.gathers(tower) for method in methods for tower in select_towers(method, backbone))
-        for path in self.heads:
+        for path in self.head_paths:
             for name, _ in backbone.model.get_submodule(path).named_parameters():
                 _trainable(backbone.model, f"{path}.{name}")
             nest(self, path, own_copy(backbone.model.get_submodule(path)))
@@ -77,7 +77,7 @@ class AttachedAdapter(nn.Module):
     def masked(self) -> dict[str, Method]:
         """Which method masks the gradient of which parameter here: of trained copies, and then of the heads, too."""
         found = {f"trained.{name}": method for name, method in self.masking.items()}
-        for path in self.heads if found else ():
+        for path in self.head_paths if found else ():
             names = [f"{path}.{name}" for name, _ in self.get_submodule(path).named_parameters()]
             found |= dict.fromkeys(names, next(iter(self.masking.values())))
         return found
@@ -102,7 +102,7 @@ class AttachedAdapter(nn.Module):
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the adapter's heads."""
-        return [parameter for path in self.heads for parameter in self.get_submodule(path).parameters()]
+        return [parameter for path in self.head_paths for parameter in self.get_submodule(path).parameters()]
 
     @property
     def pending(self) -> bool:

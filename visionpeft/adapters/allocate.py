@@ -88,8 +88,8 @@ def remake(
     with plain(model):
         backbone = describe(model)
         made = AttachedAdapter(tuple(methods), backbone, head=False, train=old.train_names)
-    made.heads = old.heads
-    for path in old.heads:
+    made.head_paths = old.head_paths
+    for path in old.head_paths:
         nest(made, path, old.get_submodule(path))
     kept = old.state_dict() if kept is None else kept
     made.load_state_dict({**kept, **tensors}, strict=False)

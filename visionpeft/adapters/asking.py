@@ -71,7 +71,7 @@ def connect_head(adapter: AttachedAdapter) -> None:
     if not queries:
         return
     methods = " and ".join(type(method).__name__ for method in adapter.methods)
-    heads = [adapter.get_submodule(path) for path in adapter.heads]
+    heads = [adapter.get_submodule(path) for path in adapter.head_paths]
     if len(heads) != 1 or not isinstance(heads[0], SeveralFeatures):
         raise UnsupportedError(
             f"{methods} asks for features that a classification head reads, which is trained with it: it needs a model "

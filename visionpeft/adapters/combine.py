@@ -76,7 +76,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, *, head: 
             moved = base.double() + sum(w * change for w, change in zip(factors, changes, strict=True))
             tensors[f"trained.{path}"] = moved.to(base)
     if head:
-        made.heads = first.heads
+        made.head_paths = first.head_paths
         for path, layer in _heads(adapters, weights).items():
             nest(made, path, layer)
             tensors |= {f"{path}.{key}": tensor for key, tensor in layer.state_dict().items()}
@@ -94,18 +94,18 @@ def _below(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
 def _heads(adapters: list[AttachedAdapter], weights: Mapping[str, float]) -> dict[str, nn.Module]:
     """Weighted means of the heads, by path."""
     first = adapters[0]
-    layouts = [{path: head_layout(adapter.get_submodule(path)) for path in adapter.heads} for adapter in adapters]
+    layouts = [{path: head_layout(adapter.get_submodule(path)) for path in adapter.head_paths} for adapter in adapters]
     if any(layout != layouts[0] for layout in layouts):
         raise ConfigurationError(
             f"the heads of {', '.join(weights)} differ in kind or number of classes; combine with head=False"
         )
-    if first.heads and not math.isclose(sum(weights.values()), 1, abs_tol=1e-6):
+    if first.head_paths and not math.isclose(sum(weights.values()), 1, abs_tol=1e-6):
         raise ConfigurationError(
             f"heads are averaged, so the weights must add up to 1, not {sum(weights.values()):g}; "
             "combine with head=False"
         )
     heads = {}
-    for path in first.heads:
+    for path in first.head_paths:
         heads[path] = copy.deepcopy(first.get_submodule(path))
         states = [adapter.get_submodule(path).state_dict() for adapter in adapters]
         heads[path].load_state_dict(weighted_sum(states, list(weights.values())))

@@ -240,14 +240,14 @@ def holders(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]
 
 
 def _install_heads(swaps: Swaps, peft: Adapters, model: nn.Module, heads: tuple[str, ...]) -> None:
-    for path in dict.fromkeys((*heads, *(path for name in peft.chosen for path in peft[name].heads))):
+    for path in dict.fromkeys((*heads, *(path for name in peft.chosen for path in peft[name].head_paths))):
         if head_in_use(peft, path) is not None:
             _use_head(swaps, model.get_submodule(path), peft[head_in_use(peft, path)].get_submodule(path))
 
 
 def head_in_use(peft: Adapters, path: str) -> str | None:
     """Which active adapter's head is used: that of the last one."""
-    return next((name for name in reversed(peft.chosen) if path in peft[name].heads), None)
+    return next((name for name in reversed(peft.chosen) if path in peft[name].head_paths), None)
 
 
 def parameters_in_use(peft: Adapters) -> list[nn.Parameter]:
@@ -259,7 +259,7 @@ def _parameters_of(peft: Adapters, active: tuple[str, ...] | None, routed: Itera
     names = active if active is not None else tuple(dict.fromkeys(filter(None, routed)))
     unused = set()
     for name in active or ():
-        for path in peft[name].heads:
+        for path in peft[name].head_paths:
             if head_in_use(peft, path) != name:
                 unused |= set(peft[name].get_submodule(path).parameters())
     return [*dict.fromkeys(p for name in names for _, _, p in peft.anatomy(name).parameters() if p not in unused)]
@@ -338,7 +338,7 @@ def remember_hosts(model: nn.Module, adapter: AttachedAdapter) -> None:
     Raises:
         ConfigurationError: the model has no such module.
     """
-    hosts = {path: _at(model, path) for path in adapter.heads}
+    hosts = {path: _at(model, path) for path in adapter.head_paths}
     if missing := [path for path, host in hosts.items() if not isinstance(host, nn.Module)]:
         raise ConfigurationError(f"the adapter has a head {missing[0]!r}, but the model has no module of this name")
     adapter.hosts = {path: (host,) for path, host in hosts.items()}

@@ -55,7 +55,7 @@ def _of_adapter(adapter: AttachedAdapter, backbone: Backbone, own: dict[str, int
     for _, placement in adapter.placements:
         place = _of_place(backbone.towers[placement.tower], placement.block, placement.site)
         shared[placement.tower] = max(shared.get(placement.tower, 0), place)
-    heads = tuple(f"{path}." for path in adapter.heads)
+    heads = tuple(f"{path}." for path in adapter.head_paths)
     for path, parameter in adapter.named_parameters():
         if path.startswith("trained."):
             yield path, own[path.removeprefix("trained.")]

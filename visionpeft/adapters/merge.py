@@ -150,7 +150,7 @@ def _merged_heads(model: nn.Module, peft: Adapters) -> dict[str, nn.Module]:
     """Frozen copies of the heads in use, by path, in the precision of the model."""
     plain = (p for p in model.parameters() if p.is_floating_point() and not is_quantised(p))
     heads, dtype = {}, next(parameter.dtype for parameter in plain)
-    for path in dict.fromkeys(path for name in peft.active for path in peft[name].heads):
+    for path in dict.fromkeys(path for name in peft.active for path in peft[name].head_paths):
         head = copy.deepcopy(peft[head_in_use(peft, path)].get_submodule(path))
         heads[path] = head.to(dtype=dtype).requires_grad_(False)
     return heads

@@ -125,7 +125,7 @@ class Route:
     def head_of(self, name: str | None, path: str) -> nn.Module | None:
         """The head of an adapter, or None for the model's own."""
         root = None if name is None else self.adapters[name].root
-        return root.get_submodule(path) if root is not None and path in root.heads else None
+        return root.get_submodule(path) if root is not None and path in root.head_paths else None
 
     def rows(self, names: tuple, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The samples that these adapters serve, and the number of the adapter of each; see `Group.rows`."""

@@ -247,7 +247,7 @@ class Routes:
                 refuse_intermediates(plan.swaps, tower, SHALLOW)
             if any(key[0] == tower.name and key[2:] == CARRIERS for key in acting):
                 refuse_intermediates(plan.swaps, tower, CARRYING)
-        for path in adapter.root.heads:
+        for path in adapter.root.head_paths:
             self._route_head(plan, path)
         plan.adapters.add(id(adapter))
         return _size(plan) > before or len(plan.adapters) == 1

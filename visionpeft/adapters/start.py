@@ -47,7 +47,7 @@ def start_from(model: nn.Module, folder: str | Path, name: str | None = None) ->
     with _loaded(model, folder) as source:
         _require_alike(adapter, source, folder)
         own, found = adapter.state_dict(), source.state_dict()
-        heads = tuple(f"{path}." for path in (*adapter.heads, *source.heads))
+        heads = tuple(f"{path}." for path in (*adapter.head_paths, *source.head_paths))
         values = {key: value for key, value in found.items() if not heads or not key.startswith(heads)}
         wanted = {key for key in own if not heads or not key.startswith(heads)}
         if values.keys() != wanted or any(value.shape != own[key].shape for key, value in values.items()):

@@ -71,7 +71,7 @@ def save(
         "format": FORMAT,
         "methods": [{"class": type(m).__name__, "fields": dataclasses.asdict(m)} for m in methods],
         "train": list(adapter.train_names),
-        "heads": {path: head_layout(adapter.get_submodule(path)) for path in adapter.heads},
+        "heads": {path: head_layout(adapter.get_submodule(path)) for path in adapter.head_paths},
         "backbone": backbone_record(model),
         "class_names": class_names,
         "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
@@ -134,7 +134,7 @@ def made_adapter(
         check_backbone(model, description["backbone"], actual, what)
         try:
             adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
-            adapter.heads = tuple(description["heads"])
+            adapter.head_paths = tuple(description["heads"])
             for path, layout in description["heads"].items():
                 nest(adapter, path, head_from_layout(layout, model, path))
         except UserError:
@@ -144,7 +144,7 @@ def made_adapter(
             raise StorageError(f"what {what} describes cannot be made: {reason}") from None
     reference = next(model.parameters())
     adapter.to(reference.device)
-    for path in adapter.heads:
+    for path in adapter.head_paths:
         adapter.get_submodule(path).to(training_dtype(reference))
     check_tensors(tensors, adapter.state_dict(), what)
     adapter.load_state_dict(tensors)

@@ -36,7 +36,7 @@ class FrozenTrunk:
         backbone = describe(model)
         self.model = model
         self.acting = self._acting()
-        heads = [*dict.fromkeys((*backbone.heads, *(path for adapter in self.acting for path in adapter.heads)))]
+        heads = [*dict.fromkeys((*backbone.heads, *(path for adapter in self.acting for path in adapter.head_paths)))]
         if list(backbone.towers) != ["visual"] or len(heads) != 1:
             raise UnsupportedError("a frozen trunk is kept of image classifiers with one head only")
         self.head = heads[0]

@@ -57,7 +57,7 @@ def give_own_heads(adapter: AttachedAdapter) -> int | None:
         How many classes they have; None without heads, or with one that changes no width.
     """
     widths = set()
-    for path in adapter.heads:
+    for path in adapter.head_paths:
         head = adapter.get_submodule(path)
         linear = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
         if linear:

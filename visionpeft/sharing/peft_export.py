@@ -132,7 +132,7 @@ def _by_module(model: nn.Module, adapter: AttachedAdapter) -> list[tuple[PeftMod
 def _modules_to_save(model: nn.Module, adapter: AttachedAdapter) -> dict[str, dict[str, torch.Tensor]]:
     """State of the modules that are trained whole, by name."""
     whole: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for path in adapter.heads:
+    for path in adapter.head_paths:
         head = adapter.get_submodule(path)
         if type(head) is not nn.Linear:
             raise UnsupportedError(
@@ -145,7 +145,7 @@ def _modules_to_save(model: nn.Module, adapter: AttachedAdapter) -> dict[str, di
         whole[path][key] = parameter
     for path, state in whole.items():
         missing = dict(model.get_submodule(path).named_parameters()).keys() - state.keys()
-        if not path or (missing and path not in adapter.heads):
+        if not path or (missing and path not in adapter.head_paths):
             raise UnsupportedError(
                 f"peft trains whole modules, not {path or 'the model'}'s {', '.join(state)} alone; this adapter can be "
                 "saved with save"

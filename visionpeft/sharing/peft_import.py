@@ -76,7 +76,7 @@ def import_peft(model: nn.Module, folder: str | Path, name: str = "default") -> 
         adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(trained))
     for path, head in heads.items():
         nest(adapter, path, head.to(training_dtype(next(model.parameters()))))
-    adapter.heads = tuple(heads)
+    adapter.head_paths = tuple(heads)
     adapter.to(next(model.parameters()).device)
     state = {part.place: part.tensors for part in parts}
     for _, placement in adapter.placements:
