@@ -178,22 +178,25 @@ def examine(name: str, size: int | None = None, normal: bool = False, **options)
 
 
 def void(model: nn.Module, adapter: nn.Module, dead: list[str], images: Tensor, base: Tensor) -> bool:
-    """Whether all of these are shifts of a bias that changes nothing in timm's own model either.
+    """Whether all of these are changes of a bias or a weight that change nothing in timm's own model either.
 
-    So it is before a softmax over positions, to which the same is then added everywhere (`GlobalContext`).
+    So it is before a softmax over positions, to which the same is then added everywhere (`GlobalContext`), and with the
+    queries of all tokens but the class token in the last block, where that is all that is read (MViTv2).
     """
     with vp.use(model, None):
         own = unadapted(model)
         paths = {id(module): path for path, module in model.named_modules()}
         tower = describe(model).towers["visual"]
-    shifts = {f"{adapter.method_keys[i]}.{p.block}.{p.site}": p for i, p in adapter.placements}
+    changes = {f"{adapter.method_keys[i]}.{p.block}.{p.site}": p for i, p in adapter.placements}
     for key in dead:
         method, _, *place, last = key.split(".")
-        placement = shifts.get(f"{method}.{place[0] if len(place) > 1 else None}.{place[-1]}")
-        if last != "shift" or placement is None:
+        placement = changes.get(f"{method}.{place[0] if len(place) > 1 else None}.{place[-1]}")
+        if placement is None:
             return False
+        layer = own.get_submodule(paths[id(tower.layer(placement.block, placement.site).owner)])
         with torch.no_grad():
-            own.get_submodule(paths[id(tower.layer(placement.block, placement.site).owner)]).bias += 1
+            changed = layer.bias if last == "shift" else layer.weight
+            changed += torch.randn_like(changed)
     with torch.no_grad():
         return distance(outputs(own, images), base, base) <= TOLERANCE
 
