@@ -6,6 +6,7 @@ import functools
 import pytest
 import timm
 import torch
+from away_from_start import moved, shaken
 from timm.models.hiera import Hiera, Unroll
 from timm.models.hieradet_sam2 import HieraDet
 
@@ -29,10 +30,7 @@ def _made(family):
     torch.manual_seed(0)
     kind, options = FAMILIES[family]
     model = kind(num_classes=5, **OPTIONS, **options).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return shaken(model)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -46,15 +44,6 @@ def made(family):
 
 def images(number=2, size=SIZE):
     return torch.randn(number, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def moved(model):
-    """Every tensor of the adapter moved from where it starts; those of its modules by path."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.peft.parameters():
-        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return {name.split(".visual.")[-1]: value.detach() for name, value in model.peft.named_parameters()}
 
 
 def close(left, right):

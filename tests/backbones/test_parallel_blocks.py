@@ -9,6 +9,7 @@ import block_checks
 import pytest
 import timm
 import torch
+from away_from_start import moved, shaken
 from timm.layers.diff_attention import DiffAttention
 from timm.models.vision_transformer import (
     DiffParallelScalingBlock,
@@ -39,10 +40,7 @@ def _made(family, options):
     torch.manual_seed(0)
     options = SIZES | {"reg_tokens": 1, "init_values": 1.0, "num_classes": 5} | FAMILIES[family] | dict(options)
     model = VisionTransformer(**options).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return shaken(model)
 
 
 def made(family, **options):
@@ -56,15 +54,6 @@ def family(request):
 
 def images(number=2):
     return torch.randn(number, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def moved(model):
-    """Every tensor of the adapter moved from where it starts; those of its modules by path."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.peft.parameters():
-        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return {name.split(".visual.")[-1]: value.detach() for name, value in model.peft.named_parameters()}
 
 
 def close(left, right):

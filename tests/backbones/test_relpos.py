@@ -7,6 +7,7 @@ import math
 import pytest
 import timm
 import torch
+from away_from_start import moved, shaken
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTransformerRelPos
 
 import visionpeft as vp
@@ -25,9 +26,7 @@ def _made(family):
     torch.manual_seed(0)
     sizes = {"img_size": (8, 12), "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "rel_pos_dim": 8}
     model = VisionTransformerRelPos(**sizes, num_classes=5, init_values=1.0, **FAMILIES[family]).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    shaken(model)
     # Frozen, as with an adapter: without a bias, torch rounds the product with a trained matrix in another way.
     return model.requires_grad_(False)
 
@@ -43,15 +42,6 @@ def family(request):
 
 def images(number=2):
     return torch.randn(number, 3, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def moved(model):
-    """Every tensor of the adapter moved from where it starts; those of its modules by path."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.peft.parameters():
-        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return {name.split(".visual.")[-1]: value.detach() for name, value in model.peft.named_parameters()}
 
 
 def close(left, right):

@@ -6,6 +6,7 @@ import functools
 import pytest
 import timm
 import torch
+from away_from_start import moved, shaken
 from timm.layers import DropPath
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 
@@ -21,10 +22,7 @@ def _made(family):
     torch.manual_seed(0)
     options = {"global_attn_indexes": (1,), "neck_chans": 8, "num_classes": 5, "init_values": 1.0}
     model = VisionTransformerSAM(**OPTIONS, **options, **FAMILIES[family]).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.requires_grad_(False)
+    return shaken(model).requires_grad_(False)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -38,15 +36,6 @@ def made(family):
 
 def images(number=2):
     return torch.randn(number, 3, 16, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def moved(model):
-    """Every tensor of the adapter moved from where it starts; those of its modules by path."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.peft.parameters():
-        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return {name.split(".visual.")[-1]: value.detach() for name, value in model.peft.named_parameters()}
 
 
 def close(left, right):

@@ -8,6 +8,7 @@ import peft
 import pytest
 import timm
 import torch
+from away_from_start import moved, shaken
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 
@@ -47,15 +48,6 @@ def blocks_of(model):
 
 def images(number=2, size=SIZE):
     return torch.randn(number, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def moved(model):
-    """Every tensor of the adapter moved from where it starts; those of its modules by path."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.peft.parameters():
-        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return {name.split(".visual.")[-1]: value.detach() for name, value in model.peft.named_parameters()}
 
 
 def close(left, right):
@@ -237,9 +229,7 @@ def test_what_acts_before_attention_is_merged_where_no_window_is_filled_up(size)
     torch.manual_seed(0)
     model = SwinTransformer(img_size=size, num_classes=5, **OPTIONS).double().eval()
     vp.attach(model, vp.RepAdapter(bottleneck=4), head=False)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    shaken(model)
     output = model(images(2, size))
     if size == SIZE:
         with pytest.raises(vp.UnsupportedError, match="the windows of this block are filled up with zeros"):

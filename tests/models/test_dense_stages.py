@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from away_from_start import shaken
 from reference.prompts import depthwise
 from timm.layers import LayerNorm2d
 from torchvision.ops import FeaturePyramidNetwork
@@ -34,10 +35,7 @@ def backbone(name="swin", dtype=torch.float64, **options):
         made = timm.create_model(
             kind, num_classes=0, **{"dynamic_img_size": True, "always_partition": True} | SWIN | options
         )
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return made.to(dtype).eval()
+    return shaken(made).to(dtype).eval()
 
 
 def images(*size, batch=2):
@@ -96,9 +94,8 @@ def test_heads_on_hiera(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0, **OF_HIERA, **HIERA[name]).double().eval()
     pixels = images(64, 64)
+    shaken(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
         expected = model.forward_intermediates(pixels, intermediates_only=True)
         maps = vp.feature_maps(model, pixels, (0, 1, 2, 3))
     assert [tuple(each.shape[1:]) for each in maps] == [(8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 2, 2)]
