@@ -143,6 +143,12 @@ def fused_qkv_layers(
     return layers
 
 
+def qkv_layers(qkv: nn.Linear) -> dict[str, Layer]:
+    """Layer sites q, k, v that are thirds of one layer's weight, and of its bias if it has one."""
+    rows = {} if qkv.bias is None else thirds(qkv.out_features // 3)
+    return fused_qkv_layers(qkv, "weight", {site: (qkv, "bias", own) for site, own in rows.items()})
+
+
 def thirds(width: int) -> dict[str, slice]:
     """Rows of q, k and v in a fused bias (3 width,)."""
     return {site: slice(index * width, (index + 1) * width) for index, site in enumerate("qkv")}

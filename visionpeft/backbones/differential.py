@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.layers.diff_attention import DiffAttention
 
-from visionpeft.backbones.attention import attend, attention_weights, fused_qkv, fused_qkv_layers, thirds
+from visionpeft.backbones.attention import attend, attention_weights, fused_qkv, qkv_layers
 from visionpeft.backbones.dispatch import describe_attention, norm_layers
 from visionpeft.backbones.timm_layers import attention_output_layers
 from visionpeft.backbones.tower import Layer
@@ -77,9 +77,5 @@ def attend_twice(
 
 @describe_attention.register
 def _(attention: DiffAttention) -> tuple[type[nn.Module], dict[str, Layer]]:
-    bias = {}
-    if attention.qkv.bias is not None:
-        rows = thirds(attention.qkv.out_features // 3)
-        bias = {site: (attention.qkv, "bias", rows[site]) for site in rows}
-    layers = fused_qkv_layers(attention.qkv, "weight", bias) | norm_layers(sub_norm=attention.sub_norm)
+    layers = qkv_layers(attention.qkv) | norm_layers(sub_norm=attention.sub_norm)
     return SitedDiffAttention, layers | attention_output_layers(attention)

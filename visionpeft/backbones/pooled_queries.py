@@ -8,9 +8,9 @@ from itertools import pairwise
 import torch
 import torch.nn as nn
 
-from visionpeft.backbones.attention import attend, fused_qkv_layers, thirds
+from visionpeft.backbones.attention import attend, qkv_layers
 from visionpeft.backbones.dispatch import norm_layers, pre_norm_block
-from visionpeft.backbones.timm_vit import architecture
+from visionpeft.backbones.timm_vit import backbone_with_fc
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 
 
@@ -23,11 +23,7 @@ def attend_pooled(attention: nn.Module, q: torch.Tensor, k: torch.Tensor, v: tor
 
 def pooling_layers(attention: nn.Module) -> dict[str, Layer]:
     """Layer sites of an attention with `qkv`, from one width to another, and `proj`."""
-    bias = {}
-    if attention.qkv.bias is not None:
-        rows = thirds(attention.qkv.out_features // 3)
-        bias = {site: (attention.qkv, "bias", rows[site]) for site in rows}
-    layers = fused_qkv_layers(attention.qkv, "weight", bias)
+    layers = qkv_layers(attention.qkv)
     layers["k"].shift_is_void = True
     return layers | {"proj": Layer("proj", "linear", attention.proj)}
 
@@ -61,7 +57,5 @@ def hiera_backbone(model: nn.Module, blocks: list[BlockSites]) -> Backbone:
         spanning=(model,),
         excluded=("head.fc.",),
         stages=tuple(after - before for before, after in pairwise(starts)),
-        strides=tuple(info["reduction"] for info in model.feature_info),
     )
-    heads = () if isinstance(model.head.fc, nn.Identity) else ("head.fc",)
-    return Backbone("timm", architecture(model), model, {"visual": tower}, heads)
+    return backbone_with_fc(model, tower)

@@ -5,7 +5,7 @@ import torch.nn as nn
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 
 from visionpeft.backbones.dispatch import describe_block, describe_model, norm_layers, require_own_class
-from visionpeft.backbones.timm_vit import architecture
+from visionpeft.backbones.timm_vit import backbone_with_fc
 from visionpeft.backbones.tower import BETWEEN, Backbone, BlockSites, Layer, Tower
 from visionpeft.sites import MapFlow, Sites
 
@@ -81,10 +81,8 @@ def _(model: ConvNeXt) -> Backbone:
         spanning=(model,),
         excluded=("head.fc.",),
         stages=tuple(len(stage.blocks) for stage in model.stages),
-        strides=tuple(info["reduction"] for info in model.feature_info),
     )
-    heads = () if isinstance(model.head.fc, nn.Identity) else ("head.fc",)
-    return Backbone("timm", architecture(model), model, {"visual": tower}, heads)
+    return backbone_with_fc(model, tower)
 
 
 def _stem(stem: nn.Sequential) -> dict[str, Layer]:

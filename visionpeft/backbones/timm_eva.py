@@ -14,7 +14,7 @@ from visionpeft.backbones.attention import (
     fused_qkv,
     fused_qkv_layers,
     in_front,
-    thirds,
+    qkv_layers,
     with_bias,
 )
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, pre_norm_block
@@ -193,10 +193,7 @@ def _(attention: EvaAttention) -> tuple[type[nn.Module], dict[str, Layer]]:
 def _(attention: AttentionRope) -> tuple[type[nn.Module], dict[str, Layer]]:
     if attention.qkv is None:
         return SitedAttentionRope, split_qkv_layers(attention) | attention_output_layers(attention)
-    bias = {}
-    if attention.qkv.bias is not None:
-        bias = {site: (attention.qkv, "bias", rows) for site, rows in thirds(attention.attn_dim).items()}
-    return SitedAttentionRope, fused_qkv_layers(attention.qkv, "weight", bias) | attention_output_layers(attention)
+    return SitedAttentionRope, qkv_layers(attention.qkv) | attention_output_layers(attention)
 
 
 def split_qkv_layers(attention: nn.Module) -> dict[str, Layer]:

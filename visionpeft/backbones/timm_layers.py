@@ -5,7 +5,7 @@ import torch.nn as nn
 from timm.layers import Attention, GluMlp, Mlp, SwiGLU
 from timm.models.vitamin import GeGluMlp
 
-from visionpeft.backbones.attention import attend_as, fused_qkv, fused_qkv_layers, thirds
+from visionpeft.backbones.attention import attend_as, fused_qkv, qkv_layers
 from visionpeft.backbones.dispatch import describe_attention, describe_mlp, norm_layers
 from visionpeft.backbones.tower import Layer
 from visionpeft.errors import UnsupportedError
@@ -48,10 +48,7 @@ def plain_attention(attention, x, sites, attn_mask=None, is_causal=False) -> tor
 
 @describe_attention.register
 def _(attention: Attention) -> tuple[type[nn.Module], dict[str, Layer]]:
-    bias = {}
-    if attention.qkv.bias is not None:
-        bias = {site: (attention.qkv, "bias", rows) for site, rows in thirds(attention.attn_dim).items()}
-    return SitedAttention, fused_qkv_layers(attention.qkv, "weight", bias) | attention_output_layers(attention)
+    return SitedAttention, qkv_layers(attention.qkv) | attention_output_layers(attention)
 
 
 def attention_output_layers(attention: nn.Module) -> dict[str, Layer]:

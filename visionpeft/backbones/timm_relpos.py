@@ -12,7 +12,7 @@ from timm.models.vision_transformer_relpos import (
     VisionTransformerRelPos,
 )
 
-from visionpeft.backbones.attention import AttendsAfterNorm, AttendsToStream, attend_as, fused_qkv_layers, thirds
+from visionpeft.backbones.attention import AttendsAfterNorm, AttendsToStream, attend_as, qkv_layers
 from visionpeft.backbones.dispatch import (
     describe_attention,
     describe_block,
@@ -80,11 +80,7 @@ class SitedResPostRelPosBlock(ResPostRelPosBlock, AttendsToStream):
 
 @describe_attention.register
 def _(attention: RelPosAttention) -> tuple[type[nn.Module], dict[str, Layer]]:
-    bias = {}
-    if attention.qkv.bias is not None:
-        rows = thirds(attention.qkv.out_features // 3)
-        bias = {site: (attention.qkv, "bias", rows[site]) for site in rows}
-    layers = fused_qkv_layers(attention.qkv, "weight", bias)
+    layers = qkv_layers(attention.qkv)
     layers["k"].shift_is_void = isinstance(attention.k_norm, nn.Identity)
     layers |= norm_layers(q_norm=attention.q_norm, k_norm=attention.k_norm)
     return SitedRelPosAttention, layers | {"proj": Layer("proj", "linear", attention.proj)}

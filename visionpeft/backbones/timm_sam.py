@@ -11,7 +11,7 @@ from timm.models.vision_transformer_sam import (
     window_unpartition,
 )
 
-from visionpeft.backbones.attention import AttendsAfterNorm, attend_as, fused_qkv_layers, thirds
+from visionpeft.backbones.attention import AttendsAfterNorm, attend_as, qkv_layers
 from visionpeft.backbones.dispatch import (
     describe_attention,
     describe_block,
@@ -20,7 +20,7 @@ from visionpeft.backbones.dispatch import (
     pre_norm_block,
 )
 from visionpeft.backbones.timm_eva import rotated
-from visionpeft.backbones.timm_vit import architecture
+from visionpeft.backbones.timm_vit import backbone_with_fc
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.backbones.windows import project_windows, window_heads
 from visionpeft.sites import UNTOUCHED, MapFlow, Sites, is_drawn
@@ -92,11 +92,7 @@ class SitedSAMBlock(Block, AttendsAfterNorm):
 
 @describe_attention.register
 def _(attention: Attention) -> tuple[type[nn.Module], dict[str, Layer]]:
-    bias = {}
-    if attention.qkv.bias is not None:
-        rows = thirds(attention.qkv.out_features // 3)
-        bias = {site: (attention.qkv, "bias", rows[site]) for site in rows}
-    layers = fused_qkv_layers(attention.qkv, "weight", bias)
+    layers = qkv_layers(attention.qkv)
     layers["k"].shift_is_void = attention.rope is None and isinstance(attention.k_norm, nn.Identity)
     layers |= norm_layers(q_norm=attention.q_norm, k_norm=attention.k_norm)
     return SitedSAMAttention, layers | {"proj": Layer("proj", "linear", attention.proj)}
@@ -143,5 +139,4 @@ def _(model: VisionTransformerSAM) -> Backbone:
         final_norms=tuple(final),
         excluded=("head.fc.",),
     )
-    heads = () if isinstance(model.head.fc, nn.Identity) else ("head.fc",)
-    return Backbone("timm", architecture(model), model, {"visual": tower}, heads)
+    return backbone_with_fc(model, tower)

@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 
-from visionpeft.backbones.attention import AttendsAfterNorm, fused_qkv_layers, open_in_front, thirds
+from visionpeft.backbones.attention import AttendsAfterNorm, open_in_front, qkv_layers
 from visionpeft.backbones.dispatch import (
     describe_attention,
     describe_block,
@@ -13,7 +13,7 @@ from visionpeft.backbones.dispatch import (
     norm_layers,
     pre_norm_block,
 )
-from visionpeft.backbones.timm_vit import architecture, patch_embed_layers
+from visionpeft.backbones.timm_vit import backbone_with_fc, patch_embed_layers
 from visionpeft.backbones.tower import BETWEEN, Backbone, BlockSites, Layer, Tower
 from visionpeft.backbones.windows import SmallMap, add_positions, attend_in_windows, project_windows, window_heads
 from visionpeft.sites import MapFlow, Sites
@@ -73,11 +73,7 @@ class SitedSwinTransformerBlock(SwinTransformerBlock, AttendsAfterNorm):
 
 @describe_attention.register
 def _(attention: WindowAttention) -> tuple[type[nn.Module], dict[str, Layer]]:
-    bias = {}
-    if attention.qkv.bias is not None:
-        rows = thirds(attention.qkv.out_features // 3)
-        bias = {site: (attention.qkv, "bias", rows[site]) for site in rows}
-    layers = fused_qkv_layers(attention.qkv, "weight", bias)
+    layers = qkv_layers(attention.qkv)
     layers["k"].shift_is_void = True
     return SitedWindowAttention, layers | {"proj": Layer("proj", "linear", attention.proj)}
 
@@ -124,7 +120,5 @@ def swin_backbone(model: nn.Module) -> Backbone:
         excluded=("head.fc.",),
         grid_size=None if model.dynamic_img_size else tuple(model.patch_embed.grid_size),
         stages=tuple(len(stage.blocks) for stage in model.layers),
-        strides=tuple(info["reduction"] for info in model.feature_info),
     )
-    heads = () if isinstance(model.head.fc, nn.Identity) else ("head.fc",)
-    return Backbone("timm", architecture(model), model, {"visual": tower}, heads)
+    return backbone_with_fc(model, tower)

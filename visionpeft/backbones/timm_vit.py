@@ -88,6 +88,12 @@ def architecture(model: nn.Module) -> str:
     return f"{name}.{tag}" if tag else name
 
 
+def backbone_with_fc(model: nn.Module, tower: Tower) -> Backbone:
+    """A timm model of one tower whose classifier is `head.fc`."""
+    heads = () if isinstance(model.head.fc, nn.Identity) else ("head.fc",)
+    return Backbone("timm", architecture(model), model, {"visual": tower}, heads)
+
+
 def patch_embed_layers(model: nn.Module) -> dict[str, Layer]:
     """The layer site of the patch projection. Without a bias, its shift can go into the position embedding."""
     projection = getattr(model.patch_embed, "proj", None)

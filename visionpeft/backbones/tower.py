@@ -256,7 +256,6 @@ class Tower:
         frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
         pools_class_token: whether after the last block only the first token is read.
         stages: how many blocks each stage has, of a tower whose width or grid changes between stages.
-        strides: pixels from one place of each of the stages to the next.
         layers_only: why its blocks have no sites but those of layers, None if they are sited.
         unreached: names in `module` of parameters that the forward does not compute with.
         queried_blocks: through how many of the last blocks tokens of a head may go, which are no patches.
@@ -278,7 +277,6 @@ class Tower:
     frames: Frames | None = None
     pools_class_token: bool = False
     stages: tuple[int, ...] = ()
-    strides: tuple[int, ...] = ()
     layers_only: str | None = None
     unreached: frozenset[str] = frozenset()
     queried_blocks: int = 0
@@ -349,6 +347,11 @@ class Tower:
         one for a layer between stages, or else the first.
         """
         return self.depth - 1 if site in self.final_norms else self.between_stages(site) or 0
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from one place of each of the stages to the next, of a timm model in stages."""
+        return tuple(info["reduction"] for info in self.module.feature_info)
 
     @property
     def stage_widths(self) -> tuple[int, ...]:

@@ -10,8 +10,6 @@ from visionpeft.adapters.install import SHALLOW, NoIntermediates
 from visionpeft.errors import ConfigurationError, UnsupportedError, one_line
 from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native
 
-IN_STAGES = ("layers", "stages", "stage_ends")  # what timm's Swin, ConvNeXt and Hiera have, and no plain ViT
-
 
 def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor | list[torch.Tensor]:
     """Tokens of the patches after some blocks, each after the backbone's final norm if it has one, in a grid.
@@ -36,7 +34,7 @@ def feature_maps(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int
         ConfigurationError: images of a size that the backbone does not take.
     """
     tower = tower_of(backbone)
-    if any(hasattr(tower, name) for name in IN_STAGES):
+    if len({info["reduction"] for info in getattr(tower, "feature_info", ())}) > 1:  # in stages
         return list(_read(tower, images, blocks, output_fmt="NCHW"))
     patch = tower.conv1.kernel_size if is_native(tower) else tower.patch_embed.patch_size
     grid = [side // size for side, size in zip(images.shape[-2:], patch, strict=True)]
