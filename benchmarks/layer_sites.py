@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import visionpeft as vp
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import UserError
 
 SMALL = 64  # pixels of the images, where an architecture takes them

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import visionpeft as vp
 from visionpeft.adapters import economies as block_economies
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 from visionpeft.costs.saved_bytes import saved_bytes, storages
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.base import Method

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import visionpeft as vp
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.attach import has_adapters, register
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 
 

@@ -12,7 +12,7 @@ from small_protocols import write_config
 
 import visionpeft as vp
 from visionpeft import search
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError
 from visionpeft.searching.structure import S3PET, Structure
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from visionpeft.adapters.adapters import AttachedAdapter, Pending, nest
 from visionpeft.adapters.attach import attached, exchange, known, plain, use
 from visionpeft.adapters.measures import Measures
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method, select_towers
 from visionpeft.methods.parts.measures import Batch, Loss

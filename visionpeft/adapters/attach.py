@@ -16,9 +16,9 @@ from visionpeft.adapters.route import Opened
 from visionpeft.adapters.routes import check_not_routed, routes_of
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.adapters.sources import fill, used_by, with_sources
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import check_product, check_products, is_quantised
 from visionpeft.backbones.tower import Backbone
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError, nearest, one_line
 from visionpeft.methods.parts.base import Method
 from visionpeft.sites import HEAD, NEXT_BLOCK, Order, order_of

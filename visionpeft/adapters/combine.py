@@ -16,7 +16,7 @@ from visionpeft.adapters.allocate import evaluating
 from visionpeft.adapters.attach import activate, attached, known, plain, register, use
 from visionpeft.adapters.head_layout import head_layout
 from visionpeft.adapters.storage import folded
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.methods.parts.base import weighted_sum
 

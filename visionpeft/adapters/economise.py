@@ -9,8 +9,8 @@ from visionpeft.adapters.attach import attached, plain
 from visionpeft.adapters.economies import Economies, may_narrow
 from visionpeft.adapters.install import install
 from visionpeft.adapters.selfcheck import check_tower
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import UnsupportedError
 
 

@@ -16,9 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn as nn
 
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import full_precision
 from visionpeft.backbones.tower import Backbone
+from visionpeft.backbones.whole_model import describe
 
 PRECISIONS = ("bfloat16", "float16")
 _PROBED = 16  # values of each tensor by which a write through `.data` is noticed

@@ -17,8 +17,8 @@ from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.layer_decay import GroupMatcher
 from visionpeft.adapters.multiplied_tokens import check_multiplied
 from visionpeft.adapters.plan import Plan, acting_in, located_in, plan_of, travelling_prompts
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import BlockSites, Layer, Tower
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Carriers, OnPixels, Order, Sites, order_of
 from visionpeft.sites.changed_weights import CHANGED, changes_weights, has_statistics, keeps_statistics

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone, Tower
+from visionpeft.backbones.whole_model import describe
 
 
 def distances(model: nn.Module) -> dict[str, int]:

@@ -16,7 +16,7 @@ from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import Batch, cross_entropy, evaluating
 from visionpeft.adapters.attach import activate, attached, detach, known, plain, register
 from visionpeft.adapters.storage import folded
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.methods.lora import LoRA
 from visionpeft.methods.parts.base import require_same, weighted_sum

@@ -12,7 +12,7 @@ from timm.layers import DropPath, PatchDropout
 from torch.nn.modules.dropout import _DropoutNd
 
 from visionpeft.adapters.attach import attached, use
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, DataError, UnsupportedError
 from visionpeft.methods.parts.measures import Batch, Loss, Place
 from visionpeft.methods.parts.sparse_delta import SparseCandidate

@@ -11,9 +11,9 @@ from visionpeft.adapters.adapters import Adapters, check_allocated, own_paramete
 from visionpeft.adapters.attach import attached, reattach, unfreeze
 from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install
 from visionpeft.adapters.plan import plan_of
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import computing_dtype, full_precision, is_quantised
 from visionpeft.backbones.tower import READS, Layer, Tower
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Order, order_of
 

@@ -25,8 +25,8 @@ from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter
 from visionpeft.adapters.routed_carriers import RoutedCarriers
 from visionpeft.adapters.routed_sites import RoutedHead, RoutedKeyPrompts, RoutedPixels, RoutedSite, RoutedWindows
 from visionpeft.adapters.together import alike
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Backbone, Tower
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError
 from visionpeft.sites import TOKEN_SITES, Order, SitedLayer, Sites, order_of
 from visionpeft.sites.routing import Routable, Routing, routable

@@ -11,7 +11,7 @@ from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import cross_entropy, evaluating, remake
 from visionpeft.adapters.attach import attached, known, plain, use
 from visionpeft.adapters.measures import Measures, taken
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method, require, select_towers
 from visionpeft.methods.parts.measures import Batch

@@ -21,9 +21,9 @@ from visionpeft.adapters.fingerprint import differences, same_weights, weights_r
 from visionpeft.adapters.head_layout import head_from_layout, head_layout
 from visionpeft.adapters.install import check_unchanged
 from visionpeft.adapters.stages import check_last_stage
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.backbones.tower import Backbone
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, StorageError, UserError, nearest
 from visionpeft.extensions import classes_by_name
 from visionpeft.methods.parts.base import Method

@@ -16,6 +16,6 @@ from visionpeft.backbones import (  # noqa: F401  (register families)
     timm_swin_v2,
     timm_vit,
 )
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 
 __all__ = ["describe"]

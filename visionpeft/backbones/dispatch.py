@@ -1,10 +1,9 @@
 """Where a block family is plugged in: one `singledispatch` function for each kind of module.
 
-A family registers the classes it knows; code outside the package can register more. `describe` is the way in.
+A family registers the classes it knows; code outside the package can register more. `visionpeft.backbones.describe`
+is the way in.
 """
 
-import importlib
-import sys
 from collections.abc import Callable
 from functools import singledispatch
 
@@ -15,42 +14,10 @@ from visionpeft.errors import UnsupportedError
 from visionpeft.sites.stand_ins import class_below
 
 
-def describe(model: nn.Module) -> Backbone:
-    """Towers, blocks, layers and heads of a model.
-
-    Raises:
-        UnsupportedError: if the model, or a block, attention or MLP in it, is of a class no family knows.
-    """
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedError(
-            f"{type(model._orig_mod).__name__} is already compiled; attach before torch.compile (compile the result)"
-        )
-    if any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__):
-        raise UnsupportedError(f"{type(model).__name__} is already sharded; attach before fully_shard")
-    if "open_clip" in sys.modules:  # no model of OpenCLIP is there without it; importing it takes seconds
-        importlib.import_module("visionpeft.backbones.open_clip")
-    return describe_part(model)
-
-
-def describe_part(model: nn.Module) -> Backbone:
-    """Describe a model that may be a part of another: by its blocks, or a timm model without sited ones by its layers.
-
-    Raises:
-        UnsupportedError: if it is neither.
-    """
-    try:
-        return describe_model(model)
-    except UnsupportedError as refusal:
-        if not hasattr(model, "pretrained_cfg"):  # which timm gives to every model that it makes
-            raise
-        reason = str(refusal) if _is_known(model) else f"{type(model).__name__} has no sited blocks{_part_of(model)}"
-        return importlib.import_module("visionpeft.backbones.layers_only").layers_only(model, reason)
-
-
 @singledispatch
 def describe_model(model: nn.Module) -> Backbone:
     """Describe a whole model; registered by model class."""
-    if part := _part_of(model, layers_too=True):
+    if part := part_of(model, layers_too=True):
         raise UnsupportedError(f"{type(model).__name__} is no model that can be adapted as a whole{part}")
     raise UnsupportedError(
         f"{type(model).__name__} has no sited blocks; timm VisionTransformer (relative positions, too), Eva (EVA, "
@@ -60,14 +27,15 @@ def describe_model(model: nn.Module) -> Backbone:
     )
 
 
-def _is_known(model: nn.Module) -> bool:
+def is_known(model: nn.Module) -> bool:
+    """Whether a family has registered the model's class, or one that it comes from."""
     return describe_model.dispatch(type(model)) is not describe_model.dispatch(object)
 
 
-def _part_of(model: nn.Module, layers_too: bool = False) -> str:
+def part_of(model: nn.Module, layers_too: bool = False) -> str:
     """The end of a sentence that refuses a model: which part of it has blocks, or is one of timm's models at all."""
     for path, part in model.named_modules():
-        if path and (_is_known(part) or (layers_too and hasattr(part, "pretrained_cfg"))):
+        if path and (is_known(part) or (layers_too and hasattr(part, "pretrained_cfg"))):
             return f"; its part {path!r} is a {type(part).__name__}: attach to that"
     return ""
 
@@ -88,6 +56,13 @@ def describe_attention(attention: nn.Module) -> tuple[type[nn.Module], dict[str,
 def describe_mlp(mlp: nn.Module) -> dict[str, Layer]:
     """Layer sites of an MLP; registered by MLP class."""
     raise UnsupportedError(f"an MLP of class {type(mlp).__name__} has no described layers")
+
+
+def architecture(model: nn.Module) -> str:
+    """Architecture name and pretrained tag as timm records them."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    name, tag = config.get("architecture") or type(model).__name__, config.get("tag")
+    return f"{name}.{tag}" if tag else name
 
 
 def norm_layers(**norms: nn.Module | None) -> dict[str, Layer]:

@@ -1,5 +1,7 @@
 """Any timm model whose blocks have no sited form: the sites of its layers, and nothing else.
 
+`describe_part` decides which it is.
+
 A layer site is a linear layer, a convolution or a normalisation whose weight reaches the output, which is found by
 running the model once (`reach`) and not by names. What acts there changes the layer's output where its own forward is
 a plain product, and else the weight that is read (`Layer.changed`), which covers convolutions in groups, with padding
@@ -17,9 +19,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from visionpeft.backbones.dispatch import architecture, describe_model, is_known, part_of
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.reach import OURS, Reach, reach
-from visionpeft.backbones.timm_vit import architecture
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites.stand_ins import own_class
@@ -28,6 +30,21 @@ NAMED: Mapping[str, str] = {}
 
 # model -> (its modules with their own classes, what one pass has met); not the layers, which would keep the model alive
 _MET: WeakKeyDictionary[nn.Module, tuple[list, Reach]] = WeakKeyDictionary()
+
+
+def describe_part(model: nn.Module) -> Backbone:
+    """Describe a model that may be a part of another: by its blocks, or a timm model without sited ones by its layers.
+
+    Raises:
+        UnsupportedError: if it is neither.
+    """
+    try:
+        return describe_model(model)
+    except UnsupportedError as refusal:
+        if not hasattr(model, "pretrained_cfg"):  # which timm gives to every model that it makes
+            raise
+        reason = str(refusal) if is_known(model) else f"{type(model).__name__} has no sited blocks{part_of(model)}"
+        return layers_only(model, reason)
 
 
 def layers_only(

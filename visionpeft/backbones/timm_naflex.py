@@ -6,8 +6,7 @@ They take images of any size, also several sizes in one batch as a dictionary of
 import torch.nn as nn
 from timm.models.naflexvit import NaFlexVit
 
-from visionpeft.backbones.dispatch import describe_block, describe_model, norm_layers
-from visionpeft.backbones.timm_vit import architecture
+from visionpeft.backbones.dispatch import architecture, describe_block, describe_model, norm_layers
 from visionpeft.backbones.tower import Backbone, Layer, Tower
 
 

@@ -6,8 +6,7 @@ The merger, which joins 2 x 2 patches for a language model, is made of layers ou
 import torch.nn as nn
 from timm.models.qwen3_vit import Qwen3VitClassifier, Qwen3VitEncoder
 
-from visionpeft.backbones.dispatch import describe_block, describe_model, norm_layers
-from visionpeft.backbones.timm_vit import architecture
+from visionpeft.backbones.dispatch import architecture, describe_block, describe_model, norm_layers
 from visionpeft.backbones.tower import Backbone, Layer, Tower
 
 

@@ -5,7 +5,7 @@ import torch.nn as nn
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 
 from visionpeft.backbones.attention import AttendsAfterNorm, AttendsToStream
-from visionpeft.backbones.dispatch import describe_block, describe_model, norm_layers, pre_norm_block
+from visionpeft.backbones.dispatch import architecture, describe_block, describe_model, norm_layers, pre_norm_block
 from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
 from visionpeft.sites import Sites
 
@@ -79,13 +79,6 @@ def timm_backbone(model: nn.Module, **norms: nn.Module) -> Backbone:
         name for name in ("head", "head_dist") if not isinstance(getattr(model, name, nn.Identity()), nn.Identity)
     )
     return Backbone("timm", architecture(model), model, {"visual": tower}, heads)
-
-
-def architecture(model: nn.Module) -> str:
-    """Architecture name and pretrained tag as timm records them."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    name, tag = config.get("architecture") or type(model).__name__, config.get("tag")
-    return f"{name}.{tag}" if tag else name
 
 
 def backbone_with_fc(model: nn.Module, tower: Tower) -> Backbone:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from visionpeft.adapters.adapters import AttachedAdapter, own_parameter
 from visionpeft.adapters.attach import attached
 from visionpeft.adapters.storage import package_versions
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
+from visionpeft.backbones.whole_model import describe
 from visionpeft.caching.content_cache import ContentCache, Fingerprint, arithmetic
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import is_drawn

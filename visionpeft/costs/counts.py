@@ -10,7 +10,7 @@ from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.attach import attached
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.trained import trainable_parameters
-from visionpeft.backbones.dispatch import describe
+from visionpeft.backbones.whole_model import describe
 from visionpeft.methods.parts.sparse_delta import entries_of
 
 if TYPE_CHECKING:

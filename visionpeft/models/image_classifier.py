@@ -4,7 +4,8 @@ import sys
 
 from torch import Tensor, nn
 
-from visionpeft.backbones.dispatch import describe_model, describe_part
+from visionpeft.backbones.dispatch import describe_model
+from visionpeft.backbones.layers_only import describe_part
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import UnsupportedError
 

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from visionpeft.backbones.dispatch import describe, describe_model
+from visionpeft.backbones.dispatch import describe_model
 from visionpeft.backbones.tower import Backbone, Tower
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.heads import DenseHead
 

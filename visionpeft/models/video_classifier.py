@@ -6,9 +6,11 @@ import torch
 from torch import nn
 
 from visionpeft.adapters.attach import attach
-from visionpeft.backbones.dispatch import describe, describe_model, describe_part
+from visionpeft.backbones.dispatch import describe_model
 from visionpeft.backbones.frames import Frames
+from visionpeft.backbones.layers_only import describe_part
 from visionpeft.backbones.tower import Backbone
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native, output_width

@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, share_comm_ctx
 
 from visionpeft.adapters.storage import remember_backbone
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.quantised import is_quantised
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks import ImageTask
 from visionpeft.tasks.adapted_task import AdaptedTask

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from visionpeft.backbones.dispatch import describe
 from visionpeft.backbones.tower import Tower
+from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.base import Method
 from visionpeft.searching.evolution import Rounds
