@@ -41,7 +41,7 @@ METHODS = [
     "dora",
     "ia3",
 ]
-RATES = ["--learning_rates", "5e-4", "2e-3", "8e-3"]
+RATES = ["--learning_rates", "2e-3", "8e-3", "3.2e-2"]
 OPTIONS = {
     "model.backbone": "dinov2_small_focus",
     "model.backbone_kwargs": "{img_size: 112}",
