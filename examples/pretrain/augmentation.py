@@ -18,10 +18,10 @@ def chance(count: int, probability: float) -> Tensor:
     return (torch.rand(count) < probability).view(-1, 1, 1, 1)
 
 
-def posed(images: Tensor, turn: Tensor, log_size: Tensor, log_aspect: Tensor, shift: Tensor, tiles=None) -> Tensor:
+def posed(images: Tensor, turn: Tensor, log_size: Tensor, log_aspect: Tensor, shift: Tensor, tiles: Tensor) -> Tensor:
     """Rotate by angles, scale, stretch and shift images (batch, channels, height, width) with premultiplied colour.
 
-    With ``tiles`` (batch,), the result is repeated so often in both directions.
+    The result is repeated as often in both directions as ``tiles`` (batch,) says.
     """
     cos, sin = turn.cos(), turn.sin()
     rotate_back = torch.stack([torch.stack([cos, sin], 1), torch.stack([-sin, cos], 1)], 1)  # (batch, 2, 2)
@@ -29,9 +29,8 @@ def posed(images: Tensor, turn: Tensor, log_size: Tensor, log_aspect: Tensor, sh
     inverse = stretch_back[:, :, None] * rotate_back
     matrices = torch.cat([inverse, -inverse @ shift[:, :, None]], 2)
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
-    if tiles is not None:
-        many = (tiles > 1).view(-1, 1, 1, 1)
-        grid = torch.where(many, torch.remainder(grid * tiles.view(-1, 1, 1, 1) + 1, 2) - 1, grid)
+    tiles = tiles.view(-1, 1, 1, 1)
+    grid = torch.where(tiles > 1, torch.remainder(grid * tiles + 1, 2) - 1, grid)
     return F.grid_sample(images, grid, align_corners=False)
 
 

@@ -1,4 +1,4 @@
-"""Drawings that ``prepare_emoji.py --icons`` wrote, and plain shapes, in memory with what is known of them."""
+"""Drawings that ``prepare_emoji.py --icons`` wrote, and plain shapes: their images, and what is known of them."""
 
 from collections import Counter
 from pathlib import Path
@@ -24,9 +24,9 @@ def table_of(folder: Path) -> pd.DataFrame:
 
 
 def images_of(folder: Path, table: pd.DataFrame) -> Tensor:
-    """Images (drawings, 4, 64, 64) uint8, RGBA, of the rows of a table."""
+    """Images (drawings, 4, 64, 64) uint8, RGBA, of the rows of a table and, after them, of the plain shapes."""
     images = np.stack([np.array(Image.open(folder / path)) for path in table["path"]])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return torch.cat([torch.from_numpy(images).permute(0, 3, 1, 2), shapes(SHAPES)])
 
 
 def numbers(names: pd.Series, known: pd.Series) -> Tensor:
@@ -37,10 +37,10 @@ def numbers(names: pd.Series, known: pd.Series) -> Tensor:
 
 
 class Drawings:
-    """All drawings and, after them, plain shapes, of which nothing is known.
+    """What is known of all drawings and, after them, of plain shapes: nothing.
 
     Attributes:
-        images: (drawings, 4, 64, 64) uint8, RGBA.
+        table: a row for each drawing, without the shapes.
         emoji: number of the emoji (drawings,), the same in all design families; `UNKNOWN` for icons and shapes.
         subgroup: number of the subject (drawings,), or `UNKNOWN`.
         keywords: shares of the keywords (drawings, keywords), which sum to 1, or to 0 where none is known.
@@ -53,11 +53,10 @@ class Drawings:
     """
 
     def __init__(self, folder: Path, min_keyword_count: int = 4):
-        table = table_of(folder)
-        nothing = pd.DataFrame("", index=range(SHAPES), columns=table.columns)
-        self.images = torch.cat([images_of(folder, table), shapes(SHAPES)])
-        self.drawn = torch.arange(len(self.images)) < len(table)
-        table = pd.concat([table, nothing], ignore_index=True)
+        self.table = table_of(folder)
+        nothing = pd.DataFrame("", index=range(SHAPES), columns=self.table.columns)
+        table = pd.concat([self.table, nothing], ignore_index=True)
+        self.drawn = torch.arange(len(table)) < len(self.table)
         self.flip = torch.from_numpy(~table["name"].str.contains("left|right").to_numpy(bool))
         self.emoji = numbers(table["code"], ~table["code"].str.contains(":") & (table["code"] != ""))
         self.subgroup = numbers(table["subgroup"], table["subgroup"] != "")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+UNMASKED = 0.85  # from this share of a run on, all patches are shown
 NAMES = ("images", "pose", "any_pose", "styles", "drawing", "class_token", "patches")
 
 
@@ -37,8 +38,15 @@ class KeptViews:
     def __len__(self) -> int:
         return len(self.images)
 
-    def some_patches(self, count: int) -> Tensor:
-        """Half of the patches, in random order, for each of ``count`` images: (count, patches / 2)."""
+    def shown(self, count: int, progress: float) -> Tensor | None:
+        """Half of the patches, in random order, for each of ``count`` images: (count, patches / 2); None is all.
+
+        Args:
+            count: number of images.
+            progress: which share of the run is over.
+        """
+        if progress >= UNMASKED:
+            return None
         patches = self.patches.shape[1]
         return torch.rand(count, patches).argsort(1)[:, : patches // 2]
 

@@ -27,7 +27,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from captions import Captions
-from drawings import Drawings, table_of
+from drawings import Drawings
 from kept_views import KeptViews, TeacherHeads, only
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.tokenizer import SimpleTokenizer
@@ -36,7 +36,6 @@ from start_values import start_attention, waves, whitening
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-UNMASKED = 0.85  # from this share of the run on, no patches are dropped
 TEACHER_WEIGHTS = {"class_token": 2.0, "patches": 1.0}
 MODEL = {
     "embed_dim": 192,
@@ -151,8 +150,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     random.seed(args.seed)
 
-    data, views, table = Drawings(args.data), KeptViews(args.views), table_of(args.data)
-    captions = Captions(table)
+    data, views = Drawings(args.data), KeptViews(args.views)
+    table, captions = data.table, Captions(data.table)
     codes, families = [captions.codes[code] for code in table["code"]], table["family"].tolist()
     tokens = CaptionTokens(captions)
     config = copy.deepcopy(MODEL)
@@ -230,7 +229,7 @@ def main() -> None:
         true, unknown = captions.true[code][:, phrases], captions.unknown[code][:, phrases]
         for style, number in enumerate(captions.styles):
             true[:, phrases == number] |= styles[:, style, None]
-        seen = views.some_patches(len(rows)) if progress < UNMASKED else None
+        seen = views.shown(len(rows), progress)
         clip.zero_grad()
         teacher.zero_grad()
         # on a CPU, plain attention is faster backwards than the fused one

@@ -37,7 +37,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
-UNMASKED = 0.85  # from this share of the run on, no patches are dropped
 WEIGHTS = {
     "class_token": 4.0,
     "patches": 2.0,
@@ -182,7 +181,7 @@ def main() -> None:
         checkpoint.with_suffix(".tmp").replace(checkpoint)
         export(average, args.output)
 
-    print(f"{len(data.images)} drawings, {len(views)} views, {data.keywords.shape[1]} keywords")
+    print(f"{len(data.drawn)} drawings, {len(views)} views, {data.keywords.shape[1]} keywords")
     model.train()
     budget, running, order = args.minutes * 60, {}, torch.empty(0, dtype=torch.long)
     while seconds < budget:
@@ -194,7 +193,7 @@ def main() -> None:
         if len(order) < args.batch_size:
             order = torch.randperm(len(views))
         rows, order = order[: args.batch_size], order[args.batch_size :]
-        seen = views.some_patches(len(rows)) if progress < UNMASKED else None
+        seen = views.shown(len(rows), progress)
         # on a CPU, plain attention is faster backwards than the fused one
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             losses = model(data, views, rows, seen)

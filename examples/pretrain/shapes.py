@@ -43,7 +43,7 @@ def outline(kind: str, draw: random.Random) -> list[tuple[float, float]]:
         case "cross":
             arm = draw.uniform(0.1, 0.3)
             quarter = [(arm, 0.95), (arm, arm), (0.95, arm)]
-            right = [*((x, -y) for x, y in quarter), *((x, y) for x, y in reversed(quarter))]
+            right = [*((x, -y) for x, y in quarter), *reversed(quarter)]
             return [*right, *((-x, y) for x, y in reversed(right))]
     raise ValueError(kind)
 
@@ -58,7 +58,7 @@ def shape(draw: random.Random) -> Image.Image:
     kind = draw.choice(kinds)
     if kind in ("sector", "ring"):
         high = draw.uniform(0.2, 0.95)
-        box = [side / 2 * (1 - 0.95), side / 2 * (1 - high), side / 2 * (1 + 0.95), side / 2 * (1 + high)]
+        box = [side / 2 * (1 + corner) for corner in (-0.95, -high, 0.95, high)]
         if kind == "sector":
             pen.pieslice(box, -90, -90 + draw.uniform(60, 330), fill=colour)
         else:

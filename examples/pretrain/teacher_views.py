@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from augmentation import Views, augment
-from drawings import Drawings
+from drawings import Drawings, images_of
 from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from visionpeft.models.create import create_backbone
 
 TEACHER, TEACHER_SIDE = "dinov2_small_focus", 112
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIRECTIONS = 64
 FILE_VIEWS = 4096
 
@@ -38,7 +38,7 @@ FILE_VIEWS = 4096
 @torch.inference_mode()
 def tokens_of(teacher: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
     """Tokens (views, 65, 384) of images (views, 3, 64, 64) from 0 to 1, after the last norm."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     found = []
     with torch.autocast("cpu", torch.bfloat16):
         for part in images.split(batch):
@@ -59,14 +59,15 @@ def main() -> None:
     number, parts = map(int, args.part.split("/"))
 
     data = Drawings(args.data)
+    drawings = images_of(args.data, data.table)
     teacher = create_backbone(TEACHER, img_size=TEACHER_SIDE).eval()
     args.output.mkdir(parents=True, exist_ok=True)
 
     def views_of(of_round: int, of_file: int) -> tuple[Tensor, Views]:
         torch.manual_seed(of_round)
-        drawing = torch.randperm(len(data.images)).split(FILE_VIEWS)[of_file]
+        drawing = torch.randperm(len(drawings)).split(FILE_VIEWS)[of_file]
         torch.manual_seed(1000 * of_round + of_file)
-        return drawing, augment(data.images[drawing], data.flip[drawing])
+        return drawing, augment(drawings[drawing], data.flip[drawing])
 
     directions_file = args.output / "directions.safetensors"
     if not directions_file.exists():
@@ -76,7 +77,7 @@ def main() -> None:
         save_file(found, directions_file)
     basis = load_file(directions_file)
 
-    files = -(-len(data.images) // FILE_VIEWS)
+    files = -(-len(drawings) // FILE_VIEWS)
     for step in range(number, args.rounds * files, parts):
         of_round, of_file = divmod(step, files)
         path = args.output / f"round-{of_round}-{of_file}.safetensors"

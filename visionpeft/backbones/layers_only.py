@@ -1,6 +1,6 @@
 """Any timm model whose blocks have no sited form: the sites of its layers, and nothing else.
 
-`describe_part` decides which it is.
+`describe_part` prefers the description by blocks and falls back on this one.
 
 A layer site is a linear layer, a convolution or a normalisation whose weight reaches the output, which is found by
 running the model once (`reach`) and not by names. What acts there changes the layer's output where its own forward is
