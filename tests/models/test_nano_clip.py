@@ -75,7 +75,7 @@ def drawings(name, split, size):
     return torch.from_numpy(images), torch.tensor([names.index(row["label"]) for row in rows]), names
 
 
-@pytest.mark.parametrize(("name", "bar"), [("clipart", 0.26), ("drawings", 0.42)])
+@pytest.mark.parametrize(("name", "bar"), [("clipart", 0.18), ("drawings", 0.28)])
 def test_names_drawings_without_training(clip, tokenizer, name, bar):
     images, labels, names = drawings(name, "test", 350)
     mean, std = (torch.tensor(clip.visual.preprocess_cfg[key]) for key in ("mean", "std"))
