@@ -45,6 +45,7 @@ def test_interpolation_is_torchs(sizes):
 def test_strips_are_the_whole(monkeypatch):
     """Loss, classes and gradient of many strips, of a part of the logits' extent, with ignored pixels."""
     monkeypatch.setattr(strips, "STRIP_BYTES", 3 * 2 * 4 * 30 * 8)
+    torch.manual_seed(0)  # with 2.6 % of seeds, ignored pixels change the mean loss by less than is asked below
     coarse = torch.randn(2, 4, 5, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(-1, 4, (2, 37, 30))
     assert len(list(strips._ranges(coarse, 37, 30))) == 13
