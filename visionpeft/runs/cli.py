@@ -21,6 +21,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.runs.carried import with_carried
 from visionpeft.runs.config_files import config_content
 from visionpeft.runs.explain import explain, missing_package, user_error
+from visionpeft.runs.option_values import as_meant, refuse_nulls
 from visionpeft.runs.options import CONFIG, OPTIONS, PROGRAM, SEED, WHOLE_PAGE
 from visionpeft.runs.processes import check_devices, share_of_batch
 from visionpeft.runs.sharding import check_sharding
@@ -136,7 +137,9 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: Parser, args) -> None:
         """Parse this CLI's arguments; `--resume RUN` starts from the configuration of that run."""
-        self.config = parser.parse_args(_with_resumed_config(self.arguments))
+        self.config = parser.parse_args(as_meant(_with_resumed_config(self.arguments)))
+        for part in ("model", "data"):
+            refuse_nulls(self.config[part])
         if not 0 <= self.config.seed_everything < 2**32:
             raise ConfigurationError(
                 f"--seed_everything {self.config.seed_everything} must be from 0 to {2**32 - 1}, as NumPy takes seeds"
