@@ -117,6 +117,22 @@ def test_learning_rates_of_the_command_line_are_the_whole_grid(tmp_path, capsys)
     assert "was made with learning_rates [0.5, 0.002], not None" in capsys.readouterr().err
 
 
+def test_the_same_learning_rates_are_of_one_optimiser(tmp_path, capsys):
+    """The recipes of VPT have SGD with rates up to 50, in which a rate of AdamW trains nothing."""
+    recipe = "source: sgd\nsettings: {model.optimisation.optimizer: sgd, model.optimisation.scale_lr_by_batch: 256}"
+    slow = write_config(tmp_path / "a", recipe=f"{recipe}\ngrid: {{model.optimisation.lr: [5.0]}}", name="slow")
+    quick = write_config(tmp_path / "b", name="quick")
+    both, rates = [slow, quick], ["--learning_rates", "1e-3"]
+    assert run(tmp_path / "out", *both, code=2, more=rates) is None
+    assert "train slow with sgd, times batch size / 256 and quick with adamw; add --model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    one = ["--model.optimisation.optimizer", "adamw", "--model.optimisation.scale_lr_by_batch", "null"]
+    assert len(run(tmp_path / "out", *both, more=[*rates, *one])) == 2
+    run(tmp_path / "apart", slow, more=rates)
+    assert run(tmp_path / "apart", quick, code=2, more=rates) is None
+    assert "was made with optimiser sgd, times batch size / 256, not adamw" in capsys.readouterr().err
+
+
 def test_best_trial():
     low, high = ({"model.optimisation.lr": lr} for lr in (0.1, 5.0))
     assert best([(high, 0.5), (low, 0.5), (high, 0.4)]) == (low, 0.5)  # of equal ones the smaller rate

@@ -103,12 +103,21 @@ def method_candidates(configs: Sequence[str], prefix: str, data: Sequence[str]) 
     return found
 
 
-def measure(arguments: Sequence[str]) -> int:
-    """Build task and data of a command line, which refuses what is wrong with it.
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a training before it begins.
 
-    Returns:
-        Bytes kept for the backward pass for each image, in float32.
+    Args:
+        saved_bytes: kept for the backward pass for each image, in float32.
+        optimiser: what a learning rate is one of: "sgd, times batch size / 256".
     """
+
+    saved_bytes: int
+    optimiser: str
+
+
+def measure(arguments: Sequence[str]) -> Measured:
+    """Build task and data of a command line, which refuses what is wrong with it."""
     cli = CLI(list(arguments))
     cli.datamodule.setup()
     task = cli.model
@@ -118,7 +127,8 @@ def measure(arguments: Sequence[str]) -> int:
         allocate(task.model, [(images, labels)], name=task.adapter_name)
     task.train()
     kept, _ = saved_bytes(lambda: task.training_loss(images, labels)[0], storages(task))
-    return kept // MEASURED_IMAGES
+    optimiser, reference = task.optimisation.optimizer, task.optimisation.scale_lr_by_batch
+    return Measured(kept // MEASURED_IMAGES, f"{optimiser}, times batch size / {reference}" if reference else optimiser)
 
 
 def _class(content: object, part: str) -> str:

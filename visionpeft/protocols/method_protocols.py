@@ -6,7 +6,7 @@ https://arxiv.org/abs/1910.04867. FGVC: Jia et al., Visual Prompt Tuning, 2022, 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from visionpeft.data.vtab import vtab1k_tasks
 from visionpeft.errors import ConfigurationError
 from visionpeft.protocols import work
 from visionpeft.protocols.cells import Training, find_run, settle, train
-from visionpeft.protocols.method_candidates import MethodCandidate, measure, method_candidates
+from visionpeft.protocols.method_candidates import Measured, MethodCandidate, measure, method_candidates
 from visionpeft.protocols.method_runs import CLIP_ART, Benchmark, available
 from visionpeft.protocols.search import choose, pieces
 
@@ -122,8 +122,8 @@ def _compare(
         for task in tasks
         for candidate in candidates
     }
-    saved = _measure(benchmark, candidates, tasks, searched)
-    _check_output(output, benchmark, budget)
+    measured = _measure(benchmark, candidates, tasks, searched)
+    _check_output(output, benchmark, budget, _one_optimiser(measured) if benchmark.learning_rates else None)
 
     trials = [piece for some in searched.values() for piece in some]
     finals = sum(len(seeds_of[candidate.name]) for candidate, _ in searched)
@@ -137,7 +137,8 @@ def _compare(
         seed = seeds_of[candidate.name][0]
         chosen = choose(benchmark, candidate, task, budget, seed, output)
         trainings += [
-            benchmark.final(candidate, task, chosen, seed, saved[candidate.name]) for seed in seeds_of[candidate.name]
+            benchmark.final(candidate, task, chosen, seed, measured[candidate.name].saved_bytes)
+            for seed in seeds_of[candidate.name]
         ]
     train(trainings, output, workers)
     return collect(output)
@@ -243,20 +244,39 @@ def _measure(benchmark: Benchmark, candidates: Sequence[MethodCandidate], tasks:
     """Build every method and every task once, so that a mistake shows before hours of training.
 
     Returns:
-        For each method the bytes it keeps for the backward pass for each image.
+        For each method what its trainings are like.
     """
-    saved = {}
+    measured = {}
     for candidate in candidates:
         first = [piece for piece in searched[candidate, tasks[0]] if isinstance(piece, Training)][:1]
         for trial in first:
             measure(trial.arguments)  # for what its recipe says
         for task in tasks if candidate is candidates[0] else tasks[:1]:
-            kept = measure(benchmark.arguments(candidate, task, {}, 0, "final"))
-            saved.setdefault(candidate.name, kept)
-    return saved
+            found = measure(benchmark.arguments(candidate, task, {}, 0, "final"))
+            measured.setdefault(candidate.name, found)
+    return measured
 
 
-def _check_output(output: Path, benchmark: Benchmark, budget: int) -> None:
+def _one_optimiser(measured: Mapping[str, Measured]) -> str:
+    """The optimiser of all methods, which the same learning rates are about.
+
+    Raises:
+        ConfigurationError: their recipes have different ones.
+    """
+    names: dict[str, list[str]] = {}
+    for name, found in measured.items():
+        names.setdefault(found.optimiser, []).append(name)
+    if len(names) > 1:
+        recipes = " and ".join(f"{', '.join(some)} with {optimiser}" for optimiser, some in names.items())
+        raise ConfigurationError(
+            f"--learning_rates are the same for all methods, but their recipes train {recipes}; add "
+            "--model.optimisation.optimizer adamw --model.optimisation.scale_lr_by_batch null, or compare them apart"
+        )
+    (optimiser,) = names
+    return optimiser
+
+
+def _check_output(output: Path, benchmark: Benchmark, budget: int, optimiser: str | None) -> None:
     """Refuse a folder whose table would mix trainings of other settings."""
     settings = {
         "protocol": benchmark.name,
@@ -266,6 +286,7 @@ def _check_output(output: Path, benchmark: Benchmark, budget: int) -> None:
         "budget": budget if benchmark.search == "optuna" else None,
         "paper": benchmark.paper,
         "learning_rates": list(benchmark.learning_rates) or None,  # None in folders older than the option, too
+        "optimiser": optimiser,  # of all methods, where all have the same learning rates
     }
     settle(output, "protocol.json", settings)
 
