@@ -19,11 +19,13 @@ from visionpeft.clip.learners import (
     CoOp,
     KgCoOp,
     MaPLe,
+    ProGrad,
     TipAdapter,
     ZeroShot,
 )
 from visionpeft.data import FewShot
 from visionpeft.data.dataset import as_batch
+from visionpeft.data.transforms import ImageTransform
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.tasks import PromptLearning
 from visionpeft.tasks.optimisation import Optimisation
@@ -92,6 +94,143 @@ def test_kept_features_change_nothing(tmp_path, images, monkeypatch):
         assert sum(rows) == (12 * 2 + 3 if cache else 3 * (12 + 3))
     assert torch.allclose(*vectors, atol=1e-6)
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
+
+
+@pytest.fixture
+def augmented(monkeypatch):
+    """One entry for each training image that is augmented."""
+    seeds, augment = [], ImageTransform.augment
+
+    def count(self, image, *args):
+        if self.augmentation != "none":
+            seeds.append(args)
+        return augment(self, image, *args)
+
+    monkeypatch.setattr(ImageTransform, "augment", count)
+    return seeds
+
+
+@pytest.mark.parametrize("learner", [CoOp, KgCoOp, ProGrad, CLIPAdapter])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_kept_features_are_not_augmented_again(tmp_path, images, learner, workers, augmented):
+    trained = []
+    for withheld in (True, False):
+        task = make(learner)
+        if not withheld:
+            task._needs_no_pixels = lambda: False
+        augmented.clear()
+        fitted = trainer(tmp_path)
+        fitted.fit(task, data(images, num_workers=workers))
+        if workers == 0:  # else they are augmented in other processes
+            assert len(augmented) == (12 * 2 if withheld else 12 * 2 + 3 * 12)
+        trained.append([parameter.detach() for parameter in task.trained_parameters()])
+    assert all(torch.equal(*both) for both in zip(*trained, strict=True))
+
+
+@pytest.mark.parametrize("learner", [CoOp, KgCoOp, ProGrad])
+def test_images_are_there_for_a_loss_that_reads_them(tmp_path, images, augmented, learner):
+    class Reads(learner):
+        def loss(self, images, labels, features=None):
+            loss, logits = super().loss(images, labels, features)
+            return loss + images.mean() ** 2, logits
+
+    task = make(Reads)
+    trainer(tmp_path).fit(task, data(images))
+    assert len(augmented) == 12 * 2 + 3 * 12
+    assert all(parameter.isfinite().all() for parameter in task.trained_parameters())
+
+
+@pytest.mark.parametrize("name", ["training_loss", "training_step"])
+def test_images_are_there_for_a_task_that_reads_them(tmp_path, images, augmented, name):
+    seen = []
+
+    class Reads(PromptLearning):
+        pass
+
+    def read(self, first, *others):
+        seen.append(first[0] if name == "training_step" else first)
+        return getattr(PromptLearning, name)(self, first, *others)
+
+    setattr(Reads, name, read)
+    trainer(tmp_path).fit(Reads(lambda *given: CoOp(*given), NAMES, CLIP[1], False), data(images))
+    assert len(augmented) == 12 * 2 + 3 * 12
+    assert len(seen) == 9
+    assert all(images.isfinite().all() for images in seen)
+
+
+def test_images_are_there_again_after_training(tmp_path, images):
+    class Keeps(FewShot):
+        kept = None
+
+        def train_dataloader(self):
+            self.kept = self.kept or super().train_dataloader()
+            return self.kept
+
+    module = Keeps("folder", images, shots=4, batch_size=4, augmentation="random_resized_crop", views=2)
+    trainer(tmp_path).fit(make(), module)
+    assert all(batch[0].isfinite().all() for batch in module.kept)
+    task = make(cache_features=False)
+    trainer(tmp_path).fit(task, module)
+    assert task.learner.vectors.isfinite().all()
+
+
+def test_images_without_pixels_are_pinned(tmp_path, images, monkeypatch):
+    """As PyTorch does it: memory of another kind with the same strides, into which is copied."""
+    shapes = []
+
+    def pin_memory(self, device=None):
+        size = sum((length - 1) * stride for length, stride in zip(self.shape, self.stride(), strict=True)) + 1
+        storage = torch.UntypedStorage(size * self.element_size())
+        pinned = torch.empty(0, dtype=self.dtype).set_(storage, 0, self.size(), self.stride())
+        shapes.append(tuple(self.shape))
+        return pinned.copy_(self)
+
+    class Pins(FewShot):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            loader.collate_fn = lambda batch: batch.pin_memory()
+            return loader
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    task = make()
+    module = Pins("folder", images, shots=4, batch_size=4, augmentation="random_resized_crop", views=2)
+    trainer(tmp_path).fit(task, module)
+    assert len(shapes) == 2 * 9  # images and labels of all batches
+    assert all(parameter.isfinite().all() for parameter in task.trained_parameters())
+
+
+def test_images_are_there_where_batches_are_converted(tmp_path, images, augmented):
+    """Other tensors have no names, and are known by their pixels."""
+    task = make()
+    trainer(tmp_path, precision="64-true").fit(task, data(images))
+    assert len(augmented) == 12 * 2 + 3 * 12
+    assert all(parameter.isfinite().all() for parameter in task.trained_parameters())
+
+
+def test_images_without_pixels_are_not_taken_for_images(tmp_path, images):
+    class Changed(PromptLearning):
+        def __init__(self, change, **options):
+            super().__init__(lambda *given: CoOp(*given), NAMES, CLIP[1], False, **options)
+            self.change = change
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [self.change(batch[0]), batch[1]]
+
+    def erased(images):
+        return torch.cat([torch.zeros_like(images[..., :8]), images[..., 8:]], dim=-1)
+
+    class Changes(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            with torch.no_grad():
+                pl_module.learner.clip.visual.proj.mul_(2)
+
+    changes = [lambda images: images.flip(3), lambda images: images.mul_(0.9), erased]
+    for task, callbacks in [*((Changed(change), []) for change in changes), (make(), [Changes()])]:
+        with pytest.raises(StorageError, match=r"came without pixels.*--model\.cache_features false"):
+            trainer(tmp_path, callbacks=callbacks).fit(task, data(images))
+    task = Changed(erased, cache_features=False)
+    trainer(tmp_path, callbacks=[Changes()]).fit(task, data(images))
+    assert task.learner.vectors.isfinite().all()
 
 
 def test_fresh_augmentations_are_not_kept(tmp_path, images, monkeypatch):

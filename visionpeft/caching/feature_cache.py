@@ -29,6 +29,15 @@ class FeatureCache(ContentCache):
         """
         return self.rows(self._source(learner, images.device), images, learner.image_features)
 
+    def known_images(self, learner: Learner, device: torch.device) -> frozenset[bytes]:
+        """What the images are known by whose features are kept, as they would be computed now.
+
+        Args:
+            learner: as above.
+            device: where the images would be.
+        """
+        return self.known(self._source(learner, device))
+
     def hash_again(self) -> None:
         """Hash the tower at the next use even if its tensors do not say that they were written to."""
         self._tower.forget()

@@ -41,6 +41,8 @@ class Learner(nn.Module):
 
     Attributes:
         frozen_images: image features do not depend on what is trained, so that they can be kept.
+        features_suffice: `loss` needs nothing of images whose features are given; of a loss of its own a class says so
+            itself, else images are there for it.
         class_bound: what is trained belongs to these very classes.
         averages: how it averages its trained values itself, and what to do if another average is wanted; None if it
             does not.
@@ -64,6 +66,7 @@ class Learner(nn.Module):
     """
 
     frozen_images = True
+    features_suffice = True
     class_bound = False
     averages: str | None = None
     by_gradient = True
@@ -317,6 +320,11 @@ class Learner(nn.Module):
         """
         logits = self.classify(self.image_features(images) if features is None else features)
         return self.class_loss(logits, labels), logits
+
+    def trains_on_features(self) -> bool:
+        """Whether `loss` needs nothing of images whose features are given, by the class that says what the loss is."""
+        own = next(cls for cls in type(self).__mro__ if {"loss", "features_suffice"} & vars(cls).keys())
+        return vars(own).get("features_suffice", False)
 
     def class_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean loss () of logits (batch, classes) and labels (batch,), as `set_loss` says."""

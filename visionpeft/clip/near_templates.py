@@ -18,6 +18,7 @@ class NearTemplates(Learner):
 
     template_style = "kgcoop"
     compares_pairs = True
+    features_suffice = True
     vectors: nn.Parameter
     weight: float
 

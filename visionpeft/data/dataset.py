@@ -76,7 +76,13 @@ class ImageDataset(LabelledDataset):
         views: Number of different augmentations of each image, which come round again with the epochs; as many as
             epochs when absent.
         as_labels: The labels of a batch, of those of the source: by default class indices int64 (B,).
+
+    Attributes:
+        withheld: Names of images whose pixels nobody reads, because what they are wanted for is kept. A batch of such
+            images alone is not read from files and not augmented: it has names, and NaN for pixels.
     """
+
+    withheld: frozenset[bytes] = frozenset()
 
     def __init__(
         self,
@@ -96,10 +102,30 @@ class ImageDataset(LabelledDataset):
         self.as_labels = as_labels
         self.prepared: dict[int, tuple[torch.Tensor, tuple | None]] = {}
 
+    def name(self, index: int, epoch: int) -> bytes | None:
+        """The name of an image in an epoch, found without its pixels; None where it has none."""
+        stamp = self.prepared[index][1] if index in self.prepared else self._stamp(index)
+        return self._name(stamp, self._seeds(index, epoch))
+
+    def _batch(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.withheld:
+            pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
+            names = [self.name(*pair) for pair in pairs]
+            if self.withheld.issuperset(names):
+                nothing = torch.full((len(names), 3, *self.transform.size), torch.nan)
+                return Batch((nothing, self.as_labels([self.source.labels[index] for index, _ in pairs])), names)
+        return super()._batch(keys)
+
     def _named_input(self, index: int, epoch: int) -> tuple[torch.Tensor, bytes | None]:
         image, stamp = self._prepare(index)
-        seeds = self.seed, epoch if self.views is None else epoch % self.views, index
+        seeds = self._seeds(index, epoch)
         return self.transform.augment(image, *seeds), self._name(stamp, seeds)
+
+    def _seeds(self, index: int, epoch: int) -> tuple[int, int, int]:
+        return self.seed, epoch if self.views is None else epoch % self.views, index
+
+    def _stamp(self, index: int) -> tuple | None:
+        return self.source.stamp(index) if hasattr(self.source, "stamp") else None
 
     def _name(self, stamp: tuple | None, seeds: tuple[int, int, int]) -> bytes | None:
         described = self.transform.description() if hasattr(self.transform, "description") else None
@@ -114,7 +140,7 @@ class ImageDataset(LabelledDataset):
         if index in self.prepared:
             return self.prepared[index]
         # Before the file is read: one that is changed meanwhile will have another stamp when it is read again.
-        stamp = self.source.stamp(index) if hasattr(self.source, "stamp") else None
+        stamp = self._stamp(index)
         image = self.transform.prepare(self.source.image(index))
         if image.nbytes <= self.free_bytes:
             self.free_bytes -= image.nbytes

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
@@ -18,7 +19,9 @@ from visionpeft.clip.learner import Learner
 from visionpeft.clip.stages import InTwoStages
 from visionpeft.clip.storage import load_learner, save_learner
 from visionpeft.clip.unprompted import unprompted
+from visionpeft.data.dataset import ImageDataset
 from visionpeft.data.labels import Labels
+from visionpeft.data.transforms import ImageTransform
 from visionpeft.errors import ConfigurationError
 from visionpeft.models.create_clip import create_clip
 from visionpeft.tasks.class_pairs import ClassPairs
@@ -249,6 +252,39 @@ class PromptLearning(ImageTask):
         if self._keeps_features and self.fixed_views is not None:
             features = self.cache.image_features(self.learner, images)
         return self.learner.loss(images, labels, features)
+
+    def on_train_start(self) -> None:
+        """Let images of which the features are kept not be read and augmented again, if nothing else needs them."""
+        super().on_train_start()
+        known = frozenset()
+        if self._needs_no_pixels():
+            with self.trainer.precision_plugin.forward_context():
+                known = self.cache.known_images(self.learner, self.trainer.strategy.root_device)
+        self._withhold(known)
+
+    def on_train_end(self) -> None:
+        """Give pixels again to whoever reads the images after training."""
+        self._withhold(frozenset())
+
+    def _withhold(self, names: frozenset[bytes]) -> None:
+        dataset = getattr(self.trainer.train_dataloader, "dataset", None)
+        if isinstance(dataset, ImageDataset):
+            dataset.withheld = names
+
+    def _needs_no_pixels(self) -> bool:
+        """Whether what is trained on is the features of images that are found again by their names."""
+        dataset, precision = getattr(self.trainer.train_dataloader, "dataset", None), self.trainer.precision_plugin
+        return (
+            self._keeps_features
+            and self.fixed_views is not None
+            and self.learner.trains_on_features()
+            and type(self).training_loss is PromptLearning.training_loss
+            and type(self).training_step is PromptLearning.training_step
+            and type(dataset) is ImageDataset
+            and type(dataset.transform) is ImageTransform
+            and self.trainer.world_size == 1  # batches of several processes may be cut, and then have no names
+            and type(precision).convert_input is Precision.convert_input  # nor have those that it converts
+        )
 
     def on_train_epoch_end(self) -> None:
         """Tell the learner."""

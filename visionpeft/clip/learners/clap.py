@@ -40,6 +40,7 @@ class CLAP(TemplateTexts):
     """
 
     class_bound = True
+    features_suffice = True
 
     def __init__(
         self,

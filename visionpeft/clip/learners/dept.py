@@ -49,6 +49,8 @@ class DePT(Learner):
         UnsupportedError: what the host refuses.
     """
 
+    features_suffice = True
+
     def __init__(
         self,
         clip: nn.Module,

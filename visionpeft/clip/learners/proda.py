@@ -45,6 +45,8 @@ class ProDA(Learner):
         ConfigurationError: a number out of range, or a prompt longer than the text tower.
     """
 
+    features_suffice = True
+
     def __init__(
         self,
         clip: nn.Module,

@@ -58,6 +58,7 @@ class ProGrad(Learner):
     """
 
     template_style = "prograd"
+    features_suffice = True
 
     def __init__(
         self,

@@ -51,6 +51,8 @@ class PromptSRC(IndependentPrompts):
             of that name, or an `average_std` that is not positive.
     """
 
+    features_suffice = True
+
     def __init__(
         self,
         clip: nn.Module,
