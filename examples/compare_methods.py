@@ -1,4 +1,4 @@
-"""Regenerates the table of docs/results.md: every method on the clip-art images with nano_vit, mean and std over seeds.
+"""Regenerates the table of docs/results.md: every method on the clip-art images, mean and std over seeds.
 
     python examples/compare_methods.py --output results/clipart.csv
 
@@ -37,19 +37,29 @@ METHODS = {
     "SSF": (vp.SSF(), {}),
     "prefix tuning, 10 tokens": (vp.PrefixTuning(num_tokens=10), {}),
 }
-FIELDS = ("method", "lr", "seed", "val", "test", "trainable", "seconds")
+FIELDS = ("backbone", "method", "lr", "seed", "val", "test", "trainable", "seconds")
 
 
-def main(output: Path, seeds: int, epochs: int, methods: list[str], learning_rates: list[float]) -> None:
+def main(output: Path, seeds: int, epochs: int, methods: list[str], learning_rates: list[float], backbone: str) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in methods:
         for lr in learning_rates:
-            once(output, name, lr, seed=0, epochs=epochs)
+            once(output, name, lr, seed=0, epochs=epochs, backbone=backbone)
         for seed in range(1, seeds):
-            once(output, name, chosen(pd.read_csv(output), name), seed, epochs)
-    print(markdown(pd.read_csv(output)))
+            once(output, name, chosen(finished(output, backbone), name), seed, epochs, backbone)
+    print(markdown(finished(output, backbone)))
+
+
+def finished(output: Path, backbone: str) -> pd.DataFrame:
+    """What is in the output of a backbone."""
+    if not output.is_file():
+        return pd.DataFrame(columns=FIELDS)
+    rows = pd.read_csv(output)
+    if "backbone" not in rows:
+        raise SystemExit(f"{output} does not say with which backbone it was made; name another --output")
+    return rows[rows.backbone == backbone]
 
 
 def chosen(rows: pd.DataFrame, name: str) -> float:
@@ -58,17 +68,16 @@ def chosen(rows: pd.DataFrame, name: str) -> float:
     return float(rows.loc[rows.val.idxmax(), "lr"])
 
 
-def once(output: Path, name: str, lr: float, seed: int, epochs: int) -> None:
+def once(output: Path, name: str, lr: float, seed: int, epochs: int, backbone: str) -> None:
     """Train once and append the scores, unless the output has them already."""
-    if output.is_file():
-        done = pd.read_csv(output)
-        if ((done.method == name) & (done.lr == lr) & (done.seed == seed)).any():
-            return
+    done = finished(output, backbone)
+    if ((done.method == name) & (done.lr == lr) & (done.seed == seed)).any():
+        return
     lightning.seed_everything(seed, verbose=False)
     method, options = METHODS[name]
     data = ClipArt(batch_size=64, seed=seed)
     optimisation = Optimisation(lr=lr, warmup_epochs=epochs / 10)
-    task = ImageClassification(method, data.class_names, seed=seed, optimisation=optimisation, **options)
+    task = ImageClassification(method, data.class_names, backbone, seed=seed, optimisation=optimisation, **options)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         logger=False,
@@ -89,7 +98,7 @@ def once(output: Path, name: str, lr: float, seed: int, epochs: int) -> None:
         writer = csv.writer(file)
         if new:
             writer.writerow(FIELDS)
-        writer.writerow((name, lr, seed, val, test, vp.summary(task.model).adapter, seconds))
+        writer.writerow((backbone, name, lr, seed, val, test, vp.summary(task.model).adapter, seconds))
 
 
 def markdown(rows: pd.DataFrame) -> str:
@@ -109,5 +118,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 5e-3])
+    parser.add_argument("--backbone", default="nano_vit.distilled")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     main(**vars(parser.parse_args()))

@@ -53,7 +53,7 @@ if __name__ == "__main__":
     parser.add_argument("root", help="folder with one folder of images for each class")
     parser.add_argument("--shots", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--backbone", default="nano_clip", help="or open_clip/ViT-B-16-quickgelu/openai")
+    parser.add_argument("--backbone", default="nano_clip.distilled", help="or open_clip/ViT-B-16-quickgelu/openai")
     parser.add_argument("--output", default="prompt")
     parser.add_argument("--new-names", help="classes to tell apart afterwards, separated by commas")
     parser.add_argument("--predict", help="images to classify; by default those of the root")

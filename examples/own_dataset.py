@@ -36,6 +36,6 @@ if __name__ == "__main__":
     parser.add_argument("root", help="folder with one folder of images for each class")
     parser.add_argument("--method", default="LoRA")
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--backbone", default="nano_vit")
+    parser.add_argument("--backbone", default="nano_vit.distilled")
     parser.add_argument("--output", default="adapter")
     main(**vars(parser.parse_args()))

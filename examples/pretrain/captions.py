@@ -103,7 +103,7 @@ SUBJECTS = {
     "cosmetics": "cosmetics, beauty product/beauty products",
     "vehicle": "vehicle/vehicles, transport",
 }
-STYLES = ("silhouette/silhouettes", "pattern/patterns")  # in the order of augmentation.augment_with_styles
+STYLES = ("silhouette/silhouettes", "pattern/patterns")  # in the order of augmentation.Views.styles
 ICON_STYLES = {"game-icons": "pictogram/pictograms", "maki": "pictogram/pictograms"}
 SKETCHES = {"streamline-freehand-color"}
 OUTLINES = {"openmoji-black"}

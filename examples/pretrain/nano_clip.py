@@ -1,13 +1,15 @@
-"""Train nano_clip, a small CLIP for 64-pixel drawings, from scratch on emoji and icons with their names.
+"""Train nano_clip.distilled, a small CLIP for drawings, on emoji and icons, their names, and a larger transformer.
 
-The model is OpenCLIP's ``CLIP`` with its own image and text towers (https://arxiv.org/abs/2103.00020). An image has one
-caption per step: its name, a keyword, or a general word such as "bird" from the subgroup of the emoji, in one of many
-templates. A caption is a positive of every image of the batch for which it is true, as in UniCL
-(https://arxiv.org/abs/2204.03610); pairs of which it is unknown are left out. Half of the patches are dropped until the
-last part of the run, as in FLIP (https://arxiv.org/abs/2212.00794). Texts are cut to the longest of the batch. The
-matrices of the blocks are trained with Muon (https://arxiv.org/abs/2502.16982), everything else with AdamW.
+The model is OpenCLIP's ``CLIP`` with its own image and text towers (https://arxiv.org/abs/2103.00020). It sees the
+views that ``teacher_views.py`` has shown to a DINOv2 ViT-S/14. An image has one caption per step: its name, a keyword,
+or a general word such as "bird" from the subgroup of the emoji, in one of many templates. A caption is a positive of
+every image of the batch for which it is true, as in UniCL (https://arxiv.org/abs/2204.03610); pairs of which it is
+unknown are left out, and so are plain shapes and pictograms in any pose. On all images, linear maps of the image
+tower's tokens are drawn to the tokens of the teacher. Half of the patches are dropped until the last part of the run,
+as in FLIP (https://arxiv.org/abs/2212.00794). Texts are cut to the longest of the batch. The matrices of the blocks are
+trained with Muon (https://arxiv.org/abs/2502.16982), everything else with AdamW.
 
-    python nano_clip.py --data emoji --output nano_clip --minutes 60
+    python nano_clip.py --data emoji --views views --output nano_clip --minutes 120
 
 writes ``open_clip_config.json`` and ``model.safetensors``, which ``visionpeft.models.nano_clip`` loads. The run
 continues from its checkpoint when it is started again.
@@ -19,26 +21,22 @@ import json
 import math
 import random
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import open_clip
-import pandas as pd
 import torch
 import torch.nn.functional as F
-from augmentation import augment_with_styles
 from captions import Captions
+from drawings import Drawings
+from kept_views import KeptViews, TeacherHeads, only
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from open_clip.tokenizer import SimpleTokenizer
-from PIL import Image
 from safetensors.torch import save
 from start_values import start_attention, waves, whitening
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-HELD_OUT = {"noto-v1"}  # the design family of datasets/drawings
-UNMASKED = 0.88  # from this share of the run on, no patches are dropped
+TEACHER_WEIGHTS = {"class_token": 2.0, "patches": 1.0}
 MODEL = {
     "embed_dim": 192,
     "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 192, "layers": 6, "head_width": 64},
@@ -46,34 +44,21 @@ MODEL = {
 }
 
 
-class DrawingData:
-    """All drawings in memory: images (images, 4, 64, 64), their captions, and what is needed to choose them.
+class CaptionTokens:
+    """Tokens of captions; the text tower is trained with the numbers of those that occur.
 
     Args:
-        folder: what ``prepare_emoji.py --icons`` wrote.
+        captions: all that can be said.
     """
 
-    def __init__(self, folder: Path):
-        tables = [pd.read_csv(folder / name, dtype=str, keep_default_na=False) for name in ("emoji.csv", "icons.csv")]
-        table = pd.concat(tables, ignore_index=True)
-        # no combinations such as families; of the icons, no abstract ones
-        left_out = table["family"].isin(HELD_OUT) | table["code"].str.contains("-200d-|abstract-")
-        table = table[~left_out].reset_index(drop=True)
-        self.images = torch.from_numpy(np.stack([np.array(Image.open(folder / path)) for path in table["path"]]))
-        self.images = self.images.permute(0, 3, 1, 2).contiguous()  # uint8, RGBA
-        self.captions = Captions(table)
-        self.code = torch.tensor([self.captions.codes[code] for code in table["code"]])
-        self.family = table["family"].tolist()
-        self.flip = torch.from_numpy(~table["name"].str.contains("left|right").to_numpy(bool))
-
-        # token ids of the captions only; the text tower is trained with the numbers of these
+    def __init__(self, captions: Captions):
         self.tokenizer = SimpleTokenizer()
-        ids = {token for text in self.captions.all_texts() for token in self.tokenizer.encode(text)}
+        ids = {token for text in captions.all_texts() for token in self.tokenizer.encode(text)}
         special = {self.tokenizer.sot_token_id, self.tokenizer.eot_token_id}
-        self.token_ids = sorted(ids | special)
-        self.token_number = {token: number for number, token in enumerate(self.token_ids)}
+        self.ids = sorted(ids | special)
+        self.number = {token: number for number, token in enumerate(self.ids)}
 
-    def tokens(self, texts: list[str]) -> Tensor:
+    def of(self, texts: list[str]) -> Tensor:
         """Token numbers (texts, length), with zeros after the end."""
         first, last = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
         rows = [
@@ -81,8 +66,16 @@ class DrawingData:
         ]
         tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
         for row, ids in zip(tokens, rows, strict=True):
-            row[: len(ids)] = torch.tensor([self.token_number[token] for token in ids])
+            row[: len(ids)] = torch.tensor([self.number[token] for token in ids])
         return tokens
+
+
+def image_tokens(visual: nn.Module, images: Tensor, seen: Tensor | None) -> Tensor:
+    """Tokens after the last norm of normalised images (batch, 3, 64, 64) of which only patches ``seen`` are shown."""
+    position = visual.positional_embedding
+    x = only(visual.conv1(images).flatten(2).mT + position[1:], seen)
+    x = torch.cat([(visual.class_embedding + position[0]).expand(len(x), 1, -1), x], 1)
+    return visual.ln_post(visual.transformer(visual.ln_pre(x)))
 
 
 def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
@@ -142,31 +135,35 @@ def export(clip: nn.Module, token_ids: list[int], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder that prepare_emoji.py --icons wrote")
+    parser.add_argument("--views", type=Path, required=True, help="the folder that teacher_views.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="the folder for the weights and the checkpoint")
-    parser.add_argument("--minutes", type=float, default=60, help="training time; the learning rate follows it")
+    parser.add_argument("--minutes", type=float, default=120, help="training time; the learning rate follows it")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW")
     parser.add_argument("--muon-lr", type=float, default=3e-3, help="highest learning rate of Muon")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # tiny gradients make a CPU several times slower
     torch.manual_seed(args.seed)
     random.seed(args.seed)
 
-    data = DrawingData(args.data)
-    captions = data.captions
+    data, views = Drawings(args.data), KeptViews(args.views)
+    table, captions = data.table, Captions(data.table)
+    codes, families = [captions.codes[code] for code in table["code"]], table["family"].tolist()
+    tokens = CaptionTokens(captions)
     config = copy.deepcopy(MODEL)
-    config["vision_cfg"]["patch_dropout"] = 0.5
-    config["text_cfg"]["vocab_size"] = len(data.token_ids)
+    config["text_cfg"]["vocab_size"] = len(tokens.ids)
     clip = open_clip.CLIP(**config)
+    teacher = TeacherHeads(MODEL["vision_cfg"]["width"], views)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
 
-    sample = torch.randperm(len(data.images))[:512]
-    images = (augment_with_styles(data.images[sample], data.flip[sample])[0] - mean) / std
-    clip.visual.conv1.weight.data = whitening(images, 8)[0]
+    def normalised(rows: Tensor) -> Tensor:
+        return (views.images[rows].float() / 255 - mean) / std
+
+    clip.visual.conv1.weight.data = whitening(normalised(torch.randperm(len(views))[:512]), 8)[0]
     clip.visual.conv1.weight.requires_grad_(False)
     clip.visual.positional_embedding.data[1:] = waves(8, 192)
     for block in clip.visual.transformer.resblocks:
@@ -175,7 +172,8 @@ def main() -> None:
     average = copy.deepcopy(clip).eval()
     hidden = [p for tower in (clip.visual.transformer, clip.transformer) for p in tower.parameters() if p.ndim == 2]
     hidden_ids = {id(p) for p in hidden}
-    other = [p for p in clip.parameters() if p.requires_grad and id(p) not in hidden_ids]
+    trained = [*clip.parameters(), *teacher.parameters()]
+    other = [p for p in trained if p.requires_grad and id(p) not in hidden_ids]
     groups = [
         {"params": [p for p in other if p.ndim > 1], "weight_decay": args.weight_decay},
         {"params": [p for p in other if p.ndim < 2], "weight_decay": 0},
@@ -189,6 +187,7 @@ def main() -> None:
     if checkpoint.exists():
         state = torch.load(checkpoint)
         clip.load_state_dict(state["model"])
+        teacher.load_state_dict(state["teacher"])
         average.load_state_dict(state["average"])
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
@@ -199,21 +198,15 @@ def main() -> None:
     def save_checkpoint() -> None:
         args.output.mkdir(parents=True, exist_ok=True)
         state = {"model": clip.state_dict(), "average": average.state_dict(), "step": step, "seconds": seconds}
+        state |= {"teacher": teacher.state_dict()}
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         torch.save(state, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
-        export(average, data.token_ids, args.output)
+        export(average, tokens.ids, args.output)
 
-    def encode(images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        # on a CPU, plain attention is faster backwards than the fused one
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            return clip.visual(images).float(), encode_text(clip, tokens).float()
-
-    # every thread has its part of the batch, so that threads wait for each other only twice a step
-    pool = ThreadPoolExecutor(args.threads)
-    print(f"{len(data.images)} images, {len(captions.forms)} phrases, {len(data.token_ids)} tokens")
+    print(f"{len(views)} views, {len(captions.forms)} phrases, {len(tokens.ids)} tokens")
     clip.train()
-    budget, running, order = args.minutes * 60, None, torch.empty(0, dtype=torch.long)
+    budget, running, order = args.minutes * 60, {}, torch.empty(0, dtype=torch.long)
     while seconds < budget:
         start = time.perf_counter()
         progress = seconds / budget
@@ -221,34 +214,36 @@ def main() -> None:
         for optimizer, highest in zip(optimizers, (args.muon_lr, args.lr), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = share * highest
-        clip.visual.patch_dropout.prob = 0.5 if progress < UNMASKED else 0.0
         if len(order) < args.batch_size:
-            order = torch.randperm(len(data.images))
-        index, order = order[: args.batch_size], order[args.batch_size :]
-        images, styles = augment_with_styles(data.images[index], data.flip[index])
-        code = data.code[index]
+            order = torch.randperm(len(views))
+        rows, order = order[: args.batch_size], order[args.batch_size :]
         long = step % 8 == 7  # a few batches of longer texts, so that later positions are trained too
+        told = data.drawn[views.drawing[rows]] & ~views.any_pose[rows]
+        drawings, styles = views.drawing[rows[told]].tolist(), views.styles[rows[told]]
         pairs = [
-            captions.sample(code, data.family[row], style, long)
-            for row, code, style in zip(index.tolist(), code.tolist(), styles.tolist(), strict=True)
+            captions.sample(codes[drawing], families[drawing], style, long)
+            for drawing, style in zip(drawings, styles.tolist(), strict=True)
         ]
         phrase_of = dict(pairs)
-        phrases = torch.tensor(list(phrase_of.values()))
+        phrases, code = torch.tensor(list(phrase_of.values())), torch.tensor([codes[drawing] for drawing in drawings])
         true, unknown = captions.true[code][:, phrases], captions.unknown[code][:, phrases]
         for style, number in enumerate(captions.styles):
             true[:, phrases == number] |= styles[:, style, None]
+        seen = views.shown(len(rows), progress)
         clip.zero_grad()
-        tokens = data.tokens(list(phrase_of))
-        features = list(pool.map(encode, ((images - mean) / std).chunk(args.threads), tokens.chunk(args.threads)))
-        image, text = (torch.cat([part[side].detach() for part in features]).requires_grad_() for side in (0, 1))
+        teacher.zero_grad()
+        # on a CPU, plain attention is faster backwards than the fused one
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            patches = image_tokens(clip.visual, normalised(rows), seen)
+            image = (patches[told, 0] @ clip.visual.proj).float()
+            text = encode_text(clip, tokens.of(list(phrase_of))).float()
+            losses = teacher(patches, views, rows, seen)
         scale = clip.logit_scale.exp()
-        loss, accuracy = contrastive_loss(
+        contrastive, accuracy = contrastive_loss(
             F.normalize(image, dim=1), F.normalize(text, dim=1), scale, true, unknown & ~true
         )
-        loss.backward()
-        gradients = zip(image.grad.chunk(args.threads), text.grad.chunk(args.threads), strict=True)
-        list(pool.map(torch.autograd.backward, features, gradients))
-        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        (contrastive + sum(TEACHER_WEIGHTS[name] * loss for name, loss in losses.items())).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer in optimizers:
             optimizer.step()
         step += 1
@@ -256,12 +251,12 @@ def main() -> None:
             clip.logit_scale.clamp_(0, math.log(100))
             for mean_value, value in zip(average.parameters(), clip.parameters(), strict=True):
                 mean_value.lerp_(value, max(1 / 100, 2 / (step + 1)))  # over about the last 100 steps
-        current = torch.tensor([loss.item(), accuracy.item()])
-        running = current if running is None else running.lerp(current, 0.05)
+        for name, value in {"contrastive": contrastive, "accuracy": accuracy, **losses}.items():
+            running[name] = 0.95 * running.get(name, value.item()) + 0.05 * value.item()
         seconds += time.perf_counter() - start
         if step % 50 == 0:
-            values = "loss {:.3f} accuracy {:.3f}".format(*running.tolist())
-            print(f"step {step} minute {seconds / 60:.1f} {values} scale {clip.logit_scale.exp():.1f}", flush=True)
+            values = " ".join(f"{name} {value:.3f}" for name, value in running.items())
+            print(f"step {step} minute {seconds / 60:.1f} scale {clip.logit_scale.exp():.1f} {values}", flush=True)
         if step % 100 == 0:
             save_checkpoint()
     save_checkpoint()

@@ -1,14 +1,18 @@
-"""Train nano_vit, a small vision transformer for 64-pixel drawings, from scratch on emoji.
+"""Train nano_vit.distilled, a small vision transformer for drawings, from a larger one and from the drawings' names.
 
-The model is timm's ``VisionTransformer`` (https://arxiv.org/abs/2010.11929). From the class token after the final norm,
-linear heads predict which emoji an image shows, its subgroup, its keywords, and its layout: the pose (rotation,
-position, size) that the augmentation gave it and a thumbnail of 4 x 4 pixels. The design families of one emoji are the
-images of one class. Half of the patches are dropped at random until the last part of the run, which doubles the number
-of images seen (https://arxiv.org/abs/2212.00794). The matrices of the blocks are trained with Muon
-(https://arxiv.org/abs/2502.16982), everything else with AdamW. The start is closer to a trained transformer than usual:
-see ``initialize``.
+The model is timm's ``VisionTransformer`` (https://arxiv.org/abs/2010.11929). It sees the views that
+``teacher_views.py`` has shown to its teacher, a DINOv2 ViT-S/14, and linear heads predict
 
-    python nano_vit.py --data emoji --output nano_vit --minutes 60
+- from the class token after the final norm: the teacher's class token (every value standardised over the views), which
+  emoji is shown, its subgroup, its keywords, and its layout, which is the pose (rotation, position, size) and a
+  thumbnail of 4 x 4 pixels. The design families of one emoji are the images of one class;
+- from each patch token: the teacher's token of the same patch, along the 64 directions of most variance.
+
+Half of the patches are dropped at random until the last part of the run, which doubles the number of images seen
+(https://arxiv.org/abs/2212.00794). The matrices of the blocks are trained with Muon (https://arxiv.org/abs/2502.16982),
+everything else with AdamW. The start is closer to a trained transformer than usual: see ``initialize``.
+
+    python nano_vit.py --data emoji --views views --output nano_vit --minutes 120
 
 writes ``config.json`` and ``model.safetensors``, a folder that ``timm.create_model("local-dir:...")`` loads. The run
 continues from its checkpoint when it is started again.
@@ -19,68 +23,67 @@ import copy
 import json
 import math
 import time
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import timm
 import torch
 import torch.nn.functional as F
-from augmentation import augment
-from PIL import Image
+from drawings import UNKNOWN, Drawings
+from kept_views import KeptViews, TeacherHeads, only
 from safetensors.torch import save
 from start_values import start_attention, waves, whitening
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MODEL_ARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
-PATCH_DROP = [(0.85, 0.5), (1.0, 0.0)]  # until this share of the run, this share of the patches
+WEIGHTS = {
+    "class_token": 4.0,
+    "patches": 2.0,
+    "emoji": 0.5,
+    "subgroup": 0.5,
+    "keywords": 0.5,
+    "layout": 2.0,
+    "pose": 1.0,
+}
 
 
-class EmojiData:
-    """All images in memory, with the index of the emoji and of the subgroup and the keyword distribution of each.
+class Student(nn.Module):
+    """The backbone with its training heads."""
 
-    Args:
-        folder: what ``prepare_emoji.py`` wrote.
-        min_keyword_count: keywords of fewer emoji than this are ignored.
-    """
-
-    def __init__(self, folder: Path, min_keyword_count: int = 4):
-        table = pd.read_csv(folder / "emoji.csv", dtype=str, keep_default_na=False)
-        table = table[~table["code"].str.contains("-200d-")].reset_index(drop=True)  # no combinations such as families
-        self.images = torch.from_numpy(np.stack([np.array(Image.open(folder / path)) for path in table["path"]]))
-        self.images = self.images.permute(0, 3, 1, 2).contiguous()  # (images, 4, 64, 64) uint8, RGBA
-        self.emoji = torch.from_numpy(table["code"].astype("category").cat.codes.to_numpy(np.int64, copy=True))
-        self.subgroup = torch.from_numpy(table["subgroup"].astype("category").cat.codes.to_numpy(np.int64, copy=True))
-        words = table.drop_duplicates("code")["keywords"].str.split(";")
-        counts = Counter(word for row in words for word in row)
-        vocabulary = sorted(word for word, count in counts.items() if count >= min_keyword_count)
-        index = {word: i for i, word in enumerate(vocabulary)}
-        self.keywords = torch.zeros(len(table), len(vocabulary))
-        for row, text in enumerate(table["keywords"]):
-            for word in text.split(";"):
-                if word in index:
-                    self.keywords[row, index[word]] = 1
-        self.keywords /= self.keywords.sum(1, keepdim=True).clamp_min(1)
-
-
-class EmojiModel(nn.Module):
-    """The backbone with its four training heads."""
-
-    def __init__(self, data: EmojiData):
+    def __init__(self, data: Drawings, views: KeptViews):
         super().__init__()
-        self.backbone = timm.create_model(ARCHITECTURE, num_classes=0, patch_drop_rate=0.5, **MODEL_ARGS)
+        self.backbone = timm.create_model(ARCHITECTURE, num_classes=0, **MODEL_ARGS)
         width = self.backbone.num_features
+        self.teacher = TeacherHeads(width, views)
         self.emoji = nn.Linear(width, int(data.emoji.max()) + 1)
         self.subgroup = nn.Linear(width, int(data.subgroup.max()) + 1)
         self.keywords = nn.Linear(width, data.keywords.shape[1])
         self.layout = nn.Linear(width, 5 + 3 * 4 * 4)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scores of emoji, subgroups and keywords, and layouts, of images (batch, 3, 64, 64)."""
-        features = self.backbone(x)
-        return self.emoji(features), self.subgroup(features), self.keywords(features), self.layout(features)
+    def tokens(self, x: Tensor, seen: Tensor | None) -> Tensor:
+        """Tokens after the final norm of images (batch, 3, 64, 64) of which only patches ``seen`` are shown."""
+        backbone = self.backbone
+        x = only(backbone.patch_embed(x) + backbone.pos_embed[:, 1:], seen)
+        first = (backbone.cls_token + backbone.pos_embed[:, :1]).expand(len(x), -1, -1)
+        return backbone.norm(backbone.blocks(torch.cat([first, x], 1)))
+
+    def forward(self, data: Drawings, views: KeptViews, rows: Tensor, seen: Tensor | None) -> dict[str, Tensor]:
+        """Losses: squared errors of tokens, thumbnail and pose; cross-entropies of emoji, subgroup and keywords."""
+        images = views.images[rows].float() / 127.5 - 1
+        tokens = self.tokens(images, seen)
+        features, drawing = tokens[:, 0], views.drawing[rows]
+        layout = self.layout(features).float()
+        pose = (layout[:, :5] - views.pose[rows]).square()
+        drawn = data.drawn[drawing].float()[:, None]  # plain shapes have no upright pose
+        emoji, subgroup, keywords = (head(features).float() for head in (self.emoji, self.subgroup, self.keywords))
+        return self.teacher(tokens, views, rows, seen) | {
+            "emoji": F.cross_entropy(emoji, data.emoji[drawing], ignore_index=UNKNOWN, label_smoothing=0.05),
+            "subgroup": F.cross_entropy(subgroup, data.subgroup[drawing], ignore_index=UNKNOWN),
+            "keywords": F.cross_entropy(keywords, data.keywords[drawing]),
+            "layout": F.mse_loss(layout[:, 5:], F.avg_pool2d(images, 16).flatten(1)),
+            "pose": (pose[:, :2] * drawn).mean() + pose[:, 2:].mean(),
+        }
 
 
 @torch.no_grad()
@@ -99,15 +102,6 @@ def initialize(backbone: nn.Module, images: Tensor) -> None:
         start_attention(block.attn.qkv.weight, block.attn.proj.weight, block.attn.num_heads)
 
 
-def loss_function(outputs: tuple[Tensor, ...], data: EmojiData, index: Tensor, layout: Tensor) -> Tensor:
-    """Cross-entropy of emoji, subgroup and keywords (a soft target) plus the squared error of the layout."""
-    emoji, subgroup, keywords, predicted_layout = outputs
-    loss = F.cross_entropy(emoji, data.emoji[index], label_smoothing=0.05)
-    loss = loss + F.cross_entropy(subgroup, data.subgroup[index])
-    loss = loss + 0.5 * F.cross_entropy(keywords, data.keywords[index])
-    return loss + 3 * F.mse_loss(predicted_layout, layout) + F.mse_loss(predicted_layout[:, :5], layout[:, :5])
-
-
 def export(backbone: nn.Module, folder: Path) -> None:
     """Write the backbone in half precision, with the configuration from which timm rebuilds it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +112,7 @@ def export(backbone: nn.Module, folder: Path) -> None:
         "global_pool": "token",
         "model_args": MODEL_ARGS,
         "pretrained_cfg": {
-            "tag": "emoji",
+            "tag": "distilled",
             "custom_load": False,
             "input_size": [3, 64, 64],
             "fixed_input_size": True,
@@ -142,10 +136,11 @@ def export(backbone: nn.Module, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder that prepare_emoji.py wrote")
+    parser.add_argument("--data", type=Path, required=True, help="the folder that prepare_emoji.py --icons wrote")
+    parser.add_argument("--views", type=Path, required=True, help="the folder that teacher_views.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="the folder for the weights and the checkpoint")
-    parser.add_argument("--minutes", type=float, default=60, help="training time; the learning rate follows it")
-    parser.add_argument("--batch-size", type=int, default=96)
+    parser.add_argument("--minutes", type=float, default=120, help="training time; the learning rate follows it")
+    parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of AdamW")
     parser.add_argument("--muon-lr", type=float, default=3e-3, help="highest learning rate of Muon")
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -156,9 +151,9 @@ def main() -> None:
     torch.set_flush_denormal(True)  # tiny gradients make a CPU several times slower
     torch.manual_seed(args.seed)
 
-    data = EmojiData(args.data)
-    model = EmojiModel(data)
-    initialize(model.backbone, augment(data.images[torch.randperm(len(data.images))[:512]])[0])
+    data, views = Drawings(args.data), KeptViews(args.views)
+    model = Student(data, views)
+    initialize(model.backbone, views.images[torch.randperm(len(views))[:512]].float() / 127.5 - 1)
     average = copy.deepcopy(model.backbone).eval()
     hidden = [p for p in model.backbone.blocks.parameters() if p.ndim == 2]
     hidden_ids = {id(p) for p in hidden}
@@ -186,24 +181,24 @@ def main() -> None:
         checkpoint.with_suffix(".tmp").replace(checkpoint)
         export(average, args.output)
 
-    print(f"{len(data.images)} images, {model.emoji.out_features} emoji, {model.keywords.out_features} keywords")
+    print(f"{len(data.drawn)} drawings, {len(views)} views, {data.keywords.shape[1]} keywords")
     model.train()
-    budget, running, order = args.minutes * 60, None, torch.empty(0, dtype=torch.long)
+    budget, running, order = args.minutes * 60, {}, torch.empty(0, dtype=torch.long)
     while seconds < budget:
         start = time.perf_counter()
         progress = seconds / budget
-        share = min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
+        share = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * progress))
         for optimizer, highest in zip(optimizers, (args.muon_lr, args.lr), strict=True):
             optimizer.param_groups[0]["lr"] = share * highest
-        model.backbone.patch_drop.prob = next(share for until, share in PATCH_DROP if progress < until)
         if len(order) < args.batch_size:
-            order = torch.randperm(len(data.images))
-        index, order = order[: args.batch_size], order[args.batch_size :]
-        images, layout = augment(data.images[index])
-        outputs = model(images)
-        loss = loss_function(outputs, data, index, layout)
+            order = torch.randperm(len(views))
+        rows, order = order[: args.batch_size], order[args.batch_size :]
+        seen = views.shown(len(rows), progress)
+        # on a CPU, plain attention is faster backwards than the fused one
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            losses = model(data, views, rows, seen)
         model.zero_grad()
-        loss.backward()
+        sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -211,14 +206,13 @@ def main() -> None:
         with torch.no_grad():  # an average over about the last 50 steps
             for mean, value in zip(average.parameters(), model.backbone.parameters(), strict=True):
                 mean.lerp_(value, max(1 / 50, 2 / (step + 1)))
-        accuracy = (outputs[0].argmax(1) == data.emoji[index]).float().mean().item()
-        layout_error = F.mse_loss(outputs[3], layout).item()
-        current = torch.tensor([loss.item(), accuracy, layout_error])
-        running = current if running is None else running.lerp(current, 0.05)
+        for name, loss in losses.items():
+            running[name] = 0.95 * running.get(name, loss.item()) + 0.05 * loss.item()
         seconds += time.perf_counter() - start
         if step % 50 == 0:
-            values = "loss {:.3f} accuracy {:.3f} layout {:.3f}".format(*running.tolist())
-            print(f"step {step} minute {seconds / 60:.1f} lr {share * args.lr:.1e} {values}", flush=True)
+            values = " ".join(f"{name} {value:.3f}" for name, value in running.items())
+            print(f"step {step} minute {seconds / 60:.1f} {values}", flush=True)
+        if step % 200 == 0:
             save_checkpoint()
     save_checkpoint()
 

@@ -5,12 +5,13 @@ import open_clip
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import visionpeft as vp
 from visionpeft.backbones.preprocessing import Preprocessing, preprocessing_of
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 from visionpeft.models.checkpoints import load_timm_checkpoint
+from visionpeft.models.embedded import NANO_VITS
 from visionpeft.models.image_classifier import ImageClassifier
 from visionpeft.models.video_classifier import VideoClassifier
 
@@ -27,18 +28,21 @@ def state():
     return tiny(num_classes=4).state_dict()
 
 
-def test_nano_vit():
-    model = vp.create_backbone("nano_vit", num_classes=3)
+@pytest.mark.parametrize("name", NANO_VITS)
+def test_nano_vit(name):
+    model = vp.create_backbone(name, num_classes=3)
     assert type(model) is timm.models.VisionTransformer
     assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
     assert model.backbone_source == {
         "library": "timm",
-        "name": "nano_vit",
+        "name": name,
         "pretrained": True,
         "kwargs": {},
         "checkpoint": None,
     }
-    random = vp.create_backbone("nano_vit", pretrained=False)
+    weights = load_file(NANO_VITS[name] / "model.safetensors")
+    assert torch.equal(model.pos_embed, weights["pos_embed"].float())
+    random = vp.create_backbone(name, pretrained=False)
     assert not torch.equal(model.pos_embed, random.pos_embed)
     assert preprocessing_of(model).input_size == (64, 64)
 

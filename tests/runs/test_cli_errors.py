@@ -44,7 +44,10 @@ CASES = {
     ),
     "seed": ([*VPT, "--seed_everything", "4294967296"], "must be from 0 to 4294967295"),
     "negative seed": ([*VPT, "--seed_everything=-1"], "must be from 0 to 4294967295"),
-    "backbone": ([*VPT, "--model.backbone", "nano_vitt"], "no backbone 'nano_vitt'; did you mean nano_vit?"),
+    "backbone": (
+        [*VPT, "--model.backbone", "nano_vitt"],
+        "no backbone 'nano_vitt'; did you mean nano_vit or nano_vit.distilled?",
+    ),
     "weights": ([*VPT, "--model.backbone", "vit_base_patch16_224.orig"], "no weights 'orig'; it has"),
     "convolutional backbone": (
         [*VPT, "--model.backbone", "convnext_atto", "--model.pretrained", "false"],

@@ -228,7 +228,7 @@ def test_clip_tower_overlay_of_videos():
 @pytest.mark.parametrize("name", WHOLE)
 def test_configuration_builds(name, data):
     cli = build("--config", name, *data[name.split("_")[0]], "--trainer.accelerator", "cpu")
-    assert cli.model.backbone_name == "nano_vit"
+    assert cli.model.backbone_name == "nano_vit.distilled"
     given = method_of(name)
     (method,) = cli.model.methods
     assert type(method).__name__ == given["class_path"]
@@ -320,7 +320,7 @@ def test_configuration_of_a_learner_builds(name, small_nano_clip):
     options = [name for name in learner_of(name).get("init_args", {}) if name.startswith("depth")]
     depth = [part for option in options for part in (f"--model.learner.{option}", "2")]
     cli = build("--config", name, *depth, "--trainer.accelerator", "cpu")
-    assert cli.model.backbone_name == "nano_clip"
+    assert cli.model.backbone_name == "nano_clip.distilled"
     learner, given = cli.model.learner, learner_of(name)
     assert type(learner).__name__ == given["class_path"]
     for option, value in given.get("init_args", {}).items():

@@ -177,6 +177,14 @@ def test_a_timm_backbone_is_the_base_model(tmp_path):
         vp.from_pretrained(tmp_path)
 
 
+def test_an_embedded_backbone_is_not_on_the_hub(tmp_path):
+    model = vp.attach(vp.create_backbone("nano_vit.distilled", num_classes=3), vp.LoRA(rank=2))
+    vp.save_pretrained(model, tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+    again = vp.from_pretrained(tmp_path).model
+    assert again.backbone_source["name"] == "nano_vit.distilled"
+
+
 @pytest.mark.parametrize(
     ("source", "error", "said"),
     [

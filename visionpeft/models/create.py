@@ -7,6 +7,7 @@ from torch import nn
 
 from visionpeft.errors import ConfigurationError, StorageError, near
 from visionpeft.models.checkpoints import load_timm_checkpoint
+from visionpeft.models.embedded import NANO_VITS
 from visionpeft.models.network import fetched
 from visionpeft.models.prepared import PREPARED, prepared_weights
 
@@ -17,7 +18,6 @@ ANY_SIZE = (
     *("vision_transformer", "vision_transformer_hybrid", "deit", "eva"),
     *("swin_transformer", "swin_transformer_v2"),
 )
-NANO_VIT = Path(__file__).parent.parent / "weights" / "nano_vit"
 
 
 def create_backbone(
@@ -34,10 +34,10 @@ def create_backbone(
     adapter can name the model it belongs to.
 
     Args:
-        name: `nano_vit` (weights in the package), `dinov2_small_focus` (made by `python -m visionpeft.prepare
-            backbone dinov2_small`), a timm name with or without tag such as `vit_base_patch16_224.orig_in21k`, or
-            `open_clip/<model>/<tag>` for the image tower of an OpenCLIP model, such as
-            `open_clip/ViT-B-16/laion2b_s34b_b88k`.
+        name: `nano_vit` or the better `nano_vit.distilled` (weights in the package), `dinov2_small_focus` (made by
+            `python -m visionpeft.prepare backbone dinov2_small`), a timm name with or without tag such as
+            `vit_base_patch16_224.orig_in21k`, or `open_clip/<model>/<tag>` for the image tower of an OpenCLIP model,
+            such as `open_clip/ViT-B-16/laion2b_s34b_b88k`.
         pretrained: load the published weights, downloading them when they are not cached.
         checkpoint: a local file to load instead: `.safetensors`, `.pth`/`.pt`/`.bin` (tensors only) or `.npz`
             (the format of Google's ViT releases; timm models only). Nothing is downloaded.
@@ -91,7 +91,7 @@ def create_dense_backbone(name: str, **kwargs) -> nn.Module:
 
 def _create_timm(name: str, pretrained: bool, checkpoint, num_classes: int, **kwargs) -> nn.Module:
     _check_timm_name(name)
-    timm_name = f"local-dir:{NANO_VIT}" if name == "nano_vit" else name
+    timm_name = f"local-dir:{NANO_VITS[name]}" if name in NANO_VITS else name
     if name in PREPARED:
         timm_name = PREPARED[name].architecture
         kwargs = PREPARED[name].arguments | kwargs
@@ -102,7 +102,7 @@ def _create_timm(name: str, pretrained: bool, checkpoint, num_classes: int, **kw
         return timm.create_model(timm_name, pretrained=load, num_classes=num_classes, **kwargs)
 
     try:
-        model = fetched(name, create) if load and name != "nano_vit" else create()
+        model = fetched(name, create) if load and name not in NANO_VITS else create()
     except TypeError as error:
         raise ConfigurationError(f"backbone {name} does not take these arguments: {error}") from error
     if checkpoint is not None:
@@ -111,15 +111,16 @@ def _create_timm(name: str, pretrained: bool, checkpoint, num_classes: int, **kw
 
 
 def _check_timm_name(name: str) -> None:
-    if name == "nano_vit" or name in PREPARED or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if name in NANO_VITS or name in PREPARED or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        found = near(architecture, ["nano_vit", *PREPARED, *timm.list_models()])  # all names would be too many to list
+        own = [*NANO_VITS, *PREPARED]
+        found = near(name, own) or near(architecture, [*own, *timm.list_models()])  # all would be too many to list
         advice = f"did you mean {' or '.join(found)}? " if found else ""
         raise ConfigurationError(
             f"there is no backbone {name!r}; {advice}"
-            "use nano_vit, a name of timm.list_models(), or open_clip/<model>/<tag>"
+            "use nano_vit.distilled, a name of timm.list_models(), or open_clip/<model>/<tag>"
         )
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:

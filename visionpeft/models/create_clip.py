@@ -7,7 +7,8 @@ from pathlib import Path
 import open_clip
 import torch.nn as nn
 
-from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.errors import ConfigurationError, StorageError, near
+from visionpeft.models.embedded import NANO_CLIPS
 from visionpeft.models.nano_clip import load_nano_clip
 from visionpeft.models.open_clip import create_open_clip
 
@@ -25,8 +26,8 @@ def create_clip(
     name the model it belongs to.
 
     Args:
-        name: `nano_clip` (weights in the package), or `open_clip/<model>/<tag>` such as
-            `open_clip/ViT-B-16-quickgelu/openai`.
+        name: `nano_clip` or the better `nano_clip.distilled` (weights in the package), or `open_clip/<model>/<tag>`
+            such as `open_clip/ViT-B-16-quickgelu/openai`.
         pretrained: load the published weights, downloading them when they are not cached.
         checkpoint: a local file to load instead.
         **kwargs: passed on to `open_clip.create_model`.
@@ -38,10 +39,10 @@ def create_clip(
     """
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise StorageError(f"there is no checkpoint file {checkpoint}")
-    if name == "nano_clip":
+    if name in NANO_CLIPS:
         if kwargs or checkpoint is not None or not pretrained:
-            raise ConfigurationError("nano_clip takes no further arguments; its weights are in the package")
-        clip, tokenizer = load_nano_clip(), _tokenizer(None)
+            raise ConfigurationError(f"{name} takes no further arguments; its weights are in the package")
+        clip, tokenizer = load_nano_clip(name), _tokenizer(None)
     elif name.startswith("open_clip/"):
         clip = create_open_clip(name, pretrained, checkpoint, **kwargs)
         model = name.split("/")[1]
@@ -50,8 +51,10 @@ def create_clip(
         shared = "hf_tokenizer_name" not in configuration["text_cfg"]
         tokenizer = _tokenizer(model, repr(configuration)) if shared else open_clip.get_tokenizer(model)
     else:
+        found = near(name, NANO_CLIPS)
+        advice = f"did you mean {' or '.join(found)}? " if found else ""
         raise ConfigurationError(
-            f"there is no CLIP model {name!r}; use nano_clip, or open_clip/<model>/<tag> such as "
+            f"there is no CLIP model {name!r}; {advice}use nano_clip.distilled, or open_clip/<model>/<tag> such as "
             "open_clip/ViT-B-16-quickgelu/openai"
         )
     clip.backbone_source = {

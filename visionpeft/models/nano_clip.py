@@ -1,20 +1,24 @@
 """nano_clip, the small CLIP whose weights are in the package."""
 
 import json
-from pathlib import Path
 
 import open_clip
 import torch
 from safetensors.torch import load_file
 
-NANO_CLIP = Path(__file__).parent.parent / "weights" / "nano_clip"
+from visionpeft.models.embedded import NANO_CLIPS
 
 
-def load_nano_clip() -> open_clip.CLIP:
-    """The model in float32 and evaluation mode; embeddings of words it has never seen are zero."""
-    config = json.loads((NANO_CLIP / "open_clip_config.json").read_text())
+def load_nano_clip(name: str = "nano_clip") -> open_clip.CLIP:
+    """The model in float32 and evaluation mode; embeddings of words it has never seen are zero.
+
+    Args:
+        name: which weights, one of `visionpeft.models.embedded.NANO_CLIPS`.
+    """
+    folder = NANO_CLIPS[name]
+    config = json.loads((folder / "open_clip_config.json").read_text())
     clip = open_clip.CLIP(**config["model_cfg"])
-    state = {name: tensor.float() for name, tensor in load_file(NANO_CLIP / "model.safetensors").items()}
+    state = {key: tensor.float() for key, tensor in load_file(folder / "model.safetensors").items()}
     ids = state.pop("token_embedding.ids").long()
     embedding = torch.zeros_like(clip.token_embedding.weight)
     embedding[ids] = state.pop("token_embedding.rows")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from visionpeft.models.embedded import NANO_VITS
 from visionpeft.sharing.trained_model import learnt_objective
 
 TASKS = {"adapter": "image-classification", "learner": "zero-shot-image-classification"}
@@ -43,8 +44,9 @@ def _trained(description: Mapping) -> list[tuple[str, Mapping]]:
 
 
 def _base_model(source: Mapping) -> str | None:
-    """The Hub's name of a timm backbone; None where it cannot be known."""
+    """The Hub's name of a timm backbone; None where it cannot be known, or is not there, as the embedded ones."""
     tagged = source["library"] == "timm" and source.get("pretrained", True) and "." in source["name"]
+    tagged = tagged and source["name"] not in NANO_VITS
     return f"timm/{source['name']}" if tagged and source.get("checkpoint") is None else None
 
 
