@@ -1,0 +1,230 @@
+"""Learners on the embedded CLIP and the two embedded sets: few-shot, base to new, and at test time.
+
+`nano_clip.distilled`, 16 shots, seeds 1, 2, 3, the last epoch of each configuration's recipe, nothing chosen on the
+test split. By the protocols of the package, so that what was interrupted goes on, and several machines may share the
+folder. What is finished goes into `results/embedded_clip.csv`, and of learners that are there nothing is trained.
+
+    nice python benchmarks/embedded_clip.py --output runs/embedded_clip
+    python benchmarks/embedded_clip.py --output runs/embedded_clip --write    # tables, and headers of configurations
+
+A training of a learner takes from ten seconds to ten CPU minutes; learners come in the order of their cost.
+"""
+
+import argparse
+import csv
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from measuring import table
+
+from visionpeft.protocols.learner_protocols import base_to_new, few_shot
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/results.md"
+KEPT = Path(__file__).parent / "results/embedded_clip.csv"
+SETS = {"clipart": "clip art", "drawings": "drawings"}
+SCORES = ["top1", "mean_per_class", "confidence", "ece"]
+FIELDS = ["table", "configuration", "learner", "dataset", "seed", "classes", *SCORES]
+WORDS = {"tip_adapter_f": "TipAdapter, trained keys"}  # where the class alone does not say it
+FEATURES = ["zero_shot", "tip_adapter", "tip_adapter_f", "linear_probe", "clip_adapter", "task_res", "lp_plus_plus"]
+FEATURES += ["clap", "tda"]
+TEXTS = ["coop", "kgcoop", "prograd", "tcp", "proda", "plot", "2sfs"]
+TOWERS = [
+    "clip_lora",
+    "tuned_clip",
+    "maple",
+    "ivlp",
+    "provp",
+    "dept",
+    "dapt",
+    "promptsrc",
+    "plot_plus_plus",
+    "rpo",
+    "cocoop",
+]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Some learners by one protocol.
+
+    Args:
+        run: the protocol, whose name is that of its folder of configurations.
+        prefix: of the configurations.
+        learners: the configurations' names without it.
+        sets: data sets.
+        options: further arguments.
+    """
+
+    run: Callable[..., list[dict]]
+    prefix: str
+    learners: list[str]
+    sets: list[str] = field(default_factory=lambda: [*SETS])
+    options: tuple[str, ...] = ()
+
+
+TABLES = {
+    "few_shot": Table(few_shot, "fewshot_", [*FEATURES, *TEXTS, *TOWERS]),
+    "base_to_new": Table(
+        base_to_new,
+        "base_to_new_",
+        ["zero_shot", "coop", "kgcoop", "prograd", "tcp", "proda", "plot", "2sfs", *TOWERS],
+    ),
+    "test_time": Table(
+        few_shot,
+        "fewshot_",
+        ["zero_shot", "tps", "mta", "zero", "tpt", "c_tpt"],
+        ["clipart"],
+        ("--data.test_samples", "300"),
+    ),
+}
+TABLES["base_to_new"].learners.remove("tuned_clip")  # has no configuration of this protocol
+
+
+def train(output: Path, name: str, learner: str) -> None:
+    """Train and test what is missing of a learner, and keep its rows."""
+    here = TABLES[name]
+    config = f"{here.prefix}{learner}.yaml"
+    arguments = [*here.options, "--trainer.accelerator", "cpu"]
+    shots = [16] if here.run is few_shot else 16
+    rows = here.run([config], here.sets, shots, (1, 2, 3), output / name, arguments)
+    new = not KEPT.is_file()
+    with KEPT.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        writer.writerows(row | {"table": name} for row in rows)
+
+
+def kept(name: str, learner: str) -> list[dict]:
+    """The rows of a learner that is done."""
+    if not KEPT.is_file():
+        return []
+    configuration = f"{TABLES[name].prefix}{learner}.yaml"
+    with KEPT.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if (row["table"], row["configuration"]) == (name, configuration)]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean and population standard deviation over the seeds, in percent."""
+
+    mean: float
+    deviation: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" + ("" if self.deviation is None else f" ± {self.deviation:.1f}")
+
+
+def score(rows: list[dict], dataset: str, name: str = "top1", classes: str | None = None) -> Score:
+    """Of some rows."""
+    rows = [row for row in rows if row["dataset"] == dataset and classes in (None, row["classes"])]
+    values = [100 * float(row[name]) for row in rows]
+    return Score(statistics.mean(values), statistics.pstdev(values) if len(values) > 1 else None)
+
+
+def harmonic(rows: list[dict], dataset: str) -> str:
+    """The harmonic mean of the means of base and new classes."""
+    base, new = (score(rows, dataset, classes=classes).mean for classes in ("base", "new"))
+    return f"{2 * base * new / (base + new):.1f}"
+
+
+def few_shot_line(rows: list[dict]) -> dict:
+    """A line of the tables of all classes."""
+    sets = {row["dataset"] for row in rows}
+    line = {}
+    for dataset in [key for key in SETS if key in sets]:
+        line[SETS[dataset]] = score(rows, dataset)
+        if dataset == "clipart":
+            line["mean per class"] = score(rows, dataset, "mean_per_class")
+            line["confidence"] = score(rows, dataset, "confidence")
+            line["calibration error"] = score(rows, dataset, "ece")
+    return line
+
+
+def base_to_new_line(rows: list[dict]) -> dict:
+    """A line of the table of base and new classes."""
+    line = {}
+    for dataset, words in SETS.items():
+        base, new = (score(rows, dataset, classes=classes) for classes in ("base", "new"))
+        line |= {f"{words}: base": base, f"{words}: new": new, f"{words}: H": harmonic(rows, dataset)}
+    return line
+
+
+def sentence(name: str, rows: list[dict]) -> str:
+    """What the header of a configuration says."""
+    seeds = "" if rows[0]["configuration"].endswith("zero_shot.yaml") else ", seeds 1, 2, 3"
+    if name == "base_to_new":
+        parts = [
+            f"{words} base {score(rows, dataset, classes='base')}, new {score(rows, dataset, classes='new')}, "
+            f"H {harmonic(rows, dataset)}"
+            for dataset, words in SETS.items()
+        ]
+        return f"nano_clip.distilled{seeds}, %: {'; '.join(parts)}."
+    if name == "test_time":
+        return f"nano_clip.distilled, 300 images of the clip art{seeds}: {score(rows, 'clipart')} %."
+    parts = [f"{words} {score(rows, dataset)} %" for dataset, words in SETS.items()]
+    return f"nano_clip.distilled{seeds}: {', '.join(parts)} (docs/results.md)."
+
+
+def write(results: dict[str, dict[str, list[dict]]]) -> None:
+    """The tables of the page and the headers of the configurations."""
+    page = PAGE.read_text(encoding="utf-8")
+    for name, some in results.items():
+        begin, end = f"<!-- embedded_clip_{name}:begin -->", f"<!-- embedded_clip_{name}:end -->"
+        before, rest = page.split(begin)
+        _, after = rest.split(end)
+        page = f"{before}{begin}\n{lines(name, some)}\n{end}{after}"
+        for learner, rows in some.items():
+            if name != "test_time" or learner not in results["few_shot"]:
+                write_header(ROOT / "configs" / TABLES[name].run.__name__ / f"{learner}.yaml", sentence(name, rows))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def lines(name: str, some: dict[str, list[dict]]) -> str:
+    """A table, the best on clip art first."""
+    line = base_to_new_line if name == "base_to_new" else few_shot_line
+    found = [{"learner": WORDS.get(learner, rows[0]["learner"])} | line(rows) for learner, rows in some.items()]
+    if not found:
+        return "Nothing is measured yet."
+    column = list(found[0])[3 if name == "base_to_new" else 1]  # the harmonic mean, or top-1
+    return table(sorted(found, key=lambda each: float(str(each[column]).partition(" ")[0]), reverse=True))
+
+
+def write_header(path: Path, words: str) -> None:
+    """Put what was measured in place of what stood below "Without a download"."""
+    text = path.read_text(encoding="utf-8")
+    before = re.compile(r"^#   (?:--model\.backbone )?nano_clip.*\n(?:#   \S.*\n)*", flags=re.MULTILINE)
+    found, count = before.subn(f"#   {words}\n", text)
+    if count != 1:
+        raise SystemExit(f"{path} has {count} places for what was measured, not one")
+    path.write_text(found, encoding="utf-8")
+
+
+def main() -> None:
+    """Train what is missing, or write what is done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/embedded_clip"), help="folder of the protocols")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=[*TABLES], metavar="TABLE")
+    parser.add_argument("--learners", nargs="+", metavar="LEARNER", help="names of configurations, without the prefix")
+    parser.add_argument("--write", action="store_true", help="only write the tables and headers of what is done")
+    options = parser.parse_args()
+    if options.write:
+        write(
+            {
+                name: {learner: rows for learner in here.learners if (rows := kept(name, learner))}
+                for name, here in TABLES.items()
+            }
+        )
+        return
+    for name in options.tables:
+        for learner in TABLES[name].learners:
+            if (options.learners is None or learner in options.learners) and not kept(name, learner):
+                train(options.output, name, learner)
+
+
+if __name__ == "__main__":
+    main()
