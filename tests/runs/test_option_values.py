@@ -137,6 +137,7 @@ def test_an_entry_of_a_dictionary_is_not_given_alone():
         ["--data.views", "null", "--model.backbone=a=b", "--trainer.callbacks.patience", "null"],
         ["--model.method.path", "null.txt", "--model.method.flag"],
         ["null", "--config", "null"],
+        ["--config", "mine.overrides.yaml", "--output", "runs/a.backbone_kwargs.b", "--model", "--data=X"],
         ["--model.backbone_kwargs", "{}", "--model.learner.template", "[a, b]", "--model.learner.template"],
     ],
 )

@@ -32,25 +32,30 @@ def as_meant(arguments: list[str]) -> list[str]:
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
-        root, *parts = [part for part in option.removeprefix("--").split(".") if part != "init_args"]
-        if not equals and rest:
-            value = rest[0]
-        for name in {*DICTIONARIES} & {*parts[:-1]}:
+        rewritten = _rewritten(option, value if equals else next(iter(rest), ""))
+        if rewritten is not None and not equals:
+            rest.pop(0)
+        result += [argument] if rewritten is None else rewritten
+    return result
+
+
+def _rewritten(option: str, value: str) -> list[str] | None:
+    """An option of model or data as a dictionary, where its value would be read otherwise than is meant; else None."""
+    root, *parts = [part for part in option.removeprefix("--").split(".") if part != "init_args"]
+    if not option.startswith("--") or root not in ("model", "data") or not parts:
+        return None
+    for name in DICTIONARIES:
+        if name in parts[:-1]:
             whole = option.partition(f".{name}.")[0] + f".{name}"
             raise ConfigurationError(f"option {name} is given as a whole: {whole} '{{{parts[-1]}: {value}}}'")
-        null = value in NULLS and len(parts) > 1
-        if option.startswith("--") and root in ("model", "data") and (null or _is_text(parts, value)):
-            rest = rest if equals else rest[1:]
-            content = None if null else value
-            for part in reversed(parts[1:]):
-                content = {part: content}
-            if len(parts) == 1:
-                result += [f"--{root}", json.dumps({"init_args": {parts[0]: content}})]
-            else:
-                result += [f"--{root}.{parts[0]}", json.dumps(content)]
-        else:
-            result.append(argument)
-    return result
+    null = value in NULLS and len(parts) > 1
+    if not null and not _is_text(parts[-1], value):
+        return None
+    outer, inner = (f"--{root}.{parts[0]}", parts[1:]) if len(parts) > 1 else (f"--{root}", ["init_args", *parts])
+    content = None if null else value
+    for part in reversed(inner):
+        content = {part: content}
+    return [outer, json.dumps(content)]
 
 
 def refuse_nulls(given: Namespace | None) -> None:
@@ -106,9 +111,9 @@ def _takes_no_none(hint: object) -> bool:
     return isinstance(kind, type) and kind not in (typing.Any, object, type(None))
 
 
-def _is_text(parts: list[str], value: str) -> bool:
+def _is_text(name: str, value: str) -> bool:
     """Whether a value is a text that YAML takes for something else; a list of texts is one."""
-    if not value or value in NULLS or not parts or parts[-1] not in TEXTS:
+    if not value or value in NULLS or name not in TEXTS:
         return False
     try:
         return not isinstance(yaml.safe_load(value), str | list)
