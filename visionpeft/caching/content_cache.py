@@ -57,12 +57,6 @@ class ContentCache:
         found = {key: self._find(key, images.device) for key in dict.fromkeys(keys)}
         missing = [index for index, key in enumerate(keys) if found[key] is None]
         if missing:
-            if images[missing].isnan().any():
-                raise StorageError(
-                    "images came without pixels, because their features are kept, and others were asked for: a hook "
-                    "has changed the batch, or the frozen weights were changed while training; keep no features "
-                    "(--model.cache_features false)"
-                )
             # Outside of inference mode, whose tensors could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 for index, row in zip(missing, work_out(images[missing]), strict=True):
@@ -70,10 +64,6 @@ class ContentCache:
                         found[keys[index]] = row
                         self._keep(keys[index], row)
         return torch.stack([found[key] for key in keys])
-
-    def known(self, source: str) -> frozenset[bytes]:
-        """What the images are known by whose rows of a source are kept."""
-        return frozenset(identity for other, identity in self.kept if other == source)
 
     def identities(self, images: Tensor) -> Sequence[bytes]:
         """What each of (batch, ...) images is known by: its name, or else its content."""

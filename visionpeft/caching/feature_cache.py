@@ -7,6 +7,7 @@ from visionpeft.adapters.attach import has_adapters
 from visionpeft.caching.content_cache import DEFAULT_BYTES, ContentCache, Fingerprint, arithmetic
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import acting_adapters
+from visionpeft.errors import StorageError
 
 
 class FeatureCache(ContentCache):
@@ -26,8 +27,21 @@ class FeatureCache(ContentCache):
         Args:
             learner: one whose image features do not depend on what is trained.
             images: the images as the tower takes them.
+
+        Raises:
+            StorageError: images without pixels, which are known by their names alone, are not known.
         """
-        return self.rows(self._source(learner, images.device), images, learner.image_features)
+
+        def work_out(images: Tensor) -> Tensor:
+            if images.isnan().any():
+                raise StorageError(
+                    "images came without pixels, because their features are kept, and others were asked for: a hook "
+                    "has changed the batch, or the frozen weights were changed while training; keep no features "
+                    "(--model.cache_features false)"
+                )
+            return learner.image_features(images)
+
+        return self.rows(self._source(learner, images.device), images, work_out)
 
     def known_images(self, learner: Learner, device: torch.device) -> frozenset[bytes]:
         """What the images are known by whose features are kept, as they would be computed now.
@@ -36,7 +50,8 @@ class FeatureCache(ContentCache):
             learner: as above.
             device: where the images would be.
         """
-        return self.known(self._source(learner, device))
+        source = self._source(learner, device)
+        return frozenset(identity for other, identity in self.kept if other == source)
 
     def hash_again(self) -> None:
         """Hash the tower at the next use even if its tensors do not say that they were written to."""

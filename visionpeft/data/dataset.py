@@ -53,10 +53,14 @@ class LabelledDataset(Dataset):
 
     def _batch(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
-        inputs, names = zip(*(self._named_input(index, epoch) for index, epoch in pairs), strict=True)
+        images, names = self._named_inputs(pairs)
         labels = self.as_labels([self.source.labels[index] for index, _ in pairs])
-        images = self.transform.normalise(torch.stack(inputs))
         return (images, labels) if None in names else Batch((images, labels), names)
+
+    def _named_inputs(self, pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, tuple[bytes | None, ...]]:
+        """The normalised inputs of pairs (index, epoch), and their names."""
+        inputs, names = zip(*(self._named_input(index, epoch) for index, epoch in pairs), strict=True)
+        return self.transform.normalise(torch.stack(inputs)), names
 
     def _named_input(self, index: int, epoch: int) -> tuple[torch.Tensor, bytes | None]:
         """An input, and the name by which it can be known; None where it has none."""
@@ -102,19 +106,17 @@ class ImageDataset(LabelledDataset):
         self.as_labels = as_labels
         self.prepared: dict[int, tuple[torch.Tensor, tuple | None]] = {}
 
-    def name(self, index: int, epoch: int) -> bytes | None:
-        """The name of an image in an epoch, found without its pixels; None where it has none."""
+    def _named_inputs(self, pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, tuple[bytes | None, ...]]:
+        if self.withheld:
+            names = tuple(self._name_unread(*pair) for pair in pairs)
+            if self.withheld.issuperset(names):
+                return torch.full((len(names), 3, *self.transform.size), torch.nan), names
+        return super()._named_inputs(pairs)
+
+    def _name_unread(self, index: int, epoch: int) -> bytes | None:
+        """The name of an image in an epoch, found without reading it."""
         stamp = self.prepared[index][1] if index in self.prepared else self._stamp(index)
         return self._name(stamp, self._seeds(index, epoch))
-
-    def _batch(self, keys: list[int | tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.withheld:
-            pairs = [key if isinstance(key, tuple) else (key, 0) for key in keys]
-            names = [self.name(*pair) for pair in pairs]
-            if self.withheld.issuperset(names):
-                nothing = torch.full((len(names), 3, *self.transform.size), torch.nan)
-                return Batch((nothing, self.as_labels([self.source.labels[index] for index, _ in pairs])), names)
-        return super()._batch(keys)
 
     def _named_input(self, index: int, epoch: int) -> tuple[torch.Tensor, bytes | None]:
         image, stamp = self._prepare(index)
