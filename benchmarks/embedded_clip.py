@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from measuring import table
+from measuring import filled, kept_rows, table
 
 from visionpeft.protocols.learner_protocols import base_to_new, few_shot
+from visionpeft.protocols.tables import harmonic_mean
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/results.md"
@@ -71,7 +72,7 @@ TABLES = {
     "base_to_new": Table(
         base_to_new,
         "base_to_new_",
-        ["zero_shot", "coop", "kgcoop", "prograd", "tcp", "proda", "plot", "2sfs", *TOWERS],
+        ["zero_shot", *TEXTS, *(name for name in TOWERS if name != "tuned_clip")],  # which has no such configuration
     ),
     "test_time": Table(
         few_shot,
@@ -81,7 +82,6 @@ TABLES = {
         ("--data.test_samples", "300"),
     ),
 }
-TABLES["base_to_new"].learners.remove("tuned_clip")  # has no configuration of this protocol
 
 
 def train(output: Path, name: str, learner: str) -> None:
@@ -101,11 +101,7 @@ def train(output: Path, name: str, learner: str) -> None:
 
 def kept(name: str, learner: str) -> list[dict]:
     """The rows of a learner that is done."""
-    if not KEPT.is_file():
-        return []
-    configuration = f"{TABLES[name].prefix}{learner}.yaml"
-    with KEPT.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if (row["table"], row["configuration"]) == (name, configuration)]
+    return kept_rows(KEPT, table=name, configuration=f"{TABLES[name].prefix}{learner}.yaml")
 
 
 @dataclass(frozen=True)
@@ -126,10 +122,10 @@ def score(rows: list[dict], dataset: str, name: str = "top1", classes: str | Non
     return Score(statistics.mean(values), statistics.pstdev(values) if len(values) > 1 else None)
 
 
-def harmonic(rows: list[dict], dataset: str) -> str:
-    """The harmonic mean of the means of base and new classes."""
-    base, new = (score(rows, dataset, classes=classes).mean for classes in ("base", "new"))
-    return f"{2 * base * new / (base + new):.1f}"
+def base_and_new(rows: list[dict], dataset: str) -> tuple[Score, Score, Score]:
+    """Scores of the base and of the new classes, and the harmonic mean of their means."""
+    base, new = (score(rows, dataset, classes=classes) for classes in ("base", "new"))
+    return base, new, Score(harmonic_mean(base.mean, new.mean), None)
 
 
 def few_shot_line(rows: list[dict]) -> dict:
@@ -147,11 +143,11 @@ def few_shot_line(rows: list[dict]) -> dict:
 
 def base_to_new_line(rows: list[dict]) -> dict:
     """A line of the table of base and new classes."""
-    line = {}
-    for dataset, words in SETS.items():
-        base, new = (score(rows, dataset, classes=classes) for classes in ("base", "new"))
-        line |= {f"{words}: base": base, f"{words}: new": new, f"{words}: H": harmonic(rows, dataset)}
-    return line
+    return {
+        f"{words}: {column}": value
+        for dataset, words in SETS.items()
+        for column, value in zip(("base", "new", "H"), base_and_new(rows, dataset), strict=True)
+    }
 
 
 def sentence(name: str, rows: list[dict]) -> str:
@@ -159,9 +155,7 @@ def sentence(name: str, rows: list[dict]) -> str:
     seeds = "" if rows[0]["configuration"].endswith("zero_shot.yaml") else ", seeds 1, 2, 3"
     if name == "base_to_new":
         parts = [
-            f"{words} base {score(rows, dataset, classes='base')}, new {score(rows, dataset, classes='new')}, "
-            f"H {harmonic(rows, dataset)}"
-            for dataset, words in SETS.items()
+            "{} base {}, new {}, H {}".format(words, *base_and_new(rows, dataset)) for dataset, words in SETS.items()
         ]
         return f"nano_clip.distilled{seeds}, %: {'; '.join(parts)}."
     if name == "test_time":
@@ -174,10 +168,7 @@ def write(results: dict[str, dict[str, list[dict]]]) -> None:
     """The tables of the page and the headers of the configurations."""
     page = PAGE.read_text(encoding="utf-8")
     for name, some in results.items():
-        begin, end = f"<!-- embedded_clip_{name}:begin -->", f"<!-- embedded_clip_{name}:end -->"
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
-        page = f"{before}{begin}\n{lines(name, some)}\n{end}{after}"
+        page = filled(page, f"embedded_clip_{name}", lines(name, some))
         for learner, rows in some.items():
             if name != "test_time" or learner not in results["few_shot"]:
                 write_header(ROOT / "configs" / TABLES[name].run.__name__ / f"{learner}.yaml", sentence(name, rows))
@@ -186,12 +177,11 @@ def write(results: dict[str, dict[str, list[dict]]]) -> None:
 
 def lines(name: str, some: dict[str, list[dict]]) -> str:
     """A table, the best on clip art first."""
-    line = base_to_new_line if name == "base_to_new" else few_shot_line
+    line, column = (base_to_new_line, "clip art: H") if name == "base_to_new" else (few_shot_line, "clip art")
     found = [{"learner": WORDS.get(learner, rows[0]["learner"])} | line(rows) for learner, rows in some.items()]
     if not found:
         return "Nothing is measured yet."
-    column = list(found[0])[3 if name == "base_to_new" else 1]  # the harmonic mean, or top-1
-    return table(sorted(found, key=lambda each: float(str(each[column]).partition(" ")[0]), reverse=True))
+    return table(sorted(found, key=lambda each: each[column].mean, reverse=True))
 
 
 def write_header(path: Path, words: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import open_clip
 import timm
 import torch
-from measuring import table
+from measuring import filled, table
 
 import visionpeft as vp
 from visionpeft.clip.learner import Learner
@@ -24,7 +24,6 @@ from visionpeft.costs.multiply_adds import giga_multiply_adds
 from visionpeft.data.vtab import vtab1k_tasks
 
 PAGE = Path(__file__).parents[1] / "docs/results.md"
-BEGIN, END = "<!-- published:begin -->", "<!-- published:end -->"
 BOTH = ("before_attention", "before_mlp")
 
 
@@ -137,9 +136,7 @@ def main() -> None:
     shown = table([{"what": r.what, "printed": r.printed, "here": r.ours(), "source": r.where} for r in ROWS])
     print(shown)
     if write:
-        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        _, after = rest.split(END)
-        PAGE.write_text(f"{before}{BEGIN}\n{shown}\n{END}{after}", encoding="utf-8")
+        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "published", shown), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ A training takes two to ten CPU minutes, and there are six of a method on a task
 
 import argparse
 import csv
-import itertools
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measuring import clock, table
+from measuring import clock, filled, kept_rows, table
 
 from visionpeft import protocol
 from visionpeft.protocols.method_candidates import configs_of_methods
@@ -31,7 +30,6 @@ from visionpeft.runs.cli import CLI
 PAGE = Path(__file__).parents[1] / "docs/results.md"
 KEPT = Path(__file__).parent / "results/real_backbone.csv"
 FIELDS = ["task", "method", "seed", "top1", "hyper_parameters", "adapter_parameters", "saved_bytes_per_image"]
-BEGIN, END = "<!-- real_backbone:begin -->", "<!-- real_backbone:end -->"
 TASKS = {"clipart": "clip art", "dsprites_loc": "dsprites_loc"}
 FIRST = [
     "linear_probe",
@@ -56,7 +54,7 @@ OPTIONS = {
     "model.backbone": "dinov2_small_focus",
     "model.backbone_kwargs": "{img_size: 112}",
     "model.optimisation.optimizer": "adamw",  # some recipes have SGD, for which these are no learning rates
-    "model.optimisation.scale_lr_by_batch": "32",  # the batch size: rates as they are
+    "model.optimisation.scale_lr_by_batch": "null",
     "model.optimisation.weight_decay": "1e-4",
     "model.optimisation.warmup_epochs": "1",
     "trainer.max_epochs": "10",
@@ -141,35 +139,27 @@ def lines(rows: list[dict], ratios: dict[str, float]) -> list[dict]:
     return found
 
 
-def folder_of(output: Path, task: str, method: str) -> Path:
-    """Where a method is trained; the protocol has a folder for each choice of rates."""
-    return output / task / ("head" if method == HEAD else "methods")
-
-
 def train(output: Path, task: str, method: str, rates: list[str], more: Sequence[str] = ()) -> None:
-    """Train what is missing of a method on a task."""
-    if kept(task, method):
-        return
-    where = ["--output", str(folder_of(output, task, method)), "--tasks", task, "--configs", config_of(method)]
-    if code := protocol.main(["vtab1k", *where, "--learning_rates", *rates, *SETTINGS, *more]):
-        raise SystemExit(code)
-
-
-def finished(output: Path, task: str, method: str) -> list[dict]:
-    """The rows of all seeds, or none if one is missing."""
-    rows = collect(folder_of(output, task, method))
-    rows = [row for row in rows if (row["method"], row["task"]) == (method, task)]
-    return kept(task, method) or (rows if len(rows) == SEEDS else [])
+    """Train what is missing of a method on a task; the protocol has a folder for each choice of rates."""
+    if not kept(task, method):
+        folder = output / task / ("head" if method == HEAD else "methods")
+        where = ["--output", str(folder), "--tasks", task, "--configs", config_of(method)]
+        if code := protocol.main(["vtab1k", *where, "--learning_rates", *rates, *SETTINGS, *more]):
+            raise SystemExit(code)
 
 
 def kept(task: str, method: str) -> list[dict]:
     """The rows that were finished on another machine."""
-    if not KEPT.is_file():
-        return []
-    with KEPT.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if (row["method"], row["task"]) == (method, task)]
     numbers = {"top1": float, "adapter_parameters": int, "saved_bytes_per_image": int}
+    rows = kept_rows(KEPT, task=task, method=method)
     return [row | {name: of(row[name]) for name, of in numbers.items()} for row in rows]
+
+
+def finished(output: Path, task: str) -> dict[str, list[dict]]:
+    """The rows of the methods of which all seeds are done."""
+    new = [row for folder in ("head", "methods") for row in collect(output / task / folder)]
+    found = {method: kept(task, method) or [row for row in new if row["method"] == method] for method in METHODS}
+    return {method: rows for method, rows in found.items() if len(rows) == SEEDS}
 
 
 def rate_of(row: dict) -> float:
@@ -189,26 +179,26 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/real_backbone"), help="folder of the protocol")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS], metavar="TASK")
-    parser.add_argument("--write", action="store_true", help="only put the table of what is done into docs/results.md")
+    parser.add_argument(
+        "--write", action="store_true", help="only keep what is done, and put the table into docs/results.md"
+    )
     options = parser.parse_args()
     if not options.write:
         for task in options.tasks:
             train(options.output, task, HEAD, HEAD_RATES, ["--model.cache", "memory"])  # the same numbers, sooner
-            head = ["--model.optimisation.head_lr", str(rate_of(finished(options.output, task, HEAD)[0]))]
+            head = ["--model.optimisation.head_lr", str(rate_of(finished(options.output, task)[HEAD][0]))]
             for method in options.methods:  # one by one: a method is done early
                 if method != HEAD:
                     train(options.output, task, method, RATES, head)
         return
-    rows = [row for task, method in itertools.product(TASKS, METHODS) for row in finished(options.output, task, method)]
+    rows = [row for task in TASKS for some in finished(options.output, task).values() for row in some]
     with KEPT.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
     made = table(lines(rows, step_ratios({method: config_of(method) for method in methods})))
-    PAGE.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "real_backbone", made), encoding="utf-8")
 
 
 if __name__ == "__main__":

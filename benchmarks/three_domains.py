@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from measuring import filled
 
 import visionpeft as vp
 from visionpeft import fit
@@ -32,7 +33,6 @@ from visionpeft.runs.config_files import config_content
 from visionpeft.sharing.run_directory import RunDirectory
 
 PAGE = Path(__file__).parents[1] / "docs/results.md"
-BEGIN, END = "<!-- three_domains:begin -->", "<!-- three_domains:end -->"
 CONFIG = "multi_task_lora.yaml"
 DOMAINS = ("clipart", "drawings", "dsprites_loc")
 TOGETHER = "together"
@@ -224,9 +224,7 @@ def lines(bench: Bench, seeds: int) -> list[str]:
 
 def write(table: list[str]) -> None:
     """Put the table where the page has its marks."""
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(table) + f"\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "three_domains", "\n".join(table)), encoding="utf-8")
 
 
 def main() -> None:

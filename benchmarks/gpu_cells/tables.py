@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
+import measuring
 from measuring import table
 
 from .exactness import TOLERANCES
 from .running import FAILED, Journal
 from .steps import REFERENCE
 
-BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 MIB = 2**20
 
 
@@ -42,11 +42,7 @@ def filled(text: str, tables: str) -> str:
     Raises:
         SystemExit: it has no such marks.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the page has no {BEGIN} and {END} to write between")
-    return f"{before}{BEGIN}\n\n{tables}\n{END}{after}"
+    return measuring.filled(text, "gpu", f"\n{tables}")
 
 
 def exactness_said() -> str:
