@@ -428,7 +428,7 @@ def test_a_folder_that_may_only_be_read_still_gives_its_rows(tmp_path, monkeypat
 
 def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     def refuse(*_, **__):
-        raise NotImplementedError("no flock")
+        raise NotImplementedError("no flock")  # as filelock does where the system call is not there
 
     monkeypatch.setattr("filelock.FileLock.acquire", refuse)
     with pytest.raises(StorageError, match="without locks"):
