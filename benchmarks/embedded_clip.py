@@ -1,4 +1,4 @@
-"""Learners on the embedded CLIP and the two embedded sets: few-shot, base to new, and at test time.
+"""Learners on the embedded CLIP and the two embedded sets: few-shot, base to new, across sets, and at test time.
 
 `nano_clip.distilled`, 16 shots, seeds 1, 2, 3, the last epoch of each configuration's recipe, nothing chosen on the
 test split. By the protocols of the package, so that what was interrupted goes on, and several machines may share the
@@ -15,12 +15,13 @@ import csv
 import re
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from measuring import filled, kept_rows, table
 
-from visionpeft.protocols.learner_protocols import base_to_new, few_shot
+from visionpeft.protocols.learner_protocols import base_to_new, cross_dataset, few_shot
 from visionpeft.protocols.tables import harmonic_mean
 
 ROOT = Path(__file__).parents[1]
@@ -53,33 +54,42 @@ class Table:
     """Some learners by one protocol.
 
     Args:
-        run: the protocol, whose name is that of its folder of configurations.
-        prefix: of the configurations.
-        learners: the configurations' names without it.
-        sets: data sets.
+        run: the protocol with its data sets and shots.
+        folder: of the configurations.
+        prefix: of their names.
+        learners: the names without it.
         options: further arguments.
     """
 
     run: Callable[..., list[dict]]
+    folder: str
     prefix: str
     learners: list[str]
-    sets: list[str] = field(default_factory=lambda: [*SETS])
     options: tuple[str, ...] = ()
 
 
+NEW_NAMES = [
+    "zero_shot",
+    *TEXTS,
+    *(name for name in TOWERS if name != "tuned_clip"),
+]  # which has no configuration there
 TABLES = {
-    "few_shot": Table(few_shot, "fewshot_", [*FEATURES, *TEXTS, *TOWERS]),
-    "base_to_new": Table(
-        base_to_new,
-        "base_to_new_",
-        ["zero_shot", *TEXTS, *(name for name in TOWERS if name != "tuned_clip")],  # which has no such configuration
+    "few_shot": Table(
+        partial(few_shot, datasets=[*SETS], shots=[16]), "few_shot", "fewshot_", [*FEATURES, *TEXTS, *TOWERS]
     ),
+    "base_to_new": Table(partial(base_to_new, datasets=[*SETS], shots=16), "base_to_new", "base_to_new_", NEW_NAMES),
     "test_time": Table(
-        few_shot,
+        partial(few_shot, datasets=["clipart"], shots=[16]),
+        "few_shot",
         "fewshot_",
         ["zero_shot", "tps", "mta", "zero", "tpt", "c_tpt"],
-        ["clipart"],
         ("--data.test_samples", "300"),
+    ),
+    "cross_dataset": Table(
+        partial(cross_dataset, source="clipart", targets=["drawings"], shots=16),
+        "cross_dataset",
+        "cross_dataset_",
+        NEW_NAMES,
     ),
 }
 
@@ -87,10 +97,8 @@ TABLES = {
 def train(output: Path, name: str, learner: str) -> None:
     """Train and test what is missing of a learner, and keep its rows."""
     here = TABLES[name]
-    config = f"{here.prefix}{learner}.yaml"
     arguments = [*here.options, "--trainer.accelerator", "cpu"]
-    shots = [16] if here.run is few_shot else 16
-    rows = here.run([config], here.sets, shots, (1, 2, 3), output / name, arguments)
+    rows = here.run([f"{here.prefix}{learner}.yaml"], seeds=(1, 2, 3), output=output / name, arguments=arguments)
     new = not KEPT.is_file()
     with KEPT.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
@@ -129,7 +137,7 @@ def base_and_new(rows: list[dict], dataset: str) -> tuple[Score, Score, Score]:
 
 
 def few_shot_line(rows: list[dict]) -> dict:
-    """A line of the tables of all classes."""
+    """A line of the tables of all classes of a set."""
     sets = {row["dataset"] for row in rows}
     line = {}
     for dataset in [key for key in SETS if key in sets]:
@@ -158,6 +166,9 @@ def sentence(name: str, rows: list[dict]) -> str:
             "{} base {}, new {}, H {}".format(words, *base_and_new(rows, dataset)) for dataset, words in SETS.items()
         ]
         return f"nano_clip.distilled{seeds}, %: {'; '.join(parts)}."
+    if name == "cross_dataset":
+        source, target = score(rows, "clipart"), score(rows, "drawings")
+        return f"nano_clip.distilled{seeds}, %: clip art {source}, and from it on the drawings {target}."
     if name == "test_time":
         return f"nano_clip.distilled, 300 images of the clip art{seeds}: {score(rows, 'clipart')} %."
     parts = [f"{words} {score(rows, dataset)} %" for dataset, words in SETS.items()]
@@ -171,13 +182,15 @@ def write(results: dict[str, dict[str, list[dict]]]) -> None:
         page = filled(page, f"embedded_clip_{name}", lines(name, some))
         for learner, rows in some.items():
             if name != "test_time" or learner not in results["few_shot"]:
-                write_header(ROOT / "configs" / TABLES[name].run.__name__ / f"{learner}.yaml", sentence(name, rows))
+                write_header(ROOT / "configs" / TABLES[name].folder / f"{learner}.yaml", sentence(name, rows))
     PAGE.write_text(page, encoding="utf-8")
 
 
 def lines(name: str, some: dict[str, list[dict]]) -> str:
-    """A table, the best on clip art first."""
-    line, column = (base_to_new_line, "clip art: H") if name == "base_to_new" else (few_shot_line, "clip art")
+    """A table, the best first."""
+    line, column = few_shot_line, "drawings" if name == "cross_dataset" else "clip art"
+    if name == "base_to_new":
+        line, column = base_to_new_line, "clip art: H"
     found = [{"learner": WORDS.get(learner, rows[0]["learner"])} | line(rows) for learner, rows in some.items()]
     if not found:
         return "Nothing is measured yet."
