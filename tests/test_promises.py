@@ -727,6 +727,19 @@ def test_reset_classifier(method, tmp_path):
     assert vp.detach(model)(IMAGES).shape == (4, 7)
 
 
+@row("blocks taken out, or layers exchanged, beneath adapters", "refused")
+@each_method
+def test_pruning(method, tmp_path):
+    """Whatever acted there, as in the last block of all: nothing of it is trained, saved or merged."""
+    model = adapted(method)
+    model.prune_intermediate_layers([0], prune_norm=False, prune_head=False)
+    for act in (vp.trainable_parameters, lambda model: vp.save(model, tmp_path / "adapter"), vp.merge):
+        with pytest.raises(vp.UserError, match=r"'blocks\.1' of the model was taken out|cannot be merged"):
+            act(model)
+    assert not (tmp_path / "adapter").exists()
+    assert vp.detach(model)(IMAGES).shape == (4, 3)
+
+
 @row("`set_input_size` while `pos_embed` is trained", "refused")
 @each_method
 def test_set_input_size_of_what_is_trained(method):

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.economies import Economies
 from visionpeft.adapters.gradient_masks import mask_at_steps
-from visionpeft.adapters.installation import ATTRIBUTES, Anatomy, Installation, Rested
+from visionpeft.adapters.installation import ATTRIBUTES, Anatomy, Installation, Rested, Swapped
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, nearest
@@ -157,7 +157,7 @@ class Adapters(nn.ModuleDict):
         self.used: frozenset[str] = frozenset()  # the adapters whose parameters are in use
         self.economies = Economies()
         self.recomputing: list[nn.Module] = []
-        self.swapped: list[tuple[nn.Module, type]] = []
+        self.swapped: list[Swapped] = []
         # (owner, name, original, what is there now)
         self.replaced: list[tuple[nn.Module, str, nn.Parameter | nn.Module, nn.Parameter | nn.Module]] = []
 
@@ -241,12 +241,19 @@ class Adapters(nn.ModuleDict):
                 owner._modules[name] = original.train(new.training)
 
     def require_whole(self) -> None:
-        """Refuse a model that `fully_shard` has given classes of its own, which must stay.
+        """Refuse a model whose modules must keep the classes that they have now.
 
         Raises:
-            UnsupportedError: if it has.
+            UnsupportedError: `fully_shard` has given them classes of its own, or somebody has put a forward around
+                that of their class, as the hooks of accelerate do.
         """
-        classes = {type(module) for module, _ in self.swapped}
+        for module, original, forward in self.swapped:
+            if vars(module).get("forward") is not forward:
+                raise UnsupportedError(
+                    f"the forward of a {original.__name__} was replaced on the object itself while adapters act, so "
+                    "that they cannot be changed; take it off first (accelerate: remove_hook_from_submodules)"
+                )
+        classes = {type(module) for module, _, _ in self.swapped}
         if any(cls.__name__ == "FSDPModule" for each in classes for cls in each.__mro__):
             raise UnsupportedError(
                 "the model is sharded, so that its adapters cannot be changed; do it before fully_shard, or load the "
@@ -259,7 +266,7 @@ class Adapters(nn.ModuleDict):
         while self.recomputing:
             self.recomputing.pop().grad_checkpointing = False
         while self.swapped:
-            module, original = self.swapped.pop()
+            module, original, _ = self.swapped.pop()
             object.__setattr__(module, "__class__", original)  # that of modules first asks whether it is a parameter
             for attribute in ATTRIBUTES:
                 module.__dict__.pop(attribute, None)

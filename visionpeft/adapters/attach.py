@@ -27,6 +27,7 @@ from visionpeft.sites.routing import OPEN
 SPANNING = (Order.ENTER_SPAN, Order.LEAVE_SPAN)
 
 
+@torch.inference_mode(False)  # what is made within that mode could never be trained
 def attach(
     model: nn.Module,
     method: Method | Sequence[Method],

@@ -13,7 +13,7 @@ from visionpeft.sites import HEAD, NEXT_BLOCK, Order, order_of
 
 
 def check_available(adapter: AttachedAdapter, tower: Tower) -> None:
-    """Refuse an adapter that is to act at sites that its block does not have, or adds tokens that nothing there sees.
+    """Refuse an adapter that is to act in blocks or at sites that are not there, or adds tokens that nothing sees.
 
     Raises:
         UnsupportedError: naming the method, the site and the class of the block.
@@ -21,6 +21,11 @@ def check_available(adapter: AttachedAdapter, tower: Tower) -> None:
     for index, placement in adapter.placements:
         if placement.tower != tower.name or placement.block is None:
             continue
+        if placement.block >= tower.depth:
+            raise UnsupportedError(
+                f"{type(adapter.methods[index]).__name__} acts in block {placement.block} of the {tower.name} tower, "
+                f"of which {tower.depth} blocks are found; detach the adapters before you change the model"
+            )
         block = tower.blocks[placement.block]
         add = None if placement.add in (NEXT_BLOCK, HEAD) else placement.add
         missing = [site for site in (placement.site, add) if site is not None and not block.has(site)]

@@ -19,6 +19,7 @@ import torch.nn as nn
 from visionpeft.backbones.quantised import full_precision
 from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe
+from visionpeft.sites.tensor_versions import version_of
 
 PRECISIONS = ("bfloat16", "float16")
 _PROBED = 16  # values of each tensor by which a write through `.data` is noticed
@@ -48,7 +49,7 @@ def weights_record(model: nn.Module, backbone: Backbone | None = None) -> dict:
         and of float16 values, as three words.
     """
     parameters = _parameters(model, backbone)
-    state = [(name, id(p), p.data_ptr(), p._version, p.dtype, p.shape) for name, p in parameters]
+    state = [(name, id(p), p.data_ptr(), version_of(p), p.dtype, p.shape) for name, p in parameters]
     state.append(_probe(parameters))
     last = _LAST.get(model)
     if last is None or last[0] != state:

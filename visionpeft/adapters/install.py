@@ -10,11 +10,11 @@ import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters, AttachedAdapter, join, own_parameter
 from visionpeft.adapters.asking import QUERIES, Asking, asker, check_asking_alone
-from visionpeft.adapters.block_limits import check_on_map
+from visionpeft.adapters.block_limits import check_available, check_on_map
 from visionpeft.adapters.carried_values import CARRIERS, CARRYING
 from visionpeft.adapters.installation import Anatomy, Installation, Rested, Swaps
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
-from visionpeft.adapters.layer_decay import GroupMatcher
+from visionpeft.adapters.library_methods import SHALLOW, know_adapters, refuse_fusing, refuse_intermediates
 from visionpeft.adapters.multiplied_tokens import check_multiplied
 from visionpeft.adapters.plan import Plan, acting_in, located_in, plan_of, travelling_prompts
 from visionpeft.backbones.tower import BlockSites, Layer, Tower
@@ -24,8 +24,7 @@ from visionpeft.sites import Carriers, OnPixels, Order, Sites, order_of
 from visionpeft.sites.changed_weights import CHANGED, changes_weights, has_statistics, keeps_statistics
 from visionpeft.sites.stand_ins import attributes_of, reads_copies, uses_head
 
-SHALLOW = "shallow prompts travel between the blocks; use VPT(deep=True)"
-
+WRAPPED = "_checkpoint_wrapped_module"  # where PyTorch's CheckpointWrapper has the module
 MOST_KEPT = 32  # combinations of adapters whose places in the model are kept
 
 
@@ -64,13 +63,16 @@ def _decide(model: nn.Module) -> Installation:
     check_asking_alone({name: peft[name] for name in names})
     anatomy = Anatomy(model, without=peft)
     backbone = describe(model)
+    for name in names:  # the model may have been changed since they were attached
+        for tower in backbone.towers.values():
+            check_available(peft[name], tower)
     plan, swaps = plan_of(peft, names), Swaps()
     for tower in backbone.towers.values():
         _install_tower(swaps, peft, tower, plan)
-    if hasattr(model, "group_matcher"):
-        swaps.swap(model, swaps.kind(model), group_matcher=GroupMatcher(model))
+    know_adapters(swaps, model)
     _install_parameters(swaps, peft, model)
     _install_heads(swaps, peft, model, backbone.heads)
+    refuse_fusing(swaps, model)
     swapped = [(module, swaps.original(module), kind, swaps.given[module]) for module, kind in swaps.kinds.items()]
     return Installation(anatomy, {name: peft.anatomy(name) for name in names}, swapped, backbone)
 
@@ -183,27 +185,6 @@ def change_weight(swaps: Swaps, layer: Layer, acting: tuple[nn.Module, ...]) -> 
             )
     names = tuple(name for name in CHANGED if layer.owner._parameters.get(name) is not None)
     swaps.swap(layer.owner, changes_weights(swaps.kind(layer.owner), names), acting=acting)
-
-
-class NoIntermediates:
-    """Stands in for `forward_intermediates` while blocks give other tokens than the backbone's.
-
-    Args:
-        reason: what they give, and what to do about it.
-    """
-
-    def __init__(self, reason: str):
-        self.reason = reason
-
-    def __call__(self, *args, **kwargs):
-        """Refuse."""
-        raise UnsupportedError(f"forward_intermediates cannot be used while {self.reason}")
-
-
-def refuse_intermediates(swaps: Swaps, tower: Tower, reason: str) -> None:
-    """Refuse `forward_intermediates` of a tower."""
-    for module in tower.spanning:
-        swaps.swap(module, swaps.kind(module), forward_intermediates=NoIntermediates(reason))
 
 
 def _install_parameters(swaps: Swaps, peft: Adapters, model: nn.Module) -> None:
@@ -345,7 +326,8 @@ def remember_hosts(model: nn.Module, adapter: AttachedAdapter) -> None:
 
 
 def check_unchanged(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse adapters whose head or trained copies are those of another head or parameter than the model has now.
+    """Refuse adapters whose head or trained copies are those of another head or parameter than the model has now, and
+    a model in which what acts was taken out, or stands behind a wrapper.
 
     Raises:
         ConfigurationError: naming what was changed.
@@ -361,6 +343,28 @@ def check_unchanged(model: nn.Module, names: Iterable[str]) -> None:
                 f"{changed[0]!r} of the model was exchanged after adapter {name!r}, which trains a copy of the old "
                 "one, was attached; detach the adapter, then change the model (reset_classifier, set_input_size), then "
                 "attach it"
+            )
+    _check_in_place(model)
+
+
+def _check_in_place(model: nn.Module) -> None:
+    """Refuse a model of which modules are gone that were given classes to act, or are not where they were."""
+    peft: Adapters = model.peft
+    made = peft.installations.get(peft.chosen)
+    if made is None or not peft.swapped:
+        return
+    paths = {module: path for path, module in model.named_modules(memo={peft})}
+    for module, _, _ in peft.swapped:
+        before, now = made.model.paths.get(module), paths.get(module)
+        if now is None and before is not None:
+            raise ConfigurationError(
+                f"{before!r} of the model was taken out or exchanged while adapters acted in it; detach the adapters, "
+                "change the model (prune, exchange or convert its layers), then attach them"
+            )
+        if now is not None and WRAPPED in now:
+            raise ConfigurationError(
+                f"{before!r} is within a CheckpointWrapper now, which gives all that is in it another name; take it "
+                "out, and use visionpeft.economise(model, recompute='block') or the model's set_grad_checkpointing"
             )
 
 

@@ -6,8 +6,9 @@ the same modules, of the same classes; whatever was changed by hand is decided a
 time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch.nn as nn
 
@@ -15,8 +16,10 @@ from visionpeft.backbones.tower import Backbone
 from visionpeft.sites import SitedLayer, sited_layer_class
 from visionpeft.sites.routing import KEPT
 
+FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # timm's, which make one layer of several by their weights
+METHODS = ("forward_intermediates", "group_matcher", "no_weight_decay", *FUSING)
 # What a module has in its own `__dict__` while adapters act or are routed, and only then.
-ATTRIBUTES = ("sites", "acting", "entering", "copies", "forward_intermediates", "group_matcher", *KEPT)
+ATTRIBUTES = ("sites", "acting", "entering", "copies", *METHODS, *KEPT)
 
 
 class Swaps:
@@ -61,6 +64,7 @@ class Anatomy:
     def __init__(self, root: nn.Module, without: nn.Module | None = None):
         self.root = root
         modules = [*root.named_modules(memo=None if without is None else {without})]
+        self.paths = {module: path for path, module in modules}
         self._seen = [(module, type(module), dict(module._modules)) for _, module in modules]
         self._owners = [(path, module) for path, module in modules if module._parameters]
 
@@ -129,9 +133,23 @@ class Installation:
         )
         return fitting and self.model.holds() and all(anatomy.holds() for anatomy in self.adapters.values())
 
-    def put_in_force(self) -> list[tuple[nn.Module, type]]:
-        """Give the modules their classes; returns them with their own ones."""
+    def put_in_force(self) -> list["Swapped"]:
+        """Give the modules their classes; returns what they were."""
         for module, _, kind, own in self.swapped:
             module.__dict__.update(own)
             object.__setattr__(module, "__class__", kind)  # that of modules first asks whether it is a parameter
-        return [(module, original) for module, original, _, _ in self.swapped]
+        return [Swapped(module, original, vars(module).get("forward")) for module, original, _, _ in self.swapped]
+
+
+class Swapped(NamedTuple):
+    """A module that has another class while adapters act or are routed.
+
+    Args:
+        module: the module.
+        original: its own class.
+        forward: the forward that it had of its own then, None for that of its class.
+    """
+
+    module: nn.Module
+    original: type
+    forward: Callable | None

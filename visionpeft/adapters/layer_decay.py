@@ -72,6 +72,26 @@ def _of_place(tower: Tower, block: int | None, site: str) -> int:
     return 1 if site in tower.final_norms else tower.depth + 1
 
 
+class NoWeightDecay:
+    """Stands in for a timm model's `no_weight_decay`, which names parameters of which copies are trained.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self) -> set[str]:
+        """Names of parameters without weight decay, and of their trained copies."""
+        names = type(self.model).no_weight_decay(self.model)
+        adapters: Adapters = self.model.peft
+        copies = {
+            f"peft.{name}.trained.{each}" for name in adapters for each in adapters[name].trained_names if each in names
+        }
+        return {*names, *copies}
+
+
 class GroupMatcher:
     """Stands in for a timm model's `group_matcher`, whose patterns do not know the parameters of adapters.
 

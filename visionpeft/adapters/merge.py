@@ -137,8 +137,13 @@ def _merged_parameters(model: nn.Module, peft: Adapters) -> list[tuple[nn.Module
 
 
 def _check_own(holding: Mapping[nn.Parameter, list], layer: Layer, place: str) -> None:
-    """Refuse a layer whose weight or bias other layers compute with, too: adapters change what one of them computes."""
+    """Refuse a layer whose weight or bias is none of its own: other layers compute with it, too, or it is made anew."""
     for owner, name in ((layer.owner, layer.weight), (layer.bias_owner, layer.bias)):
+        if owner is not None and name not in owner._parameters:
+            raise UnsupportedError(
+                f"{place} cannot be merged: {name} is no tensor of its own but made of others (a parametrisation, such "
+                "as weight_norm); call torch.nn.utils.parametrize.remove_parametrizations first"
+            )
         if owner is not None and len(holding[owner._parameters[name]]) > 1:
             raise UnsupportedError(
                 f"{place} cannot be merged: other layers of the model have the same {name}, and no one tensor computes "

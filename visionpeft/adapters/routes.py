@@ -16,10 +16,10 @@ from visionpeft.adapters.adapters import Adapters
 from visionpeft.adapters.asking import QUERIES, RoutedAsking, asker, check_asking_alone
 from visionpeft.adapters.block_limits import check_on_map
 from visionpeft.adapters.carried_values import CARRIERS, CARRYING
-from visionpeft.adapters.install import SHALLOW, check_unchanged, fill, refuse_intermediates, swap_block
-from visionpeft.adapters.installation import Anatomy, Swaps
+from visionpeft.adapters.install import check_unchanged, fill, swap_block
+from visionpeft.adapters.installation import METHODS, Anatomy, Swapped, Swaps
 from visionpeft.adapters.key_prompts import Acting, key_prompts, without_prompts
-from visionpeft.adapters.layer_decay import GroupMatcher
+from visionpeft.adapters.library_methods import SHALLOW, know_adapters, refuse_intermediates
 from visionpeft.adapters.plan import acting_in, located_in, plan_of, travelling_prompts
 from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter
 from visionpeft.adapters.routed_carriers import RoutedCarriers
@@ -108,7 +108,7 @@ class Routes:
         peft: Adapters = model.peft
         peft.require_whole()
         originals: dict[nn.Module, type] = {}
-        for module, original in peft.swapped:
+        for module, original, _ in peft.swapped:
             originals.setdefault(module, original)
         described = _described(model, peft, originals)
         if self.backbone is None or described != self.described:
@@ -184,8 +184,7 @@ class Routes:
                 refuse_intermediates(swaps, tower, "class_token_only follows one token; switch it off with economise")
         for path in self.backbone.heads:
             self._route_head(plan, path)
-        if hasattr(model, "group_matcher"):
-            swaps.swap(model, swaps.kind(model), group_matcher=GroupMatcher(model))
+        know_adapters(swaps, model)
         return plan
 
     def _route_head(self, plan: Plan, path: str) -> None:
@@ -263,14 +262,14 @@ class Routes:
             kinds = [plan.swaps.kinds[module] for plan in plans if module in plan.swaps.kinds]
             routed = next((kind for kind in kinds if kind is not original), None)
             names = {name for each in given.values() for name in each}
-            names |= {name for name in ("sites", "forward_intermediates", "group_matcher") if name in vars(module)}
+            names |= {name for name in ("sites", *METHODS) if name in vars(module)}
             if any(kind is not None and issubclass(kind, SitedLayer) for kind in (active, routed)):
                 names |= {"acting", "entering"}
             # The class comes last: whoever computes in another thread meanwhile has all that it asks for.
             module.__dict__.update(routing=self.routing, plans=given)
             object.__setattr__(module, "__class__", routable(active, routed, tuple(sorted(names))))
             if module not in originals:
-                peft.swapped.append((module, original))
+                peft.swapped.append(Swapped(module, original, vars(module).get("forward")))
         self.routing.installed = True
         self.installed = Anatomy(model, without=peft)
 

@@ -81,6 +81,7 @@ def save(
     write_described(folder, STEM, tensors, description)
 
 
+@torch.inference_mode(False)  # as `attach`
 def load(model: nn.Module, folder: str | Path, name: str | None = None, *, check_fingerprint: bool = True) -> str:
     """Attach the adapter of a folder to the backbone it was trained on, and activate it alone.
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from visionpeft.sites import Located, OnPatches
 from visionpeft.sites.frozen_layers import is_hooked
+from visionpeft.sites.tensor_versions import version_of
 
 Acts = nn.Module | OnPatches | Located
 
@@ -243,7 +244,7 @@ def _same(seen: list, sources: list, numbers: list, owners: list) -> bool:
 
 
 def _state(tensor: torch.Tensor) -> tuple:
-    return tensor._version, tensor.untyped_storage()._cdata, tensor.dtype
+    return version_of(tensor), tensor.untyped_storage()._cdata, tensor.dtype
 
 
 def _parts(module: nn.Module, owned: set[nn.Module]) -> Iterator[nn.Module]:

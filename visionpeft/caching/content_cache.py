@@ -16,6 +16,7 @@ from torch import Tensor
 from visionpeft.caching.named_images import names_of
 from visionpeft.errors import StorageError
 from visionpeft.files import write_whole
+from visionpeft.sites.tensor_versions import version_of
 
 DEFAULT_BYTES = 512 * 2**20
 
@@ -207,7 +208,7 @@ class Fingerprint:
 
     def of(self, tensors: Mapping[str, Tensor]) -> str:
         """The hash of the names, shapes, types and values of these tensors."""
-        state = [(name, id(tensor), tensor.data_ptr(), tensor._version) for name, tensor in tensors.items()]
+        state = [(name, id(tensor), tensor.data_ptr(), version_of(tensor)) for name, tensor in tensors.items()]
         if self._last is None or self._last[0] != state:
             self._last = state, fingerprint(tensors)
         return self._last[1]

@@ -8,6 +8,7 @@ from torch import nn
 
 from visionpeft.clip.model import acting_adapters
 from visionpeft.clip.text import TextEncoder
+from visionpeft.sites.tensor_versions import version_of
 
 Kept = TypeVar("Kept")
 
@@ -62,7 +63,7 @@ def state_of_texts(clip: nn.Module, text: TextEncoder, adapters: Iterable[str] |
     """
     acting = acting_adapters(clip)
     parameters = _parameters_of_text(clip, text.module, acting if adapters is None else adapters)
-    state = {id(p): p._version for p in parameters}
+    state = {id(p): version_of(p) for p in parameters}
     device = text.device
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     return state, acting, autocast, text.dtype, device

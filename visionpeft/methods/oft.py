@@ -50,8 +50,9 @@ def cayley_minus_identity(upper: torch.Tensor, block: int) -> torch.Tensor:
     rows, columns = torch.triu_indices(block, block, 1, device=upper.device)
     flat = upper.new_zeros(*upper.shape[:-1], block * block).index_copy(-1, rows * block + columns, upper)
     half = flat.unflatten(-1, (block, block))
-    Q = half - half.transpose(-1, -2)
-    return torch.linalg.solve(torch.eye(block, dtype=Q.dtype, device=Q.device) + Q, -2 * Q, left=False)
+    Q = (half - half.transpose(-1, -2)).to(torch.promote_types(upper.dtype, torch.float32))  # no solver has less
+    turn = torch.linalg.solve(torch.eye(block, dtype=Q.dtype, device=Q.device) + Q, -2 * Q, left=False)
+    return turn.to(upper.dtype)
 
 
 def turned(blocks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,7 @@ class ScaledRandom(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
         """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""
-        A, B = self.matrices
+        A, B = (matrix.to(self.d) for matrix in self.matrices)  # FSDP casts parameters and leaves buffers as they are
         z = self.d * F.linear(self.dropout(to_parameter_dtype(x, self.d)), A)
         return y + (self.b * F.linear(z, B)).to(y.dtype)
 

@@ -6,7 +6,7 @@ import torch
 from timm.models.hiera import Hiera
 from torch import nn
 
-from visionpeft.adapters.install import SHALLOW, NoIntermediates
+from visionpeft.adapters.library_methods import SHALLOW, NoIntermediates
 from visionpeft.errors import ConfigurationError, UnsupportedError, one_line
 from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native
 
@@ -98,6 +98,6 @@ def _intermediates(tower: nn.Module):
         raise UnsupportedError(
             f"{type(tower).__name__} has no forward_intermediates, so that no head can read its maps"
         )
-    if isinstance(read, NoIntermediates) and read.reason == SHALLOW:
+    if isinstance(read, NoIntermediates) and read.why == SHALLOW:
         return type(tower).forward_intermediates.__get__(tower)
     return read

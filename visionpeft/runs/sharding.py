@@ -18,6 +18,7 @@ from visionpeft.adapters.storage import remember_backbone
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError
+from visionpeft.sites import HEAD
 from visionpeft.tasks import ImageTask
 from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.averaging import averaging_callbacks
@@ -104,6 +105,11 @@ def check_sharding(trainer: pl.Trainer, task: ImageTask) -> None:
         raise ConfigurationError(
             f"{task.label} chooses what it trains by gradients of all weights, of which each device has a part with "
             f"{how}; leave that out"
+        )
+    if any(placement.add == HEAD for _, placement in task.adapter.placements):
+        raise ConfigurationError(
+            f"{task.label} asks in blocks whose own outputs have no gradient, so that {how} would not gather their "
+            "weights again for the backward pass; use ddp"
         )
     if any(tower.layers_only is not None for tower in describe(task.model).towers.values()):
         raise ConfigurationError(

@@ -100,7 +100,7 @@ class Sites:
     @property
     def kept(self) -> slice | None:
         """The tokens that ask in the attention of this block and go on after it, None for all."""
-        only = self.class_token_only is not None and not self.class_token_only.watched()
+        only = self.class_token_only is not None and not self.class_token_only.others_are_read()
         return slice(0, 1) if only else None
 
     def followed(self, x: torch.Tensor) -> torch.Tensor:
@@ -201,7 +201,7 @@ class ClassTokenOnly:
     """Says of the last block of a tower that after its attention only the class token is followed.
 
     Args:
-        tower: the tower.
+        tower: the tower, which pools its class token.
         block: its last block.
         norms: the norms after it.
     """
@@ -209,10 +209,19 @@ class ClassTokenOnly:
     def __init__(self, tower: nn.Module, block: nn.Module, norms: list[nn.Module]):
         around = [m for m in tower.modules() if m is not tower and any(inner is block for inner in m.modules())]
         self.seeing = [*block.modules(), *norms, *around]
+        self.tower = tower
+        self.pooling = _pooling(tower)
 
-    def watched(self) -> bool:
-        """Whether a hook sees the tokens of the block, so that all have to be there."""
-        return any(map(frozen_layers.is_hooked, self.seeing))
+    def others_are_read(self) -> bool:
+        """Whether all tokens have to be there: a hook sees those of the block, or the tower was told to pool others,
+        as by timm's `reset_classifier(classes, "avg")`.
+        """
+        return _pooling(self.tower) != self.pooling or any(map(frozen_layers.is_hooked, self.seeing))
+
+
+def _pooling(tower: nn.Module) -> tuple:
+    """What says in a tower of timm or OpenCLIP which tokens are pooled, and how."""
+    return tuple(getattr(tower, name, None) for name in ("global_pool", "pool_type", "attn_pool", "output_tokens"))
 
 
 class Untouched(Sites):

@@ -56,6 +56,12 @@ def changes_weights(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.M
 class KeepsStatistics(StandIn):
     """A normalisation that computes with its stored statistics in training, too, and does not write to them."""
 
+    def reset_running_stats(self) -> None:
+        """Nothing: the statistics are the backbone's.
+
+        `torch.optim.swa_utils.update_bn` resets them and counts on batches in training to fill them again.
+        """
+
 
 @functools.cache
 def keeps_statistics(below: type[nn.Module], names: tuple[str, ...] = ()) -> type[nn.Module]:

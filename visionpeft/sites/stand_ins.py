@@ -89,7 +89,12 @@ def reads_copies(below: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modu
     def copied(name: str) -> property:
         def read(self):
             holder, key = self.copies[name]
-            value, mine = getattr(holder, key), self._parameters[name]
+            value, mine = getattr(holder, key), self._parameters.get(name)
+            if mine is None:
+                raise UnsupportedError(
+                    f"{name} of {type(self).__name__} was parametrised while an adapter trains a copy of it; detach "
+                    "the adapters first"
+                )
             if is_sharded(mine):
                 return mine
             value = value if value.dtype == mine.dtype else value.to(mine.dtype)

@@ -1,0 +1,254 @@
+"""Adapters beside tools of PyTorch and timm that write to, exchange, wrap or ask modules of the model they act in.
+
+The right values are those of the library's own model: without adapters, or with the adapter merged into its weights.
+"""
+
+import pytest
+import timm
+import torch
+from away_from_start import moved
+from timm.models.vision_transformer import Block
+from timm.optim import create_optimizer_v2
+from timm.utils import reparameterize_model
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import visionpeft as vp
+from visionpeft.errors import ConfigurationError, UnsupportedError
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def build(depth=2, width=32, **options):
+    torch.manual_seed(0)
+    options = {"num_heads": 2, "img_size": 32, "num_classes": 5, "depth": depth, "embed_dim": width} | options
+    return timm.create_model("vit_tiny_patch16_224", **options).eval()
+
+
+def adapted(model=None, method=None, **options):
+    model = build() if model is None else model
+    vp.attach(model, method or vp.LoRA(rank=2), head=False, **options)
+    moved(model)
+    return model
+
+
+def statistics(model):
+    return {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_update_bn_leaves_the_statistics_of_the_backbone(averaged):
+    """They are reset by it to be filled again in training, which a frozen normalisation never is."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3).train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(2 * IMAGES + 1)
+    model.eval()
+    before, plain = statistics(model), model(IMAGES)
+    model = adapted(model, vp.SSF() if averaged else vp.LoRA(rank=2, targets=("convolutions",)))
+    expected = model(IMAGES)
+    used = AveragedModel(model) if averaged else model
+    used.train()
+    update_bn([IMAGES] * 2, used)
+    used.eval()
+    torch.testing.assert_close(used(IMAGES), expected, rtol=0, atol=0)
+    after = statistics(used.module if averaged else used)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    if not averaged:
+        assert torch.equal(vp.detach(model)(IMAGES), plain)
+        update_bn([IMAGES] * 2, model)  # the negative control: of a plain model it writes them
+        assert not torch.equal(model.bn1.running_mean, before["bn1.running_mean"])
+
+
+def test_class_token_only_stands_aside_where_patches_are_pooled():
+    """`reset_classifier(classes, "avg")` pools what the economy leaves out: NaN, the mean of nothing, if it did not."""
+    model = adapted()
+    plain = adapted()
+    vp.economise(model, class_token_only=True)
+    torch.testing.assert_close(model(IMAGES), plain(IMAGES))
+    for each in (model, plain):
+        torch.manual_seed(1)
+        each.reset_classifier(7, "avg")
+    assert torch.equal(model(IMAGES), plain(IMAGES))
+    for each in (model, plain):
+        torch.manual_seed(1)
+        each.reset_classifier(7, "token")
+    torch.testing.assert_close(model(IMAGES), plain(IMAGES))
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "fastvit_t8"])
+def test_fusing_layers_is_refused_while_adapters_act(name):
+    """timm makes one layer of several by their weights, of which adapters are no part; merged they are."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        plain = model(images)
+        adapted(model, vp.LoRA(rank=2, targets=("all",)))
+        expected = model(images)
+        assert (expected - plain).abs().max() > 1e-3
+        with pytest.raises(UnsupportedError, match=r"cannot be fused while adapters act in it.*merge first"):
+            reparameterize_model(model)
+        with vp.use(model, None):  # without what acts, it is the library's own again
+            torch.testing.assert_close(reparameterize_model(model)(images), plain, rtol=1e-3, atol=1e-4)
+        vp.merge(model, keep=False)
+        torch.testing.assert_close(reparameterize_model(model)(images), expected, rtol=1e-3, atol=1e-4)
+
+
+class OtherLinear(nn.Linear):
+    """What a tool puts in the place of a linear layer."""
+
+
+def exchange_linears(model):
+    for block in model.blocks:
+        old = block.mlp.fc1
+        block.mlp.fc1 = OtherLinear(old.in_features, old.out_features)
+        block.mlp.fc1.load_state_dict(old.state_dict())
+
+
+def prune(model):
+    model.prune_intermediate_layers([0], prune_norm=False, prune_head=False)
+
+
+def wrap(model):
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+
+
+CHANGES = {
+    exchange_linears: "'blocks.0.mlp.fc1' of the model was taken out or exchanged",
+    prune: "'blocks.1' of the model was taken out or exchanged",
+    wrap: "'blocks.0' is within a CheckpointWrapper",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_layers_that_are_exchanged_taken_out_or_wrapped(change, tmp_path):
+    """What acted there acts no more, or under another name: nothing is trained, saved or merged of it."""
+    model = adapted(method=vp.LoRA(rank=2, targets=("fc1",)))
+    change(model)
+    for act in (
+        lambda: vp.trainable_parameters(model),
+        lambda: vp.save(model, tmp_path / "adapter"),
+        lambda: vp.merge(model),
+    ):
+        with pytest.raises(ConfigurationError, match=CHANGES[change]):
+            act()
+    assert not (tmp_path / "adapter").exists()
+    if change is not exchange_linears:  # an exchanged layer is one that an adapter can act at
+        with pytest.raises(UnsupportedError, match=r"of which 1 blocks are found|blocks of class CheckpointWrapper"):
+            vp.activate(model, "default")
+    vp.detach(model)
+    assert {type(module).__module__.split(".")[0] for module in model.modules()} <= {"timm", "torch", __name__}
+
+
+def test_a_layer_that_is_wrapped_by_compiling_it_may_be(tmp_path):
+    """The negative control: it is still there, and the same."""
+    model = adapted()
+    expected = model(IMAGES)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    torch.testing.assert_close(model(IMAGES), expected)
+    assert vp.trainable_parameters(model)
+
+
+def test_synchronised_batch_normalisation_is_refused():
+    """It exchanges the normalisations that keep the statistics of the backbone."""
+    model = adapted(timm.create_model("resnet10t", num_classes=3), vp.LoRA(rank=2, targets=("convolutions",)))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    with pytest.raises(ConfigurationError, match=r"'conv1\.1' of the model was taken out or exchanged"):
+        vp.trainable_parameters(model)
+
+
+def test_a_forward_put_around_a_module_that_acts():
+    """As accelerate's hooks do it: the model computes, and what acts cannot be changed until it is taken off."""
+    model, same = adapted(), adapted()
+    own = {module: module.forward for module in model.modules()}
+    for module, forward in own.items():
+        module.forward = lambda *given, forward=forward, **named: forward(*given, **named)
+    for change in (
+        lambda: vp.use(model, None).__enter__(),
+        lambda: vp.merge(model),
+        lambda: vp.detach(model),
+        lambda: vp.disable(model),
+    ):
+        with pytest.raises(UnsupportedError, match="was replaced on the object itself while adapters act"):
+            change()
+        torch.testing.assert_close(model(IMAGES), same(IMAGES))
+    for module in model.modules():
+        vars(module).pop("forward", None)
+    assert torch.equal(vp.detach(model)(IMAGES), build()(IMAGES))
+
+
+@pytest.mark.parametrize("train", [(), ("pos_embed", "cls_token", "norm")])
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+def test_timm_optimisers_decay_what_they_decay_of_the_plain_model(train, layer_decay):
+    """A trained copy of a position embedding has no weight decay, as the embedding itself has none."""
+
+    def decays(model):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        optimiser = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=layer_decay)
+        return {names[id(p)]: group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+
+    plain = decays(build())
+    method = vp.LoRA(rank=2) if train else vp.FullFineTuning()
+    found = decays(vp.attach(build(), method, train=train))
+    copies = {name: value for name, value in found.items() if ".trained." in name or "peft.default.head" in name}
+    expected = {name: plain[name.removeprefix("peft.default.").removeprefix("trained.")] for name in copies}
+    assert copies == expected
+    assert {0.0, 0.05} == set(copies.values())
+
+
+def test_a_parametrised_weight_is_not_merged():
+    """It is made of others, so that there is no tensor to put the merged one into."""
+    model = build()
+    for block in model.blocks:
+        parametrizations.weight_norm(block.mlp.fc1)
+    adapted(model, vp.LoRA(rank=2, targets=("fc1",)))
+    expected = model(IMAGES)
+    with pytest.raises(UnsupportedError, match="remove_parametrizations first"):
+        vp.merge(model)
+    assert torch.equal(model(IMAGES), expected)
+    vp.detach(model)
+    for block in model.blocks:
+        parametrize.remove_parametrizations(block.mlp.fc1, "weight")
+    vp.merge(adapted(model, vp.LoRA(rank=2, targets=("fc1",))))
+
+
+def test_a_weight_of_which_a_copy_is_trained_is_not_parametrised():
+    model = adapted(train=["norm"])
+    with pytest.raises(UnsupportedError, match="parametrised while an adapter trains a copy"):
+        parametrize.register_parametrization(model.norm, "weight", nn.Identity())
+
+
+def test_attaching_and_loading_within_inference_mode(tmp_path):
+    """What is made there can be trained afterwards, also in a model that was made there, whose writes nobody counts."""
+    model = adapted()
+    vp.save(model, tmp_path)
+    expected = model(IMAGES)
+    with torch.inference_mode():
+        inside = build()
+        vp.load(inside, tmp_path)
+        torch.testing.assert_close(inside(IMAGES), expected)
+        next(inside.parameters()).add_(1)
+        vp.detach(inside)
+        with pytest.raises(vp.errors.StorageError, match="weights"):  # and not what was known of it before
+            vp.load(inside, tmp_path)
+    outside = build()
+    with torch.inference_mode():
+        vp.load(outside, tmp_path)
+    outside.train()(IMAGES).sum().backward()
+    assert all(parameter.grad is not None for parameter in vp.trainable_parameters(outside))
+
+
+@pytest.mark.parametrize("method", [vp.OFT(block=8), vp.VeRA(rank=4)], ids=lambda method: method.name)
+def test_everything_in_bfloat16(method):
+    """No solver of PyTorch has bfloat16, and a buffer follows the parameters that act with it."""
+    model = adapted(method=method)
+    expected = model(IMAGES)
+    for parameter in model.parameters():  # as FSDP's MixedPrecisionPolicy casts: parameters, and not buffers
+        parameter.data = parameter.data.bfloat16()
+    found = model(IMAGES.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() / expected.norm() < 0.03
