@@ -7,7 +7,7 @@ methods there. All by the protocol `vtab1k` of the package, so that what is fini
 on, and several machines may share the folder. Of methods that are in `results/real_backbone.csv` nothing is trained.
 
     TIMM_FUSED_ATTN=0 nice python benchmarks/real_backbone.py --output runs/real_backbone
-    python benchmarks/real_backbone.py --output runs/real_backbone --write    # the file, and the table in docs
+    python benchmarks/real_backbone.py --output runs/real_backbone --write    # the file, the table in docs, the picture
 
 A training takes two to ten CPU minutes, and there are six of a method on a task. Attention written as products is a
 quarter of a training faster here (findings/torch_attention_backward_in_bfloat16_is_slow_on_a_cpu.sh). What is kept
@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from measuring import clock, filled, kept_rows, table
 
 from visionpeft import protocol
@@ -32,6 +34,7 @@ from visionpeft.protocols.method_protocols import collect
 from visionpeft.runs.cli import CLI
 
 PAGE = Path(__file__).parents[1] / "docs/results.md"
+PICTURE = Path(__file__).parents[1] / "docs/pictures/real_backbone.png"
 KEPT = Path(__file__).parent / "results/real_backbone.csv"
 FIELDS = ["task", "method", "seed", "top1", "hyper_parameters", "adapter_parameters"]
 TASKS = {"clipart": "clip art", "dsprites_loc": "dsprites_loc"}
@@ -162,6 +165,37 @@ def lines(rows: list[dict], cost: dict[str, Costs]) -> list[dict]:
     return found
 
 
+def draw(rows: list[dict], cost: dict[str, Costs]) -> None:
+    """The picture on the front page: accuracy on clip art, with its deviation, against what a method costs."""
+    scores = {
+        method: [100 * row["top1"] for row in rows if (row["task"], row["method"]) == ("clipart", method)]
+        for method in cost
+    }
+    trained = {row["method"]: row["adapter_parameters"] for row in rows}
+    figure = Figure(figsize=(11, 4.3), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    draw_against(panels[0], scores, trained, "trained parameters, without the head")
+    panels[0].set_xscale("symlog", linthresh=2000)
+    panels[0].set_xlim(-400, 1e6)
+    panels[0].set_ylabel("test accuracy on clip art (%)")
+    kept = {method: each.kept / 2**20 for method, each in cost.items()}
+    draw_against(panels[1], scores, kept, "MiB kept for the backward pass, for each image")
+    figure.suptitle("DINOv2 ViT-S/14 (dinov2_small_focus), 112 px, the best of three rates, three seeds with deviation")
+    figure.savefig(PICTURE, dpi=110)
+
+
+def draw_against(axes: Axes, scores: dict[str, list[float]], costs: dict[str, float], label: str) -> None:
+    """A point with its deviation and its name for each method."""
+    for method, found in scores.items():
+        if found:
+            mean = statistics.mean(found)
+            axes.errorbar(costs[method], mean, statistics.pstdev(found), fmt="o", color="C1", ecolor="0.6", capsize=3)
+            axes.annotate(method, (costs[method], mean), (5, 4), textcoords="offset points", size=8)
+    axes.set_xlabel(label)
+    axes.margins(x=0.12)
+    axes.grid(alpha=0.3)
+
+
 def train(output: Path, task: str, method: str, rates: list[str], more: Sequence[str] = ()) -> None:
     """Train what is missing of a method on a task; the protocol has a folder for each choice of rates."""
     if not kept(task, method):
@@ -220,7 +254,9 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     methods = [method for method in METHODS if any(row["method"] == method for row in rows)]
-    made = table(lines(rows, costs({method: config_of(method) for method in methods})))
+    measured = costs({method: config_of(method) for method in methods})
+    draw(rows, measured)
+    made = table(lines(rows, measured))
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), "real_backbone", made), encoding="utf-8")
 
 

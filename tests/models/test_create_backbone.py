@@ -139,6 +139,7 @@ def test_checkpoints_that_do_not_fit(tmp_path, state):
     ("name", "said"),
     [
         ("vit_base_patch16_225", "did you mean vit_base_patch16_224"),
+        ("nano_clip.distilled", r"is a CLIP.*create_clip\('nano_clip\.distilled'\)"),
         ("vit_base_patch16_224.orig", "it has .*orig_in21k"),
         ("open_clip/ViT-B-61/openai", "did you mean"),
         ("open_clip/ViT-B-16/opnai", "has no weights 'opnai'; it has openai"),

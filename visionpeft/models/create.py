@@ -7,7 +7,7 @@ from torch import nn
 
 from visionpeft.errors import ConfigurationError, StorageError, near
 from visionpeft.models.checkpoints import load_timm_checkpoint
-from visionpeft.models.embedded import NANO_VITS
+from visionpeft.models.embedded import NANO_CLIPS, NANO_VITS
 from visionpeft.models.network import fetched
 from visionpeft.models.prepared import PREPARED, prepared_weights
 
@@ -113,6 +113,11 @@ def _create_timm(name: str, pretrained: bool, checkpoint, num_classes: int, **kw
 def _check_timm_name(name: str) -> None:
     if name in NANO_VITS or name in PREPARED or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return
+    if name in NANO_CLIPS:
+        raise ConfigurationError(
+            f"{name} is a CLIP, with class names in the place of a head: call create_clip({name!r}), or train it by a "
+            "configuration of PromptLearning, such as fewshot_coop.yaml"
+        )
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         own = [*NANO_VITS, *PREPARED]
