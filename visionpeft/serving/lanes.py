@@ -1,7 +1,6 @@
 """What computes batches: the adapters of one backbone together, or a learner for certain class names."""
 
 import contextlib
-import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,10 +120,7 @@ class LearnerModel:
         if names is None:
             return self.served.trained.model
         if names not in self._views:
-            view = copy.copy(self.served.trained.model)
-            view._kept = type(view._kept)()  # the text features of other names stay those of the learner they belong to
-            view.set_class_names(names)
-            self._views[names] = view
+            self._views[names] = self.served.trained.model.with_class_names(names)
             if len(self._views) > self.kept:
                 self._views.popitem(last=False)
         self._views.move_to_end(names)
