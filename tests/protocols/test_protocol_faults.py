@@ -92,6 +92,22 @@ def test_a_kill_between_the_score_and_the_removal_of_its_run(tmp_path):
     assert {path.name for path in (tmp_path / "trial").iterdir()} == {"score.json", mine.name, copy.name}
 
 
+def test_a_trial_without_a_validated_epoch_has_no_score(tmp_path):
+    images = draw_images(tmp_path / "squares")
+    rare = ("--trainer.check_val_every_n_epoch", "2", "--report", "last", "--test", "false")
+    short, enough = (
+        Trial(str(epochs), f"a trial of {epochs} epochs", (*small_arguments(images, *rare, epochs=epochs),))
+        for epochs in (1, 2)
+    )
+    (tmp_path / short.name).mkdir()
+    (tmp_path / enough.name).mkdir()
+    with pytest.raises(ConfigurationError, match="no epoch of a trial of 1 epochs was validated"):
+        short.do(tmp_path / short.name)
+    assert not short.done(tmp_path / short.name)
+    enough.do(tmp_path / enough.name)
+    assert 0 <= enough.score(tmp_path) <= 1
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../elsewhere", "linked", "my-project"])
 def test_a_score_names_nothing_else_to_be_removed(name, tmp_path):
     """Whatever its file says, only a run in the folder of the trial goes."""
