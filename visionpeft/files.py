@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The file to write lies in the same folder, so that one rename puts it in its place. If writing fails, it is removed.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # At random: in a folder that several containers share, their processes have equal numbers.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         yield partial
         with partial.open("rb") as file:

@@ -20,6 +20,7 @@ from visionpeft.caching import trunk
 from visionpeft.caching.content_cache import ContentCache, FolderCache
 from visionpeft.data import ImageFolder
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
+from visionpeft.files import replacing
 from visionpeft.tasks import ImageClassification
 from visionpeft.tasks.optimisation import Optimisation
 
@@ -405,7 +406,10 @@ def test_what_a_killed_writer_left_is_counted_and_removed(tmp_path):
     cache = FolderCache(tmp_path, 3 * 144)
     cache.rows("a", pictures(2), squares)
     (source,) = cache._sources()
-    (source / f".{'0' * 32}.safetensors.17").write_bytes(b"half")
+    with contextlib.suppress(FileNotFoundError), replacing(source / f"{'0' * 32}.safetensors") as half:
+        pass
+    half.write_bytes(b"half")
+    (source / f".{'1' * 32}.safetensors.17").write_bytes(b"half")  # named by the number of a process, as in 0.1.0
     (cache.folder / "bytes").write_text(str(3 * 144))
     cache.rows("a", pictures(3, seed=1)[:1], squares)
     assert not cache.full

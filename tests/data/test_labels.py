@@ -67,6 +67,11 @@ class TestSeveral:
         ("labels", "options", "said"),
         [
             (["cat;bird", "dog"], {"class_names": ["cat", "dog"]}, "label 'bird' is out of range"),
+            (
+                ["1;0", "1"],
+                {"class_names": ["1", "dog"]},
+                "label 1 is the name of class 0 and the index of class 'dog'",
+            ),
             (["0;2", "1"], {"class_names": ["cat", "dog"]}, "label '2' is out of range; class_names allows 0 to 1"),
             (["cat;0", "1"], {}, "label 0 is an integer while other labels are names"),
             (["cat", "cat", ""], {}, "at least two classes"),

@@ -216,6 +216,19 @@ class TestImageList:
         assert data.sources["train"].labels == [2, 0, 1]
         assert data.class_names == ["zebra", "yak", "ant"]
 
+    def test_an_integer_that_names_one_class_and_counts_another_is_refused(self, lists):
+        write_csv(lists / "train.csv", [("images/0.png", 1), ("images/1.png", 2), ("images/2.png", 0)])
+        with pytest.raises(
+            DataError, match=r"line 3: label 2 is the name of class 0 and the index of class '0'; leave"
+        ):
+            ImageList(lists / "train.csv", class_names=["2", "1", "0"])
+        same = ImageList(lists / "train.csv", class_names=["0", "1", "2"])  # either way the same class
+        assert same.sources["train"].labels == [1, 2, 0]
+        beyond = ImageList(lists / "train.csv", class_names=["7", "8", "9"])  # no label is a name
+        assert beyond.sources["train"].labels == [1, 2, 0]
+        alone = ImageList(lists / "train.csv")
+        assert [alone.class_names[label] for label in alone.sources["train"].labels] == ["1", "2", "0"]
+
     def test_byte_order_mark_other_columns_and_blank_lines(self, lists):
         text = "\ufefflabel,size,path\r\ndog,3,images/0.png\r\n\r\ncat,4,images/1.png\r\n"
         (lists / "train.csv").write_text(text, encoding="utf-8")

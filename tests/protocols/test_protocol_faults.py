@@ -19,8 +19,10 @@ from small_runs import draw_images
 from small_runs import run as run_fit
 
 from visionpeft import fit, protocol
+from visionpeft.errors import ConfigurationError
 from visionpeft.files import claim, write_json
 from visionpeft.protocols import work
+from visionpeft.protocols.cells import settle
 from visionpeft.protocols.method_runs import Trial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,6 +90,22 @@ def test_a_kill_between_the_score_and_the_removal_of_its_run(tmp_path):
     assert trial.score(tmp_path) == 0.25
     # What else is there is not what the trial made.
     assert {path.name for path in (tmp_path / "trial").iterdir()} == {"score.json", mine.name, copy.name}
+
+
+def test_a_trial_without_a_validated_epoch_has_no_score(tmp_path):
+    images = draw_images(tmp_path / "squares")
+    rare = ("--trainer.check_val_every_n_epoch", "2", "--report", "last", "--test", "false")
+    short, enough = (
+        Trial(str(epochs), f"a trial of {epochs} epochs", (*small_arguments(images, *rare, epochs=epochs),))
+        for epochs in (1, 2)
+    )
+    (tmp_path / short.name).mkdir()
+    (tmp_path / enough.name).mkdir()
+    with pytest.raises(ConfigurationError, match="no epoch of a trial of 1 epochs was validated"):
+        short.do(tmp_path / short.name)
+    assert not short.done(tmp_path / short.name)
+    enough.do(tmp_path / enough.name)
+    assert 0 <= enough.score(tmp_path) <= 1
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../elsewhere", "linked", "my-project"])
@@ -198,7 +216,11 @@ def test_runs_started_at_once_have_directories_of_their_own(tmp_path):
     assert not any((run / "curves.png").exists() for run in runs)
 
 
-def test_json_files_of_many_writers_are_always_whole(tmp_path):
+@pytest.mark.parametrize("where", ["on one machine", "in containers with equal process ids"])
+def test_json_files_of_many_writers_are_always_whole(tmp_path, where, monkeypatch):
+    if where != "on one machine":
+        monkeypatch.setattr(os, "getpid", lambda: 7)
+
     def write(number):
         for count in range(200):
             write_json(tmp_path / "shared.json", {"by": number, "numbers": [count] * 200})
@@ -211,6 +233,20 @@ def test_json_files_of_many_writers_are_always_whole(tmp_path):
         assert len(set(json.loads((tmp_path / "shared.json").read_text())["numbers"])) == 1
     assert [wait(child) for child in children] == [0] * 3
     assert [path.name for path in tmp_path.iterdir()] == ["shared.json"]
+
+
+def test_containers_with_equal_process_ids_settle_for_one_thing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+
+    def agree(number):
+        for _ in range(200):
+            settle(tmp_path, "protocol.json", {"numbers": [1] * 200})
+        return 0
+
+    assert [wait(child) for child in [start(agree, number) for number in range(3)]] == [0] * 3
+    assert [path.name for path in tmp_path.iterdir()] == ["protocol.json"]
+    with pytest.raises(ConfigurationError, match="numbers"):
+        settle(tmp_path, "protocol.json", {"numbers": [2] * 200})
 
 
 @dataclass

@@ -98,12 +98,18 @@ def test_what_does_not_go_with_stages_is_refused_before_there_is_a_run(tmp_path,
         "AutoLoRA: held_out 0.01 of 21 training images leaves one of the two parts empty": [
             *("--model.method", "AutoLoRA", "--model.method.held_out", "0.01")
         ],
+        "holds out 6 of 21 training images, and drop_last leaves no batch of 16 of the other 15": [
+            *("--model.method", "AutoLoRA", "--data.drop_last", "true", "--data.batch_size", "16")
+        ],
         "on one device": [*staged, "--trainer.devices", "2"],
     }
     for sentence, options in refused.items():
         assert fit.main([*arguments(images, *options), "--output", str(tmp_path / "runs")]) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+    enough = ("--model.method", "AutoLoRA", "--data.drop_last", "true", "--data.batch_size", "15")
+    made = run(tmp_path, images, *enough, epochs=1)
+    assert read(made / "stages/1/choice.json")["epochs"] == 1
 
 
 def test_another_method_does_not_resume_a_run_in_stages(whole, capsys):

@@ -192,6 +192,20 @@ def test_a_full_queue_a_model_that_hangs_and_the_end_are_said(folder, files):
     assert refused(ask(service, *request[:2], **request[2]), 503, "being stopped")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_health_tells_when_nothing_is_computed_any_more(folder, files):
+    service = Service([folder], Settings(limits=Limits(seconds=2)))
+    assert ask(service, "GET", "/health").status_code == 200
+
+    def end(jobs):
+        raise SystemExit
+
+    next(iter(service._lanes.values())).compute = end
+    assert ask(service, "POST", "/predict", **as_json(files[0], adapter="task0")).status_code == 504
+    assert refused(ask(service, "GET", "/health"), 503, "thread of the models has ended; start the service again")
+    service.close()
+
+
 def test_a_service_says_what_it_does_not_serve(folder, files, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(folder / "task0", root / "good")

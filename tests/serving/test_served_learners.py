@@ -56,6 +56,7 @@ def said_alone(folder, file: bytes, names: list[str] | None) -> dict[str, float]
     learner = vp.load_learner(folder, *vp.create_clip("nano_clip"), class_names=names)
     transform = ImageTransform(preprocessing_of(learner.clip), "squash")
     image = transform.normalise(transform.prepare(Image.open(io.BytesIO(file)).convert("RGB")))
+    torch.manual_seed(0)  # of the views that some draw
     with torch.inference_mode():
         return dict(zip(learner.class_names, learner(image[None]).softmax(-1)[0].tolist(), strict=True))
 
@@ -109,6 +110,39 @@ def test_class_names_that_cannot_be_used_are_refused(service, files):
 def test_learners_that_attach_nothing_share_a_clip(service):
     clips = {name: service._learners[name].served.trained.model.clip for name in LEARNERS}
     assert clips["coop"] is clips["kgcoop"] is clips["probe"] is not clips["maple"]
+
+
+@pytest.fixture(scope="module")
+def changing(tmp_path_factory):
+    """Learners that hold another one, tune themselves on each image, draw views of it, or remember it."""
+    folder = tmp_path_factory.mktemp("changing")
+    of_views = {"tpt": (vp.TPT, {"num_views": 4, "selection": 0.5}), "zero": (vp.ZERO, {"num_views": 4})}
+    for name, (kind, options) in (of_views | {"dept": (vp.DePT, {}), "tda": (vp.TDA, {})}).items():
+        clip, tokenizer = vp.create_clip("nano_clip")
+        torch.manual_seed(0)
+        learner = kind(clip, tokenizer, OWN, **options)
+        with torch.no_grad():
+            for tensor in learner.trained_state().values():
+                tensor += 0.05 * torch.randn(tensor.shape)
+        vp.save_learner(learner, folder / name, preprocessing=preprocessing_of(clip))
+    return folder
+
+
+def test_no_answer_depends_on_requests_before_it(changing, files):
+    service = Service([changing], Settings(max_batch=4, limits=Limits(texts=2)))
+    assert [remark.split(",")[0] for remark in service.remarks] == [
+        "tda is not served: TDA answers by the images before"
+    ]
+    cases = {"dept": [None, OTHERS, OWN[::-1], OWN[:2], None], "tpt": [None, OTHERS, None], "zero": [None, None]}
+    for learner, names in cases.items():  # of dept more lists than are kept
+        asked = [("POST", "/predict", as_json(files[0], adapter=learner, class_names=each)) for each in names]
+        alone = [by_class(ask(service, path, where, **options)) for path, where, options in asked]
+        together = [by_class(answer) for answer in asyncio.run(ask_all(service, asked))]
+        assert together == alone  # bit for bit
+        assert alone[-1] == alone[0]
+        for each, given in zip(names[:-1], alone[:-1], strict=True):
+            assert given == pytest.approx(said_alone(changing / learner, files[0], each), abs=1e-5), (learner, each)
+    service.close()
 
 
 @pytest.mark.slow

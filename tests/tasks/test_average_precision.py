@@ -75,6 +75,27 @@ def test_masks_are_measured_by_their_pixels():
     assert [result[name] for name in ("ap", "mask_ap", "mask_ap50", "mask_ap75")] == pytest.approx([1, 0.2, 1, 0])
 
 
+def test_masks_are_small_or_large_by_their_own_pixels():
+    """Thin lines in boxes of more than 32 * 32 pixels: by masks there is nothing but small ones.
+
+    A false one of the highest score stands before the right one, so that precision is 1/2 at every recall.
+    """
+    masks = np.zeros((2, 64, 64), bool)
+    masks[0, range(60), range(60)] = True
+    masks[1, range(60), range(60)[::-1]] = True
+    boxes = [[0, 0, 60, 60]]
+    whole = AveragePrecision(["a"], masks=True)
+    found = {
+        "boxes": torch.tensor(boxes * 2).float(),
+        "labels": torch.tensor([0, 0]),
+        "scores": torch.tensor([0.8, 0.9]),
+    }
+    whole.add(objects_of(boxes, [0], areas=[60], masks=masks[:1]), (64, 64), found | {"masks": torch.from_numpy(masks)})
+    result = whole.detail()
+    sizes = [result[f"mask_ap{size}"] for size in ("", "_small", "_medium", "_large")]
+    assert sizes == [pytest.approx(0.5), pytest.approx(0.5), None, None]
+
+
 def test_numbers_of_annotations_matter_to_the_evaluation():
     """Why annotations are numbered here: under 0, what is found is taken for missed."""
     coco, evaluate = evaluation()

@@ -4,6 +4,7 @@ import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Self
 
 import torch
 import torch.nn as nn
@@ -144,6 +145,27 @@ class Learner(nn.Module):
 
     layout: Layout
     frozen_layouts: list[Layout]
+
+    def with_class_names(self, class_names: Sequence[str]) -> Self:
+        """A learner with other class names and the same CLIP and values; this one keeps its names.
+
+        Raises:
+            ConfigurationError: as `set_class_names`.
+        """
+        view = self._view()
+        view.set_class_names(class_names)
+        return view
+
+    def _view(self) -> Self:
+        """This learner again, of the same tensors, in which what is set does not change this one."""
+        view = copy.copy(self)
+        for name in ("_parameters", "_buffers", "_modules"):  # a shallow copy would share these dicts
+            vars(view)[name] = vars(self)[name].copy()
+        for name, module in self._modules.items():
+            if isinstance(module, Learner):
+                view._modules[name] = module._view()
+        view._kept = KeptFeatures()  # text features belong to the class names
+        return view
 
     def set_template(self, template: str | Sequence[str]) -> None:
         """Use the template of a data set where the learner was given none; learners without templates ignore it.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from visionpeft.data.labels import Labels, number, parts_of
+from visionpeft.data.labels import Labels, number, one_class, parts_of
 from visionpeft.data.records import Row
 from visionpeft.errors import ConfigurationError, DataError
 
@@ -48,6 +48,27 @@ def _class_index(rows: Sequence[Row], class_names: Sequence[str] | None) -> tupl
             if part not in index:
                 raise out_of_range(part, row.where, names)
     return names, index
+
+
+def check_numbers(rows: Sequence[Row], class_names: Sequence[str]) -> None:
+    """Refuse integers that are the name of one class and the index of another.
+
+    Args:
+        rows: with labels of a list, in which an integer may be either.
+        class_names: names in the order of the indices.
+
+    Raises:
+        DataError: there is such a label.
+    """
+    named = {one_class(name): position for position, name in enumerate(class_names) if str(name).strip()}
+    for row in rows:
+        for part in parts_of(row.label):
+            if isinstance(part, int) and 0 <= part < len(class_names) and named.get(part, part) != part:
+                raise DataError(
+                    f"{row.where}: label {part} is the name of class {named[part]} and the index of class "
+                    f"'{class_names[part]}'; leave class_names out, so that labels are names, or list names that are "
+                    "no numbers, so that they are indices"
+                )
 
 
 def positions(names: Sequence[str]) -> dict[int | str, int]:

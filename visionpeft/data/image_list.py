@@ -8,7 +8,7 @@ from typing import Literal
 
 from visionpeft.backbones.preprocessing import Resize
 from visionpeft.data.annotations import read_list
-from visionpeft.data.class_index import check_classes, indexed
+from visionpeft.data.class_index import check_classes, check_numbers, indexed
 from visionpeft.data.labels import Labels, reader
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import Files, ImageFiles, ImageSet, Row, check_disjoint, path_inside, without_duplicates
@@ -34,7 +34,8 @@ class ImageList(ImageDataModule):
         test: List of images for the test.
         root: Folder that the paths are relative to and may not leave; "auto" is the folder of the training list. With
             null, paths may lie anywhere, absolute or relative to the working directory.
-        class_names: Names in the order of the labels; the sorted labels found in the lists when absent.
+        class_names: Names in the order of the labels; the sorted labels found in the lists when absent. A label is the
+            name of its class or its index; one that is a name of one class and the index of another is refused.
         labels: What a label is: one of "classes", "several" of them, or a "number".
         separator: What stands between several labels.
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
@@ -122,6 +123,8 @@ def read_lists(
     every = [row for rows in splits.values() for row in rows]
     if labels == "classes" and class_names is None:
         check_classes(every, files.kind)
+    if labels != "number" and class_names is not None:
+        check_numbers(every, class_names)
     names, learnt = indexed(every, labels, class_names)
     folder = lists["train"].parent if root == "auto" else root
     if folder is not None and not Path(folder).is_dir():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +179,7 @@ def settle(output: Path, name: str, settings: dict) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     file = output / name
-    own = output / f".{file.stem}.{os.getpid()}.json"
+    own = output / f".{file.stem}.{secrets.token_hex(8)}.json"
     write_json(own, settings)
     try:
         os.link(own, file)  # fails if it exists: whoever comes first decides

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from visionpeft.data.fgvc import fgvc_datasets
 from visionpeft.data.vtab import vtab1k_tasks
+from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_json
 from visionpeft.protocols.cells import Training, find_run
 from visionpeft.protocols.method_candidates import MethodCandidate
@@ -30,13 +31,22 @@ class Trial(Training):
         return (folder / "score.json").is_file()
 
     def do(self, folder: Path) -> None:
-        """Train, and keep the validation accuracy of the last epoch; a training that diverges has none."""
+        """Train, and keep the validation accuracy of the last epoch; a training that diverges has none.
+
+        Raises:
+            ConfigurationError: no epoch was validated.
+        """
         try:
             super().do(folder)
         except DivergedError as error:
             score = {"val_top1": None, "diverged": str(error)}
         else:
             rows = [row for row in read_history(find_run(folder).metrics) if "val/top1" in row]
+            if not rows:
+                raise ConfigurationError(
+                    f"no epoch of {self.text} was validated, by which it is judged; train longer, or validate more "
+                    "often (--trainer.check_val_every_n_epoch)"
+                )
             score = {"val_top1": rows[-1]["val/top1"], "epochs": round(rows[-1]["epoch"]) + 1}
             score["steps"] = round(rows[-1]["step"])
         trained = find_run(folder)

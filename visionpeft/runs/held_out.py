@@ -75,7 +75,8 @@ def held_out_number(task: AdaptedTask, datamodule: pl.LightningDataModule) -> in
     """How many training images are held out, 0 for a method that learns nothing there.
 
     Raises:
-        ConfigurationError: the data is another's data module, or too small.
+        ConfigurationError: the data is another's data module, or too small, also for the one batch that `drop_last`
+            asks for.
     """
     if not selection_parameters(task.model):
         return 0
@@ -93,6 +94,12 @@ def held_out_number(task: AdaptedTask, datamodule: pl.LightningDataModule) -> in
             f"{name}: held_out {method.held_out} of {total} training {datamodule.images.kind}s leaves one of the two "
             "parts empty"
         )
+    if datamodule.drop_last and total - number < datamodule.batch_size:
+        raise ConfigurationError(
+            f"{name} holds out {number} of {total} training {datamodule.images.kind}s, and drop_last leaves no batch "
+            f"of {datamodule.batch_size} of the other {total - number}; set --data.drop_last false or a smaller "
+            "--data.batch_size"
+        )
     return number
 
 
@@ -103,7 +110,8 @@ def holding_out(task: AdaptedTask, datamodule: pl.LightningDataModule) -> Iterat
     Nothing is held out, and no callback given, for a method that learns nothing there.
 
     Raises:
-        ConfigurationError: the data is another's data module, or too small.
+        ConfigurationError: the data is another's data module, or too small, also for the one batch that `drop_last`
+            asks for.
     """
     if not selection_parameters(task.model):
         yield []

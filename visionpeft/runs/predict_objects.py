@@ -29,8 +29,9 @@ def write_objects(
     """Predict, print what each image shows, and write results and overlays into the folder, if any.
 
     `detections.json` is a list of COCO's results with all that was found, as its evaluations take it: "image_id",
-    "category_id", "bbox" (x, y, width, height), "score", and with masks "segmentation". `images.json` says which image
-    and category the numbers are. The number of an image is the one that its name consists of where all names are
+    "category_id", "bbox" (x, y, width, height), "score", and with masks "segmentation". Before masks are measured by
+    size, "bbox" must be dropped: evaluations take its area for that of the mask. `images.json` says which image and
+    category the numbers are. The number of an image is the one that its name consists of where all names are
     numbers, as in COCO, else its place from 1 on. `<stem>.png` shows what has at least the threshold as score.
     """
     overlays = None if folder is None else named_after(files, folder, (".png",), "overlays")

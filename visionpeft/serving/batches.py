@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from visionpeft.serving.refusals import Refusal
+from visionpeft.serving.refusals import LOG, Refusal
 
 
 class Lane(Hashable, Protocol):
@@ -98,6 +98,10 @@ class Batches:
         """How many jobs wait."""
         return len(self._waiting)
 
+    def alive(self) -> bool:
+        """Whether the thread runs, without which nothing is computed."""
+        return self._thread.is_alive()
+
     def busy_for(self) -> float:
         """Seconds since the thread began what it does; 0 if it does nothing."""
         since = self._busy_since
@@ -110,7 +114,10 @@ class Batches:
     def _run(self) -> None:
         while (work := self._next()) is not None:
             self._busy_since = time.monotonic()
-            work()
+            try:
+                work()
+            except Exception:  # whatever it is, the thread goes on
+                LOG.exception("a batch failed")
             self._busy_since = None
 
     def _next(self) -> Callable[[], None] | None:
@@ -141,7 +148,7 @@ class Batches:
         now = time.monotonic()
         for job in [job for job in self._waiting if job.deadline < now or job.future.cancelled()]:
             self._waiting.remove(job)
-            if not job.future.cancelled():
+            if job.future.set_running_or_notify_cancel():  # from now on nobody can cancel it
                 job.future.set_exception(Refusal(504, "the prediction was not ready in time"))
 
     def _compute(self, lane: Lane, jobs: list[Job]) -> None:
@@ -150,11 +157,11 @@ class Batches:
             return
         began = time.monotonic()
         try:
-            results = lane.compute(jobs)
-        except Exception as error:  # whatever it is, the thread goes on and every job gets an answer
-            results = [error] * len(jobs)
+            answers = list(zip(jobs, lane.compute(jobs), strict=True))
+        except Exception as error:  # every job gets an answer
+            answers = [(job, error) for job in jobs]
         self.seen(len(jobs), time.monotonic() - began)
-        for job, result in zip(jobs, results, strict=True):
+        for job, result in answers:
             if isinstance(result, Exception):
                 job.future.set_exception(result)
             else:

@@ -1,7 +1,6 @@
 """What computes batches: the adapters of one backbone together, or a learner for certain class names."""
 
 import contextlib
-import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,9 +106,17 @@ class LearnerModel:
         served: the learner.
         batch_size: rows of each batch, which is filled up.
         kept: for how many lists of class names text features are kept.
+
+    Raises:
+        UnsupportedError: it is an online learner.
     """
 
     def __init__(self, served: Served, batch_size: int, kept: int):
+        if served.trained.model.online:
+            raise UnsupportedError(
+                f"{type(served.trained.model).__name__} answers by the images before, of whoever sent them, and a "
+                "service answers each image by itself; use python -m visionpeft.predict"
+            )
         self.served = served
         self.batch_size = batch_size
         self.kept = kept
@@ -121,10 +128,7 @@ class LearnerModel:
         if names is None:
             return self.served.trained.model
         if names not in self._views:
-            view = copy.copy(self.served.trained.model)
-            view._kept = type(view._kept)()  # the text features of other names stay those of the learner they belong to
-            view.set_class_names(names)
-            self._views[names] = view
+            self._views[names] = self.served.trained.model.with_class_names(names)
             if len(self._views) > self.kept:
                 self._views.popitem(last=False)
         self._views.move_to_end(names)
@@ -148,6 +152,18 @@ class LearnerLane:
         served, model = self.model.served, self.model.view(self.names)
         images = torch.stack([served.transform.normalise(job.image) for job in jobs]).to(self.model.device)
         with torch.inference_mode():
+            if model.adapts_while_testing:
+                return [served.answer(_drawn_alike(model, image)) for image in images]
             # Always full: the last product, of features and few classes, has other bits for one row than for several.
             logits = model(filled(images, self.model.batch_size))
             return [served.answer(row) for row in logits[: len(jobs)]]
+
+
+def _drawn_alike(model: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """Logits (classes,) of an image (3, height, width) by a learner that draws views of it, as for every other image.
+
+    An image by itself: which views it gets follows neither from its row in a batch nor from what was drawn before.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model(image[None])[0]

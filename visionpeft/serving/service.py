@@ -142,8 +142,10 @@ class Service:
         """That it answers, how many adapters are in memory, and how many images wait.
 
         Raises:
-            Refusal: 503 while a batch takes longer than a request may.
+            Refusal: 503 while a batch takes longer than a request may, and when nothing is computed any more.
         """
+        if not self.batches.alive():
+            raise Refusal(503, "the thread of the models has ended; start the service again")
         busy = self.batches.busy_for()
         if busy > self.limits.seconds:
             raise Refusal(503, f"the model has computed for {busy:.0f} seconds and has not answered")

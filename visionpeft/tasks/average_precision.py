@@ -71,6 +71,8 @@ class AveragePrecision:
         results = [
             entry | {"image_id": number} for number, image in enumerate(self.images, 1) for entry in image["found"]
         ]
+        if kind == "segm":  # with a box, the evaluation takes its area for that of the mask
+            results = [{name: value for name, value in entry.items() if name != "bbox"} for entry in results]
         sizes = enumerate((image["size"] for image in self.images), 1)
         whole = {
             "images": [{"id": number, "height": height, "width": width} for number, (height, width) in sizes],

@@ -97,6 +97,25 @@ def test_with_weight_0_it_is_the_host_and_new_names_ask_the_host_alone(host, tmp
         learner.loss(images(), LABELS)
 
 
+@pytest.mark.parametrize("host", HOSTS)
+def test_a_learner_with_other_names_shares_what_was_learnt_and_changes_no_other(host):
+    learner = dept(host)
+    first, second = (learner.with_class_names(names) for names in (["heron", "owl"], ["oak", "elm", "ash"]))
+    assert [len(each.class_names) for each in (learner, first, second)] == [4, 2, 3]
+    with torch.no_grad():
+        own = learner(images())
+        for view in (first, second):
+            again = dept(host)
+            again.set_class_names(view.class_names)
+            torch.testing.assert_close(view(images()), again(images()), rtol=0, atol=1e-11)
+        assert torch.equal(learner(images()), own)
+        other = first(images())
+        learner.host.trainable_parameters()[0].neg_()
+        assert not torch.allclose(first(images()), other)
+    ours, theirs = ({id(each) for each in (*m.parameters(), *m.buffers())} for m in (learner, first))
+    assert ours == theirs
+
+
 REFUSED = {
     "host": ({"host": "IVLP"}, "host must be one of CoOp, CoCoOp, KgCoOp, MaPLe, not 'IVLP'"),
     "weight": ({"weight": 1.0}, "less than 1, not 1.0"),

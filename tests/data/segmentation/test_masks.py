@@ -57,6 +57,17 @@ def test_16_bits_hold_more_classes(tmp_path):
     assert np.array_equal(np.asarray(palette_image(classes, palette_of(1000))), classes)
 
 
+def test_what_is_ignored_is_no_class(tmp_path):
+    """255 of itself, of more than 255 classes; the negative control has one class less."""
+    names = [str(number) for number in range(256)]
+    path = saved(tmp_path, Image.fromarray(np.array([[254, 255]], np.uint8)))
+    with pytest.raises(ConfigurationError, match="ignore 255 is also the value of class '255'"):
+        MaskReader(names)
+    assert MaskReader(names[:255]).read(path).tolist() == [[254, -1]]
+    assert MaskReader(names, ignore=None).read(path).tolist() == [[254, 255]]
+    assert MaskReader(names, values={254: None, 255: "255"}).read(path).tolist() == [[-1, 255]]
+
+
 def test_colours(tmp_path):
     pixels = np.array([[[1, 2, 3], [200, 0, 0]], [[210, 0, 0], [255, 255, 255]]], np.uint8)
     reader = MaskReader(NAMES, ignore=[255, 255, 255], colours=COLOURS)
@@ -117,6 +128,7 @@ def test_damaged_and_odd_files_are_named(tmp_path):
         ({"colours": COLOURS | {"roof": [1, 2]}}, r"needs \[red, green, blue\]"),
         ({"colours": COLOURS | {"roof": [1, 2, 3]}}, "that of two classes"),
         ({"ignore": [0, 0, 0]}, "no colours of classes"),
+        ({"ignore": 2}, "ignore 2 is also the value of class 'roof'; ignore null or a value from 3 on"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):

@@ -84,7 +84,7 @@ class ADE20K(SegmentationDataModule):
         inside = root / "ADEChallengeData2016"
         root = inside if inside.is_dir() else root
         names = _ade20k_names(root / "objectInfo150.txt")
-        reader = ShiftedReader(names)
+        reader = ShiftedReader(names, ignore=None)
         pairs = {}
         for split in ("training", "validation"):
             folder = root / "images" / split

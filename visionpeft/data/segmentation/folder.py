@@ -24,7 +24,8 @@ class MaskFolder(SegmentationDataModule):
     Args:
         root: the folder.
         classes: names of the classes in the order of the masks' values, or a text file with one a line.
-        ignore: value of pixels that count nowhere, with `colours` their colour; null for none.
+        ignore: value of pixels that count nowhere, with `colours` their colour; null for none. Without `values` and
+            `colours` it must not be the value of a class, as 255 is of more than 255 classes.
         values: class of each value of the masks by name, null to ignore it: `{0: background, 255: road}`. Several
             values may be one class, and any other is refused. By default value i is class i.
         colours: colour of each class by name, [red, green, blue] or a list of several, for masks in colours.

@@ -30,7 +30,8 @@ class MaskReader:
         colours: the colour (red, green, blue) of each class by its name, or a list of several. All others are refused.
 
     Raises:
-        ConfigurationError: a class that there is not, both values and colours, or something that is no colour.
+        ConfigurationError: a class that there is not, both values and colours, something that is no colour, or a number
+            to ignore that is a class.
     """
 
     def __init__(
@@ -51,6 +52,11 @@ class MaskReader:
             self._take_colours(colours)
         elif isinstance(ignore, Sequence):
             raise ConfigurationError(f"ignore {list(ignore)} is a colour, but no colours of classes are given")
+        elif values is None and ignore is not None and 0 <= ignore < len(self.class_names):
+            raise ConfigurationError(
+                f"ignore {ignore} is also the value of class {self.class_names[ignore]!r}; ignore null or a value from "
+                f"{len(self.class_names)} on, or say with values what each value means (null to ignore it)"
+            )
         # 0 and 255 alone are how programs write two classes, and how they write one class and pixels to ignore.
         self.may_be_binary = len(self.class_names) == 2 and values is None and colours is None and ignore == 255
 
