@@ -71,7 +71,8 @@ class AveragePrecision:
         results = [
             entry | {"image_id": number} for number, image in enumerate(self.images, 1) for entry in image["found"]
         ]
-        if kind == "segm":  # with a box, the evaluation takes its area for that of the mask
+        # findings/coco_evaluation_takes_the_area_of_a_box_for_that_of_its_mask.sh
+        if kind == "segm":
             results = [{name: value for name, value in entry.items() if name != "bbox"} for entry in results]
         sizes = enumerate((image["size"] for image in self.images), 1)
         whole = {
