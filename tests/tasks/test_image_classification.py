@@ -89,6 +89,23 @@ def test_stochastic_depth_that_nobody_asked_for_is_none(task):
         assert all(torch.equal(each, passes[0]) for each in passes) == (not drop_path and not given)
 
 
+def test_an_odd_batch_is_not_mixed_and_divided_by_its_images_as_mixed_ones_are():
+    """Else its class weights would not count where a device has one image of it; without mixup, as one formula says."""
+    data, weights = Random(), torch.tensor([1.0, 9, 1, 1, 1, 1, 1])
+    images, labels = data.images[:3], data.labels[:3]
+    task = make(mixup=0.8, label_smoothing=0.1, class_weights=weights.tolist()).eval()
+    wanted = torch.full((3, 7), 0.1 / 7).scatter_(1, labels[:, None], 0.9 + 0.1 / 7)
+    each = -(wanted * weights * task(images).log_softmax(-1)).sum(-1)
+    assert task.training_loss(images, labels)[0].item() == pytest.approx(each.mean().item(), rel=1e-5)
+    alone = [task.training_loss(images[i : i + 1], labels[i : i + 1])[0].item() for i in range(3)]
+    assert alone == pytest.approx(each.tolist(), rel=1e-5)
+    plain = make(label_smoothing=0.1, class_weights=weights.tolist()).eval()
+    plain.load_state_dict(task.state_dict())
+    weighted = each.sum() / weights[labels].sum()
+    assert plain.training_loss(images, labels)[0].item() == pytest.approx(weighted.item(), rel=1e-5)
+    assert abs(weighted - each.mean()) > 0.1
+
+
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
 def test_a_method_that_compares_passes_is_shown_the_same_images_again(mixup):
     """The penalty is that of the logits of the training pass and of a second one of the same, mixed images."""

@@ -7,6 +7,7 @@ from typing import Literal
 import lightning.pytorch as pl
 import torch
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from torch import Tensor
 
 from visionpeft.adapters.economise import economise
@@ -232,13 +233,17 @@ class ImageClassification(AdaptedTask):
             self.trunk = CachedTrunk(self.model, self.trunk.cache)
 
     def loss_weight(self, labels: Tensor) -> Tensor | None:
-        """By what the objective divides; of mixed images it is their number."""
+        """By what the objective divides; of mixed images, and of those that stay as they are, it is their number."""
         return super().loss_weight(labels) if self.mix is None else None
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and logits; mixed images are judged by their mixed labels."""
-        if self.mix is None or len(images) % 2:  # timm mixes in pairs; an odd last batch stays as it is
+        odd = len(images) % 2  # timm mixes in pairs; an odd last batch stays as it is
+        if self.mix is None or (odd and super().loss_weight(labels) is None):
             return super().training_loss(images, labels)
-        images, targets = self.mix(images, labels)
+        if odd:  # with class weights, divided as mixed images are
+            targets = mixup_target(labels, self.mix.num_classes, smoothing=self.mix.label_smoothing)
+        else:
+            images, targets = self.mix(images, labels)
         logits = self.noted_pass(images)
         return self.objective.mixed_loss(logits.float(), targets), logits
