@@ -96,7 +96,7 @@ def test_tda_is_a_stream_in_the_order_of_the_images(window):
     assert unsure  # images have voted against classes
     found = torch.cat([learner.classify(part) for part in stream().split(7)])  # the state goes on over batches
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-    assert learner.seen == 40
+    assert learner.num_seen == 40
     assert (found - zero_shot(stream())).abs().max() > 0.5
     again = learner.classify(stream())  # it has seen them before
     assert (again - found).abs().max() > 0.1
@@ -142,7 +142,7 @@ def test_tda_keeps_no_stream_where_it_is_saved_or_named_anew(tmp_path):
     assert loaded.options == learner.options
     assert torch.equal(loaded.classify(stream()), first)
     learner.set_class_names(["heron", "passion flower"])
-    assert learner.seen == 0
+    assert learner.num_seen == 0
     fresh = TDA(plain(), tokenizer(), ["heron", "passion flower"], alpha=1.5)
     assert torch.equal(learner.classify(stream()), fresh.classify(stream()))
 
