@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visionpeft.adapters.attach import attach, has_adapters
 from visionpeft.adapters.described_tensors import check_tensors
+from visionpeft.clip.building import whole_or_not_at_all
 from visionpeft.clip.class_loss import ClassLoss, check_class_loss, class_loss
 from visionpeft.clip.kept_features import Kept, KeptFeatures, state_of_texts
 from visionpeft.clip.layout import Layout, Tokenizer, Tokens, check_distinct, clean_class_names
@@ -26,7 +27,8 @@ from visionpeft.methods.parts.base import Method
 class Learner(nn.Module):
     """Base of all learners: logits = exp(logit_scale) * f t^T + logit_bias, with unit image and text features f and t.
 
-    The CLIP model is frozen and stays in evaluation mode. What is trained is float32, whatever the CLIP's precision.
+    The CLIP model is frozen and stays in evaluation mode. What is trained is float32, whatever the CLIP's precision. A
+    learner that is refused leaves the CLIP as it was.
     A learner implements `prompts` and, as it needs, `context`, `text_features`, `classify` or `loss`. One that also
     needs the frozen text features of hand-written templates, as a teacher or as its classifier, passes `templates` and
     has an option `template`, which is None where a run is to use the data set's own.
@@ -102,6 +104,11 @@ class Learner(nn.Module):
         self._kept = KeptFeatures()
         self.clip = clip
         self.acting = acting_adapters(clip)
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = whole_or_not_at_all(cls.__init__)
 
     # What a learner is made of
 

@@ -1,10 +1,15 @@
 """What holds for every learner in the list, whatever it learns."""
 
+import functools
+
 import pytest
 import torch
-from clip_reference import NAMES, clip_model, tokenizer
+from clip_reference import NAMES, clip_model, images, lively_, tokenizer
 
+import visionpeft as vp
 from visionpeft.clip import learners
+from visionpeft.clip.learners import DePT, MaPLe, PromptAlign, TwoStageFewShot
+from visionpeft.errors import ConfigurationError, StorageError, UserError
 
 EVERY = [name for name in learners.__all__ if name != "Learner"]
 
@@ -27,3 +32,69 @@ def test_nothing_that_a_learner_holds_takes_the_place_of_a_method(name):
     assert shadowing(learner) == set()
     learner.seen = torch.zeros(())  # a method, which whoever classifies views calls
     assert shadowing(learner) == {"seen"}
+
+
+def state_of(clip):
+    """Classes, modes and parameters of a CLIP, what of it is trained, which adapters act, and what it computes."""
+    with torch.no_grad():
+        features = [clip.encode_image(images()).tolist(), clip.encode_text(tokenizer()(NAMES)).tolist()]
+    modules = [(name, type(module), module.training) for name, module in clip.named_modules()]
+    parameters = [(name, id(parameter), parameter.requires_grad) for name, parameter in clip.named_parameters()]
+    return modules, parameters, clip.peft.active if hasattr(clip, "peft") else (), features
+
+
+def used_clip():
+    """A CLIP in training mode of which somebody trains one tensor, and an adapter with dropout."""
+    torch.manual_seed(0)
+    clip = vp.attach(clip_model(), vp.LoRA(rank=2, dropout=0.5, towers=["visual", "text"]), "drawings", head=False)
+    lively_(clip.peft["drawings"])
+    clip.logit_scale.requires_grad_(True)
+    clip.train()
+    clip.peft.eval()  # so that it computes the same twice
+    clip.visual.ln_post.eval()
+    return clip
+
+
+@pytest.mark.parametrize("make_clip", [clip_model, used_clip])
+@pytest.mark.parametrize("name", EVERY)
+def test_a_learner_that_is_refused_leaves_the_clip_as_it_was(name, make_clip):
+    class Late(getattr(learners, name)):
+        def __init__(self, *given, **options):
+            super().__init__(*given, **options)
+            assert changed(), "nothing to put back"
+            raise ConfigurationError("refused at the end")
+
+    def changed():
+        return state_of(clip) != before
+
+    options, clip = {"weight": 0.0} if name == "PromptAlign" else {}, make_clip()
+    before = state_of(clip)
+    refusal = "adapters act" if name == "RPO" and make_clip is used_clip else "refused at the end"
+    with pytest.raises(UserError, match=refusal):
+        Late(clip, tokenizer(), NAMES, **options)
+    assert not changed()
+    if refusal == "refused at the end":
+        build(name, clip)  # again, and not refused for what the first one left
+        assert changed()
+
+
+TWICE = ["dog", "dog"]
+REFUSED = {
+    "depth": (functools.partial(MaPLe, depth=99), NAMES, ConfigurationError),
+    "statistics": (functools.partial(PromptAlign, statistics="/nonexistent"), NAMES, StorageError),
+    "second head": (functools.partial(DePT, host="MaPLe", trained_names=NAMES), TWICE, ConfigurationError),
+    "rows": (functools.partial(TwoStageFewShot, trained_names=NAMES), TWICE, ConfigurationError),
+    "no class": (functools.partial(MaPLe), [], ConfigurationError),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refusal_can_be_followed_by_the_right_call(case):
+    make, names, error = REFUSED[case]
+    clip = clip_model()
+    before = state_of(clip)
+    with pytest.raises(error):
+        make(clip, tokenizer(), names)
+    assert state_of(clip) == before
+    assert all(parameter.requires_grad for parameter in clip.parameters())
+    make.func(clip, tokenizer(), NAMES)
