@@ -42,3 +42,16 @@ def whole_or_not_at_all(build: Callable) -> Callable:
             build(self, clip, *args, **options)
 
     return __init__
+
+
+def freeze(clip: nn.Module) -> None:
+    """Freeze a CLIP and put it into evaluation mode, but not what adapters have in it, which others may be training."""
+    adapters = clip.peft if has_adapters(clip) else nn.ModuleDict()
+    trained = {id(parameter) for parameter in adapters.parameters()}
+    for parameter in clip.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+    modes = [(module, module.training) for module in adapters.modules()]
+    clip.eval()
+    for module, before in modes:
+        module.training = before

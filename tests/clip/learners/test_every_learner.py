@@ -8,7 +8,8 @@ from clip_reference import NAMES, clip_model, images, lively_, tokenizer
 
 import visionpeft as vp
 from visionpeft.clip import learners
-from visionpeft.clip.learners import DePT, MaPLe, PromptAlign, TwoStageFewShot
+from visionpeft.clip.learners import DePT, MaPLe, PromptAlign, TwoStageFewShot, ZeroShot
+from visionpeft.clip.storage import load_learner, save_learner
 from visionpeft.errors import ConfigurationError, StorageError, UserError
 
 EVERY = [name for name in learners.__all__ if name != "Learner"]
@@ -98,3 +99,44 @@ def test_a_refusal_can_be_followed_by_the_right_call(case):
     assert state_of(clip) == before
     assert all(parameter.requires_grad for parameter in clip.parameters())
     make.func(clip, tokenizer(), NAMES)
+    assert not any(p.requires_grad for name, p in clip.named_parameters() if not name.startswith("peft."))
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ("MaPLe", "PromptAlign", "RPO")])
+def test_a_second_learner_on_a_clip_leaves_the_first_what_it_has_learnt(name, tmp_path):
+    """Those left out are refused on a CLIP with such an adapter."""
+    first = lively_(MaPLe(clip_model(), tokenizer(), NAMES)).train()
+    before, trained = {key: value.clone() for key, value in first.trained_state().items()}, first.trainable_parameters()
+    assert len(before) == len(trained) == 6
+    second = build(name, first.clip)
+    assert first.clip.peft["maple"].training
+    assert first.trained_state().keys() == before.keys()
+    assert [*map(id, first.trainable_parameters())] == [*map(id, trained)]
+    assert {*map(id, second.trained_state().values())}.isdisjoint(map(id, trained))
+    assert {*map(id, second.trainable_parameters())}.isdisjoint(map(id, trained))
+    own = [p for key, p in first.clip.named_parameters() if not key.startswith("peft.")]
+    assert not any(p.requires_grad for p in own)
+    with vp.use(first.clip, "maple"):
+        first.loss(images(), torch.tensor([0, 1, 2]))[0].backward()
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+        save_learner(first, tmp_path)
+        loaded = load_learner(tmp_path, clip_model(), tokenizer())
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(images()), first.eval()(images()), rtol=0, atol=1e-10)
+
+
+def test_what_is_saved_does_not_depend_on_what_acts(tmp_path):
+    learner = lively_(MaPLe(clip_model(), tokenizer(), NAMES))
+    expected = learner.trained_state()
+    with pytest.raises(ConfigurationError, match="an adapter 'maple' is already attached"):
+        MaPLe(learner.clip, tokenizer(), NAMES)
+    vp.disable(learner.clip)
+    assert learner.trainable_parameters() == []  # an optimiser has nothing to train now
+    assert learner.trained_state().keys() == expected.keys()
+    save_learner(learner, tmp_path)
+    loaded = load_learner(tmp_path, clip_model(), tokenizer())
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.trained_state().items())
+    vp.detach(learner.clip)
+    with pytest.raises(ConfigurationError, match="no adapter is attached"):
+        save_learner(learner, tmp_path)
+    assert ZeroShot(learner.clip, tokenizer(), NAMES).trained_state() == {}
