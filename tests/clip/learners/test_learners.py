@@ -484,6 +484,42 @@ def test_fixed_words_of_prograd_stay_with_what_was_trained(tmp_path):
     torch.testing.assert_close(again.text_features(), expected, rtol=0, atol=1e-12)
 
 
+def test_fixed_words_of_prograd_are_saved_and_not_guessed_from_a_later_template(tmp_path):
+    learner = ProGrad(clip_model(), tokenizer(), NAMES, layout="published")
+    learner.set_template("a type of pet, a photo of a {}.")
+    lively_(learner)
+    learner.set_template("a texture of {}.")  # of another data set, and what is saved with the learner
+    save_learner(learner, tmp_path)
+    again = load_learner(tmp_path, clip_model(), tokenizer(), ["heron", "passion flower"])
+    expected = prompt_features(learner.clip, ["a heron", "a passion flower"], learner.vectors, "end")
+    torch.testing.assert_close(again.text_features(), expected, rtol=0, atol=1e-11)
+    without = prompt_features(learner.clip, ["heron", "passion flower"], learner.vectors, "end")
+    assert (without - expected).abs().max() > 1e-3
+    assert again.templates == ("a texture of {}.",)
+    assert "fixed" not in lively_(ProGrad(clip_model(), tokenizer(), NAMES)).trained_state()
+
+
+def test_fixed_words_of_an_older_file_are_those_of_its_template():
+    learner = ProGrad(clip_model(), tokenizer(), NAMES, layout="published")
+    learner.set_template("a type of pet, a photo of a {}.")
+    fixed, state = learner.fixed, learner.trained_state()
+    lively_(learner)
+    learner.load_trained_state({"vectors": state["vectors"] + 1}, "the learner in here")
+    assert learner.fixed == fixed != ()
+    wrong = {
+        "no token": state | {"fixed": torch.tensor([49408])},
+        "numbers": state | {"fixed": torch.tensor([320.0])},
+        "a table": state | {"fixed": torch.tensor([[320]])},
+        "width": {"fixed": torch.tensor([539]), "vectors": state["vectors"][:, :4]},
+    }
+    expected = learner.text_features().detach()
+    for tensors in wrong.values():
+        with pytest.raises(StorageError):
+            learner.load_trained_state(tensors, "the learner in here")
+        assert learner.fixed == fixed
+        assert torch.equal(learner.text_features(), expected)
+
+
 def test_prograd_takes_the_template_of_a_data_set_until_it_is_trained():
     learner = ProGrad(clip_model(), tokenizer(), NAMES)
     learner.set_template("a texture of {}.")
