@@ -447,6 +447,19 @@ def test_promptsrc_averages_over_epochs():
         assert distance(parameter.detach(), expected) < 1e-12
 
 
+def test_promptsrc_averages_over_the_epochs_of_its_last_training_alone():
+    learner = PromptSRC(make_clip(), TOKENIZER, NAMES, average_mean=2.0, average_std=1.0)
+    for value in (1.0, 3.0):
+        for epoch in range(3):
+            with torch.no_grad():
+                for parameter in learner.trainable_parameters():
+                    parameter.fill_(value)
+            learner.end_epoch(epoch, 3)
+        learner.end_training()
+        for parameter in learner.trainable_parameters():
+            torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, value))
+
+
 def test_promptsrc_keeps_the_last_prompts_without_averaging():
     """No mean, no change."""
     learner = shaken(PromptSRC(make_clip(), TOKENIZER, NAMES, average_mean=None))

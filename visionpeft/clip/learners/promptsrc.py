@@ -127,9 +127,12 @@ class PromptSRC(IndependentPrompts):
 
     @torch.no_grad()
     def end_epoch(self, epoch: int, num_epochs: int) -> None:
-        """Take the prompts of this epoch into their mean."""
+        """Take the prompts of this epoch into their mean, which begins anew with every training."""
         if self.average_mean is None:
             return
+        if epoch == 0:
+            self.average.zero_()
+            self.average_weight.zero_()
         epochs = torch.arange(1, num_epochs + 1, dtype=torch.float64)
         weights = (-((epochs - self.average_mean) ** 2) / (2 * self.average_std**2)).softmax(dim=0)
         weight = weights[epoch].to(self.average)
