@@ -420,6 +420,16 @@ def test_fitting_needs_a_data_module(tmp_path):
         trainer(tmp_path).fit(make(TipAdapter), train_dataloaders=[(torch.zeros(1, 3, 32, 32), torch.zeros(1).long())])
 
 
+def test_a_filled_cache_is_tested_in_half_precision(tmp_path, images):
+    task = make(TipAdapter)
+    features = F.normalize(torch.randn(6, task.learner.text.num_features), dim=-1)
+    task.learner.fit_features((features, torch.arange(6) % 3))
+    half = trainer(tmp_path, precision="16-true")
+    half.test(task, data(images, shots=0), verbose=False)
+    assert task.learner.keys.dtype == torch.float16
+    assert half.callback_metrics["test/loss"].isfinite()
+
+
 def test_views_are_classified_in_inference_mode(tmp_path, images):
     task = make(TPT, options={"selection": 0.5})
     measured = trainer(tmp_path, inference_mode=True)

@@ -218,6 +218,27 @@ def test_tip_adapter_is_the_formula(name, views):
     torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("train_keys", [False, True])
+def test_tip_adapter_may_be_cast_after_its_cache_is_filled(half, train_keys):
+    learner = TipAdapter(clip_model(dtype=torch.float32), tokenizer(), NAMES, train_keys=train_keys)
+    features, labels = learner.image_features(images(8, torch.float32, seed=4)), torch.arange(8) % 4
+    learner.fit_features((features, labels), (features, labels))
+    chosen = learner.choose()
+    expected = learner.classify(features).detach()
+    learner.to(half)
+    learner._kept.clear()
+    with torch.no_grad():
+        found = learner.classify(features)
+        # What is off is the texts' and the votes' rounding, and no more.
+        assert found.dtype == torch.float32
+        assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+        assert learner(images(2, half)).isfinite().all()
+        again = learner.choose()
+    assert again.keys() == chosen.keys()
+    assert not train_keys or abs(again["validation_accuracy"] - chosen["validation_accuracy"]) <= 0.25
+
+
 @pytest.mark.parametrize("train_keys", [False, True])
 def test_tip_adapter_chooses_on_validation_alone(train_keys):
     learner = TipAdapter(clip_model(), tokenizer(), NAMES, train_keys=train_keys, max_alpha=12, max_beta=9)

@@ -134,6 +134,17 @@ def test_tda_of_several_views():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
+def test_tda_may_be_cast_in_the_middle_of_a_stream():
+    learner = TDA(clip_model(dtype=torch.float32), tokenizer(), NAMES)
+    f = stream().float()
+    expected = torch.cat([learner.classify(f), learner.classify(f)])
+    learner.reset()
+    found = torch.cat([learner.classify(f), learner.bfloat16().classify(f)])
+    assert learner.num_seen == 80
+    assert torch.equal(found[:40], expected[:40])
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
 def test_tda_keeps_no_stream_where_it_is_saved_or_named_anew(tmp_path):
     learner = TDA(plain(), tokenizer(), NAMES, alpha=1.5)
     first = learner.classify(stream())

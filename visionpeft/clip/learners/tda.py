@@ -166,10 +166,11 @@ class TDA(TemplateTexts):
         The images enter the stream in the order of the batch.
         """
         with torch.inference_mode(False), torch.no_grad():
-            features = features.detach().to(self.positive_keys.dtype, copy=True)
+            texts, dtype = self.text_features(), self.positive_keys.dtype
+            features = features.detach().to(texts.dtype, copy=True)
             if features.ndim == 2:
                 features = features[:, None]
-            logits = self.logits(features, self.text_features()).to(features.dtype)
+            logits, features = self.logits(features, texts).to(dtype), features.to(dtype)
             count = number_chosen(features.shape[1], self.selection)
             if features.shape[1] > 1:
                 chosen = by_confidence(logits)[:, :count, None]
