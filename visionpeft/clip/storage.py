@@ -12,7 +12,7 @@ from visionpeft.adapters.storage import backbone_record, check_backbone, package
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip import learners as learner_classes
 from visionpeft.clip.building import left_as_it_was
-from visionpeft.clip.description import FORMAT, STEM, read_saved
+from visionpeft.clip.description import FORMAT, STEM, check_adapters, read_saved
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import acting_adapters, check_clip
 from visionpeft.errors import StorageError, nearest
@@ -83,7 +83,7 @@ def load_learner(
             f"{what} is of a class {entry['class']!r} this version does not have; near names are "
             f"{nearest(entry['class'], classes)}; a learner of your own must be imported first"
         )
-    _check_adapters(description["adapters"], acting_adapters(clip), what)
+    check_adapters(description["adapters"], acting_adapters(clip), what)
     cls = classes[entry["class"]]
     duplicates = description["allow_duplicates"]
     with left_as_it_was(clip):
@@ -102,12 +102,3 @@ def load_learner(
         if class_names is not None:
             learner.set_class_names(class_names)
     return learner.eval()
-
-
-def _check_adapters(saved: Sequence[str], acting: Sequence[str], what: str) -> None:
-    if list(saved) != list(acting):
-        raise StorageError(
-            f"{what} was trained on a CLIP with {', '.join(saved) or 'no'} adapters acting, and this one has "
-            f"{', '.join(acting) or 'none'}; take off the others (visionpeft.detach), and load and activate the same "
-            "ones first (visionpeft.load, visionpeft.activate)"
-        )

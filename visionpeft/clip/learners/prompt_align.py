@@ -7,10 +7,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from visionpeft.adapters.storage import backbone_record, check_backbone
-from visionpeft.clip.description import read_saved
+from visionpeft.clip.description import check_adapters, read_saved
 from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.learners.maple import MaPLe
-from visionpeft.clip.model import check_clip
+from visionpeft.clip.model import acting_adapters, check_clip
 from visionpeft.clip.source_statistics import Moments, moments_of, read_moments, watched_blocks
 from visionpeft.clip.text import unit
 from visionpeft.clip.views import (
@@ -229,7 +229,9 @@ def _read_maple(folder: str, clip: nn.Module, given: dict) -> tuple[dict, dict[s
     if entry["class"] != "MaPLe":
         raise StorageError(f"PromptAlign can start from a MaPLe learner, and in {folder} is a {entry['class']}")
     check_clip(clip)
-    check_backbone(clip, description["backbone"], backbone_record(clip), f"the learner in {folder}")
+    what = f"the learner in {folder}"
+    check_backbone(clip, description["backbone"], backbone_record(clip), what)
+    check_adapters(description["adapters"], acting_adapters(clip), what)
     options = {name: entry["options"].get(name, value) for name, value in given.items()}
     blocks = {name.split(".visual.")[1].split(".")[0] for name in tensors if ".visual." in name}
     return options | {"depth": len(blocks)}, tensors
