@@ -1,13 +1,17 @@
-"""How a learner is built: whole or not at all."""
+"""How a learner is built: from arguments of the types that its constructor names, and whole or not at all."""
 
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import get_type_hints
 
 from torch import nn
 
 from visionpeft.adapters.attach import activate, detach, has_adapters
 from visionpeft.clip.model import acting_adapters
+from visionpeft.errors import ConfigurationError
+from visionpeft.methods.parts.field_types import fits, in_words
 
 
 @contextmanager
@@ -33,15 +37,40 @@ def left_as_it_was(clip: object) -> Iterator[None]:
         raise
 
 
-def whole_or_not_at_all(build: Callable) -> Callable:
-    """The constructor of a learner, which leaves the CLIP as it was where the learner is refused."""
+def checked(build: Callable) -> Callable:
+    """The constructor of a learner, which checks types, and leaves the CLIP as it was where the learner is refused."""
 
     @functools.wraps(build)
     def __init__(self, clip, *args, **options):
+        check_types(build, (self, clip, *args), options)
         with left_as_it_was(clip):
             build(self, clip, *args, **options)
 
     return __init__
+
+
+def check_types(build: Callable, given: tuple, options: Mapping[str, object]) -> None:
+    """Refuse arguments of a learner that are not of the types of their annotations, as fields of methods are refused.
+
+    Args:
+        build: the constructor.
+        given: its positional arguments, the learner first.
+        options: the others.
+
+    Raises:
+        ConfigurationError: one does not fit; a number that is not finite fits none.
+    """
+    try:
+        types, signature = get_type_hints(build), inspect.signature(build)
+        values = signature.bind(*given, **options).arguments
+    except (NameError, TypeError):  # strings that only its file can read; arguments that the constructor refuses itself
+        return
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, value in values.items():
+        if name in types and signature.parameters[name].kind not in several and not fits(value, types[name]):
+            raise ConfigurationError(
+                f"{type(given[0]).__name__}: {name} must be {in_words(types[name])}, not {value!r}"
+            )
 
 
 def freeze(clip: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visionpeft.adapters.attach import attach, attached, has_adapters, known
 from visionpeft.adapters.described_tensors import check_tensors
-from visionpeft.clip.building import freeze, whole_or_not_at_all
+from visionpeft.clip.building import checked, freeze
 from visionpeft.clip.class_loss import ClassLoss, check_class_loss, class_loss
 from visionpeft.clip.kept_features import Kept, KeptFeatures, state_of_texts
 from visionpeft.clip.layout import Layout, Tokenizer, Tokens, check_distinct, clean_class_names
@@ -28,7 +28,8 @@ class Learner(nn.Module):
     """Base of all learners: logits = exp(logit_scale) * f t^T + logit_bias, with unit image and text features f and t.
 
     The CLIP model is frozen and stays in evaluation mode, but for what adapters have in it. What is trained is float32,
-    whatever the CLIP's precision. A learner that is refused leaves the CLIP as it was.
+    whatever the CLIP's precision. Arguments of a learner must be of the types that they are annotated with, and numbers
+    finite, as fields of methods; a learner that is refused leaves the CLIP as it was.
     A learner implements `prompts` and, as it needs, `context`, `text_features`, `classify` or `loss`. One that also
     needs the frozen text features of hand-written templates, as a teacher or as its classifier, passes `templates` and
     has an option `template`, which is None where a run is to use the data set's own.
@@ -111,7 +112,7 @@ class Learner(nn.Module):
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         if "__init__" in vars(cls):
-            cls.__init__ = whole_or_not_at_all(cls.__init__)
+            cls.__init__ = checked(cls.__init__)
 
     # What a learner is made of
 

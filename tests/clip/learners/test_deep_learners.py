@@ -580,10 +580,10 @@ def test_text_prompts_alone_work_on_a_resnet():
     [
         ("MaPLe", {"depth": 5}, "depth=5, but the text tower has 4 blocks"),
         ("MaPLe", {"depth": 0}, "use 1 to 4"),
-        ("MaPLe", {"depth": 1.5}, "depth must be an integer, the number of blocks with prompts, not 1.5"),
+        ("MaPLe", {"depth": 1.5}, "depth must be an integer or None, not 1.5"),
         ("MaPLe", {"num_tokens": 0}, "at least 1"),
         ("MaPLe", {"num_tokens": 1.5}, "must be an integer"),
-        ("IVLP", {"depth_text": 2.5}, "depth must be an integer"),
+        ("IVLP", {"depth_text": 2.5}, "depth_text must be an integer or None"),
         ("IVLP", {"num_text": 2.5}, "must be an integer"),
         ("IVLP", {"num_visual": 2.5}, "num_visual must be an integer"),
         ("IVLP", {"depth_text": 9}, "depth_text=9, but the text tower has 4 blocks"),

@@ -1,16 +1,22 @@
 """What holds for every learner in the list, whatever it learns."""
 
 import functools
+import inspect
+import math
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+import torch.nn.functional as F
 from clip_reference import NAMES, clip_model, images, lively_, tokenizer
 
 import visionpeft as vp
 from visionpeft.clip import learners
-from visionpeft.clip.learners import DePT, MaPLe, PromptAlign, TwoStageFewShot, ZeroShot
+from visionpeft.clip.learners import TPT, CoOp, DePT, MaPLe, PromptAlign, TunedCLIP, TwoStageFewShot, ZeroShot
 from visionpeft.clip.storage import load_learner, save_learner
 from visionpeft.errors import ConfigurationError, StorageError, UserError
+from visionpeft.methods.parts.field_types import UNIONS
 
 EVERY = [name for name in learners.__all__ if name != "Learner"]
 
@@ -140,3 +146,93 @@ def test_what_is_saved_does_not_depend_on_what_acts(tmp_path):
     with pytest.raises(ConfigurationError, match="no adapter is attached"):
         save_learner(learner, tmp_path)
     assert ZeroShot(learner.clip, tokenizer(), NAMES).trained_state() == {}
+
+
+NONE = type(None)
+WRONG = {  # by annotation
+    int: (2.5, True, "2", math.nan),
+    float: ("0.5", math.nan, math.inf, True),
+    bool: (1, "yes"),
+    str: (3, ["a"]),
+}
+
+
+def arguments(name):
+    """Names and types of a learner's own arguments, of which None is one where it may be."""
+    types = get_type_hints(getattr(learners, name).__init__)
+    given = [*inspect.signature(getattr(learners, name)).parameters][3:]
+    return {argument: types[argument] for argument in given}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_argument_of_another_type_is_refused_in_one_sentence(name):
+    clip, refused = clip_model(), 0
+    for argument, kind in arguments(name).items():
+        wanted, *others = [part for part in (get_args(kind) if get_origin(kind) in UNIONS else [kind]) if part != NONE]
+        for value in () if others else WRONG.get(wanted, ()):
+            with pytest.raises(ConfigurationError) as caught:
+                build(name, clip, **{argument: value})
+            assert str(caught.value).startswith(f"{name}: {argument} must be ")
+            assert repr(value) in str(caught.value)
+            assert "\n" not in str(caught.value)
+            refused += 1
+    assert refused  # each has at least allow_duplicates
+    defaults = {each.name: each.default for each in inspect.signature(getattr(learners, name)).parameters.values()}
+    own = {argument: defaults[argument] for argument in arguments(name)}
+    build(name, clip, **own | ({"weight": 0} if name == "PromptAlign" else {}))  # all defaults fit
+
+
+def unit_features(count, learner):
+    return F.normalize(torch.randn(count, learner.text.num_features, dtype=torch.float64), dim=-1)
+
+
+@pytest.mark.parametrize("name", ["CLIPLinearProbe", "TipAdapter", "CLAP", "LPPlusPlus", "DAPT"])
+def test_features_of_no_image_or_no_class_are_refused_before_anything_is_fitted(name):
+    learner = build(name)
+    good = unit_features(4, learner), torch.arange(4)
+    outside, empty = (good[0], torch.tensor([0, 1, 2, 7])), (good[0][:0], good[1][:0])
+    below = (good[0], torch.tensor([0, 1, 2, -1]))
+    before = {key: value.clone() for key, value in learner.trained_state().items()}
+    for train in (outside, below, empty):
+        with pytest.raises(ConfigurationError, match="needs training images"):
+            learner.fit_features(train)
+    for validation in (outside, empty) if name in ("CLIPLinearProbe", "TipAdapter", "LPPlusPlus") else ():
+        with pytest.raises(ConfigurationError, match="needs validation images with labels 0 to 3 for its 4 class"):
+            learner.fit_features(good, validation)
+    assert all(torch.equal(value, before[key]) for key, value in learner.trained_state().items())
+    learner.fit_features(good, good)
+
+
+OUT_OF_RANGE = {
+    "method": (lambda: TunedCLIP(clip_model(), tokenizer(), NAMES, method={"x": 1}), "method must be a method such as"),
+    "iterations": (lambda: build("CLIPLinearProbe", max_iterations=0), "max_iterations must be at least 1, not 0"),
+    "text": (lambda: build("PromptSRC", text_weight=-1), "must not be negative, not -1, 10.0 and 1.0"),
+    "window": (lambda: build("TDA", entropy_window=0.5), "entropy_window must be a list of 2 numbers, not 0.5"),
+    "words": (lambda: build("ZeroShot", template=3), "template must be"),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_RANGE)
+def test_what_was_accepted_or_an_error_of_python_is_refused(case):
+    act, message = OUT_OF_RANGE[case]
+    with pytest.raises(ConfigurationError) as caught:
+        act()
+    assert message in str(caught.value)
+
+
+def test_saved_learners_are_found_by_paths_and_by_words(tmp_path):
+    context = CoOp(clip_model(), tokenizer(), NAMES, init="a photo of a")
+    save_learner(lively_(context), tmp_path / "coop")
+    prompts = lively_(MaPLe(clip_model(), tokenizer(), NAMES))
+    save_learner(prompts, tmp_path / "maple")
+    for kind in (str, Path):
+        tuned = TPT(clip_model(), tokenizer(), NAMES, context=kind(tmp_path / "coop"))
+        assert torch.equal(tuned.vectors, context.vectors)
+        aligned = PromptAlign(clip_model(), tokenizer(), NAMES, maple=kind(tmp_path / "maple"), weight=0.0)
+        assert torch.equal(aligned.context(), prompts.context())
+
+
+def test_one_matrix_may_be_named_by_a_word():
+    by_word, by_list = (build("CLIPLoRA", targets=targets) for targets in ("proj", ["proj"]))
+    assert by_word.options == by_list.options
+    assert by_word.trained_state().keys() == by_list.trained_state().keys()

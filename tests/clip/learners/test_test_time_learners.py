@@ -397,10 +397,10 @@ REFUSED = {
     "alpha": (lambda: TDA(plain(), tokenizer(), NAMES, alpha=-1), "must be numbers that are not negative"),
     "places": (lambda: TDA(plain(), tokenizer(), NAMES, capacity=0), "integers of at least 1, not 0 and 2"),
     "window": (lambda: TDA(plain(), tokenizer(), NAMES, entropy_window=(0.5, 0.2)), "the lower one first"),
-    "views": (lambda: ZERO(plain(), tokenizer(), NAMES, num_views=1.5), "an integer of at least 1"),
+    "views": (lambda: ZERO(plain(), tokenizer(), NAMES, num_views=1.5), "num_views must be an integer, not 1.5"),
     "temperature": (lambda: MTA(plain(), tokenizer(), NAMES, temperature=0), "temperature must be positive"),
     "steps": (lambda: TPS(plain(), tokenizer(), NAMES, steps=0), "steps must be an integer of at least 1"),
-    "weight": (lambda: CTPT(plain(), tokenizer(), NAMES, weight=math.nan), "finite number that is not negative"),
+    "weight": (lambda: CTPT(plain(), tokenizer(), NAMES, weight=math.nan), "weight must be a number, not nan"),
     "similarity": (lambda: DiffTPT(plain(), tokenizer(), NAMES, similarity=1.5), "a share between 0 and 1, but is 1.5"),
     "share": (lambda: TDA(plain(), tokenizer(), NAMES, selection=0), "selection between 0 and 1"),
 }

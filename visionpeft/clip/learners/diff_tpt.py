@@ -1,6 +1,7 @@
 """DiffTPT: Diverse Data Augmentation with Diffusions for Effective Test-time Prompt Tuning (Feng et al., 2023)."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -51,7 +52,7 @@ class DiffTPT(TPT):
         similarity: float = 0.8,
         context_length: int | None = None,
         init: str | None = "a photo of a",
-        context: torch.Tensor | CoOp | str | None = None,
+        context: torch.Tensor | CoOp | str | Path | None = None,
         position: Position | None = None,
         steps: int = 4,
         num_views: int = 64,

@@ -1,6 +1,7 @@
 """PromptAlign: Align Your Prompts, Test-Time Prompting with Distribution Alignment for Zero-Shot Generalization."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -75,8 +76,8 @@ class PromptAlign(MaPLe):
         clip: nn.Module,
         tokenizer: Callable,
         class_names: Sequence[str],
-        maple: str | None = None,
-        statistics: str | None = None,
+        maple: str | Path | None = None,
+        statistics: str | Path | None = None,
         weight: float = 100.0,
         steps: int = 1,
         num_views: int = 64,
@@ -222,7 +223,7 @@ class PromptAlign(MaPLe):
         return entropy + self.weight * moments.distance(Moments(mean, self.source_variance)), start
 
 
-def _read_maple(folder: str, clip: nn.Module, given: dict) -> tuple[dict, dict[str, torch.Tensor]]:
+def _read_maple(folder: str | Path, clip: nn.Module, given: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     """Options and tensors of a saved `MaPLe`."""
     description, tensors = read_saved(folder)
     entry = description["learner"]

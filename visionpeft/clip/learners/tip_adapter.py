@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn as nn
 
+from visionpeft.clip.fitted_splits import check_splits
 from visionpeft.clip.template_texts import TemplateTexts
 from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
@@ -132,14 +133,10 @@ class TipAdapter(TemplateTexts):
             alpha, beta and, of what was chosen, the accuracy on the validation split.
 
         Raises:
-            ConfigurationError: a label that no class has.
+            ConfigurationError: a split without images, or a label that no class has.
         """
+        check_splits(self, train, validation)
         features, labels = (tensor.to(self.alpha.device) for tensor in train)
-        if labels.numel() == 0 or labels.min() < 0 or labels.max() >= len(self.class_names):
-            raise ConfigurationError(
-                f"Tip-Adapter needs training images with labels 0 to {len(self.class_names) - 1} for its "
-                f"{len(self.class_names)} class names"
-            )
         features = features.to(self.alpha.dtype)
         features = features if features.ndim == 2 else features.mean(dim=1)
         # Inference tensors could not be trained.
