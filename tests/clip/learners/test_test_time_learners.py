@@ -158,6 +158,25 @@ def test_tda_keeps_no_stream_where_it_is_saved_or_named_anew(tmp_path):
     assert torch.equal(learner.classify(stream()), fresh.classify(stream()))
 
 
+def test_tda_forgets_what_it_has_seen_with_other_texts():
+    learner, texture = TDA(plain(), tokenizer(), NAMES), "a texture of {}."
+    first = learner.classify(stream())
+    for refused in ("no slot", "texture " * 99 + "{}"):
+        with pytest.raises(ConfigurationError):
+            learner.set_template(refused)
+    learner.set_template("a photo of a {}.")  # which it has already
+    assert learner.num_seen == 40
+    learner.set_template(texture)
+    assert learner.num_seen == 0
+    found = learner.classify(stream())
+    assert torch.equal(found, TDA(plain(), tokenizer(), NAMES, template=texture).classify(stream()))
+    assert (found - first).abs().max() > 0.1
+    given = TDA(plain(), tokenizer(), NAMES, template="a photo of a {}.")
+    given.classify(stream())
+    given.set_template(texture)  # ignored, as it was given one
+    assert given.num_seen == 40
+
+
 def test_values_of_a_data_set_are_taken_when_asked_for(tmp_path):
     published = {key: entry["published"] for key, entry in few_shot_datasets().items() if "published" in entry}
     assert len([key for key, values in published.items() if "tda" in values]) == 15

@@ -28,8 +28,8 @@ class TDA(TemplateTexts):
     ends at ln 2 = 0.693 and not at 1.) An image enters before it is scored, so it votes for itself. Nothing is trained.
 
     What it predicts depends on the images before: a batch is taken in the order of its rows, one after the other, every
-    call continues the stream, `num_seen` counts its images, and `reset` forgets them; so do new class names. The caches
-    are not saved.
+    call continues the stream, `num_seen` counts its images, and `reset` forgets them; so do new class names and other
+    templates. The caches are not saved.
 
     Of several views (batch, views, 3, height, width) the share `selection` of lowest entropy is chosen: f is the mean
     of their unit features (not normalised again), l that of their logits, p that of their probabilities.
@@ -126,6 +126,17 @@ class TDA(TemplateTexts):
         """
         super().set_class_names(class_names)
         self.reset()
+
+    def set_template(self, template: str | Sequence[str]) -> None:
+        """Use the template of a data set where none was given, with empty caches: their classes are by the old texts.
+
+        Raises:
+            ConfigurationError: a template without {}, or one that makes a text too long; nothing is changed.
+        """
+        before = self.templates
+        super().set_template(template)
+        if self.templates != before:
+            self.reset()
 
     def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
         """Take over alpha and beta of the data set, with the option `published`."""
