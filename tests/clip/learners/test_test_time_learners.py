@@ -387,6 +387,20 @@ def test_diff_tpt_leaves_out_views_that_stray(similarity):
     assert other.shape != found.shape or not torch.equal(other, found)  # likeness decides
 
 
+def test_a_bias_equal_for_all_classes_leaves_diff_tpt_its_views():
+    features = image_features(plain(), views(2, 21).flatten(0, 1)).unflatten(0, (2, 21))
+    expected = DiffTPT(plain(), tokenizer(), NAMES, similarity=0.3).choose_views(features, zero_shot(features))
+    clip = clip_model()
+    clip.logit_scale.data.fill_(math.log(10))
+    clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, dtype=torch.float64))
+    learner = DiffTPT(clip, tokenizer(), NAMES, similarity=0.3)
+    logits = learner.logits(features, texts())
+    torch.testing.assert_close(logits, zero_shot(features) - 10)
+    assert torch.equal(learner.choose_views(features, logits), expected)
+    other = logits - logits.new_tensor([0, 0, 5, 0])  # which is not equal for all
+    assert not torch.equal(learner.choose_views(features, other), expected)
+
+
 def test_diff_tpt_that_keeps_all_is_tpt():
     features = image_features(plain(), views().flatten(0, 1)).unflatten(0, (3, 20))
     learner = DiffTPT(plain(), tokenizer(), NAMES, similarity=1.0, selection=0.1, steps=2)
