@@ -11,6 +11,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from safetensors.torch import load_file, save_file
 
 import visionpeft as vp
+from visionpeft.clip import learners
 from visionpeft.clip.description import read_learner
 from visionpeft.clip.learners import CoOp, MaPLe, ZeroShot
 from visionpeft.clip.storage import load_learner, save_learner
@@ -238,6 +239,34 @@ def test_a_learner_on_an_adapted_clip(tmp_path, images):
         assert not torch.equal(learner(images), trained(small_clip())(images))
     with pytest.raises(StorageError, match="with drawings adapters acting, and this one has none"):
         load_learner(tmp_path, small_clip(), TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["TPT", "CTPT", "DiffTPT", "PromptAlign"])
+def test_what_starts_from_a_saved_learner_needs_the_adapters_it_was_trained_with(tmp_path, name):
+    def clip_with(adapter):
+        clip = small_clip()
+        if adapter:
+            torch.manual_seed(3)
+            vp.attach(clip, vp.LoRA(rank=2, towers=["visual", "text"]), name=adapter)
+            randomise(clip.peft[adapter])
+        return clip
+
+    def start(clip):
+        given = {"maple": str(tmp_path), "weight": 0.0} if name == "PromptAlign" else {"context": str(tmp_path)}
+        return getattr(learners, name)(clip, TOKENIZER, NAMES, **given)
+
+    source = CoOp if name != "PromptAlign" else MaPLe
+    options = {"init": "a photo of a"} if source is CoOp else {"depth": 2}
+    for trained_with, offered in (("drawings", None), (None, "drawings"), ("drawings", "photos")):
+        learner = source(clip_with(trained_with), TOKENIZER, NAMES, **options)
+        save_learner(learner, tmp_path)
+        clip = clip_with(offered)
+        with pytest.raises(StorageError, match=f"with {trained_with or 'no'} adapters acting, and this one has"):
+            start(clip)
+        learned = learner.trained_state()
+        own = start(clip_with(trained_with)).trained_state()
+        assert own.keys() == learned.keys()
+        assert all(torch.equal(value, learned[key]) for key, value in own.items())
 
 
 def test_words_the_clip_never_saw_are_named():

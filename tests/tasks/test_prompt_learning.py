@@ -420,6 +420,16 @@ def test_fitting_needs_a_data_module(tmp_path):
         trainer(tmp_path).fit(make(TipAdapter), train_dataloaders=[(torch.zeros(1, 3, 32, 32), torch.zeros(1).long())])
 
 
+def test_a_filled_cache_is_tested_in_half_precision(tmp_path, images):
+    task = make(TipAdapter)
+    features = F.normalize(torch.randn(6, task.learner.text.num_features), dim=-1)
+    task.learner.fit_features((features, torch.arange(6) % 3))
+    half = trainer(tmp_path, precision="16-true")
+    half.test(task, data(images, shots=0), verbose=False)
+    assert task.learner.keys.dtype == torch.float16
+    assert half.callback_metrics["test/loss"].isfinite()
+
+
 def test_views_are_classified_in_inference_mode(tmp_path, images):
     task = make(TPT, options={"selection": 0.5})
     measured = trainer(tmp_path, inference_mode=True)
@@ -428,6 +438,22 @@ def test_views_are_classified_in_inference_mode(tmp_path, images):
     with torch.inference_mode():
         views = torch.randn(2, 4, 3, 32, 32)
         assert torch.equal(task(views), task.learner(views))
+
+
+@pytest.mark.parametrize("cache_features", [True, False])
+@pytest.mark.parametrize("views", [None, 4])
+def test_a_stream_of_images_or_views_is_what_the_learner_makes_of_it(tmp_path, images, views, cache_features):
+    task = make(TDA, options={"selection": 0.5}, cache_features=cache_features)
+    trainer(tmp_path).test(task, data(images, shots=0, test_views=views, test_batch_size=2), verbose=False)
+    batches = torch.randn(3, 2, *([views] if views else []), 3, 32, 32)
+    alone = TDA(task.learner.clip, task.tokenizer, NAMES, selection=0.5)
+    features = [alone.image_features(batch) for batch in batches]
+    for _ in range(2):
+        task.learner.reset()
+        alone.reset()
+        for number, batch in enumerate(batches):
+            assert torch.equal(task.eval()(batch), alone.classify(features[number]))
+            assert task.learner.num_seen == 2 * number + 2
 
 
 def test_template_of_the_data(tmp_path, images):
@@ -535,7 +561,7 @@ def test_an_order_that_matters_is_recorded_and_repeated(tmp_path, images):
     module = data(images, shots=0, views=None, test_order="shuffled")
     measured = [tester.test(task, module, verbose=False)[0]["test/loss"] for _ in range(2)]
     assert measured[0] == measured[1]
-    assert task.learner.seen == len(module.sources["test"])
+    assert task.learner.num_seen == len(module.sources["test"])
     assert task.describe()["stream"] == {"order": module.description()["test_order"]}
     listed = data(images, shots=0, views=None)
     assert "test_order" not in listed.description()

@@ -1,5 +1,6 @@
 """What stands in a saved learner, checked."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -30,6 +31,20 @@ def read_saved(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
         StorageError: the folder holds no intact learner.
     """
     return read_described(folder, STEM, _check_description)
+
+
+def check_adapters(saved: Sequence[str], acting: Sequence[str], what: str) -> None:
+    """Refuse a CLIP on which other adapters act than those with which something was trained.
+
+    Raises:
+        StorageError: so it is.
+    """
+    if list(saved) != list(acting):
+        raise StorageError(
+            f"{what} was trained on a CLIP with {', '.join(saved) or 'no'} adapters acting, and this one has "
+            f"{', '.join(acting) or 'none'}; take off the others (visionpeft.detach), and load and activate the same "
+            "ones first (visionpeft.load, visionpeft.activate)"
+        )
 
 
 def _check_description(description: object, path: Path) -> None:

@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from visionpeft.adapters.attach import attach, has_adapters
+from visionpeft.adapters.attach import attach, attached, has_adapters, known
 from visionpeft.adapters.described_tensors import check_tensors
+from visionpeft.clip.building import checked, freeze
 from visionpeft.clip.class_loss import ClassLoss, check_class_loss, class_loss
 from visionpeft.clip.kept_features import Kept, KeptFeatures, state_of_texts
 from visionpeft.clip.layout import Layout, Tokenizer, Tokens, check_distinct, clean_class_names
@@ -27,7 +28,9 @@ from visionpeft.methods.parts.base import Method
 class Learner(nn.Module):
     """Base of all learners: logits = exp(logit_scale) * f t^T + logit_bias, with unit image and text features f and t.
 
-    The CLIP model is frozen and stays in evaluation mode. What is trained is float32, whatever the CLIP's precision.
+    The CLIP model is frozen and stays in evaluation mode, but for what adapters have in it. What is trained is float32,
+    whatever the CLIP's precision. Arguments of a learner must be of the types that they are annotated with, and numbers
+    finite, as fields of methods; a learner that is refused leaves the CLIP as it was.
     A learner implements `prompts` and, as it needs, `context`, `text_features`, `classify` or `loss`. One that also
     needs the frozen text features of hand-written templates, as a teacher or as its classifier, passes `templates` and
     has an option `template`, which is None where a run is to use the data set's own.
@@ -52,6 +55,7 @@ class Learner(nn.Module):
         online: what it predicts depends on the images before; see `reset`.
         adapter_name: name of the adapter that the learner attaches to its CLIP, None if it attaches none.
         acting: the adapters of the CLIP with which this learner computes.
+        adapted: it has attached its adapter.
         fits_raw_features: `fit_features` takes image features that are not normalised.
         fitted_views: augmentations of each training image for `fit_features`, where the data leaves their number open.
         template_style: which of a data set's own templates it takes; see `visionpeft.data.dataset_template`.
@@ -103,6 +107,13 @@ class Learner(nn.Module):
         self._kept = KeptFeatures()
         self.clip = clip
         self.acting = acting_adapters(clip)
+        self.adapted = False
+        freeze(clip)
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = checked(cls.__init__)
 
     # What a learner is made of
 
@@ -132,8 +143,6 @@ class Learner(nn.Module):
         frozen_layouts = template_layouts(self.tokenizer, self.templates, names)
         for each in (layout, *frozen_layouts):
             self.text.check_end(each)
-        if not self.class_names:  # nothing of this learner is refused any more
-            self.clip.requires_grad_(False).eval()
         if unseen := [name for name, text in zip(names, layout.texts, strict=True) if self.text.unseen(text)]:
             warnings.warn(
                 f"the text tower was never trained on words of {', '.join(map(repr, unseen[:5]))}"
@@ -216,6 +225,7 @@ class Learner(nn.Module):
         except UnsupportedError as error:  # which names a method that a user of the learner need not know
             raise UnsupportedError(f"{type(self).__name__} does not work on this CLIP: {error}") from None
         self.acting = acting_adapters(self.clip)
+        self.adapted = True
         self.train()
 
     def check_acting(self) -> None:
@@ -394,9 +404,24 @@ class Learner(nn.Module):
         """
         return {}
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """What is learnt, by name: of the CLIP all that the learner's own adapter has, whether it acts now or not.
+
+        Raises:
+            ConfigurationError: the adapter was taken off the CLIP, or merged.
+        """
+        if self.adapted:
+            known(attached(self.clip), self.adapter_name)
+        adapter = f"clip.peft.{self.adapter_name}." if self.adapted else None
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if (parameter.requires_grad if not name.startswith("clip.") else adapter and name.startswith(adapter))
+        }
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What an optimiser has to train."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad and self.by_gradient]
+        return [each for each in self.own_parameters().values() if each.requires_grad and self.by_gradient]
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Those of them that a run trains at the rate `head_lr`."""
@@ -404,7 +429,7 @@ class Learner(nn.Module):
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The tensors that are saved, by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return dict(self.own_parameters())
 
     @torch.no_grad()
     def load_trained_state(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:

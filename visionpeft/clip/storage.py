@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch.nn as nn
 
-from visionpeft.adapters.attach import detach
 from visionpeft.adapters.described_tensors import write_described
 from visionpeft.adapters.storage import backbone_record, check_backbone, package_versions
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip import learners as learner_classes
-from visionpeft.clip.description import FORMAT, STEM, read_saved
+from visionpeft.clip.building import left_as_it_was
+from visionpeft.clip.description import FORMAT, STEM, check_adapters, read_saved
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import acting_adapters, check_clip
-from visionpeft.errors import StorageError, UserError, nearest
+from visionpeft.errors import StorageError, nearest
 from visionpeft.extensions import classes_by_name
 
 
@@ -83,35 +83,22 @@ def load_learner(
             f"{what} is of a class {entry['class']!r} this version does not have; near names are "
             f"{nearest(entry['class'], classes)}; a learner of your own must be imported first"
         )
-    before = acting_adapters(clip)
-    _check_adapters(description["adapters"], before, what)
+    check_adapters(description["adapters"], acting_adapters(clip), what)
     cls = classes[entry["class"]]
     duplicates = description["allow_duplicates"]
-    try:
-        with warnings.catch_warnings():
-            if class_names is not None:  # remarks about the old names would be of no use
-                warnings.simplefilter("ignore")
-            learner = cls(clip, tokenizer, description["class_names"], **entry["options"], allow_duplicates=duplicates)
-    except TypeError as error:
-        raise StorageError(f"the saved options of {entry['class']} do not fit this version: {error}") from None
-    try:
+    with left_as_it_was(clip):
+        try:
+            with warnings.catch_warnings():
+                if class_names is not None:  # remarks about the old names would be of no use
+                    warnings.simplefilter("ignore")
+                options = entry["options"]
+                learner = cls(clip, tokenizer, description["class_names"], **options, allow_duplicates=duplicates)
+        except TypeError as error:
+            raise StorageError(f"the saved options of {entry['class']} do not fit this version: {error}") from None
         if description["templates"]:  # perhaps those of the data set it was trained on
             learner.set_template(description["templates"])
         learner.set_loss(description.get("loss", "cross_entropy"))
         learner.load_trained_state(tensors, what)
         if class_names is not None:
             learner.set_class_names(class_names)
-    except UserError:
-        if acting_adapters(clip) != before:
-            detach(clip, learner.adapter_name)
-        raise
     return learner.eval()
-
-
-def _check_adapters(saved: Sequence[str], acting: Sequence[str], what: str) -> None:
-    if list(saved) != list(acting):
-        raise StorageError(
-            f"{what} was trained on a CLIP with {', '.join(saved) or 'no'} adapters acting, and this one has "
-            f"{', '.join(acting) or 'none'}; take off the others (visionpeft.detach), and load and activate the same "
-            "ones first (visionpeft.load, visionpeft.activate)"
-        )

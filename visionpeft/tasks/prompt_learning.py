@@ -310,7 +310,7 @@ class PromptLearning(ImageTask):
 
     def trained_keys(self) -> set[str]:
         """What the learner trains, and its own buffers."""
-        trained = {name for name, parameter in self.learner.named_parameters() if parameter.requires_grad}
+        trained = self.learner.own_parameters().keys()
         buffers = {name for name, _ in self.learner.named_buffers()}
         own = {name for name in buffers if not name.startswith("clip.") or name.startswith("clip.peft.")}
         return {f"learner.{name}" for name in trained | own} & self.state_dict().keys()

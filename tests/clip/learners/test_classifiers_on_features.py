@@ -211,7 +211,7 @@ REFUSED = {
         "labels 0 to 3",
     ),
     "no strength": (lambda: TaskRes(plain(), tokenizer(), NAMES, strength=0), "must be a positive number"),
-    "endless strength": (lambda: TaskRes(plain(), tokenizer(), NAMES, strength=math.inf), "must be a positive number"),
+    "endless strength": (lambda: TaskRes(plain(), tokenizer(), NAMES, strength=math.inf), "must be a number, not inf"),
 }
 
 

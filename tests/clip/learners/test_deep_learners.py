@@ -447,6 +447,19 @@ def test_promptsrc_averages_over_epochs():
         assert distance(parameter.detach(), expected) < 1e-12
 
 
+def test_promptsrc_averages_over_the_epochs_of_its_last_training_alone():
+    learner = PromptSRC(make_clip(), TOKENIZER, NAMES, average_mean=2.0, average_std=1.0)
+    for value in (1.0, 3.0):
+        for epoch in range(3):
+            with torch.no_grad():
+                for parameter in learner.trainable_parameters():
+                    parameter.fill_(value)
+            learner.end_epoch(epoch, 3)
+        learner.end_training()
+        for parameter in learner.trainable_parameters():
+            torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, value))
+
+
 def test_promptsrc_keeps_the_last_prompts_without_averaging():
     """No mean, no change."""
     learner = shaken(PromptSRC(make_clip(), TOKENIZER, NAMES, average_mean=None))
@@ -567,10 +580,10 @@ def test_text_prompts_alone_work_on_a_resnet():
     [
         ("MaPLe", {"depth": 5}, "depth=5, but the text tower has 4 blocks"),
         ("MaPLe", {"depth": 0}, "use 1 to 4"),
-        ("MaPLe", {"depth": 1.5}, "depth must be an integer, the number of blocks with prompts, not 1.5"),
+        ("MaPLe", {"depth": 1.5}, "depth must be an integer or None, not 1.5"),
         ("MaPLe", {"num_tokens": 0}, "at least 1"),
         ("MaPLe", {"num_tokens": 1.5}, "must be an integer"),
-        ("IVLP", {"depth_text": 2.5}, "depth must be an integer"),
+        ("IVLP", {"depth_text": 2.5}, "depth_text must be an integer or None"),
         ("IVLP", {"num_text": 2.5}, "must be an integer"),
         ("IVLP", {"num_visual": 2.5}, "num_visual must be an integer"),
         ("IVLP", {"depth_text": 9}, "depth_text=9, but the text tower has 4 blocks"),

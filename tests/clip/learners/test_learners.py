@@ -218,6 +218,27 @@ def test_tip_adapter_is_the_formula(name, views):
     torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("train_keys", [False, True])
+def test_tip_adapter_may_be_cast_after_its_cache_is_filled(half, train_keys):
+    learner = TipAdapter(clip_model(dtype=torch.float32), tokenizer(), NAMES, train_keys=train_keys)
+    features, labels = learner.image_features(images(8, torch.float32, seed=4)), torch.arange(8) % 4
+    learner.fit_features((features, labels), (features, labels))
+    chosen = learner.choose()
+    expected = learner.classify(features).detach()
+    learner.to(half)
+    learner._kept.clear()
+    with torch.no_grad():
+        found = learner.classify(features)
+        # What is off is the texts' and the votes' rounding, and no more.
+        assert found.dtype == torch.float32
+        assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+        assert learner(images(2, half)).isfinite().all()
+        again = learner.choose()
+    assert again.keys() == chosen.keys()
+    assert not train_keys or abs(again["validation_accuracy"] - chosen["validation_accuracy"]) <= 0.25
+
+
 @pytest.mark.parametrize("train_keys", [False, True])
 def test_tip_adapter_chooses_on_validation_alone(train_keys):
     learner = TipAdapter(clip_model(), tokenizer(), NAMES, train_keys=train_keys, max_alpha=12, max_beta=9)
@@ -482,6 +503,42 @@ def test_fixed_words_of_prograd_stay_with_what_was_trained(tmp_path):
     assert torch.equal(learner.text_features(), expected)
     again = load_learner(tmp_path, clip_model(), tokenizer())
     torch.testing.assert_close(again.text_features(), expected, rtol=0, atol=1e-12)
+
+
+def test_fixed_words_of_prograd_are_saved_and_not_guessed_from_a_later_template(tmp_path):
+    learner = ProGrad(clip_model(), tokenizer(), NAMES, layout="published")
+    learner.set_template("a type of pet, a photo of a {}.")
+    lively_(learner)
+    learner.set_template("a texture of {}.")  # of another data set, and what is saved with the learner
+    save_learner(learner, tmp_path)
+    again = load_learner(tmp_path, clip_model(), tokenizer(), ["heron", "passion flower"])
+    expected = prompt_features(learner.clip, ["a heron", "a passion flower"], learner.vectors, "end")
+    torch.testing.assert_close(again.text_features(), expected, rtol=0, atol=1e-11)
+    without = prompt_features(learner.clip, ["heron", "passion flower"], learner.vectors, "end")
+    assert (without - expected).abs().max() > 1e-3
+    assert again.templates == ("a texture of {}.",)
+    assert "fixed" not in lively_(ProGrad(clip_model(), tokenizer(), NAMES)).trained_state()
+
+
+def test_fixed_words_of_an_older_file_are_those_of_its_template():
+    learner = ProGrad(clip_model(), tokenizer(), NAMES, layout="published")
+    learner.set_template("a type of pet, a photo of a {}.")
+    fixed, state = learner.fixed, learner.trained_state()
+    lively_(learner)
+    learner.load_trained_state({"vectors": state["vectors"] + 1}, "the learner in here")
+    assert learner.fixed == fixed != ()
+    wrong = {
+        "no token": state | {"fixed": torch.tensor([49408])},
+        "numbers": state | {"fixed": torch.tensor([320.0])},
+        "a table": state | {"fixed": torch.tensor([[320]])},
+        "width": {"fixed": torch.tensor([539]), "vectors": state["vectors"][:, :4]},
+    }
+    expected = learner.text_features().detach()
+    for tensors in wrong.values():
+        with pytest.raises(StorageError):
+            learner.load_trained_state(tensors, "the learner in here")
+        assert learner.fixed == fixed
+        assert torch.equal(learner.text_features(), expected)
 
 
 def test_prograd_takes_the_template_of_a_data_set_until_it_is_trained():
@@ -987,14 +1044,20 @@ REFUSED = {
         lambda: TipAdapter(clip_model(), tokenizer(), NAMES).fit_features((torch.ones(2, 64), torch.tensor([0, 4]))),
         "labels 0 to 3",
     ),
-    "position": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, position="back"), "end, middle or front"),
+    "position": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, position="back"), "'end' or 'middle' or 'front'"),
     "weight": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, weight=-1), "that is not negative, but is -1"),
-    "no weight": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, weight=math.nan), "finite number"),
-    "endless weight": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, weight=math.inf), "finite number"),
+    "no weight": (
+        lambda: KgCoOp(clip_model(), tokenizer(), NAMES, weight=math.nan),
+        "weight must be a number, not nan",
+    ),
+    "endless weight": (
+        lambda: KgCoOp(clip_model(), tokenizer(), NAMES, weight=math.inf),
+        "weight must be a number, not inf",
+    ),
     "temperature": (lambda: ProGrad(clip_model(), tokenizer(), NAMES, temperature=0), "must be positive"),
     "much strength": (lambda: ProGrad(clip_model(), tokenizer(), NAMES, strength=1.5), "between 0 (CoOp) and 1"),
     "little strength": (lambda: ProGrad(clip_model(), tokenizer(), NAMES, strength=-0.1), "between 0 (CoOp) and 1"),
-    "no strength": (lambda: ProGrad(clip_model(), tokenizer(), NAMES, strength=math.nan), "between 0 (CoOp) and 1"),
+    "no strength": (lambda: ProGrad(clip_model(), tokenizer(), NAMES, strength=math.nan), "must be a number, not nan"),
     "rate": (lambda: TPT(clip_model(), tokenizer(), NAMES, lr=-1), "lr and weight_decay must not be negative"),
     "two templates": (
         lambda: CLIPLoRA(clip_model(), tokenizer(), NAMES, template="simple_7"),
@@ -1003,20 +1066,23 @@ REFUSED = {
     "ratio": (lambda: CLIPAdapter(clip_model(), tokenizer(), NAMES, ratio=1.5), "between 0 and 1"),
     "reduction": (lambda: CLIPAdapter(clip_model(), tokenizer(), NAMES, reduction=99), "between 1 and 64"),
     "alpha": (lambda: TipAdapter(clip_model(), tokenizer(), NAMES, alpha=-1), "must not be negative"),
-    "solver": (lambda: CLIPLinearProbe(clip_model(), tokenizer(), NAMES, solver="sgd"), "lbfgs or gradient"),
+    "solver": (lambda: CLIPLinearProbe(clip_model(), tokenizer(), NAMES, solver="sgd"), "'lbfgs' or 'gradient'"),
     "strength": (lambda: CLIPLinearProbe(clip_model(), tokenizer(), NAMES, inverse_strength=0), "must be positive"),
     "template": (lambda: KgCoOp(clip_model(), tokenizer(), NAMES, template="a photo"), "has no {} for the class name"),
     "templates": (lambda: ZeroShot(clip_model(), tokenizer(), NAMES, template=[]), "at least one template"),
     "long phrase": (lambda: CoCoOp(clip_model(), tokenizer(), NAMES, context_length=9), "has 4 tokens"),
     "no vectors": (lambda: CoOp(clip_model(), tokenizer(), NAMES, context_length=0), "at least 1"),
-    "half a vector": (lambda: CoOp(clip_model(), tokenizer(), NAMES, context_length=2.5), "an integer of at least 1"),
+    "half a vector": (
+        lambda: CoOp(clip_model(), tokenizer(), NAMES, context_length=2.5),
+        "must be an integer or None, not 2.5",
+    ),
     "half a vector of a phrase": (
         lambda: KgCoOp(clip_model(), tokenizer(), NAMES, context_length=2.5),
-        "must be an integer of at least 1, not 2.5",
+        "must be an integer or None, not 2.5",
     ),
     "half a vector behind zeros": (
         lambda: ProGrad(clip_model(), tokenizer(), NAMES, context_length=16.5),
-        "must be an integer of at least 1, not 16.5",
+        "must be an integer, not 16.5",
     ),
     "large images": (
         lambda: build("coop")(torch.zeros(2, 3, 48, 32, dtype=torch.float64)),

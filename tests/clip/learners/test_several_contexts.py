@@ -1,6 +1,7 @@
 """Several prompts for each class: PLOT and ProDA, by float64 formulas written out here."""
 
 import functools
+from decimal import Decimal
 
 import pytest
 import torch
@@ -91,6 +92,42 @@ def test_transport_has_the_marginals_it_is_given():
     # One context: every part has the same share. One part: every context.
     torch.testing.assert_close(transport(s[..., :1], 0.1), torch.full_like(s[..., :1], 1 / 9))
     torch.testing.assert_close(transport(s[..., :1, :], 0.1), torch.full_like(s[..., :1, :], 1 / 4))
+
+
+def plan_in_decimals(s, epsilon):
+    """The plan of one image and class with numbers of any size."""
+    parts, contexts = s.shape
+    k = [[((Decimal(value) - 1) / Decimal(epsilon)).exp() for value in row] for row in s.tolist()]
+    r, c = [Decimal(1)] * parts, [Decimal(1)] * contexts
+    for _ in range(100):
+        before, r = r, [1 / sum(map(Decimal.__mul__, row, c)) / parts for row in k]
+        c = [1 / sum(map(Decimal.__mul__, column, r)) / contexts for column in zip(*k, strict=True)]
+        if sum(abs(new - old) for new, old in zip(r, before, strict=True)) / parts < Decimal("0.01"):
+            break
+    return torch.tensor([[float(a * v * b) for v, b in zip(row, c, strict=True)] for a, row in zip(r, k, strict=True)])
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.01, 0.001])
+def test_transport_has_no_epsilon_too_small_for_its_numbers(epsilon):
+    """exp(-1 / 0.01) is below the numbers of float32, and exp(-1 / 0.001) below those of float64."""
+    s = 0.3 * torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.stack([plan_in_decimals(own, epsilon) for own in s]).double()
+    torch.testing.assert_close(transport(s, epsilon), expected, rtol=0, atol=1e-7)  # those are read in float32
+    torch.testing.assert_close(transport(s.float(), epsilon), expected.float(), rtol=0, atol=1e-4)
+    assert (transport(s, 0.2) - expected).abs().max() > 1e-2
+
+
+def test_plot_learns_with_a_small_epsilon():
+    def learnt(dtype):
+        learner = PLOT(clip_model(dtype=dtype), tokenizer(), NAMES, context_length=4, epsilon=0.003)
+        learner.vectors.data.zero_()
+        lively_(learner)
+        loss, logits = learner.loss(images(dtype=dtype), LABELS)
+        return logits.detach(), torch.autograd.grad(loss, learner.vectors)[0]
+
+    for found, wanted in zip(learnt(torch.float32), learnt(torch.float64), strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-2 * wanted.abs().max().item())
 
 
 def test_parts_of_a_resnet_are_what_its_attention_pool_gives():

@@ -96,7 +96,7 @@ def test_tda_is_a_stream_in_the_order_of_the_images(window):
     assert unsure  # images have voted against classes
     found = torch.cat([learner.classify(part) for part in stream().split(7)])  # the state goes on over batches
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-    assert learner.seen == 40
+    assert learner.num_seen == 40
     assert (found - zero_shot(stream())).abs().max() > 0.5
     again = learner.classify(stream())  # it has seen them before
     assert (again - found).abs().max() > 0.1
@@ -134,6 +134,17 @@ def test_tda_of_several_views():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
+def test_tda_may_be_cast_in_the_middle_of_a_stream():
+    learner = TDA(clip_model(dtype=torch.float32), tokenizer(), NAMES)
+    f = stream().float()
+    expected = torch.cat([learner.classify(f), learner.classify(f)])
+    learner.reset()
+    found = torch.cat([learner.classify(f), learner.bfloat16().classify(f)])
+    assert learner.num_seen == 80
+    assert torch.equal(found[:40], expected[:40])
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
 def test_tda_keeps_no_stream_where_it_is_saved_or_named_anew(tmp_path):
     learner = TDA(plain(), tokenizer(), NAMES, alpha=1.5)
     first = learner.classify(stream())
@@ -142,9 +153,28 @@ def test_tda_keeps_no_stream_where_it_is_saved_or_named_anew(tmp_path):
     assert loaded.options == learner.options
     assert torch.equal(loaded.classify(stream()), first)
     learner.set_class_names(["heron", "passion flower"])
-    assert learner.seen == 0
+    assert learner.num_seen == 0
     fresh = TDA(plain(), tokenizer(), ["heron", "passion flower"], alpha=1.5)
     assert torch.equal(learner.classify(stream()), fresh.classify(stream()))
+
+
+def test_tda_forgets_what_it_has_seen_with_other_texts():
+    learner, texture = TDA(plain(), tokenizer(), NAMES), "a texture of {}."
+    first = learner.classify(stream())
+    for refused in ("no slot", "texture " * 99 + "{}"):
+        with pytest.raises(ConfigurationError):
+            learner.set_template(refused)
+    learner.set_template("a photo of a {}.")  # which it has already
+    assert learner.num_seen == 40
+    learner.set_template(texture)
+    assert learner.num_seen == 0
+    found = learner.classify(stream())
+    assert torch.equal(found, TDA(plain(), tokenizer(), NAMES, template=texture).classify(stream()))
+    assert (found - first).abs().max() > 0.1
+    given = TDA(plain(), tokenizer(), NAMES, template="a photo of a {}.")
+    given.classify(stream())
+    given.set_template(texture)  # ignored, as it was given one
+    assert given.num_seen == 40
 
 
 def test_values_of_a_data_set_are_taken_when_asked_for(tmp_path):
@@ -357,6 +387,20 @@ def test_diff_tpt_leaves_out_views_that_stray(similarity):
     assert other.shape != found.shape or not torch.equal(other, found)  # likeness decides
 
 
+def test_a_bias_equal_for_all_classes_leaves_diff_tpt_its_views():
+    features = image_features(plain(), views(2, 21).flatten(0, 1)).unflatten(0, (2, 21))
+    expected = DiffTPT(plain(), tokenizer(), NAMES, similarity=0.3).choose_views(features, zero_shot(features))
+    clip = clip_model()
+    clip.logit_scale.data.fill_(math.log(10))
+    clip.logit_bias = torch.nn.Parameter(torch.tensor(-10.0, dtype=torch.float64))
+    learner = DiffTPT(clip, tokenizer(), NAMES, similarity=0.3)
+    logits = learner.logits(features, texts())
+    torch.testing.assert_close(logits, zero_shot(features) - 10)
+    assert torch.equal(learner.choose_views(features, logits), expected)
+    other = logits - logits.new_tensor([0, 0, 5, 0])  # which is not equal for all
+    assert not torch.equal(learner.choose_views(features, other), expected)
+
+
 def test_diff_tpt_that_keeps_all_is_tpt():
     features = image_features(plain(), views().flatten(0, 1)).unflatten(0, (3, 20))
     learner = DiffTPT(plain(), tokenizer(), NAMES, similarity=1.0, selection=0.1, steps=2)
@@ -386,10 +430,10 @@ REFUSED = {
     "alpha": (lambda: TDA(plain(), tokenizer(), NAMES, alpha=-1), "must be numbers that are not negative"),
     "places": (lambda: TDA(plain(), tokenizer(), NAMES, capacity=0), "integers of at least 1, not 0 and 2"),
     "window": (lambda: TDA(plain(), tokenizer(), NAMES, entropy_window=(0.5, 0.2)), "the lower one first"),
-    "views": (lambda: ZERO(plain(), tokenizer(), NAMES, num_views=1.5), "an integer of at least 1"),
+    "views": (lambda: ZERO(plain(), tokenizer(), NAMES, num_views=1.5), "num_views must be an integer, not 1.5"),
     "temperature": (lambda: MTA(plain(), tokenizer(), NAMES, temperature=0), "temperature must be positive"),
     "steps": (lambda: TPS(plain(), tokenizer(), NAMES, steps=0), "steps must be an integer of at least 1"),
-    "weight": (lambda: CTPT(plain(), tokenizer(), NAMES, weight=math.nan), "finite number that is not negative"),
+    "weight": (lambda: CTPT(plain(), tokenizer(), NAMES, weight=math.nan), "weight must be a number, not nan"),
     "similarity": (lambda: DiffTPT(plain(), tokenizer(), NAMES, similarity=1.5), "a share between 0 and 1, but is 1.5"),
     "share": (lambda: TDA(plain(), tokenizer(), NAMES, selection=0), "selection between 0 and 1"),
 }

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -48,7 +49,7 @@ class CTPT(TPT):
         weight: float = 50.0,
         context_length: int | None = None,
         init: str | None = "a photo of a",
-        context: torch.Tensor | CoOp | str | None = None,
+        context: torch.Tensor | CoOp | str | Path | None = None,
         position: Position | None = None,
         steps: int = 1,
         num_views: int = 64,

@@ -9,11 +9,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from visionpeft.clip.fitted_splits import check_splits
 from visionpeft.clip.template_ensemble import raw_ensemble
 from visionpeft.clip.template_texts import TemplateTexts
 from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
-from visionpeft.errors import ConfigurationError
 
 
 class CLAP(TemplateTexts):
@@ -112,16 +112,13 @@ class CLAP(TemplateTexts):
             The smallest and the largest strength, for the record of a run.
 
         Raises:
-            ConfigurationError: a label that no class has.
+            ConfigurationError: no images, or a label that no class has.
         """
         if not self.constrained:
             return {}
         features, labels = (tensor.to(self.strengths.device) for tensor in train)
+        check_splits(self, train)
         classes = len(self.class_names)
-        if labels.numel() == 0 or labels.min() < 0 or labels.max() >= classes:
-            raise ConfigurationError(
-                f"CLAP needs training images with labels 0 to {classes - 1} for its {classes} class names"
-            )
         with torch.inference_mode(False), torch.no_grad():
             features, labels = features.to(self.dtype, copy=True), labels.clone()
             views = features if features.ndim == 3 else features[:, None]

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from visionpeft.clip.fitted_splits import check_splits
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.errors import ConfigurationError, UnsupportedError
@@ -37,7 +38,7 @@ class CLIPLinearProbe(Learner):
         allow_duplicates: accept two classes of one name.
 
     Raises:
-        ConfigurationError: an unknown solver, or a C that is not positive.
+        ConfigurationError: an unknown solver, a C that is not positive, or no iterations.
     """
 
     class_bound = True
@@ -56,6 +57,8 @@ class CLIPLinearProbe(Learner):
         super().__init__(clip, tokenizer, class_names, options=options, allow_duplicates=allow_duplicates)
         if solver not in ("lbfgs", "gradient"):
             raise ConfigurationError(f"solver {solver!r} must be lbfgs or gradient")
+        if max_iterations < 1:
+            raise ConfigurationError(f"max_iterations must be at least 1, not {max_iterations}")
         if not inverse_strength > 0:
             raise ConfigurationError(f"inverse_strength must be positive, but is {inverse_strength}")
         self.by_gradient = solver == "gradient"
@@ -99,9 +102,13 @@ class CLIPLinearProbe(Learner):
 
         Returns:
             The C that was used and, if it was chosen, its accuracy on the validation split.
+
+        Raises:
+            ConfigurationError: a split without images, or a label that no class has.
         """
         if self.by_gradient:
             return {}
+        check_splits(self, train, validation)
         with torch.inference_mode(False), torch.no_grad():
             train = self._prepared(train)
             if validation is None:

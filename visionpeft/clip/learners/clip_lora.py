@@ -58,11 +58,11 @@ class CLIPLoRA(Learner):
         targets: Sequence[str] = ("q", "k", "v"),
         towers: Sequence[str] = ("visual", "text"),
         blocks: Blocks = "all",
-        template: str = PHOTO,
+        template: str | list[str] = PHOTO,
         allow_duplicates: bool = False,
     ):
-        towers = [towers] if isinstance(towers, str) else list(towers)
-        options = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": list(targets), "towers": towers}
+        targets, towers = ([each] if isinstance(each, str) else list(each) for each in (targets, towers))
+        options = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "towers": towers}
         options |= {"blocks": blocks, "template": template}
         super().__init__(clip, tokenizer, class_names, options=options, allow_duplicates=allow_duplicates)
         templates = check_templates(template)

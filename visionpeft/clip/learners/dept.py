@@ -74,7 +74,7 @@ class DePT(Learner):
         except TypeError as error:
             raise ConfigurationError(f"host_options do not fit {host}: {error}") from None
         self.weight = weight
-        self.acting, self.adapter_name = self.host.acting, self.host.adapter_name
+        self.acting, self.adapter_name, self.adapted = self.host.acting, self.host.adapter_name, self.host.adapted
         self.frozen_images, self.class_bound = self.host.frozen_images, self.host.class_bound
         self.templates, self.template_style = self.host.templates, self.host.template_style
         self.trained_names = self.host.class_names

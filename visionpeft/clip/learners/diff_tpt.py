@@ -1,6 +1,7 @@
 """DiffTPT: Diverse Data Augmentation with Diffusions for Effective Test-time Prompt Tuning (Feng et al., 2023)."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -15,10 +16,11 @@ from visionpeft.errors import ConfigurationError
 class DiffTPT(TPT):
     """TPT on crops and on images that a diffusion model has made of the image, of which those that stray are left out.
 
-    Of the views, view 0 and the share `similarity` of the others whose zero-shot logits have the highest cosine with
-    those of view 0 are kept; of these, the share `selection` of lowest entropy is chosen. Both are done once, with the
-    starting context. All else is as in `TPT`, which it is with similarity 1. Nothing is generated here: in a run
-    `--data.generated_views FOLDER` adds the images of FOLDER/<class folder>/<name of the image>/ to its views.
+    Of the views, view 0 and the share `similarity` of the others whose zero-shot logits (without SigLIP's bias, which
+    is equal for all classes) have the highest cosine with those of view 0 are kept; of these, the share `selection` of
+    lowest entropy is chosen. Both are done once, with the starting context. All else is as in `TPT`, which it is with
+    similarity 1. Nothing is generated here: in a run `--data.generated_views FOLDER` adds the images of
+    FOLDER/<class folder>/<name of the image>/ to its views.
     Tuned: M d, with text width d.
     Source: Feng et al., Diverse Data Augmentation with Diffusions for Effective Test-time Prompt Tuning, 2023, arXiv
     2308.06038. Logits share a large common part, so that the cosines are near 1 and their order alone matters.
@@ -51,7 +53,7 @@ class DiffTPT(TPT):
         similarity: float = 0.8,
         context_length: int | None = None,
         init: str | None = "a photo of a",
-        context: torch.Tensor | CoOp | str | None = None,
+        context: torch.Tensor | CoOp | str | Path | None = None,
         position: Position | None = None,
         steps: int = 4,
         num_views: int = 64,
@@ -81,7 +83,9 @@ class DiffTPT(TPT):
 
     def choose_views(self, features: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Of the views like view 0, the most confident ones."""
-        likeness = F.cosine_similarity(logits[:, 1:], logits[:, :1], dim=-1)
+        bias = getattr(self.clip, "logit_bias", None)
+        scaled = logits if bias is None else logits - bias.detach().to(logits.dtype)
+        likeness = F.cosine_similarity(scaled[:, 1:], scaled[:, :1], dim=-1)
         order = likeness.argsort(dim=1, descending=True, stable=True)[:, : int(likeness.shape[1] * self.similarity)]
         kept = F.pad(order + 1, (1, 0))[..., None]  # view 0 first
         return confident(features.take_along_dim(kept, 1), logits.take_along_dim(kept, 1), self.selection)

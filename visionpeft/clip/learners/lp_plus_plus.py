@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from visionpeft.clip.fitted_splits import check_splits
 from visionpeft.clip.template_texts import TemplateTexts
 from visionpeft.clip.templates import PHOTO
 from visionpeft.errors import ConfigurationError
@@ -98,14 +99,15 @@ class LPPlusPlus(TemplateTexts):
             The step that was kept and, if it was chosen, its accuracy on the validation split.
 
         Raises:
-            ConfigurationError: a class without training images, whose mean feature does not exist.
+            ConfigurationError: a class without training images, whose mean feature does not exist; a validation split
+                without images, or a label that no class has.
         """
+        check_splits(self, train, validation)
         with torch.inference_mode(False), torch.no_grad():
             features, labels = self._prepared(train)
             held_out = None if validation is None else self._prepared(validation)
             classes = len(self.class_names)
-            inside = labels.numel() and int(labels.min()) >= 0 and int(labels.max()) < classes
-            if not inside or int(torch.bincount(labels, minlength=classes).min()) == 0:
+            if int(torch.bincount(labels, minlength=classes).min()) == 0:
                 raise ConfigurationError(
                     f"LP++ starts from the mean feature of each class; it needs training images of all its {classes} "
                     f"classes, with labels 0 to {classes - 1}"

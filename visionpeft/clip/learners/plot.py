@@ -121,18 +121,22 @@ class PLOT(Learner):
 
 @torch.no_grad()
 def transport(similarities: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """T (..., parts, contexts) of similarities of the same shape, by Sinkhorn's iteration."""
-    kernel = (-(1 - similarities) / epsilon).exp()
+    """T (..., parts, contexts) of similarities of the same shape, by Sinkhorn's iteration.
+
+    It computes with logarithms, as a kernel of a small epsilon is below all numbers. Only the change of the rows is
+    taken of their values; where those are above all numbers, it is infinite, and the iteration goes on.
+    """
+    kernel = -(1 - similarities) / epsilon
     parts, contexts = kernel.shape[-2:]
-    rows, columns = torch.ones_like(kernel[..., 0]), torch.ones_like(kernel[..., 0, :])
+    rows, columns = torch.zeros_like(kernel[..., 0]), torch.zeros_like(kernel[..., 0, :])
     running = torch.ones_like(rows[..., :1], dtype=torch.bool)
     for _ in range(ITERATIONS):
-        new_rows = 1 / parts / (kernel @ columns[..., None])[..., 0]
-        new_columns = 1 / contexts / (new_rows[..., None, :] @ kernel)[..., 0, :]
-        change = (new_rows - rows).abs().mean(dim=-1, keepdim=True)
+        new_rows = -math.log(parts) - (kernel + columns[..., None, :]).logsumexp(dim=-1)
+        new_columns = -math.log(contexts) - (kernel + new_rows[..., None]).logsumexp(dim=-2)
+        change = (new_rows.exp() - rows.exp()).abs().mean(dim=-1, keepdim=True)
         rows, columns = torch.where(running, new_rows, rows), torch.where(running, new_columns, columns)
-        running = running & (change >= STANDS_STILL)
+        running = running & ~(change < STANDS_STILL)
         # Another device would be waited for; what stands still does not change there, either.
         if running.device.type == "cpu" and not running.any():
             break
-    return rows[..., None] * kernel * columns[..., None, :]
+    return (rows[..., None] + kernel + columns[..., None, :]).exp()

@@ -1,7 +1,7 @@
 """ProGrad: Prompt-aligned Gradient for Prompt Tuning (Zhu et al., 2023), https://arxiv.org/abs/2205.14865."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.coop import Position, check_context_length, context_prompts
 from visionpeft.clip.templates import PHOTO, check_templates
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, StorageError
 
 
 def project(gradient: torch.Tensor, general: torch.Tensor, strength: float) -> torch.Tensor:
@@ -46,7 +46,8 @@ class ProGrad(Learner):
         position: where the class name stands: "end", "middle" or "front".
         strength: how much of the opposing part is taken away; 1 leaves none, 0 is CoOp.
         temperature: temperature of the comparison with the teacher.
-        layout: "tokens", or "published" as above. The fixed words are those with which the training began.
+        layout: "tokens", or "published" as above. The fixed words are those with which the training began; they are
+            saved.
         template: one template or several for the teacher, with {} for the class name; None is the data set's own in a
             run, and "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
@@ -108,7 +109,7 @@ class ProGrad(Learner):
         phrase = phrase or "a photo of a"
         (tokens,) = self.tokenizer.contents([phrase])
         fixed: Tokens = ()
-        if self.options["layout"] == "published":
+        if self._may_have_fixed_words:
             count = len(phrase.split())
             tokens, fixed = tokens[:count], tokens[count:]
         if fixed and self.position != "end":
@@ -144,6 +145,44 @@ class ProGrad(Learner):
     def _prompts(self, names: Sequence[str], fixed: Tokens) -> list[Tokens]:
         prompts = context_prompts(self.tokenizer, names, self.context_length, self.position)
         return [(*each[: self.context_length], *fixed, *each[self.context_length :]) for each in prompts]
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """The context and, with the layout "published", the token ids (words,) of the fixed words."""
+        own = super().trained_state()
+        return own | ({"fixed": torch.tensor(self.fixed, dtype=torch.long)} if self._may_have_fixed_words else {})
+
+    def load_trained_state(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:
+        """Take over a saved context with its fixed words; without them, as in 0.1.0, they are those of the template.
+
+        Raises:
+            StorageError: they do not fit this learner; nothing is changed.
+        """
+        before = self.fixed, self.layout
+        if self._may_have_fixed_words:
+            tensors = {"fixed": torch.tensor(self.fixed, dtype=torch.long), **tensors}
+            self._fix(tensors["fixed"], what)
+        try:
+            super().load_trained_state(tensors, what)
+        except StorageError:
+            self.fixed, self.layout = before
+            raise
+
+    @property
+    def _may_have_fixed_words(self) -> bool:
+        return self.options["layout"] == "published"
+
+    def _fix(self, tokens: torch.Tensor, what: str) -> None:
+        """Fix the words of these token ids (words,) from now on."""
+        known = range(self.text.module.token_embedding.num_embeddings)
+        sound = tokens.dtype == torch.long and tokens.ndim == 1 and all(token in known for token in tokens.tolist())
+        if not sound or (len(tokens) and self.position != "end"):
+            raise StorageError(
+                f"the tensors of {what} do not fit: its fixed words are none of this CLIP, or out of place"
+            )
+        fixed = tuple(tokens.tolist())
+        self.layout = self.tokenizer.layout(self._prompts(self.class_names, fixed), self.class_names)
+        self.fixed = fixed
+        self._kept.clear()
 
     def context(self) -> torch.Tensor:
         """Context vectors (1, vectors, width)."""

@@ -1,16 +1,17 @@
 """PromptAlign: Align Your Prompts, Test-Time Prompting with Distribution Alignment for Zero-Shot Generalization."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from visionpeft.adapters.storage import backbone_record, check_backbone
-from visionpeft.clip.description import read_saved
+from visionpeft.clip.description import check_adapters, read_saved
 from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.learners.maple import MaPLe
-from visionpeft.clip.model import check_clip
+from visionpeft.clip.model import acting_adapters, check_clip
 from visionpeft.clip.source_statistics import Moments, moments_of, read_moments, watched_blocks
 from visionpeft.clip.text import unit
 from visionpeft.clip.views import (
@@ -75,8 +76,8 @@ class PromptAlign(MaPLe):
         clip: nn.Module,
         tokenizer: Callable,
         class_names: Sequence[str],
-        maple: str | None = None,
-        statistics: str | None = None,
+        maple: str | Path | None = None,
+        statistics: str | Path | None = None,
         weight: float = 100.0,
         steps: int = 1,
         num_views: int = 64,
@@ -222,14 +223,16 @@ class PromptAlign(MaPLe):
         return entropy + self.weight * moments.distance(Moments(mean, self.source_variance)), start
 
 
-def _read_maple(folder: str, clip: nn.Module, given: dict) -> tuple[dict, dict[str, torch.Tensor]]:
+def _read_maple(folder: str | Path, clip: nn.Module, given: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     """Options and tensors of a saved `MaPLe`."""
     description, tensors = read_saved(folder)
     entry = description["learner"]
     if entry["class"] != "MaPLe":
         raise StorageError(f"PromptAlign can start from a MaPLe learner, and in {folder} is a {entry['class']}")
     check_clip(clip)
-    check_backbone(clip, description["backbone"], backbone_record(clip), f"the learner in {folder}")
+    what = f"the learner in {folder}"
+    check_backbone(clip, description["backbone"], backbone_record(clip), what)
+    check_adapters(description["adapters"], acting_adapters(clip), what)
     options = {name: entry["options"].get(name, value) for name, value in given.items()}
     blocks = {name.split(".visual.")[1].split(".")[0] for name in tensors if ".visual." in name}
     return options | {"depth": len(blocks)}, tensors

@@ -48,7 +48,7 @@ class PromptSRC(IndependentPrompts):
     Raises:
         UnsupportedError: a tower that would get prompts is no transformer with sited blocks, such as a ResNet.
         ConfigurationError: no prompts at all, more depth than blocks, a prompt longer than the text tower, an adapter
-            of that name, or an `average_std` that is not positive.
+            of that name, a negative weight, or an `average_std` that is not positive.
     """
 
     features_suffice = True
@@ -75,6 +75,11 @@ class PromptSRC(IndependentPrompts):
         own["init"] = init
         options = own | {"template": template, "text_weight": text_weight, "image_weight": image_weight}
         options |= {"logit_weight": logit_weight, "average_mean": average_mean, "average_std": average_std}
+        if min(text_weight, image_weight, logit_weight) < 0:
+            raise ConfigurationError(
+                f"text_weight, image_weight and logit_weight must not be negative, not {text_weight}, {image_weight} "
+                f"and {logit_weight}"
+            )
         if not average_std > 0:
             raise ConfigurationError(f"average_std must be positive, not {average_std}")
         super().__init__(
@@ -127,9 +132,12 @@ class PromptSRC(IndependentPrompts):
 
     @torch.no_grad()
     def end_epoch(self, epoch: int, num_epochs: int) -> None:
-        """Take the prompts of this epoch into their mean."""
+        """Take the prompts of this epoch into their mean, which begins anew with every training."""
         if self.average_mean is None:
             return
+        if epoch == 0:
+            self.average.zero_()
+            self.average_weight.zero_()
         epochs = torch.arange(1, num_epochs + 1, dtype=torch.float64)
         weights = (-((epochs - self.average_mean) ** 2) / (2 * self.average_std**2)).softmax(dim=0)
         weight = weights[epoch].to(self.average)

@@ -28,8 +28,8 @@ class TDA(TemplateTexts):
     ends at ln 2 = 0.693 and not at 1.) An image enters before it is scored, so it votes for itself. Nothing is trained.
 
     What it predicts depends on the images before: a batch is taken in the order of its rows, one after the other, every
-    call continues the stream, `seen` counts its images, and `reset` forgets them; so do new class names. The caches are
-    not saved.
+    call continues the stream, `num_seen` counts its images, and `reset` forgets them; so do new class names and other
+    templates. The caches are not saved.
 
     Of several views (batch, views, 3, height, width) the share `selection` of lowest entropy is chosen: f is the mean
     of their unit features (not normalised again), l that of their logits, p that of their probabilities.
@@ -115,7 +115,7 @@ class TDA(TemplateTexts):
         self.negative_alpha, self.negative_beta = negative_alpha, negative_beta
         self.entropy_window, self.probability_window = tuple(entropy_window), tuple(probability_window)
         self.selection, self.published = selection, published
-        self.seen = 0
+        self.num_seen = 0
         self.set_class_names(class_names)
 
     def set_class_names(self, class_names: Sequence[str]) -> None:
@@ -126,6 +126,17 @@ class TDA(TemplateTexts):
         """
         super().set_class_names(class_names)
         self.reset()
+
+    def set_template(self, template: str | Sequence[str]) -> None:
+        """Use the template of a data set where none was given, with empty caches: their classes are by the old texts.
+
+        Raises:
+            ConfigurationError: a template without {}, or one that makes a text too long; nothing is changed.
+        """
+        before = self.templates
+        super().set_template(template)
+        if self.templates != before:
+            self.reset()
 
     def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
         """Take over alpha and beta of the data set, with the option `published`."""
@@ -150,7 +161,7 @@ class TDA(TemplateTexts):
                 classes, self.negative_capacity, classes, dtype=dtype, device=device
             )  # zeros and ones
             self.register_buffer("against", against, persistent=False)
-        self.seen = 0
+        self.num_seen = 0
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """alpha and beta, by name; the caches are not saved."""
@@ -166,10 +177,11 @@ class TDA(TemplateTexts):
         The images enter the stream in the order of the batch.
         """
         with torch.inference_mode(False), torch.no_grad():
-            features = features.detach().to(self.positive_keys.dtype, copy=True)
+            texts, dtype = self.text_features(), self.positive_keys.dtype
+            features = features.detach().to(texts.dtype, copy=True)
             if features.ndim == 2:
                 features = features[:, None]
-            logits = self.logits(features, self.text_features()).to(features.dtype)
+            logits, features = self.logits(features, texts).to(dtype), features.to(dtype)
             count = number_chosen(features.shape[1], self.selection)
             if features.shape[1] > 1:
                 chosen = by_confidence(logits)[:, :count, None]
@@ -178,7 +190,7 @@ class TDA(TemplateTexts):
             features, logits = features.mean(dim=1), logits.mean(dim=1)
             with torch.autocast(features.device.type, enabled=False):
                 rows = [self._next(*image) for image in zip(features, logits, probabilities, entropies, strict=True)]
-            self.seen += len(rows)
+            self.num_seen += len(rows)
             return torch.stack(rows) if rows else logits
 
     def _next(self, feature, logits, probabilities, entropy) -> torch.Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn as nn
 
+from visionpeft.clip.fitted_splits import check_splits
 from visionpeft.clip.template_texts import TemplateTexts
 from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.text import unit
@@ -132,14 +133,10 @@ class TipAdapter(TemplateTexts):
             alpha, beta and, of what was chosen, the accuracy on the validation split.
 
         Raises:
-            ConfigurationError: a label that no class has.
+            ConfigurationError: a split without images, or a label that no class has.
         """
+        check_splits(self, train, validation)
         features, labels = (tensor.to(self.alpha.device) for tensor in train)
-        if labels.numel() == 0 or labels.min() < 0 or labels.max() >= len(self.class_names):
-            raise ConfigurationError(
-                f"Tip-Adapter needs training images with labels 0 to {len(self.class_names) - 1} for its "
-                f"{len(self.class_names)} class names"
-            )
         features = features.to(self.alpha.dtype)
         features = features if features.ndim == 2 else features.mean(dim=1)
         # Inference tensors could not be trained.
@@ -156,9 +153,9 @@ class TipAdapter(TemplateTexts):
     @torch.no_grad()
     def _choose(self) -> dict:
         features, labels = (tensor.to(self.alpha.device) for tensor in self._validation)
-        features = features.to(self.keys.dtype)
-        zero_shot = self.logits(features, self.text_features())
-        affinities = features @ self.keys.T
+        texts = self.text_features()
+        zero_shot = self.logits(features.to(texts.dtype), texts)
+        affinities = features.to(self.keys.dtype) @ self.keys.T
         best, alpha, beta = -1, None, None
         for b in grid(self.max_beta, NUM_BETAS):
             votes = self._votes(affinities, b)
@@ -183,11 +180,11 @@ class TipAdapter(TemplateTexts):
         """
         if len(self.keys) == 0:
             raise ConfigurationError("Tip-Adapter has no training images yet; call fit_features first")
-        features = features.to(self.keys.dtype)
         # Under autocast a distance of 0.01 would be lost in the rounding.
         with torch.autocast(features.device.type, enabled=False):
-            votes = self._votes(features @ self.keys.T, self.beta)
-        return self.logits(features, self.text_features()) + self.alpha * votes
+            votes = self._votes(features.to(self.keys.dtype) @ self.keys.T, self.beta)
+        texts = self.text_features()  # in float32, also where the cache was cast to less
+        return self.logits(features.to(texts.dtype), texts) + self.alpha * votes
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Cache, alpha and beta, by name."""

@@ -1,17 +1,18 @@
 """TPT: Test-Time Prompt Tuning for Zero-Shot Generalization in Vision-Language Models, https://arxiv.org/abs/2209.07511."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from visionpeft.adapters.storage import backbone_record, check_backbone
-from visionpeft.clip.description import read_saved
+from visionpeft.clip.description import check_adapters, read_saved
 from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.coop import CoOp, Position, context_prompts, initial_context
-from visionpeft.clip.model import check_clip
+from visionpeft.clip.model import acting_adapters, check_clip
 from visionpeft.clip.text import unit
 from visionpeft.clip.views import check_views, confident, features_of_views, marginal_entropy
 from visionpeft.errors import ConfigurationError, StorageError
@@ -61,7 +62,7 @@ class TPT(Learner):
         class_names: Sequence[str],
         context_length: int | None = None,
         init: str | None = "a photo of a",
-        context: torch.Tensor | CoOp | str | None = None,
+        context: torch.Tensor | CoOp | str | Path | None = None,
         position: Position | None = None,
         steps: int = 1,
         num_views: int = 64,
@@ -78,7 +79,7 @@ class TPT(Learner):
             )
         if lr < 0 or weight_decay < 0:
             raise ConfigurationError(f"lr and weight_decay must not be negative, not {lr} and {weight_decay}")
-        if isinstance(context, str):
+        if isinstance(context, str | Path):
             context, saved_position = read_context(context, clip)
             position = position or saved_position
         position = position or getattr(context, "position", "end")
@@ -97,7 +98,11 @@ class TPT(Learner):
         self.vectors = nn.Parameter(vectors.clone())
 
     def _given_context(self, context: torch.Tensor | CoOp, context_length: int | None) -> torch.Tensor:
-        vectors = context if isinstance(context, torch.Tensor) else context.vectors
+        vectors = context if isinstance(context, torch.Tensor) else getattr(context, "vectors", None)
+        if vectors is None:
+            raise ConfigurationError(
+                f"context must be vectors, a CoOp learner or the folder of a saved one, not {context!r}"
+            )
         if vectors.ndim != 2 or vectors.shape[1] != self.text.width or context_length not in (None, len(vectors)):
             raise ConfigurationError(
                 f"the starting context must be (vectors, {self.text.width}) and shared by all classes, with as many "
@@ -196,15 +201,17 @@ class TPT(Learner):
         return self.kept("graph", compute, [self.vectors], with_graph=True)
 
 
-def read_context(folder: str, clip: nn.Module) -> tuple[torch.Tensor, Position]:
+def read_context(folder: str | Path, clip: nn.Module) -> tuple[torch.Tensor, Position]:
     """Context vectors (vectors, width) and position of a CoOp learner saved in a folder.
 
     Raises:
-        StorageError: the folder holds no CoOp learner, or one of another CLIP.
+        StorageError: the folder holds no CoOp learner, or one of another CLIP or of one with other adapters.
     """
     description, tensors = read_saved(folder)
     if description["learner"]["class"] != "CoOp" or "vectors" not in tensors:
         raise StorageError(f"TPT can start from a CoOp learner, and in {folder} is a {description['learner']['class']}")
     check_clip(clip)
-    check_backbone(clip, description["backbone"], backbone_record(clip), f"the learner in {folder}")
+    what = f"the learner in {folder}"
+    check_backbone(clip, description["backbone"], backbone_record(clip), what)
+    check_adapters(description["adapters"], acting_adapters(clip), what)
     return tensors["vectors"], description["learner"]["options"].get("position", "end")

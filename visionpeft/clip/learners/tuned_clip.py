@@ -48,12 +48,12 @@ class TunedCLIP(Learner):
         tokenizer: Callable,
         class_names: Sequence[str],
         method: Method | dict | None = None,
-        template: str = PHOTO,
+        template: str | list[str] = PHOTO,
         allow_duplicates: bool = False,
     ):
         if method is None:
             method = LayerNormTuning(towers=list(BOTH))
-        elif isinstance(method, Mapping):
+        elif isinstance(method, Mapping) and {"class", "fields"} <= method.keys():
             method = method_from(dict(method))
         if not isinstance(method, Method):
             raise ConfigurationError(

@@ -56,7 +56,7 @@ class TwoStageFewShot(InTwoStages, TunedCLIP):
         class_names: Sequence[str],
         method: Method | dict | None = None,
         first_stage: float = 0.6,
-        template: str = PHOTO,
+        template: str | list[str] = PHOTO,
         trained_names: list[str] | None = None,
         allow_duplicates: bool = False,
     ):

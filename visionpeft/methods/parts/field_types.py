@@ -1,11 +1,12 @@
 """Whether the values of a method's fields are of the types that their annotations name."""
 
 import math
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
 UNIONS = (Union, UnionType)
-ONE = {int: "an integer", float: "a number", str: "a word", bool: "True or False", NoneType: "None"}
+ONE = {int: "an integer", float: "a number", str: "a word", bool: "True or False", NoneType: "None", Path: "a path"}
 MANY = {int: "integers", float: "numbers", str: "words"}
 
 
