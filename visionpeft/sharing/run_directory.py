@@ -64,6 +64,11 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def data(self) -> Path:
+        """By what the data are known again when the run is resumed."""
+        return self.path / "data.json"
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that trains."""
         return self.path / ".lock"

@@ -1,0 +1,117 @@
+"""What a run may be resumed with: its own data and options, and only what does not change what is trained."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from small_runs import BACKBONE, COLOURS, draw_images, results
+
+from visionpeft import fit
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ORDER = ["red", "blue", "green"]
+
+
+def in_words(names):
+    return f"[{', '.join(names)}]"
+
+
+def write_lists(folder: Path, left_out: int = -1) -> Path:
+    """Images of three colours, in a list for each split."""
+    for split, numbers in {"train": range(6), "val": range(6, 8), "test": range(8, 10)}.items():
+        with (folder / f"{split}.csv").open("w", newline="") as file:
+            rows = [(f"images/{name}/{n}.png", name) for name in COLOURS for n in numbers if n != left_out]
+            csv.writer(file).writerows([("path", "label"), *rows])
+    return folder
+
+
+def files_of(run: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    draw_images(folder / "images")
+    return write_lists(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, lists):
+    """A finished run on three lists, with class names in an order of their own."""
+    output = tmp_path_factory.mktemp("runs")
+    splits = [part for split in ("train", "val", "test") for part in (f"--data.{split}", str(lists / f"{split}.csv"))]
+    options = [
+        *(
+            "--config",
+            "images_lora.yaml",
+            *BACKBONE,
+            "--data",
+            "ImageList",
+            *splits,
+            "--data.root",
+            "auto",
+            "--data.batch_size",
+            "8",
+        ),
+        *("--data.class_names", in_words(ORDER), "--model.optimisation.warmup_epochs", "1"),
+        *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--figures", "false", "--output", str(output)),
+    ]
+    assert fit.main(options) == 0
+    (run,) = output.iterdir()
+    return run
+
+
+@pytest.fixture
+def refused(finished, capsys):
+    """Resume the finished run with some options, see that nothing is written, and return what is said."""
+
+    def resume(*options: str, run: Path = finished) -> str:
+        before = files_of(run)
+        assert fit.main(["--resume", str(run), *options]) == 2
+        said = capsys.readouterr().err
+        assert before == files_of(run)
+        assert said.count("\n") == 1
+        return said
+
+    return resume
+
+
+@pytest.mark.parametrize("known", ["record", "adapter"])
+def test_other_classes_are_refused(finished, refused, tmp_path, known):
+    """Also those of a run of an earlier version, which has no record of its data."""
+    run = finished
+    if known == "adapter":
+        run = shutil.copytree(finished, tmp_path / "earlier")
+        (run / "data.json").unlink()
+    said = refused("--data.class_names", in_words(sorted(ORDER)), run=run)
+    assert "tells other classes apart than the data has (class 0 is 'red', not 'blue')" in said
+    assert f"--config {run / 'config.yaml'}" in said
+    assert "(class 0 is 'red', not 'blue')" in refused("--data.class_names", "null", run=run)
+    assert json.loads((run / "adapter" / "adapter.json").read_text())["class_names"] == ORDER
+    assert fit.main(["--resume", str(run), "--data.class_names", in_words(ORDER)]) == 0
+
+
+def test_other_images_are_refused_and_the_same_elsewhere_are_not(lists, finished, refused, tmp_path):
+    def places(folder):
+        return [part for split in ("train", "val", "test") for part in (f"--data.{split}", f"{folder}/{split}.csv")]
+
+    moved = shutil.copytree(lists, tmp_path / "moved")
+    assert fit.main(["--resume", str(finished), *places(moved)]) == 0
+    write_lists(moved, left_out=3)
+    said = refused(*places(moved))
+    assert "begun with other data, which differ in the number of train images (18, not 15)" in said
+    (moved / "train.csv").write_text((lists / "train.csv").read_text().replace("red/3", "red/6"))
+    (moved / "val.csv").write_text((lists / "val.csv").read_text().replace("red/6", "red/3"))
+    assert "differ in the names of the train images" in refused(*places(moved))
+
+
+def test_damaged_images_are_left_out_of_a_resumed_run(lists, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    damaged = shutil.copytree(lists, tmp_path / "damaged")
+    (damaged / "images" / "red" / "9.png").write_bytes(b"no image")
+    places = [part for split in ("train", "val", "test") for part in (f"--data.{split}", f"{damaged}/{split}.csv")]
+    assert fit.main(["--resume", str(run), *places, "--data.skip_corrupt", "true"]) == 0
+    assert results(run)["data"]["skipped_images"] == {"train": 0, "val": 0, "test": 1}
