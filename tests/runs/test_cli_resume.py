@@ -9,7 +9,7 @@ from contextlib import chdir
 import pytest
 import torch
 from forked import start, wait
-from small_runs import arguments, draw_images, results, run
+from small_runs import arguments, configure, draw_images, results, run
 
 from visionpeft import fit
 from visionpeft.runs.history import EpochHistory, read_history
@@ -102,6 +102,9 @@ def test_moved_run_still_knows_its_best_epoch(tmp_path, images, monkeypatch, mov
 def test_resuming_with_another_method_is_refused(tmp_path, images, capsys):
     made = run(tmp_path, images, epochs=1)
     assert fit.main(["--resume", str(made), "--model.method", "BitFit"]) == 2
+    assert "--model.method BitFit cannot be changed while" in capsys.readouterr().err
+    configure(made, {"class_path": "BitFit"})
+    assert fit.main(["--resume", str(made)]) == 2
     assert "does not belong to this method" in capsys.readouterr().err
 
 

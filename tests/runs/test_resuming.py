@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from small_runs import BACKBONE, COLOURS, draw_images, results
 
 from visionpeft import fit
+from visionpeft.runs.carried import as_carried, with_carried
+from visionpeft.runs.history import read_history
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ORDER = ["red", "blue", "green"]
@@ -44,19 +47,8 @@ def finished(tmp_path_factory, lists):
     output = tmp_path_factory.mktemp("runs")
     splits = [part for split in ("train", "val", "test") for part in (f"--data.{split}", str(lists / f"{split}.csv"))]
     options = [
-        *(
-            "--config",
-            "images_lora.yaml",
-            *BACKBONE,
-            "--data",
-            "ImageList",
-            *splits,
-            "--data.root",
-            "auto",
-            "--data.batch_size",
-            "8",
-        ),
-        *("--data.class_names", in_words(ORDER), "--model.optimisation.warmup_epochs", "1"),
+        *("--config", "images_lora.yaml", *BACKBONE, "--data", "ImageList", *splits, "--data.root", "auto"),
+        *("--data.class_names", in_words(ORDER), "--data.batch_size", "8", "--model.optimisation.warmup_epochs", "1"),
         *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--figures", "false", "--output", str(output)),
     ]
     assert fit.main(options) == 0
@@ -98,8 +90,8 @@ def test_other_images_are_refused_and_the_same_elsewhere_are_not(lists, finished
     def places(folder):
         return [part for split in ("train", "val", "test") for part in (f"--data.{split}", f"{folder}/{split}.csv")]
 
-    moved = shutil.copytree(lists, tmp_path / "moved")
-    assert fit.main(["--resume", str(finished), *places(moved)]) == 0
+    moved, run = shutil.copytree(lists, tmp_path / "moved"), shutil.copytree(finished, tmp_path / "run")
+    assert fit.main(["--resume", str(run), *places(moved)]) == 0
     write_lists(moved, left_out=3)
     said = refused(*places(moved))
     assert "begun with other data, which differ in the number of train images (18, not 15)" in said
@@ -115,3 +107,56 @@ def test_damaged_images_are_left_out_of_a_resumed_run(lists, finished, tmp_path)
     places = [part for split in ("train", "val", "test") for part in (f"--data.{split}", f"{damaged}/{split}.csv")]
     assert fit.main(["--resume", str(run), *places, "--data.skip_corrupt", "true"]) == 0
     assert results(run)["data"]["skipped_images"] == {"train": 0, "val": 0, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "before"),
+    [
+        ("--model.method.alpha", "3.0", "null"),
+        ("--model.method", "BitFit", "LoRA"),
+        ("--model.optimisation.weight_decay", "0.5", "0.0001"),
+        ("--model.label_smoothing", "0.1", "0.0"),
+        ("--data.augmentation", "none", "crop_flip"),
+        ("--seed_everything", "5", "0"),
+        ("--output", "elsewhere", None),
+    ],
+)
+def test_options_that_change_what_is_trained_are_refused(finished, refused, option, value, before):
+    said = refused(option, value)
+    assert f"{option} {value} cannot be changed while {finished} goes on" in said
+    assert before is None or f"begun with {before}; leave it out, or start a new run: " in said
+
+
+def test_what_a_run_goes_on_with_is_in_its_configuration(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = (run / "config.yaml").read_bytes()
+    assert fit.main(["--resume", str(run), "--trainer.max_epochs", "2"]) == 0  # as it was
+    assert (run / "config.yaml").read_bytes() == before
+    changes = ["--trainer.max_epochs", "4", "--data.batch_size", "6", "--model.optimisation.lr", "0.002"]
+    assert fit.main(["--resume", str(run), *changes]) == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 4
+    assert config["data"]["init_args"]["batch_size"] == 6
+    assert config["model"]["init_args"]["optimisation"]["lr"] == 0.002
+    old = yaml.safe_load(before)
+    for part, name in (("trainer", "max_epochs"), ("data", "batch_size"), ("model", "optimisation")):
+        for each in (config, old):
+            each[part].get("init_args", each[part]).pop(name)
+    assert config == old
+    history = read_history(run / "metrics.csv")
+    assert len(history) == 4
+    assert history[2]["lr"] == pytest.approx(0.25 * 0.002)  # the rate that was given acts: 6 of 9 steps down the cosine
+    (run / "results.json").unlink()
+    assert fit.main(["--resume", str(run)]) == 0
+    assert len(read_history(run / "metrics.csv")) == 4
+
+
+def test_a_run_on_copies_of_adapters_is_still_configured_by_their_names(tmp_path):
+    folder = tmp_path / "carried"
+    folder.mkdir()
+    (folder / "names.json").write_text('{"mine/lora": "0"}')
+    content = {"model": {"init_args": {"start": "mine/lora"}}}
+    copied = yaml.safe_dump(with_carried(content, folder))
+    assert yaml.safe_load(copied)["model"]["init_args"]["start"] == str(folder / "0")
+    assert yaml.safe_load(as_carried(copied, folder)) == content
+    assert as_carried(copied, tmp_path) == copied  # where nothing was copied

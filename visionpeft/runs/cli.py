@@ -137,7 +137,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: Parser, args) -> None:
         """Parse this CLI's arguments; `--resume RUN` starts from the configuration of that run."""
-        self.config = parser.parse_args(as_meant(_with_resumed_config(self.arguments)))
+        self.config = self.parsed(_with_resumed_config(self.arguments))
         for part in ("model", "data"):
             refuse_nulls(self.config[part])
         if not 0 <= self.config.seed_everything < 2**32:
@@ -145,6 +145,10 @@ class CLI(LightningCLI):
                 f"--seed_everything {self.config.seed_everything} must be from 0 to {2**32 - 1}, as NumPy takes seeds"
             )
         self._check_root()
+
+    def parsed(self, arguments: list[str]) -> Namespace:
+        """What a command line says of all options."""
+        return self.parser.parse_args(as_meant(arguments))
 
     def _check_root(self) -> None:
         """Refuse a root for images that are in the package, unless these were asked for by name."""

@@ -20,7 +20,7 @@ from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.runs.processes import agreed_run, lost_peers, start, started_by_others
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import batches, record_of, setting, tested
-from visionpeft.runs.resuming import check_resumed, data_record
+from visionpeft.runs.resuming import check_resumed, data_record, note_changes
 from visionpeft.runs.sharding import EqualBatches, ShardedBackbone
 from visionpeft.runs.stages import check_stages, train, train_stages
 from visionpeft.runs.tables import print_results, print_setting
@@ -51,6 +51,8 @@ def fit(arguments: list[str]) -> None:
     with claim(run.lock) as mine:
         if not mine:
             raise ConfigurationError(f"another process is training in {run.path}; wait for it, or stop it first")
+        if cli.config.resume is not None:
+            note_changes(cli, run)
         if trainer.world_size > 1 and not started_by_others(trainer):
             start(arguments if cli.config.resume is not None else ["--resume", str(run.path)], trainer, run)
         else:

@@ -1,14 +1,31 @@
 """What a run is resumed with: the data and the options that it was begun with, but for what may change."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+from jsonargparse import Namespace
 
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
+from visionpeft.files import replacing
 from visionpeft.runs.agreement import about_data
+from visionpeft.runs.carried import as_carried
 from visionpeft.runs.cli import CLI
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks.adapted_task import first_difference
+
+# What may change, of the model and of the data: what is trained stays the same, or is compared by the record.
+MODEL = {
+    *("optimisation.lr", "optimisation.head_lr"),  # of a training that diverged
+    *("checkpoint", "cache", "cache_mib", "cache_features", "chunk_size", "class_token_only", "compile", "recompute"),
+}
+LOADING = {"batch_size", "test_batch_size", "num_workers", "cache_in_memory", "skip_corrupt"}
+PLACES = {
+    *("root", "train", "val", "test", "generated_views", "folder", "image_folder", "split_file", "store", "sbd"),
+    *("class_names", "classes"),  # which may be in a file; the names themselves are compared
+}
+NESTING = ("init_args", "class_path")
+OF_THE_RUN = {"report", "test", "figures", "global_batch", "stage_epochs"}
 
 
 def data_record(datamodule: ImageDataModule, kind: str) -> dict:
@@ -22,7 +39,7 @@ def data_record(datamodule: ImageDataModule, kind: str) -> dict:
 
 
 def check_resumed(cli: CLI, run: RunDirectory, record: Mapping) -> None:
-    """Refuse to resume a run with other data, before anything is written.
+    """Refuse to resume a run with other data or with options that change what is trained, before anything is written.
 
     A run of an earlier version has no record of its data; where it has finished, its classes are known all the same.
 
@@ -32,7 +49,7 @@ def check_resumed(cli: CLI, run: RunDirectory, record: Mapping) -> None:
         record: the `data_record` of the data that it would go on with.
 
     Raises:
-        ConfigurationError: the data are others.
+        ConfigurationError: the data are others, or an option is.
     """
     anew = f"start a new run: python -m visionpeft.fit --config {run.config} ..."
     names, splits = _begun_with(run, cli.model.folder)
@@ -50,6 +67,50 @@ def check_resumed(cli: CLI, run: RunDirectory, record: Mapping) -> None:
                 f"{run.path} was begun with other data, which differ in {what}{numbers}; resume it with its own, from "
                 f"wherever they lie now (--data.root), or {anew}"
             )
+    for path, before, now in _changes(cli, run):
+        if not _may_change(path):
+            raise ConfigurationError(
+                f"--{'.'.join(path)} {_shown(now)} cannot be changed while {run.path} goes on, which was begun with "
+                f"{_shown(before)}; leave it out, or {anew}"
+            )
+
+
+def note_changes(cli: CLI, run: RunDirectory) -> None:
+    """Let the configuration of a resumed run say with what it goes on."""
+    if any(_changes(cli, run)):
+        text = as_carried(cli.config_text(), run.carried)
+        with replacing(run.config) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def _changes(cli: CLI, run: RunDirectory) -> Iterator[tuple[tuple[str, ...], object, object]]:
+    """Options by their names, with what the configuration of a run says and what the command line that resumes it."""
+    before, now = (dict(_leaves(config)) for config in (cli.parsed(["--config", str(run.config)]), cli.config))
+    for path in dict.fromkeys([*now, *before]):
+        if path[0] not in ("config", "resume") and before.get(path) != now.get(path):
+            yield tuple(part for part in path if part not in NESTING), before.get(path), now.get(path)
+
+
+def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    if not isinstance(value, Namespace | dict):
+        yield path, value
+        return
+    for name, each in vars(value).items() if isinstance(value, Namespace) else value.items():
+        yield from _leaves(each, (*path, str(name)))
+
+
+def _may_change(path: tuple[str, ...]) -> bool:
+    section, *parts = path
+    if section == "data":
+        return bool(parts) and parts[-1] in LOADING | PLACES
+    return section == "trainer" or section in OF_THE_RUN or (section == "model" and ".".join(parts) in MODEL)
+
+
+def _shown(value: object) -> str:
+    """A value as it may be given; a class by its name."""
+    if isinstance(value, str) and value.startswith("visionpeft."):
+        return value.rpartition(".")[2]
+    return "null" if value is None else str(value)
 
 
 def _begun_with(run: RunDirectory, folder: str) -> tuple[list[str] | None, dict[str, str]]:
