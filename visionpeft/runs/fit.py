@@ -14,6 +14,7 @@ from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_call
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import is_started
 from visionpeft.runs.config_files import parsed
+from visionpeft.runs.ending import how_to_go_on, nothing_half_written
 from visionpeft.runs.environment import environment
 from visionpeft.runs.figures import draw_curves
 from visionpeft.runs.history import EpochHistory, read_history
@@ -45,10 +46,10 @@ def fit(arguments: list[str]) -> None:
         peers.compare(what_must_agree(trainer, cli.model, cli.datamodule))
     run = agreed_run(peers, lambda: _run_directory(cli, data))
     if is_started() or not trainer.is_global_zero:  # the lock is held by the process that began
-        with lost_peers(run):
+        with lost_peers(run), how_to_go_on(run):
             _train_and_test(cli, run, has_validation)
         return
-    with claim(run.lock) as mine:
+    with nothing_half_written(run, new=cli.config.resume is None), claim(run.lock) as mine:
         if not mine:
             raise ConfigurationError(f"another process is training in {run.path}; wait for it, or stop it first")
         if cli.config.resume is not None:
@@ -56,7 +57,7 @@ def fit(arguments: list[str]) -> None:
         if trainer.world_size > 1 and not started_by_others(trainer):
             start(arguments if cli.config.resume is not None else ["--resume", str(run.path)], trainer, run)
         else:
-            with lost_peers(run):
+            with lost_peers(run), how_to_go_on(run):
                 _train_and_test(cli, run, has_validation)
 
 

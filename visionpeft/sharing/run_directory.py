@@ -94,6 +94,11 @@ class RunDirectory:
         return self.checkpoints / "best.ckpt"
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether an epoch of it, or of one of its stages, has been finished."""
+        return next(self.path.rglob("*.ckpt"), None) is not None
+
+    @property
     def adapter(self) -> Path:
         """The trained adapter of a run of image or video classification, as `visionpeft.load` reads it."""
         return self.path / "adapter"
