@@ -10,6 +10,7 @@ from visionpeft.errors import DataError, UserError
 from visionpeft.runs.command import PeerLost
 from visionpeft.runs.processes import TrainingEnded
 from visionpeft.sharing.run_directory import RunDirectory
+from visionpeft.tasks.checkpointing import DivergedError
 
 # What is in a run directory before its first epoch is over.
 FILES = ("config.yaml", "data.json", "environment.json", "draw.json", "metrics.csv", ".lock")
@@ -29,7 +30,7 @@ def nothing_half_written(run: RunDirectory, new: bool) -> Iterator[None]:
     try:
         yield
     except (UserError, MisconfigurationException) as error:
-        if new and not run.has_checkpoint and not isinstance(error, PeerLost | TrainingEnded):
+        if new and not run.holds_training and not isinstance(error, PeerLost | TrainingEnded):
             for name in FILES:
                 (run.path / name).unlink(missing_ok=True)
             for name in FOLDERS:
@@ -41,17 +42,21 @@ def nothing_half_written(run: RunDirectory, new: bool) -> Iterator[None]:
 
 @contextmanager
 def how_to_go_on(run: RunDirectory) -> Iterator[None]:
-    """Say after an error of the data how the run goes on without it, if epochs of it are kept.
+    """Say how a run goes on after damaged data or after it has diverged, if something of its training is kept.
 
     Raises:
         DataError: what was wrong, and the command.
+        DivergedError: the same.
     """
     try:
         yield
-    except DataError as error:
-        if not run.has_checkpoint:
+    except (DataError, DivergedError) as error:
+        if not run.holds_training:
             raise
-        raise DataError(
-            f"{error}; finished epochs are kept, and python -m visionpeft.fit --resume {run.path} --data.skip_corrupt "
-            "true goes on without what is damaged"
+        damaged = isinstance(error, DataError)
+        option = "--data.skip_corrupt true" if damaged else "--model.optimisation.lr ..."
+        how = "without what is damaged" if damaged else "with another rate, from the last finished epoch"
+        raise type(error)(
+            f"{error}; what was trained is kept, and python -m visionpeft.fit --resume {run.path} {option} goes on "
+            f"{how}"
         ) from error

@@ -94,9 +94,10 @@ class RunDirectory:
         return self.checkpoints / "best.ckpt"
 
     @property
-    def has_checkpoint(self) -> bool:
-        """Whether an epoch of it, or of one of its stages, has been finished."""
-        return next(self.path.rglob("*.ckpt"), None) is not None
+    def holds_training(self) -> bool:
+        """Whether something of its training is kept: an epoch of it or of a stage, or what it has learnt."""
+        learnt = self.adapter.is_dir() or self.learner.is_dir()
+        return learnt or next(self.path.rglob("*.ckpt"), None) is not None
 
     @property
     def adapter(self) -> Path:
