@@ -9,7 +9,7 @@ from typing import Literal
 from visionpeft.backbones.preprocessing import Resize
 from visionpeft.data.annotations import read_list
 from visionpeft.data.class_index import check_classes, indexed
-from visionpeft.data.labels import Labels, reader
+from visionpeft.data.labels import Labels, Written, reader
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import Files, ImageFiles, ImageSet, Row, check_disjoint, path_inside, without_duplicates
 from visionpeft.data.transforms import Augmentation
@@ -53,7 +53,7 @@ class ImageList(ImageDataModule):
         test: str | Path | None = None,
         root: str | Path | None = "auto",
         class_names: Sequence[str] | None = None,
-        labels: Labels = "classes",
+        labels: Written = "classes",
         separator: str = ";",
         resize: Resize = "crop",
         augmentation: Augmentation = "crop_flip",
@@ -122,6 +122,8 @@ def read_lists(
     every = [row for rows in splits.values() for row in rows]
     if labels == "classes" and class_names is None:
         check_classes(every, files.kind)
+    if twice := [name for name in class_names or () if list(class_names).count(name) > 1]:
+        raise DataError(f"class {twice[0]!r} is named twice in class_names; each label needs a name of its own")
     names, learnt = indexed(every, labels, class_names)
     folder = lists["train"].parent if root == "auto" else root
     if folder is not None and not Path(folder).is_dir():
