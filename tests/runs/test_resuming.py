@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_runs import BACKBONE, COLOURS, draw_images, results
+from small_runs import BACKBONE, COLOURS, draw_images, results, run
 
-from visionpeft import fit
+from visionpeft import evaluate, fit
 from visionpeft.runs.carried import as_carried, with_carried
 from visionpeft.runs.history import read_history
 
@@ -52,8 +52,8 @@ def finished(tmp_path_factory, lists):
         *("--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--figures", "false", "--output", str(output)),
     ]
     assert fit.main(options) == 0
-    (run,) = output.iterdir()
-    return run
+    (made,) = output.iterdir()
+    return made
 
 
 @pytest.fixture
@@ -160,3 +160,22 @@ def test_a_run_on_copies_of_adapters_is_still_configured_by_their_names(tmp_path
     assert yaml.safe_load(copied)["model"]["init_args"]["start"] == str(folder / "0")
     assert yaml.safe_load(as_carried(copied, folder)) == content
     assert as_carried(copied, tmp_path) == copied  # where nothing was copied
+
+
+def test_data_named_by_a_path_from_another_folder(tmp_path, monkeypatch, capsys):
+    draw_images(tmp_path / "squares", per_class=5)
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        run_here = run(Path("runs"), Path("squares"), "--data.val_fraction", "0.2", epochs=1)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    made = Path("..") / run_here
+    for main, options in ((evaluate.main, [str(made)]), (fit.main, ["--resume", str(made)])):
+        assert main(options) == 2
+        said = capsys.readouterr().err
+        assert "image folder squares does not exist; in ../runs/" in said
+        assert "go there, or say where it is now with --data.root" in said
+        assert main([*options, "--data.root", "nowhere"]) == 2
+        assert capsys.readouterr().err == "error: image folder nowhere does not exist\n"
+        assert main([*options, "--data.root", "../squares"]) == 0

@@ -10,7 +10,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.files import replacing
 from visionpeft.runs.agreement import about_data
 from visionpeft.runs.carried import as_carried
-from visionpeft.runs.cli import CLI
+from visionpeft.runs.cli import CLI, PLACES
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks.adapted_task import first_difference
 
@@ -20,10 +20,7 @@ MODEL = {
     *("checkpoint", "cache", "cache_mib", "cache_features", "chunk_size", "class_token_only", "compile", "recompute"),
 }
 LOADING = {"batch_size", "test_batch_size", "num_workers", "cache_in_memory", "skip_corrupt"}
-PLACES = {
-    *("root", "train", "val", "test", "generated_views", "folder", "image_folder", "split_file", "store", "sbd"),
-    *("class_names", "classes"),  # which may be in a file; the names themselves are compared
-}
+NAMES = {"class_names", "classes"}  # which may be in a file; the names themselves are compared
 NESTING = ("init_args", "class_path")
 OF_THE_RUN = {"report", "test", "figures", "global_batch", "stage_epochs"}
 
@@ -102,7 +99,7 @@ def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 def _may_change(path: tuple[str, ...]) -> bool:
     section, *parts = path
     if section == "data":
-        return bool(parts) and parts[-1] in LOADING | PLACES
+        return bool(parts) and parts[-1] in LOADING | PLACES | NAMES
     return section == "trainer" or section in OF_THE_RUN or (section == "model" and ".".join(parts) in MODEL)
 
 
