@@ -173,7 +173,8 @@ class CLI(LightningCLI):
         named, options = dict(named_options(self.arguments)), self.config.model.init_args
         for name, usual in LINKED.items():
             wanted, own = options.get(name), getattr(datamodule, name)
-            if (wanted != usual or f"model.{name}" in named) and wanted != own:
+            said = wanted is not None and (wanted != usual or f"model.{name}" in named)
+            if said and wanted != own:
                 shown = f"'[{', '.join(map(str, wanted))}]'" if isinstance(wanted, list) else wanted
                 raise ConfigurationError(
                     f"--model.{name} {shown} comes from the data, which has {own}: give --data.{name} {shown}, or "
