@@ -8,6 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from visionpeft import fit
@@ -59,6 +60,14 @@ def run(folder: Path, images: Path, *more: str, epochs: int = 3, figures: bool =
     assert fit.main([*arguments(images, *more, epochs=epochs, figures=figures), "--output", str(folder)]) == 0
     (made,) = set(folder.glob("*")) - before
     return made
+
+
+def configure(run_directory: Path, method: dict, **options) -> None:
+    """Write another method, and other options of the run, into its configuration, as somebody may by hand."""
+    content = yaml.safe_load((run_directory / "config.yaml").read_text())
+    content["model"]["init_args"]["method"] = method
+    content |= options
+    (run_directory / "config.yaml").write_text(yaml.safe_dump(content))
 
 
 @contextmanager

@@ -5,7 +5,8 @@ import pytest
 from data_layouts import truncate, write_image
 from PIL import Image
 
-from visionpeft.data.images import list_images, open_image
+from visionpeft.data import images
+from visionpeft.data.images import check_image, list_images, open_image
 from visionpeft.errors import DataError
 
 
@@ -97,3 +98,27 @@ def test_listing_ignores_other_and_hidden_files(tmp_path):
         write_image(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
     assert [path.name for path in list_images(tmp_path)] == ["a.JPG", "b.png", "c.jpeg"]
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif", "bmp", "tif"])
+def test_most_damage_is_found_without_decoding(tmp_path, ending, monkeypatch):
+    path = write_image(tmp_path / f"whole.{ending}")
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "open_image", None)  # it is not decoded
+        check_image(path)
+    with pytest.raises(DataError, match=r"gone\.png does not exist"):
+        check_image(tmp_path / "gone.png")
+    (tmp_path / f"text.{ending}").write_text("no image")
+    with pytest.raises(DataError, match=rf"text\.{ending} cannot be read \(not an image"):
+        check_image(tmp_path / f"text.{ending}")
+    if ending in ("png", "jpg"):
+        with pytest.raises(DataError, match="cannot be read"):
+            check_image(truncate(path))
+
+
+def test_what_follows_the_end_of_an_image_is_no_damage(tmp_path):
+    """Cameras and programs write more after it; so much of it that the end is not seen lets the image be decoded."""
+    for ending in ("png", "jpg"):
+        path = write_image(tmp_path / f"more.{ending}")
+        path.write_bytes(path.read_bytes() + 100 * b"more")
+        check_image(path)

@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,30 @@ def test_what_is_looked_at_before_training_changes_nothing():
     cli.model.check_before_training(cli.datamodule)
     assert {name: module.training for name, module in cli.model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("option", ["val_fraction", "test_fraction", "split_seed"])
+def test_shares_of_a_folder_that_is_divided_already_are_refused(images, tmp_path, capsys, option):
+    folder = tmp_path / "divided"
+    for split in ("train", "val", "test"):
+        shutil.copytree(images, folder / split)
+    given = arguments(folder, f"--data.{option}", "0" if option == "split_seed" else "0.1")
+    assert "has folders of splits (train, val, test)" in refused(capsys, *given, output=tmp_path / "runs")
+    CLI(arguments(folder))  # without it
+    CLI(arguments(images, f"--data.{option}", "0"))  # where it acts
+
+
+def test_what_the_data_says_may_be_said_of_the_model_as_well(images):
+    named = ["--model.labels", "classes", "--model.class_names", f"[{', '.join(sorted(COLOURS))}]", "--model.seed", "0"]
+    assert CLI(arguments(images, *named)).model.class_names == sorted(COLOURS)
+
+
+def test_a_file_is_no_folder_of_images(images, tmp_path, capsys):
+    said = refused(capsys, *arguments(images / "red" / "0.png"), output=tmp_path / "runs")
+    assert "0.png is a file; give the folder that holds the images" in said
+
+
+def test_a_class_that_is_named_twice(lists, capsys):
+    named = ["--data.class_names", "[blue, green, red, blue]", "--data.root", "auto"]
+    given = [*("--config", "images_lora.yaml", "--data", "ImageList", "--data.train", "train.csv"), *named]
+    assert "class 'blue' is named twice in class_names" in refused(capsys, *given, output=lists / "runs")

@@ -15,6 +15,7 @@ from visionpeft.runs.config_files import find_config
 from visionpeft.summary import main as summarise
 
 VPT = ["--config", "vtab_vpt.yaml"]
+IMAGES = ["--config", "images_lora.yaml"]
 
 CASES = {
     "configuration": (["--config", "vtab_vtp.yaml"], "no configuration 'vtab_vtp.yaml'; did you mean vtab_vpt.yaml"),
@@ -42,6 +43,32 @@ CASES = {
         ["--config", "fewshot_coop.yaml", "--data.root", "photos/"],
         "--data.root photos/ would not be read: the configuration has the embedded data set 'clipart'; for images of",
     ),
+    "no value": ([*IMAGES, "--data.root"], "option --data.root needs a value after it"),
+    "no value before an option": ([*IMAGES, "--data.root", "--test", "false"], "option --data.root needs a value"),
+    "data without a configuration": (
+        ["--data.root", "photos/"],
+        "--data.root: name a configuration, such as --config images_lora.yaml",
+    ),
+    "option of the trainer": (
+        [*VPT, "--max_epochs", "3"],
+        "option 'max_epochs'; did you mean --trainer.max_epochs?",
+    ),
+    "by another name": ([*VPT, "--epochs", "3"], "no option 'epochs'; did you mean --trainer.max_epochs?"),
+    "option of the data": ([*VPT, "--batch_size", "4"], "did you mean --data.batch_size?"),
+    "option of the model": ([*VPT, "--labels", "several"], "did you mean --model.labels?"),
+    "option of the optimiser": ([*VPT, "--lr", "0.1"], "did you mean --model.optimisation.lr?"),
+    "option of the method": ([*VPT, "--num_tokens", "8"], "did you mean --model.method.num_tokens?"),
+    "list": ([*IMAGES, "--model.method.targets", "q"], "targets takes a list, such as '[q]', not 'q'"),
+    "labels": ([*IMAGES, "--data.labels", "masks"], "labels takes one of classes, several, number, not 'masks'"),
+    "labels of the model": (
+        [*VPT, "--model.labels", "several"],
+        "--model.labels several comes from the data, which has classes: give --data.labels several",
+    ),
+    "classes of the model": (
+        [*VPT, "--model.class_names", "[a, b]"],
+        "--model.class_names '[a, b]' comes from the data, which has [",
+    ),
+    "seed of the model": ([*VPT, "--model.seed", "5"], "--model.seed is that of the run: give --seed_everything 5"),
     "seed": ([*VPT, "--seed_everything", "4294967296"], "must be from 0 to 4294967295"),
     "negative seed": ([*VPT, "--seed_everything=-1"], "must be from 0 to 4294967295"),
     "backbone": (

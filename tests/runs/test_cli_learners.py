@@ -393,7 +393,7 @@ def test_what_is_bound_to_its_classes_takes_no_others(tmp_path, images, capsys):
 def test_resuming_with_another_learner_is_refused(tmp_path, images, capsys):
     made = run_learner(tmp_path, images, epochs=1)
     assert fit.main(["--resume", str(made), "--model.learner.context_length", "4"]) == 2
-    assert "does not belong to this method" in capsys.readouterr().err
+    assert "--model.learner.context_length 4 cannot be changed while" in capsys.readouterr().err
 
 
 def test_predictions_as_a_table(finished, images, tmp_path):

@@ -9,7 +9,7 @@ from contextlib import chdir
 import pytest
 import torch
 from forked import start, wait
-from small_runs import arguments, draw_images, results, run
+from small_runs import arguments, configure, draw_images, results, run
 
 from visionpeft import fit
 from visionpeft.runs.history import EpochHistory, read_history
@@ -102,6 +102,9 @@ def test_moved_run_still_knows_its_best_epoch(tmp_path, images, monkeypatch, mov
 def test_resuming_with_another_method_is_refused(tmp_path, images, capsys):
     made = run(tmp_path, images, epochs=1)
     assert fit.main(["--resume", str(made), "--model.method", "BitFit"]) == 2
+    assert "--model.method BitFit cannot be changed while" in capsys.readouterr().err
+    configure(made, {"class_path": "BitFit"})
+    assert fit.main(["--resume", str(made)]) == 2
     assert "does not belong to this method" in capsys.readouterr().err
 
 
@@ -114,12 +117,23 @@ def test_loss_that_is_not_a_number(tmp_path, images, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(ImageClassification, "forward", diverging)
         assert fit.main([*arguments(images, epochs=4), "--output", str(tmp_path)]) == 2
-    assert "the training loss became nan in epoch 2, step 6" in capsys.readouterr().err
     (made,) = tmp_path.iterdir()
+    said = capsys.readouterr().err
+    assert "the training loss became nan in epoch 3, step 7; lower the learning rate" in said
+    assert f"--resume {made} --model.optimisation.lr ... goes on with another rate" in said
     checkpoint = torch.load(made / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["epoch"] == 1
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
     assert fit.main(["--resume", str(made)]) == 0
+
+
+def test_a_loss_that_is_no_number_in_the_first_epoch_leaves_nothing(tmp_path, images, monkeypatch, capsys):
+    monkeypatch.setattr(ImageClassification, "forward", lambda self, batch: self.run_model(batch) * float("nan"))
+    assert fit.main([*arguments(images, epochs=2), "--output", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "the training loss became nan in epoch 1, step 1; lower the learning rate (--model.optimisation.lr)" in said
+    assert "kept" not in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, images, monkeypatch, capsys):
@@ -134,7 +148,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, images, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(EpochHistory, "on_train_epoch_end", break_weights)
         assert fit.main([*arguments(images, epochs=3), "--output", str(tmp_path)]) == 2
-    assert "is not finite after epoch 1" in capsys.readouterr().err
+    assert "is not finite after epoch 2; lower the learning rate" in capsys.readouterr().err
     (made,) = tmp_path.iterdir()
     assert torch.load(made / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 0
 

@@ -44,7 +44,9 @@ def read_class_folders(
     """
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{files.kind} folder {root} does not exist")
+        is_file = root.is_file()
+        what = f"is a file; give the folder that holds the {files.kind}s" if is_file else "does not exist"
+        raise DataError(f"{files.kind} folder {root} {what}")
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
         raise ConfigurationError(
             f"val_fraction {val_fraction} and test_fraction {test_fraction} must not be negative and sum below 1"

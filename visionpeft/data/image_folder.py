@@ -5,7 +5,7 @@ from pathlib import Path
 from visionpeft.backbones.preprocessing import Resize
 from visionpeft.data.class_folders import read_class_folders
 from visionpeft.data.images import list_images
-from visionpeft.data.labels import Labels
+from visionpeft.data.labels import Written
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import ImageFiles
 from visionpeft.data.transforms import Augmentation
@@ -45,7 +45,7 @@ class ImageFolder(ImageDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
         split_seed: int = 0,
-        labels: Labels = "classes",
+        labels: Written = "classes",
         separator: str = ";",
         resize: Resize = "crop",
         augmentation: Augmentation = "crop_flip",

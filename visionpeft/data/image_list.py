@@ -1,5 +1,6 @@
 """People's own images in lists, and the embedded clip-art set."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import Literal
 from visionpeft.backbones.preprocessing import Resize
 from visionpeft.data.annotations import read_list
 from visionpeft.data.class_index import check_classes, check_numbers, indexed
-from visionpeft.data.labels import Labels, reader
+from visionpeft.data.labels import Labels, Written, reader
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import Files, ImageFiles, ImageSet, Row, check_disjoint, path_inside, without_duplicates
 from visionpeft.data.transforms import Augmentation
@@ -54,7 +55,7 @@ class ImageList(ImageDataModule):
         test: str | Path | None = None,
         root: str | Path | None = "auto",
         class_names: Sequence[str] | None = None,
-        labels: Labels = "classes",
+        labels: Written = "classes",
         separator: str = ";",
         resize: Resize = "crop",
         augmentation: Augmentation = "crop_flip",
@@ -125,6 +126,8 @@ def read_lists(
         check_classes(every, files.kind)
     if labels != "number" and class_names is not None:
         check_numbers(every, class_names)
+    if twice := [name for name, count in Counter(class_names or ()).items() if count > 1]:
+        raise DataError(f"class {twice[0]!r} is named twice in class_names; each label needs a name of its own")
     names, learnt = indexed(every, labels, class_names)
     folder = lists["train"].parent if root == "auto" else root
     if folder is not None and not Path(folder).is_dir():

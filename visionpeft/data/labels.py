@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -11,7 +11,8 @@ from visionpeft.errors import ConfigurationError, DataError, did_you_mean
 
 Labels = Literal["classes", "several", "number", "masks", "objects"]
 # Those that are read from lists and names of folders; masks are images of their own, objects have files of theirs.
-LABELS = ("classes", "several", "number")
+Written = Literal["classes", "several", "number"]
+LABELS = get_args(Written)
 # Below this share of their mean, differences between numbers are lost in float32, which has about seven digits.
 RESOLVED = 1e-4
 LARGEST = float(np.finfo(np.float32).max)

@@ -204,10 +204,12 @@ class ImageDataModule(lightning.LightningDataModule):
         self.images.about["selected_on"] = "test"
 
     def setup(self, stage: str | None = None) -> None:
-        """Check that all files exist, and with `skip_corrupt` that they can be read. Done once.
+        """Check that all files exist and their first and last bytes, or with `skip_corrupt` whether they can be read.
+
+        Done once.
 
         Raises:
-            DataError: a file is missing, or skipping leaves a split or a class without any.
+            DataError: a file is missing or damaged, or skipping leaves a split or a class without any.
             ConfigurationError: skipping leaves less than the one batch that `drop_last` asks for.
         """
         if self._checked:
@@ -219,6 +221,8 @@ class ImageDataModule(lightning.LightningDataModule):
                     readable = self._readable(source)
                     self.skipped[split] = len(source) - len(readable)
                     self.sources[split] = source.subset(readable)
+                else:
+                    source.check_files()
         self.images.check()
         self._check_batches()
         if self.generated_folder is not None:

@@ -10,11 +10,12 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from visionpeft.data.images import open_image
+from visionpeft.data.images import check_image, open_image
 from visionpeft.data.labels import Labels, check_numbers, in_words, parts_of
 from visionpeft.errors import DataError
 
 SECOND = 10**9  # in nanoseconds
+CHECKED = 2000  # files of a split that are looked at before training, which takes a second at most
 
 
 class Source(Protocol):
@@ -72,6 +73,19 @@ class Files:
         """Path of the image or video."""
         return str(self.paths[index])
 
+    def check_files(self) -> None:
+        """Find damaged files without decoding them; of a large split, among `CHECKED` drawn once and for all.
+
+        Raises:
+            DataError: one is damaged.
+        """
+        count = len(self)
+        for index in range(count) if count <= CHECKED else np.random.default_rng(0).permutation(count)[:CHECKED]:
+            self.check_file(index)
+
+    def check_file(self, index: int) -> None:
+        """Raise DataError where a file is found to be damaged; which kinds can be looked at cheaply, they say."""
+
 
 class ImageFiles(Files):
     """Image files with labels."""
@@ -81,6 +95,11 @@ class ImageFiles(Files):
     def image(self, index: int) -> Image.Image:
         """RGB image; raises DataError when the file is missing or damaged."""
         return open_image(self.paths[index])
+
+    def check_file(self, index: int) -> None:
+        """Raise DataError where an image is damaged, as far as its first and last bytes say."""
+        if type(self).image is ImageFiles.image:  # another class may make its images of something else
+            check_image(self.paths[index])
 
     def stamp(self, index: int) -> tuple | None:
         """Which file `image` would read and which writing of it, None where it cannot be known.

@@ -149,18 +149,9 @@ def what_must_agree(trainer: pl.Trainer, task: pl.LightningModule, datamodule: I
     """What must be the same in all processes of a training, by what it is; the first that differs is said."""
     about = {f"the version of {name}": version for name, version in environment()["packages"].items()}
     about["the number of devices"] = f"{trainer.num_nodes} x {trainer.num_devices}"
-    for split, source in datamodule.sources.items():
-        about[f"the number of {split} {task.kind}"] = str(size_of(source))  # None of a stream that does not say
-    about["the classes"] = _digest(datamodule.class_names)
-    for split, source in datamodule.sources.items():
-        if getattr(datamodule, "streams", False):  # what follows the first image is known only when it is read
-            about[f"the first of the {split} {task.kind}"] = _digest(
-                [hashlib.sha256(source.check().content).hexdigest()]
-            )
-            continue
-        about[f"the labels of the {split} {task.kind}"] = _digest(source.labels)
-        if isinstance(source, Files):  # their folders may be others on each machine, but not their names
-            about[f"the names of the {split} {task.kind}"] = _digest([path.name for path in source.paths])
+    about |= about_data(datamodule, task.kind)
+    for split, source in datamodule.sources.items() if getattr(datamodule, "streams", False) else ():
+        about[f"the first of the {split} {task.kind}"] = _digest([hashlib.sha256(source.check().content).hexdigest()])
     options = {
         "what is trained": task.label,
         "the number of trained parameters": sum(parameter.numel() for parameter in task.trained_parameters()),
@@ -172,6 +163,26 @@ def what_must_agree(trainer: pl.Trainer, task: pl.LightningModule, datamodule: I
     if isinstance(trainer.strategy, ShardedBackbone):  # replicas get those of the first process
         options["the weights of the backbone"] = fingerprint(task.model)
     return about | {what: str(value) for what, value in options.items()}
+
+
+def about_data(datamodule: ImageDataModule, kind: str) -> dict[str, str]:
+    """What makes the data what they are, wherever they lie, by what it is; nothing of it needs an image to be read.
+
+    Args:
+        datamodule: the data.
+        kind: what they are called, "images" or "videos".
+    """
+    about = {}
+    for split, source in datamodule.sources.items():
+        about[f"the number of {split} {kind}"] = str(size_of(source))  # None of a stream that does not say
+    about["the classes"] = _digest(datamodule.class_names)
+    if getattr(datamodule, "streams", False):  # what follows the first image is known only when it is read
+        return about
+    for split, source in datamodule.sources.items():
+        about[f"the labels of the {split} {kind}"] = _digest(source.labels)
+        if isinstance(source, Files):  # their folders may be others on each machine, but not their names
+            about[f"the names of the {split} {kind}"] = _digest([path.name for path in source.paths])
+    return about
 
 
 def _digest(values: Sequence) -> str:

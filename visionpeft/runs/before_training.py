@@ -67,6 +67,7 @@ def check_before_training(
         raise ConfigurationError("--trainer.limit_test_batches 0 leaves nothing to test; use --test false")
     if report != "last":
         _check_selection(trainer, report)
+    _check_end(trainer, task)
     _check_callbacks(trainer, task)
     task.objective.check_precision(trainer.get("precision"))
     if processes > 1 and not task.trained_parameters():
@@ -84,6 +85,16 @@ def check_before_training(
                 + "; use fewer devices (--trainer.devices)"
             )
     task.check_before_training(datamodule, processes)
+
+
+def _check_end(trainer: Mapping, task: ImageTask) -> None:
+    """Refuse a training without an end, to which no learning rate could fall."""
+    epochs, steps = (trainer.get(option) for option in ("max_epochs", "max_steps"))
+    if task.trained_parameters() and epochs is not None and epochs < 0 and (steps is None or steps < 0):
+        raise ConfigurationError(
+            f"--trainer.max_epochs {epochs} has no end, and the learning rate falls until then; give the number of "
+            "epochs, or of steps as --trainer.max_steps"
+        )
 
 
 def _check_callbacks(trainer: Mapping, task: ImageTask) -> None:

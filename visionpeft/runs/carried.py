@@ -6,8 +6,11 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import yaml
+
 from visionpeft.errors import StorageError
 from visionpeft.files import write_json
+from visionpeft.runs.config_files import parsed
 
 STEMS = ("learner", "adapter")
 
@@ -48,6 +51,16 @@ def with_carried(content: dict, folder: Path) -> dict:
         return content
     carried = json.loads(names.read_text(encoding="utf-8"))
     return _renamed(content, lambda source: str(folder / carried[source]) if source in carried else source)
+
+
+def as_carried(text: str, folder: Path) -> str:
+    """The reverse of `with_carried`, of a configuration as text: with the names of what was copied into a folder."""
+    names = folder / "names.json"
+    if not names.is_file():
+        return text
+    carried = json.loads(names.read_text(encoding="utf-8"))
+    sources = {str(folder / name): source for source, name in carried.items()}
+    return yaml.safe_dump(_renamed(parsed(text), lambda copy: sources.get(copy, copy)), sort_keys=False)
 
 
 def _renamed(content: dict, rename: Callable[[str], str]) -> dict:

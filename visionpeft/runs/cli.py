@@ -17,12 +17,12 @@ from visionpeft import data, heads, methods
 from visionpeft.clip import learners
 from visionpeft.data import ImageDataModule
 from visionpeft.data.few_shot.definitions import is_embedded
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, DataError, UserError
 from visionpeft.runs.carried import with_carried
 from visionpeft.runs.config_files import config_content
 from visionpeft.runs.explain import explain, missing_package, user_error
 from visionpeft.runs.option_values import as_meant, refuse_nulls
-from visionpeft.runs.options import CONFIG, OPTIONS, PROGRAM, SEED, WHOLE_PAGE
+from visionpeft.runs.options import CONFIG, OPTIONS, PROGRAM, SEED, WHOLE_PAGE, named_options
 from visionpeft.runs.processes import check_devices, share_of_batch
 from visionpeft.runs.sharding import check_sharding
 from visionpeft.runs.trainer import Trainer
@@ -51,6 +51,12 @@ CLASSES = [
         if isinstance(value, type)
     ),
 ]
+
+# Options of the model that are taken from the data, with what they are where nobody gives them.
+LINKED = {"labels": "classes", "class_names": None, "tasks": None}
+
+# Options of the data that say where they are.
+PLACES = {"root", "train", "val", "test", "generated_views", "folder", "image_folder", "split_file", "store", "sbd"}
 
 register_type(torch.device)  # a device of a callback, which is to be read again from the configuration of the run
 
@@ -137,7 +143,7 @@ class CLI(LightningCLI):
 
     def parse_arguments(self, parser: Parser, args) -> None:
         """Parse this CLI's arguments; `--resume RUN` starts from the configuration of that run."""
-        self.config = parser.parse_args(as_meant(_with_resumed_config(self.arguments)))
+        self.config = self.parsed(_with_resumed_config(self.arguments))
         for part in ("model", "data"):
             refuse_nulls(self.config[part])
         if not 0 <= self.config.seed_everything < 2**32:
@@ -145,6 +151,10 @@ class CLI(LightningCLI):
                 f"--seed_everything {self.config.seed_everything} must be from 0 to {2**32 - 1}, as NumPy takes seeds"
             )
         self._check_root()
+
+    def parsed(self, arguments: list[str]) -> Namespace:
+        """What a command line says of all options."""
+        return self.parser.parse_args(as_meant(arguments))
 
     def _check_root(self) -> None:
         """Refuse a root for images that are in the package, unless these were asked for by name."""
@@ -157,6 +167,33 @@ class CLI(LightningCLI):
                 f"--data.root {options.root} would not be read: the configuration has the embedded data set "
                 f"'{options.dataset}'; for images of your own, {options.root}/<class>/*.jpg, add --data.dataset folder"
             )
+
+    def _check_linked(self, datamodule: ImageDataModule) -> None:
+        """Refuse options of the model that come from elsewhere, if they say something else."""
+        named, options = dict(named_options(self.arguments)), self.config.model.init_args
+        for name, usual in LINKED.items():
+            wanted, own = options.get(name), getattr(datamodule, name)
+            said = wanted is not None and (wanted != usual or f"model.{name}" in named)
+            if said and wanted != own:
+                shown = f"'[{', '.join(map(str, wanted))}]'" if isinstance(wanted, list) else wanted
+                raise ConfigurationError(
+                    f"--model.{name} {shown} comes from the data, which has {own}: give --data.{name} {shown}, or "
+                    "leave it out"
+                )
+        if named.get("model.seed", str(self.config.seed_everything)) != str(self.config.seed_everything):
+            raise ConfigurationError(f"--model.seed is that of the run: give --seed_everything {named['model.seed']}")
+
+    def _check_fractions(self, datamodule: ImageDataModule) -> None:
+        """Refuse shares for a division at random where the splits are folders."""
+        named, options = dict(named_options(self.arguments)), self.config.data.init_args
+        about = datamodule.images.about
+        for name in ("val_fraction", "test_fraction", "split_seed"):
+            if f"data.{name}" in named and str(about.get("split")).endswith("folders"):
+                raise ConfigurationError(
+                    f"--data.{name} {options.get(name)} would not be used: {options.get('root')} has folders of splits "
+                    f"({', '.join(datamodule.sources)}), which are taken as they are; leave it out, or add a folder "
+                    "for what is missing"
+                )
 
     def before_instantiate_classes(self) -> None:
         """Refuse a missing accelerator before anything is built."""
@@ -171,12 +208,14 @@ class CLI(LightningCLI):
         """Build data and task; the trainer is built by `build_trainer`."""
         try:
             self.config_init = self.parser.instantiate_classes(self.config)
+            self._check_linked(self.config_init.data)
+            self._check_fractions(self.config_init.data)
             self.config_init.model.connect(self.config_init.data)
         except Exception as error:
             meant = user_error(error) or missing_package(error)
             if meant is None:
                 raise
-            raise meant from None
+            raise self._placed(meant) from None
         self.datamodule: ImageDataModule = self.config_init.data
         self.model: ImageTask = self.config_init.model
         # wrong options are refused before a run exists
@@ -185,6 +224,27 @@ class CLI(LightningCLI):
         check_sharding(self.trainer, self.model)
         if self.config.global_batch is not None:
             self.datamodule.batch_size = share_of_batch(self.config.global_batch, self.trainer)
+
+    def _placed(self, error: UserError) -> UserError:
+        """An error of the data, with what to do where a run names them by a path that is not here."""
+        runs = [Path(value).parent for name, value in named_options(self.arguments) if name == "config" and value]
+        runs += [Path(self.config.resume)] if self.config.resume is not None else []
+        run = next((each for each in runs if (each / "environment.json").is_file()), None)
+        named, options = dict(named_options(self.arguments)), vars(self.config.data.init_args)
+        gone = [
+            (name, value)
+            for name, value in options.items()
+            if name in PLACES and f"data.{name}" not in named and isinstance(value, str) and value in str(error)
+        ]
+        if run is None or not isinstance(error, DataError) or not gone:
+            return error
+        name, value = gone[0]
+        if Path(value).is_absolute() or Path(value).exists():
+            return error
+        return DataError(
+            f"{error}; in {run} it is a path from the folder in which that was begun: go there, or say where it is now "
+            f"with --data.{name}"
+        )
 
     def build_trainer(self, callbacks: list[pl.Callback], *, of_stage: bool = False, **own) -> pl.Trainer:
         """Lightning's Trainer with the options given under `trainer`, and ours.

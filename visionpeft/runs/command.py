@@ -144,6 +144,7 @@ def silence() -> None:
         r".*in eval mode at the start of training.*",  # they are frozen
         r".*SWA is currently only supported every epoch.*",  # its rate takes the place of that of every step
         r".*the hooks will not be called on every batch.*",  # they are about steps
+        r".*Glyph .* missing from .*font.*",  # names of classes in letters that matplotlib's font does not have
         r".*No positive samples found in target.*",  # labels that do not occur, which results count
     ):
         warnings.filterwarnings("ignore", message=message)

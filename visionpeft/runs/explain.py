@@ -31,6 +31,7 @@ _FACTORY = re.compile(
 )
 _REQUIREMENT = re.compile(r"Problem with given class_path '([\w.]+)':\s*Requirement '([^']+)' not met", re.DOTALL)
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_LISTS = ("list", "tuple")
 
 
 def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> str:
@@ -57,7 +58,10 @@ def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> st
     if match := _innermost(_MISSING, message):
         return _missing_options(match, message)
     if match := _innermost(_VALUE, message):
-        return f"option {match[1]} takes {_type_in_words(match[2])}" + (f", not {match[3]!r}" if match[3] else "")
+        takes = _type_in_words(match[2])
+        if takes in _LISTS:
+            takes = f"a list, such as '[{match[3] or 'a, b'}]'"
+        return f"option {match[1]} takes {takes}" + (f", not {match[3]!r}" if match[3] else "")
     starts = [match.start() for match in re.finditer("Parser key", message)]
     if match := next(filter(None, (_UNION.match(message, start) for start in reversed(starts))), None):
         return f"option {match[1]} takes {_type_in_words(match[2])}, not {match[3]!r}"

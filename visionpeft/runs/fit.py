@@ -14,12 +14,14 @@ from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_call
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import is_started
 from visionpeft.runs.config_files import parsed
+from visionpeft.runs.ending import how_to_go_on, nothing_half_written
 from visionpeft.runs.environment import environment
 from visionpeft.runs.figures import draw_curves
 from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.runs.processes import agreed_run, lost_peers, start, started_by_others
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import batches, record_of, setting, tested
+from visionpeft.runs.resuming import check_resumed, data_record, note_changes
 from visionpeft.runs.sharding import EqualBatches, ShardedBackbone
 from visionpeft.runs.stages import check_stages, train, train_stages
 from visionpeft.runs.tables import print_results, print_setting
@@ -33,7 +35,7 @@ def fit(arguments: list[str]) -> None:
     """Train, test and report, as the command line says."""
     peers = Peers.started()
     try:
-        cli = _checked(arguments)
+        cli, data = _checked(arguments)
     except (UserError, MisconfigurationException) as error:
         if peers is not None:
             peers.compare({}, failure=str(error))
@@ -42,32 +44,35 @@ def fit(arguments: list[str]) -> None:
     peers = peers or Peers.of(trainer)
     if peers is not None:
         peers.compare(what_must_agree(trainer, cli.model, cli.datamodule))
-    run = agreed_run(peers, lambda: _run_directory(cli))
+    run = agreed_run(peers, lambda: _run_directory(cli, data))
     if is_started() or not trainer.is_global_zero:  # the lock is held by the process that began
-        with lost_peers(run):
+        with lost_peers(run), how_to_go_on(run):
             _train_and_test(cli, run, has_validation)
         return
-    with claim(run.lock) as mine:
+    with nothing_half_written(run, new=cli.config.resume is None), claim(run.lock) as mine:
         if not mine:
             raise ConfigurationError(f"another process is training in {run.path}; wait for it, or stop it first")
+        if cli.config.resume is not None:
+            note_changes(cli, run)
         if trainer.world_size > 1 and not started_by_others(trainer):
             start(arguments if cli.config.resume is not None else ["--resume", str(run.path)], trainer, run)
         else:
-            with lost_peers(run):
+            with lost_peers(run), how_to_go_on(run):
                 _train_and_test(cli, run, has_validation)
 
 
-def _checked(arguments: list[str]) -> CLI:
-    """The command line, and what it builds, which can be trained as far as can be known."""
+def _checked(arguments: list[str]) -> tuple[CLI, dict]:
+    """The command line and what it builds, which can be trained as far as can be known; and the record of its data."""
     cli = CLI(arguments)
     datamodule, report = cli.datamodule, cli.config.report
+    data = data_record(datamodule, cli.model.kind)
     if report == "best_test":
         datamodule.select_on_test()
     datamodule.setup()  # a missing file is refused before there is a run directory
     options = (cli.config_init.trainer, report, cli.config.test, cli.trainer.world_size)
     check_before_training(cli.model, datamodule, *options)
     check_stages(cli)
-    return cli
+    return cli, data
 
 
 def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
@@ -124,12 +129,15 @@ def _draw(run: RunDirectory, task: ImageTask, record: Record | None) -> None:
         record.draw(run.path, task.class_names)
 
 
-def _run_directory(cli: CLI) -> RunDirectory:
-    """The directory of the resumed run, or a new one with the configuration in it."""
+def _run_directory(cli: CLI, data: dict) -> RunDirectory:
+    """The directory of the resumed run, or a new one with the configuration and the record of the data in it."""
     if cli.config.resume is not None:
-        return RunDirectory.existing(cli.config.resume)
+        run = RunDirectory.existing(cli.config.resume)
+        check_resumed(cli, run, data)
+        return run
     run = RunDirectory.create(Path(cli.config.output), f"{cli.datamodule.description()['task']}-{cli.model.label}")
     write_json(run.path / "environment.json", environment())
+    write_json(run.data, data)
     if draw := getattr(cli.datamodule, "draw", None):  # which images of a few-shot set were drawn
         draw.write(run.path / "draw.json")
     text = cli.config_text()

@@ -56,6 +56,7 @@ CONFIG = Option("config", str, None, "a path, or the name of a shipped configura
 OF_PARSERS = ("help", "print_config", "print_shtab")  # jsonargparse has them in every parser
 PROGRAM = "python -m visionpeft.fit"
 WHOLE_PAGE = ["--help", "all"]
+OTHER_WORDS = {"epochs": "max_epochs", "steps": "max_steps", "learning_rate": "lr"}  # of other command lines
 SECTIONS = ("model", "data", "trainer")
 TASKS = (
     *("ImageClassification", "ObjectDetection", "OpenVocabularySegmentation", "PromptLearning"),
@@ -73,11 +74,12 @@ def answer_at_once(arguments: list[str]) -> bool:
         Whether the command has been answered.
 
     Raises:
-        ConfigurationError: an option does not exist.
+        ConfigurationError: an option does not exist, or has no value.
     """
     if arguments in (["--help"], ["-h"]):
         print(help_page())
         return True
+    _refuse_without_value(arguments)
     if not any(argument.startswith("--resume") for argument in arguments):  # its configuration comes from that run
         _refuse_unknown(arguments)
     return False
@@ -135,8 +137,21 @@ def unknown_option(
     return f"{owner} has no option {option!r}{near}"
 
 
+def _refuse_without_value(arguments: list[str]) -> None:
+    """Refuse an option of a section at whose place of a value there is nothing, or the next option.
+
+    The parser would name the section alone.
+    """
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
+        section, *path = argument.removeprefix("--").split(".")
+        if not argument.startswith("--") or section not in SECTIONS or not path or "=" in argument:
+            continue
+        if path[-1] != "help" and (following is None or following.startswith("--")):
+            raise ConfigurationError(f"option {argument} needs a value after it: {argument} ...")
+
+
 def _refuse_unknown(arguments: list[str]) -> None:
-    given = list(_given(arguments))
+    given = list(named_options(arguments))
     configs = [config_content(value) for name, value in given if name in ("c", "config") and value is not None]
     own = {CONFIG.name, SEED.name, *(option.name for option in OPTIONS), *OF_PARSERS}
     for name, _ in given:
@@ -148,10 +163,25 @@ def _refuse_unknown(arguments: list[str]) -> None:
         elif section in SECTIONS:
             _refuse_of_class(section, path, given, configs)
         elif section not in own | {"c", "h"}:
-            raise ConfigurationError(f"there is no option {name!r}{did_you_mean(section, own | set(SECTIONS))}")
+            meant = _meant(section, given, configs)
+            near = f"; did you mean {meant}?" if meant else did_you_mean(section, own | set(SECTIONS))
+            raise ConfigurationError(f"there is no option {name!r}{near}")
 
 
-def _given(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
+def _meant(word: str, given: list[tuple[str, str | None]], configs: list) -> str | None:
+    """The options of trainer, data and model, and of what these are made of, whose last word is this one."""
+    word = OTHER_WORDS.get(word, word)
+    found = [f"--trainer.{word}"] if word in (trainer_parameters() or ()) else []
+    for section in ("data", "model"):
+        for owner in _named([section], given, configs)[-1:]:
+            own = {name: cls for name, cls in (parameters(owner) or {}).items() if cls != "ImageSet"}  # no option
+            inner = {name: _named([section, name], given, configs)[-1:] or [own[name]] for name in own}
+            nested = [f"--{section}.{name}.{word}" for name, (cls,) in inner.items() if word in (parameters(cls) or ())]
+            found += [f"--{section}.{word}"] if word in own else nested
+    return " or ".join(found) or None
+
+
+def named_options(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
     """Names of the options on the command line, without dashes and `init_args`, and their values."""
     for argument, following in itertools.zip_longest(arguments, arguments[1:]):
         if argument.startswith("-") and argument.lstrip("-")[:1].isalpha():
@@ -163,6 +193,11 @@ def _given(arguments: list[str]) -> Iterator[tuple[str, str | None]]:
 def _refuse_of_class(section: str, path: list[str], given: list[tuple[str, str | None]], configs: list) -> None:
     """Follow an option through the classes which configurations and command line name for each of its parts."""
     reached = [section]
+    if path and path[0] not in ("class_path", "help") and not configs and not _named(reached, given, configs):
+        raise ConfigurationError(
+            f"--{'.'.join([section, *path])}: name a configuration, such as --config images_lora.yaml for images of "
+            f"your own; the {section} comes from it"
+        )
     owners = {name: parameters(name) for name in _named(reached, given, configs)}
     for part in path:
         if not owners or None in owners.values() or part in ("class_path", "help"):

@@ -64,6 +64,11 @@ class RunDirectory:
         return self.path / "config.yaml"
 
     @property
+    def data(self) -> Path:
+        """By what the data are known again when the run is resumed."""
+        return self.path / "data.json"
+
+    @property
     def lock(self) -> Path:
         """Locked by the process that trains."""
         return self.path / ".lock"
@@ -87,6 +92,12 @@ class RunDirectory:
     def best_checkpoint(self) -> Path:
         """The state after the epoch with the best validation accuracy, if there is a validation split."""
         return self.checkpoints / "best.ckpt"
+
+    @property
+    def holds_training(self) -> bool:
+        """Whether something of its training is kept: an epoch of it or of a stage, or what it has learnt."""
+        learnt = self.adapter.is_dir() or self.learner.is_dir()
+        return learnt or next(self.path.rglob("*.ckpt"), None) is not None
 
     @property
     def adapter(self) -> Path:

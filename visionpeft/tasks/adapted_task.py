@@ -1,6 +1,6 @@
 """What the tasks share that train adapters and a head on a frozen backbone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -375,14 +375,19 @@ class AdaptedTask(ImageTask):
             )
         names = description.get("class_names")
         if names is not None and names != self.class_names:
-            part = f"{len(names)}, not {len(self.class_names)}"
-            if len(names) == len(self.class_names):
-                pairs = enumerate(zip(names, self.class_names, strict=True))
-                part = next(f"class {index} is {own!r}, not {other!r}" for index, (own, other) in pairs if own != other)
             raise ConfigurationError(
-                f"the adapter in {folder} tells other classes apart than the data has ({part}); its head knows them by "
-                "their order, so test on data with the same names"
+                f"the adapter in {folder} tells other classes apart than the data has "
+                f"({first_difference(names, self.class_names)}); its head knows them by their order, so test on data "
+                "with the same names"
             )
         detach(self.model)
         self.adapter_name = load(self.model, folder)
         self.objective.load_description(learnt)
+
+
+def first_difference(names: Sequence[str], others: Sequence[str]) -> str:
+    """Where class names differ from others, in words: in their number, or in the first name that is another one."""
+    if len(names) != len(others):
+        return f"{len(names)}, not {len(others)}"
+    pairs = enumerate(zip(names, others, strict=True))
+    return next(f"class {index} is {own!r}, not {other!r}" for index, (own, other) in pairs if own != other)

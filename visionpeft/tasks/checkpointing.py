@@ -6,6 +6,8 @@ import torch
 
 from visionpeft.errors import StorageError, UserError
 
+LOWER = "lower the learning rate (--model.optimisation.lr)"
+
 
 class DivergedError(UserError, ArithmeticError):
     """Training produced a loss or a parameter that is not a finite number."""
@@ -21,10 +23,7 @@ def keep_trained(checkpoint: dict, keys: Set[str]) -> None:
         trained = {key: value for key, value in holder[name].items() if key in keys}
         for key, value in trained.items():
             if not torch.isfinite(value).all():
-                raise DivergedError(
-                    f"{_short(key)} is not finite after epoch {checkpoint['epoch']}; the last good checkpoint is kept. "
-                    "Lower the learning rate (--model.optimisation.lr)"
-                )
+                raise DivergedError(f"{_short(key)} is not finite after epoch {checkpoint['epoch'] + 1}; {LOWER}")
         holder[name] = trained
 
 

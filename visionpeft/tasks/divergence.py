@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from visionpeft.tasks.checkpointing import DivergedError
+from visionpeft.tasks.checkpointing import LOWER, DivergedError
 
 
 class Divergence:
@@ -30,7 +30,4 @@ class Divergence:
         if self._first is None or (step := int(self._first[0])) < 0:
             return
         loss, self._first = self._first[1].item(), None
-        raise DivergedError(
-            f"the training loss became {loss} in epoch {epoch}, step {step}; the last good checkpoint is kept. Lower "
-            "the learning rate (--model.optimisation.lr)"
-        )
+        raise DivergedError(f"the training loss became {loss} in epoch {epoch + 1}, step {step + 1}; {LOWER}")

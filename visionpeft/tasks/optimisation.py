@@ -173,6 +173,15 @@ def build_schedule(optimizer: torch.optim.Optimizer, optimisation: Optimisation,
     return LambdaLR(optimizer, [lambda step, factor=factor: factor(steps.epoch_of(step)) for factor in by_group])
 
 
+def set_peak_rates(schedule: LambdaLR, rates: list[float]) -> None:
+    """Let a schedule that a checkpoint has put back go on with other peak rates, one for each group."""
+    if not isinstance(schedule, LambdaLR) or schedule.base_lrs == rates:
+        return
+    schedule.base_lrs = list(rates)
+    for group, rate, factor in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * factor(schedule.last_epoch)
+
+
 def warmup_cosine(warmup_steps: int, total_steps: int, min_ratio: float = 0.0) -> Callable[[int], float]:
     """The factor on the learning rate at a step.
 

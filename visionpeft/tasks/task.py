@@ -23,7 +23,14 @@ from visionpeft.tasks.divergence import Divergence
 from visionpeft.tasks.metrics import MeanLoss
 from visionpeft.tasks.objective import Objective
 from visionpeft.tasks.objectives import OneClass
-from visionpeft.tasks.optimisation import Optimisation, build_optimizer, build_schedule, output_side, parameter_groups
+from visionpeft.tasks.optimisation import (
+    Optimisation,
+    build_optimizer,
+    build_schedule,
+    output_side,
+    parameter_groups,
+    set_peak_rates,
+)
 from visionpeft.tasks.steps import Steps, planned_steps
 
 LEARNT_BY = {"masks": "SemanticSegmentation", "objects": "ObjectDetection"}  # labels that one task alone takes
@@ -63,6 +70,7 @@ class ImageTask(pl.LightningModule):
         self.seed = seed
         self.steps: Steps | None = None  # of the training for which the optimiser was made
         self._configured: tuple = ()
+        self._peak_rates: list[float] = []  # of the optimiser's groups
         self._trains = False
         self.train_metrics, self.val_metrics, self.test_metrics = (
             MetricCollection(
@@ -297,6 +305,7 @@ class ImageTask(pl.LightningModule):
         )
         optimizer = build_optimizer(groups, self.optimisation)
         schedule = build_schedule(optimizer, self.optimisation, self.steps)
+        self._peak_rates = list(schedule.base_lrs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _samples_per_step(self) -> int:
@@ -327,8 +336,10 @@ class ImageTask(pl.LightningModule):
         stop_as_before(self.trainer)
 
     def on_train_start(self) -> None:
-        """Note that there is something to train."""
+        """Note that there is something to train, and take the learning rates given in the place of a checkpoint's."""
         self._trains = True
+        for config in self.trainer.lr_scheduler_configs:
+            set_peak_rates(config.scheduler, self._peak_rates)
 
     def on_fit_end(self) -> None:
         """Leave what a training leaves, also if the one that was resumed had finished."""

@@ -470,7 +470,7 @@ def test_prograd_as_published_counts_words():
     assert (without - expected).abs().max() > 1e-3
     with pytest.raises(ConfigurationError, match="must stand at the end, not at position 'middle'"):
         ProGrad(clip_model(), tokenizer(), NAMES, template=template, layout="published", position="middle")
-    with pytest.raises(ConfigurationError, match="layout must be .tokens. or .published."):
+    with pytest.raises(ConfigurationError, match=r"layout must be .tokens. or .published."):
         ProGrad(clip_model(), tokenizer(), NAMES, layout="words")
 
 

@@ -47,6 +47,12 @@ def test_boxes_and_polygons(tmp_path):
     assert not data.with_masks
 
 
+@pytest.mark.parametrize("number", [1, 3, "two"])
+def test_another_number_of_classes_than_names_is_refused(tmp_path, number):
+    with pytest.raises(vp.DataError, match=rf"says nc: {number}, but names 2 classes \(dog, cat\)"):
+        YoloFolder(written(tmp_path, BOX, nc=number))
+
+
 def test_masks_are_those_of_polygons(tmp_path):
     data = YoloFolder(written(tmp_path, "4 0.2 0.3 0.5 0.3 0.5 0.8 0.2 0.8\n" + TRIANGLE), masks=True)
     objects = data.sources["train"].objects(0)

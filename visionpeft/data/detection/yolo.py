@@ -47,6 +47,11 @@ class YoloFolder(DetectionDataModule):
         path = _yaml_of(Path(root))
         content = _read(path)
         names, numbers = _names(content.get("names"), path)
+        if str(content.get("nc", len(names))) != str(len(names)):
+            raise DataError(
+                f"{path} says nc: {content['nc']}, but names {len(names)} classes ({', '.join(names)}); correct one of "
+                "the two"
+            )
         sources, notes = {}, []
         for split in ("train", "val", "test"):
             if content.get(split):

@@ -58,7 +58,8 @@ class MaskFolder(SegmentationDataModule):
     ):
         root = Path(root)
         if not root.is_dir():
-            raise DataError(f"folder {root} of images and masks does not exist")
+            what = "is a file; give the folder that holds both" if root.is_file() else "does not exist"
+            raise DataError(f"folder {root} of images and masks {what}")
         names = class_list(classes)
         reader = MaskReader(names, ignore, values, colours)
         pairs, notes, division = _splits(root, images, masks, suffix, (val_fraction, test_fraction, split_seed))

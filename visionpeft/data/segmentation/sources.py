@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
+from visionpeft.data.images import EXTENSIONS, check_image
 from visionpeft.data.records import ImageFiles, ImageSet, Source
 from visionpeft.data.segmentation.masks import MaskReader, size_of_image
 from visionpeft.errors import DataError
@@ -40,13 +42,26 @@ class MaskFiles(ImageFiles):
             DataError: the mask cannot be read, or has another size than its image.
         """
         classes = self.reader.read(self.masks[index])
-        width, height = size_of_image(self.paths[index])
-        if classes.shape != (height, width):
-            raise DataError(
-                f"mask {self.masks[index]} has {classes.shape[1]} x {classes.shape[0]} pixels, but its image "
-                f"{self.paths[index]} has {width} x {height}; masks must have the size of their images"
-            )
+        self._check_size(index, classes.shape[::-1])
         return classes
+
+    def check_file(self, index: int) -> None:
+        """Raise DataError where an image is damaged or its mask, or that has another size."""
+        super().check_file(index)
+        if self.masks[index].suffix.lower() not in EXTENSIONS:  # such as SBD's, files of MATLAB
+            return
+        check_image(self.masks[index])
+        with Image.open(self.masks[index]) as mask:
+            self._check_size(index, mask.size)
+
+    def _check_size(self, index: int, size: tuple[int, int]) -> None:
+        width, height = size_of_image(self.paths[index])
+        if size != (width, height):
+            raise DataError(
+                f"mask {self.masks[index]} has {size[0]} x {size[1]} pixels, but its image {self.paths[index]} has "
+                f"{width} x {height}; masks must have the size of their images: correct it, or set skip_corrupt to "
+                "leave it out"
+            )
 
     def subset(self, indices: np.ndarray) -> "MaskFiles":
         """The images at `indices`."""

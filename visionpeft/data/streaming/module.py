@@ -4,7 +4,7 @@ from pathlib import Path, PurePosixPath
 
 from visionpeft.backbones.preprocessing import Resize
 from visionpeft.data.dataset import ImageDataset, TrainLoader
-from visionpeft.data.labels import Labels, reader
+from visionpeft.data.labels import Written, reader
 from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import ImageSet
 from visionpeft.data.streaming.loader import StreamLoader, StreamTrainLoader
@@ -87,7 +87,7 @@ class StreamedImages(ImageDataModule):
         class_names: list[str] | str | None = None,
         image_key: str | None = None,
         label_key: str | None = None,
-        labels: Labels = "classes",
+        labels: Written = "classes",
         separator: str = ";",
         shuffle_buffer: int = 1000,
         resize: Resize = "crop",
