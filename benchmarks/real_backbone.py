@@ -186,11 +186,13 @@ def draw(rows: list[dict], cost: dict[str, Costs]) -> None:
 
 def draw_against(axes: Axes, scores: dict[str, list[float]], costs: dict[str, float], label: str) -> None:
     """A point with its deviation and its name for each method."""
-    for method, found in scores.items():
-        if found:
-            mean = statistics.mean(found)
-            axes.errorbar(costs[method], mean, statistics.pstdev(found), fmt="o", color="C1", ecolor="0.6", capsize=3)
-            axes.annotate(method, (costs[method], mean), (5, 4), textcoords="offset points", size=8)
+    drawn = sorted(filter(scores.get, scores), key=costs.get)
+    for index, method in enumerate(drawn):
+        mean, deviation = statistics.mean(scores[method]), statistics.pstdev(scores[method])
+        axes.errorbar(costs[method], mean, deviation, fmt="o", color="C1", ecolor="0.6", capsize=3)
+        side = 1 if index in (0, len(drawn) - 1) else -1  # between others, the left has more room
+        align = "left" if side > 0 else "right"
+        axes.annotate(method, (costs[method], mean), (5 * side, 4), textcoords="offset points", size=8, ha=align)
     axes.set_xlabel(label)
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)

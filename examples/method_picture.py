@@ -1,4 +1,4 @@
-"""Draws the README's picture: accuracy of every method against trained parameters and against memory.
+"""Draws a picture of docs/results.md: accuracy of every method against trained parameters and against memory.
 
     python examples/method_picture.py
     python examples/method_picture.py --table runs/vtab1k/table.csv --output mine.png
