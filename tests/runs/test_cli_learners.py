@@ -67,8 +67,16 @@ def predictions(run: Path, images: Path, folder: Path, *more: str) -> list[dict]
 def test_run_directory_is_complete(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
-        *("config.yaml", "environment.json", "metrics.csv", "tensorboard", "checkpoints", "learner", "results.json"),
-        *(".lock", "draw.json", "curves.png", "confusion_matrix.png", "reliability.png", "wrong_predictions.png"),
+        *("config.yaml", "data.json", "environment.json", "metrics.csv", "tensorboard", "checkpoints", "learner"),
+        *(
+            "results.json",
+            ".lock",
+            "draw.json",
+            "curves.png",
+            "confusion_matrix.png",
+            "reliability.png",
+            "wrong_predictions.png",
+        ),
     }
     drawn = json.loads((finished / "draw.json").read_text())
     assert (drawn["shots"], drawn["seed"], len(drawn["train"])) == (4, 1, 12)
@@ -346,7 +354,7 @@ def test_a_missing_image_is_refused_before_a_run_is_begun(tmp_path, capsys):
 def test_a_training_without_end_is_refused(tmp_path, images, capsys):
     arguments = learner_arguments(images, "--data.augmentation", "none", epochs=-1)
     assert fit.main([*arguments, "--output", str(tmp_path)]) == 2
-    assert "set trainer.max_epochs" in capsys.readouterr().err
+    assert "--trainer.max_epochs -1 has no end" in capsys.readouterr().err
 
 
 def test_names_in_a_file_with_a_byte_order_mark(finished, images, tmp_path):

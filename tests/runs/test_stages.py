@@ -180,7 +180,7 @@ def test_a_method_chooses_by_data_before_its_first_stage_and_after_it(tmp_path, 
 def goes_the_same_way(made, folder, command):
     """A run that is killed after an epoch of its first stage, and resumed, gives the adapter of a whole one."""
     command = [*command, "--output", str(folder / "parts")]
-    assert wait(start(fit_and_be_killed, command, 4.5, folder / "note"), 60) == -signal.SIGKILL
+    assert wait(start(fit_and_be_killed, command, 5.5, folder / "note"), 60) == -signal.SIGKILL
     (part,) = (folder / "parts").iterdir()
     assert (folder / "note").read_text() == str(part / "stages/1/checkpoints/last.ckpt")
     assert fit.main(["--resume", str(part)]) == 0

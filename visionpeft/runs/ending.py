@@ -21,7 +21,8 @@ FOLDERS = ("carried", "tensorboard", "checkpoints", "stages")
 def nothing_half_written(run: RunDirectory, new: bool) -> Iterator[None]:
     """Remove what was written of a run that ends by an error of the user's before an epoch of it is finished.
 
-    Of several processes this one cannot know how far they came, and their run stays.
+    A training that diverged stays, to be looked at. So does that of several processes, of which this one cannot know how
+    far they came.
 
     Args:
         run: its directory.
@@ -30,7 +31,7 @@ def nothing_half_written(run: RunDirectory, new: bool) -> Iterator[None]:
     try:
         yield
     except (UserError, MisconfigurationException) as error:
-        if new and not run.holds_training and not isinstance(error, PeerLost | TrainingEnded):
+        if new and not run.holds_training and not isinstance(error, PeerLost | TrainingEnded | DivergedError):
             for name in FILES:
                 (run.path / name).unlink(missing_ok=True)
             for name in FOLDERS:
