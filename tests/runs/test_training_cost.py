@@ -27,7 +27,7 @@ def test_the_peak_of_a_later_training_is_its_own(tmp_path):
 
 
 def touch(mebibytes):
-    """Write to memory that is mapped anew and given back: an allocator might have some that the process holds anyway."""
+    """Write to memory that is mapped anew and given back: an allocator may have some that the process holds anyway."""
     with mmap.mmap(-1, mebibytes * MIB) as area:
         for page in range(0, len(area), mmap.PAGESIZE):
             area[page] = 1

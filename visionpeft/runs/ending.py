@@ -21,8 +21,7 @@ FOLDERS = ("carried", "tensorboard", "checkpoints", "stages")
 def nothing_half_written(run: RunDirectory, new: bool) -> Iterator[None]:
     """Remove what was written of a run that ends by an error of the user's before an epoch of it is finished.
 
-    A training that diverged stays, to be looked at. So does that of several processes, of which this one cannot know how
-    far they came.
+    A training that diverged stays, to be looked at. So does that of several processes: how far they came is not known.
 
     Args:
         run: its directory.
