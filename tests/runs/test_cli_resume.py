@@ -127,13 +127,16 @@ def test_loss_that_is_not_a_number(tmp_path, images, monkeypatch, capsys):
     assert fit.main(["--resume", str(made)]) == 0
 
 
-def test_a_loss_that_is_no_number_in_the_first_epoch_leaves_nothing(tmp_path, images, monkeypatch, capsys):
+def test_a_loss_that_is_no_number_in_the_first_epoch(tmp_path, images, monkeypatch, capsys):
+    """The run stays, so that it can be looked at, and no checkpoint is said to be in it."""
     monkeypatch.setattr(ImageClassification, "forward", lambda self, batch: self.run_model(batch) * float("nan"))
     assert fit.main([*arguments(images, epochs=2), "--output", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "the training loss became nan in epoch 1, step 1; lower the learning rate (--model.optimisation.lr)" in said
     assert "kept" not in said
-    assert not list(tmp_path.iterdir())
+    (made,) = tmp_path.iterdir()
+    assert (made / "config.yaml").is_file()
+    assert not list(made.rglob("*.ckpt"))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, images, monkeypatch, capsys):
