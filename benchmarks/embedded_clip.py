@@ -69,11 +69,8 @@ class Table:
     options: tuple[str, ...] = ()
 
 
-NEW_NAMES = [
-    "zero_shot",
-    *TEXTS,
-    *(name for name in TOWERS if name != "tuned_clip"),
-]  # which has no configuration there
+# Those that take new class names, for which tuned_clip has no configurations.
+NEW_NAMES = ["zero_shot", *TEXTS, *(name for name in TOWERS if name != "tuned_clip")]
 TABLES = {
     "few_shot": Table(
         partial(few_shot, datasets=[*SETS], shots=[16]), "few_shot", "fewshot_", [*FEATURES, *TEXTS, *TOWERS]

@@ -429,7 +429,7 @@ class Learner(nn.Module):
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """The tensors that are saved, by name."""
-        return dict(self.own_parameters())
+        return self.own_parameters()
 
     @torch.no_grad()
     def load_trained_state(self, tensors: Mapping[str, torch.Tensor], what: str) -> None:

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch.nn as nn
 
 from visionpeft.adapters.described_tensors import write_described
-from visionpeft.adapters.storage import backbone_record, check_backbone, package_versions
+from visionpeft.adapters.storage import backbone_record, package_versions
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip import learners as learner_classes
 from visionpeft.clip.building import left_as_it_was
-from visionpeft.clip.description import FORMAT, STEM, check_adapters, read_saved
+from visionpeft.clip.description import FORMAT, STEM, check_same_clip, read_saved
 from visionpeft.clip.learner import Learner
-from visionpeft.clip.model import acting_adapters, check_clip
 from visionpeft.errors import StorageError, nearest
 from visionpeft.extensions import classes_by_name
 
@@ -72,9 +71,8 @@ def load_learner(
         ConfigurationError: what was learnt belongs to its own classes, or the new names cannot be used.
     """
     description, tensors = read_saved(folder)
-    check_clip(clip)
     what = f"the learner in {folder}"
-    check_backbone(clip, description["backbone"], backbone_record(clip, check_fingerprint), what)
+    check_same_clip(clip, description, what, check_fingerprint)
     entry = description["learner"]
     own = [getattr(learner_classes, name) for name in learner_classes.__all__ if name != "Learner"]
     classes = classes_by_name(Learner, own)
@@ -83,7 +81,6 @@ def load_learner(
             f"{what} is of a class {entry['class']!r} this version does not have; near names are "
             f"{nearest(entry['class'], classes)}; a learner of your own must be imported first"
         )
-    check_adapters(description["adapters"], acting_adapters(clip), what)
     cls = classes[entry["class"]]
     duplicates = description["allow_duplicates"]
     with left_as_it_was(clip):

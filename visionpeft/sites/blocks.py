@@ -197,6 +197,10 @@ def widened(mask: torch.Tensor | None, extra: int, at: int, causal: bool) -> tor
     return torch.cat((mask[..., :at, :], rows, mask[..., at:, :]), dim=-2)
 
 
+# What says in a tower of timm or OpenCLIP which tokens are pooled, and how.
+POOLING = ("global_pool", "pool_type", "attn_pool", "output_tokens")
+
+
 class ClassTokenOnly:
     """Says of the last block of a tower that after its attention only the class token is followed.
 
@@ -210,18 +214,14 @@ class ClassTokenOnly:
         around = [m for m in tower.modules() if m is not tower and any(inner is block for inner in m.modules())]
         self.seeing = [*block.modules(), *norms, *around]
         self.tower = tower
-        self.pooling = _pooling(tower)
+        self.pooling = {name: getattr(tower, name) for name in POOLING if hasattr(tower, name)}
 
     def others_are_read(self) -> bool:
         """Whether all tokens have to be there: a hook sees those of the block, or the tower was told to pool others,
         as by timm's `reset_classifier(classes, "avg")`.
         """
-        return _pooling(self.tower) != self.pooling or any(map(frozen_layers.is_hooked, self.seeing))
-
-
-def _pooling(tower: nn.Module) -> tuple:
-    """What says in a tower of timm or OpenCLIP which tokens are pooled, and how."""
-    return tuple(getattr(tower, name, None) for name in ("global_pool", "pool_type", "attn_pool", "output_tokens"))
+        exchanged = any(getattr(self.tower, name) != before for name, before in self.pooling.items())
+        return exchanged or any(map(frozen_layers.is_hooked, self.seeing))
 
 
 class Untouched(Sites):

@@ -7,11 +7,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.adapters.storage import backbone_record, check_backbone
-from visionpeft.clip.description import check_adapters, read_saved
+from visionpeft.clip.description import check_same_clip, read_saved
 from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.learners.maple import MaPLe
-from visionpeft.clip.model import acting_adapters, check_clip
 from visionpeft.clip.source_statistics import Moments, moments_of, read_moments, watched_blocks
 from visionpeft.clip.text import unit
 from visionpeft.clip.views import (
@@ -229,10 +227,7 @@ def _read_maple(folder: str | Path, clip: nn.Module, given: dict) -> tuple[dict,
     entry = description["learner"]
     if entry["class"] != "MaPLe":
         raise StorageError(f"PromptAlign can start from a MaPLe learner, and in {folder} is a {entry['class']}")
-    check_clip(clip)
-    what = f"the learner in {folder}"
-    check_backbone(clip, description["backbone"], backbone_record(clip), what)
-    check_adapters(description["adapters"], acting_adapters(clip), what)
+    check_same_clip(clip, description, f"the learner in {folder}")
     options = {name: entry["options"].get(name, value) for name, value in given.items()}
     blocks = {name.split(".visual.")[1].split(".")[0] for name in tensors if ".visual." in name}
     return options | {"depth": len(blocks)}, tensors

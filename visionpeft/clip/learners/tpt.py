@@ -6,13 +6,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from visionpeft.adapters.storage import backbone_record, check_backbone
-from visionpeft.clip.description import check_adapters, read_saved
+from visionpeft.clip.description import check_same_clip, read_saved
 from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.coop import CoOp, Position, context_prompts, initial_context
-from visionpeft.clip.model import acting_adapters, check_clip
 from visionpeft.clip.text import unit
 from visionpeft.clip.views import check_views, confident, features_of_views, marginal_entropy
 from visionpeft.errors import ConfigurationError, StorageError
@@ -210,8 +208,5 @@ def read_context(folder: str | Path, clip: nn.Module) -> tuple[torch.Tensor, Pos
     description, tensors = read_saved(folder)
     if description["learner"]["class"] != "CoOp" or "vectors" not in tensors:
         raise StorageError(f"TPT can start from a CoOp learner, and in {folder} is a {description['learner']['class']}")
-    check_clip(clip)
-    what = f"the learner in {folder}"
-    check_backbone(clip, description["backbone"], backbone_record(clip), what)
-    check_adapters(description["adapters"], acting_adapters(clip), what)
+    check_same_clip(clip, description, f"the learner in {folder}")
     return tensors["vectors"], description["learner"]["options"].get("position", "end")
