@@ -4,12 +4,9 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import nn
 
 from visionpeft.adapters.described_tensors import read_described
-from visionpeft.adapters.storage import backbone_record, check_backbone
 from visionpeft.clip.class_loss import ClassLoss
-from visionpeft.clip.model import acting_adapters, check_clip
 from visionpeft.errors import StorageError
 
 FORMAT = 1
@@ -33,30 +30,6 @@ def read_saved(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
         StorageError: the folder holds no intact learner.
     """
     return read_described(folder, STEM, _check_description)
-
-
-def check_same_clip(clip: nn.Module, description: dict, what: str, check_fingerprint: bool = True) -> None:
-    """Refuse another CLIP than that on which a learner was trained, or one on which other adapters act.
-
-    Args:
-        clip: the CLIP model.
-        description: what `read_saved` says of the learner.
-        what: where it comes from, for an error.
-        check_fingerprint: compare the weights, too.
-
-    Raises:
-        UnsupportedError: the model is no CLIP.
-        StorageError: it is another one, or has other adapters.
-    """
-    check_clip(clip)
-    check_backbone(clip, description["backbone"], backbone_record(clip, check_fingerprint), what)
-    saved, acting = description["adapters"], acting_adapters(clip)
-    if list(saved) != list(acting):
-        raise StorageError(
-            f"{what} was trained on a CLIP with {', '.join(saved) or 'no'} adapters acting, and this one has "
-            f"{', '.join(acting) or 'none'}; take off the others (visionpeft.detach), and load and activate the same "
-            "ones first (visionpeft.load, visionpeft.activate)"
-        )
 
 
 def _check_description(description: object, path: Path) -> None:

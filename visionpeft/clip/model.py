@@ -9,8 +9,9 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
 from visionpeft.adapters.attach import has_adapters
+from visionpeft.adapters.storage import backbone_record, check_backbone
 from visionpeft.backbones.whole_model import describe
-from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 
 
 def check_clip(clip: nn.Module) -> None:
@@ -44,6 +45,30 @@ def check_acting(clip: nn.Module, built_with: Sequence[str], learner: str) -> No
         raise ConfigurationError(
             f"on the CLIP of this {learner} now act {_listed(now)}, and it was built with {_listed(built_with)}; "
             "switch them with visionpeft.activate or visionpeft.disable, or give each learner a CLIP of its own"
+        )
+
+
+def check_same_clip(clip: nn.Module, description: dict, what: str, check_fingerprint: bool = True) -> None:
+    """Refuse another CLIP than that on which a learner was trained, or one on which other adapters act.
+
+    Args:
+        clip: the CLIP model.
+        description: what `read_saved` says of the learner.
+        what: where it comes from, for an error.
+        check_fingerprint: compare the weights, too.
+
+    Raises:
+        UnsupportedError: the model is no CLIP.
+        StorageError: it is another one, or has other adapters.
+    """
+    check_clip(clip)
+    check_backbone(clip, description["backbone"], backbone_record(clip, check_fingerprint), what)
+    saved, acting = description["adapters"], acting_adapters(clip)
+    if list(saved) != list(acting):
+        raise StorageError(
+            f"{what} was trained on a CLIP with {', '.join(saved) or 'no'} adapters acting, and this one has "
+            f"{', '.join(acting) or 'none'}; take off the others (visionpeft.detach), and load and activate the same "
+            "ones first (visionpeft.load, visionpeft.activate)"
         )
 
 

@@ -12,8 +12,9 @@ from visionpeft.adapters.storage import backbone_record, package_versions
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip import learners as learner_classes
 from visionpeft.clip.building import left_as_it_was
-from visionpeft.clip.description import FORMAT, STEM, check_same_clip, read_saved
+from visionpeft.clip.description import FORMAT, STEM, read_saved
 from visionpeft.clip.learner import Learner
+from visionpeft.clip.model import check_same_clip
 from visionpeft.errors import StorageError, nearest
 from visionpeft.extensions import classes_by_name
 

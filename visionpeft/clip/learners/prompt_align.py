@@ -7,9 +7,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.clip.description import check_same_clip, read_saved
+from visionpeft.clip.description import read_saved
 from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.learners.maple import MaPLe
+from visionpeft.clip.model import check_same_clip
 from visionpeft.clip.source_statistics import Moments, moments_of, read_moments, watched_blocks
 from visionpeft.clip.text import unit
 from visionpeft.clip.views import (

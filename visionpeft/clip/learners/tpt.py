@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from visionpeft.clip.description import check_same_clip, read_saved
+from visionpeft.clip.description import read_saved
 from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.layout import Tokens
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.coop import CoOp, Position, context_prompts, initial_context
+from visionpeft.clip.model import check_same_clip
 from visionpeft.clip.text import unit
 from visionpeft.clip.views import check_views, confident, features_of_views, marginal_entropy
 from visionpeft.errors import ConfigurationError, StorageError
