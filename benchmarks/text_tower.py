@@ -239,6 +239,18 @@ def tpt_image(clip, tokenizer, names, views: Tensor, rounds: int) -> Case:
     return Case(f"TPT's whole image, {len(views)} views, {len(names)} classes", straightforward, ours, rounds)
 
 
+def tpt_bfloat16(clip, tokenizer, names, views: Tensor, rounds: int) -> Case:
+    """TPT's whole image, ours in float32 (on the straightforward side) and ours under autocast in bfloat16."""
+    learner = vp.TPT(clip, tokenizer, names, allow_duplicates=True)
+
+    def ours() -> Tensor:
+        with torch.autocast(views.device.type, torch.bfloat16):
+            return learner(views[None])
+
+    name = f"TPT's whole image, {len(views)} views, {len(names)} classes, ours in float32 and in bfloat16"
+    return Case(name, lambda: learner(views[None]), ours, rounds)
+
+
 def tpt_loss(logits: Tensor) -> Tensor:
     """Entropy of the mean prediction of the most certain tenth of the views (views, classes)."""
     entropy = -(logits.log_softmax(1) * logits.softmax(1)).sum(1)
@@ -290,6 +302,7 @@ def make_cases(args, clip, tokenizer) -> dict[str, Callable[[], Case]]:
         "tcp": lambda: tcp(clip, tokenizer, hundred, *few),
         "tpt": lambda: tpt(clip, tokenizer, hundred, features, rounds=99),
         "tpt_image": lambda: tpt_image(clip, tokenizer, hundred, images.repeat(2, 1, 1, 1), rounds=2),
+        "tpt_bfloat16": lambda: tpt_bfloat16(clip, tokenizer, hundred, images.repeat(2, 1, 1, 1), rounds=2),
         "tpt1000": lambda: tpt(clip, tokenizer, thousand, features, rounds=0),
         "epoch": lambda: coop_epoch(clip, tokenizer, hundred, images, labels[:32], rounds=2),
     }
@@ -353,9 +366,8 @@ def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="an OpenCLIP model; its weights are random")
-    parser.add_argument(
-        "--cases", nargs="+", default=None, help="some of: coop cocoop cocoop4 maple tcp tpt tpt_image tpt1000 epoch"
-    )
+    known = "some of: coop cocoop cocoop4 maple tcp tpt tpt_image tpt_bfloat16 tpt1000 epoch"
+    parser.add_argument("--cases", nargs="+", default=None, help=known)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

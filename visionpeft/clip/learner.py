@@ -21,6 +21,7 @@ from visionpeft.clip.packing import OwnTokens
 from visionpeft.clip.template_ensemble import ensemble, template_layouts
 from visionpeft.clip.templates import check_templates
 from visionpeft.clip.text import TextEncoder, unit
+from visionpeft.clip.token_order import attending_in_order
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.base import Method
 
@@ -255,7 +256,9 @@ class Learner(nn.Module):
         """
         self.check_images(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_images):
-            return self.run_image_tower(images.to(image_dtype(self.clip)))
+            images = images.to(image_dtype(self.clip))
+            with attending_in_order(self.clip.visual, images):
+                return self.run_image_tower(images)
 
     def run_image_tower(self, images: torch.Tensor) -> torch.Tensor:
         """What the image tower gives of images that have been checked, not normalised."""
