@@ -3,6 +3,8 @@
 Its architectures are walked in `test_walk.py`.
 """
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -73,3 +75,42 @@ def test_patches_of_another_size():
         vp.merge(model)
         assert torch.allclose(found, model(batch), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, base, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "method", [vp.LoRA(rank=2, targets=("patch_embed",)), vp.FishMask(0.05, samples=2)], ids=["factors", "entries"]
+)
+def test_a_changed_patch_embedding_is_trained(method):
+    """timm adds the positions to its output in place, which autograd allows for no view that a function of ours gives;
+    the gradients are those of timm's own model with the change written into its weights.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model("naflexvit_base_patch16_gap", **SMALL).double().train()
+    plain = copy.deepcopy(model)
+    images, labels = torch.randn(2, 3, 16, 12, dtype=torch.float64), torch.tensor([0, 2])
+    vp.attach(model, method, head=False)
+    if model.peft["default"].pending:
+        vp.allocate(model, [(images, labels)])
+    with torch.no_grad():
+        for parameter in model.peft.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    module = next(p.module for _, p in model.peft["default"].placements if p.site == "patch_embed")
+    projection = plain.embeds.proj
+    own = {"weight": projection.weight.detach(), "bias": projection.bias.detach()}
+    changed = dict(zip(own, module.merge(*own.values()), strict=True))
+    for _, p in model.peft["default"].placements:  # what acts elsewhere, as values
+        if p.module is not module:
+            layer = vp.describe(plain).towers["visual"].layer(p.block, p.site)
+            with torch.no_grad():
+                weight, bias = p.module.merge(layer.weight_tensor, layer.bias_tensor)
+                layer.weight_tensor.copy_(weight)
+                if bias is not None:
+                    layer.bias_tensor.copy_(bias)
+    named = {f"embeds.proj.{name}": tensor for name, tensor in changed.items()}
+    written = torch.func.functional_call(plain, named, (images,))
+    parameters = [*module.parameters()]
+    expected = torch.autograd.grad(written.square().sum(), parameters)
+    gradients = torch.autograd.grad(model(images).square().sum(), parameters)
+    for gradient, own in zip(gradients, expected, strict=True):
+        assert own.any()
+        assert torch.allclose(gradient, own, rtol=1e-8, atol=1e-12)
