@@ -231,8 +231,8 @@ class _FrozenLinear(torch.autograd.Function):
         # y0 = x (W + D)^T + b, for all rows at once.
         down, up, values = _sorted(changes, len(rows))
         y = F.linear(cast(x), cast(_with_entries(weight, places, values)), cast(bias))
-        # Of more than two dimensions it is a view of a matrix, and autograd lets nobody overwrite a view that a function
-        # of ours gives: NaFlexVit adds its positions in place.
+        # Of more than two dimensions it is a view of a matrix, and autograd lets nobody overwrite a view that comes out
+        # of a function of ours: NaFlexVit adds its positions in place.
         y = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
         kept = ()
         if rows:
