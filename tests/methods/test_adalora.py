@@ -292,6 +292,20 @@ def test_the_last_choice_is_final_and_earlier_ones_are_not():
     assert sum(sum(row) for row in kept[5].values()) < 4 * LAYERS
 
 
+@pytest.mark.parametrize(
+    ("total", "start", "end"),
+    [(2, 0.5, 0.6), (5, 0.1, 0.14), (4, 0.0, 0.05), (1, 0.0, 0.3), (5, 0.2, 1.0)],
+    ids=["in one step", "in the first step", "before the first step", "one step", "to the end"],
+)
+def test_a_short_training_ends_at_the_final_rank(total, start, end):
+    """However few steps lie between start and end: rounded, they may be the same step, or before the first."""
+    method = vp.AdaLoRA(rank=1, initial_rank=3, targets=("q", "v"), start=start, end=end, interval=2)
+    model = attached(method)
+    loop(model, method, total, total)
+    assert number_of_values(model) == 6
+    assert method.budget(total, total, 6) == 6
+
+
 def test_without_after_step_nothing_is_pruned():
     """What the other tests find is the work of `after_step`."""
     model = attached()

@@ -29,8 +29,8 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
     """Merge the active adapters: the model becomes a plain timm or OpenCLIP model that computes the same.
 
     Its classes and `state_dict` keys are the library's own, so that the library saves and loads it without us. The
-    original weights are kept aside for `unmerge` and `detach`. What is merged is what the adapters compute in evaluation
-    mode, whatever mode the model is in: nothing that only training draws (`DyLoRA`'s rank of the step) is part of it.
+    original weights are kept aside for `unmerge` and `detach`. Merged is what the adapters compute in evaluation mode,
+    whatever mode the model is in: nothing that only training draws (`DyLoRA`'s rank of the step) is part of it.
 
     Args:
         model: a model with adapters; with `keep=False` also one whose adapters are merged already.
