@@ -153,6 +153,8 @@ class BlockSites:
             wider tokens of them.
         fills_up: whether its windows may be filled up with zeros, which are keys and values as pixels are.
         layout: what the flow through the block needs to know of where its tokens lie, if not their own shape says it.
+        beside: whether attention and MLP are beside each other and what they give is scaled and added to the stream
+            together, so that at stream_mid it still is what has entered.
     """
 
     module: nn.Module
@@ -171,6 +173,7 @@ class BlockSites:
     entering_width: int | None = None
     fills_up: bool = False
     layout: object = None
+    beside: bool = False
 
     @property
     def swapped(self) -> dict[nn.Module, type[nn.Module]]:
