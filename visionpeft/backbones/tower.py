@@ -258,6 +258,8 @@ class Tower:
             have it, too.
         frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
         pools_class_token: whether after the last block only the first token is read.
+        class_token: whether the first token is a class token, by default where there are tokens before the patches;
+            register tokens may be there without one.
         stages: how many blocks each stage has, of a tower whose width or grid changes between stages.
         layers_only: why its blocks have no sites but those of layers, None if they are sited.
         unreached: names in `module` of parameters that the forward does not compute with.
@@ -279,12 +281,15 @@ class Tower:
     grid_size: tuple[int, int] | None = None
     frames: Frames | None = None
     pools_class_token: bool = False
+    class_token: bool | None = None
     stages: tuple[int, ...] = ()
     layers_only: str | None = None
     unreached: frozenset[str] = frozenset()
     queried_blocks: int = 0
 
     def __post_init__(self):
+        if self.class_token is None:
+            self.class_token = self.num_prefix_tokens > 0
         for block in self.blocks:
             block.width = block.width or self.common_width
             block.grid = block.grid or self.grid_size

@@ -113,12 +113,12 @@ def travelling(
     yield Placement(tower.name, blocks[-1], "stream_out", RemovePrompts(num_tokens, at, spanning=True))
 
 
-def summary(x: torch.Tensor, prefix: int, first: int) -> torch.Tensor:
+def summary(x: torch.Tensor, class_token: bool, first: int) -> torch.Tensor:
     """What stands for an image (batch, width) among its tokens x: the class token, or without one the mean patch.
 
     Args:
         x: tokens (batch, tokens, width).
-        prefix: number of class and register tokens.
+        class_token: whether the first of them is the class token; register tokens alone stand for nothing.
         first: index of the first patch.
     """
-    return x[:, 0] if prefix else x[:, first:].mean(dim=1)
+    return x[:, 0] if class_token else x[:, first:].mean(dim=1)
