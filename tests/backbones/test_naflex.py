@@ -8,8 +8,10 @@ import copy
 import pytest
 import timm
 import torch
+from reference.hosts import lively
 
 import visionpeft as vp
+from visionpeft.sites.blocks import padding
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "num_classes": 3}
 METHODS = {
@@ -55,6 +57,102 @@ def test_a_batch_of_several_sizes(methods, key_only):
         assert not torch.allclose(model(batch)[0], together[0], rtol=1e-6)
         vp.disable(model)
         assert not torch.allclose(model(patches_of([(2, 3), (3, 3)], 12)), together, rtol=1e-2)
+
+
+def lively_model(**options):
+    """With registers, and every tensor away from where it starts, so that what is handed on by prompts is seen."""
+    torch.manual_seed(0)
+    model = timm.create_model("naflexvit_base_patch16_gap", **(SMALL | {"reg_tokens": 1} | options))
+    return lively(model).double().eval()
+
+
+def stirred(model):
+    with torch.no_grad():
+        for parameter in model.peft.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("key_only", [False, True], ids=["pairs", "keys alone"])
+@pytest.mark.parametrize(
+    "method",
+    [vp.VPT(2, deep=False), vp.GatedVPT(2, gate=0.5), vp.PrefixPropagation(2), vp.PTuning(2, hidden=3), vp.XPrompt(2)],
+    ids=lambda method: type(method).__name__,
+)
+def test_prompts_that_travel_see_no_padding(method, key_only):
+    """A mask of pairs closes padding to patches; prompts that saw it would hand it on to the patches of the next block.
+
+    Models as they are made hide it: their attention starts near zero.
+    """
+    model = stirred(vp.attach(lively_model(use_key_only_attn_mask=key_only), method, head=False))
+    batch = patches_of([(2, 3), (3, 3)], 12)
+    with torch.no_grad():
+        together = model(batch)
+        for index, number in enumerate((6, 9)):
+            alone = model({name: value[index : index + 1, :number] for name, value in batch.items()})
+            assert torch.allclose(together[index], alone[0], rtol=1e-9, atol=1e-12)
+
+
+def test_padding_is_what_no_token_sees():
+    """Of masks of both kinds; a causal mask has none, as every token sees itself."""
+    valid = torch.tensor([[True, True, False], [True, True, True]])
+    pairs = (valid[:, None] & valid[:, :, None])[:, None]
+    assert padding(pairs)[:, 0, 0].equal(~valid)
+    for closed in (float("-inf"), torch.finfo(torch.float32).min, torch.finfo(torch.float16).min):
+        assert padding(torch.zeros(pairs.shape).masked_fill(~pairs, closed))[:, 0, 0].equal(~valid)
+    assert not padding(torch.full((3, 3), float("-inf")).triu(1)).any()
+    assert not padding(torch.full((3, 3), -100.0)).any()  # a bias, however low, is none
+
+
+READERS = [
+    vp.SMoP(experts=2, num_tokens=2),
+    vp.IDPG(num_tokens=2, terms=4),
+    vp.LPT(num_tokens=2, bottleneck=3),
+    vp.LPT(num_tokens=2, bottleneck=3, reads="patches"),
+    vp.APT(num_tokens=2),
+    vp.UniPELT(rank=1, num_tokens=2, bottleneck=2),
+    vp.LST(ratio=2),
+    vp.VQT(1),
+    vp.CoDA(bottleneck=2),
+]
+
+
+@pytest.mark.parametrize("method", READERS, ids=lambda method: f"{type(method).__name__}{getattr(method, 'reads', '')}")
+def test_what_reads_all_patches_is_refused_with_padding(method):
+    """Its means, its own attention or its choice would count what is no part of the image."""
+    head = isinstance(method, vp.VQT)
+    model = stirred(vp.attach(lively_model(class_token=False), method, head=head))
+    with torch.no_grad():
+        with pytest.raises(vp.UnsupportedError, match="show it images of one size together"):
+            model(patches_of([(2, 3), (3, 3)], 9))
+        assert model(torch.randn(2, 3, 12, 8, dtype=torch.float64)).isfinite().all()
+        if isinstance(method, vp.CoDA):  # has fewer tokens than any mask
+            return
+        batch = patches_of([(2, 3), (3, 2)], 6)
+        together = model(batch)
+        for index in range(2):
+            alone = model({name: value[index : index + 1] for name, value in batch.items()})
+            assert torch.allclose(together[index], alone[0], rtol=1e-9, atol=1e-12)
+
+
+def test_padding_is_refused_in_a_routed_batch():
+    model = lively_model(class_token=False)
+    for name in ("one", "other"):
+        vp.attach(model, vp.SMoP(experts=2, num_tokens=2), name, head=False)
+    with vp.route(model, ["one", "other"]), torch.no_grad():
+        assert model(patches_of([(2, 3), (3, 2)], 6)).isfinite().all()
+        with pytest.raises(vp.UnsupportedError, match="reads all patches"):
+            model(patches_of([(2, 3), (3, 3)], 9))
+
+
+def test_the_class_token_may_be_read_with_padding():
+    """Negative control: with a class token LPT and APT read no patches, and a row is what it is alone."""
+    batch = patches_of([(2, 3), (3, 3)], 12)
+    for method in (vp.LPT(num_tokens=2, bottleneck=3), vp.APT(num_tokens=2)):
+        model = stirred(vp.attach(lively_model(class_token=True, global_pool="token"), method, head=False))
+        with torch.no_grad():
+            alone = model({name: value[:1, :6] for name, value in batch.items()})
+            assert torch.allclose(model(batch)[0], alone[0], rtol=1e-9, atol=1e-12)
 
 
 def test_patches_of_another_size():

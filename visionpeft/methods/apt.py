@@ -39,6 +39,7 @@ class AdaptivePrefix(nn.Module):
         super().__init__()
         self.num_tokens = num_tokens
         self.class_token = class_token
+        self.reads_all_patches = not class_token
         self.keys = nn.Parameter(torch.randn(num_tokens, width) * START)
         self.values = nn.Parameter(torch.randn(num_tokens, width) * START)
         self.gate = nn.Linear(read, num_tokens)

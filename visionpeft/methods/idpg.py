@@ -62,6 +62,7 @@ class GeneratedPrompts(nn.Module):
         super().__init__()
         self.c = nn.Parameter(torch.zeros(generator.num_tokens, width))
         self.class_token = class_token
+        self.reads_all_patches = not class_token
         self._generator = (generator,)  # in a tuple, because the adapter owns it once for all blocks
 
     def forward(self, x: torch.Tensor, first: int) -> torch.Tensor:

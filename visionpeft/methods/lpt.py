@@ -30,6 +30,7 @@ class LateGenerator(nn.Module):
         self.num_tokens = num_tokens
         self.reads = reads
         self.class_token = class_token
+        self.reads_all_patches = reads == "patches" or not class_token
         self.down = nn.Linear(width, bottleneck)
         self.up = nn.Linear(bottleneck, width * num_tokens if reads == "class" else width)
         self.dropout = nn.Dropout(dropout)

@@ -50,6 +50,11 @@ class FromSource(EnteringTokens):
         super().__init__(num_tokens, at, spanning=True)
         self.source = source
 
+    @property
+    def reads_all_patches(self) -> bool:
+        """Whether the source does."""
+        return getattr(self.source, "reads_all_patches", False)
+
     def prompts_for(self, x: torch.Tensor) -> torch.Tensor:
         """The tokens (1 or batch, num_tokens, width) for a batch x (batch, tokens, width), in its precision."""
         return self.source(x, self.at).to(x.dtype)
@@ -66,6 +71,11 @@ class Propagation(nn.Module):
         self.keep = keep
         self.add = add
         self._prompts = (prompts,)  # in a tuple, because it has its own place in the adapter
+
+    @property
+    def reads_all_patches(self) -> bool:
+        """Whether the source does."""
+        return getattr(self.source, "reads_all_patches", False)
 
     @property
     def located_at(self) -> FromSource:
