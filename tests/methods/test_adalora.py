@@ -1,5 +1,6 @@
 """AdaLoRA's budget, importance and penalty by formula, in a plain loop, under Lightning, and resumed."""
 
+import copy
 import json
 import math
 import types
@@ -356,6 +357,38 @@ def test_saved_as_lora_of_the_ranks_that_are_left(tmp_path):
     assert found == expected
     description = json.loads((tmp_path / "adapter.json").read_text())
     assert description["methods"][0]["class"] == "LoRA"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        vp.AdaLoRA(rank=1, initial_rank=3, targets=("reduction", "fc2")),
+        vp.SoRA(rank=3, threshold=0.5, targets=("reduction", "fc2")),
+    ],
+    ids=["AdaLoRA", "SoRA"],
+)
+def test_ranks_between_stages_are_saved(method, tmp_path):
+    """A layer before a stage has the number of the stage in its name, which is no index of a block."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 1), "num_heads": (1, 2, 4)}
+    made = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **options)
+    model = vp.attach(copy.deepcopy(made), method, head=False)
+    optimiser = torch.optim.Adam(vp.trainable_parameters(model), lr=0.02)
+    for step in range(1, 4):
+        optimiser.zero_grad()
+        (model(torch.randn(2, 3, 32, 32)).square().mean() + vp.penalty(model)).backward()
+        optimiser.step()
+        vp.after_step(model, step, 3)
+    vp.save(model, tmp_path)
+    vp.load(made, tmp_path)
+    (saved,) = made.peft["default"].methods
+    assert any(rank < 3 for rank in saved.overrides.values())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found, expected = made.eval()(images), model.eval()(images)
+        assert distance(found, expected) < 1e-5
+        vp.disable(model)
+        assert distance(model(images), expected) > 1e-4
 
 
 @pytest.mark.parametrize("steps", [0, 3])

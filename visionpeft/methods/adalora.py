@@ -265,5 +265,6 @@ def lora_of_ranks(method: Method, layers: Mapping[str, OfRanks]) -> tuple[LoRA, 
 
 def _rank_key(path: str, layer: OfRanks) -> str:
     """How the rank of a layer is named among LoRA's overrides."""
-    _, *block, _ = path.split(".")
-    return "/".join([*block, layer.target])
+    # Outside the blocks there is no index but that of a stage, as in "downsample.1/reduction", and a key has none.
+    _, second, *_ = path.split(".")
+    return f"{second}/{layer.target}" if second.isdigit() else layer.target
