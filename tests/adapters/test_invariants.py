@@ -634,6 +634,16 @@ def test_merged_models_may_change_their_precision():
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["then evaluated", "then trained"])
+def test_unmerged_adapters_are_in_the_mode_of_the_model(trains):
+    """Merged, they do not follow the model from training to evaluation or back: their dropout would go on, or rest."""
+    model = vp.attach(HOSTS[0].build(), vp.LoRA(rank=2, dropout=0.5)).train(not trains)
+    vp.merge(model)
+    model.train(trains)
+    vp.unmerge(model)
+    assert all(module.training is trains for module in model.modules())
+
+
 def test_detached_heads_are_in_the_mode_of_the_model():
     model = vp.attach(HOSTS[0].build().train(), vp.LoRA(2))
     vp.detach(model.eval())

@@ -365,3 +365,58 @@ def test_the_image_tower_of_a_clip():
         for parameter in clip.peft.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
         assert not torch.allclose(clip.encode_image(images().float()), base)
+
+
+def labelled():
+    return [(images(4), torch.tensor([0, 1, 2, 3]))]
+
+
+@pytest.mark.parametrize("structure", ["lora", "adapter"])
+def test_spt_changes_matrices_and_leaves_kernels_of_single_channels_to_their_entries(form, structure):
+    model = vp.attach(made(form), vp.SPT(budget=4000, rank=2, structure=structure, matrix_share=0.02), head=False)
+    vp.allocate(model, labelled())
+    (method,) = model.peft["default"].methods
+    sites = {name.split(".")[2] for name in method.structured}
+    assert sites == {"fc1", "fc2"}
+    assert any(".conv_dw." in name for name in method.entries)
+    trained = model.peft["default"].num_parameters()
+    assert trained <= 4000
+    moved(model)
+    found = model(images())
+    if structure == "lora":
+        vp.merge(model)
+        plain = made(form)
+        plain.load_state_dict(model.state_dict())
+        assert close(found, plain(images()))
+        return
+    assert found.isfinite().all()
+    own = model.peft["default"].spt.visual["0"]["fc2_adapter"]
+    y = torch.randn(2, 4, 5, 8, dtype=torch.float64)  # channels last, as tokens are
+    hidden = F.gelu(F.linear(y, own.down.weight, own.down.bias))
+    expected = y + F.linear(hidden, own.up.weight, own.up.bias)
+    if form == "v1":
+        assert close(own(None, y, None, None), expected)
+    else:
+        assert close(own(None, y.permute(0, 3, 1, 2), None, None), expected.permute(0, 3, 1, 2))
+
+
+def test_far_trains_neurons_of_layers_of_any_kind(form):
+    model = vp.attach(made(form), vp.FAR(share=0.2), head=False)
+    plain = made(form)
+    for stage in vp.stages(model, labelled()):
+        if stage == 1:
+            moved(model)
+            continue
+        assert close(model(images()), plain(images()))
+        moved(model)
+        found = model(images())
+        assert not torch.allclose(found, plain(images()), rtol=1e-3)
+        vp.merge(model)
+        plain.load_state_dict(model.state_dict())
+        assert close(found, plain(images()))
+        before = made(form).stages[0].blocks[0].mlp
+        rows = (plain.stages[0].blocks[0].mlp.fc1.weight != before.fc1.weight).flatten(1).any(1)
+        columns = (plain.stages[0].blocks[0].mlp.fc2.weight != before.fc2.weight).any(0).flatten()
+        assert rows.equal(columns)
+        assert rows.sum() == round(0.2 * len(rows))
+        vp.unmerge(model)

@@ -262,6 +262,24 @@ def test_adapters_at_each_branch(name, method):
     assert not close(model(images()), output_with(name, forward))
 
 
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_no_branch_is_scaled_by_itself(name, placement):
+    """What attention adds is not in the stream at stream_mid: an adapter of it would read zeros, and learn a bias."""
+    method = vp.Adapter(placement=placement, after_scaling=True)
+    with pytest.raises(vp.UnsupportedError, match="added together; use after_scaling=False"):
+        vp.attach(made(name), method)
+    vp.attach(made("several"), method)  # negative control: there they are one after the other
+
+
+@pytest.mark.parametrize("name", ["several", "one_output"])
+def test_neurons_of_one_mlp_are_refused_where_there_is_none(name):
+    """With several MLPs in a block, or a last layer that is the attention's, too; it ended in a KeyError."""
+    with pytest.raises(vp.UnsupportedError, match="have no layer 'fc2'"):
+        vp.attach(made(name), vp.FAR())
+    vp.attach(made("beside"), vp.FAR())  # negative control
+
+
 @pytest.mark.parametrize("name", BESIDE)
 def test_what_joins_the_stream_between_is_not_read_by_the_mlp(name):
     """timm's own block, and beside it both bypasses of the norm that attention and MLP read."""

@@ -1,5 +1,6 @@
 """AdaLoRA's budget, importance and penalty by formula, in a plain loop, under Lightning, and resumed."""
 
+import copy
 import json
 import math
 import types
@@ -292,6 +293,20 @@ def test_the_last_choice_is_final_and_earlier_ones_are_not():
     assert sum(sum(row) for row in kept[5].values()) < 4 * LAYERS
 
 
+@pytest.mark.parametrize(
+    ("total", "start", "end"),
+    [(2, 0.5, 0.6), (5, 0.1, 0.14), (4, 0.0, 0.05), (1, 0.0, 0.3), (5, 0.2, 1.0)],
+    ids=["in one step", "in the first step", "before the first step", "one step", "to the end"],
+)
+def test_a_short_training_ends_at_the_final_rank(total, start, end):
+    """However few steps lie between start and end: rounded, they may be the same step, or before the first."""
+    method = vp.AdaLoRA(rank=1, initial_rank=3, targets=("q", "v"), start=start, end=end, interval=2)
+    model = attached(method)
+    loop(model, method, total, total)
+    assert number_of_values(model) == 6
+    assert method.budget(total, total, 6) == 6
+
+
 def test_without_after_step_nothing_is_pruned():
     """What the other tests find is the work of `after_step`."""
     model = attached()
@@ -342,6 +357,38 @@ def test_saved_as_lora_of_the_ranks_that_are_left(tmp_path):
     assert found == expected
     description = json.loads((tmp_path / "adapter.json").read_text())
     assert description["methods"][0]["class"] == "LoRA"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        vp.AdaLoRA(rank=1, initial_rank=3, targets=("reduction", "fc2")),
+        vp.SoRA(rank=3, threshold=0.5, targets=("reduction", "fc2")),
+    ],
+    ids=["AdaLoRA", "SoRA"],
+)
+def test_ranks_between_stages_are_saved(method, tmp_path):
+    """A layer before a stage has the number of the stage in its name, which is no index of a block."""
+    torch.manual_seed(0)
+    options = {"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 1, 1), "num_heads": (1, 2, 4)}
+    made = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **options)
+    model = vp.attach(copy.deepcopy(made), method, head=False)
+    optimiser = torch.optim.Adam(vp.trainable_parameters(model), lr=0.02)
+    for step in range(1, 4):
+        optimiser.zero_grad()
+        (model(torch.randn(2, 3, 32, 32)).square().mean() + vp.penalty(model)).backward()
+        optimiser.step()
+        vp.after_step(model, step, 3)
+    vp.save(model, tmp_path)
+    vp.load(made, tmp_path)
+    (saved,) = made.peft["default"].methods
+    assert any(rank < 3 for rank in saved.overrides.values())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found, expected = made.eval()(images), model.eval()(images)
+        assert distance(found, expected) < 1e-5
+        vp.disable(model)
+        assert distance(model(images), expected) > 1e-4
 
 
 @pytest.mark.parametrize("steps", [0, 3])

@@ -7,7 +7,7 @@ import timm
 import torch
 from conftest import distance, randomise
 from reference import edits_of, forward, shapes_of
-from reference.hosts import HOSTS
+from reference.hosts import HOSTS, vit
 from torch.utils.flop_counter import FlopCounterMode
 
 import visionpeft as vp
@@ -204,6 +204,37 @@ def test_late_prompts_are_those_of_the_class_token():
         source.up.weight.zero_()
     copy_prompts(shallow, "vpt", {0: source.up.bias.unflatten(0, (2, -1))})
     assert distance(output(model), output(shallow)) < 1e-12
+
+
+@pytest.mark.parametrize("class_token", [False, True], ids=["registers alone", "class token"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        (vp.LPT(num_tokens=2, bottleneck=3), "lpt.visual.1.stream_in.source"),
+        (vp.IDPG(num_tokens=2, terms=4), "idpg.visual.1.stream_in.source"),
+        (vp.APT(num_tokens=2), "apt.visual.1.kv"),
+    ],
+    ids=["LPT", "IDPG", "APT"],
+)
+def test_registers_without_a_class_token_stand_for_no_image(method, path, class_token):
+    """timm's models with registers that pool patches (reg4_gap) have tokens before the patches and no class token: an
+    image is then the mean of its patches, or of all its tokens, and not the first register.
+    """
+    torch.manual_seed(0)
+    model = vit(reg_tokens=2, class_token=class_token, global_pool="avg").double()
+    acts = vp.attach(model, method).peft["default"].get_submodule(path)
+    first = 2 + class_token
+    x = torch.randn(2, first + 16, 32, dtype=torch.float64)
+    x[1] = x[0]
+    x[1, 0] += 1  # of the second image the first token is another one, and all tokens have the mean that they had
+    x[1, 1] -= 1
+    with torch.no_grad():
+        if isinstance(method, vp.APT):
+            k = v = torch.zeros(2, 4, first + 16, 8, dtype=torch.float64)
+            one, other = acts(k, v, x)[0]
+        else:
+            one, other = acts(x, first)
+    assert torch.allclose(one, other, rtol=1e-12, atol=1e-12) is not class_token
 
 
 def test_idpg_without_matrices_is_prefix_propagation():

@@ -353,6 +353,22 @@ def test_dylora_trains_the_ranks_of_the_step_and_is_cut_to_any(tmp_path):
         module.use(5)
 
 
+def test_dylora_merges_the_rank_that_is_used_in_any_mode():
+    model = attached(vp.DyLoRA(rank=4, used=3, alpha=8, seed=3))
+    found = output_of(model)
+    for module in model.peft["default"].modules():
+        if hasattr(module, "draw"):
+            module.draw(1)
+    model.train()
+    vp.merge(model)
+    assert all(module.training for module in model.modules())
+    assert distance(output_of(model.eval()), found) < 1e-10
+    vp.unmerge(model)
+    assert output_of(model).equal(found)
+    with torch.no_grad():  # negative control: in training it is another rank
+        assert distance(model.train()(INPUTS), found) > 1e-3
+
+
 def test_lora_dropout_masks_features_for_the_whole_batch():
     """One draw of input and output features; LoRA's dropout draws each token's features anew."""
     torch.manual_seed(0)

@@ -102,6 +102,28 @@ def test_every_method_checks_its_fields():
                 dataclasses.replace(case.method, **{field.name: object()})
 
 
+def test_a_factor_of_nothing_is_refused():
+    """With a scale of 0 what is trained has no effect and no gradient, and a run would learn its head alone."""
+    seen = 0
+    for case in CASES:
+        for name in ("alpha", "scale"):
+            if name in {field.name for field in dataclasses.fields(case.method)}:
+                seen += 1
+                for value in (0, 0.0):
+                    with pytest.raises(ConfigurationError, match=f"{name} must not be 0, or what it scales"):
+                        dataclasses.replace(case.method, **{name: value})
+    assert seen > 20
+
+
+@pytest.mark.parametrize(
+    "method", [vp.ReLoRA(restarted=1), vp.PeriodicLoRA(restarted=1), vp.PrunedBitFit(pruned=1), vp.FishDip(renewed=1)]
+)
+def test_what_is_counted_after_a_stage_is_not_given(method, hosts):
+    """A training that is said to have restarted already would have fewer stages than it was asked for."""
+    with pytest.raises(ConfigurationError, match="are found, not given"):
+        vp.attach(hosts[False], method)
+
+
 def test_a_tower_named_twice_is_one(hosts):
     once, twice = (vp.attach(hosts[False], vp.LoRA(towers=["visual"] * n), f"n{n}").peft[f"n{n}"] for n in (1, 2))
     vp.detach(hosts[False])

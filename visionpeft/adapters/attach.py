@@ -312,7 +312,9 @@ def reattach(model: nn.Module) -> None:
     del model.__dict__["merged_peft"]
     # Merged adapters are not registered, so they did not follow the model to another device.
     peft.to(next(model.parameters()).device)
-    for owner, name, original, _ in peft.replaced:  # nor to another precision
+    if peft.training != model.training:  # nor to another mode
+        peft.train(model.training)
+    for owner, name, original, _ in peft.replaced:  # nor did the originals to another precision
         now = getattr(owner, name)
         if isinstance(original, nn.Module):
             original.to(next((parameter.dtype for parameter in now.parameters()), None))

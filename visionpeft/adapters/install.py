@@ -16,7 +16,7 @@ from visionpeft.adapters.installation import Anatomy, Installation, Rested, Swap
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.library_methods import SHALLOW, know_adapters, refuse_fusing, refuse_intermediates
 from visionpeft.adapters.multiplied_tokens import check_multiplied
-from visionpeft.adapters.plan import Plan, acting_in, located_in, plan_of, travelling_prompts
+from visionpeft.adapters.plan import Plan, acting_in, located_in, plan_of, reading_all, travelling_prompts
 from visionpeft.backbones.tower import BlockSites, Layer, Tower
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
@@ -95,6 +95,7 @@ def _install_tower(swaps: Swaps, peft: Adapters, tower: Tower, plan: Plan) -> No
             continue
         sites = Sites(tower.num_prefix_tokens, tower.causal)
         sites.layout = block.layout
+        sites.reading_all = reading_all(tower, (module for modules in here.values() for module in modules))
         check_multiplied(here)
         peft.economies.apply(sites, tower, index, here)
         # Prompts as keys and values are for towers that are not causal, where every token sees them. They act no more

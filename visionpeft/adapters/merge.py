@@ -8,6 +8,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import Adapters, check_allocated, own_parameter
+from visionpeft.adapters.allocate import evaluating
 from visionpeft.adapters.attach import attached, reattach, unfreeze
 from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install
 from visionpeft.adapters.plan import plan_of
@@ -28,7 +29,8 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
     """Merge the active adapters: the model becomes a plain timm or OpenCLIP model that computes the same.
 
     Its classes and `state_dict` keys are the library's own, so that the library saves and loads it without us. The
-    original weights are kept aside for `unmerge` and `detach`.
+    original weights are kept aside for `unmerge` and `detach`. Merged is what the adapters compute in evaluation mode,
+    whatever mode the model is in: nothing that only training draws (`DyLoRA`'s rank of the step) is part of it.
 
     Args:
         model: a model with adapters; with `keep=False` also one whose adapters are merged already.
@@ -49,7 +51,8 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
     check_unchanged(model, peft.active)
     peft.restore()
     try:
-        changes = _merged_parameters(model, peft)
+        with evaluating(peft):
+            changes = _merged_parameters(model, peft)
         heads = _merged_heads(model, peft)
     except Exception:  # whatever failed: leave the model as it was, then raise
         install(model)

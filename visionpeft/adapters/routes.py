@@ -20,7 +20,7 @@ from visionpeft.adapters.install import check_unchanged, fill, swap_block
 from visionpeft.adapters.installation import METHODS, Anatomy, Swapped, Swaps
 from visionpeft.adapters.key_prompts import Acting, key_prompts, without_prompts
 from visionpeft.adapters.library_methods import SHALLOW, know_adapters, refuse_intermediates
-from visionpeft.adapters.plan import acting_in, located_in, plan_of, travelling_prompts
+from visionpeft.adapters.plan import acting_in, located_in, plan_of, reading_all, travelling_prompts
 from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter
 from visionpeft.adapters.routed_carriers import RoutedCarriers
 from visionpeft.adapters.routed_sites import RoutedHead, RoutedKeyPrompts, RoutedPixels, RoutedSite, RoutedWindows
@@ -211,10 +211,13 @@ class Routes:
                 [module for module in inside if module not in adapter.key_prompts.get((tower.name, index), ())]
                 for index, inside in enumerate(travelling_prompts(tower, acting, peft, (name,)))
             ]
+            here = acting_in(tower, acting)
             blocks = {key[1] for key in adapter.chains if key[0] == tower.name}
             for index in range(tower.depth):
                 if index in blocks or travelling[index]:
-                    self._sites(peft, plan, tower, index, travelling[index])
+                    sites = self._sites(peft, plan, tower, index, travelling[index])
+                    modules = (module for modules in here.get(index, {}).values() for module in modules)
+                    sites.reading_all = sites.reading_all or reading_all(tower, modules)
             for key in adapter.chains:
                 if key[0] != tower.name or key in plan.keys:
                     continue

@@ -34,6 +34,8 @@ def _(model: NaFlexVit) -> Backbone:
         spanning=(model,),
         excluded=("head.",),
         pools_class_token=model.global_pool == "token" and model.attn_pool is None,
+        class_token=model.embeds.cls_token is not None,
+        fills_up=True,
     )
     heads = () if isinstance(model.head, nn.Identity) else ("head",)
     return Backbone("timm", architecture(model), model, {"visual": tower}, heads)

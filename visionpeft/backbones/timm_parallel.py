@@ -160,7 +160,16 @@ def _(block: ParallelScalingBlock | DiffParallelScalingBlock) -> BlockSites:
         # One layer for both branches, which are nowhere by themselves after it.
         layers["proj"] = Layer("proj", "linear", block.out_proj, groups=("fc2",))
         token_sites = tuple(site for site in token_sites if site not in ("attn_out", "mlp_out"))
-    return BlockSites(block, sited_class, block, sited_class, layers, activation=block.mlp_act, token_sites=token_sites)
+    return BlockSites(
+        block,
+        sited_class,
+        block,
+        sited_class,
+        layers,
+        activation=block.mlp_act,
+        token_sites=token_sites,
+        beside=True,
+    )
 
 
 class Numbered(Sites):

@@ -73,6 +73,7 @@ def timm_backbone(model: nn.Module, **norms: nn.Module) -> Backbone:
         excluded=("head.", "head_dist."),
         grid_size=None if getattr(model, "dynamic_img_size", False) else getattr(model.patch_embed, "grid_size", None),
     )
+    tower.class_token = getattr(model, "cls_token", None) is not None
     pools_class_token = model.global_pool == "token" and model.num_prefix_tokens > 0 and not hasattr(model, "head_dist")
     tower.pools_class_token = pools_class_token and getattr(model, "attn_pool", None) is None
     heads = tuple(

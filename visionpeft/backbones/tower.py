@@ -153,6 +153,8 @@ class BlockSites:
             wider tokens of them.
         fills_up: whether its windows may be filled up with zeros, which are keys and values as pixels are.
         layout: what the flow through the block needs to know of where its tokens lie, if not their own shape says it.
+        beside: whether attention and MLP are beside each other and what they give is scaled and added to the stream
+            together, so that at stream_mid it still is what has entered.
     """
 
     module: nn.Module
@@ -171,6 +173,7 @@ class BlockSites:
     entering_width: int | None = None
     fills_up: bool = False
     layout: object = None
+    beside: bool = False
 
     @property
     def swapped(self) -> dict[nn.Module, type[nn.Module]]:
@@ -255,10 +258,13 @@ class Tower:
             have it, too.
         frames: how many consecutive images of a batch make one clip, None if each is a sample of its own.
         pools_class_token: whether after the last block only the first token is read.
+        class_token: whether the first token is a class token, by default where there are tokens before the patches;
+            register tokens may be there without one.
         stages: how many blocks each stage has, of a tower whose width or grid changes between stages.
         layers_only: why its blocks have no sites but those of layers, None if they are sited.
         unreached: names in `module` of parameters that the forward does not compute with.
         queried_blocks: through how many of the last blocks tokens of a head may go, which are no patches.
+        fills_up: whether images of a batch may be filled up with patches that count for nothing, by a mask.
     """
 
     name: str
@@ -276,12 +282,16 @@ class Tower:
     grid_size: tuple[int, int] | None = None
     frames: Frames | None = None
     pools_class_token: bool = False
+    class_token: bool | None = None
     stages: tuple[int, ...] = ()
     layers_only: str | None = None
     unreached: frozenset[str] = frozenset()
     queried_blocks: int = 0
+    fills_up: bool = False
 
     def __post_init__(self):
+        if self.class_token is None:
+            self.class_token = self.num_prefix_tokens > 0
         for block in self.blocks:
             block.width = block.width or self.common_width
             block.grid = block.grid or self.grid_size

@@ -193,7 +193,7 @@ class AdaLoRA(Method):
         made = torch.stack([layer.gradients_are_finite() for layer in layers]).all()
         for layer in layers:
             layer.measure(self.beta1, self.beta2, made)
-        first, last = round(self.start * total_steps), round(self.end * total_steps)
+        first, last = self._steps(total_steps)
         if step == last or (first <= step < last and step % self.interval == 0):
             self._choose(layers, self.budget(step, total_steps, len(layers)))
         elif step < last:
@@ -203,10 +203,16 @@ class AdaLoRA(Method):
 
     def budget(self, step: int, total_steps: int, layers: int) -> int:
         """How many triplets all layers together may keep after a step, rounded down as in the authors' code."""
-        first, last = round(self.start * total_steps), round(self.end * total_steps)
-        left = 1 - min(1.0, max(0.0, (step - first) / max(1, last - first)))
+        first, last = self._steps(total_steps)
+        left = 0.0 if step >= last else 1 - max(0.0, (step - first) / (last - first))
         initial, final = layers * self.initial_rank, layers * self.rank
         return int((initial - final) * left**3 + final)
+
+    def _steps(self, total_steps: int) -> tuple[int, int]:
+        """After how many steps the budget begins to fall, and the choice is fixed: after one at the earliest, however
+        short the training is, or nothing would ever be chosen.
+        """
+        return round(self.start * total_steps), max(1, round(self.end * total_steps))
 
     def fold(self, part: nn.Module) -> tuple[LoRA, nn.Module]:
         """LoRA of the triplets that act. Where layers cannot have ranks of their own, they get the largest of them."""
@@ -259,5 +265,6 @@ def lora_of_ranks(method: Method, layers: Mapping[str, OfRanks]) -> tuple[LoRA, 
 
 def _rank_key(path: str, layer: OfRanks) -> str:
     """How the rank of a layer is named among LoRA's overrides."""
-    _, *block, _ = path.split(".")
-    return "/".join([*block, layer.target])
+    # Outside the blocks there is no index but that of a stage, as in "downsample.1/reduction", and a key has none.
+    _, second, *_ = path.split(".")
+    return f"{second}/{layer.target}" if second.isdigit() else layer.target

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from visionpeft.backbones.tower import Tower
+from visionpeft.errors import UnsupportedError
 from visionpeft.methods.parts.addressing import Blocks, Overrides
 from visionpeft.methods.parts.base import Method, blocks_of, require
 from visionpeft.methods.parts.bottleneck import ACTIVATIONS, INITS, Bottleneck
@@ -111,6 +112,12 @@ class Adapter(Method):
         drop_path = self.drop_path if self.drop_path is not None else 0.1 if plus else 0.0
         widths = Overrides(self.bottleneck, self.overrides, tower, (), "Adapter overrides")
         for index in blocks_of(self, tower):
+            if self.after_scaling and tower.blocks[index].beside:
+                raise UnsupportedError(
+                    f"Adapter: after_scaling reads what one branch has added to the stream, but in blocks of class "
+                    f"{type(tower.blocks[index].module).__name__} attention and MLP are scaled and added together; use "
+                    "after_scaling=False"
+                )
             places = AFTER_SCALING if self.after_scaling else PLACEMENTS
             for site, add, *name in places[self.placement]:
                 module = (AfterScaling if self.after_scaling else Bottleneck)(

@@ -29,16 +29,17 @@ class AdaptivePrefix(nn.Module):
         num_tokens: keys and values.
         width: their width, all heads together.
         read: width of what the attention reads.
-        prefix: number of class and register tokens.
+        class_token: whether the first token is the class token.
     """
 
     stackable = True
     reads_attention_input = True
 
-    def __init__(self, num_tokens: int, width: int, read: int, prefix: int):
+    def __init__(self, num_tokens: int, width: int, read: int, class_token: bool):
         super().__init__()
         self.num_tokens = num_tokens
-        self.prefix = prefix
+        self.class_token = class_token
+        self.reads_all_patches = not class_token
         self.keys = nn.Parameter(torch.randn(num_tokens, width) * START)
         self.values = nn.Parameter(torch.randn(num_tokens, width) * START)
         self.gate = nn.Linear(read, num_tokens)
@@ -46,7 +47,7 @@ class AdaptivePrefix(nn.Module):
 
     def forward(self, k: torch.Tensor, v: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Map k and v (batch, heads, tokens, head width) to (batch, heads, num_tokens + tokens, head width)."""
-        h = to_parameter_dtype(summary(h, self.prefix, 0), self.level)
+        h = to_parameter_dtype(summary(h, self.class_token, 0), self.level)
         share = (self.level * self.gate(h).sigmoid())[:, :, None]
         return _before(share * self.keys, k), _before(share * self.values, v)
 
@@ -91,5 +92,5 @@ class APT(Method):
         for index in blocks_of(self, tower):
             block = tower.blocks[index]
             widths = block.attention_width, block.width_at("attn_in")
-            module = AdaptivePrefix(self.num_tokens, *widths, tower.num_prefix_tokens)
+            module = AdaptivePrefix(self.num_tokens, *widths, tower.class_token)
             yield Placement(tower.name, index, "kv", module)

@@ -70,6 +70,7 @@ class Select(nn.Module):
     order = Order.LEAVE  # after all else that acts on what enters the block
     located_at = "patches"
     narrows_tokens = True
+    reads_all_patches = True
 
     def __init__(self, width: int, reduction: int, temperature: float):
         super().__init__()

@@ -78,6 +78,7 @@ class SidePath(nn.Module):
         self.beta = beta
         self.adds = adds
         self.pooled = pooled
+        self.reads_all_patches = pooled is not None
         self.last = last
         self._before = tuple(before)  # in tuples, because the adapter owns them in places of their own
         self._convolution = (convolution,)

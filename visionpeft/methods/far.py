@@ -30,21 +30,25 @@ class NeuronRows(nn.Module):
 
     def __init__(self, layer: Layer, number: int):
         super().__init__()
+        self.channels = 1 if layer.channels_first else -1
         self.weight = nn.Parameter(torch.zeros(number, layer.in_features))
         self.bias = None if layer.bias_tensor is None else nn.Parameter(torch.zeros(number))
         self.register_buffer("index", torch.arange(number, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
-        """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""
-        change = F.linear(to_parameter_dtype(x, self.weight), self.weight, self.bias)
-        return y.index_add(-1, self.index.long(), change.to(y.dtype))
+        """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out).
+
+        Of a convolution of single pixels, x is (batch, in, h, w) and y (batch, out, h, w).
+        """
+        change = F.linear(to_parameter_dtype(x, self.weight).movedim(self.channels, -1), self.weight, self.bias)
+        return y.index_add(self.channels, self.index.long(), change.movedim(-1, self.channels).to(y.dtype))
 
     def merge(self, weight: torch.Tensor, bias):
         """Weight and bias that compute the same."""
         index = self.index.long()
         if bias is not None:
             bias = bias.index_add(0, index, self.bias.to(bias))
-        return weight.index_add(0, index, self.weight.to(weight)), bias
+        return weight.index_add(0, index, self.weight.to(weight).view(-1, *weight.shape[1:])), bias
 
 
 class NeuronColumns(nn.Module):
@@ -57,17 +61,22 @@ class NeuronColumns(nn.Module):
 
     def __init__(self, layer: Layer, number: int):
         super().__init__()
+        self.channels = 1 if layer.channels_first else -1
         self.weight = nn.Parameter(torch.zeros(layer.out_features, number))
         self.register_buffer("index", torch.arange(number, dtype=torch.int32))
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
-        """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""
-        read = to_parameter_dtype(x.index_select(-1, self.index.long()), self.weight)
-        return y + F.linear(read, self.weight).to(y.dtype)
+        """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out).
+
+        Of a convolution of single pixels, x is (batch, in, h, w) and y (batch, out, h, w).
+        """
+        read = to_parameter_dtype(x.index_select(self.channels, self.index.long()), self.weight)
+        return y + F.linear(read.movedim(self.channels, -1), self.weight).movedim(-1, self.channels).to(y.dtype)
 
     def merge(self, weight: torch.Tensor, bias):
         """Weight and bias that compute the same."""
-        return weight.index_add(1, self.index.long(), self.weight.to(weight)), bias
+        change = self.weight.to(weight).view(*self.weight.shape, *weight.shape[2:])
+        return weight.index_add(1, self.index.long(), change), bias
 
 
 @dataclass(frozen=True)
@@ -144,7 +153,8 @@ class FAR(Method):
                 candidate = candidates[key]
                 hidden, block = _hidden(tower, candidate.block), f"{tower.name}.{candidate.block}"
                 of_inputs = candidate.layer.target == "fc2"
-                sizes[block] = sizes.get(block, 0) + _of_neurons(change.double(), hidden, of_inputs)
+                change = change.double().flatten(1) if candidate.part == "weight" else change.double()
+                sizes[block] = sizes.get(block, 0) + _of_neurons(change, hidden, of_inputs)
                 if candidate.part == "weight":
                     layers[key.removesuffix(".weight")] = block, candidate.layer.out_features // hidden, candidate.layer
         require(any(each.any() for each in sizes.values()), self, "its first stage has moved no weight to choose by")
@@ -181,6 +191,8 @@ class FAR(Method):
 
     def _candidates(self, tower: Tower) -> dict[str, SparseCandidate]:
         """fc1 with its bias and the weight of fc2, by name."""
+        for index in blocks_of(self, tower):
+            tower.blocks[index].layer("fc2")  # refuses blocks whose MLPs are several, or end in a layer they share
         every = candidates_of(tower, blocks_of(self, tower), norms=False)
         found = {
             name: candidate

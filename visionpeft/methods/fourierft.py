@@ -52,7 +52,6 @@ class FourierChange(SparseSpectrum):
 def require_spectrum(method: Method) -> None:
     """Refuse fields of a method with a sparse spectrum that make none."""
     require(method.number > 0, method, "number must be a positive integer")
-    require(method.scale != 0, method, "scale must not be 0, or nothing would ever have a gradient")
     require(method.seed >= 0, method, "seed must be an integer that is not negative")
     require_targets(method)
 

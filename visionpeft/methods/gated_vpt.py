@@ -81,6 +81,7 @@ class PooledPrompts(RemovePrompts):
 
     stackable = True
     tokenwise = False
+    reads_all_patches = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens (batch, tokens + num_tokens, width) to (batch, tokens, width)."""

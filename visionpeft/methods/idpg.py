@@ -55,19 +55,20 @@ class GeneratedPrompts(nn.Module):
     Args:
         generator: what makes them, one for all blocks.
         width: width of the tokens.
-        prefix: number of class and register tokens among which h is found, 0 to read the mean patch.
+        class_token: whether h is the class token, or else the mean patch.
     """
 
-    def __init__(self, generator: KroneckerGenerator, width: int, prefix: int):
+    def __init__(self, generator: KroneckerGenerator, width: int, class_token: bool):
         super().__init__()
         self.c = nn.Parameter(torch.zeros(generator.num_tokens, width))
-        self.prefix = prefix
+        self.class_token = class_token
+        self.reads_all_patches = not class_token
         self._generator = (generator,)  # in a tuple, because the adapter owns it once for all blocks
 
     def forward(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """Map tokens (batch, tokens, width), whose patches begin at `first`, to prompts (batch, num_tokens, width)."""
         (generator,) = self._generator
-        return generator(summary(x, self.prefix, first)) + self.c
+        return generator(summary(x, self.class_token, first)) + self.c
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,5 @@ class IDPG(Method):
         blocks = blocks_of(self, tower)
         generator = KroneckerGenerator(tower.width, self.num_tokens, self.bottleneck, self.terms, self.dropout)
         yield Shared(tower.name, "generator", generator)
-        prefix = [tower.num_prefix_tokens if index else 0 for index in blocks]
-        sources = [GeneratedPrompts(generator, tower.width, each) for each in prefix]
+        sources = [GeneratedPrompts(generator, tower.width, tower.class_token and index > 0) for index in blocks]
         yield from travelling(self, tower, blocks, sources, self.num_tokens, keep=1.0, add=1.0)

@@ -91,6 +91,13 @@ class LowRankConv(LowRank):
         return y + self.scaling * F.conv2d(z, self.B[:, :, None, None]).to(y.dtype)
 
 
+def low_rank_at(layer: Layer, rank: int, scaling: float, dropout: float, train_A: bool = True) -> LowRank:
+    """The low-rank change of a linear layer, or of a convolution that is not in groups."""
+    if layer.kind == "conv" and layer.changed != "always":
+        return LowRankConv(layer.owner, rank, scaling, dropout, train_A)
+    return LowRank(layer.in_features, layer.out_features, rank, scaling, dropout, train_A)
+
+
 def concatenated(
     parts: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float], scales: Sequence[Callable[[int], float]]
 ) -> tuple[int, dict[str, torch.Tensor]]:
@@ -170,7 +177,8 @@ class LoRA(Method):
         ranks = Overrides(self.rank, self.overrides, tower, self.targets, "LoRA overrides")
         for index, layer in target_layers(self, tower, ("linear", "conv")):
             rank = ranks.at(index, layer.named_by(self.targets))
-            yield Placement(tower.name, index, layer.site, self._module(layer, rank))
+            module = low_rank_at(layer, rank, self.scale(rank), self.dropout, self.train_A)
+            yield Placement(tower.name, index, layer.site, module)
 
     def combine(self, methods, parts, weights):
         """LoRA that changes each weight by the weighted sum of the changes: ranks are put one after another."""
@@ -184,9 +192,3 @@ class LoRA(Method):
         if self.alpha is None:
             return 1.0
         return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
-
-    def _module(self, layer: Layer, rank: int) -> LowRank:
-        scaling = self.scale(rank)
-        if layer.kind == "conv" and layer.changed != "always":
-            return LowRankConv(layer.owner, rank, scaling, self.dropout, self.train_A)
-        return LowRank(layer.in_features, layer.out_features, rank, scaling, self.dropout, self.train_A)

@@ -25,18 +25,19 @@ class LateGenerator(nn.Module):
     "patches": dropout(up(pool(relu(down x)))) of all patches x, pool the means of num_tokens runs of them, row by row.
     """
 
-    def __init__(self, width: int, num_tokens: int, bottleneck: int, reads: str, prefix: int, dropout: float):
+    def __init__(self, width: int, num_tokens: int, bottleneck: int, reads: str, class_token: bool, dropout: float):
         super().__init__()
         self.num_tokens = num_tokens
         self.reads = reads
-        self.prefix = prefix
+        self.class_token = class_token
+        self.reads_all_patches = reads == "patches" or not class_token
         self.down = nn.Linear(width, bottleneck)
         self.up = nn.Linear(bottleneck, width * num_tokens if reads == "class" else width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """Map tokens (batch, tokens, width), whose patches begin at `first`, to prompts (batch, num_tokens, width)."""
-        h = summary(x, self.prefix, first) if self.reads == "class" else x[:, first:]
+        h = summary(x, self.class_token, first) if self.reads == "class" else x[:, first:]
         h = F.relu(self.down(to_parameter_dtype(h, self.down.weight)))
         if self.reads == "class":
             return self.dropout(self.up(h).unflatten(1, (self.num_tokens, -1)))
@@ -89,6 +90,6 @@ class LPT(Method):
         countable = self.num_tokens * tower.width < 2**63  # torch refuses other sizes in more than one sentence
         require(countable, self, f"{self.num_tokens} prompts are more than a tensor holds")
         source = LateGenerator(
-            tower.width, self.num_tokens, self.bottleneck, self.reads, tower.num_prefix_tokens, self.dropout
+            tower.width, self.num_tokens, self.bottleneck, self.reads, tower.class_token, self.dropout
         )
         yield from travelling(self, tower, range(start, tower.depth), [source], self.num_tokens)

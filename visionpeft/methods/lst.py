@@ -41,6 +41,8 @@ class SideBlock(nn.Module):
         last: whether it is beside the last one.
     """
 
+    reads_all_patches = True
+
     def __init__(
         self,
         width: int,

@@ -30,6 +30,7 @@ class ChosenChange(nn.Module):
     """
 
     tokenwise = False
+    reads_all_patches = True
     order = Order.WEIGHT
 
     def __init__(self, changes: Sequence[LowRank], tasks: Sequence[str]):

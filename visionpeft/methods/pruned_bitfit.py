@@ -6,6 +6,7 @@ https://arxiv.org/abs/2305.16597
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -48,6 +49,7 @@ class PrunedBitFit(TrainsEntries):
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """
 
+    found: ClassVar[tuple[str, ...]] = ("entries", "pruned")
     choosing = ("density", "samples", "entries", "structured", "rounds", "pruned")
 
     density: float = 0.1

@@ -95,7 +95,6 @@ class RandLoRA(Method):
     def __post_init__(self):
         super().__post_init__()
         require(self.rank > 0, self, "rank must be a positive integer")
-        require(self.scale != 0, self, "scale must not be 0, or nothing would ever have a gradient")
         require(self.seed >= 0, self, "seed must be an integer that is not negative")
         require_targets(self)
 

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -84,6 +85,7 @@ class ReLoRA(Method):
     """
 
     rewinds = False
+    found: ClassVar[tuple[str, ...]] = ("restarted",)
 
     rank: int = 8
     alpha: float | None = None

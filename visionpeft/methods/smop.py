@@ -27,6 +27,8 @@ class RoutedPrompts(nn.Module):
     1 + noise * epsilon, epsilon N(0, 1) for each image and expert.
     """
 
+    reads_all_patches = True
+
     def __init__(self, experts: int, num_tokens: int, width: int, noise: float):
         super().__init__()
         self.prompts = nn.Parameter(torch.randn(experts, num_tokens, width) * START)

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from visionpeft.backbones.tower import Layer, Tower
-from visionpeft.methods.lora import LowRank, concatenated
+from visionpeft.methods.lora import concatenated, low_rank_at
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, blocks_of, require, require_same, to_parameter_dtype
 from visionpeft.methods.parts.measures import Squares
@@ -41,6 +41,7 @@ class OutputBottleneck(nn.Module):
     def __init__(self, layer: Layer, rank: int, dropout: float):
         super().__init__()
         self.parallel = layer.site == "proj"
+        self.channels_first = layer.channels_first
         self.down = nn.Linear(layer.in_features if self.parallel else layer.out_features, rank)
         self.up = nn.Linear(rank, layer.out_features)
         self.dropout = nn.Dropout(dropout)
@@ -48,9 +49,14 @@ class OutputBottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, weight, bias) -> torch.Tensor:
-        """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out)."""
+        """Map input x (..., in) and output y (..., out) of the layer to the changed output (..., out).
+
+        Of a convolution, y is (batch, out, h, w), and every position is changed by itself.
+        """
         z = to_parameter_dtype(x if self.parallel else y, self.down.weight)
-        return y + self.up(nn.functional.gelu(self.down(self.dropout(z)))).to(y.dtype)
+        z = z.movedim(1, -1) if self.channels_first else z
+        change = self.up(nn.functional.gelu(self.down(self.dropout(z)))).to(y.dtype)
+        return y + (change.movedim(-1, 1) if self.channels_first else change)
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,10 @@ class SPT(Method):
     The sensitivity of an entry is the sum over batches of its squared gradient, measured by `visionpeft.allocate` on
     the backbone with its fresh head before training (the command line does it by itself). Of the entries above one
     threshold, a matrix that holds at least `matrix_share` times the size of a low-rank change gets that change
-    (LoRA, W + B A, or a bottleneck on its output); the entries of other matrices are trained by themselves, W + D. Of
-    a bias or norm, all entries are trained if `vector_share` of them are above, else those alone. The threshold is the
-    lowest within the budget. The class token is trained, too; embeddings are not. The head must not start at zero.
+    (LoRA, W + B A, or a bottleneck on its output); the entries of other matrices, and of depth-wise convolutions, are
+    trained by themselves, W + D. Of a bias or norm, all entries are trained if `vector_share` of them are above, else
+    those alone. The threshold is the lowest within the budget. The class token is trained, too; embeddings are not. The
+    head must not start at zero.
     Mergeable with `structure="lora"`. Where the published code redraws its zero-initialised matrices, this does not.
     It measures in training mode, with drop path 0.1 in batches of 64; this in evaluation mode, in the batches it is
     given. The structured matrices were the same at ten budgets.
@@ -125,7 +132,7 @@ class SPT(Method):
             if name in named:
                 layer = candidate.layer
                 if self.structure == "lora":
-                    module = LowRank(layer.in_features, layer.out_features, self.rank, 1.0, self.dropout)
+                    module = low_rank_at(layer, self.rank, 1.0, self.dropout)
                 else:
                     module = OutputBottleneck(layer, self.rank, self.dropout)
                 yield Placement(tower.name, candidate.block, layer.site, module, name=f"{layer.site}_{self.structure}")
@@ -178,7 +185,8 @@ class SPT(Method):
         return candidate.values.numel() if self._is_whole(candidate, number) else number
 
     def _is_structured(self, candidate: SparseCandidate, number: int) -> bool:
-        matrix = candidate.values.ndim > 1
+        # A convolution of single channels has no matrix of them that could have a rank.
+        matrix = candidate.values.ndim == 2 or (candidate.values.ndim > 2 and candidate.layer.owner.groups == 1)
         return matrix and number >= self.matrix_share * self._structured_size(candidate.layer)
 
     def _is_whole(self, candidate: SparseCandidate, number: int) -> bool:

@@ -43,6 +43,7 @@ class GatedLowRank(nn.Module):
     stackable = True
     order = Order.WEIGHT
     tokenwise = False  # the gate is a mean over tokens
+    reads_all_patches = True
 
     def __init__(self, low_rank: LowRank, width: int):
         super().__init__()
@@ -58,6 +59,7 @@ class GatedBottleneck(nn.Module):
     """x + gate(x) up(act(down x))."""
 
     stackable = True
+    reads_all_patches = True
 
     def __init__(self, bottleneck: Bottleneck, width: int):
         super().__init__()
@@ -77,6 +79,7 @@ class GatedPrefix(nn.Module):
     """
 
     stackable = True
+    reads_all_patches = True
 
     def __init__(self, prefix: Prefix, width: int, reads_attention_input: bool):
         super().__init__()

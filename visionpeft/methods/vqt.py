@@ -25,6 +25,7 @@ class Queries(nn.Module):
     """
 
     tokenwise = True
+    reads_all_patches = True
 
     def __init__(self, prompts: torch.Tensor, dropout: float, index: int, gathered: Gathered):
         super().__init__()

@@ -30,7 +30,8 @@ of the prompts that the module `located_at` has inserted. What inserts prompts t
 offer `prompts_for(x) -> prompts` (1 or batch, num_tokens, width), for which see `adapters/key_prompts.py`. What gives
 the MLP each token several times says so by `multiplies_tokens = True` at `mlp_in`, and puts them together at `mlp_out`.
 In a block whose tokens are the pixels of a map, what declares `reads_grid = True` is called with their rows and columns
-as the last argument (`maps`).
+as the last argument (`maps`). What declares `reads_all_patches = True` makes something of all patches of an image, so
+that padding among them would count; it is refused in a batch of a NaFlexVit that has some.
 """
 
 from collections.abc import Callable
@@ -44,6 +45,8 @@ from visionpeft.errors import UnsupportedError
 from visionpeft.sites import frozen_layers
 from visionpeft.sites.carrying import CarriersOfBlock, Carrying, unpacked
 from visionpeft.sites.layers import SitedLayer
+
+CLOSED = torch.finfo(torch.float16).min  # or less in a bias: a token does not see the key, whatever its score
 
 
 class Sites:
@@ -67,6 +70,7 @@ class Sites:
         self.class_token_only: ClassTokenOnly | None = None
         self.recompute_mlp = False
         self.layout: object = None  # that of the block, for its own forward
+        self.reading_all: str | None = None  # what acts here and reads all patches, where some may be padding
 
     def enter(self) -> "Flow":
         """Start one pass through the block."""
@@ -138,14 +142,28 @@ class Sites:
         """An attention mask or bias (..., N, N) for the tokens of this block, as (..., tokens that ask, tokens)."""
         if self.class_token_only is not None and is_causal:
             raise UnsupportedError("class_token_only is for attention without is_causal; switch it off with economise")
+        if mask is not None and self.reading_all is not None and self._counts_padding(mask):
+            raise UnsupportedError(
+                f"{self.reading_all} reads all patches of an image, and those of a batch of several sizes are filled "
+                "up with some that count for nothing; show it images of one size together"
+            )
         mask = self.widen(mask)
         return mask if mask is None or self.kept is None else mask[..., self.kept, :]
+
+    def _counts_padding(self, mask: torch.Tensor) -> bool:
+        """Whether some patches are padding by a mask, or which are is not to be known: in a graph, or where the block
+        has fewer tokens than the mask.
+        """
+        entering = (getattr(module, "module", module) for module in self.acting.get("stream_in", ()))
+        fewer = any(getattr(module, "narrows_tokens", False) for module in entering)
+        return fewer or frozen_layers.traced() or bool(padding(mask).any())
 
     def widen(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """Widen an attention mask or bias (..., N, N) by the prompts that travel through this block.
 
-        The new rows and columns sit after the prefix tokens. They are open (0, or True for a boolean mask); in a
-        causal tower a prompt sees the prefix and the prompts before it, and the prefix does not see prompts.
+        The new rows and columns sit after the prefix tokens. They are open (0, or True for a boolean mask), but to keys
+        that no token sees, which are padding; in a causal tower a prompt sees the prefix and the prompts before it, and
+        the prefix does not see prompts.
         """
         if self.extra_tokens == 0:
             return mask
@@ -187,7 +205,10 @@ def widened(mask: torch.Tensor | None, extra: int, at: int, causal: bool) -> tor
     columns = mask.new_full((*mask.shape[:-1], extra), opened)
     if mask.shape[-2] == 1 < mask.shape[-1]:  # one row for all tokens that ask
         return torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
-    rows = mask.new_full((*mask.shape[:-2], extra, mask.shape[-1] + extra), opened)
+    # Where no token sees a key, prompts would hand on what the padding holds: their rows are those of that key.
+    own = torch.where(padding(mask), mask[..., :1, :], torch.full_like(mask[..., :1, :], opened))
+    own = torch.cat((own[..., :at], columns[..., :1, :], own[..., at:]), dim=-1)
+    rows = own.repeat(*(1 for _ in mask.shape[:-2]), extra, 1)
     if causal:
         columns[..., :at, :] = closed
         rows[..., at + extra :] = closed
@@ -195,6 +216,13 @@ def widened(mask: torch.Tensor | None, extra: int, at: int, causal: bool) -> tor
         rows[..., at : at + extra].masked_fill_(future, closed)
     mask = torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
     return torch.cat((mask[..., :at, :], rows, mask[..., at:, :]), dim=-2)
+
+
+def padding(mask: torch.Tensor) -> torch.Tensor:
+    """Which keys no token sees by a mask or bias (..., N, N): (..., 1, N)."""
+    if mask.dtype == torch.bool:
+        return ~mask.any(dim=-2, keepdim=True)
+    return mask.amax(dim=-2, keepdim=True) <= CLOSED
 
 
 # What says in a tower of timm or OpenCLIP which tokens are pooled, and how.

@@ -231,6 +231,9 @@ class _FrozenLinear(torch.autograd.Function):
         # y0 = x (W + D)^T + b, for all rows at once.
         down, up, values = _sorted(changes, len(rows))
         y = F.linear(cast(x), cast(_with_entries(weight, places, values)), cast(bias))
+        # Of more than two dimensions it is a view of a matrix, and autograd lets nobody overwrite a view that comes out
+        # of a function of ours: NaFlexVit adds its positions in place.
+        y = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
         kept = ()
         if rows:
             dtype = autocast or down[0].dtype  # an adapter computes in its own precision, unless autocast chooses

@@ -20,6 +20,8 @@ from visionpeft.methods.parts.field_types import fits, in_words
 from visionpeft.methods.parts.measures import Measures, Squares
 from visionpeft.sites import Placement, Shared
 
+FACTORS = ("alpha", "scale")  # fields that are a factor of what is trained, or its numerator
+
 
 class Measure(Protocol):
     """Shows training samples one by one to a method that chooses after a stage; `adapters.stages` has it.
@@ -70,6 +72,10 @@ class Method:
             value, kind = getattr(self, field.name), types.get(field.name, field.type)
             if not fits(value, kind):
                 raise ConfigurationError(f"{type(self).__name__}: {field.name} must be {in_words(kind)}, not {value!r}")
+            if field.name in FACTORS and value == 0:
+                raise ConfigurationError(
+                    f"{type(self).__name__}: {field.name} must not be 0, or what it scales would never have a gradient"
+                )
 
     def place(self, tower: Tower) -> Iterable[Placement | Shared]:
         """Make the modules that act in one tower, initialised as the paper does."""

@@ -50,6 +50,11 @@ class FromSource(EnteringTokens):
         super().__init__(num_tokens, at, spanning=True)
         self.source = source
 
+    @property
+    def reads_all_patches(self) -> bool:
+        """Whether the source does."""
+        return getattr(self.source, "reads_all_patches", False)
+
     def prompts_for(self, x: torch.Tensor) -> torch.Tensor:
         """The tokens (1 or batch, num_tokens, width) for a batch x (batch, tokens, width), in its precision."""
         return self.source(x, self.at).to(x.dtype)
@@ -66,6 +71,11 @@ class Propagation(nn.Module):
         self.keep = keep
         self.add = add
         self._prompts = (prompts,)  # in a tuple, because it has its own place in the adapter
+
+    @property
+    def reads_all_patches(self) -> bool:
+        """Whether the source does."""
+        return getattr(self.source, "reads_all_patches", False)
 
     @property
     def located_at(self) -> FromSource:
@@ -113,12 +123,12 @@ def travelling(
     yield Placement(tower.name, blocks[-1], "stream_out", RemovePrompts(num_tokens, at, spanning=True))
 
 
-def summary(x: torch.Tensor, prefix: int, first: int) -> torch.Tensor:
+def summary(x: torch.Tensor, class_token: bool, first: int) -> torch.Tensor:
     """What stands for an image (batch, width) among its tokens x: the class token, or without one the mean patch.
 
     Args:
         x: tokens (batch, tokens, width).
-        prefix: number of class and register tokens.
+        class_token: whether the first of them is the class token; register tokens alone stand for nothing.
         first: index of the first patch.
     """
-    return x[:, 0] if prefix else x[:, first:].mean(dim=1)
+    return x[:, 0] if class_token else x[:, first:].mean(dim=1)
