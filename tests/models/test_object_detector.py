@@ -100,6 +100,25 @@ def test_images_of_a_routed_batch_are_those_of_each_adapter():
         assert torch.equal(model(images)[0]["boxes"], alone["default"][0]["boxes"])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("head", [HEAD, vp.FasterRCNN(width=8, hidden=8)], ids=["fcos", "faster_rcnn"])
+def test_boxes_are_computed_in_single_precision(head):
+    """The backbone may be in half, and Autocast on; a head in half precision is told how to come back."""
+    model = detector(vp.LoRA(rank=2), head)
+    images = torch.randn(1, 3, 40, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images)[0]["boxes"].dtype == torch.float32
+    model.backbone.bfloat16()
+    (expected,) = model(images.bfloat16())
+    model.bfloat16()
+    targets = [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 28.0]]), "labels": torch.tensor([1])}]
+    for compute in (lambda: model(images.bfloat16()), lambda: model.losses(images.bfloat16(), targets)):
+        with pytest.raises(vp.ConfigurationError, match=r"single precision, not in torch.bfloat16; put model.backbone"):
+            compute()
+    model.peft.float()
+    assert model(images.bfloat16())[0]["boxes"].shape == expected["boxes"].shape
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(vp.UnsupportedError, match="class_token_only"):
         vp.economise(detector(vp.LoRA(rank=2)), class_token_only=True)

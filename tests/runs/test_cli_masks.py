@@ -137,6 +137,17 @@ def test_what_does_not_fit_is_refused(finished, masked, tmp_path, capsys):
     assert "--top-k belongs to" in refusal(predict.main, [finished, image, "--top-k", "3"], capsys)
     other = ["--data.classes", "[ground, red, blue]"]
     assert "class 1 is 'blue', not 'red'" in refusal(evaluate.main, [finished, *other], capsys)
+    for head in (["--model.head", "SETR"], ["--model.head.dropout", "0.5"], ["--model.head=SETR"]):
+        assert "the head is that of the adapter in" in refusal(evaluate.main, [finished, *head], capsys)
+    (tmp_path / "head.yaml").write_text("model: {init_args: {head: {class_path: SETR, init_args: {width: 8}}}}")
+    error = refusal(evaluate.main, [finished, "--config", tmp_path / "head.yaml"], capsys)
+    assert "is LinearSegmentation(layers=1, batch_norm=False, dropout=0.1), and SETR(" in error
+    image.with_name("00_overlay.png").write_bytes(image.read_bytes())
+    both = [finished, image, image.with_name("00_overlay.png"), "--output", tmp_path / "both"]
+    error = refusal(predict.main, both, capsys)
+    image.with_name("00_overlay.png").unlink()
+    assert "would both be " in error
+    assert "both/00_overlay.png; predict them into two folders" in error
     stride = mask_arguments(masked, "--model.stride", "3")
     assert "stride 3 must be from 1 to the window" in refusal(fit.main, [*stride, "--output", tmp_path], capsys)
     images = draw_images(tmp_path / "classes", per_class=2)

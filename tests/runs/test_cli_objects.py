@@ -131,7 +131,11 @@ def test_what_does_not_fit_is_refused(finished, tmp_path, capsys):
     assert "must be a folder" in refusal(predict.main, [finished, image, "--output", tmp_path / "a.csv"], capsys)
     assert "would write over" in refusal(predict.main, [finished, image, "--output", tmp_path], capsys)
     assert "--top-k belongs to" in refusal(predict.main, [finished, image, "--top-k", "3"], capsys)
+    threshold = [finished, "--model.head.score_threshold", "0.9"]
+    assert "the head is that of the adapter in" in refusal(evaluate.main, threshold, capsys)
     out = ["--output", tmp_path]
+    half = object_arguments("--trainer.precision", "bf16-true")
+    assert "precision bf16-true rounds the corners of objects" in refusal(fit.main, [*half, *out], capsys)
     several = object_arguments("--model.masks", "true", head=FCOS)
     assert "FCOS finds no masks, but masks is true" in refusal(fit.main, [*several, *out], capsys)
     images = draw_images(tmp_path / "classes", per_class=2)
