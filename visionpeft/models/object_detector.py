@@ -134,7 +134,10 @@ def at_size(found: Target, size: tuple[int, int], wanted: tuple[int, int]) -> Ta
     boxes = found["boxes"].float() * found["boxes"].new_tensor([factors[1], factors[0]] * 2, dtype=torch.float)
     resized = {**found, "boxes": boxes, "scores": found["scores"].float()}
     if "masks" in found:
-        resized["masks"] = paste_masks_in_image(found["masks"].float(), boxes, wanted)[:, 0] > 0.5
+        whole = torch.zeros(len(boxes), *wanted, dtype=torch.bool, device=boxes.device)
+        for index, mask in enumerate(found["masks"].float()):  # all at once are 4 bytes a pixel, twice over
+            whole[index] = paste_masks_in_image(mask[None], boxes[index, None], wanted)[0, 0] > 0.5
+        resized["masks"] = whole
     return resized
 
 
