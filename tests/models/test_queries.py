@@ -220,4 +220,4 @@ def test_what_cannot_be_is_refused():
     vp.economise(model, recompute="mlp")
     assert model(images()).shape == (2, 3, 48, 64)
     refused("none of the last 2 blocks .*first:1", lambda: predictor(method=vp.CoDA()))
-    refused("carried from block to block beside the tokens", lambda: predictor(method=vp.LST())(images()))
+    refused("beside the tokens, as by LST; choose another method", lambda: predictor(method=vp.LST())(images()))

@@ -6,6 +6,7 @@ import torch
 from timm.models.hiera import Hiera
 from torch import nn
 
+from visionpeft.adapters.carried_values import CARRYING
 from visionpeft.adapters.library_methods import SHALLOW, NoIntermediates
 from visionpeft.errors import ConfigurationError, UnsupportedError, one_line
 from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native
@@ -100,4 +101,8 @@ def _intermediates(tower: nn.Module):
         )
     if isinstance(read, NoIntermediates) and read.why == SHALLOW:
         return type(tower).forward_intermediates.__get__(tower)
+    if isinstance(read, NoIntermediates) and read.why == CARRYING:
+        raise UnsupportedError(
+            f"no head can read the maps of blocks while {CARRYING}, as by LST; choose another method"
+        )
     return read
