@@ -142,6 +142,9 @@ def test_what_does_not_fit_is_refused(finished, masked, tmp_path, capsys):
     (tmp_path / "head.yaml").write_text("model: {init_args: {head: {class_path: SETR, init_args: {width: 8}}}}")
     error = refusal(evaluate.main, [finished, "--config", tmp_path / "head.yaml"], capsys)
     assert "is LinearSegmentation(layers=1, batch_norm=False, dropout=0.1), and SETR(" in error
+    nothing = ["--data.values", "{0: null, 1: null, 2: null}"]
+    error = refusal(evaluate.main, [finished, *nothing], capsys)
+    assert "no pixel measured of the test split has a class, all are ignored" in error
     image.with_name("00_overlay.png").write_bytes(image.read_bytes())
     both = [finished, image, image.with_name("00_overlay.png"), "--output", tmp_path / "both"]
     error = refusal(predict.main, both, capsys)
