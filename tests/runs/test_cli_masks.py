@@ -130,6 +130,22 @@ def refusal(main, arguments, capsys):
     return capsys.readouterr().err
 
 
+def test_images_that_a_backbone_of_one_size_does_not_take_are_told_before_training(masked, tmp_path, capsys):
+    """Training squares have its size; images of 32 x 40 do not, windows do, and so do images that are filled up."""
+    fixed = ("--model.backbone_kwargs", "{img_size: 32, depth: 2, dynamic_img_size: false}")
+    out = ["--output", tmp_path]
+    error = refusal(fit.main, [*mask_arguments(masked, *fixed, epochs=1), *out], capsys)
+    assert "takes images of 32 x 32 pixels alone, and " in error
+    assert "of the val split is seen in 32 x 40; measure in windows of its own size (--model.window 32), or" in error
+    assert "epoch 1" not in error
+    assert not list(tmp_path.glob("*-*"))
+    for fitting in (["--model.window", "32"], ["--trainer.limit_val_batches", "0", "--test", "false"]):
+        assert fit.main([*mask_arguments(masked, *fixed, *fitting, epochs=1), *map(str, out)]) == 0
+    square = draw_masked(tmp_path / "square", size=(32, 32))
+    smaller = mask_arguments(square, *fixed, "--data.test_size", "30", epochs=1)
+    assert fit.main([*smaller, *map(str, out)]) == 0
+
+
 def test_what_does_not_fit_is_refused(finished, masked, tmp_path, capsys):
     image = masked / "images" / "00.png"
     assert "must be a folder" in refusal(predict.main, [finished, image, "--output", tmp_path / "a.csv"], capsys)

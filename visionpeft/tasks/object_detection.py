@@ -21,6 +21,7 @@ from visionpeft.models.object_detector import ObjectDetector
 from visionpeft.tasks.adapted_task import AdaptedTask, check_same_head
 from visionpeft.tasks.average_precision import AveragePrecision, evaluation
 from visionpeft.tasks.detection_objective import ObjectsOfImage
+from visionpeft.tasks.fixed_sizes import check_measured_sizes
 from visionpeft.tasks.optimisation import Optimisation
 
 LEARNT = ("boxes", "labels", "masks")
@@ -120,6 +121,11 @@ class ObjectDetection(AdaptedTask):
             ConfigurationError: always.
         """
         raise ConfigurationError("detection is not compiled, as it is no one graph")
+
+    def on_fit_start(self) -> None:
+        """As for every task; and see that what will be measured is of a size that the backbone takes."""
+        super().on_fit_start()
+        check_measured_sizes(self.model, self.trainer)
 
     def example(self) -> Tensor:
         """A batch of one training image, of zeros."""

@@ -24,6 +24,7 @@ from visionpeft.models.dense_predictor import DensePredictor
 from visionpeft.models.strips import classes_of, cross_entropy
 from visionpeft.models.windows import check_windows, window_logits
 from visionpeft.tasks.adapted_task import AdaptedTask, check_same_head
+from visionpeft.tasks.fixed_sizes import check_measured_sizes
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.segmentation_objective import ClassOfPixels
 
@@ -116,6 +117,11 @@ class SemanticSegmentation(AdaptedTask):
         super().connect(datamodule)
         if isinstance(datamodule, ImageDataModule):
             self.side = datamodule.side
+
+    def on_fit_start(self) -> None:
+        """As for every task; and see that what will be measured is of a size that the backbone takes."""
+        super().on_fit_start()
+        check_measured_sizes(self.model, self.trainer, self.window)
 
     def example(self) -> Tensor:
         """A batch of one training image, of zeros."""
