@@ -192,6 +192,35 @@ def test_a_damaged_description_of_a_head_is_refused():
             head_from_layout(layout | damaged, predictor(), "head")
 
 
+def test_a_saved_head_that_reads_other_blocks_is_refused(tmp_path):
+    """What the shapes let through would be computed from other maps in silence."""
+    four = vp.LinearSegmentation(layers="quarters", dropout=0.0)
+    first_and_last = vp.LinearSegmentation(layers=[0, 3], dropout=0.0)
+    eomt = vp.EoMT(queries=3, depth=2, upscale=0)
+    saved = {"four": four, "first": first_and_last, "eomt": eomt, "setr": vp.SETR(width=8)}
+    for name, head in saved.items():
+        vp.save(vp.DensePredictor(backbone(depth=4), head, 3, vp.LoRA(rank=2)), tmp_path / name)
+    for own, name, message in (
+        (vp.LinearSegmentation(layers=2), "first", "reads blocks 0, 3, and this model gives its head blocks 2, 3"),
+        (vp.LinearSegmentation(), "four", "reads blocks 0, 1, 2, 3, and this model gives its head block 3; make a Den"),
+        (eomt, "four", r"LinearSegmentation reads .* with LinearSegmentation\(layers='quarters'"),
+        (vp.SETR(width=8), "eomt", "blocks the last 2 compute queries of the saved head EoMT, and none those of this"),
+        (eomt, "setr", "blocks none compute queries of the saved head SETR, and the last 2 those of this model's head"),
+        (vp.EoMT(queries=3, depth=1, upscale=0), "eomt", "the last 2 compute queries .* and the last 1 those"),
+    ):
+        model = vp.DensePredictor(backbone(depth=4), own, 2)
+        with pytest.raises(vp.StorageError, match=message):
+            vp.load(model, tmp_path / name)
+        assert not hasattr(model, "peft")
+    for own, name in ((vp.LinearSegmentation(layers=[0, 3]), "first"), (vp.Segmenter(depth=1), "setr")):
+        model = vp.DensePredictor(backbone(depth=4), own, 2)
+        vp.load(model, tmp_path / name)
+        assert model.eval()(images()).shape == (2, 3, *SIZE)
+        assert model.num_classes == 3
+        vp.disable(model)
+        assert model.num_classes == 2
+
+
 def test_rows_of_a_routed_batch_are_those_of_each_adapter():
     model = predictor(vp.LoRA(rank=2)).eval()
     vp.attach(model, vp.AdaptFormer(bottleneck=4), name="other")

@@ -460,6 +460,17 @@ def test_saved_and_routed(tmp_path):
     assert not torch.allclose(rows[0], alone[0][0], atol=1e-2)
 
 
+def test_a_saved_head_that_reads_other_stages_is_refused(tmp_path):
+    boxes = vp.ObjectDetector(backbone(dtype=torch.float32), vp.FCOS(width=64, convs=0), 2, vp.LoRA(rank=2))
+    vp.save(boxes, tmp_path)
+    regions = vp.FasterRCNN(width=16, hidden=16)
+    with pytest.raises(vp.StorageError, match="FCOS reads stages 1, 2, 3, and this model gives its head stages 0, 1"):
+        vp.load(vp.ObjectDetector(backbone(dtype=torch.float32), regions, 3), tmp_path)
+    same = vp.ObjectDetector(backbone(dtype=torch.float32), vp.FasterRCNN(width=16, hidden=16, finest=2), 3)
+    vp.load(same, tmp_path)
+    assert same.num_classes == 2
+
+
 def test_a_backbone_in_half_precision_under_a_head_in_single():
     model = vp.DensePredictor(backbone(dtype=torch.float32), PLAIN, 3, vp.LoRA(rank=2)).eval()
     with torch.no_grad():

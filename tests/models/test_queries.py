@@ -104,6 +104,7 @@ def test_adapters_act_on_queries_and_they_learn():
         vp.VPT(num_tokens=2),
         vp.VPT(2, deep=False),
         vp.Mona(8, grid=(6, 8)),
+        vp.CoDA(bottleneck=4, blocks="first:1"),
     ):
         model = predictor(method=method)
         model.train()
@@ -218,4 +219,5 @@ def test_what_cannot_be_is_refused():
     refused("use recompute 'mlp'", lambda: model(images()))
     vp.economise(model, recompute="mlp")
     assert model(images()).shape == (2, 3, 48, 64)
-    refused("carried from block to block beside the tokens", lambda: predictor(method=vp.LST())(images()))
+    refused("none of the last 2 blocks .*first:1", lambda: predictor(method=vp.CoDA()))
+    refused("beside the tokens, as by LST; choose another method", lambda: predictor(method=vp.LST())(images()))

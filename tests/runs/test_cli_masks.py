@@ -130,6 +130,22 @@ def refusal(main, arguments, capsys):
     return capsys.readouterr().err
 
 
+def test_images_that_a_backbone_of_one_size_does_not_take_are_told_before_training(masked, tmp_path, capsys):
+    """Training squares have its size; images of 32 x 40 do not, windows do, and so do images that are filled up."""
+    fixed = ("--model.backbone_kwargs", "{img_size: 32, depth: 2, dynamic_img_size: false}")
+    out = ["--output", tmp_path]
+    error = refusal(fit.main, [*mask_arguments(masked, *fixed, epochs=1), *out], capsys)
+    assert "takes images of 32 x 32 pixels alone, and " in error
+    assert "of the val split is seen in 32 x 40; measure in windows of its own size (--model.window 32), or" in error
+    assert "epoch 1" not in error
+    assert not list(tmp_path.glob("*-*"))
+    for fitting in (["--model.window", "32"], ["--trainer.limit_val_batches", "0", "--test", "false"]):
+        assert fit.main([*mask_arguments(masked, *fixed, *fitting, epochs=1), *map(str, out)]) == 0
+    square = draw_masked(tmp_path / "square", size=(32, 32))
+    smaller = mask_arguments(square, *fixed, "--data.test_size", "30", epochs=1)
+    assert fit.main([*smaller, *map(str, out)]) == 0
+
+
 def test_what_does_not_fit_is_refused(finished, masked, tmp_path, capsys):
     image = masked / "images" / "00.png"
     assert "must be a folder" in refusal(predict.main, [finished, image, "--output", tmp_path / "a.csv"], capsys)
@@ -137,6 +153,20 @@ def test_what_does_not_fit_is_refused(finished, masked, tmp_path, capsys):
     assert "--top-k belongs to" in refusal(predict.main, [finished, image, "--top-k", "3"], capsys)
     other = ["--data.classes", "[ground, red, blue]"]
     assert "class 1 is 'blue', not 'red'" in refusal(evaluate.main, [finished, *other], capsys)
+    for head in (["--model.head", "SETR"], ["--model.head.dropout", "0.5"], ["--model.head=SETR"]):
+        assert "the head is that of the adapter in" in refusal(evaluate.main, [finished, *head], capsys)
+    (tmp_path / "head.yaml").write_text("model: {init_args: {head: {class_path: SETR, init_args: {width: 8}}}}")
+    error = refusal(evaluate.main, [finished, "--config", tmp_path / "head.yaml"], capsys)
+    assert "is LinearSegmentation(layers=1, batch_norm=False, dropout=0.1), and SETR(" in error
+    nothing = ["--data.values", "{0: null, 1: null, 2: null}"]
+    error = refusal(evaluate.main, [finished, *nothing], capsys)
+    assert "no pixel measured of the test split has a class, all are ignored" in error
+    image.with_name("00_overlay.png").write_bytes(image.read_bytes())
+    both = [finished, image, image.with_name("00_overlay.png"), "--output", tmp_path / "both"]
+    error = refusal(predict.main, both, capsys)
+    image.with_name("00_overlay.png").unlink()
+    assert "would both be " in error
+    assert "both/00_overlay.png; predict them into two folders" in error
     stride = mask_arguments(masked, "--model.stride", "3")
     assert "stride 3 must be from 1 to the window" in refusal(fit.main, [*stride, "--output", tmp_path], capsys)
     images = draw_images(tmp_path / "classes", per_class=2)

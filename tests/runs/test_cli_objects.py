@@ -125,13 +125,36 @@ def refusal(main, arguments, capsys):
     return capsys.readouterr().err
 
 
+def wide_objects(folder):
+    """Two files of annotations of an image each, of 60 x 40 pixels."""
+    folder.mkdir()
+    for name in "ab":
+        Image.new("RGB", (60, 40)).save(folder / f"{name}.png")
+        content = {
+            "images": [{"id": 1, "file_name": f"{name}.png", "width": 60, "height": 40}],
+            "categories": [{"id": 1, "name": "boat"}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20]}],
+        }
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
 def test_what_does_not_fit_is_refused(finished, tmp_path, capsys):
     image = tmp_path / "image.png"
     compose("test", 0, 48, 0)[0].save(image)
     assert "must be a folder" in refusal(predict.main, [finished, image, "--output", tmp_path / "a.csv"], capsys)
     assert "would write over" in refusal(predict.main, [finished, image, "--output", tmp_path], capsys)
     assert "--top-k belongs to" in refusal(predict.main, [finished, image, "--top-k", "3"], capsys)
+    threshold = [finished, "--model.head.score_threshold", "0.9"]
+    assert "the head is that of the adapter in" in refusal(evaluate.main, threshold, capsys)
     out = ["--output", tmp_path]
+    half = object_arguments("--trainer.precision", "bf16-true")
+    assert "precision bf16-true rounds the corners of objects" in refusal(fit.main, [*half, *out], capsys)
+    wide = ("--data", "CocoDetection", "--data.root", str(wide_objects(tmp_path / "wide")), "--data.train", "a.json")
+    wide = (*wide, "--data.val", "b.json", "--test", "false", "--data.size", "32")
+    fixed = "{img_size: 32, depth: 2, dynamic_img_size: false}"
+    error = refusal(fit.main, [*object_arguments("--model.backbone_kwargs", fixed, data=wide), *out], capsys)
+    assert "of the val split is seen in 32 x 48; take a backbone that takes images of any size" in error
     several = object_arguments("--model.masks", "true", head=FCOS)
     assert "FCOS finds no masks, but masks is true" in refusal(fit.main, [*several, *out], capsys)
     images = draw_images(tmp_path / "classes", per_class=2)

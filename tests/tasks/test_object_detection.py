@@ -66,6 +66,10 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(vp.ConfigurationError, match=told):
             ObjectDetection(vp.LoRA(rank=2), data.class_names, **options, **BACKBONE)
     task = ObjectDetection(vp.LoRA(rank=2), data.class_names, head=HEAD, **BACKBONE)
+    for precision in ("bf16-true", "16-true"):
+        with pytest.raises(vp.ConfigurationError, match=rf"{precision} rounds the corners .*16-mixed, or 32-true"):
+            task.objective.check_precision(precision)
+    task.objective.check_precision("bf16-mixed")
     with pytest.raises(vp.ConfigurationError, match="detection is not compiled"):
         task.compile_model()
     data.sources["train"].with_masks = False

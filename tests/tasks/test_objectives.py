@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.tasks.metrics import MeanLoss
 from visionpeft.tasks.objectives import Asymmetry, build_objective
+from visionpeft.tasks.several_tasks import TaskAccuracy
 
 NAMES = ["a", "b", "c"]
 GENERATOR = np.random.default_rng(5)
@@ -205,3 +207,23 @@ def test_pixels_are_measured_as_torchmetrics_measures_them():
             each.reset()
             each.update(found[0], torch.full_like(labels[0], -1))
         assert metric.compute().item() == pytest.approx(theirs[name].compute().item(), nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_many_losses_in_half_precision(dtype):
+    """bfloat16 counts to 256 and float16 to 2048; a sum in them stands still, and 2 became 4."""
+    task = torch.nn.ModuleList([MeanLoss(), TaskAccuracy([0, 2], [2, 3])]).to(dtype)
+    mean, accuracy = task
+    for step in range(5000):
+        mean.update(torch.tensor(1.0 if step % 2 else 3.0, dtype=dtype), 1)
+        # three of four right of the first task, every one of the second
+        logits = torch.eye(5, dtype=dtype)[[0, 1, 0, 0, 2, 4]]
+        accuracy.update(logits, torch.tensor([0, 1, 0, 1, 2, 4]))
+    assert mean.compute().dtype == torch.float32
+    assert mean.compute() == 2
+    assert accuracy.compute() == 0.875
+    mean.reset()
+    task.to(dtype)
+    mean.update(torch.tensor(3.0), 7)
+    assert mean.compute() == 3
+    assert mean.to("meta").total.device.type == "meta"

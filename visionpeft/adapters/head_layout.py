@@ -95,6 +95,16 @@ def head_from_layout(layout: dict, model: nn.Module, path: str) -> nn.Module:
         raise StorageError(f"the saved head {layout!r} is not one this version can build") from None
 
 
+def check_reads(head: nn.Module, model: nn.Module) -> None:
+    """Refuse a built head for dense prediction that reads other maps than those that a model gives its head.
+
+    Raises:
+        StorageError: it does.
+    """
+    if isinstance(head, DenseModule) and hasattr(model, "check_head"):
+        model.check_head(dense_head_from_layout(head.layout), head)
+
+
 def _head_of_the_library(layout: dict, model: nn.Module, path: str) -> nn.Module:
     """A head like that of the model, or the one that timm gives it for so many classes; without values."""
     skeleton = without_storage(model)

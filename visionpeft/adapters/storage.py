@@ -18,7 +18,7 @@ from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, metho
 from visionpeft.adapters.attach import attached, known, plain, register
 from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
 from visionpeft.adapters.fingerprint import differences, same_weights, weights_record
-from visionpeft.adapters.head_layout import head_from_layout, head_layout
+from visionpeft.adapters.head_layout import check_reads, head_from_layout, head_layout
 from visionpeft.adapters.install import check_unchanged
 from visionpeft.adapters.stages import check_last_stage
 from visionpeft.backbones.preprocessing import Preprocessing
@@ -137,7 +137,9 @@ def made_adapter(
             adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
             adapter.head_paths = tuple(description["heads"])
             for path, layout in description["heads"].items():
-                nest(adapter, path, head_from_layout(layout, model, path))
+                head = head_from_layout(layout, model, path)
+                check_reads(head, model)
+                nest(adapter, path, head)
         except UserError:
             raise
         except (RuntimeError, TypeError, ValueError, KeyError) as error:  # sizes and names torch refuses

@@ -136,7 +136,17 @@ class DetectionModule(DenseModule):
         Returns:
             The losses, each (); or of each image "boxes" (m, 4), "scores" (m,), "labels" (m,), best first, and with
             masks "masks" float (m, 1, 28, 28), the probability of each place in the box.
+
+        Raises:
+            ConfigurationError: the head is in half precision, in which boxes are off by pixels, and torchvision finds
+                no overlaps of them.
         """
+        if (dtype := next(self.parameters()).dtype) in (torch.bfloat16, torch.float16):
+            raise ConfigurationError(
+                f"a head that finds objects computes their boxes in single precision, not in {dtype}; put "
+                "model.backbone alone into half precision (model.head.float() and model.peft.float() bring the rest "
+                "back)"
+            )
         first = getattr(self.detector, "first_label", 0)
         if targets is not None:
             targets = [target | {"labels": target["labels"] + first} for target in targets]

@@ -184,6 +184,13 @@ class CoDA(Method):
                 "CoDA sends few patches through a block, but the attention of this tower has positions of its own, "
                 "which it knows for all patches alone"
             )
+        if any(map(tower.is_queried, blocks)):
+            queried, count = tower.queried_blocks, tower.depth - tower.queried_blocks
+            remedy = f"none of the last {queried} blocks (blocks='first:{count}')" if count else "another method"
+            raise UnsupportedError(
+                "CoDA sends few patches through a block, and the queries of a head say by their places which they see; "
+                f"choose {remedy}"
+            )
         for index in blocks:
             select = Select(tower.width, self.reduction, self.temperature)
             yield Placement(tower.name, index, "stream_in", select)

@@ -12,13 +12,13 @@ from torch.utils.checkpoint import checkpoint
 from visionpeft.adapters.attach import attach, has_adapters
 from visionpeft.backbones.dispatch import describe_model
 from visionpeft.backbones.tower import Backbone
-from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 from visionpeft.heads import DenseHead, DetectionHead, LinearSegmentation
 from visionpeft.heads.mask_classification import MaskModule, MaskPredictions
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
-from visionpeft.models.image_tower import describe_around, filled_up, image_tower, what_is_read
+from visionpeft.models.image_tower import check_read, describe_around, filled_up, image_tower, what_is_read
 from visionpeft.models.queries import check_queried, through_last_blocks
 from visionpeft.models.strips import largest, resized
 from visionpeft.sites.stand_ins import acting_head
@@ -69,6 +69,7 @@ class DensePredictor(nn.Module):
         tower = image_tower(backbone, READER)
         self.backbone = backbone
         self.blocks, channels, _ = what_is_read(head, tower, READER)
+        self.in_stages, self.depth = bool(tower.stages), len(tower.stages) or tower.depth
         self.patch_size = (tower.strides[-1],) * 2 if tower.stages else tuple(tower.patch_size)
         like = next(backbone.parameters())
         self.head = head.make(channels, len(self.blocks), number).to(like.device, like.dtype)
@@ -77,13 +78,32 @@ class DensePredictor(nn.Module):
         self.queries_need_sites = any(block.knows_positions for block in tower.blocks[tower.depth - queried :])
         if queried:
             check_queried([block.module for block in tower.blocks[-queried:]], knows_positions=False)
-        self.num_classes = number
         self.recompute_head = recompute_head
         if hasattr(backbone, "backbone_source"):
             self.backbone_source = backbone.backbone_source
         self.train(backbone.training)
         if method is not None:
             attach(self, method)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the head tells apart, that of the adapter where one acts."""
+        return acting_head(self.head).layout["arguments"]["num_classes"]
+
+    def check_head(self, head: DenseHead, module: nn.Module) -> None:
+        """Refuse the head of a saved adapter that this model cannot give what it reads.
+
+        Raises:
+            StorageError: it reads other blocks or stages, or its queries go through another number of blocks.
+        """
+        check_read(head, self.blocks, self.depth, self.in_stages, READER)
+        numbers = module.queried_blocks, self.head.queried_blocks
+        if len(set(numbers)) > 1:
+            theirs, own = (f"the last {each}" if each else "none" for each in numbers)
+            raise StorageError(
+                f"of the backbone's blocks {theirs} compute queries of the saved head {type(head).__name__}, and {own} "
+                f"those of this model's head; make {READER} with {head!r}"
+            )
 
     def coarse_logits(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes, rows, columns) at the resolution of the head, of images filled up to whole patches.

@@ -6,6 +6,7 @@ import torch
 from timm.models.hiera import Hiera
 from torch import nn
 
+from visionpeft.adapters.carried_values import CARRYING
 from visionpeft.adapters.library_methods import SHALLOW, NoIntermediates
 from visionpeft.errors import ConfigurationError, UnsupportedError, one_line
 from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native
@@ -49,6 +50,21 @@ def tower_of(backbone: nn.Module) -> nn.Module:
     return tower.trunk if has_trunk(tower) else tower
 
 
+def only_size(backbone: nn.Module) -> tuple[int, int] | None:
+    """The only height and width of images that a backbone takes; None where it takes others, too."""
+    tower = tower_of(backbone)
+    if is_native(tower):
+        return tuple(tower.image_size)
+    if isinstance(tower, Hiera):
+        return tuple(_size_of_hiera(tower))
+    patches = getattr(tower, "patch_embed", None)
+    return tuple(patches.img_size) if getattr(patches, "strict_img_size", False) and patches.img_size else None
+
+
+def _size_of_hiera(tower: Hiera) -> list[int]:
+    return [side * step for side, step in zip(tower.tokens_spatial_shape, tower.patch_stride, strict=True)]
+
+
 def normalised_tokens(backbone: nn.Module, images: torch.Tensor, blocks: Sequence[int]) -> Sequence[torch.Tensor]:
     """Tokens (batch, tokens, width) after some blocks and the final norm, without class and register tokens.
 
@@ -76,7 +92,7 @@ def _read(tower: nn.Module, images: torch.Tensor, blocks: Sequence[int], **optio
     read = _intermediates(tower)
     height, width = images.shape[-2:]
     if isinstance(tower, Hiera):  # which would fail on the sum of tokens and position embeddings
-        own = [side * step for side, step in zip(tower.tokens_spatial_shape, tower.patch_stride, strict=True)]
+        own = _size_of_hiera(tower)
         if own != [height, width]:
             raise ConfigurationError(
                 f"{type(tower).__name__} takes images of {' x '.join(map(str, own))} pixels, not {height} x {width}; "
@@ -100,4 +116,8 @@ def _intermediates(tower: nn.Module):
         )
     if isinstance(read, NoIntermediates) and read.why == SHALLOW:
         return type(tower).forward_intermediates.__get__(tower)
+    if isinstance(read, NoIntermediates) and read.why == CARRYING:
+        raise UnsupportedError(
+            f"no head can read the maps of blocks while {CARRYING}, as by LST; choose another method"
+        )
     return read

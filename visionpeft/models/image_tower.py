@@ -9,7 +9,7 @@ from torch import nn
 from visionpeft.backbones.dispatch import describe_model
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.backbones.whole_model import describe
-from visionpeft.errors import ConfigurationError, UnsupportedError
+from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 from visionpeft.heads import DenseHead
 
 
@@ -58,6 +58,33 @@ def what_is_read(head: DenseHead, tower: Tower, reader: str) -> tuple[tuple[int,
         raise UnsupportedError(f"{reader} reads stages of square patches, not of {tower.patch_size} pixels")
     chosen = head.stages(len(tower.stages))
     return chosen, [tower.stage_widths[stage] for stage in chosen], [tower.strides[stage] for stage in chosen]
+
+
+def check_read(head: DenseHead, read: Sequence[int], number: int, in_stages: bool, reader: str) -> None:
+    """Refuse the saved head of an adapter that reads other blocks or stages than those that a model has read for it.
+
+    Their maps could have the shapes that it wants all the same, so that what it gives would be wrong in silence.
+
+    Args:
+        head: the head.
+        read: numbers of the blocks, or stages, whose maps the model gives.
+        number: how many the backbone has.
+        in_stages: whether these are stages.
+        reader: the model, with its article, for errors.
+
+    Raises:
+        StorageError: it reads others.
+    """
+    wanted = head.stages(number) if in_stages else head.blocks(number)
+    if wanted != tuple(read):
+        theirs, own = (
+            f"{'stage' if in_stages else 'block'}{'s' if len(each) > 1 else ''} {', '.join(map(str, each))}"
+            for each in (wanted, read)
+        )
+        raise StorageError(
+            f"the saved head {type(head).__name__} reads {theirs}, and this model gives its head {own}; make {reader} "
+            f"with {head!r}"
+        )
 
 
 def filled_up(images: torch.Tensor, patch: Sequence[int], reader: str) -> torch.Tensor:

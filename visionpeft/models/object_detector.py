@@ -10,12 +10,13 @@ from visionpeft.adapters.attach import attach
 from visionpeft.backbones.dispatch import describe_model
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.heads import FCOS, DetectionHead
+from visionpeft.heads import FCOS, DenseHead, DetectionHead
 from visionpeft.heads.detection import Target
 from visionpeft.methods.parts.base import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
-from visionpeft.models.image_tower import describe_around, filled_up, image_tower, what_is_read
+from visionpeft.models.image_tower import check_read, describe_around, filled_up, image_tower, what_is_read
+from visionpeft.sites.stand_ins import acting_head
 
 DEFAULT = FCOS()
 READER = "an ObjectDetector"
@@ -60,17 +61,30 @@ class ObjectDetector(nn.Module):
             raise UnsupportedError(f"patches of {tower.patch_size} pixels are no squares, which heads take them for")
         self.backbone = backbone
         self.blocks, channels, strides = what_is_read(head, tower, READER)
+        self.in_stages, self.depth = bool(tower.stages), len(tower.stages) or tower.depth
         self.patch = tower.strides[-1] if tower.stages else tower.patch_size[0]
         like = next(backbone.parameters())
         geometry = {"strides": strides} if tower.stages else {"patch": self.patch}
         made = head.make(channels, len(self.blocks), number, **geometry)
         self.head = made.to(like.device, like.dtype)
-        self.num_classes = number
         if hasattr(backbone, "backbone_source"):
             self.backbone_source = backbone.backbone_source
         self.train(backbone.training)
         if method is not None:
             attach(self, method)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the head tells apart, that of the adapter where one acts."""
+        return acting_head(self.head).layout["arguments"]["num_classes"]
+
+    def check_head(self, head: DenseHead, module: nn.Module) -> None:
+        """Refuse the head of a saved adapter that this model cannot give what it reads.
+
+        Raises:
+            StorageError: it reads other blocks or stages.
+        """
+        check_read(head, self.blocks, self.depth, self.in_stages, READER)
 
     def maps(self, images: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """What the head reads of images (batch, 3, height, width): see `DetectionModule`."""
@@ -120,7 +134,10 @@ def at_size(found: Target, size: tuple[int, int], wanted: tuple[int, int]) -> Ta
     boxes = found["boxes"].float() * found["boxes"].new_tensor([factors[1], factors[0]] * 2, dtype=torch.float)
     resized = {**found, "boxes": boxes, "scores": found["scores"].float()}
     if "masks" in found:
-        resized["masks"] = paste_masks_in_image(found["masks"].float(), boxes, wanted)[:, 0] > 0.5
+        whole = torch.zeros(len(boxes), *wanted, dtype=torch.bool, device=boxes.device)
+        for index, mask in enumerate(found["masks"].float()):  # all at once are 4 bytes a pixel, twice over
+            whole[index] = paste_masks_in_image(mask[None], boxes[index, None], wanted)[0, 0] > 0.5
+        resized["masks"] = whole
     return resized
 
 

@@ -1,6 +1,7 @@
 """Test a finished run again: on its own data, on new classes, or on another data set."""
 
 import json
+import re
 from collections.abc import Sequence
 
 import yaml
@@ -28,14 +29,15 @@ def evaluate_again(run: RunDirectory, arguments: Sequence[str]) -> dict:
         Its results.json with the new test in place of the old.
 
     Raises:
-        ConfigurationError: what was trained knows only its own classes, and there are others; or another method is
-            asked for than the one that was trained.
+        ConfigurationError: what was trained knows only its own classes, and there are others; or another method or
+            head is asked for than the one that was trained.
     """
     trained = run.read_results()
-    if other := [each for each in arguments if each.startswith("--model.method")]:
-        raise ConfigurationError(
-            f"{other[0]}: the method is that of the adapter in {run.path}, as trained; leave it out"
-        )
+    for part in ("method", "head"):
+        if other := [each for each in arguments if re.split("[.=]", each)[:2] == ["--model", part]]:
+            raise ConfigurationError(
+                f"{other[0]}: the {part} is that of the adapter in {run.path}, as trained; leave it out"
+            )
     cli = CLI(["--config", str(run.config), *arguments])
     task, datamodule = cli.model, cli.datamodule
     task.load(run.path / task.folder)

@@ -33,6 +33,13 @@ def named_after(files: list[Path], folder: Path, endings: Sequence[str], what: s
                 "two folders"
             )
     names = [tuple(folder / f"{file.stem}{ending}" for ending in endings) for file in files]
+    taken: dict[Path, Path] = {}
+    for file, several in zip(files, names, strict=True):
+        for path in several:
+            if (other := taken.setdefault(path, file)) != file:  # of photo.jpg and photo_overlay.jpg
+                raise ConfigurationError(
+                    f"what is predicted of {other} and of {file} would both be {path}; predict them into two folders"
+                )
     given = {file.resolve() for file in files}
     if written := [path for several in names for path in several if path.resolve() in given]:
         raise ConfigurationError(f"--output {folder} would write over the image {written[0]}; name another folder")

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import allocate, evaluating, remake
 from visionpeft.adapters.attach import detach, plain
+from visionpeft.adapters.head_layout import dense_head_from_layout
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.storage import is_older, load, method_from, read_metadata, save
 from visionpeft.adapters.trained import layer_distances, trainable_parameters
 from visionpeft.adapters.training_hooks import after_step, penalty
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError, UserError, one_line
+from visionpeft.heads import DenseHead
 from visionpeft.methods import Method
 from visionpeft.methods.parts.base import describe_method
 from visionpeft.sharing.trained_model import learnt_objective
@@ -383,6 +385,19 @@ class AdaptedTask(ImageTask):
         detach(self.model)
         self.adapter_name = load(self.model, folder)
         self.objective.load_description(learnt)
+
+
+def check_same_head(head: DenseHead, folder: Path) -> None:
+    """Refuse a head other than that of a saved adapter, which would be measured without a word about it.
+
+    Raises:
+        ConfigurationError: its fields or its class differ.
+    """
+    layout = read_metadata(folder)["heads"].get("head", {})
+    if "fields" in layout and (saved := dense_head_from_layout(layout)) != head:
+        raise ConfigurationError(
+            f"the head of the adapter in {folder} is {saved!r}, and {head!r} is asked for; leave the head as trained"
+        )
 
 
 def first_difference(names: Sequence[str], others: Sequence[str]) -> str:

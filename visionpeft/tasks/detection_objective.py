@@ -3,6 +3,7 @@
 from torch import Tensor
 from torchmetrics import Metric
 
+from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.objective import Objective, Shown
 
 
@@ -24,6 +25,18 @@ class ObjectsOfImage(Objective):
         self.masks = masks
         self.monitor = "mask_ap" if masks else "ap"
         self.shown = Shown(self.monitor, "mask AP" if masks else "AP", "average precision", percentage=True)
+
+    def check_precision(self, precision: str | int | None) -> None:
+        """Refuse half precision of everything: Lightning would round the boxes, too.
+
+        Raises:
+            ConfigurationError: such a precision.
+        """
+        if str(precision) in ("16-true", "bf16-true"):
+            raise ConfigurationError(
+                f"precision {precision} rounds the corners of objects to whole pixels and more; use "
+                f"{str(precision).removesuffix('-true')}-mixed, or 32-true"
+            )
 
     def loss(self, logits: dict[str, Tensor], labels: list[dict]) -> Tensor:
         """The sum of the losses by name, each ()."""

@@ -1,7 +1,9 @@
 """The mean loss, kept on the device it is on: nothing is read from there before an epoch is over."""
 
+from collections.abc import Callable, Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
@@ -17,7 +19,19 @@ class MeanLoss(Metric):
     def __init__(self):
         super().__init__()
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("samples", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> nn.Module:
+        """Go where the task goes, in single precision also where all else is put into half.
+
+        bfloat16 counts to 256: what is added to a sum of so many losses is lost.
+        """
+
+        def moved(value: Tensor) -> Tensor:
+            there = fn(value)
+            return there if there.dtype == value.dtype else value.to(there.device)
+
+        return super()._apply(moved, exclude_state)
 
     def update(self, loss: Tensor, samples: int) -> None:
         """Take in the mean loss of a batch of so many samples."""

@@ -18,9 +18,10 @@ from visionpeft.heads import FCOS, DetectionHead, MaskRCNN
 from visionpeft.methods import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.object_detector import ObjectDetector
-from visionpeft.tasks.adapted_task import AdaptedTask
+from visionpeft.tasks.adapted_task import AdaptedTask, check_same_head
 from visionpeft.tasks.average_precision import AveragePrecision, evaluation
 from visionpeft.tasks.detection_objective import ObjectsOfImage
+from visionpeft.tasks.fixed_sizes import check_measured_sizes
 from visionpeft.tasks.optimisation import Optimisation
 
 LEARNT = ("boxes", "labels", "masks")
@@ -86,6 +87,7 @@ class ObjectDetection(AdaptedTask):
         torch.manual_seed(seed)
         images = create_dense_backbone(backbone, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
         self.preprocessing = preprocessing_of(images)
+        self.head = head
         self.model = ObjectDetector(images, head, class_names)
         attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
         if start:
@@ -119,6 +121,11 @@ class ObjectDetection(AdaptedTask):
             ConfigurationError: always.
         """
         raise ConfigurationError("detection is not compiled, as it is no one graph")
+
+    def on_fit_start(self) -> None:
+        """As for every task; and see that what will be measured is of a size that the backbone takes."""
+        super().on_fit_start()
+        check_measured_sizes(self.model, self.trainer)
 
     def example(self) -> Tensor:
         """A batch of one training image, of zeros."""
@@ -192,7 +199,12 @@ class ObjectDetection(AdaptedTask):
                 self.log(f"{split}/{name}", value, on_step=False, on_epoch=True, sync_dist=True)
 
     def load(self, folder: Path) -> None:
-        """Read an adapter in the place of the attached one."""
+        """Read an adapter in the place of the attached one.
+
+        Raises:
+            ConfigurationError: it has another head than the task was given; see `AdaptedTask.load` for others.
+        """
+        check_same_head(self.head, folder)
         super().load(folder)
         economise(self.model, **self.economies)
 

@@ -45,7 +45,8 @@ class ClassOfPixels(Objective):
 
     def metrics(self, split: str) -> dict[str, Metric]:
         """Mean IoU over the split, and pixel accuracy."""
-        return {"miou": MeanIoU(self.outputs, IGNORED), "pixel_accuracy": PixelAccuracy(IGNORED)}
+        measured = None if split == "train" else split
+        return {"miou": MeanIoU(self.outputs, IGNORED, measured), "pixel_accuracy": PixelAccuracy(IGNORED)}
 
     def answers(self, logits: Tensor) -> Tensor:
         """Class indices (batch, height, width), of logits (batch, classes, height, width) or of such indices."""

@@ -23,7 +23,8 @@ from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.dense_predictor import DensePredictor
 from visionpeft.models.strips import classes_of, cross_entropy
 from visionpeft.models.windows import check_windows, window_logits
-from visionpeft.tasks.adapted_task import AdaptedTask
+from visionpeft.tasks.adapted_task import AdaptedTask, check_same_head
+from visionpeft.tasks.fixed_sizes import check_measured_sizes
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.segmentation_objective import ClassOfPixels
 
@@ -96,6 +97,7 @@ class SemanticSegmentation(AdaptedTask):
         images = create_dense_backbone(backbone, pretrained=pretrained, checkpoint=checkpoint, **kwargs)
         self.preprocessing = preprocessing_of(images)
         self.window, self.stride = window, stride
+        self.head = head
         self.model = DensePredictor(images, head, class_names)
         attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
         if start:
@@ -115,6 +117,11 @@ class SemanticSegmentation(AdaptedTask):
         super().connect(datamodule)
         if isinstance(datamodule, ImageDataModule):
             self.side = datamodule.side
+
+    def on_fit_start(self) -> None:
+        """As for every task; and see that what will be measured is of a size that the backbone takes."""
+        super().on_fit_start()
+        check_measured_sizes(self.model, self.trainer, self.window)
 
     def example(self) -> Tensor:
         """A batch of one training image, of zeros."""
@@ -150,7 +157,12 @@ class SemanticSegmentation(AdaptedTask):
         )
 
     def load(self, folder: Path) -> None:
-        """Read an adapter in the place of the attached one."""
+        """Read an adapter in the place of the attached one.
+
+        Raises:
+            ConfigurationError: it has another head than the task was given; see `AdaptedTask.load` for others.
+        """
+        check_same_head(self.head, folder)
         super().load(folder)
         economise(self.model, **self.economies)
 

@@ -28,8 +28,9 @@ class TaskAccuracy(Metric):
     def __init__(self, first: list[int], count: list[int]):
         super().__init__()
         self.ranges = list(zip(first, count, strict=True))
-        self.add_state("hits", torch.zeros(len(first)), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(len(first)), dist_reduce_fx="sum")
+        # whole numbers stay exact where the task is put into half precision
+        self.add_state("hits", torch.zeros(len(first), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(len(first), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Take in a batch: logits (batch, classes) among the classes of each image's task, labels (batch,)."""
@@ -42,7 +43,7 @@ class TaskAccuracy(Metric):
     def compute(self) -> Tensor:
         """The mean; not a number if there were no images."""
         seen = self.images > 0
-        return (self.hits[seen] / self.images[seen]).mean()
+        return (self.hits[seen].float() / self.images[seen]).mean()
 
 
 class OneClassOfTask(OneClass):

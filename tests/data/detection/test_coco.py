@@ -186,6 +186,14 @@ def used(folder):
         (changed(segmentation=[[1, 2, 3]]), "annotation 0 has a polygon of 3 values"),
         (changed(segmentation={"size": [12, 8], "counts": [96]}), "annotation 0 .* cannot be decoded"),
         (changed(segmentation={"size": [8, 12], "counts": [95]}), "annotation 0 .* cannot be decoded"),
+        (changed(image_id=[40]), r"annotation 0 is of image \[40\], which the file does not list"),
+        (changed(category_id="3"), "annotation 0 is of category '3', and there are 3, 7"),
+        (changed(category_id=[3]), r"annotation 0 is of category \[3\], and there are 3, 7"),
+        (changed(iscrowd="0"), "annotation 0 has the iscrowd '0', which is neither 0 nor 1"),
+        (changed(area="12"), "annotation 0 has the area '12', which is no number"),
+        (changed(segmentation={"size": [8, 12], "counts": [90, -3, 9]}), "annotation 0 has .* runs of -3 pixels"),
+        (changed(segmentation={"size": [8, 12], "counts": [90.0, 6.0]}), "annotation 0 has .* runs of 90.0 pixels"),
+        (changed(segmentation={"size": [8, 12], "counts": [10**12, 6]}), "annotation 0 .* cannot be decoded"),
         (changed(categories=[{"id": 3, "name": "dog"}, {"id": 7, "name": "dog"}]), "category 7 'dog' comes twice"),
         (changed(images=[*CONTENT["images"], {"id": 41, "file_name": "a.png"}]), "images 40 and 41 are both a.png"),
         (changed(images=[*CONTENT["images"], {"id": 40, "file_name": "c.png"}]), "two images have the id 40"),
@@ -200,6 +208,15 @@ def used(folder):
 def test_what_is_wrong_is_told(tmp_path, content, told):
     with pytest.raises(vp.DataError, match=told):
         used(written(tmp_path, content))
+
+
+@pytest.mark.parametrize("crowd", [None, False, 0.0])
+def test_what_is_no_crowd(tmp_path, crowd):
+    """And runs whose size a program has written as fractions."""
+    content = changed(iscrowd=crowd, segmentation={"size": [8.0, 12.0], "counts": [80, 6, 10]})
+    objects = read(written(tmp_path, content), masks=True).sources["train"].objects(0)
+    assert not objects.crowd[0]
+    assert objects.masks[0].sum() == 6
 
 
 def test_splits(tmp_path):

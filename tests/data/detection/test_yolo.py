@@ -35,6 +35,7 @@ def test_boxes_and_polygons(tmp_path):
     assert data.class_names == ["dog", "cat"]
     assert data.description()["category_ids"] == [2, 4]
     assert data.images.notes == [
+        "train: 1 images have no file of labels, and so no objects",
         "train: 1 lines that come twice count once",
         "train: 1 boxes and polygons without extent are left out",
     ]
@@ -98,6 +99,10 @@ def test_places(tmp_path):
         ({"names": None}, "no names of classes"),
         ({"names": ["a"] * 5}, "class 'a' is named twice"),
         ({"train": None}, "names no train images"),
+        ({"train": 5}, "names the images 5 in the path 'set'; these must be names of folders"),
+        ({"train": [["set"]]}, "these must be names of folders or of text files"),
+        ({"path": 5}, "in the path 5; these must be names of folders"),
+        ({"train": "images/train/a.png"}, r"names the images .*a\.png, which cannot be read as text in UTF-8"),
         ({"val": "list.txt"}, r"a\.png is in the train and in the val split"),
         ({"train": ["list.txt", "list.txt"]}, r"names image .*a\.png twice"),
     ):

@@ -77,7 +77,17 @@ def test_what_is_wrong_names_the_file(masked, tmp_path):
     refused(r"mask .*03.png has 31 x 32 pixels, but its image .*03.png has 32 x 32")
     assert sum(module(MaskFolder, masked, CLASSES, skip_corrupt=True).skipped.values()) == 1
     (masked / "masks" / "03.png").unlink()
-    refused(r"image .*images/03.png has no mask .*masks/03.png")
+    refused(r"image .*images/03.png has no mask .*masks/03.png, nor of another ending; add it, or set skip_corrupt")
+    data = MaskFolder(masked, CLASSES, skip_corrupt=True)
+    assert sum(len(source) for source in data.sources.values()) == 9
+    assert "1 images in " in (note := data.description()["notes"][0])
+    assert "left out, as they have no mask: " in note
+    assert "03.png" in note
+    twice = masked / "images" / "02.bmp"
+    Image.open(masked / "images" / "02.png").save(twice)
+    refused(r"images .*02.bmp and .*02.png would both have the mask .*masks/02; leave one of them", skip_corrupt=True)
+    twice.unlink()
+    refused("10 of 10 images have none", skip_corrupt=True, suffix="_elsewhere")
     (masked / "images" / "03.png").unlink()
     Image.new("L", (32, 32)).save(masked / "masks" / "alone.png")
     assert "alone" in str(MaskFolder(masked, CLASSES).description()["notes"])
@@ -93,6 +103,31 @@ def test_rotated_photographs_have_the_size_they_show(masked):
     Image.new("L", (32, 20)).save(masked / "masks" / "00.png")
     data = MaskFolder(masked, CLASSES, val_fraction=0, test_fraction=0)
     assert data.sources["train"].mask(0).shape == (20, 32) == data.sources["train"].image(0).size[::-1]
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4, 6])
+def test_a_mask_with_the_flag_of_the_camera_is_turned_as_its_image(tmp_path, orientation):
+    """Numbers, a palette and 16 bits, each as a program leaves them that copies the metadata of the photograph."""
+    classes = np.zeros((8, 12), np.uint8)
+    classes[1:3, 2:9] = 1
+    classes[5:, 10:] = 2
+    palette = Image.fromarray(classes)
+    palette.putpalette([0, 0, 0, 100, 0, 0, 0, 100, 0])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    kinds = {"gray": Image.fromarray(classes), "palette": palette, "deep": Image.fromarray(classes.astype(np.uint16))}
+    for name, mask in kinds.items():
+        Image.fromarray(100 * classes).save(tmp_path / "images" / f"{name}.png", exif=exif)
+        mask.save(tmp_path / "masks" / f"{name}.png", exif=exif)
+    data = module(MaskFolder, tmp_path, CLASSES, val_fraction=0, test_fraction=0)
+    data.setup()
+    source = data.sources["train"]
+    for index in range(3):
+        image = np.asarray(source.image(index).convert("L"))
+        assert np.array_equal(source.mask(index), image // 100)
+        assert not np.array_equal(image[: len(classes)], 100 * classes[:, : image.shape[1]])
 
 
 def test_image_and_mask_move_together():

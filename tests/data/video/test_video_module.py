@@ -366,6 +366,30 @@ def test_damaged_videos_are_left_out_and_counted_when_asked(folders, workers):
     assert sum(len(labels) for _, labels in data.train_dataloader()) == 8
 
 
+@pytest.mark.parametrize("kind", ["stream", "frames"])
+@pytest.mark.parametrize("resizing", ["pillow", "tensor"])
+def test_frames_of_several_sizes_are_refused_or_left_out(folders, kind, resizing):
+    """As joined streams and recorded calls have them."""
+    sizes = (32, 24), (24, 32)
+    if kind == "stream":
+        path = folders / "train/b/4.ts"
+        parts = [write_video(folders.parent / f"{width}.ts", 12, size=(width, height)) for width, height in sizes]
+        path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    else:
+        path = folders / "train/b/4"
+        for number, size in enumerate(sizes):
+            (written,) = write_frames(folders.parent / f"{number}", 1, size).iterdir()
+            path.mkdir(exist_ok=True)
+            written.rename(path / f"{number}.png")
+    (folders / "train/b/4.mp4").unlink()
+    sampling = FrameSampling(num_frames=4)
+    with pytest.raises(DataError, match=f"the frames of video {path} are not of one size; write it again"):
+        list(module(folders, sampling=sampling, resizing=resizing).train_dataloader())
+    data = module(folders, sampling=sampling, resizing=resizing, skip_corrupt=True)
+    assert data.skipped == {"train": 1, "val": 0, "test": 0}
+    assert sum(len(labels) for _, labels in data.train_dataloader()) == 9
+
+
 def test_a_class_without_readable_videos(folders):
     for number in range(5):
         (folders / f"train/b/{number}.mp4").write_bytes(b"")

@@ -13,7 +13,7 @@ from visionpeft.data.detection.objects import Objects, box_of, objects_of
 from visionpeft.data.detection.outlines import decoded
 from visionpeft.data.records import path_inside
 from visionpeft.data.segmentation.masks import size_of_image
-from visionpeft.errors import DataError
+from visionpeft.errors import DataError, one_line
 
 
 @dataclass
@@ -130,10 +130,10 @@ def annotated(content: dict, path: Path, images: Path, class_names: Sequence[str
     for place, entry in enumerate(content["annotations"]):
         name = f"{path}: annotation {entry.get('id', f'at place {place}')}"
         image, category = entry.get("image_id"), entry.get("category_id")
-        if image not in places:
-            raise DataError(f"{name} is of image {image}, which the file does not list")
-        if category not in labels:
-            raise DataError(f"{name} is of category {category}, and there are {_listed(list(labels))}")
+        if not _is_finite(image) or image not in places:
+            raise DataError(f"{name} is of image {image!r}, which the file does not list")
+        if not _is_finite(category) or category not in labels:
+            raise DataError(f"{name} is of category {category!r}, and there are {_listed(list(labels))}")
         read = _annotation(entry, name, labels[category], sizes[places[image]], masks)
         if read is None:
             found.left_out += 1
@@ -158,6 +158,11 @@ def _size(entry: dict, image: Path) -> tuple[int, int]:
 def _annotation(entry: dict, name: str, label: int, size: tuple[int, int], masks: bool) -> Annotation | None:
     """An annotation, None if nothing of it is inside its image."""
     outline, box, area = entry.get("segmentation") or None, entry.get("bbox"), entry.get("area")
+    crowd = entry.get("iscrowd")
+    if crowd not in (None, 0, 1):  # the text "0" would be one
+        raise DataError(f"{name} has the iscrowd {crowd!r}, which is neither 0 nor 1")
+    if not isinstance(area, int | float | None):
+        raise DataError(f"{name} has the area {area!r}, which is no number")
     if masks and outline is None:
         raise DataError(f"{name} has no segmentation, which masks need; set --data.masks false to learn boxes")
     if outline is not None and (masks or not box):
@@ -177,14 +182,18 @@ def _annotation(entry: dict, name: str, label: int, size: tuple[int, int], masks
     if min(x1 - x0, y1 - y0) <= 0 or min(x1, y1) <= 0 or x0 >= size[0] or y0 >= size[1]:
         return None
     area = float(area) if _is_finite(area) and area >= 0 else None
-    return Annotation(name, corners, label, bool(entry.get("iscrowd", 0)), area, outline if masks else None)
+    return Annotation(name, corners, label, bool(crowd), area, outline if masks else None)
 
 
 def _inside(outline: list | dict, name: str, size: tuple[int, int]) -> list | dict:
     """Runs, or those polygons that reach into the image."""
     if isinstance(outline, dict):
-        if not isinstance(outline.get("counts"), list | str):
+        counts = outline.get("counts")
+        if not isinstance(counts, list | str):
             raise DataError(f"{name} has a segmentation of runs without counts")
+        numbers = () if isinstance(counts, str) else counts  # compressed
+        if wrong := [each for each in numbers if not isinstance(each, int) or each < 0]:
+            raise DataError(f"{name} has a segmentation of runs of {wrong[0]!r} pixels; counts must be whole numbers")
         return outline
     if not isinstance(outline, list) or not all(isinstance(polygon, list) for polygon in outline):
         raise DataError(f"{name} has a segmentation that is neither polygons [[x, y, x, y, ...]] nor runs")
@@ -210,8 +219,8 @@ def _decoded(outline: list | dict, name: str, size: tuple[int, int]) -> np.ndarr
     width, height = size
     try:
         return decoded(outline, (height, width))
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{name} has a segmentation that cannot be decoded ({error})") from error
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # RuntimeError: what C++ cannot take
+        raise DataError(f"{name} has a segmentation that cannot be decoded ({one_line(error)})") from error
 
 
 def _objects(own: list[Annotation], image: Path, size: tuple[int, int], path: Path, masks: bool) -> Objects:

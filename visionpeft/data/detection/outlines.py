@@ -26,7 +26,8 @@ def decoded(outline: list | dict, size: tuple[int, int]) -> np.ndarray:
     if isinstance(outline, dict):
         if list(outline.get("size", ())) != [height, width]:
             raise ValueError(f"runs of an image of {outline.get('size')} (height, width), not {[height, width]}")
-        runs = functions.frPyObjects(outline, height, width) if isinstance(outline["counts"], list) else outline
+        runs = {"size": [height, width], "counts": outline["counts"]}
+        runs = functions.frPyObjects(runs, height, width) if isinstance(runs["counts"], list) else runs
         return functions.decode([runs])[:, :, 0].astype(bool)
     usable = [polygon for polygon in outline if len(polygon) >= 6]
     if not usable:

@@ -28,7 +28,7 @@ class YoloFolder(DetectionDataModule):
     them, or a text file with a path a line; relative to its "path", or to its own folder. The labels of
     .../images/a.jpg are lines in .../labels/a.txt: class, then the centre x, y, width and height of a box, or x, y, x,
     y, ... of a polygon of three points or more, as shares of the image's width and height. A file may have lines of
-    both. An image without such a file, or with an empty one, has no objects.
+    both. An image without such a file, or with an empty one, has no objects; how many have none is in the record.
 
     Boxes are cut where they reach beyond the image. Lines that come twice count once, boxes without extent not at all;
     both are counted. Without "test" there is no
@@ -120,6 +120,7 @@ def _source(
         places = sorted({str(_labels_of(image).parent) for image in images})
         raise DataError(f"none of the {len(images)} images of the {split} split has an object in {', '.join(places)}")
     remarks = {
+        "without": "images have no file of labels, and so no objects",
         "twice": "lines that come twice count once",
         "empty": "boxes and polygons without extent are left out",
     }
@@ -128,13 +129,17 @@ def _source(
 
 
 def _images(given: str | list[str], base: str | None, path: Path) -> list[Path]:
-    places = [_place(each, base, path) for each in ([given] if isinstance(given, str) else given)]
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, list) or not all(isinstance(each, str) for each in [*given, "" if base is None else base]):
+        where = "" if base is None else f" in the path {base!r}"
+        raise DataError(f"{path} names the images {given!r}{where}; these must be names of folders or of text files")
+    places = [_place(each, base, path) for each in given]
     images: list[Path] = []
     for place in places:
         if place.is_dir():
             images += list_images(place)
         else:
-            lines = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines()]
+            lines = [line.strip() for line in _text_of(place, f"{path} names the images {place}, which").splitlines()]
             images += [place.parent / line for line in lines if line]
     if not images:
         raise DataError(f"{path}: there are no images in {', '.join(map(str, places))}")
@@ -170,11 +175,9 @@ def _labels_of(image: Path) -> Path:
 def _lines(file: Path, numbers: Sequence[int], masks: bool, found: Counter) -> list[Line]:
     """The boxes and polygons of a file; what is left out is counted in `found`."""
     if not file.is_file():
+        found["without"] += 1
         return []
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read ({error})") from error
+    text = _text_of(file, str(file))
     lines: dict[Line, None] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -188,6 +191,13 @@ def _lines(file: Path, numbers: Sequence[int], masks: bool, found: Counter) -> l
         else:
             lines[read] = None
     return list(lines)
+
+
+def _text_of(file: Path, name: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{name} cannot be read as text in UTF-8 ({error})") from error
 
 
 def _line(line: str, name: str, numbers: Sequence[int], masks: bool) -> Line:

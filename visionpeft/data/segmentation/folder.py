@@ -18,8 +18,8 @@ class MaskFolder(SegmentationDataModule):
     With folders of splits in both (`images/train`, `masks/train`, ..., in any case, also `training`, `valid`,
     `validation`, `dev`, `testing`), or in the root (`train/images`, `train/masks`, ...), those are taken; otherwise the
     images are divided at random. In a palette PNG the index is the class, whatever its colour; gray levels may have 8
-    or 16 bits; colours need `colours`. Every image must have a mask of its size; masks without an image are counted in
-    the description of a run.
+    or 16 bits; colours need `colours`. Every image must have a mask of its size, or with `skip_corrupt` is left out;
+    masks without an image are counted in the description of a run, as are such images.
 
     Args:
         root: the folder.
@@ -37,7 +37,7 @@ class MaskFolder(SegmentationDataModule):
         split_seed: seed of that split; it depends on the sorted file names and on this alone.
 
     Raises:
-        DataError: a folder that is missing or empty, or an image without a mask.
+        DataError: a folder that is missing or empty, an image without a mask, or two images with one.
         ConfigurationError: values or colours of classes that there are not, or fractions that leave nothing to train.
     """
 
@@ -62,7 +62,8 @@ class MaskFolder(SegmentationDataModule):
             raise DataError(f"folder {root} of images and masks {what}")
         names = class_list(classes)
         reader = MaskReader(names, ignore, values, colours)
-        pairs, notes, division = _splits(root, images, masks, suffix, (val_fraction, test_fraction, split_seed))
+        skips = bool(kwargs.get("skip_corrupt"))
+        pairs, notes, division = _splits(root, images, masks, suffix, (val_fraction, test_fraction, split_seed), skips)
         sources = {
             split: MaskFiles([image for image, _ in found], [mask for _, mask in found], reader)
             for split, found in pairs.items()
@@ -100,7 +101,7 @@ def class_list(classes: Sequence[str] | str) -> list[str]:
 
 
 def _splits(
-    root: Path, images: str, masks: str, suffix: str, fractions: tuple[float, float, int]
+    root: Path, images: str, masks: str, suffix: str, fractions: tuple[float, float, int], skips: bool
 ) -> tuple[dict[str, Pairs], list[str], str]:
     """Pairs of each split, remarks on masks without images, and how it was split."""
     in_root = {split: folder for split in SPLIT_FOLDERS if (folder := _of_split(root, split)) is not None}
@@ -115,11 +116,11 @@ def _splits(
         inside = {split: folder for split in SPLIT_FOLDERS if (folder := _of_split(root / images, split)) is not None}
         places = {split: (folder, root / masks / folder.name) for split, folder in inside.items()}
     if not places:
-        pairs, notes = _pairs(root / images, root / masks, suffix)
+        pairs, notes = _pairs(root / images, root / masks, suffix, skips)
         return _divided(pairs, *fractions), notes, "random, val {:g}, test {:g}, seed {}".format(*fractions)
     if "train" not in places:
         raise DataError(f"{root} holds {' and '.join(places)}, which are splits, and no train folder to train on")
-    found = {split: _pairs(*place, suffix) for split, place in places.items()}
+    found = {split: _pairs(*place, suffix, skips) for split, place in places.items()}
     notes = [note for _, of_split in found.values() for note in of_split]
     return {split: pairs for split, (pairs, _) in found.items()}, notes, "folders"
 
@@ -133,8 +134,8 @@ def _of_split(folder: Path, split: str) -> Path | None:
     return found[0] if found else None
 
 
-def _pairs(images: Path, masks: Path, suffix: str) -> tuple[Pairs, list[str]]:
-    """Each image with its mask, and a remark on masks without an image."""
+def _pairs(images: Path, masks: Path, suffix: str, skips: bool) -> tuple[Pairs, list[str]]:
+    """Each image with its mask, and remarks on masks without an image and on skipped images without a mask."""
     for folder in (images, masks):
         if not folder.is_dir():
             raise DataError(f"folder {folder} does not exist")
@@ -146,20 +147,26 @@ def _pairs(images: Path, masks: Path, suffix: str) -> tuple[Pairs, list[str]]:
         name = mask.relative_to(masks).with_suffix("").as_posix()
         if (other := by_name.setdefault(name, mask)) != mask:
             raise DataError(f"{other} and {mask} would both be the mask of one image; leave one")
-    pairs, missing = [], []
+    of_mask: dict[str, Path] = {}
     for image in found:
         name = image.relative_to(images).with_suffix("").as_posix() + suffix
-        if name in by_name:
-            pairs.append((image, by_name.pop(name)))
-        else:
-            missing.append((image, name))
+        if (other := of_mask.setdefault(name, image)) != image:
+            raise DataError(f"images {other} and {image} would both have the mask {masks / name}; leave one of them")
+    missing = [name for name in of_mask if name not in by_name]
+    more = f" ({len(missing)} of {len(found)} images have none)" if len(missing) > 1 else ""
+    if missing and (len(missing) == len(found) or not skips):
+        raise DataError(
+            f"image {of_mask[missing[0]]} has no mask {masks / missing[0]}.png, nor of another ending{more}; add it, "
+            "or set skip_corrupt to leave out images without one"
+        )
+    notes = []
+    if left := [mask for name, mask in by_name.items() if name not in of_mask]:
+        notes.append(f"{len(left)} masks in {masks} are left out, as they have no image: {left[0]}, ...")
     if missing:
-        image, name = missing[0]
-        more = f" ({len(missing)} of {len(found)} images have none)" if len(missing) > 1 else ""
-        raise DataError(f"image {image} has no mask {masks / name}.png, nor of another ending{more}")
-    if not by_name:
-        return pairs, []
-    return pairs, [f"{len(by_name)} masks in {masks} are left out, as they have no image: {next(iter(by_name))}, ..."]
+        notes.append(
+            f"{len(missing)} images in {images} are left out, as they have no mask: {of_mask[missing[0]]}, ..."
+        )
+    return [(image, by_name[name]) for name, image in of_mask.items() if name in by_name], notes
 
 
 def _divided(pairs: Pairs, val: float, test: float, seed: int) -> dict[str, Pairs]:

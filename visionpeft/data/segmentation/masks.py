@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from visionpeft.data.images import LEAVE_OUT
 from visionpeft.errors import ConfigurationError, DataError, did_you_mean
@@ -71,7 +71,8 @@ class MaskReader:
         try:
             with Image.open(path) as image:
                 image.load()
-                pixels = self._pixels(image, path)
+                # upright as its image is read, where a program has copied the flag of the camera into the mask
+                pixels = self._pixels(ImageOps.exif_transpose(image), path)
         except (DataError, MemoryError):
             raise
         except Exception as error:  # as in `decode_image`

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 from visionpeft.data.images import EXTENSIONS, check_image
 from visionpeft.data.records import ImageFiles, ImageSet, Source
@@ -51,8 +50,7 @@ class MaskFiles(ImageFiles):
         if self.masks[index].suffix.lower() not in EXTENSIONS:  # such as SBD's, files of MATLAB
             return
         check_image(self.masks[index])
-        with Image.open(self.masks[index]) as mask:
-            self._check_size(index, mask.size)
+        self._check_size(index, size_of_image(self.masks[index]))
 
     def _check_size(self, index: int, size: tuple[int, int]) -> None:
         width, height = size_of_image(self.paths[index])

@@ -6,7 +6,7 @@ import torch
 from visionpeft.data.dataset import LabelledDataset
 from visionpeft.data.ordering import mix
 from visionpeft.data.video.files import VideoFiles
-from visionpeft.data.video.reading import FrameIndex, open_video
+from visionpeft.data.video.reading import FrameIndex, of_several_sizes, open_video
 from visionpeft.data.video.transforms import ClipTransform
 from visionpeft.models.video_sampling import FrameSampling
 
@@ -63,8 +63,7 @@ class VideoDataset(LabelledDataset):
         else:
             chosen = self.sampling.train(len(video), draws)
         frames = video.read(chosen.tolist(), self.transform.prepare)
-        clip = torch.stack([frames[frame] for frame in chosen.tolist()])
-        return self.transform.augment(clip, self.seed, epoch, index)
+        return self.transform.augment(self._clip(index, frames, chosen), self.seed, epoch, index)
 
     def _views(self, index: int) -> torch.Tensor:
         """Fixed frames: uint8 (T, 3, H, W), or (V, T, 3, H, W) with `crops`."""
@@ -79,12 +78,19 @@ class VideoDataset(LabelledDataset):
             order = np.argsort(mix(self.seed, index, np.arange(self.sampling.num_frames)), kind="stable")
             chosen = chosen[:, order]
         frames = video.read(np.unique(chosen).tolist(), self.transform.prepare)
-        views = [
-            self.transform.crops(torch.stack([frames[frame] for frame in clip]), self.crops or 1)
-            for clip in chosen.tolist()
-        ]
-        views = torch.cat(views)
+        views = torch.cat([self.transform.crops(self._clip(index, frames, clip), self.crops or 1) for clip in chosen])
         return views[0] if self.crops is None else views
+
+    def _clip(self, index: int, frames: dict[int, torch.Tensor], chosen: np.ndarray) -> torch.Tensor:
+        """The chosen frames as one tensor (T, 3, h, w).
+
+        Raises:
+            DataError: they are not of one size.
+        """
+        clip = [frames[frame] for frame in chosen.tolist()]
+        if len({frame.shape for frame in clip}) > 1:
+            raise of_several_sizes(self.source.name(index))
+        return torch.stack(clip)
 
     def _open(self, index: int):
         video = open_video(self.source.paths[index], self.indices.get(index))

@@ -104,9 +104,9 @@ class FrameFolder:
         return {index: prepare(open_image(self.files[index])) for index in sorted(set(indices))}
 
     def check(self) -> None:
-        """Read all frames; raises DataError naming one that is damaged."""
-        for file in self.files:
-            open_image(file)
+        """Read all frames; raises DataError naming one that is damaged, or when they are not of one size."""
+        if len({open_image(file).size for file in self.files}) > 1:
+            raise of_several_sizes(str(self.path))
 
 
 class EncodedVideo:
@@ -187,11 +187,22 @@ class EncodedVideo:
             }
 
     def check(self) -> None:
-        """Decode everything once; raises DataError when something is damaged."""
+        """Decode everything once; raises DataError when something is damaged, or frames are not of one size."""
         with opened(self.path) as (container, stream):
-            decoded = sum(1 for _ in decoded_frames(container, stream))
+            sizes = [(frame.width, frame.height) for frame in decoded_frames(container, stream)]
+        decoded = len(sizes)
+        if len(set(sizes)) > 1:
+            raise of_several_sizes(str(self.path))
         if decoded < len(self) - MISSING_AT_END or decoded == 0:
             raise DataError(f"video file {self.path} cannot be read ({decoded} of {len(self)} frames); {REMEDY}")
+
+
+def of_several_sizes(name: str) -> DataError:
+    """What is said of a video whose frames change their size, as those of recorded calls and joined streams may."""
+    return DataError(
+        f"the frames of video {name} are not of one size; write it again at one size (ffmpeg -i IN -vf scale=W:H OUT), "
+        "remove it, or set skip_corrupt to leave it out"
+    )
 
 
 def _numbered(file: Path) -> list[tuple[int, int | str]]:
