@@ -6,6 +6,7 @@ The right values are those of the tools themselves, or a formula in float64: saf
 
 import copy
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import timm
@@ -13,8 +14,10 @@ import torch
 from conftest import CASES, adapted, base_state, same_bytes, spread
 from safetensors.torch import load, save
 from timm.utils import ModelEmaV3
+from torch import nn
 
 import visionpeft as vp
+from visionpeft.sites import Placement, Shared
 
 TRAIN = ("cls_token", "blocks.0.norm1", "norm")  # a root, a sited layer, and one without a site
 
@@ -226,3 +229,52 @@ def test_counts_leave_out_what_does_not_compute():
     model, plain = trained(), build()
     added = sum(p.numel() for name, p in model.peft["default"].named_parameters() if name.startswith("lora."))
     assert vp.summary(model).total == sum(p.numel() for p in plain.parameters()) + added
+
+
+@dataclass(frozen=True)
+class SharedScale(vp.Method):
+    """A vector that all blocks share.
+
+    Args:
+        tuples: keep it in a tuple in the blocks.
+        blocks: which.
+        towers: which.
+    """
+
+    tuples: bool = True
+    blocks: str = "all"
+    towers: str | None = None
+
+    def place(self, tower):
+        shared = Scale(tower.width)
+        yield Shared(tower.name, "scale", shared)
+        for index in range(tower.depth):
+            yield Placement(tower.name, index, "mlp_out", UsesScale(shared, self.tuples))
+
+
+class Scale(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+
+class UsesScale(nn.Module):
+    tokenwise = True
+
+    def __init__(self, shared, tuples):
+        super().__init__()
+        self.shared = (shared,) if tuples else shared
+
+    def forward(self, x):
+        shared = self.shared[0] if isinstance(self.shared, tuple) else self.shared
+        return x * shared.scale
+
+
+def test_a_parameter_with_two_owners_is_refused_when_it_is_attached(tmp_path):
+    """safetensors would refuse to save it, after the training."""
+    model = vp.create_backbone("nano_vit", num_classes=3)
+    with pytest.raises(vp.ConfigurationError, match=r"one parameter at two paths, visual\.scale\.scale and visual\.0"):
+        vp.attach(model, SharedScale(tuples=False))
+    assert not hasattr(model, "peft")
+    vp.attach(model, SharedScale())
+    vp.save(model, tmp_path / "adapter")

@@ -1,5 +1,6 @@
 """VTAB-1k and FGVC: recipes, searches, both means by hand, and whole tables with a tiny backbone."""
 
+import csv
 import json
 import os
 import shutil
@@ -327,6 +328,32 @@ def test_paper_preset_selects_on_test_and_says_so(tmp_path):
     assert honest["rule"] == "last epoch"
 
 
+def test_costs_are_those_of_what_is_trained_and_the_table_has_their_means(tmp_path):
+    """A paper may give each task a number of prompts of its own, and a grid may choose it."""
+    tasks = ("dsprites_loc", "dsprites_ori")
+    lengths = dict(zip(tasks, (1, 9), strict=True))
+    paper = "source: mine\nseeds: [7]\npaper: {}\ntasks:\n"
+    paper += "".join(f"  {task}: {{model.method.num_tokens: {length}}}\n" for task, length in lengths.items())
+    config = write_config(tmp_path, "paper", method="VPT", recipe=paper)
+    rows = {row["task"]: row for row in run(tmp_path / "1", config, tasks=tasks, seeds=(), more=["--paper"])}
+    depth, width = 6, 64  # of test_vit
+    trained = {task: depth * width * length for task, length in lengths.items()}
+    assert {task: int(row["adapter_parameters"]) for task, row in rows.items()} == trained
+    kept = {task: float(row["saved_bytes_per_image"]) for task, row in rows.items()}
+    assert kept["dsprites_ori"] > kept["dsprites_loc"]
+    with (tmp_path / "1/table.csv").open(newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert int(line["trained parameters"]) == depth * width * 5
+    assert float(line["saved MiB per image"]) == pytest.approx(np.mean([*kept.values()]) / 2**20)
+    assert "are means over the tasks" in (tmp_path / "1/table.md").read_text()
+
+    config = write_config(tmp_path, "grid", method="VPT", recipe="source: mine\ngrid: {model.method.num_tokens: [9]}")
+    rows = run(tmp_path / "2", config, tasks=tasks)
+    assert [int(row["adapter_parameters"]) for row in rows] == [trained["dsprites_ori"]] * 2
+    assert [float(row["saved_bytes_per_image"]) for row in rows] == pytest.approx([kept["dsprites_ori"]] * 2, rel=0.02)
+    assert "are means over the tasks" not in (tmp_path / "2/table.md").read_text()
+
+
 def test_a_trial_that_diverges_is_not_chosen(tmp_path):
     recipe = "source: two rates\ngrid: {model.optimisation.lr: [1.0e-3, 1.0e+30]}\n"
     (found,) = run(tmp_path / "out", write_config(tmp_path, recipe=recipe))
@@ -508,6 +535,11 @@ def test_ray_that_is_not_installed(tmp_path, monkeypatch):
         (["--configs", "CONFIG", "--root", "nowhere"], "no task folder of vtab1k is in nowhere"),
         (["--configs", "CONFIG", "--data.train_on", "train800"], "use the protocol's splits"),
         (["--configs", "CONFIG", "--data.task", "cifar"], "use --tasks"),
+        (["--configs", "CONFIG", "--data.init_args.task=cifar"], "--data.init_args.task is decided by the protocol"),
+        (["--configs", "CONFIG", "--model.method", "SSF"], "--model.method is decided by the protocol; use --method"),
+        (["--configs", "CONFIG", "--model.init_args.method=SSF"], "--model.init_args.method is decided by"),
+        (["--method", "LoRA", "SSF", "--config", "vtab_vpt.yaml"], "vtab_vpt.yaml names a method, which would take"),
+        (["--method", "LoRA", "SSF", "--config=vtab_krona.yaml"], "vtab_krona.yaml names a method, which would take"),
         (["--configs", "CONFIG", "--paper", "--search", "optuna"], "leave out --search optuna"),
         (["--configs", "CONFIG", "--paper", "--learning_rates", "1"], "not with --paper, which has the paper's"),
         (["--configs", "CONFIG", "--search", "none", "--learning_rates", "1"], "not with --search none, which leaves"),

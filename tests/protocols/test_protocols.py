@@ -125,6 +125,15 @@ def test_transfer_names_the_template_of_each_target():
     assert line(transfer_table(rows), learner="ZeroShot")["template"] == "x {}. (a); {} y. (b)"
 
 
+def test_subsets_are_told():
+    rows = [row(0.5, shots=0) | {"test_images": 30, "of_test_images": 1103}, row(0.5, dataset="cars")]
+    for table in (few_shot_table(rows), calibration_table([each | {"ece": 0.1} for each in rows])):
+        assert "on fixed random subsets (pets 30 of 1,103 images) after the last epoch" in table.title
+    rows = [row(0.5, classes=classes) | {"test_images": 9, "of_test_images": 10} for classes in ("base", "new")]
+    assert "(pets base 9 of 10, pets new 9 of 10 images)" in base_to_new_table(rows).title
+    assert "subset" not in few_shot_table([row(0.5) | {"test_images": 10, "of_test_images": 10}]).title
+
+
 def test_calibration_beside_accuracy():
     """By hand: means over seeds of each place that was tested; without adaptation only of those that adapt."""
     numbers = {"mean_per_class": 0.4, "confidence": 0.7, "ece": 0.2}
@@ -434,6 +443,18 @@ def test_few_shot(small, data, configs, tmp_path):
     }
 
 
+def test_the_last_epoch_is_reported_whatever_a_configuration_says(small, data, configs, tmp_path):
+    """The table says so; what the configuration says of report and test is for `fit`."""
+    text = Path(configs["coop"]).read_text()
+    (tmp_path / "best.yaml").write_text(f"{text}report: best\ntest: false\n")
+    (tmp_path / "last.yaml").write_text(f"{text}report: last\n")
+    chosen = ["--configs", str(tmp_path / "best.yaml"), str(tmp_path / "last.yaml"), "--datasets", "folder"]
+    rows = run_protocol("few_shot", data, tmp_path / "out", *chosen, "--shots", "1", "--seeds", "1")
+    assert [row["reported"] for row in rows] == ["last of 1 epochs"] * 2
+    given = [json.loads(file.read_text())["arguments"] for file in sorted((tmp_path / "out").glob("*/cell.json"))]
+    assert [("--report" in arguments, "--test" in arguments) for arguments in given] == [(True, True), (False, False)]
+
+
 @pytest.mark.parametrize("name", ["cross_dataset", "domain_shift"])
 def test_transfer_to_another_data_set(name, small, data, configs, tmp_path):
     options = ["--configs", configs["coop"], "--source", "folder", "--datasets", "list", "--shots", "2", "--seeds", "1"]
@@ -538,6 +559,12 @@ def test_ctrl_c_says_how_to_go_on(small, data, configs, tmp_path, monkeypatch, c
         (["few_shot"], "--configs"),
         (["few_shot", "--configs", "none.yaml"], "there is no configuration"),
         (["few_shot", "--configs", "CONFIG", "--data.shots", "3"], "use --shots"),
+        (["few_shot", "--configs", "CONFIG", "--test", "false"], "use one test after each training"),
+        (["few_shot", "--configs", "CONFIG", "--model.learner", "ZeroShot"], "--model.learner is decided by"),
+        (
+            ["base_to_new", "--configs", "CONFIG", "--config", "fewshot_cocoop.yaml"],
+            "fewshot_cocoop.yaml names a learn",
+        ),
         (["few_shot", "--configs", "CONFIG", "--source", "clipart"], "use --datasets, not --source"),
         (["few_shot", "--configs", "CONFIG", "--shots", "0"], "shots must be 1 or more"),
         (["few_shot", "--configs", "CONFIG", "--seeds", "1", "1"], "each seed may be named once"),

@@ -272,7 +272,11 @@ def test_evaluate_on_other_classes(finished, tmp_path):
 
 WRONG = {
     "learner": (["--model.learner", "Coop"], "there is no class 'Coop'; did you mean CoOp"),
-    "method as a learner": (["--model.learner", "LoRA"], "there is no class 'LoRA'"),
+    "method as a learner": (
+        ["--model.learner", "LoRA"],
+        "there is no class 'LoRA' that goes here; tasks go to --model",
+    ),
+    "help of a method": (["--model.help", "LoRA"], "there is no class 'LoRA' that goes here; tasks go to --model"),
     "option": (
         ["--model.learner.context_lenght", "4"],
         "CoOp has no option 'context_lenght'; did you mean context_length",

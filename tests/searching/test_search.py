@@ -168,6 +168,9 @@ def test_a_search_killed_at_any_trial_ends_as_if_it_had_not_been(whole, tmp_path
         (["--max_parameters", "10"], "no member with at most 10 values on this backbone"),
         (["--seeds", "1", "1"], "name at least one seed, each once"),
         (["--model.method", "LoRA"], "--model.method is decided by the protocol; use --space"),
+        (["--model.method.rank", "3"], "--model.method.rank is decided by the protocol; use --space"),
+        (["--config", "vtab_vpt.yaml"], "vtab_vpt.yaml names a method, which would take the place"),
+        (["--against", "fgvc_vpt.yaml"], "dataset"),
         (["--tasks", "dsprites"], "dsprites"),
     ],
 )

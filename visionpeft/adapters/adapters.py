@@ -94,6 +94,22 @@ class AttachedAdapter(nn.Module):
             else:
                 where = [item.name]
             nest(self, ".".join([key, item.tower, *where]), item.module)
+        self._check_owners(key, method)
+
+    def _check_owners(self, key: str, method: Method) -> None:
+        """Refuse a tensor with two paths: it would be in the file twice, which safetensors refuses after training.
+
+        Raises:
+            ConfigurationError: there is one.
+        """
+        part = getattr(self, key, None)
+        owners: dict[int, str] = {}
+        for path, parameter in () if part is None else part.named_parameters(remove_duplicate=False):
+            if (first := owners.setdefault(id(parameter), path)) != path:
+                raise ConfigurationError(
+                    f"{type(method).__name__} has one parameter at two paths, {first} and {path}; let one module own "
+                    "it, such as that of a Shared, and the others keep that module in a tuple: self._shared = (module,)"
+                )
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names in the model and trained copies of parameters of the backbone."""

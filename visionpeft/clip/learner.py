@@ -178,12 +178,14 @@ class Learner(nn.Module):
         return view
 
     def set_template(self, template: str | Sequence[str]) -> None:
-        """Use the template of a data set where the learner was given none; learners without templates ignore it.
+        """Use the template of a data set where the learner was given none.
+
+        Learners without templates, and those whose templates are no option of theirs, ignore it.
 
         Raises:
             ConfigurationError: a template without {}, or one that makes a text too long; nothing is changed.
         """
-        if self.templates and self.options["template"] is None:
+        if self.templates and self.options.get("template", self.templates) is None:
             templates = check_templates(template)
             self.frozen_layouts = template_layouts(self.tokenizer, templates, self.class_names)
             self.templates = templates

@@ -11,6 +11,7 @@ from pathlib import Path
 from visionpeft.errors import ConfigurationError, StorageError
 from visionpeft.files import write_json
 from visionpeft.protocols import work
+from visionpeft.protocols.further_arguments import decided_by_protocol, overlays_of
 from visionpeft.protocols.learner_candidates import LearnerCandidate, on
 from visionpeft.runs.config_files import config_content, config_name
 from visionpeft.runs.fit import fit
@@ -119,8 +120,10 @@ class Cell:
 
     def arguments(self, given: Sequence[str]) -> list[str]:
         """Command line of `visionpeft.fit` that trains it."""
+        configs = [self.learner.config, *overlays_of(given)]
         return [
             *("--config", self.learner.config, *given, *on(self.dataset, self.classes)),
+            *decided_by_protocol(configs, {"report": "last", "test": "true"}),
             *("--data.shots", str(self.shots), "--data.seed", str(self.seed), "--seed_everything", str(self.seed)),
         ]
 

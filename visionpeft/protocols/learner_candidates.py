@@ -9,6 +9,7 @@ from visionpeft.clip.learners.zero_shot import ZeroShot
 from visionpeft.data.few_shot.definitions import find_few_shot
 from visionpeft.data.few_shot.module import OWN
 from visionpeft.errors import ConfigurationError
+from visionpeft.protocols.further_arguments import refuse_replaced
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import config_content, config_name
 from visionpeft.tasks import PromptLearning
@@ -83,6 +84,7 @@ def candidates(
             the classes it was trained on where others are tested.
         DataError: a data set that cannot be read.
     """
+    refuse_replaced("learner", given, "--configs with a configuration for each learner")
     if not configs:
         raise ConfigurationError("name at least one configuration of a learner, such as fewshot_coop.yaml")
     stems = [config_name(config) for config in configs]

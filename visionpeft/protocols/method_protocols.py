@@ -16,6 +16,7 @@ from visionpeft.data.vtab import vtab1k_tasks
 from visionpeft.errors import ConfigurationError
 from visionpeft.protocols import work
 from visionpeft.protocols.cells import Training, find_run, settle, train
+from visionpeft.protocols.further_arguments import refuse_replaced, split_overlays
 from visionpeft.protocols.method_candidates import Measured, MethodCandidate, measure, method_candidates
 from visionpeft.protocols.method_runs import CLIP_ART, Benchmark, available
 from visionpeft.protocols.search import choose, pieces
@@ -106,6 +107,7 @@ def fgvc(
 def _compare(
     name, configs, tasks, seeds, search, budget, paper, root, output, arguments, workers, learning_rates
 ) -> list[dict]:
+    refuse_replaced("method", arguments, "--method, or --configs with a configuration for each method")
     overlays, given = split_overlays(arguments)
     benchmark = Benchmark(name, root, overlays, given, search, paper, _learning_rates(learning_rates, search, paper))
     output = Path(output)
@@ -133,12 +135,19 @@ def _compare(
             piece.check(output / piece.name)
     work.finish(trials, output, workers)
     trainings = []
+    # Numbers of prompts or ranks may be chosen, or be the paper's for a task: memory is that of what is trained.
+    saved_bytes = {
+        (candidate.name, benchmark.model_options(candidate, tasks[0], {})): measured[candidate.name].saved_bytes
+        for candidate in candidates
+    }
     for candidate, task in searched:
         seed = seeds_of[candidate.name][0]
         chosen = choose(benchmark, candidate, task, budget, seed, output)
+        model = candidate.name, benchmark.model_options(candidate, task, chosen.values)
+        if model not in saved_bytes:
+            saved_bytes[model] = measure(benchmark.arguments(candidate, task, chosen.values, 0, "final")).saved_bytes
         trainings += [
-            benchmark.final(candidate, task, chosen, seed, measured[candidate.name].saved_bytes)
-            for seed in seeds_of[candidate.name]
+            benchmark.final(candidate, task, chosen, seed, saved_bytes[model]) for seed in seeds_of[candidate.name]
         ]
     train(trainings, output, workers)
     return collect(output)
@@ -224,20 +233,6 @@ def _seeds(benchmark: Benchmark, candidate: MethodCandidate, given: Sequence[int
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ConfigurationError(f"each seed may be named once and none is negative, but got {list(seeds)}")
     return seeds
-
-
-def split_overlays(arguments: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Configurations among further arguments, which come before recipes, and the others, which come after."""
-    overlays, given, rest = [], [], list(arguments)
-    while rest:
-        part = rest.pop(0)
-        if part in ("--config", "-c") and rest:
-            overlays += [part, rest.pop(0)]
-        elif part.startswith("--config="):
-            overlays.append(part)
-        else:
-            given.append(part)
-    return tuple(overlays), tuple(given)
 
 
 def _measure(benchmark: Benchmark, candidates: Sequence[MethodCandidate], tasks: Sequence[str], searched) -> dict:

@@ -12,6 +12,7 @@ from visionpeft.data.vtab import vtab1k_tasks
 from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_json
 from visionpeft.protocols.cells import Training, find_run
+from visionpeft.protocols.further_arguments import decided_by_protocol, overlays_of
 from visionpeft.protocols.method_candidates import MethodCandidate
 from visionpeft.protocols.recipes import REPORTS, Recipe, as_arguments, find_recipe, paper_recipe
 from visionpeft.runs.history import read_history
@@ -143,6 +144,7 @@ class Benchmark:
         recipe = self.recipe(candidate)
         report = recipe.report if self.paper else "last"
         arguments = self.arguments(candidate, task, chosen.values, seed, "final")
+        configs = [candidate.config, *overlays_of(self.overlays)]
         about = {
             "protocol": self.name,
             "method": candidate.name,
@@ -160,7 +162,7 @@ class Benchmark:
         return Training(
             f"final/{candidate.name}-{task}-seed-{seed}",
             f"{candidate.name} on {task}, seed {seed}",
-            (*arguments, "--report", report),
+            (*arguments, "--report", report, *decided_by_protocol(configs, {"test": "true"})),
             about,
         )
 
@@ -171,18 +173,32 @@ class Benchmark:
 
         Later ones win: configuration, task, recipe, what the command line gives, what was chosen.
         """
-        recipe = self.recipe(candidate)
-        settings = dict(recipe.settings) if self.paper or self.search != "none" else {}
-        if self.paper:
-            settings |= {**recipe.paper, **recipe.tasks.get(task, {})}
         return [
             *("--config", candidate.config, *self.overlays),
             *self.on(task, stage),
-            *as_arguments(settings),
+            *as_arguments(self._settings(candidate, task)),
             *self.given,
             *as_arguments(values),
             *("--seed_everything", str(seed), "--figures", "false"),
         ]
+
+    def _settings(self, candidate: MethodCandidate, task: str) -> dict[str, object]:
+        """What the recipe sets for a task."""
+        recipe = self.recipe(candidate)
+        settings = dict(recipe.settings) if self.paper or self.search != "none" else {}
+        return {**settings, **recipe.paper, **recipe.tasks.get(task, {})} if self.paper else settings
+
+    def model_options(self, candidate: MethodCandidate, task: str, values: Mapping[str, object]) -> str:
+        """What recipe and hyper-parameters say of the model, without its optimisation; of equal ones it costs as much.
+
+        Args:
+            candidate: the method.
+            task: the task, for which a paper may have other numbers of prompts or ranks than for the others.
+            values: hyper-parameters.
+        """
+        options = self._settings(candidate, task) | dict(values)
+        of_model = {key: each for key, each in options.items() if key.startswith("model.")}
+        return json.dumps({key: of_model[key] for key in sorted(of_model) if ".optimisation" not in key})
 
     def on(self, task: str, stage: str) -> list[str]:
         """Data of a task: of a "trial" with a validation split, of a "final" training without."""

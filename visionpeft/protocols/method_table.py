@@ -14,7 +14,8 @@ def method_table(rows: list[dict]) -> Table:
     """A line for each method and rule; means are taken for each seed, then mean and deviation over the seeds.
 
     The mean of the tasks weighs tasks alike; the mean of the groups is that of the group means. Both are left out for
-    a method that lacks a task or, on a task, a seed.
+    a method that lacks a task or, on a task, a seed. Trained parameters and memory are means over the tasks, too, as
+    papers give them where the number of prompts or the rank is another on each task.
 
     Args:
         rows: one for each final training: `method`, `task`, `group`, `seed`, `top1`, a share, `rule`, `chosen_by`,
@@ -30,8 +31,8 @@ def method_table(rows: list[dict]) -> Table:
             "rule": rule,
             "chosen by": "; ".join(dict.fromkeys(own["chosen_by"])),
             "seeds": ", ".join(map(str, sorted(own["seed"].unique()))),
-            "trained parameters": int(own["adapter_parameters"].iloc[0]),
-            "saved MiB per image": float(own["saved_bytes_per_image"].iloc[0]) / 2**20,
+            "trained parameters": round(_over_tasks(own, "adapter_parameters")),
+            "saved MiB per image": _over_tasks(own, "saved_bytes_per_image") / 2**20,
         }
         for task in tasks:
             line |= mean_and_std(task, own[own["task"] == task])
@@ -66,6 +67,11 @@ def _whole(own: pd.DataFrame, tasks: list[str], means: pd.DataFrame) -> pd.DataF
     return means if len(own) == len(tasks) * own["seed"].nunique() else means.iloc[:0]
 
 
+def _over_tasks(own: pd.DataFrame, column: str) -> float:
+    """The mean over tasks, each of which counts once."""
+    return float(own.groupby("task")[column].mean().mean())
+
+
 def _title(scores: pd.DataFrame, tasks: list[str]) -> str:
     groups = scores.groupby("group", sort=False)["task"].unique()
     of_groups = "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items() if group)
@@ -78,6 +84,9 @@ def _title(scores: pd.DataFrame, tasks: list[str]) -> str:
         f"normalisation {_all(scores['normalisation'])} (mean {_all(scores['mean'])}, std {_all(scores['std'])})",
         f"data {_all(scores['data'])}",
     ]
+    costs = scores.groupby(["method", "rule"])[["adapter_parameters", "saved_bytes_per_image"]]
+    if (costs.nunique() > 1).to_numpy().any():
+        parts.append("trained parameters and saved MiB are means over the tasks")
     if (scores["test_images"] < scores["of_test_images"]).any():
         parts.append("tested on fixed random subsets: " + _subsets(scores))
     return "; ".join(parts)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from visionpeft.errors import ConfigurationError, did_you_mean
 from visionpeft.protocols import base_to_new, cross_dataset, domain_shift, few_shot, fgvc, vtab1k
+from visionpeft.protocols.further_arguments import option_of
 from visionpeft.protocols.learner_protocols import SEEDS, SHOTS
 from visionpeft.protocols.method_candidates import configs_of_methods
 from visionpeft.protocols.method_protocols import BUDGET, PREFIXES
@@ -33,6 +34,7 @@ DECIDED_OF_LEARNERS = DECIDED | {
     "--data.classes": "another protocol",
     "--data.shots": "--shots",
     "--report": "the last epoch, which a protocol reports",
+    "--test": "one test after each training",
 }
 DECIDED_OF_METHODS = DECIDED | {
     "--data.task": "--tasks",
@@ -185,7 +187,6 @@ def refuse_decided(further: list[str], decided: dict[str, str]) -> list[str]:
         ConfigurationError: one does.
     """
     for argument in further:
-        name = argument.partition("=")[0]
-        if name in decided:
-            raise ConfigurationError(f"{name} is decided by the protocol; use {decided[name]}")
+        if (name := option_of(argument)) in decided:
+            raise ConfigurationError(f"{argument.partition('=')[0]} is decided by the protocol; use {decided[name]}")
     return further

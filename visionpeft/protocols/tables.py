@@ -118,7 +118,7 @@ def calibration_table(rows: list[dict]) -> Table:
             line |= mean_and_std(name, own.assign(score=100 * own[column].astype(float)))
         lines.append(line)
     what = _what(rows).replace(
-        "Top-1 accuracy (%)", "Accuracy, mean confidence and expected calibration error (ECE), in %,"
+        "Top-1 accuracy (%)", "Accuracy, mean confidence and expected calibration error (ECE), in %,", 1
     )
     return Table(what, pd.DataFrame(lines))
 
@@ -221,10 +221,23 @@ def _templates(scores: pd.DataFrame) -> str:
 
 def _what(rows: list[dict]) -> str:
     seeds = sorted({row["seed"] for row in rows})
-    if len(seeds) == 1:
-        return f"Top-1 accuracy (%) after the last epoch, seed {seeds[0]}"
     over = ", ".join(map(str, seeds))
-    return f"Top-1 accuracy (%) after the last epoch, mean and population standard deviation over seeds {over}"
+    if len(seeds) == 1:
+        return f"Top-1 accuracy (%){_subsets(rows)} after the last epoch, seed {over}"
+    return (
+        f"Top-1 accuracy (%){_subsets(rows)} after the last epoch, mean and population standard deviation over seeds "
+        f"{over}"
+    )
+
+
+def _subsets(rows: list[dict]) -> str:
+    """What was tested on fewer images than the test split has; rows of older versions do not say of how many."""
+    found = {}
+    for row in rows:
+        if row.get("of_test_images", 0) > row.get("test_images", 0):
+            where = row["tested_on"] if row["classes"] == "all" else f"{row['tested_on']} {row['classes']}"
+            found[where] = f"{where} {row['test_images']:,} of {row['of_test_images']:,}"
+    return f" on fixed random subsets ({', '.join(found.values())} images)" if found else ""
 
 
 def _shots(scores: pd.DataFrame) -> str:

@@ -54,6 +54,12 @@ def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> st
     if match := _innermost(_UNRECOGNIZED, message):
         return _unknown_option(match[1], match[2], parser, by_name)
     if match := _innermost(_NO_CLASS, message):
+        if match[1] in by_name:  # to which "did you mean" itself would be no help
+            return (
+                f"there is no class {match[1]!r} that goes here; tasks go to --model, methods to --model.method, "
+                "learners to --model.learner and data to --data, and with --config NAME.yaml each has a help of its "
+                "own, such as --model.method.help LoRA"
+            )
         return f"there is no class {match[1]!r}{did_you_mean(match[1], _candidates(message, by_name))}"
     if match := _innermost(_MISSING, message):
         return _missing_options(match, message)

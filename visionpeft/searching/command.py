@@ -10,8 +10,6 @@ from visionpeft.searching.report import REPORT_FILES, report
 from visionpeft.searching.spaces import SPACES, make_space
 from visionpeft.searching.study import BASE, BUDGET, search
 
-DECIDED = DECIDED_OF_METHODS | {"--model.method": "--space", "--data.root": "--root"}
-
 
 def run_search(arguments: list[str]) -> None:
     """Search as the command line says, and report."""
@@ -44,7 +42,7 @@ def run_search(arguments: list[str]) -> None:
     names = ("base", "tasks", "seeds", "budget", "max_parameters", "search_epochs", "against", "root", "workers")
     chosen = {name: getattr(options, name) for name in names}
     try:
-        judged, rows = search(space, **chosen, output=output, arguments=refuse_decided(further, DECIDED))
+        judged, rows = search(space, **chosen, output=output, arguments=refuse_decided(further, DECIDED_OF_METHODS))
     except (Interrupted, KeyboardInterrupt, SystemExit):  # Lightning leaves by SystemExit when it is interrupted
         raise Interrupted(
             f"interrupted; finished trials and epochs are kept in {output}. Give the same command again to go on"

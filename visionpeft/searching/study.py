@@ -8,8 +8,9 @@ from visionpeft.adapters.attach import detach
 from visionpeft.errors import ConfigurationError
 from visionpeft.protocols import work
 from visionpeft.protocols.cells import Training, find_run, settle, train
+from visionpeft.protocols.further_arguments import overlays_of, refuse_replaced, split_overlays
 from visionpeft.protocols.method_candidates import MethodCandidate, configs_of_methods
-from visionpeft.protocols.method_protocols import PREFIXES, SEEDS, collect, split_overlays, tasks_of
+from visionpeft.protocols.method_protocols import PREFIXES, SEEDS, collect, tasks_of
 from visionpeft.protocols.method_runs import Benchmark
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import config_content, config_name
@@ -68,6 +69,7 @@ def search(
     seeds, output = tuple(seeds), Path(output)
     _check_numbers(seeds, budget, search_epochs)
     work.check_workers(workers)
+    refuse_replaced("method", arguments, "--space, whose --space_options say what it tries", fields=True)
     overlays, given = split_overlays(arguments)
     module = _data_of(base, overlays)
     name = BENCHMARKS.get(module)
@@ -86,6 +88,8 @@ def search(
         space, benchmark, MethodCandidate(config_name(base), base, module), search_epochs, seeds[0], max_parameters
     )
     hosts = {task: _host(plan, task) for task in tasks}
+    for single in singles:  # what is wrong with one shows before the search, and not after it
+        CLI(benchmark.arguments(single, tasks[0], {}, seeds[0], "final"))
     settle(
         output,
         "search.json",
@@ -135,7 +139,7 @@ def _configs(against: Sequence[str], benchmark: str | None) -> list[str]:
 def _data_of(base: str, overlays: Sequence[str]) -> str:
     """Name of the data module that configurations name."""
     found = ""
-    for config in (base, *(each.removeprefix("--config=") for each in overlays if each not in ("--config", "-c"))):
+    for config in (base, *overlays_of(overlays)):
         content = config_content(config)
         if isinstance(content, dict) and isinstance(content.get("data"), dict):
             found = str(content["data"].get("class_path", found))

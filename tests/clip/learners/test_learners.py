@@ -27,6 +27,7 @@ from clip_reference import (
 from open_clip import CLIP
 from open_clip.model import convert_weights_to_lp
 
+import visionpeft as vp
 from visionpeft.clip import packing
 from visionpeft.clip.gradients import gradients_of
 from visionpeft.clip.learners import (
@@ -1151,3 +1152,26 @@ def test_a_copy_of_a_learner_with_kept_features_learns():
     assert torch.equal(again, loss)
     found = torch.autograd.grad(again, twin.trainable_parameters())
     assert all(map(torch.equal, found, expected))
+
+
+class FixedTemplate(vp.Learner):
+    """Zero-shot by a template that is no option of it, as a learner of somebody's own may be."""
+
+    def __init__(self, clip, tokenizer, class_names, allow_duplicates=False):
+        super().__init__(
+            clip, tokenizer, class_names, options={}, templates="a sketch of {}.", allow_duplicates=allow_duplicates
+        )
+        self.set_class_names(class_names)
+
+    def prompts(self, names):
+        return self.tokenizer.contents(f"a sketch of {name}." for name in names)
+
+
+def test_a_template_that_is_no_option_stays_that_of_the_learner(tmp_path):
+    learner = FixedTemplate(clip_model(), tokenizer(), NAMES)
+    expected = learner.template_features()
+    learner.set_template("a texture of {}.")  # that of a data set
+    assert learner.templates == ("a sketch of {}.",)
+    assert torch.equal(learner.template_features(), expected)
+    save_learner(learner, tmp_path)
+    assert torch.equal(load_learner(tmp_path, clip_model(), tokenizer()).template_features(), expected)
