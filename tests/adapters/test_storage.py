@@ -291,6 +291,19 @@ def test_bfloat16_backbone_is_the_same_backbone(saved):
     vp.load(build().bfloat16(), folder)
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_a_model_without_values_is_refused(saved, check):
+    """Built within `torch.device("meta")`: nothing could be compared, and nothing would be loaded."""
+    folder, _ = saved
+    with torch.device("meta"):
+        model = build()
+    with pytest.raises(vp.StorageError, match=r"tensors without values \(device 'meta'\).*load its weights first"):
+        vp.load(model, folder, check_fingerprint=check)
+    vp.attach(model, vp.LoRA(rank=2))
+    with pytest.raises(vp.UnsupportedError, match="has no values"):
+        vp.save(model, folder)
+
+
 @pytest.mark.parametrize("failing", ["write", "replace"])
 def test_full_disk_keeps_the_old_adapter(saved, monkeypatch, failing):
     folder, model = saved

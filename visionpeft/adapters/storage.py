@@ -14,7 +14,14 @@ import torch.nn as nn
 
 from visionpeft import methods as method_classes
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, method_keys, nest, training_dtype
+from visionpeft.adapters.adapters import (
+    AttachedAdapter,
+    check_allocated,
+    check_written,
+    method_keys,
+    nest,
+    training_dtype,
+)
 from visionpeft.adapters.attach import attached, known, plain, register
 from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
 from visionpeft.adapters.fingerprint import differences, same_weights, weights_record
@@ -129,6 +136,11 @@ def made_adapter(
         StorageError: if it belongs to another backbone, or its parts do not fit each other.
     """
     methods = tuple(method_from(entry) for entry in description["methods"])
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise StorageError(
+            f"the model has tensors without values (device 'meta'), which {what} cannot be compared with; load its "
+            "weights first"
+        )
     with plain(model):
         backbone = describe(model)
         actual = backbone_record(model, check_fingerprint, backbone)
@@ -162,7 +174,12 @@ def read_metadata(folder: str | Path) -> dict:
 
 
 def folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tensor]]:
-    """Methods and tensors of an adapter as they are saved; a method may be saved as another one, such as LoRA."""
+    """Methods and tensors of an adapter as they are saved; a method may be saved as another one, such as LoRA.
+
+    Raises:
+        UnsupportedError: some of its tensors cannot be written.
+    """
+    check_written(adapter)
     parts = [adapter._modules.get(key, nn.ModuleDict()) for key in adapter.method_keys]
     saved = [method.fold(part) for method, part in zip(adapter.methods, parts, strict=True)]
     methods = [method for method, _ in saved]
