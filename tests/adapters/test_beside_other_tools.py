@@ -8,6 +8,8 @@ import functools
 import pytest
 import timm
 import torch
+from accelerate import Accelerator, cpu_offload
+from accelerate.state import AcceleratorState
 from away_from_start import moved
 from timm.models.vision_transformer import Block
 from timm.optim import create_optimizer_v2
@@ -183,6 +185,52 @@ def test_a_forward_put_around_a_module_that_acts():
     for module in model.modules():
         vars(module).pop("forward", None)
     assert torch.equal(vp.detach(model)(IMAGES), build()(IMAGES))
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("train", [(), ("pos_embed", "cls_token", "norm")])
+def test_what_accelerate_prepared_in_bfloat16_is_saved_and_switched(accelerator, train, tmp_path):
+    """It puts a forward around that of the whole model, which is the library's own with adapters and without."""
+    model, same = adapted(train=train), adapted(train=train)
+    prepared = accelerator.prepare(model)
+    assert prepared is model
+    assert "forward" in vars(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, plain = same(IMAGES), build()(IMAGES)
+    torch.testing.assert_close(model(IMAGES), expected.float())
+    accelerator.backward(model(IMAGES).sum())
+    vp.save(accelerator.unwrap_model(model), tmp_path)
+    other = build()
+    vp.load(other, tmp_path)
+    torch.testing.assert_close(other(IMAGES), same(IMAGES))
+    with vp.use(model, None):
+        torch.testing.assert_close(model(IMAGES), plain.float())
+    if not train:
+        with vp.route(model, ["default", None, "default", None]):
+            rows = model(IMAGES)
+        torch.testing.assert_close(rows[::2], expected[::2].float(), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(rows[1::2], plain[1::2].float(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(model(IMAGES), expected.float())
+    torch.testing.assert_close(vp.merge(model)(IMAGES), expected.float(), rtol=0.05, atol=0.05)
+    vp.detach(model)
+    torch.testing.assert_close(model(IMAGES), plain.float())
+
+
+def test_layers_that_accelerate_fetches_are_refused():
+    """The attention reads the weights of its layers, which are elsewhere until these are called."""
+    model = build()
+    expected = model(IMAGES)
+    cpu_offload(model, torch.device("cpu"))
+    torch.testing.assert_close(model(IMAGES), expected)
+    with pytest.raises(UnsupportedError, match=r"patch_embed\.proj are fetched by a hook of accelerate"):
+        vp.attach(model, vp.LoRA(rank=2))
+    torch.testing.assert_close(model(IMAGES), expected)
 
 
 @pytest.mark.parametrize("train", [(), ("pos_embed", "cls_token", "norm")])

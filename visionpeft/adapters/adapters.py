@@ -256,7 +256,10 @@ class Adapters(nn.ModuleDict):
                     "act, so that they cannot be changed; call torch.nn.utils.parametrize.remove_parametrizations, and "
                     "parametrise the model before you attach"
                 )
-            if vars(module).get("forward") is not forward:
+            # A forward that is the library's own under both classes, as that of the model itself, may stay where it is:
+            # accelerate puts one around it that chooses the precision.
+            own = getattr(type(module), "forward", None) is getattr(original, "forward", None)
+            if vars(module).get("forward") is not forward and not own:
                 raise UnsupportedError(
                     f"the forward of a {original.__name__} was replaced on the object itself while adapters act, so "
                     "that they cannot be changed; take it off first (accelerate: remove_hook_from_submodules)"

@@ -33,7 +33,7 @@ def made_by_a_hook(module: nn.Module) -> tuple[str, str] | None:
 
 
 def check_own_tensors(model: nn.Module) -> None:
-    """Refuse a model with tensors that hooks make: a copy of its blocks, by which they are checked, is not to be had.
+    """Refuse a model with tensors that hooks make or fetch: no copy of its blocks, by which they are checked, has them.
 
     Raises:
         UnsupportedError: naming the first of them.
@@ -43,6 +43,11 @@ def check_own_tensors(model: nn.Module) -> None:
             if made := made_by_a_hook(module):
                 raise UnsupportedError(
                     f"{path}.{made[0]} is made by a hook before each call; write it out first, with {made[1]}"
+                )
+            if hasattr(module, "_hf_hook") and any(p is not None and p.is_meta for p in module._parameters.values()):
+                raise UnsupportedError(
+                    f"the tensors of {path} are fetched by a hook of accelerate before each call (cpu_offload, "
+                    "device_map), and here they are read without one; load the model whole"
                 )
 
 
