@@ -31,6 +31,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -738,6 +739,30 @@ def test_pruning(method, tmp_path):
             act(model)
     assert not (tmp_path / "adapter").exists()
     assert vp.detach(model)(IMAGES).shape == (4, 3)
+
+
+@row("`torch.nn.utils.prune` and parametrisations", "refused")
+@each_method
+def test_tensors_made_of_others(method, tmp_path):
+    plain, model = build(), adapted(method)
+    prune.random_unstructured(plain.blocks[0].mlp.fc1, "weight", 0.5)
+    with pytest.raises(vp.UnsupportedError, match=r"blocks\.0\.mlp\.fc1\.weight is made by a hook .*prune\.remove"):
+        vp.attach(plain, METHODS[method])
+    before = model(IMAGES)
+    for change in (lambda head: prune.random_unstructured(head, "weight", 0.5), parametrizations.weight_norm):
+        with pytest.raises(vp.UnsupportedError, match="cannot be pruned or parametrised"):
+            change(model.head)
+        assert torch.equal(model(IMAGES), before)
+    prune.random_unstructured(model.peft["default"].head, "weight", 0.5)
+    with pytest.raises(vp.UnsupportedError, match=r"head\.weight of the adapter is made of other .*prune\.remove"):
+        vp.save(model, tmp_path)
+    expected = model(IMAGES)
+    prune.remove(model.peft["default"].head, "weight")
+    vp.save(model, tmp_path)
+    other = build()
+    vp.load(other, tmp_path)
+    assert torch.allclose(other(IMAGES), expected, atol=1e-6)
+    assert not torch.allclose(expected, before, atol=1e-3)
 
 
 @row("`set_input_size` while `pos_embed` is trained", "refused")

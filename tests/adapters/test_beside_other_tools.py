@@ -3,9 +3,13 @@
 The right values are those of the library's own model: without adapters, or with the adapter merged into its weights.
 """
 
+import functools
+
 import pytest
 import timm
 import torch
+from accelerate import Accelerator, cpu_offload
+from accelerate.state import AcceleratorState
 from away_from_start import moved
 from timm.models.vision_transformer import Block
 from timm.optim import create_optimizer_v2
@@ -13,7 +17,9 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.prune import random_unstructured, remove
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import visionpeft as vp
 from visionpeft.errors import ConfigurationError, UnsupportedError
@@ -181,6 +187,52 @@ def test_a_forward_put_around_a_module_that_acts():
     assert torch.equal(vp.detach(model)(IMAGES), build()(IMAGES))
 
 
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("train", [(), ("pos_embed", "cls_token", "norm")])
+def test_what_accelerate_prepared_in_bfloat16_is_saved_and_switched(accelerator, train, tmp_path):
+    """It puts a forward around that of the whole model, which is the library's own with adapters and without."""
+    model, same = adapted(train=train), adapted(train=train)
+    prepared = accelerator.prepare(model)
+    assert prepared is model
+    assert "forward" in vars(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, plain = same(IMAGES), build()(IMAGES)
+    torch.testing.assert_close(model(IMAGES), expected.float())
+    accelerator.backward(model(IMAGES).sum())
+    vp.save(accelerator.unwrap_model(model), tmp_path)
+    other = build()
+    vp.load(other, tmp_path)
+    torch.testing.assert_close(other(IMAGES), same(IMAGES))
+    with vp.use(model, None):
+        torch.testing.assert_close(model(IMAGES), plain.float())
+    if not train:
+        with vp.route(model, ["default", None, "default", None]):
+            rows = model(IMAGES)
+        torch.testing.assert_close(rows[::2], expected[::2].float(), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(rows[1::2], plain[1::2].float(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(model(IMAGES), expected.float())
+    torch.testing.assert_close(vp.merge(model)(IMAGES), expected.float(), rtol=0.05, atol=0.05)
+    vp.detach(model)
+    torch.testing.assert_close(model(IMAGES), plain.float())
+
+
+def test_layers_that_accelerate_fetches_are_refused():
+    """The attention reads the weights of its layers, which are elsewhere until these are called."""
+    model = build()
+    expected = model(IMAGES)
+    cpu_offload(model, torch.device("cpu"))
+    torch.testing.assert_close(model(IMAGES), expected)
+    with pytest.raises(UnsupportedError, match=r"patch_embed\.proj are fetched by a hook of accelerate"):
+        vp.attach(model, vp.LoRA(rank=2))
+    torch.testing.assert_close(model(IMAGES), expected)
+
+
 @pytest.mark.parametrize("train", [(), ("pos_embed", "cls_token", "norm")])
 @pytest.mark.parametrize("layer_decay", [None, 0.7])
 def test_timm_optimisers_decay_what_they_decay_of_the_plain_model(train, layer_decay):
@@ -200,26 +252,158 @@ def test_timm_optimisers_decay_what_they_decay_of_the_plain_model(train, layer_d
     assert {0.0, 0.05} == set(copies.values())
 
 
-def test_a_parametrised_weight_is_not_merged():
+def test_a_parametrised_weight_is_not_merged(tmp_path):
     """It is made of others, so that there is no tensor to put the merged one into."""
     model = build()
     for block in model.blocks:
         parametrizations.weight_norm(block.mlp.fc1)
     adapted(model, vp.LoRA(rank=2, targets=("fc1",)))
     expected = model(IMAGES)
-    with pytest.raises(UnsupportedError, match="remove_parametrizations first"):
+    with pytest.raises(UnsupportedError, match=r"save and detach the adapter, call torch.nn.utils.parametrize"):
         vp.merge(model)
     assert torch.equal(model(IMAGES), expected)
+    vp.save(model, tmp_path)
     vp.detach(model)
     for block in model.blocks:
         parametrize.remove_parametrizations(block.mlp.fc1, "weight")
-    vp.merge(adapted(model, vp.LoRA(rank=2, targets=("fc1",))))
+    vp.load(model, tmp_path, check_fingerprint=False)
+    torch.testing.assert_close(vp.merge(model)(IMAGES), expected)
 
 
-def test_a_weight_of_which_a_copy_is_trained_is_not_parametrised():
-    model = adapted(train=["norm"])
-    with pytest.raises(UnsupportedError, match="parametrised while an adapter trains a copy"):
-        parametrize.register_parametrization(model.norm, "weight", nn.Identity())
+def pruned(module):
+    random_unstructured(module, "weight", 0.5)
+
+
+EXCHANGES = {
+    "pruned": pruned,
+    "parametrised": lambda module: parametrize.register_parametrization(module, "weight", nn.Identity()),
+    "spectral_norm": lambda module: nn.utils.spectral_norm(module, dim=0),
+}
+
+
+@pytest.mark.parametrize("part", ["head", "norm"])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_a_weight_of_which_a_copy_is_trained_is_not_exchanged(exchange, part):
+    """Refused before the model has lost its own: PyTorch takes the weight out, and puts it back where it can."""
+    torch.manual_seed(1)
+    model = vp.attach(build(), vp.LoRA(rank=2), train=["norm"])
+    moved(model)
+    expected, keys = model(IMAGES), model.state_dict().keys()
+    if (exchange, part) != ("spectral_norm", "norm"):  # which is for matrices
+        with pytest.raises(UnsupportedError, match=r"weight of .* cannot be pruned or parametrised while an adapter"):
+            EXCHANGES[exchange](model.get_submodule(part))
+    assert torch.equal(model(IMAGES), expected)
+    assert model.state_dict().keys() == keys
+    assert torch.equal(vp.detach(model)(IMAGES), build()(IMAGES))
+    EXCHANGES["pruned"](model.get_submodule(part))  # the negative control: nothing acts in its place now
+
+
+def test_a_layer_parametrised_while_an_adapter_acts_keeps_its_weight():
+    """Taking the adapter off gave the layer the class that it had before, which knows of no parametrisation."""
+    model = adapted(method=vp.LoRA(rank=2, targets=("fc1",)))
+    expected = model(IMAGES)
+    parametrizations.weight_norm(model.blocks[0].mlp.fc1)
+    for change in (vp.disable, vp.detach, vp.merge):
+        with pytest.raises(UnsupportedError, match="weight of a Linear was parametrised while adapters act"):
+            change(model)
+        torch.testing.assert_close(model(IMAGES), expected)
+    parametrize.remove_parametrizations(model.blocks[0].mlp.fc1, "weight")
+    torch.testing.assert_close(vp.detach(model)(IMAGES), build()(IMAGES))
+
+
+OF_OTHERS = {
+    "pruned": (lambda module: random_unstructured(module, "B", 0.5), lambda module: remove(module, "B")),
+    "weight_norm": (
+        lambda module: parametrizations.weight_norm(module, "B"),
+        lambda module: parametrize.remove_parametrizations(module, "B"),
+    ),
+    "orthogonal": (
+        lambda module: parametrizations.orthogonal(module, "B"),
+        lambda module: parametrize.remove_parametrizations(module, "B"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_OTHERS)
+def test_tensors_of_an_adapter_that_are_made_of_others_are_not_saved(kind, tmp_path):
+    """What was saved of them under other names, no model could load."""
+    model = adapted()
+    module, (make, write_out) = model.peft["default"].get_submodule("lora.visual.0.q"), OF_OTHERS[kind]
+    make(module)
+    expected = model(IMAGES)
+    for act in (
+        lambda: vp.save(model, tmp_path / "ours"),
+        lambda: vp.export_peft(model, tmp_path / "theirs"),
+        lambda: vp.combine(model, {"default": 1.0}, "mix"),
+    ):
+        with pytest.raises(UnsupportedError, match=r"lora.visual.0.q.B of the adapter is made of other tensors"):
+            act()
+    assert not any(tmp_path.iterdir())
+    write_out(module)
+    vp.save(model, tmp_path / "ours")
+    other = build()
+    vp.load(other, tmp_path / "ours")
+    torch.testing.assert_close(other(IMAGES), expected)
+
+
+def test_a_head_that_is_made_of_others_is_written_out_first(tmp_path):
+    model = build()
+    parametrizations.weight_norm(model.head)
+    vp.attach(model, vp.LoRA(rank=2))
+    moved(model)
+    expected = model(IMAGES)
+    with pytest.raises(UnsupportedError, match=r"head.weight of the adapter .* first, with .*remove_parametrizations"):
+        vp.save(model, tmp_path)
+    parametrize.remove_parametrizations(model.peft["default"].head, "weight")
+    vp.save(model, tmp_path)
+    other = build()
+    vp.load(other, tmp_path)
+    torch.testing.assert_close(other(IMAGES), expected)
+
+
+def test_a_head_that_was_quantised_with_the_model_is_refused(tmp_path):
+    """torchao takes every linear layer by itself, that of the adapter among them, which then learns no more."""
+    model = vp.attach(build(width=64), vp.LoRA(rank=2))
+    quantize_(model, Int8WeightOnlyConfig())
+    for act in (vp.trainable_parameters, vp.merge, lambda model: vp.save(model, tmp_path / "adapter")):
+        with pytest.raises(ConfigurationError, match=r"'head\.weight' of adapter 'default' was quantised"):
+            act(model)
+    model = vp.attach(build(width=64), vp.LoRA(rank=2))
+    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "block" in name)
+    vp.save(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "part", "undo"),
+    [
+        (pruned, "blocks.0.mlp.fc1", lambda module: remove(module, "weight")),
+        (pruned, "head", lambda module: remove(module, "weight")),
+        (nn.utils.weight_norm, "head", nn.utils.remove_weight_norm),
+        (nn.utils.spectral_norm, "blocks.1.attn.qkv", nn.utils.remove_spectral_norm),
+    ],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_a_backbone_whose_weights_are_made_by_hooks_is_refused(change, part, undo, frozen):
+    model = build().requires_grad_(not frozen)
+    change(model.get_submodule(part))
+    with pytest.raises(UnsupportedError, match=f"{part}.weight is made by a hook before each call; write it out first"):
+        vp.attach(model, vp.LoRA(rank=2, targets=("q", "fc1")))
+    expected = model(IMAGES)
+    undo(model.get_submodule(part))
+    torch.testing.assert_close(vp.attach(model, vp.LoRA(rank=2, targets=("q", "fc1")))(IMAGES), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_layers_of_dynamic_quantisation_are_refused():
+    """Their weight is packed, and they give no gradient; a merged model is converted like any other."""
+    model = adapted()
+    expected = model(IMAGES)
+    convert = functools.partial(torch.ao.quantization.quantize_dynamic, qconfig_spec={nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(UnsupportedError, match=r"is a Linear of torch.ao.quantization, which packs its weight"):
+        vp.attach(convert(build()), vp.LoRA(rank=2))
+    converted = convert(vp.merge(model, keep=False))
+    assert (converted(IMAGES) - expected).norm() / expected.norm() < 0.1
 
 
 def test_attaching_and_loading_within_inference_mode(tmp_path):

@@ -174,6 +174,9 @@ REFUSED = {
     "another range of blocks": ({"a": 0.5, "d": 0.5}, "free"),
     "another extra parameter": ({"a": 0.5, "e": 0.5}, "free"),
     "not allocated": ({"f": 1.0}, "free"),
+    "before its last stage": ({"g": 1.0}, "free"),
+    "no numbers": ({"a": "much"}, "free"),
+    "a list": (["a"], "free"),
     "no such adapter": ({"a": 0.5, "z": 0.5}, "free"),
     "no adapter": ({}, "free"),
     "not a number": ({"a": float("nan")}, "free"),
@@ -191,6 +194,7 @@ def test_refusals_change_nothing(reason):
         "d": vp.LoRA(rank=2, blocks="last:1"),
         "e": vp.LoRA(rank=2),
         "f": vp.FishMask(),
+        "g": vp.DiffPruning(),  # which would have no entries yet, and so change nothing
     }
     for name, method in methods.items():
         vp.attach(model, method, name, train=("cls_token",) if name == "e" else ())

@@ -48,6 +48,23 @@ def test_exported_program_holds_the_adapter():
     assert distance(output(host, active, inputs), output(host, plain, inputs)) > 1e-3
 
 
+@pytest.mark.parametrize("case", ["lora_all", "ssf"])
+def test_a_route_is_exported_and_goes_on(case):
+    """What an export makes of the rows is no tensor: kept for the route, it ended every later pass with an error."""
+    host, names = HOST["vit_cls"], ["default", None, "default", None]
+    model, inputs = adapted(host, CASE[case], torch.float64), HOST["vit_cls"].inputs(4, torch.float64)
+    with vp.route(model, names):
+        programs = [torch.export.export(model, (inputs,)).module() for _ in range(2)]
+        expected = output(host, model, inputs)
+    with vp.route(model, names):
+        assert torch.equal(output(host, model, inputs), expected)
+    with vp.use(model, None):
+        assert distance(expected[1::2], output(host, model, inputs)[1::2]) < 1e-12
+    assert distance(expected[::2], output(host, model, inputs)[::2]) < 1e-12
+    for program in programs:
+        assert distance(output(host, program, inputs), expected) < 1e-12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora_all", "ssf", "vpt_deep", "adapt_former", "prefix"])
 def test_onnx(name, tmp_path):

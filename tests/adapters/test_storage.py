@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -289,6 +290,57 @@ def test_other_architecture(saved):
 def test_bfloat16_backbone_is_the_same_backbone(saved):
     folder, _ = saved
     vp.load(build().bfloat16(), folder)
+
+
+UNREADABLE = {
+    "names that are numbers": ({"class_names": [1, 2, 3]}, r"a list with a text for each class, not \[1, 2, 3\]"),
+    "one text": ({"class_names": "abc"}, "a list with a text for each class, not 'abc'"),
+    "too few names": ({"class_names": ["a", "b"]}, "has 2 names, and the head of the adapter 3 outputs"),
+    "timm's own dict": ({"preprocessing": {"mean": (0.5, 0.5, 0.5)}}, "needs a Preprocessing, as preprocessing_of"),
+    "one channel": ({"preprocessing": Preprocessing((32, 32), (0.5,), (0.5,))}, "three each for mean and std"),
+    "a tensor": ({"metadata": {"accuracy": torch.tensor(0.5)}}, r"as JSON \(Object of type Tensor .*tensor\.item\(\)"),
+    "a list": ({"metadata": ["note"]}, "metadata needs names with values"),
+}
+
+
+@pytest.mark.parametrize("reason", UNREADABLE)
+def test_what_could_not_be_read_again_is_not_written(reason, saved, tmp_path):
+    """Names that are numbers were written, and the folder was then refused by `load`, as not what `save` writes."""
+    _, model = saved
+    options, sentence = UNREADABLE[reason]
+    with pytest.raises(vp.ConfigurationError, match=sentence):
+        vp.save(model, tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_names_may_be_any_sequence_of_texts(saved, tmp_path):
+    _, model = saved
+    for number, names in enumerate((("a", "b", "c"), dict.fromkeys("abc").keys(), np.array(["a", "b", "c"]))):
+        vp.save(model, tmp_path / str(number), class_names=names)
+        vp.load(build(), tmp_path / str(number))
+        assert vp.read_metadata(tmp_path / str(number))["class_names"] == ["a", "b", "c"]
+
+
+def test_a_folder_that_cannot_be_made(saved, tmp_path):
+    _, model = saved
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(vp.StorageError, match="cannot be made"):
+            vp.save(model, folder)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_model_without_values_is_refused(saved, check):
+    """Built within `torch.device("meta")`: nothing could be compared, and nothing would be loaded."""
+    folder, _ = saved
+    with torch.device("meta"):
+        model = build()
+    with pytest.raises(vp.StorageError, match=r"tensors without values \(device 'meta'\).*load its weights first"):
+        vp.load(model, folder, check_fingerprint=check)
+    vp.attach(model, vp.LoRA(rank=2))
+    with pytest.raises(vp.UnsupportedError, match="has no values"):
+        vp.save(model, folder)
 
 
 @pytest.mark.parametrize("failing", ["write", "replace"])

@@ -90,6 +90,28 @@ def test_the_bits_of_a_row_do_not_depend_on_the_rest_of_a_batch_of_a_fixed_size(
             assert torch.equal(given, one_by_one[name][row])
 
 
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_queries_are_read_by_a_head_among_others(batch_size, folder, images, tmp_path):
+    """VQT's head reads what was gathered of the whole batch, whose rows the heads of a pool compute one by one."""
+    model = backbone()
+    model.reset_classifier(3)
+    vp.attach(model, vp.VQT(num_tokens=2))
+    with torch.no_grad():
+        for parameter in model.peft.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        expected = model.eval()(images)
+    vp.save(model, tmp_path / "queries")
+    places = {"queries": tmp_path / "queries", "birds": folder / "birds", "flowers": folder / "flowers"}
+    pool = vp.AdapterPool(backbone(), places, batch_size=batch_size)
+    names = [("queries", "birds", "queries", "flowers")[row % 4] for row in range(len(images))]
+    mixed, alone = pool.logits(images, names), pool.logits(images, ["queries"] * len(images))
+    for row in range(len(images)):
+        torch.testing.assert_close(alone[row], expected[row], atol=1e-5, rtol=1e-5)
+        if names[row] == "queries":
+            torch.testing.assert_close(mixed[row], expected[row], atol=1e-5, rtol=1e-5)
+            assert batch_size is None or torch.equal(mixed[row], alone[row])
+
+
 def test_the_least_recently_used_makes_room_and_the_bound_holds(folder, images):
     size = sizes(folder)
     pool = vp.AdapterPool(backbone(), folder, capacity=size["birds"] + size["cars"] + size["dogs"])

@@ -332,6 +332,33 @@ def test_import_of_every_linear_layer(options, tmp_path):
     assert torch.equal(model.head.weight, head)
 
 
+def test_patterns_whose_order_the_file_has_lost_are_refused(tmp_path):
+    """peft takes the first pattern that matches and sorts them in the file, so that it reads another scale itself."""
+    host, folder = HOST["vit_cls"], tmp_path / "theirs"
+    patterns = {"fc2": 1, r"blocks\.0\..*": 20}
+    options = dict(r=2, target_modules=["fc1", "fc2"], alpha_pattern=patterns)
+    expected = made_by_peft(host, folder, **options)
+    assert [*json.loads((folder / "adapter_config.json").read_text())["alpha_pattern"]] == [*reversed(patterns)]
+    assert not torch.allclose(read_by_peft(host, folder), expected, atol=1e-2)
+    refused(folder, r"and 'fc2' of alpha_pattern match blocks.0.mlp.fc2, and peft sorts them")
+    # as the sentence has it, and where all that match mean the same
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["alpha_pattern"] = {"blocks.0.*.fc2": 1, r"blocks\.0\.mlp\.fc1": 20, "fc2": 1}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    model = host.build()
+    vp.import_peft(model, folder)
+    assert close(output(host, model), expected)
+
+
+def test_modules_trained_whole_within_others_are_refused(tmp_path):
+    """peft trains a copy of each and writes both under one name, so that it does not read the folder itself."""
+    host, folder = HOST["vit_cls"], tmp_path / "theirs"
+    made_by_peft(host, folder, r=2, target_modules=["fc1"], modules_to_save=["blocks.0", "blocks.0.norm2"])
+    with pytest.raises(KeyError, match="norm2"):
+        read_by_peft(host, folder)
+    refused(folder, "trains blocks.0.norm2 whole and blocks.0 around it")
+
+
 def test_import_of_a_change_of_the_head_alone(tmp_path):
     host = HOST["vit_cls"]
     expected = made_by_peft(host, tmp_path / "theirs", r=2, target_modules=["head"])
@@ -360,6 +387,7 @@ METHODS = {
     "ia3": vp.IA3(),
     "ia3_values": vp.IA3(targets=("v", "hidden"), blocks="last:2"),
     "two": [vp.LoRA(rank=2), vp.LoRA(rank=3, alpha=1, targets=("v", "fc1"))],
+    "two_dora": [vp.DoRA(rank=2), vp.DoRA(rank=3, alpha=1, targets=("k", "fc1"))],
 }
 
 
@@ -544,6 +572,7 @@ def test_factors_of_boft_are_those_of_peft(tmp_path, monkeypatch):
         (vp.OFT(block=4, targets=("q", "v")), "peft turns what blocks.0.attn.qkv reads as a whole, so it has no form"),
         (vp.OFT(block=4, targets=("q", "k", "v")), "are not turned all alike"),
         ([vp.MiSS(rank=4), vp.MiSS(rank=8)], "one rank of MiSS, not 4 and 8"),
+        ([vp.DoRA(rank=2), vp.DoRA(rank=1, targets=("v",))], "two changes of DoRA act on the same rows"),
         (vp.GraLoRA(rank=4), "peft has no GraLoRA"),
     ],
 )

@@ -6,10 +6,12 @@ from fnmatch import fnmatchcase
 
 import torch
 import torch.nn as nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from visionpeft.adapters.economies import Economies
 from visionpeft.adapters.gradient_masks import mask_at_steps
 from visionpeft.adapters.installation import ATTRIBUTES, Anatomy, Installation, Rested, Swapped
+from visionpeft.backbones.made_tensors import made_of_others
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError, nearest
@@ -260,11 +262,20 @@ class Adapters(nn.ModuleDict):
         """Refuse a model whose modules must keep the classes that they have now.
 
         Raises:
-            UnsupportedError: `fully_shard` has given them classes of its own, or somebody has put a forward around
-                that of their class, as the hooks of accelerate do.
+            UnsupportedError: `fully_shard` or a parametrisation has given them classes of its own, or somebody has put
+                a forward around that of their class, as the hooks of accelerate do.
         """
         for module, original, forward in self.swapped:
-            if vars(module).get("forward") is not forward:
+            if is_parametrized(module) and not original.__name__.startswith("Parametrized"):
+                raise UnsupportedError(
+                    f"{' and '.join(module.parametrizations)} of a {original.__name__} was parametrised while adapters "
+                    "act, so that they cannot be changed; call torch.nn.utils.parametrize.remove_parametrizations, and "
+                    "parametrise the model before you attach"
+                )
+            # A forward that is the library's own under both classes, as that of the model itself, may stay where it is:
+            # accelerate puts one around it that chooses the precision.
+            own = getattr(type(module), "forward", None) is getattr(original, "forward", None)
+            if vars(module).get("forward") is not forward and not own:
                 raise UnsupportedError(
                     f"the forward of a {original.__name__} was replaced on the object itself while adapters act, so "
                     "that they cannot be changed; take it off first (accelerate: remove_hook_from_submodules)"
@@ -298,6 +309,25 @@ def check_allocated(adapter: AttachedAdapter) -> None:
     for _, placement in adapter.placements:
         if isinstance(placement.module, Pending):
             placement.module(None)
+
+
+def check_written(adapter: AttachedAdapter) -> None:
+    """Refuse an adapter some of whose tensors are not its own, or have no values, so that none can be written of them.
+
+    Raises:
+        UnsupportedError: naming the first of them.
+    """
+    for path, module in adapter.named_modules():
+        if made := made_of_others(module):
+            raise UnsupportedError(
+                f"{join(path, made[0])} of the adapter is made of other tensors, which no adapter is loaded from; "
+                f"write it out first, with {made[1]}"
+            )
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.is_meta:
+                raise UnsupportedError(
+                    f"{join(path, name)} of the adapter has no values (device 'meta'); load its state dict first"
+                )
 
 
 def method_keys(methods: Iterable[Method]) -> list[str]:

@@ -72,12 +72,13 @@ def connect_head(adapter: AttachedAdapter) -> None:
         return
     methods = " and ".join(type(method).__name__ for method in adapter.methods)
     heads = [adapter.get_submodule(path) for path in adapter.head_paths]
-    if len(heads) != 1 or not isinstance(heads[0], SeveralFeatures):
+    readers = [part for head in heads for part in head.modules() if isinstance(part, SeveralFeatures)]
+    if len(heads) != 1 or len(readers) != 1:
         raise UnsupportedError(
             f"{methods} asks for features that a classification head reads, which is trained with it: it needs a model "
             f"with one linear head, and head=True; here are {len(heads)} trained heads"
         )
-    heads[0].gathered = queries[0].gathered
+    readers[0].gathered = queries[0].gathered
 
 
 def check_asking_alone(adapters: Mapping[str, AttachedAdapter]) -> None:

@@ -16,6 +16,7 @@ from visionpeft.adapters.route import Opened
 from visionpeft.adapters.routes import check_not_routed, routes_of
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.adapters.sources import fill, used_by, with_sources
+from visionpeft.backbones.made_tensors import check_own_tensors
 from visionpeft.backbones.quantised import check_product, check_products, is_quantised
 from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe
@@ -68,6 +69,7 @@ def attach(
     used = used_by(methods)
     methods, given = with_sources(model.peft if has_adapters(model) else None, methods)
     with plain(model):
+        check_own_tensors(model)
         backbone = describe(model)
         try:
             adapter = AttachedAdapter(methods, backbone, head, tuple([train] if isinstance(train, str) else train))
@@ -96,6 +98,7 @@ def register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Ba
 def _register(model: nn.Module, name: str, adapter: AttachedAdapter, backbone: Backbone, alone: bool) -> None:
     _check_name(model, name)
     with plain(model):
+        check_own_tensors(model)
         check_products(model)
         _check_sites(adapter, backbone)
     connect_head(adapter)  # refuses, so before anything is changed

@@ -15,6 +15,7 @@ from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, metho
 from visionpeft.adapters.allocate import evaluating
 from visionpeft.adapters.attach import activate, attached, known, plain, register, use
 from visionpeft.adapters.head_layout import head_layout
+from visionpeft.adapters.stages import check_last_stage
 from visionpeft.adapters.storage import folded
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, DataError
@@ -48,12 +49,18 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, *, head: 
         ConfigurationError: if the adapters cannot be combined; nothing is changed.
     """
     peft = attached(model)
+    try:
+        factors = [float(weight) for weight in weights.values()]
+    except (AttributeError, TypeError, ValueError):  # a list, or no numbers
+        factors = []
+    if not factors or not all(map(math.isfinite, factors)):
+        raise ConfigurationError(
+            f"combine needs a finite weight for at least one adapter, as {{'a': 0.5, 'b': 0.5}}, not {weights!r}"
+        )
     adapters: list[AttachedAdapter] = [peft[known(peft, each)] for each in weights]
-    factors = [float(weight) for weight in weights.values()]
-    if not adapters or not all(map(math.isfinite, factors)):
-        raise ConfigurationError(f"combine needs a finite weight for at least one adapter, not {dict(weights)}")
     for adapter in adapters:
         check_allocated(adapter)
+        check_last_stage(adapter)
     first = adapters[0]
     words = {" and ".join(type(method).__name__ for method in adapter.methods): None for adapter in adapters}
     if len(words) > 1 or any(adapter.train_names != first.train_names for adapter in adapters):

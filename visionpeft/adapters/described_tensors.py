@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
-from visionpeft.errors import StorageError
+from visionpeft.errors import ConfigurationError, StorageError, one_line
 from visionpeft.files import write_whole
 
 
@@ -25,14 +25,24 @@ def write_described(folder: str | Path, stem: str, tensors: Mapping[str, torch.T
     """Write tensors and description; the old files stay valid until the new tensors are completely on disk.
 
     Raises:
+        ConfigurationError: the description is nothing that JSON can hold.
         StorageError: the disk is full, the folder cannot be written, or it has files of these names that were not
             written by this; what was there is unchanged.
     """
-    _refuse_foreign(Path(folder), stem)
-    content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    text = json.dumps(description | {"sha256": _hash_of(content)}, indent=1)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _refuse_foreign(folder, stem)
+    content = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    try:
+        text = json.dumps(description | {"sha256": _hash_of(content)}, indent=1)
+    except (TypeError, ValueError, RecursionError) as error:  # another type, and what holds itself
+        raise ConfigurationError(
+            f"what is said about the {stem} cannot be written as JSON ({one_line(error)}); give metadata as texts, "
+            "numbers (tensor.item()), lists and dicts"
+        ) from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"the folder {folder} cannot be made ({error.strerror}); save into another one") from None
     write_whole(folder / f"{stem}.safetensors", serialise(content, metadata={"visionpeft": text}))
     write_whole(folder / f"{stem}.json", (text + "\n").encode())
 

@@ -17,6 +17,7 @@ from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.library_methods import SHALLOW, know_adapters, refuse_fusing, refuse_intermediates
 from visionpeft.adapters.multiplied_tokens import check_multiplied
 from visionpeft.adapters.plan import Plan, acting_in, located_in, plan_of, reading_all, travelling_prompts
+from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import BlockSites, Layer, Tower
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
@@ -327,8 +328,8 @@ def remember_hosts(model: nn.Module, adapter: AttachedAdapter) -> None:
 
 
 def check_unchanged(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse adapters whose head or trained copies are those of another head or parameter than the model has now, and
-    a model in which what acts was taken out, or stands behind a wrapper.
+    """Refuse adapters whose head or trained copies are those of another head or parameter than the model has now, or
+    were quantised, and a model in which what acts was taken out, or stands behind a wrapper.
 
     Raises:
         ConfigurationError: naming what was changed.
@@ -339,6 +340,11 @@ def check_unchanged(model: nn.Module, names: Iterable[str]) -> None:
         for path, trained in adapter.trained_parameters():
             if getattr(_at(model, path), "shape", None) != trained.shape:
                 changed.append(path)
+        if quantised := next((path for path, p in adapter.named_parameters() if is_quantised(p)), None):
+            raise ConfigurationError(
+                f"{quantised!r} of adapter {name!r} was quantised with the model and is trained no more; quantise the "
+                "layers of the backbone alone, before you attach"
+            )
         if changed:
             raise ConfigurationError(
                 f"{changed[0]!r} of the model was exchanged after adapter {name!r}, which trains a copy of the old "

@@ -145,7 +145,8 @@ def _check_own(holding: Mapping[nn.Parameter, list], layer: Layer, place: str) -
         if owner is not None and name not in owner._parameters:
             raise UnsupportedError(
                 f"{place} cannot be merged: {name} is no tensor of its own but made of others (a parametrisation, such "
-                "as weight_norm); call torch.nn.utils.parametrize.remove_parametrizations first"
+                "as weight_norm); save and detach the adapter, call "
+                "torch.nn.utils.parametrize.remove_parametrizations, and load it with check_fingerprint=False"
             )
         if owner is not None and len(holding[owner._parameters[name]]) > 1:
             raise UnsupportedError(

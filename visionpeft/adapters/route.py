@@ -140,16 +140,20 @@ class Route:
                 None if everything else _index(samples, device),
                 None if one_each else _index(members, device),
             )
-            self._rows[names, device] = found
+            if not traced():  # of an export it is no tensor that a later pass could use
+                self._rows[names, device] = found
         return found
 
     def members(self, names: tuple, device: torch.device) -> torch.Tensor:
         """For each sample of the batch the number of its adapter, or one more than there are."""
         key = (names, device, "all")
-        if key not in self._rows:
+        found = self._rows.get(key)
+        if found is None:
             number = {name: index for index, name in enumerate(names)}
-            self._rows[key] = _index([number.get(name, len(names)) for name in self.names], device)
-        return self._rows[key]
+            found = _index([number.get(name, len(names)) for name in self.names], device)
+            if not traced():
+                self._rows[key] = found
+        return found
 
     def let_go(self) -> None:
         """Keep nothing stacked."""

@@ -1,7 +1,7 @@
 """Save an adapter in a folder and load it again: `adapter.safetensors` and `adapter.json`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,9 +14,17 @@ import torch.nn as nn
 
 from visionpeft import methods as method_classes
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, method_keys, nest, training_dtype
+from visionpeft.adapters.adapters import (
+    AttachedAdapter,
+    check_allocated,
+    check_written,
+    method_keys,
+    nest,
+    training_dtype,
+)
 from visionpeft.adapters.attach import attached, known, plain, register
 from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
+from visionpeft.adapters.description import FORMAT, check_description, check_number_of_names, described, names_of
 from visionpeft.adapters.fingerprint import differences, same_weights, weights_record
 from visionpeft.adapters.head_layout import check_reads, head_from_layout, head_layout
 from visionpeft.adapters.install import check_unchanged
@@ -30,7 +38,6 @@ from visionpeft.methods.parts.base import Method
 from visionpeft.methods.parts.field_types import from_json
 from visionpeft.sites.stand_ins import is_sharded
 
-FORMAT = 1
 _MODULES = {"open_clip_torch": "open_clip"}  # packages whose module has another name
 STEM = "adapter"
 
@@ -43,7 +50,7 @@ def save(
     folder: str | Path,
     name: str | None = None,
     *,
-    class_names: list[str] | None = None,
+    class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     metadata: Mapping | None = None,
 ) -> None:
@@ -58,10 +65,18 @@ def save(
         class_names: names of the classes, in the order of the logits.
         preprocessing: how images were prepared.
         metadata: anything else that JSON can hold, such as data set and result.
+
+    Raises:
+        ConfigurationError: it is not said which adapter, or what is said about it is not of these types or cannot be
+            read again.
+        UnsupportedError: some of its tensors cannot be written.
+        StorageError: the folder cannot be written, or has files of these names that something else wrote.
     """
     peft = attached(model)
     if name is None and len(peft) != 1:
         raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to save with name=")
+    class_names = None if class_names is None else names_of(class_names)
+    about = described(preprocessing, metadata)
     adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
     check_allocated(adapter)
     check_last_stage(adapter)
@@ -74,10 +89,10 @@ def save(
         "heads": {path: head_layout(adapter.get_submodule(path)) for path in adapter.head_paths},
         "backbone": backbone_record(model),
         "class_names": class_names,
-        "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
-        "metadata": dict(metadata or {}),
+        **about,
         "versions": package_versions(),
     }
+    check_number_of_names(description)
     write_described(folder, STEM, tensors, description)
 
 
@@ -110,7 +125,7 @@ def read_saved(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises:
         StorageError: if the folder holds no intact adapter.
     """
-    return read_described(folder, STEM, _check_description)
+    return read_described(folder, STEM, check_description)
 
 
 def made_adapter(
@@ -129,6 +144,11 @@ def made_adapter(
         StorageError: if it belongs to another backbone, or its parts do not fit each other.
     """
     methods = tuple(method_from(entry) for entry in description["methods"])
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise StorageError(
+            f"the model has tensors without values (device 'meta'), which {what} cannot be compared with; load its "
+            "weights first"
+        )
     with plain(model):
         backbone = describe(model)
         actual = backbone_record(model, check_fingerprint, backbone)
@@ -164,7 +184,12 @@ def read_metadata(folder: str | Path) -> dict:
 
 
 def folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tensor]]:
-    """Methods and tensors of an adapter as they are saved; a method may be saved as another one, such as LoRA."""
+    """Methods and tensors of an adapter as they are saved; a method may be saved as another one, such as LoRA.
+
+    Raises:
+        UnsupportedError: some of its tensors cannot be written.
+    """
+    check_written(adapter)
     parts = [adapter._modules.get(key, nn.ModuleDict()) for key in adapter.method_keys]
     saved = [method.fold(part) for method, part in zip(adapter.methods, parts, strict=True)]
     methods = [method for method, _ in saved]
@@ -267,31 +292,3 @@ def _class_of(entry: dict) -> type[Method]:
             f"near names are {nearest(entry['class'], classes)}; a method of your own must be imported first"
         )
     return classes[entry["class"]]
-
-
-def _check_description(description: object, path: Path) -> None:
-    types = {"format": int, "methods": list, "train": list, "heads": dict, "backbone": dict, "metadata": dict}
-    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
-        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
-    if description["format"] != FORMAT:
-        raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
-    entries = all(
-        isinstance(e, dict) and isinstance(e.get("class"), str) and isinstance(e.get("fields"), dict)
-        for e in description["methods"]
-    )
-    lists = (description["train"], description.get("class_names") or [])
-    names = all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in lists)
-    names = names and {"class_names", "preprocessing"} <= description.keys()
-    preprocessing = description.get("preprocessing")
-    backbone = all(isinstance(description["backbone"].get(k), str) for k in ("class", "architecture", "fingerprint"))
-    if not (entries and names and backbone and (preprocessing is None or _is_preprocessing(preprocessing))):
-        raise StorageError(f"the description in {path} is not what save writes")
-
-
-def _is_preprocessing(entry: object) -> bool:
-    lengths = {"input_size": 2, "mean": 3, "std": 3}
-    if not isinstance(entry, dict) or entry.keys() != {field.name for field in dataclasses.fields(Preprocessing)}:
-        return False
-    lists = all(isinstance(entry[key], list) and len(entry[key]) == length for key, length in lengths.items())
-    numbers = [entry["crop_pct"], *(value for key in lengths for value in entry[key])] if lists else [None]
-    return all(isinstance(value, int | float) for value in numbers) and isinstance(entry["interpolation"], str)

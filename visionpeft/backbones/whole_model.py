@@ -6,6 +6,7 @@ import sys
 from torch import nn
 
 from visionpeft.backbones.layers_only import describe_part
+from visionpeft.backbones.made_tensors import check_weights
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import UnsupportedError
 
@@ -22,6 +23,7 @@ def describe(model: nn.Module) -> Backbone:
         )
     if any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__):
         raise UnsupportedError(f"{type(model).__name__} is already sharded; attach before fully_shard")
+    check_weights(model)
     if "open_clip" in sys.modules:  # no model of OpenCLIP is there without it; importing it takes seconds
         importlib.import_module("visionpeft.backbones.open_clip")
     return describe_part(model)

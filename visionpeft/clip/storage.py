@@ -1,6 +1,5 @@
 """Save what a learner has learnt, a few kilobytes, and load it on its CLIP: `learner.safetensors`, `learner.json`."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch.nn as nn
 
 from visionpeft.adapters.described_tensors import write_described
+from visionpeft.adapters.description import described
 from visionpeft.adapters.storage import backbone_record, package_versions
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.clip import learners as learner_classes
@@ -43,8 +43,7 @@ def save_learner(
         "allow_duplicates": learner.allow_duplicates,
         "loss": learner.loss_name,
         "backbone": backbone_record(learner.clip),
-        "preprocessing": None if preprocessing is None else dataclasses.asdict(preprocessing),
-        "metadata": dict(metadata or {}),
+        **described(preprocessing, metadata),
         "versions": package_versions(),
     }
     write_described(folder, STEM, learner.trained_state(), description)

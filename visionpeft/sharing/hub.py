@@ -35,7 +35,7 @@ def save_pretrained(
     *,
     name: str | None = None,
     repo_id: str | None = None,
-    class_names: list[str] | None = None,
+    class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     metadata: Mapping | None = None,
 ) -> None:
@@ -118,7 +118,7 @@ def push_to_hub(
     token: str | bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload with visionpeft",
-    class_names: list[str] | None = None,
+    class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
     metadata: Mapping | None = None,
 ) -> str:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from visionpeft.adapters.adapters import AttachedAdapter, nest
+from visionpeft.methods.parts.several_features import SeveralFeatures
 from visionpeft.sites.stand_ins import in_own_precision
 
 # How many values each row has within `filled_to`; None outside, where a head gives what it gives.
@@ -46,7 +47,10 @@ class OwnHead(nn.Module):
         width = _WIDTH.get()
         if width is None:
             return in_own_precision(self.head, x)
-        logits = torch.cat([in_own_precision(self.head, row) for row in x.split(1)])
+        if isinstance(self.head, SeveralFeatures):  # whose other features are those of the whole batch
+            logits = self.head.by_row(x.to(self.head.weight.dtype)).to(x.dtype)
+        else:
+            logits = torch.cat([in_own_precision(self.head, row) for row in x.split(1)])
         return F.pad(logits, (0, width - self.classes))
 
 

@@ -86,6 +86,23 @@ class PeftConfig:
         alpha = float(_by_pattern(self.alpha_pattern, path, self.lora_alpha))
         return alpha * math.sqrt(self.rank(path)) if self.use_rslora else alpha
 
+    def require_one_alpha(self, path: str, what: str) -> None:
+        """Refuse numerators of which several are meant for the module of this name.
+
+        peft takes the first pattern that matches, but sorts them in the file, and so takes another one when it reads it
+        than in the training. Of ranks the tensors say which it was.
+
+        Raises:
+            StorageError: naming the patterns.
+        """
+        meant = {pattern: value for pattern, value in self.alpha_pattern.items() if _is_pattern_of(pattern, path)}
+        if len(set(meant.values())) > 1:
+            raise StorageError(
+                f"{what}: {' and '.join(map(repr, meant))} of alpha_pattern match {path}, and peft sorts them when "
+                "it writes the file, so that it does not say with which of their values the adapter was trained; leave "
+                "the one in adapter_config.json that stood first in the training"
+            )
+
     def targets(self, path: str) -> bool:
         """Whether peft wraps the module of this name."""
         if _matches(self.exclude_modules, path):
@@ -246,7 +263,8 @@ def _matches(names: str | Iterable[str] | None, path: str) -> bool:
 
 
 def _by_pattern(patterns: dict, path: str, default):
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if _is_pattern_of(pattern, path)), default)
+
+
+def _is_pattern_of(pattern: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None

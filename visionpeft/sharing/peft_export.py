@@ -12,7 +12,7 @@ import torch.nn as nn
 from safetensors.torch import save as serialise
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter
+from visionpeft.adapters.adapters import AttachedAdapter, check_written
 from visionpeft.adapters.attach import attached, known, plain
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 from visionpeft.methods.boft import BOFT
@@ -69,6 +69,7 @@ def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -
         raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to export with name=")
     adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
     form = _format(adapter)
+    check_written(adapter)
     with plain(model):
         changes = _by_module(model, adapter)
         whole = _modules_to_save(model, adapter)

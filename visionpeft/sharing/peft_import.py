@@ -161,6 +161,12 @@ def _check_whole(model: nn.Module, config: PeftConfig, whole: dict[str, torch.Te
         for path, _ in model.named_modules()
         if not path.startswith("peft") and any(path.endswith(name) for name in config.modules_to_save or ())
     ]
+    for inner in saved:
+        if outer := next((path for path in saved if path != inner and inner.startswith(path)), None):
+            raise StorageError(
+                f"{what} trains {inner[:-1]} whole and {outer[:-1]} around it (modules_to_save), for which peft writes "
+                "two copies under the same names and reads neither"
+            )
     parameters = dict(model.named_parameters())
     expected = {name for name in parameters if name.startswith(tuple(saved))}
     if wrong := sorted(expected ^ whole.keys()):

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from visionpeft.backbones.quantised import full_precision
 from visionpeft.backbones.tower import Backbone
-from visionpeft.errors import StorageError
+from visionpeft.errors import StorageError, UnsupportedError
 from visionpeft.methods.dora import DecomposedLowRank, DoRA
 from visionpeft.methods.lora import LoRA, LowRank
 from visionpeft.sharing.peft_config import PeftConfig, expression
@@ -50,6 +50,7 @@ def read_change(
     Raises:
         StorageError: a tensor is missing, not expected, or of another shape than configuration and backbone say.
     """
+    config.require_one_alpha(path, what)
     rank, kernel = config.rank(path), weight.shape[2:]
     scale = config.alpha(path) / rank
     if makes_again(config):
@@ -141,10 +142,19 @@ def methods(config: PeftConfig, backbone: Backbone, parts: list[Part], what: str
 
 
 def join(changes: Sequence[tuple[PeftModule, list[tuple[slice, nn.Module]]]]) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors of peft, by their names, and fields of its configuration for changes of rows of modules."""
+    """Tensors of peft, by their names, and fields of its configuration for changes of rows of modules.
+
+    Raises:
+        UnsupportedError: several of DoRA at the same rows, of which each gives the changed weight its own lengths.
+    """
     tensors, ranks, alphas = {}, {}, {}
     for module, parts in changes:
         path, weight = module.path, module.module.weight
+        if isinstance(parts[0][1], DecomposedLowRank) and not _are_disjoint(parts):
+            raise UnsupportedError(
+                f"two changes of DoRA act on the same rows of {path}, and peft has one; attach and export them one by "
+                "one, or merge them"
+            )
         A, B, scaling = one_change(module, parts)
         tensors[f"{path}.lora_A.weight"] = A.unflatten(1, weight.shape[1:])
         tensors[f"{path}.lora_B.weight"] = B.view(*B.shape, *(1 for _ in weight.shape[2:]))
@@ -180,8 +190,7 @@ def one_change(module: PeftModule, parts: list[tuple[slice, LowRank]]) -> tuple[
     """
     scales = {getattr(part, "scaling", 1.0) for _, part in parts}
     first = parts[0][1].A
-    disjoint = len({rows.start for rows, _ in parts}) == len(parts)
-    shared = disjoint and len(scales) == 1 and all(torch.equal(part.A, first) for _, part in parts)
+    shared = _are_disjoint(parts) and len(scales) == 1 and all(torch.equal(part.A, first) for _, part in parts)
     A = first if shared else torch.cat([part.A for _, part in parts])
     B = A.new_zeros(len(module.module.weight), len(A))
     start = 0
@@ -190,6 +199,11 @@ def one_change(module: PeftModule, parts: list[tuple[slice, LowRank]]) -> tuple[
         B[rows, start:stop] = part.B if len(scales) == 1 else part.scaling * part.B
         start = 0 if shared else stop
     return A, B, scales.pop() if len(scales) == 1 else 1.0
+
+
+def _are_disjoint(parts: list[tuple[slice, nn.Module]]) -> bool:
+    """Whether no two changes are of the same rows; those of a site are always the same."""
+    return len({rows.start for rows, _ in parts}) == len(parts)
 
 
 def check_halves(backbone: Backbone, parts: list[Part], what: str) -> None:

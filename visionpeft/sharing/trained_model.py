@@ -49,7 +49,6 @@ class TrainedModel:
         category_ids: the number of each class in files of results, for objects.
         mean: of numbers, that of the training labels.
         deviation: their standard deviation.
-        pairs: whether each class is judged by itself, as a learner with loss "sigmoid" does.
     """
 
     model: nn.Module
@@ -63,7 +62,6 @@ class TrainedModel:
     pairs: bool = False
     mean: float | None = None
     deviation: float | None = None
-    pairs: bool = False
     size: int | None = None
     window: int | None = None
     stride: int | None = None

@@ -23,20 +23,36 @@ class StandIn(nn.Module):
     """Mixed into the class of a module of the model while an adapter's tensors are used instead of its own."""
 
     below: type[nn.Module]  # its class otherwise
+    arguments: tuple[str, ...]  # the parameters and attributes that are read from elsewhere
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Give the module another tensor of its own, which must fit the copy that is trained.
 
         Raises:
-            UnsupportedError: it has another shape, as after `set_input_size`.
+            UnsupportedError: it has another shape, as after `set_input_size`, or is what `torch.nn.utils.prune` keeps
+                of one that is read from elsewhere.
         """
-        before = self._parameters.get(name)
+        before, stem = self._parameters.get(name), name.removesuffix("_orig")
+        if stem != name and stem in self.arguments:
+            self._parameters.setdefault(stem, param)  # where it was taken out before this was asked for
+            self._refuse_to_exchange(stem)
         if before is not None and (param is None or param.shape != before.shape):
             raise UnsupportedError(
                 f"{name} of {type(self).__name__} cannot change its shape from {tuple(before.shape)}: an adapter "
                 "trains a copy of it; detach the adapters, change the model and attach them again"
             )
         super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.arguments:  # as `torch.nn.utils.parametrize` begins
+            self._refuse_to_exchange(name)
+        super().__delattr__(name)
+
+    def _refuse_to_exchange(self, name: str) -> None:
+        raise UnsupportedError(
+            f"{name} of {type(self).__name__} cannot be pruned or parametrised while an adapter acts in its place; "
+            "detach the adapters first, or let it act on what is trained below model.peft"
+        )
 
     def __reduce_ex__(self, protocol):
         # The class is made on demand, so what is pickled is how to make it.

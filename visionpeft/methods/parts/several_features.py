@@ -75,6 +75,14 @@ class SeveralFeatures(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map pooled features f (batch, width) to logits (batch, classes)."""
+        return F.linear(self._joined(x), self.weight, self.bias)
+
+    def by_row(self, x: torch.Tensor) -> torch.Tensor:
+        """The same, with a product of its own for each row."""
+        return torch.cat([F.linear(row, self.weight, self.bias) for row in self._joined(x).split(1)])
+
+    def _joined(self, x: torch.Tensor) -> torch.Tensor:
+        """[u(f); u(z_1); ...; u(z_L)] (batch, in) of pooled features f (batch, width)."""
         if self.gathered is None:
             raise UnsupportedError("this head reads what an adapter gathers, and it has no adapter")
         if x.ndim != 2:
@@ -83,4 +91,4 @@ class SeveralFeatures(nn.Linear):
                 "(global_pool='token' or 'avg')"
             )
         parts = [x, *(z.flatten(1).to(x.dtype) for z in self.gathered.take())]
-        return F.linear(torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1), self.weight, self.bias)
+        return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1)
