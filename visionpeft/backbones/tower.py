@@ -153,6 +153,7 @@ class BlockSites:
             wider tokens of them.
         fills_up: whether its windows may be filled up with zeros, which are keys and values as pixels are.
         layout: what the flow through the block needs to know of where its tokens lie, if not their own shape says it.
+        only_in_float32: parts of it that compute in float32 whatever their input is, and take no weights but such.
     """
 
     module: nn.Module
@@ -171,6 +172,7 @@ class BlockSites:
     entering_width: int | None = None
     fills_up: bool = False
     layout: object = None
+    only_in_float32: tuple[nn.Module, ...] = ()
 
     @property
     def swapped(self) -> dict[nn.Module, type[nn.Module]]:
