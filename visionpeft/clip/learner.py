@@ -245,7 +245,8 @@ class Learner(nn.Module):
         """Refuse images that the image tower does not take, and adapters that have been switched.
 
         Raises:
-            ConfigurationError: another shape than (batch, 3, height, width), another size, or other adapters act.
+            ConfigurationError: no tensor of floating point numbers, another shape than (batch, 3, height, width),
+                another size, or other adapters act.
         """
         check_images(self.clip, images)
         self.check_acting()
@@ -303,10 +304,14 @@ class Learner(nn.Module):
         return torch.cat([checkpoint(run, part, use_reentrant=False) for part in parts])
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """Scaled cosines (batch, classes) of unit features (batch, features) and (classes, features)."""
+        """Scaled cosines (batch, classes) of unit features (batch, features) and (classes, features).
+
+        They have the higher precision of the two: image features may have been kept in half.
+        """
+        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         # Autocast would round a hundred times a cosine to the eight bits of bfloat16.
         with torch.autocast(image_features.device.type, enabled=False):
-            logits = self.scale.to(image_features.dtype) * image_features @ text_features.mT
+            logits = self.scale.to(dtype) * image_features.to(dtype) @ text_features.to(dtype).mT
         return self.with_bias(logits)
 
     def with_bias(self, logits: torch.Tensor) -> torch.Tensor:

@@ -116,6 +116,7 @@ class PLOTPlusPlus(InTwoStages, Learner):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of unit image features (batch, sets, features)."""
         texts = self.text_features()
+        features = features.to(torch.promote_types(features.dtype, texts.dtype))
         with torch.autocast(features.device.type, enabled=False):
             similarities = torch.einsum("bmd,nkd->bkmn", features, texts.to(features.dtype))
             plan = transport(similarities.detach(), self.epsilon)
