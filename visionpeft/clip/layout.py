@@ -66,6 +66,9 @@ class Tokenizer:
         shared = next(index for index, (left, right) in enumerate(zip(empty, word, strict=True)) if left != right)
         self.start: Tokens = tuple(empty[:shared])
         self.end, self.pad = empty[shared], empty[shared + 1]
+        # One of Hugging Face has a token for all that it does not know; some give a token with another use for it.
+        unknown = getattr(getattr(tokenize, "tokenizer", None), "unk_token_id", None)
+        self.unknown: int | None = None if unknown in (*self.start, self.end, self.pad) else unknown
 
     def _rows(self, texts: list[str]) -> list[list[int]]:
         try:

@@ -146,7 +146,8 @@ class Learner(nn.Module):
         frozen_layouts = template_layouts(self.tokenizer, self.templates, names)
         for each in (layout, *frozen_layouts):
             self.text.check_end(each)
-        if unseen := [name for name, text in zip(names, layout.texts, strict=True) if self.text.unseen(text)]:
+        pairs = zip(names, layout.texts, strict=True)
+        if unseen := [name for name, text in pairs if self.tokenizer.unknown in text or self.text.unseen(text)]:
             warnings.warn(
                 f"the text tower was never trained on words of {', '.join(map(repr, unseen[:5]))}"
                 f"{' and others' if len(unseen) > 5 else ''}; expect little of these classes",
