@@ -1,6 +1,8 @@
 """Token layouts with OpenCLIP's own tokenizer, and what is refused about class names."""
 
 import itertools
+import warnings
+from types import SimpleNamespace
 
 import open_clip
 import pytest
@@ -8,7 +10,7 @@ import torch
 from clip_reference import NAMES, WordTokenizer, clip_model, plain_features, tokenizer
 
 from visionpeft.clip.layout import Tokenizer, clean_class_names, slots
-from visionpeft.clip.learners import CoOp, ZeroShot
+from visionpeft.clip.learners import CLIPLinearProbe, CoOp, ZeroShot
 from visionpeft.clip.learners.coop import context_prompts
 from visionpeft.data.few_shot.definitions import few_shot_class_names
 from visionpeft.errors import ConfigurationError
@@ -143,6 +145,44 @@ def test_refused_names(names, message):
         CoOp(clip_model(), tokenizer(), names)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("allow_duplicates", [False, True])
+def test_a_name_of_which_the_tokenizer_reads_nothing(allow_duplicates):
+    """Those of SigLIP leave out punctuation; a linear probe reads no names."""
+    letters_only = open_clip.SimpleTokenizer(clean="canonicalize")
+    more = {"allow_duplicates": allow_duplicates}
+    with pytest.raises(ConfigurationError, match="reads nothing of the class name '\\?'; write it in words"):
+        ZeroShot(clip_model(), letters_only, ["dog", "?"], **more)
+    learner = ZeroShot(clip_model(), letters_only, ["dog", "question mark"], **more)
+    with pytest.raises(ConfigurationError, match="reads nothing"):
+        learner.set_class_names(["-"])
+    assert learner.class_names == ["dog", "question mark"]
+    assert CLIPLinearProbe(clip_model(), letters_only, ["C", "C++", "?"], **more).class_names == ["C", "C++", "?"]
+    assert ZeroShot(clip_model(), tokenizer(), ["dog", "?"], **more).class_names == ["dog", "?"]
+
+
+class KnowsFewWords(WordTokenizer):
+    """As those of Hugging Face are wrapped, with one token for every word outside the vocabulary."""
+
+    def __init__(self, unknown):
+        super().__init__()
+        self.tokenizer = SimpleNamespace(unk_token_id=unknown)
+
+    def __call__(self, texts, context_length=12):
+        self.ids |= {"\u732b": 55}
+        return super().__call__(texts, context_length)
+
+
+def test_a_name_that_the_tokenizer_does_not_know():
+    """A text of its one token for the unknown says nothing of the class; of some tokenizers that is the end token."""
+    clip = clip_model("siglip")
+    with pytest.warns(UserWarning, match="never trained on words of '\u732b'; expect little"):
+        ZeroShot(clip, KnowsFewWords(55), ["dog", "\u732b", "red kite"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ZeroShot(clip, KnowsFewWords(55), ["dog", "red kite"])
+        ZeroShot(clip, KnowsFewWords(1), ["dog", "\u732b"])
 
 
 @pytest.mark.parametrize("wrong", [None, "ViT-B-16", 7, open_clip.SimpleTokenizer, len, lambda texts: texts])

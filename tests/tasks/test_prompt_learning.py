@@ -329,9 +329,12 @@ def test_what_a_learner_is_told(tmp_path, images):
     assert task.describe()["chosen"] == {"alpha": 1.5}
 
 
-def test_limited_steps_have_epochs(tmp_path, images):
+@pytest.mark.parametrize("max_epochs", [-1, 10])
+def test_limited_steps_have_epochs(tmp_path, images, max_epochs):
+    """Also where both are limited and the steps end first: otherwise a second stage would never begin."""
     task = make(Told)
-    trainer(tmp_path, max_epochs=-1, max_steps=7).fit(task, data(images))
+    trainer(tmp_path, max_epochs=max_epochs, max_steps=7).fit(task, data(images))
+    assert (task.steps.by_epoch, task.steps.total) == ((3, 3, 3), 7)
     assert [call for call in task.learner.calls if "end_epoch" in call] == [
         ("end_epoch", epoch, 3) for epoch in range(3)
     ]

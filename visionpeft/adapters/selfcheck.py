@@ -118,6 +118,8 @@ def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:
     # Copied together, so that the layers still refer to the copied block.
     block = unwatched_copy(block, block.module)
     module = dequantise(block.module).cpu().double().eval().requires_grad_(False)
+    for part in block.only_in_float32:
+        part.float()
     x, arguments = block.trial(tower.num_prefix_tokens + 4)
     _enliven(module)
     expected = module(x, **arguments)

@@ -10,6 +10,7 @@ from open_clip.timm_model import TimmModel
 from open_clip.transformer import (
     Attention,
     CustomResidualAttentionBlock,
+    LayerNormFp32,
     ResidualAttentionBlock,
     TextTransformer,
     VisionTransformer,
@@ -218,7 +219,11 @@ def _(block: ResidualAttentionBlock | CustomResidualAttentionBlock) -> BlockSite
     def probe(num_tokens: int) -> dict:
         return {"attn_mask": torch.full((num_tokens, num_tokens), float("-inf")).double().triu_(1)}
 
-    return BlockSites(block, sited_class, block.attn, sited_attention_class, layers, probe, block.mlp.gelu)
+    # the norms of a tower built with precision="fp16" or "bf16"
+    norms = tuple(part for part in block.modules() if isinstance(part, LayerNormFp32))
+    return BlockSites(
+        block, sited_class, block.attn, sited_attention_class, layers, probe, block.mlp.gelu, only_in_float32=norms
+    )
 
 
 def visual_tower(tower: VisionTransformer, path: str) -> Tower:

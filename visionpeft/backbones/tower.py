@@ -155,6 +155,7 @@ class BlockSites:
         layout: what the flow through the block needs to know of where its tokens lie, if not their own shape says it.
         beside: whether attention and MLP are beside each other and what they give is scaled and added to the stream
             together, so that at stream_mid it still is what has entered.
+        only_in_float32: parts of it that compute in float32 whatever their input is, and take no weights but such.
     """
 
     module: nn.Module
@@ -174,6 +175,7 @@ class BlockSites:
     fills_up: bool = False
     layout: object = None
     beside: bool = False
+    only_in_float32: tuple[nn.Module, ...] = ()
 
     @property
     def swapped(self) -> dict[nn.Module, type[nn.Module]]:

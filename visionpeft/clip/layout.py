@@ -66,6 +66,9 @@ class Tokenizer:
         shared = next(index for index, (left, right) in enumerate(zip(empty, word, strict=True)) if left != right)
         self.start: Tokens = tuple(empty[:shared])
         self.end, self.pad = empty[shared], empty[shared + 1]
+        # One of Hugging Face has a token for all that it does not know; some give a token with another use for it.
+        unknown = getattr(getattr(tokenize, "tokenizer", None), "unk_token_id", None)
+        self.unknown: int | None = None if unknown in (*self.start, self.end, self.pad) else unknown
 
     def _rows(self, texts: list[str]) -> list[list[int]]:
         try:
@@ -149,14 +152,25 @@ def _is_visible(character: str) -> bool:
     return character != "_" and unicodedata.category(character) not in INVISIBLE
 
 
-def check_distinct(tokenizer: Tokenizer, names: Sequence[str]) -> None:
-    """Refuse names that are written in two ways and read as the same tokens, such as "a & b" and "a &amp; b".
+def check_read(tokenizer: Tokenizer, names: Sequence[str], allow_duplicates: bool = False) -> None:
+    """Refuse names that are read as nothing, or as others are that are written otherwise, as "a & b" and "a &amp; b".
+
+    Args:
+        tokenizer: what reads them; that of SigLIP leaves out all punctuation.
+        names: the names.
+        allow_duplicates: accept two that are read as the same tokens.
 
     Raises:
-        ConfigurationError: there are two such names.
+        ConfigurationError: there are such names.
     """
     first: dict[Tokens, str] = {}
     for name, tokens in zip(names, tokenizer.contents(names), strict=True):
+        if not tokens:
+            raise ConfigurationError(
+                f"the tokenizer of this CLIP reads nothing of the class name {name!r}; write it in words"
+            )
+        if allow_duplicates:
+            continue
         earlier = first.setdefault(tokens, name)
         if earlier is not name:
             raise ConfigurationError(

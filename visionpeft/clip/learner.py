@@ -15,7 +15,7 @@ from visionpeft.adapters.described_tensors import check_tensors
 from visionpeft.clip.building import checked, freeze
 from visionpeft.clip.class_loss import ClassLoss, check_class_loss, class_loss
 from visionpeft.clip.kept_features import Kept, KeptFeatures, state_of_texts
-from visionpeft.clip.layout import Layout, Tokenizer, Tokens, check_distinct, clean_class_names
+from visionpeft.clip.layout import Layout, Tokenizer, Tokens, check_read, clean_class_names
 from visionpeft.clip.model import acting_adapters, check_acting, check_clip, check_images, image_dtype
 from visionpeft.clip.packing import OwnTokens
 from visionpeft.clip.template_ensemble import ensemble, template_layouts
@@ -59,6 +59,7 @@ class Learner(nn.Module):
         adapted: it has attached its adapter.
         fits_raw_features: `fit_features` takes image features that are not normalised.
         fitted_views: augmentations of each training image for `fit_features`, where the data leaves their number open.
+        reads_names: class names stand in its texts; otherwise they only name its outputs.
         template_style: which of a data set's own templates it takes; see `visionpeft.data.dataset_template`.
         chunk_size: most texts that are encoded at a time, None for all; less memory, the same gradient.
         fast_text: leave out the work in the text tower that cannot matter.
@@ -81,6 +82,7 @@ class Learner(nn.Module):
     adapter_name: str | None = None
     fits_raw_features = False
     fitted_views = 1
+    reads_names = True
     template_style = "zero_shot"
     loss_name: ClassLoss = "cross_entropy"
     compares_pairs: bool | None = None
@@ -138,13 +140,14 @@ class Learner(nn.Module):
                 f"{type(self).__name__} has learnt something for each of its {len(self.class_names)} classes and takes "
                 "no other class names; use a learner whose context is shared by all classes"
             )
-        if not self.allow_duplicates:
-            check_distinct(self.tokenizer, names)
+        if self.reads_names:
+            check_read(self.tokenizer, names, self.allow_duplicates)
         layout = self.tokenizer.layout(self.prompts(names), names)
         frozen_layouts = template_layouts(self.tokenizer, self.templates, names)
         for each in (layout, *frozen_layouts):
             self.text.check_end(each)
-        if unseen := [name for name, text in zip(names, layout.texts, strict=True) if self.text.unseen(text)]:
+        pairs = zip(names, layout.texts, strict=True)
+        if unseen := [name for name, text in pairs if self.tokenizer.unknown in text or self.text.unseen(text)]:
             warnings.warn(
                 f"the text tower was never trained on words of {', '.join(map(repr, unseen[:5]))}"
                 f"{' and others' if len(unseen) > 5 else ''}; expect little of these classes",
@@ -245,7 +248,8 @@ class Learner(nn.Module):
         """Refuse images that the image tower does not take, and adapters that have been switched.
 
         Raises:
-            ConfigurationError: another shape than (batch, 3, height, width), another size, or other adapters act.
+            ConfigurationError: no tensor of floating point numbers, another shape than (batch, 3, height, width),
+                another size, or other adapters act.
         """
         check_images(self.clip, images)
         self.check_acting()
@@ -303,10 +307,14 @@ class Learner(nn.Module):
         return torch.cat([checkpoint(run, part, use_reentrant=False) for part in parts])
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
-        """Scaled cosines (batch, classes) of unit features (batch, features) and (classes, features)."""
+        """Scaled cosines (batch, classes) of unit features (batch, features) and (classes, features).
+
+        They have the higher precision of the two: image features may have been kept in half.
+        """
+        dtype = torch.promote_types(image_features.dtype, text_features.dtype)
         # Autocast would round a hundred times a cosine to the eight bits of bfloat16.
         with torch.autocast(image_features.device.type, enabled=False):
-            logits = self.scale.to(image_features.dtype) * image_features @ text_features.mT
+            logits = self.scale.to(dtype) * image_features.to(dtype) @ text_features.to(dtype).mT
         return self.with_bias(logits)
 
     def with_bias(self, logits: torch.Tensor) -> torch.Tensor:

@@ -80,8 +80,10 @@ def check_images(clip: nn.Module, images: torch.Tensor) -> None:
     """Refuse images that the image tower does not take.
 
     Raises:
-        ConfigurationError: another shape than (batch, 3, height, width), or another size.
+        ConfigurationError: no tensor of floating point numbers, another shape than (batch, 3, height, width), or
+            another size.
     """
+    check_prepared(images)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ConfigurationError(
             f"images must be (batch, 3, height, width), not {tuple(images.shape)}; convert gray images to RGB"
@@ -91,6 +93,20 @@ def check_images(clip: nn.Module, images: torch.Tensor) -> None:
         raise ConfigurationError(
             f"images are {images.shape[2]} x {images.shape[3]}, and this CLIP takes {size[0]} x {size[1]}; resize "
             "them as its preprocessing says"
+        )
+
+
+def check_prepared(images: object) -> None:
+    """Refuse images that were not prepared: in the precision of the tower, bytes would be numbers far too large.
+
+    Raises:
+        ConfigurationError: no tensor of floating point numbers.
+    """
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        kind = f"a tensor of {images.dtype}" if isinstance(images, torch.Tensor) else type(images).__name__
+        raise ConfigurationError(
+            f"images must be a tensor of floating point numbers, not {kind}; prepare each as the CLIP's preprocessing "
+            "does, and stack them"
         )
 
 

@@ -14,7 +14,7 @@ def attending_in_order(tower: nn.Module, images: torch.Tensor) -> Iterator[None]
     `nn.MultiheadAttention` turns tokens (batch, tokens, width) into (tokens, batch, width) before its first product. Of
     a product of such a view with a frozen weight PyTorch (2.14.1) makes one for each token, and in bfloat16 on a CPU it
     copies the weight for each: a frozen ViT-B/16 takes eleven times as long. Tokens whose transpose is contiguous do
-    not meet this. The values are the same; nothing is done elsewhere, or while the tower is compiled.
+    not meet this. The values are the same but for rounding; nothing is done elsewhere, or while the tower is compiled.
 
     Args:
         tower: the image tower.

@@ -8,6 +8,7 @@ from torchvision.transforms.v2.functional import resized_crop
 
 from visionpeft.adapters.attach import has_adapters
 from visionpeft.clip.learner import Learner
+from visionpeft.clip.model import check_prepared
 from visionpeft.clip.template_texts import TemplateTexts
 from visionpeft.errors import ConfigurationError
 
@@ -20,19 +21,28 @@ def features_of_views(learner: Learner, images: torch.Tensor, num_views: int) ->
     Of images (batch, 3, height, width), `num_views` are drawn.
 
     Raises:
-        ConfigurationError: another shape.
+        ConfigurationError: as `views_of`.
     """
-    name = type(learner).__name__
-    if images.ndim not in (4, 5) or images.shape[-3] != 3:
-        raise ConfigurationError(
-            f"{name} takes views (batch, views, 3, height, width) or images (batch, 3, height, width), not "
-            f"{tuple(images.shape)}; convert gray images to RGB"
-        )
-    views = images if images.ndim == 5 else draw_views(images, num_views)
+    views = views_of(learner, images, num_views)
     flat = views.flatten(0, 1)
     with torch.no_grad():
         parts = [Learner.image_features(learner, part) for part in flat.split(images_at_a_time(learner, flat))]
         return torch.cat(parts).unflatten(0, views.shape[:2])
+
+
+def views_of(learner: Learner, images: torch.Tensor, num_views: int) -> torch.Tensor:
+    """Views (batch, views, 3, height, width): those given, or `num_views` drawn of images (batch, 3, height, width).
+
+    Raises:
+        ConfigurationError: no tensor of floating point numbers, or another shape.
+    """
+    check_prepared(images)
+    if images.ndim not in (4, 5) or images.shape[-3] != 3:
+        raise ConfigurationError(
+            f"{type(learner).__name__} takes views (batch, views, 3, height, width) or images (batch, 3, height, "
+            f"width), not {tuple(images.shape)}; convert gray images to RGB"
+        )
+    return images if images.ndim == 5 else draw_views(images, num_views)
 
 
 def images_at_a_time(learner: Learner, images: torch.Tensor) -> int:

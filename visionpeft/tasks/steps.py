@@ -17,7 +17,7 @@ class Steps:
     """Optimiser steps of a training.
 
     Args:
-        by_epoch: how many steps each epoch makes if it is not cut short.
+        by_epoch: how many steps each epoch that is begun makes if it is not cut short.
         total: all steps, fewer than those of the epochs where their number is limited.
     """
 
@@ -68,12 +68,10 @@ def planned_steps(trainer: pl.Trainer) -> Steps:
         accumulated = scheduler.get_accumulate_grad_batches(epoch) if scheduler else trainer.accumulate_grad_batches
         return max(1, math.ceil(batches / accumulated))
 
-    if trainer.max_epochs == -1:
-        by_epoch, made = [], 0
-        while made < max(1, limit):
-            by_epoch.append(of(len(by_epoch)))
-            made += by_epoch[-1]
-    else:
-        by_epoch = [of(epoch) for epoch in range(max(1, trainer.max_epochs))]
-    total = sum(by_epoch)
-    return Steps(tuple(by_epoch), total if limit == -1 else min(total, limit))
+    epochs = math.inf if trainer.max_epochs == -1 else max(1, trainer.max_epochs)
+    most = math.inf if limit == -1 else max(1, limit)
+    by_epoch, made = [], 0
+    while len(by_epoch) < epochs and made < most:
+        by_epoch.append(of(len(by_epoch)))
+        made += by_epoch[-1]
+    return Steps(tuple(by_epoch), made if limit == -1 else min(made, limit))

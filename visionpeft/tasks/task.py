@@ -356,9 +356,10 @@ class ImageTask(pl.LightningModule):
 
     @property
     def num_epochs(self) -> int:
-        """Epochs of the training, also where it is the number of steps that is limited."""
-        if self.trainer.max_epochs >= 0:
-            return self.trainer.max_epochs
+        """Epochs of the training, also where it is the number of steps that is limited, or both are."""
+        epochs = self.trainer.max_epochs
+        if epochs == 0 or self.trainer.max_steps == -1:
+            return epochs
         return len((self.steps or planned_steps(self.trainer)).by_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from clip_reference import (
     NAMES,
+    WordTokenizer,
     clip_model,
     cross_entropy,
     image_features,
@@ -21,6 +22,7 @@ from reference import prompted_clip
 import visionpeft as vp
 from visionpeft.clip.learners import DAPT, PLOTPlusPlus
 from visionpeft.clip.storage import load_learner, save_learner
+from visionpeft.clip.text import unit
 
 LABELS = torch.tensor([0, 2, 3])
 SHOTS = torch.tensor([0, 1, 1, 2, 3, 0])
@@ -137,6 +139,22 @@ def test_plot_plus_plus_is_the_formula_and_learns_in_two_stages(tmp_path):
     again.load_state_dict(learner.state_dict())
     assert again.second_stage  # as in a run that goes on
     assert_saved_and_new_names(learner, tmp_path)
+
+
+def test_phrases_that_a_tokenizer_reads_in_unequal_numbers_of_tokens():
+    """Here "one picture of a" has five: all contexts have four, the last of each phrase."""
+    words = WordTokenizer()
+
+    def in_pieces(texts, context_length=12):
+        return words([text.replace("picture", "pic ture") for text in texts], context_length)
+
+    clip = clip_model("siglip")
+    learner = PLOTPlusPlus(clip, in_pieces, ["dog", "red kite"])
+    last = ["a photo of a", "this is a photo", "pic ture of a", "an image of a"]
+    assert torch.equal(learner.vectors, clip.text.token_embedding(words(last)[:, :4]))
+    exact = [learner.tokenizer.contents([f"{phrase} red kite."])[0] for phrase in last]
+    ids = torch.tensor([[*row, *[1] * (12 - len(row))] for row in exact])
+    torch.testing.assert_close(learner.text_features()[:, 1], unit(clip.encode_text(ids)), rtol=0, atol=1e-10)
 
 
 def test_refusals_of_plot_plus_plus():

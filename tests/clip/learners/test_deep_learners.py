@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import base_state, distance, randomise, same_bytes
-from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, convert_weights_to_lp
+from open_clip.transformer import LayerNormFp32
 from reference import prompted_clip
 from reference.hosts import CUSTOM_ATTENTION, lively, vit
 from torch import nn
@@ -32,7 +33,7 @@ PROMPTED = ("MaPLe", "IVLP", "PromptSRC")
 every_learner = pytest.mark.parametrize("name", BUILDS)
 
 
-def make_clip(kind="plain", dtype=torch.float64, layers=LAYERS, seed=3):
+def make_clip(kind="plain", dtype=torch.float64, layers=LAYERS, seed=3, cast_dtype=None):
     """A tiny lively CLIP: text width 24, image width 32, 16 patches."""
     torch.manual_seed(seed)
     vision = {"layers": layers, "width": 32, "head_width": 8, "mlp_ratio": 2.0, "patch_size": 8, "image_size": 32}
@@ -46,7 +47,7 @@ def make_clip(kind="plain", dtype=torch.float64, layers=LAYERS, seed=3):
     if kind == "trunk":
         vision |= {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "layers": 0}
     cls = CustomTextCLIP if kind in ("custom_text", "bidirectional", "trunk") else CLIP
-    model = cls(16, CLIPVisionCfg(**vision), CLIPTextCfg(**text), quick_gelu=kind == "plain")
+    model = cls(16, CLIPVisionCfg(**vision), CLIPTextCfg(**text), quick_gelu=kind == "plain", cast_dtype=cast_dtype)
     if kind == "trunk":
         model.visual.trunk = vit(depth=layers, num_classes=0, pre_norm=True, reg_tokens=1)
         model.visual.head.proj = nn.Linear(32, 16, bias=False)
@@ -515,6 +516,29 @@ def test_low_precision(name, precision):
     assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in learner.trainable_parameters())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         assert distance(learner.eval()(images).float(), exact.eval()(images)) < 0.1
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.01), ("bf16", 0.08)])
+@every_learner
+def test_a_clip_built_in_half_precision(name, precision, tolerance):
+    """OpenCLIP's "fp16" and "bf16" keep the norms, which take no float64, in float32 and multiply in half."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    half, clip = make_clip(dtype=torch.float32, cast_dtype=dtype), make_clip(dtype=torch.float32)
+    convert_weights_to_lp(half, dtype)
+    assert isinstance(half.visual.transformer.resblocks[0].ln_1, LayerNormFp32)
+    clip.load_state_dict(half.state_dict())
+    found = []
+    for each in (half, clip):
+        torch.manual_seed(0)
+        learner = shaken(BUILDS[name](each))
+        loss, logits = learner.loss(images_of(torch.float32), torch.tensor([0, 1, 3]))
+        loss.backward()
+        gradients = [parameter.grad.flatten() for parameter in learner.trainable_parameters()]
+        found.append((logits.detach(), torch.cat(gradients)))
+    (logits, gradient), (expected, expected_gradient) = found
+    assert logits.dtype == gradient.dtype == torch.float32
+    assert distance(logits, expected) < tolerance
+    assert distance(gradient, expected_gradient) < 0.1  # that of an absolute difference is its sign
 
 
 @every_learner

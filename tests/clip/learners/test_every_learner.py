@@ -20,6 +20,8 @@ from visionpeft.methods.parts.field_types import UNIONS
 
 EVERY = [name for name in learners.__all__ if name != "Learner"]
 
+TAKES = {name: set(inspect.signature(getattr(learners, name)).parameters) for name in EVERY}
+
 
 def build(name, clip=None, **options):
     """The learner of this name with its defaults; one that aligns with a source has none here to align with."""
@@ -236,3 +238,57 @@ def test_one_matrix_may_be_named_by_a_word():
     by_word, by_list = (build("CLIPLoRA", targets=targets) for targets in ("proj", ["proj"]))
     assert by_word.options == by_list.options
     assert by_word.trained_state().keys() == by_list.trained_state().keys()
+
+
+NOT_PREPARED = {
+    "bytes": (images(4, torch.float32).mul(50).clamp(0, 255).byte(), r"not a tensor of torch.uint8"),
+    "integers": (images(4).long(), "not a tensor of torch.int64"),
+    "list": (list(images(4)), "not list"),
+    "array": (images(4).numpy(), "not ndarray"),
+    "none": (None, "not NoneType"),
+    "one image": (images(4)[0], r"\(3, 32, 32\)"),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_images_that_were_not_prepared_are_refused(name):
+    """Bytes would be taken for numbers up to 255, of which OpenCLIP itself computes nothing."""
+    learner = build(name)
+    for given, said in NOT_PREPARED.values():
+        with pytest.raises(ConfigurationError, match=said):
+            learner(given)
+    if learner.online:
+        learner.reset()
+
+
+FROM_VIEWS = {name for name in EVERY if "num_views" in TAKES[name]} - {"PromptAlign"}
+FROM_FEATURES = [name for name in EVERY if getattr(learners, name).frozen_images or name in FROM_VIEWS]
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", FROM_FEATURES)
+def test_features_that_were_kept_in_another_precision(name, kept):
+    """Logits have the higher precision of features and texts, and are those of the features as they were kept."""
+    clip = clip_model(dtype=torch.float32)
+    learner = lively_(build(name, clip, **({"num_views": 3} if name in FROM_VIEWS else {}))).eval()
+    generator = torch.Generator().manual_seed(0)
+    views = (3,) if name in FROM_VIEWS or name == "PLOT" else ()
+    features = F.normalize(torch.randn(4, *views, 64, generator=generator, dtype=torch.float64), dim=-1)
+    labels = torch.arange(4)
+    if name in ("CLAP", "TipAdapter", "LPPlusPlus"):
+        learner.fit_features((features.float(), labels))
+    kept = features.to(kept)
+    expected = learner.classify(kept.float()).detach()
+    if learner.online:
+        learner.reset()
+    logits = learner.classify(kept).detach()
+    own = {"CLIPAdapter", "CLIPLinearProbe", "LPPlusPlus", "TDA", "TipAdapter"}  # compute in what they have learnt
+    assert logits.dtype == (torch.float64 if kept.dtype == torch.float64 and name not in own else torch.float32)
+    if name == "ZERO":  # logarithms of votes, of which none is the least number of each precision
+        logits, expected = logits.exp(), expected.exp()
+    torch.testing.assert_close(logits.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rpo_learns_from_keys_alone():
+    with pytest.raises(ConfigurationError, match="image_keys"):
+        build("RPO").loss(None, torch.arange(3), torch.randn(3, 64, dtype=torch.float64))

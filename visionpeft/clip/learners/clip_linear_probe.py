@@ -42,6 +42,7 @@ class CLIPLinearProbe(Learner):
     """
 
     class_bound = True
+    reads_names = False
 
     def __init__(
         self,

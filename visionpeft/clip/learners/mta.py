@@ -84,6 +84,7 @@ class MTA(FromViews):
         """
         check_views(self, features)
         texts = self.text_features()
+        features = features.to(torch.promote_types(features.dtype, texts.dtype))
         probabilities = self.logits(features, texts).softmax(dim=-1)
         with torch.autocast(features.device.type, enabled=False):
             mode = self.mode(features, probabilities.to(features.dtype))

@@ -109,13 +109,16 @@ class PLOT(Learner):
                 f"PLOT matches parts of an image; pass features (batch, 1 + parts, features), not "
                 f"{tuple(features.shape)}"
             )
-        texts = self.raw_text_features()
+        raw = self.raw_text_features()
         with torch.autocast(features.device.type, enabled=False):
-            similarities = torch.einsum("bmd,nkd->bkmn", features[:, 1:], unit(texts).to(features.dtype))
+            texts = unit(raw)
+            features = features.to(torch.promote_types(features.dtype, texts.dtype))
+            similarities = torch.einsum("bmd,nkd->bkmn", features[:, 1:], texts.to(features.dtype))
             plan = transport(similarities.detach(), self.epsilon)
             logits = self.scale.to(features.dtype) * (plan * similarities).sum(dim=(-2, -1))
             if self.pooled:
-                logits = logits + self.scale.to(features.dtype) * features[:, 0] @ unit(texts.mean(dim=0)).mT
+                whole = unit(raw.mean(dim=0)).to(features.dtype)
+                logits = logits + self.scale.to(features.dtype) * features[:, 0] @ whole.mT
         return self.with_bias(logits)
 
 

@@ -27,9 +27,9 @@ class PLOTPlusPlus(InTwoStages, Learner):
     With unit image features f_m, one for each set of prompts (see `PromptSets`), unit text features t_kn of class k
     with context n, and S_mn = f_m t_kn, logits_k = scale sum_mn T_mn S_mn with T of `PLOT`. The image tower runs once
     for each set. The contexts stand before the name and are shared by all classes; they start at phrases of the kind of
-    "a photo of a", those after the fourth at N(0, 0.02^2). In the first stage the image prompts learn alone, in the
-    second both.
-    Trainable, with text width d and image width D: num_contexts * 4 * d + num_sets * num_visual * D; 14,336 on
+    "a photo of a" (M = 4 tokens; where a tokenizer reads more, at the last M of each, with M those of the shortest),
+    those after the fourth at N(0, 0.02^2). In the first stage the image prompts learn alone, in the second both.
+    Trainable, with text width d and image width D: num_contexts * M * d + num_sets * num_visual * D; 14,336 on
     ViT-B/16.
     Source: Chen et al., PLOT: Prompt Learning with Optimal Transport for Vision-Language Models, 2023, the variant of
     its repository. The phrases are ours, and so is that the stages are parts of one run; the authors train the image
@@ -77,20 +77,20 @@ class PLOTPlusPlus(InTwoStages, Learner):
         self.keep_stage(first_stage)
         self.epsilon, self.num_sets = epsilon, num_sets
         phrases = self.tokenizer.contents(PHRASES)
-        self.context_length = len(phrases[0])
+        self.context_length = min(map(len, phrases))
         self.set_class_names(class_names)
         dtype = torch.float64 if self.text.dtype == torch.float64 else torch.float32
         vectors = torch.randn(num_contexts, self.context_length, self.text.width, dtype=dtype).to(self.text.device)
         vectors *= 0.02
         for index, phrase in enumerate(phrases[:num_contexts]):
-            vectors[index] = self.text.embed(phrase).to(dtype)
+            vectors[index] = self.text.embed(phrase[-self.context_length :]).to(dtype)
         self.vectors = nn.Parameter(vectors)
         self.adapt(PromptSets(num_sets, num_visual))
         if first_stage == 0:
             self.begin_second_stage()
 
     def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """[v_1 .. v_4, name, "."]."""
+        """[v_1 .. v_M, name, "."]."""
         return context_prompts(self.tokenizer, names, self.context_length)
 
     def context(self) -> torch.Tensor:
@@ -116,6 +116,7 @@ class PLOTPlusPlus(InTwoStages, Learner):
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (batch, classes) of unit image features (batch, sets, features)."""
         texts = self.text_features()
+        features = features.to(torch.promote_types(features.dtype, texts.dtype))
         with torch.autocast(features.device.type, enabled=False):
             similarities = torch.einsum("bmd,nkd->bkmn", features, texts.to(features.dtype))
             plan = transport(similarities.detach(), self.epsilon)

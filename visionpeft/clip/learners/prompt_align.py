@@ -16,10 +16,10 @@ from visionpeft.clip.text import unit
 from visionpeft.clip.views import (
     by_confidence,
     check_selection,
-    draw_views,
     features_of_views,
     marginal_entropy,
     number_chosen,
+    views_of,
 )
 from visionpeft.errors import ConfigurationError, StorageError
 
@@ -130,7 +130,7 @@ class PromptAlign(MaPLe):
 
     def seen(self, images: torch.Tensor) -> torch.Tensor:
         """Views (batch, views, 3, height, width): those given, or drawn from images."""
-        return images if images.ndim == 5 else draw_views(images, self.num_views)
+        return views_of(self, images, self.num_views)
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Unit features (batch, views, features) of views or images with the prompts that every image starts from."""

@@ -160,10 +160,18 @@ class RPO(Learner):
             images: (batch, 3, height, width); may be None if `features` are given.
             labels: (batch,).
             features: what `image_keys` gives of the images, if it has been kept.
+
+        Raises:
+            ConfigurationError: features of another shape, or as `encode_images`.
         """
         if features is None:
             own = self.image_features(images)
         else:
+            if features.ndim != 6:
+                raise ConfigurationError(
+                    "RPO learns from what its image_keys gives, (batch, blocks, 2, heads, tokens, head width), not "
+                    f"from features {tuple(features.shape)}"
+                )
             own = unit(self._read_images(pair.unbind(1) for pair in features.unbind(1)))
         logits = self.classify(own)
         return self.class_loss(logits, labels), logits

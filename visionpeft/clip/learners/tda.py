@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn as nn
 
+from visionpeft.clip.model import check_prepared
 from visionpeft.clip.template_texts import TemplateTexts
 from visionpeft.clip.templates import PHOTO
 from visionpeft.clip.views import by_confidence, check_selection, features_of_views, marginal_entropy, number_chosen
@@ -169,6 +170,7 @@ class TDA(TemplateTexts):
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Unit features (batch, features) of images, or (batch, views, features) of views."""
+        check_prepared(images)
         return features_of_views(self, images, 1) if images.ndim == 5 else super().image_features(images)
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
