@@ -20,7 +20,7 @@ import visionpeft as vp
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data.transforms import ImageTransform
 from visionpeft.serving.application import application
-from visionpeft.serving.command import listening, server_of
+from visionpeft.serving.command import BACKLOG, listening, server_of
 from visionpeft.serving.service import Service
 from visionpeft.sharing.adapter_pool import AdapterPool
 
@@ -115,6 +115,7 @@ def in_thread(service: Service) -> Iterator[str]:
     """The address of a service in a thread of this process."""
     socket = listening("127.0.0.1", 0)
     server = server_of(application(service), seconds=30)
+    socket.listen(BACKLOG)  # whoever is told the address may connect at once
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
     thread.start()
     try:

@@ -48,7 +48,7 @@ def test_results_are_those_of_the_masks(finished, masked, tmp_path):
     assert found["data"]["sizes"] == {"train": 9, "val": 1, "test": 2}
     names = {path.name for path in finished.iterdir()}
     assert names >= {"adapter", "curves.png", "iou_by_class.png", "masks.png", "metrics.csv", "results.json"}
-    order = tested_files(masked)
+    order = files_tested(masked)
     written = masks_of(finished, tmp_path / "out", *(masked / "images" / name for name in order))
     assert len(written) == 4
     hits, either = np.zeros(3), np.zeros(3)
@@ -70,7 +70,7 @@ def test_results_are_those_of_the_masks(finished, masked, tmp_path):
     assert mask.getpalette()[3:6] == [128, 0, 0]
 
 
-def tested_files(masked):
+def files_tested(masked):
     """Names of the two test images."""
     return [path.name for path in MaskFolder(masked, CLASSES).sources["test"].paths]
 

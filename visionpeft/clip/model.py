@@ -102,7 +102,8 @@ def check_prepared(images: object) -> None:
     Raises:
         ConfigurationError: no tensor of floating point numbers.
     """
-    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+    # asked of what stands for a tensor in a trace, too, which says so itself if it has no answer
+    if not hasattr(images, "is_floating_point") or not images.is_floating_point():
         kind = f"a tensor of {images.dtype}" if isinstance(images, torch.Tensor) else type(images).__name__
         raise ConfigurationError(
             f"images must be a tensor of floating point numbers, not {kind}; prepare each as the CLIP's preprocessing "
