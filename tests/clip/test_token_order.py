@@ -6,9 +6,11 @@ import pytest
 import torch
 from clip_reference import NAMES, VISION, clip_model, images, tokenizer
 from open_clip import CoCa
+from open_clip.model import convert_weights_to_lp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visionpeft.clip.learners import PLOT, TPT, ZeroShot
+from visionpeft.clip.learners import PLOT, TPT, CoOp, MaPLe, ZeroShot
+from visionpeft.errors import UnsupportedError
 
 POOLED = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2, "output_tokens": True}
 TOKENS = (4, 5)  # of the pool's queries, and of an image; never the size of a batch here
@@ -35,12 +37,29 @@ def products(encode, autocast=True):
     return counted.all, counted.by_token
 
 
-def coca():
+def coca(**options):
     """A CoCa, whose image tower pools by an attention of its own."""
     torch.manual_seed(0)
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2, "embed_cls": True}
+    text["output_tokens"] = True
     decoder = {"context_length": 76, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    return CoCa(64, decoder, text, VISION | POOLED | {"layers": 3}).eval()
+    return CoCa(64, decoder, text, VISION | POOLED | {"layers": 3}, **options).eval()
+
+
+def test_a_coca_with_which_openclip_cannot_compute_is_refused():
+    """As `create_model` builds it with precision="bf16"; whole in bfloat16 it is the float32 one, rounded."""
+    mixed, x = coca(cast_dtype=torch.bfloat16), images(2, dtype=torch.float32)
+    convert_weights_to_lp(mixed, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="same dtype"), torch.no_grad():
+        mixed.encode_image(x.bfloat16())
+    with pytest.raises(UnsupportedError, match='build it with "pure_bf16"'):
+        ZeroShot(mixed, tokenizer(), NAMES)
+    pure, exact = (ZeroShot(clip, tokenizer(), NAMES) for clip in (coca().bfloat16(), coca()))
+    with torch.no_grad():
+        near, expected = pure(x).float(), exact(x)
+    assert (near - expected).norm() < 0.05 * (expected - expected.mean()).norm()
+    CoOp(pure.clip, tokenizer(), NAMES)  # whose context is float32, as are adapters
+    MaPLe(coca().bfloat16(), tokenizer(), NAMES, depth=1)
 
 
 def plain():

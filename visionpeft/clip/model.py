@@ -18,7 +18,7 @@ def check_clip(clip: nn.Module) -> None:
     """Refuse what is not an OpenCLIP model with two towers.
 
     Raises:
-        UnsupportedError: anything else, or a compiled model.
+        UnsupportedError: anything else, a compiled model, or a CoCa in several precisions.
     """
     if hasattr(clip, "_orig_mod"):
         describe(clip)
@@ -27,6 +27,17 @@ def check_clip(clip: nn.Module) -> None:
             f"a learner needs an OpenCLIP model with an image and a text tower, as open_clip.create_model makes it, "
             f"not {type(clip).__name__}"
         )
+    if isinstance(clip, CoCa) and _in_several_precisions(clip):
+        raise UnsupportedError(
+            'OpenCLIP 3.3.0 cannot compute with a CoCa built with precision "bf16" or "fp16", whose layers get tokens '
+            'in float32; build it with "pure_bf16" or "pure_fp16", or with "fp32" for autocast'
+        )
+
+
+def _in_several_precisions(clip: nn.Module) -> bool:
+    """Whether weights are kept in more than one; adapters and the scale of the logits, which are float32, aside."""
+    named = clip.named_parameters()
+    return len({each.dtype for name, each in named if each.ndim > 0 and not name.startswith("peft.")}) > 1
 
 
 def acting_adapters(clip: nn.Module) -> tuple[str, ...]:
