@@ -16,7 +16,7 @@ def names_of(class_names: Sequence[str]) -> list[str]:
     Raises:
         ConfigurationError: they are one text, or not texts.
     """
-    names = [class_names] if isinstance(class_names, str) else list(class_names)
+    names = list(class_names)
     if isinstance(class_names, str) or not all(isinstance(name, str) for name in names):
         raise ConfigurationError(f"class_names needs a list with a text for each class, not {class_names!r}")
     return names

@@ -81,7 +81,7 @@ def travelling_prompts(tower: Tower, plan: Plan, peft: Adapters, names: Iterable
 def reading_all(tower: Tower, modules: Iterable[nn.Module]) -> str | None:
     """Name of a module that reads all patches of an image, in a tower where some may be padding; None if none does."""
     found = (type(each).__name__ for each in modules if getattr(each, "reads_all_patches", False))
-    return next(found, None) if tower.fills_up else None
+    return next(found, None) if tower.masks_padding else None
 
 
 def located_in(

@@ -35,7 +35,7 @@ def _(model: NaFlexVit) -> Backbone:
         excluded=("head.",),
         pools_class_token=model.global_pool == "token" and model.attn_pool is None,
         class_token=model.embeds.cls_token is not None,
-        fills_up=True,
+        masks_padding=True,
     )
     heads = () if isinstance(model.head, nn.Identity) else ("head",)
     return Backbone("timm", architecture(model), model, {"visual": tower}, heads)

@@ -266,7 +266,7 @@ class Tower:
         layers_only: why its blocks have no sites but those of layers, None if they are sited.
         unreached: names in `module` of parameters that the forward does not compute with.
         queried_blocks: through how many of the last blocks tokens of a head may go, which are no patches.
-        fills_up: whether images of a batch may be filled up with patches that count for nothing, by a mask.
+        masks_padding: whether images of a batch may be filled up with patches, which a mask keeps from counting.
     """
 
     name: str
@@ -289,7 +289,7 @@ class Tower:
     layers_only: str | None = None
     unreached: frozenset[str] = frozenset()
     queried_blocks: int = 0
-    fills_up: bool = False
+    masks_padding: bool = False
 
     def __post_init__(self):
         if self.class_token is None:

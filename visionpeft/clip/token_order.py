@@ -36,5 +36,6 @@ def attending_in_order(tower: nn.Module, images: torch.Tensor) -> Iterator[None]
 
 def _in_order(attention: nn.MultiheadAttention, tokens: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The same queries, keys and values (batch, tokens, width), each stored token by token."""
-    stored = {id(x): x.transpose(0, 1).contiguous().transpose(0, 1) for x in tokens}
-    return tuple(stored[id(x)] for x in tokens)  # self-attention is known by their being one object
+    several = {id(x): x for x in tokens}  # of self-attention one, which is known by their being one object
+    stored = {key: x.transpose(0, 1).contiguous().transpose(0, 1) for key, x in several.items()}
+    return tuple(stored[id(x)] for x in tokens)

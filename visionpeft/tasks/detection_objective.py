@@ -3,7 +3,6 @@
 from torch import Tensor
 from torchmetrics import Metric
 
-from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.objective import Objective, Shown
 
 
@@ -19,24 +18,13 @@ class ObjectsOfImage(Objective):
 
     labels = "objects"
     loss_name = "of the head"
+    rounded = "the corners of objects to whole pixels and more"
 
     def __init__(self, num_classes: int, masks: bool):
         self.outputs = num_classes
         self.masks = masks
         self.monitor = "mask_ap" if masks else "ap"
         self.shown = Shown(self.monitor, "mask AP" if masks else "AP", "average precision", percentage=True)
-
-    def check_precision(self, precision: str | int | None) -> None:
-        """Refuse half precision of everything: Lightning would round the boxes, too.
-
-        Raises:
-            ConfigurationError: such a precision.
-        """
-        if str(precision) in ("16-true", "bf16-true"):
-            raise ConfigurationError(
-                f"precision {precision} rounds the corners of objects to whole pixels and more; use "
-                f"{str(precision).removesuffix('-true')}-mixed, or 32-true"
-            )
 
     def loss(self, logits: dict[str, Tensor], labels: list[dict]) -> Tensor:
         """The sum of the losses by name, each ()."""

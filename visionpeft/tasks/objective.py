@@ -43,6 +43,7 @@ class Objective:
         mode: "max" if the best epoch has the largest, "min" if the smallest.
         shown: the metric shown for each epoch.
         loss_name: as the option of the task.
+        rounded: what of the labels half precision of everything would round, and how far; None if nothing.
     """
 
     labels: Labels
@@ -51,13 +52,19 @@ class Objective:
     mode: Literal["max", "min"] = "max"
     shown: Shown
     loss_name: Loss | Literal["sigmoid"]
+    rounded: str | None = None
 
     def check_precision(self, precision: str | int | None) -> None:
-        """Refuse a precision of Lightning's in which labels lose what is to be learnt.
+        """Refuse half precision of everything where Lightning would round labels by it, as `rounded` says.
 
         Raises:
-            ConfigurationError: it is one.
+            ConfigurationError: such a precision.
         """
+        if self.rounded is not None and str(precision) in ("16-true", "bf16-true"):
+            raise ConfigurationError(
+                f"precision {precision} rounds {self.rounded}; use {str(precision).removesuffix('-true')}-mixed, or "
+                "32-true"
+            )
 
     def learn(self, labels: Sequence, class_names: Sequence[str]) -> None:
         """Take from the training labels what the loss depends on.

@@ -231,6 +231,7 @@ class Number(Objective):
     monitor = "mae"
     mode = "min"
     shown = Shown("mae", "MAE", "mean absolute error", percentage=False)
+    rounded = "the numbers to learn to two or three digits"
 
     def __init__(self, loss: Loss):
         self.loss_name = loss
@@ -249,18 +250,6 @@ class Number(Objective):
                 "has seen none: train it with a data module, or load what was trained"
             )
         return self.scale
-
-    def check_precision(self, precision: str | int | None) -> None:
-        """Refuse half precision of everything: Lightning would round the labels, too.
-
-        Raises:
-            ConfigurationError: such a precision.
-        """
-        if str(precision) in ("16-true", "bf16-true"):
-            raise ConfigurationError(
-                f"precision {precision} rounds the numbers to learn to two or three digits; use "
-                f"{str(precision).removesuffix('-true')}-mixed, or 32-true"
-            )
 
     def learn(self, labels: Sequence[float], class_names: Sequence[str]) -> None:
         """Take mean and standard deviation."""
