@@ -43,6 +43,8 @@ def write_described(folder: str | Path, stem: str, tensors: Mapping[str, torch.T
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"the folder {folder} cannot be made ({error.strerror}); save into another one") from None
+    # One word of metadata: several stand in another order each time, and so would equal adapters have other bytes
+    # (findings/safetensors_of_equal_content_differ_in_bytes.sh).
     write_whole(folder / f"{stem}.safetensors", serialise(content, metadata={"visionpeft": text}))
     write_whole(folder / f"{stem}.json", (text + "\n").encode())
 
