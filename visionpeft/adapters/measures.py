@@ -11,7 +11,8 @@ import torch.nn as nn
 from timm.layers import DropPath, PatchDropout
 from torch.nn.modules.dropout import _DropoutNd
 
-from visionpeft.adapters.attach import attached, use
+from visionpeft.adapters.adapters import attached
+from visionpeft.adapters.switch import use
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, DataError, UnsupportedError
 from visionpeft.methods.parts.measures import Batch, Loss, Place

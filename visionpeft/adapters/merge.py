@@ -7,10 +7,12 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import Adapters, check_allocated, own_parameter
+from visionpeft.adapters.adapters import Adapters, attached
 from visionpeft.adapters.allocate import evaluating
-from visionpeft.adapters.attach import attached, reattach, unfreeze
+from visionpeft.adapters.attach import unfreeze
+from visionpeft.adapters.attached_adapter import check_allocated, own_parameter
 from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install
+from visionpeft.adapters.merged import reattach
 from visionpeft.adapters.plan import plan_of
 from visionpeft.backbones.quantised import computing_dtype, full_precision, is_quantised
 from visionpeft.backbones.tower import READS, Layer, Tower

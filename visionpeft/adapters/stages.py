@@ -7,10 +7,11 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter
+from visionpeft.adapters.adapters import attached, known
 from visionpeft.adapters.allocate import cross_entropy, evaluating, remake
-from visionpeft.adapters.attach import attached, known, plain, use
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.measures import Measures, taken
+from visionpeft.adapters.switch import plain, use
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method, require, select_towers

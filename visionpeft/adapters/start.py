@@ -11,9 +11,11 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter, check_allocated
-from visionpeft.adapters.attach import activate, attached, detach, known
+from visionpeft.adapters.adapters import attached, known
+from visionpeft.adapters.attach import detach
+from visionpeft.adapters.attached_adapter import AttachedAdapter, check_allocated
 from visionpeft.adapters.storage import load
+from visionpeft.adapters.switch import activate
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import describe_method
 from visionpeft.methods.parts.prompts import Prompts

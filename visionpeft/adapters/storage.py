@@ -14,7 +14,9 @@ import torch.nn as nn
 
 from visionpeft import methods as method_classes
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import (
+from visionpeft.adapters.adapters import attached, known
+from visionpeft.adapters.attach import register
+from visionpeft.adapters.attached_adapter import (
     AttachedAdapter,
     check_allocated,
     check_written,
@@ -22,13 +24,13 @@ from visionpeft.adapters.adapters import (
     nest,
     training_dtype,
 )
-from visionpeft.adapters.attach import attached, known, plain, register
 from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
 from visionpeft.adapters.description import FORMAT, check_description, check_number_of_names, described, names_of
 from visionpeft.adapters.fingerprint import differences, same_weights, weights_record
 from visionpeft.adapters.head_layout import check_reads, head_from_layout, head_layout
 from visionpeft.adapters.install import check_unchanged
 from visionpeft.adapters.stages import check_last_stage
+from visionpeft.adapters.switch import plain
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from visionpeft.adapters.attach import has_adapters
+from visionpeft.adapters.adapters import has_adapters
 from visionpeft.caching.content_cache import DEFAULT_BYTES, ContentCache, Fingerprint, arithmetic
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import acting_adapters

@@ -7,8 +7,8 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from visionpeft.adapters.adapters import AttachedAdapter, own_parameter
-from visionpeft.adapters.attach import attached
+from visionpeft.adapters.adapters import attached
+from visionpeft.adapters.attached_adapter import AttachedAdapter, own_parameter
 from visionpeft.adapters.storage import package_versions
 from visionpeft.backbones.tower import Tower
 from visionpeft.backbones.whole_model import describe

@@ -10,7 +10,8 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-from visionpeft.adapters.attach import attach, attached, has_adapters, known
+from visionpeft.adapters.adapters import attached, has_adapters, known
+from visionpeft.adapters.attach import attach
 from visionpeft.adapters.described_tensors import check_tensors
 from visionpeft.clip.building import checked, freeze
 from visionpeft.clip.kept_features import Kept, KeptFeatures, state_of_texts

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from visionpeft.adapters.attach import plain
 from visionpeft.adapters.described_tensors import read_described, write_described
 from visionpeft.adapters.storage import backbone_record, check_backbone, package_versions
+from visionpeft.adapters.switch import plain
 from visionpeft.backbones.whole_model import describe
 from visionpeft.clip.learner import Learner
 from visionpeft.errors import ConfigurationError, StorageError

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter
-from visionpeft.adapters.attach import attached
+from visionpeft.adapters.adapters import attached
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.trained import trainable_parameters
 from visionpeft.backbones.whole_model import describe

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from visionpeft.adapters.access import alone_with, uncompiled
-from visionpeft.adapters.adapters import AttachedAdapter
-from visionpeft.adapters.attach import activate, detach, has_adapters, register, route, use
+from visionpeft.adapters.adapters import has_adapters
+from visionpeft.adapters.attach import detach, register
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.storage import made_adapter, read_saved
+from visionpeft.adapters.switch import activate, route, use
 from visionpeft.errors import ConfigurationError, did_you_mean
 from visionpeft.sharing.batch_sizes import filled, rows_agree, sizes_that_agree
 from visionpeft.sharing.hub import download

@@ -12,8 +12,9 @@ import torch.nn as nn
 from safetensors.torch import save as serialise
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter, check_written
-from visionpeft.adapters.attach import attached, known, plain
+from visionpeft.adapters.adapters import attached, known
+from visionpeft.adapters.attached_adapter import AttachedAdapter, check_written
+from visionpeft.adapters.switch import plain
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 from visionpeft.methods.boft import BOFT
 from visionpeft.methods.capaboost import CapaBoost

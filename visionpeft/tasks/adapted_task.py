@@ -9,12 +9,13 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.allocate import allocate, evaluating, remake
-from visionpeft.adapters.attach import detach, plain
+from visionpeft.adapters.attach import detach
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.head_layout import dense_head_from_layout
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.storage import is_older, load, method_from, read_metadata, save
+from visionpeft.adapters.switch import plain
 from visionpeft.adapters.trained import layer_distances, trainable_parameters
 from visionpeft.adapters.training_hooks import after_step, penalty
 from visionpeft.data import ImageDataModule

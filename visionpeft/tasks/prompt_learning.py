@@ -10,7 +10,8 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from visionpeft.adapters.attach import detach, has_adapters
+from visionpeft.adapters.adapters import has_adapters
+from visionpeft.adapters.attach import detach
 from visionpeft.adapters.economise import economise
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.feature_cache import FeatureCache
