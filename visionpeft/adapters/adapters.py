@@ -192,3 +192,19 @@ def known(peft: Adapters, name: str) -> str:
     if name not in peft:
         raise ConfigurationError(f"there is no adapter {name!r}; attached are {nearest(name, peft)}")
     return name
+
+
+def chosen_name(peft: Adapters, name: str | None, to: str) -> str:
+    """The name of an adapter: the one that is given, or that of the only one.
+
+    Args:
+        peft: the adapters of the model.
+        name: the given name, None where it may be left out.
+        to: what is to be done with it, for an error: "to save".
+
+    Raises:
+        ConfigurationError: no adapter has the name; or none is given, and there is not just one adapter.
+    """
+    if name is None and len(peft) != 1:
+        raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one {to} with name=")
+    return known(peft, name) if name is not None else next(iter(peft))

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import attached, known
+from visionpeft.adapters.adapters import attached, chosen_name, known
 from visionpeft.adapters.allocate import cross_entropy, evaluating, remake
 from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.measures import Measures, taken
@@ -47,9 +47,7 @@ def stages(
             or a training has left nothing to choose by.
     """
     peft = attached(model)
-    if name is None and len(peft) != 1:
-        raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one is trained with name=")
-    name = known(peft, name) if name is not None else next(iter(peft))
+    name = chosen_name(peft, name, "is trained")
     method = staged(peft[name])
     if method is not None and method.pending:
         raise ConfigurationError(

@@ -1,6 +1,5 @@
 """Save an adapter in a folder and load it again: `adapter.safetensors` and `adapter.json`."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -14,7 +13,7 @@ import torch.nn as nn
 
 from visionpeft import methods as method_classes
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import attached, known
+from visionpeft.adapters.adapters import attached, chosen_name
 from visionpeft.adapters.attach import register
 from visionpeft.adapters.attached_adapter import (
     AttachedAdapter,
@@ -36,7 +35,7 @@ from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, StorageError, UserError, nearest
 from visionpeft.extensions import classes_by_name
-from visionpeft.methods.parts.base import Method
+from visionpeft.methods.parts.base import Method, describe_method
 from visionpeft.methods.parts.field_types import from_json
 from visionpeft.sites.stand_ins import is_sharded
 
@@ -75,18 +74,17 @@ def save(
         StorageError: the folder cannot be written, or has files of these names that something else wrote.
     """
     peft = attached(model)
-    if name is None and len(peft) != 1:
-        raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to save with name=")
+    name = chosen_name(peft, name, "to save")
     class_names = None if class_names is None else names_of(class_names)
     about = described(preprocessing, metadata)
-    adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
+    adapter: AttachedAdapter = peft[name]
     check_allocated(adapter)
     check_last_stage(adapter)
-    check_unchanged(model, [each for each in peft if peft[each] is adapter])
+    check_unchanged(model, (name,))
     methods, tensors = folded(adapter)
     description = {
         "format": FORMAT,
-        "methods": [{"class": type(m).__name__, "fields": dataclasses.asdict(m)} for m in methods],
+        "methods": [describe_method(method) for method in methods],
         "train": list(adapter.train_names),
         "heads": {path: head_layout(adapter.get_submodule(path)) for path in adapter.head_paths},
         "backbone": backbone_record(model),

@@ -5,7 +5,7 @@ from typing import get_args
 
 import torch
 
-from visionpeft.adapters.described_tensors import read_described
+from visionpeft.adapters.described_tensors import check_entries, read_described
 from visionpeft.clip.class_loss import ClassLoss
 from visionpeft.errors import StorageError
 
@@ -33,12 +33,9 @@ def read_saved(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _check_description(description: object, path: Path) -> None:
-    types = {"format": int, "learner": dict, "templates": list, "class_names": list, "allow_duplicates": bool}
+    types = {"learner": dict, "templates": list, "class_names": list, "allow_duplicates": bool}
     types |= {"backbone": dict, "adapters": list}
-    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
-        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
-    if description["format"] != FORMAT:
-        raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
+    check_entries(description, path, FORMAT, types)
     learner, backbone = description["learner"], description["backbone"]
     sound = isinstance(learner.get("class"), str) and isinstance(learner.get("options"), dict)
     texts = [text for key in ("class_names", "templates", "adapters") for text in description[key]]
