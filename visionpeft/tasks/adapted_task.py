@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from visionpeft.adapters.allocate import allocate, evaluating, remake
 from visionpeft.adapters.attach import detach
 from visionpeft.adapters.attached_adapter import AttachedAdapter
+from visionpeft.adapters.economise import economise
 from visionpeft.adapters.head_layout import dense_head_from_layout
 from visionpeft.adapters.install import stood_in_for
+from visionpeft.adapters.over_folders import attach_over_folders
+from visionpeft.adapters.start import start_from
 from visionpeft.adapters.storage import is_older, load, method_from, read_metadata, save
 from visionpeft.adapters.switch import plain
 from visionpeft.adapters.trained import layer_distances, trainable_parameters
@@ -36,7 +39,7 @@ class AdaptedTask(ImageTask):
     """Base of the tasks that train adapters and a head on a frozen backbone.
 
     The frozen modules stay in evaluation mode while training; adapter and head are in training mode. A task builds
-    `model` with the methods attached, and its `preprocessing`.
+    `model` and its `preprocessing`, and calls `adapt`.
 
     Args:
         method: the method, or several that are stacked in order.
@@ -87,6 +90,20 @@ class AdaptedTask(ImageTask):
         arguments = dict(given or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
         self.drops_blocks = bool(arguments.get("drop_path_rate"))
         return arguments
+
+    def adapt(self, train: Iterable[str] | None = None, start: str | None = None, **economies: object) -> None:
+        """Attach the methods to the model.
+
+        Args:
+            train: names of further parameters of the backbone to train.
+            start: folder of a saved adapter of the same methods, from whose values training starts.
+            economies: what `visionpeft.economise` is asked for.
+        """
+        attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
+        if start:
+            start_from(self.model, start, self.adapter_name)
+        self.economies = economies
+        economise(self.model, **economies)
 
     def compile_model(self) -> None:
         """Let the model run as one compiled graph from now on; what is trained and saved stays what it is.

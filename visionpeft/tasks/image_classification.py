@@ -11,8 +11,6 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 
 from visionpeft.adapters.economise import economise
-from visionpeft.adapters.over_folders import attach_over_folders
-from visionpeft.adapters.start import start_from
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.content_cache import ContentCache, FolderCache
 from visionpeft.caching.trunk import CachedTrunk
@@ -146,24 +144,19 @@ class ImageClassification(AdaptedTask):
         )
         replace_head(self.model, head, outputs, head_init)
         self.preprocessing = preprocessing_of(self.model)
-        attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
-        if start:
-            start_from(self.model, start, self.adapter_name)
-        self.economies = {"class_token_only": class_token_only, "recompute": recompute}
-        economise(self.model, **self.economies)
-        self.trunk: CachedTrunk | None = None
-        if cache:
-            if self.adapter.pending:
-                raise ConfigurationError(f"{self.label} chooses what it trains by the data; leave cache out")
-            size = cache_mib * 2**20
-            kept = ContentCache(size) if cache == "memory" else FolderCache(cache, size)
-            self.trunk = CachedTrunk(self.model, kept)
+        self.adapt(train, start, class_token_only=class_token_only, recompute=recompute)
+        self.trunk = self._cached_trunk(cache, cache_mib) if cache else None
         if compile:
             self.compile_model()
+        mixes = bool(mixup or cutmix)
+        self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=outputs) if mixes else None
 
-        self.mix = None
-        if mixup or cutmix:
-            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=outputs)
+    def _cached_trunk(self, cache: str, mib: int) -> CachedTrunk:
+        """The model, of which what the frozen part gives is kept in "memory" or in a folder."""
+        if self.adapter.pending:
+            raise ConfigurationError(f"{self.label} chooses what it trains by the data; leave cache out")
+        kept = ContentCache(mib * 2**20) if cache == "memory" else FolderCache(cache, mib * 2**20)
+        return CachedTrunk(self.model, kept)
 
     def of_tasks(self, labels: Tensor | None) -> AbstractContextManager:
         """Within the context methods know the task of each image by its label, (batch,)."""
