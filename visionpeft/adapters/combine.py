@@ -131,6 +131,9 @@ def feature_mean(model: nn.Module, batches: Iterable[torch.Tensor | Sequence[tor
     Args:
         model: a model, with adapters or without; where it has no head, its output are the features.
         batches: batches of images, or tuples that begin with such a batch.
+
+    Raises:
+        DataError: there is no batch.
     """
     total, count, seen = 0, 0, []
     with plain(model), evaluating(model):

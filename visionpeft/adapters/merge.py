@@ -78,7 +78,12 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
 
 @on_model
 def unmerge(model: nn.Module) -> nn.Module:
-    """Undo `merge`: the original weights come back byte for byte and the adapters act again."""
+    """Undo `merge`: the original weights come back byte for byte and the adapters act again.
+
+    Raises:
+        ConfigurationError: no adapters are merged.
+        UnsupportedError: the model was moved to a precision that its quantised weights cannot follow to.
+    """
     reattach(model)
     install(model)
     return model

@@ -175,7 +175,10 @@ def made_adapter(
 
 
 def read_metadata(folder: str | Path) -> dict:
-    """What `save` wrote about an adapter, checked.
+    """What `save` wrote about an adapter, checked; no model is needed.
+
+    Args:
+        folder: the folder.
 
     Raises:
         StorageError: if the folder holds no intact adapter.

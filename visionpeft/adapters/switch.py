@@ -35,6 +35,9 @@ def activate(model: nn.Module, names: str | Sequence[str]) -> nn.Module:
 def disable(model: nn.Module) -> nn.Module:
     """Let no adapter act: the model computes as it did before the first was attached.
 
+    Args:
+        model: a model with adapters.
+
     Raises:
         ConfigurationError: the model has no adapters, or they are merged.
     """
@@ -48,6 +51,10 @@ def use(model: nn.Module, names: str | Sequence[str] | None) -> Iterator[nn.Modu
 
     Other threads that call `use` or `route` wait until the context ends; one that calls the model outside of any such
     context is not held up, and computes with whatever acts. Within a route, the route stands aside.
+
+    Args:
+        model: a model with adapters.
+        names: name of one adapter, or of several that act together.
 
     Raises:
         ConfigurationError: there is no adapter of that name.
@@ -108,6 +115,10 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     thread outside of any computes with the active adapters. What changes the model (`use`, `attach`, `detach` and
     others) waits until the routes of other threads end. `requires_grad` of the adapters is the model's, so that
     entered with gradients a route counts for all threads: train in one.
+
+    Args:
+        model: a model with adapters.
+        names: for each sample of the batch the name of its adapter, or None.
 
     Raises:
         ConfigurationError: no names are given, or there is no adapter of such a name.

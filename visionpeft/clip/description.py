@@ -15,7 +15,10 @@ LOSSES = get_args(ClassLoss)
 
 
 def read_learner(folder: str | Path) -> dict:
-    """What `save_learner` wrote about a learner.
+    """What `save_learner` wrote about a learner, checked; no CLIP is needed.
+
+    Args:
+        folder: the folder.
 
     Raises:
         StorageError: the folder holds no intact learner.

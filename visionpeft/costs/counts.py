@@ -85,7 +85,17 @@ class Summary:
 
 @on_model
 def summary(model: nn.Module) -> Summary:
-    """Count what is trained, site by site."""
+    """Count what is trained, site by site.
+
+    Args:
+        model: a model with adapters; those that do not act are counted by themselves, and not in the sums.
+
+    Returns:
+        The numbers, which `print` shows as a table, and rich in colour.
+
+    Raises:
+        ConfigurationError: the model has no adapters, or its head was exchanged after they were attached.
+    """
     peft = attached(model)
     trainable = trainable_parameters(model)
     unused = stood_in_for(model)
