@@ -282,7 +282,7 @@ def method_from(entry: dict) -> Method:
 
 
 def is_older(entry: dict) -> bool:
-    """Whether a method was described by a version without a field of which it had not today's default value."""
+    """Whether a method was described by an older version that lacks a field, and did not act as its default says."""
     return not _class_of(entry).written_without.keys() <= entry["fields"].keys()
 
 

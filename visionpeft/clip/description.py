@@ -43,7 +43,7 @@ def _check_description(description: object, path: Path) -> None:
     sound = isinstance(learner.get("class"), str) and isinstance(learner.get("options"), dict)
     texts = [text for key in ("class_names", "templates", "adapters") for text in description[key]]
     sound &= all(isinstance(text, str) for text in texts)
-    sound &= description.get("loss", "cross_entropy") in LOSSES  # which versions before had not
+    sound &= description.get("loss", "cross_entropy") in LOSSES  # older versions do not write it
     sound &= all(isinstance(backbone.get(k), str) for k in ("class", "architecture", "fingerprint"))
     if not sound:
         raise StorageError(f"the description in {path} is not what save_learner writes")

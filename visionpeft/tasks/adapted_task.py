@@ -9,7 +9,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from visionpeft.adapters.allocate import allocate, evaluating, remake
+from visionpeft.adapters.allocate import evaluating, remake
 from visionpeft.adapters.attach import detach
 from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.economise import economise
@@ -27,6 +27,7 @@ from visionpeft.heads import DenseHead
 from visionpeft.methods import Method
 from visionpeft.methods.parts.base import describe_method
 from visionpeft.sharing.trained_model import learnt_objective
+from visionpeft.tasks.allocating import allocate_alone, allocate_together
 from visionpeft.tasks.averaging import copy_again
 from visionpeft.tasks.compiling import check_device, compile_in_place, in_one_sentence, not_compiled
 from visionpeft.tasks.objective import Objective
@@ -176,7 +177,7 @@ class AdaptedTask(ImageTask):
         try:
             # A method that has to see data first cannot act yet.
             acting = plain(self.model) if self.adapter.pending else nullcontext()
-            with torch.no_grad(), evaluating(self.model), acting, self._uncompiled(), self.of_tasks(None):
+            with torch.no_grad(), evaluating(self.model), acting, self.uncompiled(), self.of_tasks(None):
                 self.model(example)
         except UserError:
             raise
@@ -187,7 +188,7 @@ class AdaptedTask(ImageTask):
                 f"pixels: {one_line(error)}"
             ) from error
 
-    def _uncompiled(self) -> AbstractContextManager:
+    def uncompiled(self) -> AbstractContextManager:
         """Within the context the model runs as it is, for passes that do not come again."""
         return not_compiled() if self.compiled else nullcontext()
 
@@ -204,7 +205,7 @@ class AdaptedTask(ImageTask):
             self._learn_labels(self.trainer.datamodule)
             self._check_last_batch(self.trainer.datamodule, self.trainer.world_size)
             if self.trainer.world_size > 1 and self.adapter.pending:
-                self._allocate_together()
+                allocate_together(self)
 
     def _learn_labels(self, datamodule: pl.LightningDataModule) -> None:
         if train := getattr(datamodule, "sources", {}).get("train"):
@@ -277,7 +278,7 @@ class AdaptedTask(ImageTask):
     def configure_optimizers(self) -> dict:
         """As for every task; before it, methods that wait for data see those of the first epoch."""
         if self.adapter.pending:
-            self._allocate()
+            allocate_alone(self)
         return super().configure_optimizers()
 
     def on_fit_start(self) -> None:
@@ -296,36 +297,6 @@ class AdaptedTask(ImageTask):
         """The training batches that such methods see, those of one device that trains alone."""
         # Another's data module has not shared its batches among several devices yet.
         return datamodule.train_loader() if isinstance(datamodule, ImageDataModule) else datamodule.train_dataloader()
-
-    def _allocate(self) -> None:
-        datamodule = self.trainer.datamodule
-        if datamodule is None:
-            raise ConfigurationError(
-                f"{self.label} chooses what it trains by the data; without a data module, call "
-                "visionpeft.allocate(task.model, batches) before the training"
-            )
-
-        # What is drawn for the chosen places is a function of the seed, on any number of devices.
-        with torch.random.fork_rng(devices=[]), self._uncompiled():
-            torch.manual_seed(self.seed)
-            allocate(self.model, self.shown(datamodule), self.loss_of_shown, self.adapter_name)
-        copy_again(self.trainer.callbacks, self.trainer, self)
-
-    def _allocate_together(self) -> None:
-        """Let the first of several processes choose for all, before Lightning wraps the model for them.
-
-        A run that is resumed takes what its checkpoint says.
-        """
-        if self.trainer.ckpt_path:
-            described = torch.load(self.trainer.ckpt_path, map_location="cpu", weights_only=True)["methods"]
-        else:
-            if self.trainer.is_global_zero:
-                self.to(self.trainer.strategy.root_device)
-                self._allocate()
-            described = self.trainer.strategy.broadcast([describe_method(each) for each in self.adapter.methods])
-        if self.adapter.pending:
-            remake(self.model, self.adapter_name, [method_from(each) for each in described], {})
-            copy_again(self.trainer.callbacks, self.trainer, self)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep what is trained, and the methods with what they have found in the data."""

@@ -12,7 +12,7 @@ from visionpeft.data.dataset import ImageLoader, as_batch
 
 @torch.no_grad()
 def in_order(
-    task: pl.LightningModule, split: str, view: int, work_out: Callable[[Tensor], Tensor]
+    task: pl.LightningModule, split: str, view: int, compute: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What is computed from the images of each batch of a split, and labels; the task is left in evaluation mode.
 
@@ -20,7 +20,7 @@ def in_order(
         task: the task, whose trainer has the data and says on which device and in which precision it runs.
         split: "train" or "val".
         view: which of the fixed views of each image.
-        work_out: maps images (batch, 3, height, width).
+        compute: maps images (batch, 3, height, width).
     """
     device, datamodule = task.trainer.strategy.root_device, task.trainer.datamodule
     task.to(device).eval()
@@ -35,5 +35,5 @@ def in_order(
     for batch in loader:
         images, labels = move_data_to_device(batch, device)
         with task.trainer.precision_plugin.forward_context():
-            result = work_out(images)
+            result = compute(images)
         yield result, labels
