@@ -25,7 +25,7 @@ from visionpeft.tasks.heads import Head, HeadInit, replace_head
 from visionpeft.tasks.objective import Loss, Weights
 from visionpeft.tasks.objectives import Asymmetry, build_objective
 from visionpeft.tasks.optimisation import Optimisation
-from visionpeft.tasks.passes import in_order
+from visionpeft.tasks.passes import keep_all
 from visionpeft.tasks.several_tasks import OneClassOfTask, check_one_task
 
 
@@ -196,23 +196,15 @@ class ImageClassification(AdaptedTask):
             )
 
     def setup(self, stage: str) -> None:
-        """Connect task and data; before training, run the frozen part on all training images if it is kept.
-
-        Always in the same order, so that a resumed run, which may have nothing kept yet, gets the very same numbers.
-        """
+        """Connect task and data; before training, run the frozen part on all training images if it is kept."""
         super().setup(stage)
         if self.trunk is None:
             return
         self.trunk.hash_again()
         if stage == "fit" and self.trainer.datamodule is not None:
-            self._fill_cache(min(self.trainer.datamodule.deterministic_views, self.num_epochs))
+            views = min(self.trainer.datamodule.deterministic_views, self.num_epochs)
+            keep_all(self, views, self.trunk.output, self.trunk.cache)
             self.train()
-
-    def _fill_cache(self, views: int) -> None:
-        for view in range(views):
-            for _ in in_order(self, "train", view, self.trunk.output):
-                if self.trunk.cache.full:
-                    return
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, outputs)."""

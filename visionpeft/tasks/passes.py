@@ -1,4 +1,4 @@
-"""A pass over a split in order, for what a task computes from its images before training."""
+"""Passes over a split in order, for what a task computes from its images before training."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from visionpeft.caching.content_cache import ContentCache
 from visionpeft.data.dataset import ImageLoader, as_batch
 
 
@@ -37,3 +38,20 @@ def in_order(
         with task.trainer.precision_plugin.forward_context():
             result = compute(images)
         yield result, labels
+
+
+def keep_all(task: pl.LightningModule, views: int, compute: Callable[[Tensor], Tensor], cache: ContentCache) -> None:
+    """Compute what a cache keeps of all training images, until it is full.
+
+    Always in the same order, so that a resumed run, which may have nothing kept yet, gets the very same numbers.
+
+    Args:
+        task: as for `in_order`.
+        views: in how many ways each image is seen.
+        compute: maps images (batch, 3, height, width), and keeps what it gives.
+        cache: where that is kept.
+    """
+    for view in range(views):
+        for _ in in_order(task, "train", view, compute):
+            if cache.full:
+                return
