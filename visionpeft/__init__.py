@@ -10,12 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.adapters.allocate import allocate as allocate
-    from visionpeft.adapters.attach import activate as activate
     from visionpeft.adapters.attach import attach as attach
     from visionpeft.adapters.attach import detach as detach
-    from visionpeft.adapters.attach import disable as disable
-    from visionpeft.adapters.attach import route as route
-    from visionpeft.adapters.attach import use as use
     from visionpeft.adapters.combine import combine as combine
     from visionpeft.adapters.combine import feature_mean as feature_mean
     from visionpeft.adapters.combine import similar_adapters as similar_adapters
@@ -30,6 +26,10 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
     from visionpeft.adapters.storage import load as load
     from visionpeft.adapters.storage import read_metadata as read_metadata
     from visionpeft.adapters.storage import save as save
+    from visionpeft.adapters.switch import activate as activate
+    from visionpeft.adapters.switch import disable as disable
+    from visionpeft.adapters.switch import route as route
+    from visionpeft.adapters.switch import use as use
     from visionpeft.adapters.trained import trainable_parameters as trainable_parameters
     from visionpeft.adapters.training_hooks import after_step as after_step
     from visionpeft.adapters.training_hooks import penalty as penalty
@@ -70,12 +70,8 @@ if TYPE_CHECKING:  # the same names for type checkers; a test compares the two
 _HOMES = {
     "visionpeft.adapters.allocate": ("allocate",),
     "visionpeft.adapters.attach": (
-        "activate",
         "attach",
         "detach",
-        "disable",
-        "route",
-        "use",
     ),
     "visionpeft.adapters.combine": (
         "combine",
@@ -98,6 +94,12 @@ _HOMES = {
         "load",
         "read_metadata",
         "save",
+    ),
+    "visionpeft.adapters.switch": (
+        "activate",
+        "disable",
+        "route",
+        "use",
     ),
     "visionpeft.adapters.trained": ("trainable_parameters",),
     "visionpeft.adapters.training_hooks": (
@@ -151,9 +153,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 def __getattr__(name: str):
     if name == "__all__":
         return __dir__()
-    if (
-        name not in _HOME and not name[0].isupper()
-    ):  # methods, heads and learners are classes; `from visionpeft import data`
+    # Methods, heads and learners are classes; other names, as of `from visionpeft import data`, are no names of a list.
+    if name not in _HOME and not name[0].isupper():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _HOME:
         value = getattr(import_module(_HOME[name]), name)

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 import visionpeft as vp
-from visionpeft.adapters.adapters import AttachedAdapter
-from visionpeft.adapters.attach import has_adapters, register
+from visionpeft.adapters.adapters import has_adapters
+from visionpeft.adapters.attach import register
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 

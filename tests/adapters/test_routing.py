@@ -16,7 +16,7 @@ from reference.hosts import HOSTS
 from test_access import in_threads
 
 import visionpeft as vp
-from visionpeft.adapters import attach, routes, together
+from visionpeft.adapters import routes, switch, together
 from visionpeft.sites import routing
 
 HOST = next(host for host in HOSTS if host.name == "vit_cls")
@@ -292,7 +292,7 @@ def test_a_route_that_all_threads_see_is_noticed(monkeypatch):
 
     shared.set, shared.reset = put, put
     monkeypatch.setattr(routing, "OPEN", shared)
-    monkeypatch.setattr(attach, "OPEN", shared)
+    monkeypatch.setattr(switch, "OPEN", shared)
     right, every, failed = answers_of_threads(model_with(a=vp.LoRA(rank=2), b=vp.SSF(), c=vp.LoRA(rank=2)), rounds=5)
     assert failed or right < every
 

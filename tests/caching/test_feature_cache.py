@@ -5,7 +5,8 @@ import pytest
 import torch
 from small_learner_runs import CLIP
 
-from visionpeft.adapters.attach import attach, disable
+from visionpeft.adapters.attach import attach
+from visionpeft.adapters.switch import disable
 from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learners import ZeroShot
 from visionpeft.methods import LoRA

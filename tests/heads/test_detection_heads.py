@@ -7,7 +7,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
 import visionpeft as vp
-from visionpeft.heads.detection import ExactAnchors, SimplePyramid
+from visionpeft.heads.detection import ExactAnchors
+from visionpeft.heads.pyramids import SimplePyramid
 
 WHOLE_PYRAMID = 5_560_000  # of 768 channels, as ViTDet has it
 

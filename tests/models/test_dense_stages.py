@@ -15,7 +15,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 import visionpeft as vp
 from visionpeft.errors import ConfigurationError
-from visionpeft.heads.detection import StagePyramid
+from visionpeft.heads.pyramids import StagePyramid
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.windows import window_logits
 

@@ -48,9 +48,17 @@ NEAREST = {
         ("test_changed_model", "test_weight_methods", "test_allocation"),
         f"{CELLS} or refusal",
     ),
+    "adapters/attached_adapter.py": (
+        ("test_changed_model", "test_weight_methods", "test_allocation"),
+        f"{CELLS} or refusal",
+    ),
     "adapters/attach.py": (
         ("test_one_place", "test_changed_model", "test_selfcheck"),
         f"{CELLS} or refus or switching and vit_cls",
+    ),
+    "adapters/switch.py": (
+        ("test_one_place", "test_changed_model", "test_routing"),
+        f"{CELLS} or rout or switching and vit_cls",
     ),
     "adapters/install.py": (
         ("test_changed_model", "test_gated_vpt"),

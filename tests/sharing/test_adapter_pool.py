@@ -10,7 +10,7 @@ import timm
 import torch
 
 import visionpeft as vp
-from visionpeft.sharing import adapter_pool
+from visionpeft.sharing import adapter_pool, shared_batches
 from visionpeft.sharing.adapter_pool import PoolFull
 from visionpeft.sharing.batch_sizes import rows_agree, sizes_that_agree
 
@@ -269,7 +269,7 @@ def test_what_has_other_bits_in_company_gets_batches_of_its_own(folder, images, 
         asked.append(most)
         return False
 
-    monkeypatch.setattr(adapter_pool, "rows_agree", never)
+    monkeypatch.setattr(shared_batches, "rows_agree", never)
     ran = []
     model = backbone()
     model.register_forward_hook(lambda module, inputs, output: ran.append(len(inputs[0])))
@@ -291,8 +291,8 @@ def test_sizes_are_measured_once_for_adapters_of_one_kind_and_kept_to(folder, im
         counted.append(most)
         return frozenset({3, most})
 
-    monkeypatch.setattr(adapter_pool, "sizes_that_agree", two_sizes)
-    monkeypatch.setattr(adapter_pool, "rows_agree", lambda *_: True)
+    monkeypatch.setattr(shared_batches, "sizes_that_agree", two_sizes)
+    monkeypatch.setattr(shared_batches, "rows_agree", lambda *_: True)
     model = backbone()
     model.register_forward_hook(lambda module, inputs, output: ran.append(len(inputs[0])))
     pool = vp.AdapterPool(model, folder, batch_size=8)

@@ -7,9 +7,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.adapters.adapters import AttachedAdapter, Pending, nest
-from visionpeft.adapters.attach import attached, exchange, known, plain, use
+from visionpeft.adapters.adapters import attached, known
+from visionpeft.adapters.attach import exchange
+from visionpeft.adapters.attached_adapter import AttachedAdapter, Pending, nest
 from visionpeft.adapters.measures import Measures
+from visionpeft.adapters.switch import plain, use
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method, select_towers

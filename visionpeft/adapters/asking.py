@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from visionpeft.adapters.adapters import AttachedAdapter
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.installation import Swaps
 from visionpeft.adapters.route import Key
 from visionpeft.adapters.routed_sites import RoutedSite, taken

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import torch.nn as nn
 
-from visionpeft.adapters.adapters import AttachedAdapter
 from visionpeft.adapters.asking import QUERIES
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.carried_values import CARRIERS
 from visionpeft.backbones.tower import BlockSites, Tower
 from visionpeft.errors import UnsupportedError

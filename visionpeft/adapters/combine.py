@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.adapters.adapters import AttachedAdapter, check_allocated, method_keys, nest
+from visionpeft.adapters.adapters import attached, known
 from visionpeft.adapters.allocate import evaluating
-from visionpeft.adapters.attach import activate, attached, known, plain, register, use
+from visionpeft.adapters.attach import register
+from visionpeft.adapters.attached_adapter import AttachedAdapter, check_allocated, method_keys, nest
 from visionpeft.adapters.head_layout import head_layout
 from visionpeft.adapters.stages import check_last_stage
 from visionpeft.adapters.storage import folded
+from visionpeft.adapters.switch import activate, plain, use
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.methods.parts.base import weighted_sum
@@ -129,6 +131,9 @@ def feature_mean(model: nn.Module, batches: Iterable[torch.Tensor | Sequence[tor
     Args:
         model: a model, with adapters or without; where it has no head, its output are the features.
         batches: batches of images, or tuples that begin with such a batch.
+
+    Raises:
+        DataError: there is no batch.
     """
     total, count, seen = 0, 0, []
     with plain(model), evaluating(model):

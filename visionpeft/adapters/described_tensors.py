@@ -57,7 +57,7 @@ def read_described(
     Args:
         folder: the folder.
         stem: "adapter" or "learner".
-        check: raises a StorageError if the description, of the given path, is not what was written.
+        check: raises a `StorageError` if the description, of the given path, is not what was written.
 
     Raises:
         StorageError: the files are missing, damaged, edited or of another kind.
@@ -89,6 +89,25 @@ def read_described(
             "or save again"
         )
     return description, tensors
+
+
+def check_entries(description: object, path: Path, format: int, entries: Mapping[str, type]) -> None:
+    """Refuse a description that lacks some of its entries, or is of another format.
+
+    Args:
+        description: what was read.
+        path: where it was read, for an error.
+        format: the number that its entry "format" must have.
+        entries: the type of each entry that it must have besides.
+
+    Raises:
+        StorageError: naming the entries, or both formats.
+    """
+    types = {"format": int, **entries}
+    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
+        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
+    if description["format"] != format:
+        raise StorageError(f"{path} has format {description['format']}, this version reads format {format}")
 
 
 def _refuse_foreign(folder: Path, stem: str) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from visionpeft.adapters.described_tensors import check_entries
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.errors import ConfigurationError, StorageError
 
@@ -65,11 +66,8 @@ def check_description(description: object, path: Path) -> None:
     Raises:
         StorageError: naming what is wrong with it.
     """
-    types = {"format": int, "methods": list, "train": list, "heads": dict, "backbone": dict, "metadata": dict}
-    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
-        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
-    if description["format"] != FORMAT:
-        raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
+    types = {"methods": list, "train": list, "heads": dict, "backbone": dict, "metadata": dict}
+    check_entries(description, path, FORMAT, types)
     entries = all(
         isinstance(e, dict) and isinstance(e.get("class"), str) and isinstance(e.get("fields"), dict)
         for e in description["methods"]

@@ -5,10 +5,11 @@ from typing import Literal
 from torch import nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.attach import attached, plain
+from visionpeft.adapters.adapters import attached
 from visionpeft.adapters.economies import Economies, may_narrow
 from visionpeft.adapters.install import install
 from visionpeft.adapters.selfcheck import check_tower
+from visionpeft.adapters.switch import plain
 from visionpeft.backbones.tower import Tower
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import UnsupportedError

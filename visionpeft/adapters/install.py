@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 import torch.nn as nn
 
-from visionpeft.adapters.adapters import Adapters, AttachedAdapter, join, own_parameter
+from visionpeft.adapters.adapters import Adapters
 from visionpeft.adapters.asking import QUERIES, Asking, asker, check_asking_alone
+from visionpeft.adapters.attached_adapter import AttachedAdapter, join, own_parameter
 from visionpeft.adapters.block_limits import check_available, check_on_map
 from visionpeft.adapters.carried_values import CARRIERS, CARRYING
 from visionpeft.adapters.installation import Anatomy, Installation, Rested, Swaps

@@ -1,6 +1,6 @@
 """Deep prompts as keys and values alone.
 
-Prompts that enter a block and leave behind it reach the other tokens through their keys and values only. So they need
+Prompts that enter a block and leave after it reach the other tokens through their keys and values only. So they need
 no place in the stream: their queries, what attention gives them and their way through the MLP are never read. And what
 the whole batch shares of them is computed once. Outputs and gradients are those of prompts in the stream. Hooks on
 the norm and the projections before the attention see the tokens of the backbone and not the prompts.
@@ -67,7 +67,7 @@ class KeyPrompts:
 def key_prompts(block: BlockSites, acting: Acting) -> KeyPrompts | None:
     """The prompts of a block that is not causal, where they can be keys and values alone, else None.
 
-    They can if they leave behind the block, and if everything that acts on its tokens takes each token by itself or
+    They can if they leave after the block, and if everything that acts on its tokens takes each token by itself or
     leaves prompts alone. If its tokens are the pixels of a map, what reads their grid does so: prompts are none of
     them, and never meet it. Of several attentions, each would read other keys of them.
     """

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import torch.nn as nn
 
-from visionpeft.adapters.adapters import Adapters, AttachedAdapter
+from visionpeft.adapters.adapters import Adapters
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.backbones.whole_model import describe
 

@@ -12,10 +12,12 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter
+from visionpeft.adapters.adapters import attached, known
 from visionpeft.adapters.allocate import Batch, cross_entropy, evaluating
-from visionpeft.adapters.attach import activate, attached, detach, known, plain, register
+from visionpeft.adapters.attach import detach, register
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.storage import folded
+from visionpeft.adapters.switch import activate, plain
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.methods.lora import LoRA

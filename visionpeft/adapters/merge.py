@@ -7,10 +7,12 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import Adapters, check_allocated, own_parameter
+from visionpeft.adapters.adapters import Adapters, attached
 from visionpeft.adapters.allocate import evaluating
-from visionpeft.adapters.attach import attached, reattach, unfreeze
+from visionpeft.adapters.attach import unfreeze
+from visionpeft.adapters.attached_adapter import check_allocated, own_parameter
 from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install
+from visionpeft.adapters.merged import reattach
 from visionpeft.adapters.plan import plan_of
 from visionpeft.backbones.quantised import computing_dtype, full_precision, is_quantised
 from visionpeft.backbones.tower import READS, Layer, Tower
@@ -76,7 +78,12 @@ def merge(model: nn.Module, keep: bool = True) -> nn.Module:
 
 @on_model
 def unmerge(model: nn.Module) -> nn.Module:
-    """Undo `merge`: the original weights come back byte for byte and the adapters act again."""
+    """Undo `merge`: the original weights come back byte for byte and the adapters act again.
+
+    Raises:
+        ConfigurationError: no adapters are merged.
+        UnsupportedError: the model was moved to a precision that its quantised weights cannot follow to.
+    """
     reattach(model)
     install(model)
     return model

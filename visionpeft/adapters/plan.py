@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from visionpeft.adapters.adapters import Adapters, AttachedAdapter
+from visionpeft.adapters.adapters import Adapters
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.carried_values import check_carried
 from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError

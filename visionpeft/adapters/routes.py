@@ -219,31 +219,9 @@ class Routes:
                     modules = (module for modules in here.get(index, {}).values() for module in modules)
                     sites.reading_all = sites.reading_all or reading_all(tower, modules)
             for key in adapter.chains:
-                if key[0] != tower.name or key in plan.keys:
-                    continue
-                plan.keys.add(key)
-                _, block, site, add = key
-                if site == "prompts":
-                    module = tower.blocks[block].module
-                    prompts = RoutedKeyPrompts(self.routing, key, module, tower.frames)
-                    plan.sites[tower.name, block].key_prompts = prompts
-                    continue
-                if (site, add) == QUERIES:
-                    block_sites = tower.blocks[block]
-                    asking = RoutedAsking(self.routing, key, asker(block_sites, plan.swaps))
-                    plan.sites[tower.name, block].asking = asking
-                    continue
-                if (site, add) == CARRIERS:
-                    ends = {"first": block == 0, "last": block == tower.depth - 1}
-                    plan.sites[tower.name, block].carriers = RoutedCarriers(self.routing, key, tower.frames, **ends)
-                    continue
-                layers = tower.layers if block is None else tower.blocks[block].layers
-                sites = None if block is None else plan.sites[tower.name, block]
-                kind = RoutedSite
-                if block is not None and tower.blocks[block].on_map:  # whose keys and values are those of its windows
-                    kind = RoutedWindows if site == "kv" else RoutedPixels if site in TOKEN_SITES else RoutedSite
-                routed = kind(self.routing, key, tower.frames)
-                fill(plan.swaps, sites, layers, {(site, add): (routed,)})
+                if key[0] == tower.name and key not in plan.keys:
+                    plan.keys.add(key)
+                    self._put_routed(plan, tower, key)
             spans = [m for key, modules in acting.items() if key[0] == tower.name for m in modules]
             if any(order_of(module) == Order.ENTER_SPAN for module in spans):
                 refuse_intermediates(plan.swaps, tower, SHALLOW)
@@ -253,6 +231,25 @@ class Routes:
             self._route_head(plan, path)
         plan.adapters.add(id(adapter))
         return _size(plan) > before or len(plan.adapters) == 1
+
+    def _put_routed(self, plan: Plan, tower: Tower, key: Key) -> None:
+        """Put what acts at a site of a tower by the adapter of each row in its place."""
+        _, index, site, add = key
+        block = None if index is None else tower.blocks[index]
+        sites = None if index is None else plan.sites[tower.name, index]
+        if site == "prompts":
+            sites.key_prompts = RoutedKeyPrompts(self.routing, key, block.module, tower.frames)
+        elif (site, add) == QUERIES:
+            sites.asking = RoutedAsking(self.routing, key, asker(block, plan.swaps))
+        elif (site, add) == CARRIERS:
+            ends = {"first": index == 0, "last": index == tower.depth - 1}
+            sites.carriers = RoutedCarriers(self.routing, key, tower.frames, **ends)
+        else:
+            kind = RoutedSite
+            if block is not None and block.on_map:  # whose keys and values are those of its windows
+                kind = RoutedWindows if site == "kv" else RoutedPixels if site in TOKEN_SITES else RoutedSite
+            layers = tower.layers if block is None else block.layers
+            fill(plan.swaps, sites, layers, {(site, add): (kind(self.routing, key, tower.frames),)})
 
     def _put(self, model: nn.Module, originals: dict[nn.Module, type]) -> None:
         """Give modules the classes that ask for routes, and what they compute with in each plan."""

@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters.access import alone_with, uncompiled
+from visionpeft.adapters.adapters import attached
 from visionpeft.adapters.allocate import cross_entropy
-from visionpeft.adapters.attach import attached
 from visionpeft.adapters.trained import selection_parameters, trainable_parameters
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.measures import Batch, Loss

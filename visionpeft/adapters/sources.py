@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn as nn
 
-from visionpeft.adapters.adapters import Adapters, AttachedAdapter, check_allocated
+from visionpeft.adapters.adapters import Adapters
+from visionpeft.adapters.attached_adapter import AttachedAdapter, check_allocated
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.parts.frozen_sources import OverAdapters

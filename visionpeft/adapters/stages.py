@@ -7,10 +7,11 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter
+from visionpeft.adapters.adapters import attached, chosen_name, known
 from visionpeft.adapters.allocate import cross_entropy, evaluating, remake
-from visionpeft.adapters.attach import attached, known, plain, use
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.measures import Measures, taken
+from visionpeft.adapters.switch import plain, use
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method, require, select_towers
@@ -46,9 +47,7 @@ def stages(
             or a training has left nothing to choose by.
     """
     peft = attached(model)
-    if name is None and len(peft) != 1:
-        raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one is trained with name=")
-    name = known(peft, name) if name is not None else next(iter(peft))
+    name = chosen_name(peft, name, "is trained")
     method = staged(peft[name])
     if method is not None and method.pending:
         raise ConfigurationError(

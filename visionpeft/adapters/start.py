@@ -11,9 +11,11 @@ import torch
 import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter, check_allocated
-from visionpeft.adapters.attach import activate, attached, detach, known
+from visionpeft.adapters.adapters import attached, chosen_name
+from visionpeft.adapters.attach import detach
+from visionpeft.adapters.attached_adapter import AttachedAdapter, check_allocated
 from visionpeft.adapters.storage import load
+from visionpeft.adapters.switch import activate
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import describe_method
 from visionpeft.methods.parts.prompts import Prompts
@@ -90,9 +92,7 @@ def prompt_similarity(model: nn.Module, folders: Sequence[str | Path], name: str
 
 def _named(model: nn.Module, name: str | None) -> AttachedAdapter:
     peft = attached(model)
-    if name is None and len(peft) != 1:
-        raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one is meant with name=")
-    return peft[known(peft, name) if name is not None else next(iter(peft))]
+    return peft[chosen_name(peft, name, "is meant")]
 
 
 @contextmanager

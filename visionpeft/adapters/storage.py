@@ -1,6 +1,5 @@
 """Save an adapter in a folder and load it again: `adapter.safetensors` and `adapter.json`."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -14,7 +13,9 @@ import torch.nn as nn
 
 from visionpeft import methods as method_classes
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import (
+from visionpeft.adapters.adapters import attached, chosen_name
+from visionpeft.adapters.attach import register
+from visionpeft.adapters.attached_adapter import (
     AttachedAdapter,
     check_allocated,
     check_written,
@@ -22,19 +23,19 @@ from visionpeft.adapters.adapters import (
     nest,
     training_dtype,
 )
-from visionpeft.adapters.attach import attached, known, plain, register
 from visionpeft.adapters.described_tensors import check_tensors, read_described, write_described
 from visionpeft.adapters.description import FORMAT, check_description, check_number_of_names, described, names_of
 from visionpeft.adapters.fingerprint import differences, same_weights, weights_record
 from visionpeft.adapters.head_layout import check_reads, head_from_layout, head_layout
 from visionpeft.adapters.install import check_unchanged
 from visionpeft.adapters.stages import check_last_stage
+from visionpeft.adapters.switch import plain
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, StorageError, UserError, nearest
 from visionpeft.extensions import classes_by_name
-from visionpeft.methods.parts.base import Method
+from visionpeft.methods.parts.base import Method, describe_method
 from visionpeft.methods.parts.field_types import from_json
 from visionpeft.sites.stand_ins import is_sharded
 
@@ -73,18 +74,17 @@ def save(
         StorageError: the folder cannot be written, or has files of these names that something else wrote.
     """
     peft = attached(model)
-    if name is None and len(peft) != 1:
-        raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to save with name=")
+    name = chosen_name(peft, name, "to save")
     class_names = None if class_names is None else names_of(class_names)
     about = described(preprocessing, metadata)
-    adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
+    adapter: AttachedAdapter = peft[name]
     check_allocated(adapter)
     check_last_stage(adapter)
-    check_unchanged(model, [each for each in peft if peft[each] is adapter])
+    check_unchanged(model, (name,))
     methods, tensors = folded(adapter)
     description = {
         "format": FORMAT,
-        "methods": [{"class": type(m).__name__, "fields": dataclasses.asdict(m)} for m in methods],
+        "methods": [describe_method(method) for method in methods],
         "train": list(adapter.train_names),
         "heads": {path: head_layout(adapter.get_submodule(path)) for path in adapter.head_paths},
         "backbone": backbone_record(model),
@@ -175,7 +175,10 @@ def made_adapter(
 
 
 def read_metadata(folder: str | Path) -> dict:
-    """What `save` wrote about an adapter, checked.
+    """What `save` wrote about an adapter, checked; no model is needed.
+
+    Args:
+        folder: the folder.
 
     Raises:
         StorageError: if the folder holds no intact adapter.
@@ -279,7 +282,7 @@ def method_from(entry: dict) -> Method:
 
 
 def is_older(entry: dict) -> bool:
-    """Whether a method was described by a version without a field of which it had not today's default value."""
+    """Whether a method was described by an older version that lacks a field, and did not act as its default says."""
     return not _class_of(entry).written_without.keys() <= entry["fields"].keys()
 
 

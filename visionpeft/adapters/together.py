@@ -205,11 +205,11 @@ class Together:
             if name in self.padded:
                 dimension = self.padded[name]
                 most = max(value.shape[dimension] for value in each)
-                behind = first.ndim - 1 - dimension
+                further = first.ndim - 1 - dimension
                 each = [
                     value
                     if value.shape[dimension] == most
-                    else F.pad(value, (*(0, 0) * behind, 0, most - value.shape[dimension]))
+                    else F.pad(value, (*(0, 0) * further, 0, most - value.shape[dimension]))
                     for value in each
                 ]
             stacked[name] = torch.stack(each)

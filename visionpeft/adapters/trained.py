@@ -3,7 +3,7 @@
 from torch import nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.attach import attached
+from visionpeft.adapters.adapters import attached
 from visionpeft.adapters.install import check_unchanged, parameters_in_use
 from visionpeft.adapters.layer_decay import distances
 from visionpeft.adapters.training_hooks import acting

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.attach import attached
+from visionpeft.adapters.adapters import attached
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import Method
 

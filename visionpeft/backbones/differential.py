@@ -30,7 +30,9 @@ class SitedDiffAttention(DiffAttention):
         """Attend over tokens (batch, tokens, width) as the backbone does, without what acts at the sites."""
         return self._attention(x, UNTOUCHED)
 
-    def _attention(self, x, sites, attn_mask=None, is_causal=False) -> torch.Tensor:
+    def _attention(
+        self, x: torch.Tensor, sites: Sites, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+    ) -> torch.Tensor:
         q, k, v = self._heads(x, sites)
         k, v = sites.kv(k, v, x, lambda h: self._heads(h, ONLY_KEYS)[1:])
         x = attend_twice(self, q, k, v, sites, attn_mask, is_causal)

@@ -78,7 +78,7 @@ class SitedAttentionRope(AttentionRope):
         return fused_qkv(sites, x, self.qkv, self.qkv.weight, self.qkv.bias)
 
 
-def split_qkv(attention, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
+def split_qkv(attention: EvaAttention | AttentionRope, x: torch.Tensor, sites: Sites) -> tuple[torch.Tensor, ...]:
     """q (batch, tokens that ask, width) and k, v (batch, keys, width) of three separate layers, as `fused_qkv`."""
     prompts = sites.prompts(x)
     q, *kv = (
@@ -121,7 +121,14 @@ def kv_heads(attention: EvaAttention | AttentionRope) -> int:
     return getattr(attention, "num_kv_heads", attention.num_heads)
 
 
-def rotary_attention(attention, x, sites, rope=None, attn_mask=None, is_causal=False) -> torch.Tensor:
+def rotary_attention(
+    attention: EvaAttention | AttentionRope,
+    x: torch.Tensor,
+    sites: Sites,
+    rope: torch.Tensor | None = None,
+    attn_mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
     """What EvaAttention and AttentionRope do with tokens (batch, tokens, width), and what acts at these sites."""
     gate = sites.call(attention.gate, sites.followed(x)).sigmoid() if attention.gate is not None else None
     q, k, v = rotary_heads(attention, x, sites, rope)

@@ -34,7 +34,9 @@ def plain_heads(attention: nn.Module, x: torch.Tensor, sites: Sites) -> tuple[to
     return sites.call(attention.q_norm, q), sites.call(attention.k_norm, k), v
 
 
-def plain_attention(attention, x, sites, attn_mask=None, is_causal=False) -> torch.Tensor:
+def plain_attention(
+    attention: nn.Module, x: torch.Tensor, sites: Sites, attn_mask: torch.Tensor | None = None, is_causal: bool = False
+) -> torch.Tensor:
     """What timm's `Attention` does with tokens (batch, tokens, width), and what acts at these sites."""
     gate = sites.call(attention.gate, sites.followed(x)).sigmoid() if attention.gate is not None else None
     q, k, v = plain_heads(attention, x, sites)

@@ -106,12 +106,20 @@ class SitedParallelScalingBlock(ParallelScalingBlock, AttendsBesideMLP):
         """Map tokens (batch, tokens, width) to the same shape."""
         return self.parallel(x, attn_mask, is_causal)
 
-    def heads(self, qkv, sites: Sites) -> tuple[torch.Tensor, ...]:
+    def heads(self, qkv: tuple[torch.Tensor, ...], sites: Sites) -> tuple[torch.Tensor, ...]:
         """q, k, v (batch, heads, tokens, head width) of parts (batch, tokens, width)."""
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for part in qkv)
         return sites.call(self.q_norm, q), sites.call(self.k_norm, k), v
 
-    def attend_heads(self, q, k, v, sites: Sites, attn_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+    def attend_heads(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sites: Sites,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+    ) -> torch.Tensor:
         """softmax(q k^T / sqrt(d)) v, as (batch, tokens that ask, width)."""
         x = attend_as(self, q, k, v, attn_mask=attn_mask, is_causal=is_causal, fused=self.fused_attn)
         return x.transpose(1, 2).flatten(2)
@@ -126,11 +134,19 @@ class SitedDiffParallelScalingBlock(DiffParallelScalingBlock, AttendsBesideMLP):
         """Map tokens (batch, tokens, width) to the same shape."""
         return self.parallel(x, attn_mask, is_causal)
 
-    def heads(self, qkv, sites: Sites) -> tuple[torch.Tensor, ...]:
+    def heads(self, qkv: tuple[torch.Tensor, ...], sites: Sites) -> tuple[torch.Tensor, ...]:
         """q, k, v (batch, heads, tokens, 2 d) of parts (batch, tokens, width)."""
         return paired_heads(self, qkv, sites)
 
-    def attend_heads(self, q, k, v, sites: Sites, attn_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+    def attend_heads(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sites: Sites,
+        attn_mask: torch.Tensor | None,
+        is_causal: bool,
+    ) -> torch.Tensor:
         """The difference of two attentions, as (batch, tokens that ask, width)."""
         return attend_twice(self, q, k, v, sites, attn_mask, is_causal)
 

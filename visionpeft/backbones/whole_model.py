@@ -12,10 +12,14 @@ from visionpeft.errors import UnsupportedError
 
 
 def describe(model: nn.Module) -> Backbone:
-    """Towers, blocks, layers and heads of a model.
+    """Towers, blocks, layers and heads of a model, as methods see them.
+
+    Args:
+        model: a timm or OpenCLIP model, or one of this package that holds one; with adapters or without.
 
     Raises:
-        UnsupportedError: if the model, or a block, attention or MLP in it, is of a class no family knows.
+        UnsupportedError: the model, or a block, attention or MLP in it, is of a class that no family knows; or the
+            model is compiled or sharded.
     """
     if hasattr(model, "_orig_mod"):
         raise UnsupportedError(

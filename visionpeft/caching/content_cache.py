@@ -46,13 +46,13 @@ class ContentCache:
         self.full = False
         self.kept: dict[tuple[str, bytes], Tensor] = {}
 
-    def rows(self, source: str, images: Tensor, work_out: Callable[[Tensor], Tensor]) -> Tensor:
+    def rows(self, source: str, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """One row for each of images (batch, ...), (batch, *shape of a row), without a graph.
 
         Args:
             source: what a row depends on besides the image.
             images: the images.
-            work_out: makes the rows of some images.
+            compute: makes the rows of some images.
         """
         keys = [(source, identity) for identity in self.identities(images)]
         found = {key: self._find(key, images.device) for key in dict.fromkeys(keys)}
@@ -60,7 +60,7 @@ class ContentCache:
         if missing:
             # Outside of inference mode, whose tensors could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
-                for index, row in zip(missing, work_out(images[missing]), strict=True):
+                for index, row in zip(missing, compute(images[missing]), strict=True):
                     if found[keys[index]] is None:  # the same image may be twice in a batch
                         found[keys[index]] = row
                         self._keep(keys[index], row)

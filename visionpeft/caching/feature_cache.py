@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from visionpeft.adapters.attach import has_adapters
+from visionpeft.adapters.adapters import has_adapters
 from visionpeft.caching.content_cache import DEFAULT_BYTES, ContentCache, Fingerprint, arithmetic
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import acting_adapters
@@ -32,7 +32,7 @@ class FeatureCache(ContentCache):
             StorageError: images without pixels, which are known by their names alone, are not known.
         """
 
-        def work_out(images: Tensor) -> Tensor:
+        def compute(images: Tensor) -> Tensor:
             if images.isnan().any():
                 raise StorageError(
                     "images came without pixels, because their features are kept, and others were asked for: a hook "
@@ -41,7 +41,7 @@ class FeatureCache(ContentCache):
                 )
             return learner.image_features(images)
 
-        return self.rows(self._source(learner, images.device), images, work_out)
+        return self.rows(self._source(learner, images.device), images, compute)
 
     def known_images(self, learner: Learner, device: torch.device) -> frozenset[bytes]:
         """What the images are known by whose features are kept, as they would be computed now.

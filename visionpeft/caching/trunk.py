@@ -7,8 +7,8 @@ from itertools import takewhile
 
 from torch import Tensor, nn
 
-from visionpeft.adapters.adapters import AttachedAdapter, own_parameter
-from visionpeft.adapters.attach import attached
+from visionpeft.adapters.adapters import attached
+from visionpeft.adapters.attached_adapter import AttachedAdapter, own_parameter
 from visionpeft.adapters.storage import package_versions
 from visionpeft.backbones.tower import Tower
 from visionpeft.backbones.whole_model import describe
@@ -63,12 +63,12 @@ class FrozenTrunk:
         """
         self._check_same_adapters()
         self._check_frozen()
-        behind = {id(t) for t in (*self.model.get_submodule(self.head).parameters(), *self.model.peft.parameters())}
-        behind |= {id(t) for t in (*self.model.get_submodule(self.head).buffers(), *self.model.peft.buffers())}
+        after = {id(t) for t in (*self.model.get_submodule(self.head).parameters(), *self.model.peft.parameters())}
+        after |= {id(t) for t in (*self.model.get_submodule(self.head).buffers(), *self.model.peft.buffers())}
         later = [] if self.first is None else self.blocks[self.first :]
-        behind |= {id(t) for block in later for t in (*block.parameters(), *block.buffers())}
+        after |= {id(t) for block in later for t in (*block.parameters(), *block.buffers())}
         every = (*self.model.named_parameters(), *self.model.named_buffers())
-        return {name: t for name, t in every if id(t) not in behind and not t.requires_grad}
+        return {name: t for name, t in every if id(t) not in after and not t.requires_grad}
 
     def options(self) -> str:
         """A hash of what the trunk's output depends on besides its tensors: classes and options of its modules."""
@@ -119,12 +119,12 @@ class FrozenTrunk:
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Those of the model's modules that are in the trunk; before the blocks are those registered before."""
         named = [*self.model.named_modules()]
-        behind = set(self.model.get_submodule(self.head).modules()) | set(self.model.peft.modules())
+        after = set(self.model.get_submodule(self.head).modules()) | set(self.model.peft.modules())
         if self.first is not None:
-            front = {m for _, m in takewhile(lambda entry: entry[1] is not self.blocks[0], named)}
-            front |= {module for block in self.blocks[: self.first] for module in block.modules()}
-            behind |= {module for _, module in named if module not in front}
-        return ((name, module) for name, module in named if module not in behind)
+            before = {m for _, m in takewhile(lambda entry: entry[1] is not self.blocks[0], named)}
+            before |= {module for block in self.blocks[: self.first] for module in block.modules()}
+            after |= {module for _, module in named if module not in before}
+        return ((name, module) for name, module in named if module not in after)
 
     def _check_frozen(self) -> None:
         adapters = {id(parameter) for parameter in self.model.peft.parameters()}

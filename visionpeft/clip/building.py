@@ -8,7 +8,9 @@ from typing import get_type_hints
 
 from torch import nn
 
-from visionpeft.adapters.attach import activate, detach, has_adapters
+from visionpeft.adapters.adapters import has_adapters
+from visionpeft.adapters.attach import detach
+from visionpeft.adapters.switch import activate
 from visionpeft.clip.model import acting_adapters
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.field_types import fits, in_words

@@ -5,7 +5,7 @@ from typing import get_args
 
 import torch
 
-from visionpeft.adapters.described_tensors import read_described
+from visionpeft.adapters.described_tensors import check_entries, read_described
 from visionpeft.clip.class_loss import ClassLoss
 from visionpeft.errors import StorageError
 
@@ -15,7 +15,10 @@ LOSSES = get_args(ClassLoss)
 
 
 def read_learner(folder: str | Path) -> dict:
-    """What `save_learner` wrote about a learner.
+    """What `save_learner` wrote about a learner, checked; no CLIP is needed.
+
+    Args:
+        folder: the folder.
 
     Raises:
         StorageError: the folder holds no intact learner.
@@ -33,17 +36,14 @@ def read_saved(folder: str | Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def _check_description(description: object, path: Path) -> None:
-    types = {"format": int, "learner": dict, "templates": list, "class_names": list, "allow_duplicates": bool}
+    types = {"learner": dict, "templates": list, "class_names": list, "allow_duplicates": bool}
     types |= {"backbone": dict, "adapters": list}
-    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
-        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
-    if description["format"] != FORMAT:
-        raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
+    check_entries(description, path, FORMAT, types)
     learner, backbone = description["learner"], description["backbone"]
     sound = isinstance(learner.get("class"), str) and isinstance(learner.get("options"), dict)
     texts = [text for key in ("class_names", "templates", "adapters") for text in description[key]]
     sound &= all(isinstance(text, str) for text in texts)
-    sound &= description.get("loss", "cross_entropy") in LOSSES  # which versions before had not
+    sound &= description.get("loss", "cross_entropy") in LOSSES  # older versions do not write it
     sound &= all(isinstance(backbone.get(k), str) for k in ("class", "architecture", "fingerprint"))
     if not sound:
         raise StorageError(f"the description in {path} is not what save_learner writes")

@@ -8,7 +8,7 @@ from open_clip import CLIP, CoCa, CustomTextCLIP
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
-from visionpeft.adapters.attach import has_adapters
+from visionpeft.adapters.adapters import has_adapters
 from visionpeft.adapters.storage import backbone_record, check_backbone
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from visionpeft.adapters.attach import plain
+from visionpeft.adapters.switch import plain
 from visionpeft.backbones.whole_model import describe
 from visionpeft.clip.layout import Tokens, slots
 from visionpeft.clip.learner import Learner

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from visionpeft.adapters.attach import plain
-from visionpeft.adapters.described_tensors import read_described, write_described
+from visionpeft.adapters.described_tensors import check_entries, read_described, write_described
 from visionpeft.adapters.storage import backbone_record, check_backbone, package_versions
+from visionpeft.adapters.switch import plain
 from visionpeft.backbones.whole_model import describe
 from visionpeft.clip.learner import Learner
 from visionpeft.errors import ConfigurationError, StorageError
@@ -140,8 +140,5 @@ def read_moments(folder: str | Path, learner: Learner) -> Moments:
 
 
 def _check_description(description: object, path: Path) -> None:
-    types = {"format": int, "backbone": dict, "record": dict}
-    if not isinstance(description, dict) or any(not isinstance(description.get(k), t) for k, t in types.items()):
-        raise StorageError(f"the description in {path} lacks one of {', '.join(types)}, or has it with another type")
-    if description["format"] != FORMAT:
-        raise StorageError(f"{path} has format {description['format']}, this version reads format {FORMAT}")
+    types = {"backbone": dict, "record": dict}
+    check_entries(description, path, FORMAT, types)

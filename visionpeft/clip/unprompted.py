@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from visionpeft.adapters.attach import use
+from visionpeft.adapters.switch import use
 from visionpeft.clip.learner import Learner
 
 

@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
-from visionpeft.adapters.attach import has_adapters
+from visionpeft.adapters.adapters import has_adapters
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import check_prepared
 from visionpeft.clip.template_texts import TemplateTexts

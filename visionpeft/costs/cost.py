@@ -13,10 +13,11 @@ from rich.table import Table
 from torch import nn
 
 from visionpeft.adapters.allocate import allocate
-from visionpeft.adapters.attach import attach, use
+from visionpeft.adapters.attach import attach
 from visionpeft.adapters.merge import merge, unmerge
 from visionpeft.adapters.stages import check_last_stage
 from visionpeft.adapters.storage import save
+from visionpeft.adapters.switch import use
 from visionpeft.adapters.trained import trainable_parameters
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.costs.counts import Summary, summary

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import torch.nn as nn
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter
-from visionpeft.adapters.attach import attached
+from visionpeft.adapters.adapters import attached
+from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.install import stood_in_for
 from visionpeft.adapters.trained import trainable_parameters
 from visionpeft.backbones.whole_model import describe
@@ -85,7 +85,17 @@ class Summary:
 
 @on_model
 def summary(model: nn.Module) -> Summary:
-    """Count what is trained, site by site."""
+    """Count what is trained, site by site.
+
+    Args:
+        model: a model with adapters; those that do not act are counted by themselves, and not in the sums.
+
+    Returns:
+        The numbers, which `print` shows as a table, and rich in colour.
+
+    Raises:
+        ConfigurationError: the model has no adapters, or its head was exchanged after they were attached.
+    """
     peft = attached(model)
     trainable = trainable_parameters(model)
     unused = stood_in_for(model)

@@ -89,33 +89,6 @@ class ImageDataModule(lightning.LightningDataModule):
         balanced: bool = False,
     ):
         super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise ConfigurationError(
-                f"batch_size {batch_size} must be 1 or more and num_workers {num_workers} 0 or more"
-            )
-        if test_samples is not None and test_samples < 1:
-            raise ConfigurationError(
-                f"test_samples {test_samples} must be 1 or more, or absent for the full test split"
-            )
-        for name, count in (("test_batch_size", test_batch_size), ("views", views), ("test_views", test_views)):
-            if count is not None and count < 1:
-                raise ConfigurationError(f"{name} {count} must be 1 or more, or absent")
-        if augmix and test_views is None:
-            raise ConfigurationError("augmix mixes the random views of test images; set test_views, too")
-        if generated_views is not None:
-            check_generated_views(test_views, images.sources.get("test"))
-        if normalisation not in ("pretrained", *NORMALISATIONS):
-            raise ConfigurationError(
-                f"unknown normalisation '{normalisation}': choose pretrained, {', '.join(NORMALISATIONS)}"
-            )
-        if test_order not in ("listed", "shuffled"):
-            raise ConfigurationError(f"unknown test_order '{test_order}': choose listed or shuffled")
-        check_crop_area(crop_area)
-        if balanced and images.labels != "classes":
-            remedy = "; weigh them by --model.positive_weights balanced" if images.labels == "several" else ""
-            raise ConfigurationError(
-                f"balanced draws images of one class each, which labels {images.labels!r} are not{remedy}"
-            )
         self.images = images
         self.balanced = balanced
         self.batch_size = batch_size
@@ -133,6 +106,9 @@ class ImageDataModule(lightning.LightningDataModule):
         self.augmix = augmix
         self.generated_folder = generated_views
         self.generated: GeneratedViews | None = None
+        self.test_order: str = test_order
+        self._check_options(test_samples)
+        check_crop_area(crop_area)
         self.crop_area = tuple(crop_area)
         self.skipped = dict.fromkeys(images.sources, 0)
         self.test_subset: dict[str, int] | None = None
@@ -141,15 +117,56 @@ class ImageDataModule(lightning.LightningDataModule):
         images.check()
         self._check_batches()
         if test_samples is not None and test_samples < len(images.sources.get("test", ())):
-            test = images.sources["test"]
-            images.sources["test"] = test.subset(subset(len(test), test_samples, TEST_SUBSET_SEED))
-            self.test_subset = {"samples": test_samples, "of": len(test), "seed": TEST_SUBSET_SEED}
-            images.check()
-        self.test_order: str = test_order
+            self._keep_some_of_test(test_samples)
         if test_order == "shuffled" and "test" in images.sources:
-            test = images.sources["test"]
-            images.sources["test"] = test.subset(permutation(len(test), self._seed()))
-            self.test_order = f"shuffled by seed {self._seed()}"
+            self._shuffle_test()
+
+    def _check_options(self, test_samples: int | None) -> None:
+        """Refuse options that make no sense, or none together.
+
+        Raises:
+            ConfigurationError: naming the first of them.
+        """
+        if self.batch_size < 1 or self.num_workers < 0:
+            raise ConfigurationError(
+                f"batch_size {self.batch_size} must be 1 or more and num_workers {self.num_workers} 0 or more"
+            )
+        if test_samples is not None and test_samples < 1:
+            raise ConfigurationError(
+                f"test_samples {test_samples} must be 1 or more, or absent for the full test split"
+            )
+        for name in ("test_batch_size", "views", "test_views"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise ConfigurationError(f"{name} {count} must be 1 or more, or absent")
+        if self.augmix and self.test_views is None:
+            raise ConfigurationError("augmix mixes the random views of test images; set test_views, too")
+        if self.generated_folder is not None:
+            check_generated_views(self.test_views, self.images.sources.get("test"))
+        if self.normalisation not in ("pretrained", *NORMALISATIONS):
+            raise ConfigurationError(
+                f"unknown normalisation '{self.normalisation}': choose pretrained, {', '.join(NORMALISATIONS)}"
+            )
+        if self.test_order not in ("listed", "shuffled"):
+            raise ConfigurationError(f"unknown test_order '{self.test_order}': choose listed or shuffled")
+        if self.balanced and self.images.labels != "classes":
+            remedy = "; weigh them by --model.positive_weights balanced" if self.images.labels == "several" else ""
+            raise ConfigurationError(
+                f"balanced draws images of one class each, which labels {self.images.labels!r} are not{remedy}"
+            )
+
+    def _keep_some_of_test(self, samples: int) -> None:
+        """Score a fixed random subset of the test split."""
+        test = self.images.sources["test"]
+        self.images.sources["test"] = test.subset(subset(len(test), samples, TEST_SUBSET_SEED))
+        self.test_subset = {"samples": samples, "of": len(test), "seed": TEST_SUBSET_SEED}
+        self.images.check()
+
+    def _shuffle_test(self) -> None:
+        """Put the test split in an order that the seed says."""
+        test = self.images.sources["test"]
+        self.images.sources["test"] = test.subset(permutation(len(test), self._seed()))
+        self.test_order = f"shuffled by seed {self._seed()}"
 
     @property
     def class_names(self) -> list[str]:

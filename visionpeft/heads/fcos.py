@@ -8,7 +8,8 @@ from torchvision.models.detection.fcos import FCOSHead
 
 from visionpeft.errors import ConfigurationError
 from visionpeft.heads.base import Layers
-from visionpeft.heads.detection import DetectionHead, ExactAnchors, SimplePyramid, StagePyramid
+from visionpeft.heads.detection import DetectionHead, ExactAnchors
+from visionpeft.heads.pyramids import SimplePyramid, StagePyramid
 
 GROUPS = 32  # of the group normalisation in torchvision's head
 
@@ -20,8 +21,8 @@ class FCOS(DetectionHead):
     loss = (focal loss of the classes + GIoU loss of the boxes + binary cross-entropy of the centreness) / number of
     places that belong to an object; a score is the root of class times centreness. Strides are patch / finest times
     1, 2, 4, 8, 16: for patches of 16 pixels and finest = 2 the paper's 8 to 128, as for the last three stages of Swin
-    and ConvNeXt. On the pyramid, with w = `width`, c =
-    `convs` and K classes, 2 c (9 w^2 + 3 w) + 9 w (K + 5) + K + 5 values. Classes begin at a probability of .01.
+    and ConvNeXt. On the pyramid, with w = `width`, c = `convs` and K classes,
+    2 c (9 w^2 + 3 w) + 9 w (K + 5) + K + 5 values. Classes begin at a probability of .01.
 
     Tian, Shen, Chen, He 2019, "FCOS: Fully Convolutional One-Stage Object Detection" (arXiv 1904.01355); the pyramid is
     ViTDet's (arXiv 2203.16527).

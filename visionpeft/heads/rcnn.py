@@ -12,7 +12,8 @@ from torchvision.ops.poolers import initLevelMapper
 
 from visionpeft.errors import ConfigurationError
 from visionpeft.heads.base import Layers
-from visionpeft.heads.detection import LEVELS, DetectionHead, ExactAnchors, SimplePyramid, StagePyramid
+from visionpeft.heads.detection import DetectionHead, ExactAnchors
+from visionpeft.heads.pyramids import LEVELS, SimplePyramid, StagePyramid
 
 ANCHOR = 8  # strides long
 RATIOS = (0.5, 1.0, 2.0)

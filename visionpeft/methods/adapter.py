@@ -64,6 +64,8 @@ class Adapter(Method):
     Not mergeable: it is not linear. The zero initialisation of both matrices found in published code never trains.
     Trainable on L blocks of width D and bottleneck h: L (2 D h + h + D) for one adapter per block, twice that for
     houlsby; L D more with a channel scale.
+    Source: Houlsby et al., Parameter-Efficient Transfer Learning for NLP, 2019; Pfeiffer et al., AdapterFusion, 2021;
+    Steitz and Roth, Adapters Strike Back, 2024.
 
     Args:
         bottleneck: width h.

@@ -12,6 +12,8 @@ from visionpeft.methods.parts.base import Method
 class FullFineTuning(Method):
     """Trains every parameter of the backbone; the frozen ones are kept and come back on detaching.
 
+    Mergeable. Trainable: all parameters of the tower, but those of heads; 85,798,656 on ViT-B/16.
+
     Args:
         towers: which towers, "visual" or "text" or both; by default the image tower.
     """

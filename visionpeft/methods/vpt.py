@@ -27,8 +27,7 @@ class VPT(Method):
     token by itself; in a mixed batch (`visionpeft.route`) also if that is so for one of its rows, or if anything acts
     on the prompts before the attention. Outputs and gradients are the same.
     P ~ U(-v, v) with v = sqrt(6 / (3 * patch height * patch width + prompt width)), with the width of the first block
-    where later ones are wider. The projection's weight is
-    Kaiming-normal over its outputs, its bias PyTorch's default.
+    where later ones are wider. The projection's weight is Kaiming-normal over its outputs, its bias PyTorch's default.
     Trainable on L blocks of width D: L * num_tokens * D deep, num_tokens * D shallow; with a projection of width d,
     L * num_tokens * d + d * D + D.
     Source: Jia et al., Visual Prompt Tuning, 2022.

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from visionpeft.adapters.attach import attach, has_adapters
+from visionpeft.adapters.adapters import has_adapters
+from visionpeft.adapters.attach import attach
 from visionpeft.backbones.dispatch import describe_model
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError

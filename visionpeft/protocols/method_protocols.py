@@ -105,8 +105,20 @@ def fgvc(
 
 
 def _compare(
-    name, configs, tasks, seeds, search, budget, paper, root, output, arguments, workers, learning_rates
+    name: str,
+    configs: Sequence[str],
+    tasks: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    search: Search,
+    budget: int,
+    paper: bool,
+    root: str | None,
+    output: str | Path,
+    arguments: Sequence[str],
+    workers: work.Workers,
+    learning_rates: Sequence[float] | None,
 ) -> list[dict]:
+    """Search, train on everything and test, for each method and task; a row for each final training."""
     refuse_replaced("method", arguments, "--method, or --configs with a configuration for each method")
     overlays, given = split_overlays(arguments)
     benchmark = Benchmark(name, root, overlays, given, search, paper, _learning_rates(learning_rates, search, paper))
@@ -134,21 +146,19 @@ def _compare(
         if isinstance(piece, Training):
             piece.check(output / piece.name)
     work.finish(trials, output, workers)
-    trainings = []
     # Numbers of prompts or ranks may be chosen, or be the paper's for a task: memory is that of what is trained.
     saved_bytes = {
         (candidate.name, benchmark.model_options(candidate, tasks[0], {})): measured[candidate.name].saved_bytes
         for candidate in candidates
     }
+    trainings = []
     for candidate, task in searched:
-        seed = seeds_of[candidate.name][0]
-        chosen = choose(benchmark, candidate, task, budget, seed, output)
+        own = seeds_of[candidate.name]
+        chosen = choose(benchmark, candidate, task, budget, own[0], output)
         model = candidate.name, benchmark.model_options(candidate, task, chosen.values)
         if model not in saved_bytes:
             saved_bytes[model] = measure(benchmark.arguments(candidate, task, chosen.values, 0, "final")).saved_bytes
-        trainings += [
-            benchmark.final(candidate, task, chosen, seed, saved_bytes[model]) for seed in seeds_of[candidate.name]
-        ]
+        trainings += [benchmark.final(candidate, task, chosen, seed, saved_bytes[model]) for seed in own]
     train(trainings, output, workers)
     return collect(output)
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import numpy as np
 from torch import Tensor
 
-from visionpeft.adapters.attach import attached
+from visionpeft.adapters.adapters import attached
 from visionpeft.adapters.selection import Selection
 from visionpeft.adapters.trained import selection_parameters
 from visionpeft.data import ImageDataModule

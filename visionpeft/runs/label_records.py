@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1Score
 from torchmetrics.functional import r2_score
 
+from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.runs.calibration import Calibration
 from visionpeft.runs.figures import draw_numbers, draw_reliability
 from visionpeft.runs.test_record import Record
@@ -28,7 +29,7 @@ class LabelsRecord(Record):
         self.positives = torch.zeros(len(class_names), dtype=torch.long)
         self.calibration = Calibration("each label of each image, which came true where it applies")
 
-    def add(self, answers: Tensor, batch, preprocessing) -> None:
+    def add(self, answers: Tensor, batch: Sequence, preprocessing: Preprocessing) -> None:
         """Add the probabilities of a batch."""
         probabilities, labels = answers.cpu(), batch[1].cpu().long()
         self.precision.update(probabilities, labels)
@@ -92,7 +93,7 @@ class NumbersRecord(Record):
         self.predicted: list[Tensor] = []
         self.true: list[Tensor] = []
 
-    def add(self, answers: Tensor, batch, preprocessing) -> None:
+    def add(self, answers: Tensor, batch: Sequence, preprocessing: Preprocessing) -> None:
         """Add the numbers of a batch."""
         self.predicted.append(answers.cpu().double())
         self.true.append(batch[1].cpu().double())

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data.segmentation.masks import IGNORED
 from visionpeft.data.segmentation.overlays import overlay
 from visionpeft.runs.test_record import Record, displayed
@@ -31,7 +32,7 @@ class MasksRecord(Record):
         self.images = 0
         self.shown: list[tuple[Tensor, np.ndarray, np.ndarray]] = []  # image, true and predicted mask
 
-    def add(self, answers: Tensor, batch, preprocessing) -> None:
+    def add(self, answers: Tensor, batch: Sequence, preprocessing: Preprocessing) -> None:
         """Add the classes found in a batch, (batch, height, width)."""
         images, masks, found = batch[0], batch[1].cpu(), answers.cpu()
         counts = masks != IGNORED

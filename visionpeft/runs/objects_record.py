@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data.detection.objects import Objects
 from visionpeft.data.detection.overlays import drawn
 from visionpeft.runs.test_record import Record, displayed
@@ -36,7 +37,7 @@ class ObjectsRecord(Record):
         """Add what `test_step` found."""
         self.add(outputs, batch, trainer.datamodule.preprocessing)
 
-    def add(self, answers: list[dict[str, Tensor]], batch, preprocessing) -> None:
+    def add(self, answers: list[dict[str, Tensor]], batch: Sequence, preprocessing: Preprocessing) -> None:
         """Add what was found in a batch."""
         images, targets = batch
         self.images += len(images)

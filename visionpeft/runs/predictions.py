@@ -68,7 +68,7 @@ class PredictedClasses(Predictions):
             yield [str(file), *(value for pair in zip(names, probabilities, strict=True) for value in pair)]
 
     def objects(self) -> Iterator[dict]:
-        """PredictedClasses and probabilities."""
+        """Classes and probabilities."""
         for file, names, probabilities in self._rows():
             yield {"path": str(file), "classes": names, "probabilities": probabilities}
 

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.runs.calibration import Calibration
 from visionpeft.runs.figures import draw_confusion, draw_mistakes, draw_reliability
 from visionpeft.runs.mistake import Mistake
@@ -26,11 +27,11 @@ class Record(pl.Callback):
         if unadapted is not None:
             self.add_unadapted(pl_module.objective.answers(unadapted.float()), batch)
 
-    def add_unadapted(self, answers: Tensor, batch) -> None:
+    def add_unadapted(self, answers: Tensor, batch: Sequence) -> None:
         """Add what a learner that adapts while testing would say of a batch if it did not."""
 
     @abstractmethod
-    def add(self, answers: Tensor, batch, preprocessing) -> None:
+    def add(self, answers: Tensor, batch: Sequence, preprocessing: Preprocessing) -> None:
         """Add a batch: what the outputs say, the batch itself, and how its images were prepared."""
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -78,12 +79,12 @@ class TestRecord(Record):
         self.calibration = Calibration("the class found in each image, which came true where it is right")
         self.unadapted = Calibration("the class found in each image without adapting to the test images")
 
-    def add_unadapted(self, answers: Tensor, batch) -> None:
+    def add_unadapted(self, answers: Tensor, batch: Sequence) -> None:
         """Add the class probabilities of a batch as they would be without adapting."""
         confidences, predictions = (tensor.cpu() for tensor in answers.max(dim=-1))
         self.unadapted.add(confidences, predictions == batch[1].cpu())
 
-    def add(self, answers: Tensor, batch, preprocessing) -> None:
+    def add(self, answers: Tensor, batch: Sequence, preprocessing: Preprocessing) -> None:
         """Add the class probabilities of a batch."""
         images, labels = batch[0], batch[1].cpu()
         confidences, predictions = (tensor.cpu() for tensor in answers.max(dim=-1))
@@ -167,7 +168,7 @@ class TestRecord(Record):
         draw_mistakes(self.mistakes, class_names, folder / "wrong_predictions.png")
 
 
-def displayed(image: Tensor, preprocessing) -> Tensor:
+def displayed(image: Tensor, preprocessing: Preprocessing) -> Tensor:
     """What a model was given, as a picture (3, height, width) from 0 to 1: of views the first, of a clip its middle."""
     if image.ndim >= 4:  # several views, of which the first is the image itself
         image = image[0]

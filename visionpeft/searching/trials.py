@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from visionpeft.adapters.attach import use
+from visionpeft.adapters.switch import use
 from visionpeft.costs.cost import seconds
 from visionpeft.costs.saved_bytes import saved_bytes, storages
 from visionpeft.files import write_json

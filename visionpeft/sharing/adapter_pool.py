@@ -1,10 +1,9 @@
 """Many saved adapters on one backbone, of which as many are in memory as a bound allows."""
 
 import itertools
-import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,13 +14,15 @@ import torch
 from torch import nn
 
 from visionpeft.adapters.access import alone_with, uncompiled
-from visionpeft.adapters.adapters import AttachedAdapter
-from visionpeft.adapters.attach import activate, detach, has_adapters, register, route, use
+from visionpeft.adapters.adapters import has_adapters
+from visionpeft.adapters.attach import detach, register
 from visionpeft.adapters.storage import made_adapter, read_saved
+from visionpeft.adapters.switch import activate
 from visionpeft.errors import ConfigurationError, did_you_mean
-from visionpeft.sharing.batch_sizes import filled, rows_agree, sizes_that_agree
 from visionpeft.sharing.hub import download
-from visionpeft.sharing.own_heads import filled_to, give_own_heads
+from visionpeft.sharing.own_heads import give_own_heads
+from visionpeft.sharing.pooled_adapter import PooledAdapter, inserted
+from visionpeft.sharing.shared_batches import SharedBatches
 
 # A name is one part of a path, and begins with no dot: "..", "a/b" and "/etc" are none.
 NAME = re.compile(r"\w[\w.+-]*")
@@ -29,34 +30,6 @@ NAME = re.compile(r"\w[\w.+-]*")
 
 class PoolFull(ConfigurationError):
     """Adapters that are in use leave no room for another one."""
-
-
-@dataclass
-class PooledAdapter:
-    """An adapter that is in memory.
-
-    Args:
-        name: how it is asked for.
-        attached: its name on the model, for `visionpeft.route` and `visionpeft.use`.
-        description: what `visionpeft.read_metadata` reads of it.
-        bytes: of its parameters and buffers.
-        classes: how many logits its head gives; None if it has none.
-        alone: it cannot be routed among others, as it trains parameters of the backbone or acts on the text tower.
-        inserted: how many tokens or keys it adds at each site; only adapters that add equally many share a batch.
-    """
-
-    name: str
-    attached: str
-    description: dict
-    bytes: int
-    classes: int | None
-    alone: bool
-    inserted: tuple
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of the classes in the order of the logits, if they were saved."""
-        return self.description["class_names"]
 
 
 @dataclass
@@ -115,8 +88,7 @@ class AdapterPool:
         self._table = Lock()  # of what is above; held for moments
         self._attaching = Lock()  # held while room is made and filled, or two would fill the same
         self._numbers = itertools.count()
-        self._sizes: dict[str, frozenset[int]] = {}
-        self._agreeing: dict[frozenset[str], bool] = {}
+        self._batches = SharedBatches(self.model, batch_size)
 
     # What there is
 
@@ -208,7 +180,7 @@ class AdapterPool:
             with self._table:
                 self._bytes += size
         alone = bool(adapter.trained_names) or any(placed.tower == "text" for _, placed in adapter.placements)
-        return PooledAdapter(name, attached, description, size, classes, alone, _inserted(adapter))
+        return PooledAdapter(name, attached, description, size, classes, alone, inserted(adapter))
 
     def _make_room(self, name: str, size: int) -> None:
         """Let the least recently used adapters go that nobody uses, until this many bytes are free."""
@@ -269,85 +241,9 @@ class AdapterPool:
         """
         if len(images) != len(names):
             raise ConfigurationError(f"{len(images)} images need as many names of adapters, not {len(names)}")
-        results: list[torch.Tensor | None] = [None] * len(names)
         with self.hold(dict.fromkeys(names)) as held, torch.inference_mode():
             by_name = {adapter.name: adapter for adapter in held}
-            for rows in self._sharing(images, [by_name[name] for name in names]):
-                step = self.batch_size or len(rows)
-                for start in range(0, len(rows), step):
-                    part = rows[start : start + step]
-                    outputs = self._compute(images[part], [by_name[names[row]] for row in part])
-                    for row, output in zip(part, outputs, strict=True):
-                        results[row] = output
-        return results
-
-    def _sharing(self, images: torch.Tensor, adapters: list[PooledAdapter]) -> list[list[int]]:
-        """The rows, put together where their adapters can share a batch."""
-        shared: list[tuple[object, dict[str, PooledAdapter], list[int]]] = []
-        for row, adapter in enumerate(adapters):
-            # Without a head there is nothing to fill up.
-            key = adapter.name if adapter.alone else (adapter.inserted, adapter.classes is None)
-            for other, members, rows in shared:
-                if other == key and all(self._agree(adapter, member, images) for member in members.values()):
-                    members[adapter.name] = adapter
-                    rows.append(row)
-                    break
-            else:
-                shared.append((key, {adapter.name: adapter}, [row]))
-        return [rows for _, _, rows in shared]
-
-    def _compute(self, images: torch.Tensor, adapters: list[PooledAdapter]) -> list[torch.Tensor]:
-        """Logits of rows that can share a batch."""
-        rows = len(images)
-        if self.batch_size is not None:
-            agree = frozenset.intersection(*(self._sizes_of(each, images) for each in adapters))
-            rows = min(size for size in agree if size >= len(images))
-        outputs = self._run(filled(images, rows), [*adapters, *adapters[-1:] * (rows - len(images))])
-        return [output[: each.classes] for output, each in zip(outputs, adapters, strict=False)]
-
-    def _run(self, images: torch.Tensor, adapters: list[PooledAdapter]) -> torch.Tensor:
-        """Outputs of one batch, filled up to the classes of the adapter that has most."""
-        alone, names = adapters[0].alone, [adapter.attached for adapter in adapters]
-        acting = use(self.model, names[0]) if alone else route(self.model, names)
-        with acting, filled_to(max(adapter.classes or 0 for adapter in adapters)):
-            return self.model(images)
-
-    def _sizes_of(self, adapter: PooledAdapter, images: torch.Tensor) -> frozenset[int]:
-        """In which sizes of a batch its rows have the same bits; measured once for adapters of one kind."""
-        kind = _kind(adapter, images)
-        if kind not in self._sizes:
-
-            def compute(batch: torch.Tensor) -> torch.Tensor:
-                return self._run(batch, [adapter] * len(batch))
-
-            self._sizes[kind] = sizes_that_agree(compute, images, self.batch_size)
-        return self._sizes[kind]
-
-    def _agree(self, one: PooledAdapter, other: PooledAdapter, images: torch.Tensor) -> bool:
-        """Whether rows of the two have the bits in one batch that each has alone; measured once for two kinds.
-
-        Several adapters of a kind may act in one product where a single one acts in another.
-        """
-        if self.batch_size is None or self.batch_size == 1 or one.name == other.name:
-            return True
-        kinds = frozenset((_kind(one, images), _kind(other, images)))
-        if kinds not in self._agreeing:
-            both = [one, other] * self.batch_size
-
-            def mixed(batch: torch.Tensor) -> torch.Tensor:
-                return self._run(batch, both[: len(batch)])
-
-            def alone(adapter: PooledAdapter) -> Callable[[torch.Tensor], torch.Tensor]:
-                return lambda batch: self._run(batch, [adapter] * len(batch))
-
-            self._agreeing[kinds] = rows_agree(mixed, [alone(one), alone(other)], images, self.batch_size)
-        return self._agreeing[kinds]
-
-
-def _kind(adapter: PooledAdapter, images: torch.Tensor) -> str:
-    """What is the same for adapters whose products have the same shapes; heads compute row by row in any case."""
-    saved = adapter.description
-    return json.dumps([saved["methods"], saved["train"], adapter.classes is None, images.shape[1:]])
+            return self._batches.logits(images, [by_name[name] for name in names])
 
 
 def _places(source) -> tuple[Path | None, Mapping[str, str | Path]]:
@@ -383,12 +279,3 @@ def _saved_in(place: Path) -> Path | None:
 
 def _is_there(entry: _Entry) -> bool:
     return entry.ready.done() and entry.ready.exception() is None
-
-
-def _inserted(adapter: AttachedAdapter) -> tuple:
-    """How many tokens or keys an adapter inserts at each site."""
-    counts: dict[tuple, int] = {}
-    for _, placed in adapter.placements:
-        site = placed.tower, -1 if placed.block is None else placed.block, placed.site, placed.add or ""
-        counts[site] = counts.get(site, 0) + getattr(placed.module, "num_tokens", 0)
-    return tuple(sorted((site, count) for site, count in counts.items() if count))

@@ -51,6 +51,11 @@ def save_pretrained(
         class_names: names of the classes, in the order of the logits; a learner knows its own.
         preprocessing: how images were prepared.
         metadata: anything else that JSON can hold, such as data set and result.
+
+    Raises:
+        ConfigurationError: it is not said which adapter; a name or class names for a learner; or what is said about it
+            cannot be written.
+        StorageError: the folder cannot be written, or has files of these names that something else wrote.
     """
     if _is_learner(model):
         from visionpeft.clip.storage import save_learner  # a CLIP is touched, so OpenCLIP is there

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from visionpeft.adapters.adapters import AttachedAdapter, nest
+from visionpeft.adapters.attached_adapter import AttachedAdapter, nest
 from visionpeft.methods.parts.several_features import SeveralFeatures
 from visionpeft.sites.stand_ins import in_own_precision
 

@@ -12,9 +12,10 @@ import torch.nn as nn
 from safetensors.torch import save as serialise
 
 from visionpeft.adapters.access import on_model
-from visionpeft.adapters.adapters import AttachedAdapter, check_written
-from visionpeft.adapters.attach import attached, known, plain
-from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
+from visionpeft.adapters.adapters import attached, chosen_name
+from visionpeft.adapters.attached_adapter import AttachedAdapter, check_written
+from visionpeft.adapters.switch import plain
+from visionpeft.errors import StorageError, UnsupportedError
 from visionpeft.methods.boft import BOFT
 from visionpeft.methods.capaboost import CapaBoost
 from visionpeft.methods.dora import DoRA
@@ -65,9 +66,7 @@ def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -
         StorageError: the folder holds files, or cannot be written.
     """
     peft = attached(model)
-    if name is None and len(peft) != 1:
-        raise ConfigurationError(f"the model has adapters {', '.join(peft)}; say which one to export with name=")
-    adapter: AttachedAdapter = peft[known(peft, name) if name is not None else next(iter(peft))]
+    adapter: AttachedAdapter = peft[chosen_name(peft, name, "to export")]
     form = _format(adapter)
     check_written(adapter)
     with plain(model):

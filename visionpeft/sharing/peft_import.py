@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
-from visionpeft.adapters.adapters import AttachedAdapter, nest, own_copy, training_dtype
-from visionpeft.adapters.attach import activate, plain, register
+from visionpeft.adapters.attach import register
+from visionpeft.adapters.attached_adapter import AttachedAdapter, nest, own_copy, training_dtype
+from visionpeft.adapters.switch import activate, plain
 from visionpeft.errors import StorageError
 from visionpeft.sharing import peft_ia3, peft_lora
 from visionpeft.sharing.peft_changes import CHANGES

@@ -9,12 +9,16 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from visionpeft.adapters.adapters import AttachedAdapter
-from visionpeft.adapters.allocate import allocate, evaluating, remake
-from visionpeft.adapters.attach import detach, plain
+from visionpeft.adapters.allocate import evaluating, remake
+from visionpeft.adapters.attach import detach
+from visionpeft.adapters.attached_adapter import AttachedAdapter
+from visionpeft.adapters.economise import economise
 from visionpeft.adapters.head_layout import dense_head_from_layout
 from visionpeft.adapters.install import stood_in_for
+from visionpeft.adapters.over_folders import attach_over_folders
+from visionpeft.adapters.start import start_from
 from visionpeft.adapters.storage import is_older, load, method_from, read_metadata, save
+from visionpeft.adapters.switch import plain
 from visionpeft.adapters.trained import layer_distances, trainable_parameters
 from visionpeft.adapters.training_hooks import after_step, penalty
 from visionpeft.data import ImageDataModule
@@ -23,6 +27,7 @@ from visionpeft.heads import DenseHead
 from visionpeft.methods import Method
 from visionpeft.methods.parts.base import describe_method
 from visionpeft.sharing.trained_model import learnt_objective
+from visionpeft.tasks.allocating import allocate_alone, allocate_together
 from visionpeft.tasks.averaging import copy_again
 from visionpeft.tasks.compiling import check_device, compile_in_place, in_one_sentence, not_compiled
 from visionpeft.tasks.objective import Objective
@@ -35,7 +40,7 @@ class AdaptedTask(ImageTask):
     """Base of the tasks that train adapters and a head on a frozen backbone.
 
     The frozen modules stay in evaluation mode while training; adapter and head are in training mode. A task builds
-    `model` with the methods attached, and its `preprocessing`.
+    `model` and its `preprocessing`, and calls `adapt`.
 
     Args:
         method: the method, or several that are stacked in order.
@@ -86,6 +91,20 @@ class AdaptedTask(ImageTask):
         arguments = dict(given or {}) | ({"drop_path_rate": drop_path} if drop_path else {})
         self.drops_blocks = bool(arguments.get("drop_path_rate"))
         return arguments
+
+    def adapt(self, train: Iterable[str] | None = None, start: str | None = None, **economies: object) -> None:
+        """Attach the methods to the model.
+
+        Args:
+            train: names of further parameters of the backbone to train.
+            start: folder of a saved adapter of the same methods, from whose values training starts.
+            economies: what `visionpeft.economise` is asked for.
+        """
+        attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
+        if start:
+            start_from(self.model, start, self.adapter_name)
+        self.economies = economies
+        economise(self.model, **economies)
 
     def compile_model(self) -> None:
         """Let the model run as one compiled graph from now on; what is trained and saved stays what it is.
@@ -158,7 +177,7 @@ class AdaptedTask(ImageTask):
         try:
             # A method that has to see data first cannot act yet.
             acting = plain(self.model) if self.adapter.pending else nullcontext()
-            with torch.no_grad(), evaluating(self.model), acting, self._uncompiled(), self.of_tasks(None):
+            with torch.no_grad(), evaluating(self.model), acting, self.uncompiled(), self.of_tasks(None):
                 self.model(example)
         except UserError:
             raise
@@ -169,7 +188,7 @@ class AdaptedTask(ImageTask):
                 f"pixels: {one_line(error)}"
             ) from error
 
-    def _uncompiled(self) -> AbstractContextManager:
+    def uncompiled(self) -> AbstractContextManager:
         """Within the context the model runs as it is, for passes that do not come again."""
         return not_compiled() if self.compiled else nullcontext()
 
@@ -186,7 +205,7 @@ class AdaptedTask(ImageTask):
             self._learn_labels(self.trainer.datamodule)
             self._check_last_batch(self.trainer.datamodule, self.trainer.world_size)
             if self.trainer.world_size > 1 and self.adapter.pending:
-                self._allocate_together()
+                allocate_together(self)
 
     def _learn_labels(self, datamodule: pl.LightningDataModule) -> None:
         if train := getattr(datamodule, "sources", {}).get("train"):
@@ -259,7 +278,7 @@ class AdaptedTask(ImageTask):
     def configure_optimizers(self) -> dict:
         """As for every task; before it, methods that wait for data see those of the first epoch."""
         if self.adapter.pending:
-            self._allocate()
+            allocate_alone(self)
         return super().configure_optimizers()
 
     def on_fit_start(self) -> None:
@@ -278,36 +297,6 @@ class AdaptedTask(ImageTask):
         """The training batches that such methods see, those of one device that trains alone."""
         # Another's data module has not shared its batches among several devices yet.
         return datamodule.train_loader() if isinstance(datamodule, ImageDataModule) else datamodule.train_dataloader()
-
-    def _allocate(self) -> None:
-        datamodule = self.trainer.datamodule
-        if datamodule is None:
-            raise ConfigurationError(
-                f"{self.label} chooses what it trains by the data; without a data module, call "
-                "visionpeft.allocate(task.model, batches) before the training"
-            )
-
-        # What is drawn for the chosen places is a function of the seed, on any number of devices.
-        with torch.random.fork_rng(devices=[]), self._uncompiled():
-            torch.manual_seed(self.seed)
-            allocate(self.model, self.shown(datamodule), self.loss_of_shown, self.adapter_name)
-        copy_again(self.trainer.callbacks, self.trainer, self)
-
-    def _allocate_together(self) -> None:
-        """Let the first of several processes choose for all, before Lightning wraps the model for them.
-
-        A run that is resumed takes what its checkpoint says.
-        """
-        if self.trainer.ckpt_path:
-            described = torch.load(self.trainer.ckpt_path, map_location="cpu", weights_only=True)["methods"]
-        else:
-            if self.trainer.is_global_zero:
-                self.to(self.trainer.strategy.root_device)
-                self._allocate()
-            described = self.trainer.strategy.broadcast([describe_method(each) for each in self.adapter.methods])
-        if self.adapter.pending:
-            remake(self.model, self.adapter_name, [method_from(each) for each in described], {})
-            copy_again(self.trainer.callbacks, self.trainer, self)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep what is trained, and the methods with what they have found in the data."""

@@ -11,8 +11,6 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 
 from visionpeft.adapters.economise import economise
-from visionpeft.adapters.over_folders import attach_over_folders
-from visionpeft.adapters.start import start_from
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.content_cache import ContentCache, FolderCache
 from visionpeft.caching.trunk import CachedTrunk
@@ -27,7 +25,7 @@ from visionpeft.tasks.heads import Head, HeadInit, replace_head
 from visionpeft.tasks.objective import Loss, Weights
 from visionpeft.tasks.objectives import Asymmetry, build_objective
 from visionpeft.tasks.optimisation import Optimisation
-from visionpeft.tasks.passes import in_order
+from visionpeft.tasks.passes import keep_all
 from visionpeft.tasks.several_tasks import OneClassOfTask, check_one_task
 
 
@@ -146,24 +144,19 @@ class ImageClassification(AdaptedTask):
         )
         replace_head(self.model, head, outputs, head_init)
         self.preprocessing = preprocessing_of(self.model)
-        attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
-        if start:
-            start_from(self.model, start, self.adapter_name)
-        self.economies = {"class_token_only": class_token_only, "recompute": recompute}
-        economise(self.model, **self.economies)
-        self.trunk: CachedTrunk | None = None
-        if cache:
-            if self.adapter.pending:
-                raise ConfigurationError(f"{self.label} chooses what it trains by the data; leave cache out")
-            size = cache_mib * 2**20
-            kept = ContentCache(size) if cache == "memory" else FolderCache(cache, size)
-            self.trunk = CachedTrunk(self.model, kept)
+        self.adapt(train, start, class_token_only=class_token_only, recompute=recompute)
+        self.trunk = self._cached_trunk(cache, cache_mib) if cache else None
         if compile:
             self.compile_model()
+        mixes = bool(mixup or cutmix)
+        self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=outputs) if mixes else None
 
-        self.mix = None
-        if mixup or cutmix:
-            self.mix = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=outputs)
+    def _cached_trunk(self, cache: str, mib: int) -> CachedTrunk:
+        """The model, of which what the frozen part gives is kept in "memory" or in a folder."""
+        if self.adapter.pending:
+            raise ConfigurationError(f"{self.label} chooses what it trains by the data; leave cache out")
+        kept = ContentCache(mib * 2**20) if cache == "memory" else FolderCache(cache, mib * 2**20)
+        return CachedTrunk(self.model, kept)
 
     def of_tasks(self, labels: Tensor | None) -> AbstractContextManager:
         """Within the context methods know the task of each image by its label, (batch,)."""
@@ -203,23 +196,15 @@ class ImageClassification(AdaptedTask):
             )
 
     def setup(self, stage: str) -> None:
-        """Connect task and data; before training, run the frozen part on all training images if it is kept.
-
-        Always in the same order, so that a resumed run, which may have nothing kept yet, gets the very same numbers.
-        """
+        """Connect task and data; before training, run the frozen part on all training images if it is kept."""
         super().setup(stage)
         if self.trunk is None:
             return
         self.trunk.hash_again()
         if stage == "fit" and self.trainer.datamodule is not None:
-            self._fill_cache(min(self.trainer.datamodule.deterministic_views, self.num_epochs))
+            views = min(self.trainer.datamodule.deterministic_views, self.num_epochs)
+            keep_all(self, views, self.trunk.output, self.trunk.cache)
             self.train()
-
-    def _fill_cache(self, views: int) -> None:
-        for view in range(views):
-            for _ in in_order(self, "train", view, self.trunk.output):
-                if self.trunk.cache.full:
-                    return
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (batch, outputs)."""

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from visionpeft.adapters.economise import economise
-from visionpeft.adapters.over_folders import attach_over_folders
-from visionpeft.adapters.start import start_from
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError, DataError
@@ -89,11 +87,7 @@ class ObjectDetection(AdaptedTask):
         self.preprocessing = preprocessing_of(images)
         self.head = head
         self.model = ObjectDetector(images, head, class_names)
-        attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
-        if start:
-            start_from(self.model, start, self.adapter_name)
-        self.economies = {"recompute": recompute}
-        economise(self.model, **self.economies)
+        self.adapt(train, start, recompute=recompute)
         self.side = min(self.preprocessing.input_size)
         self.masks = masks
         self.precision: dict[str, AveragePrecision] = {}  # of the split that is being measured, by its name

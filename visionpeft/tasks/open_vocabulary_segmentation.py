@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from visionpeft.adapters.attach import detach, has_adapters
+from visionpeft.adapters.adapters import has_adapters
+from visionpeft.adapters.attach import detach
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.clip.learners.zero_shot import ZeroShot
 from visionpeft.clip.storage import load_learner, save_learner

@@ -1,6 +1,6 @@
 """Few-shot learning and open-vocabulary classification with a CLIP and a learner on it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler
 
-from visionpeft.adapters.attach import detach, has_adapters
+from visionpeft.adapters.adapters import has_adapters
+from visionpeft.adapters.attach import detach
 from visionpeft.adapters.economise import economise
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.feature_cache import FeatureCache
@@ -26,7 +27,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.models.create_clip import create_clip
 from visionpeft.tasks.class_pairs import ClassPairs
 from visionpeft.tasks.optimisation import Optimisation
-from visionpeft.tasks.passes import in_order
+from visionpeft.tasks.passes import in_order, keep_all
 from visionpeft.tasks.task import ImageTask
 
 PROMPT_RECIPE = Optimisation(
@@ -168,7 +169,7 @@ class PromptLearning(ImageTask):
             if not self.trained_parameters():
                 self.trainer.fit_loop.max_epochs = self.trainer.limit_train_batches = 0
             elif self._keeps_features and self.fixed_views is not None:
-                self._fill_cache(min(self.fixed_views, self.num_epochs))
+                keep_all(self, min(self.fixed_views, self.num_epochs), self._encode(), self.cache)
             self.train()  # features were computed in evaluation mode
 
     def on_test_start(self) -> None:
@@ -371,23 +372,12 @@ class PromptLearning(ImageTask):
         """Features (images, features), or of several views (images, views, features), and labels of a split."""
         by_view = []
         for view in views:
-            features, labels = zip(*self._in_order(split, view, raw), strict=True)
+            features, labels = zip(*in_order(self, split, view, self._encode(raw)), strict=True)
             by_view.append(torch.cat(features))
         return by_view[0] if len(views) == 1 else torch.stack(by_view, dim=1), torch.cat(labels)
 
-    def _fill_cache(self, views: int) -> None:
-        """Compute the features of all training images.
-
-        Always in the same order, so that a resumed run, which has no cache yet, gets the very same features.
-        """
-        for view in range(views):
-            for _ in self._in_order("train", view):
-                if self.cache.full:
-                    return
-
-    def _in_order(self, split: str, view: int, raw: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and labels of the batches of a split in order; raw ones are not normalised, and not kept."""
-        encode = self.learner.encode_images if raw else self.learner.image_features
-        if self._keeps_features and not raw:
-            encode = partial(self.cache.image_features, self.learner)
-        return in_order(self, split, view, encode)
+    def _encode(self, raw: bool = False) -> Callable[[Tensor], Tensor]:
+        """What maps images to features, and keeps them where they are kept; raw ones are not normalised, nor kept."""
+        if raw:
+            return self.learner.encode_images
+        return partial(self.cache.image_features, self.learner) if self._keeps_features else self.learner.image_features

@@ -9,8 +9,6 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from visionpeft.adapters.economise import economise
-from visionpeft.adapters.over_folders import attach_over_folders
-from visionpeft.adapters.start import start_from
 from visionpeft.adapters.storage import save
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
@@ -99,11 +97,7 @@ class SemanticSegmentation(AdaptedTask):
         self.window, self.stride = window, stride
         self.head = head
         self.model = DensePredictor(images, head, class_names)
-        attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
-        if start:
-            start_from(self.model, start, self.adapter_name)
-        self.economies = {"recompute": recompute}
-        economise(self.model, **self.economies)
+        self.adapt(train, start, recompute=recompute)
         self.side = min(self.preprocessing.input_size)
         if compile:
             self.compile_model()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from visionpeft.adapters.economise import economise
-from visionpeft.adapters.over_folders import attach_over_folders
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
@@ -78,8 +77,7 @@ class VideoClassification(AdaptedTask):
             images, num_frames=num_frames, num_classes=len(class_names), dropout=dropout, head_std=head_std
         )
         self.model.set_num_frames(num_frames, interpolate)
-        attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
-        economise(self.model, class_token_only=None)
+        self.adapt(train, class_token_only=None)
         if compile:
             self.compile_model()
 

@@ -1,5 +1,6 @@
 """The objects of an image, images with their objects, and the splits that they make."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -107,7 +108,13 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def objects_of(boxes, labels, crowd=None, areas=None, masks: np.ndarray | None = None) -> Objects:
+def objects_of(
+    boxes: Sequence,
+    labels: Sequence[int],
+    crowd: Sequence[bool] | None = None,
+    areas: Sequence[float] | None = None,
+    masks: np.ndarray | None = None,
+) -> Objects:
     """Objects of lists, none of them crowds and with the areas of their boxes if nothing else is said."""
     boxes = np.array(boxes, np.float64).reshape(-1, 4)
     sides = boxes[:, 2:] - boxes[:, :2]

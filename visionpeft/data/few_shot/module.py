@@ -149,7 +149,7 @@ class FewShot(ImageDataModule):
     def published(self) -> dict[str, dict[str, float]]:
         """What learners' authors chose for this data set, by the learner: of "tip_adapter" its alpha and search range.
 
-        Empty for data sets that they had not.
+        Empty for data sets on which they did not measure.
         """
         return few_shot_datasets().get(str(self.images.about["task"]), {}).get("published", {})
 
