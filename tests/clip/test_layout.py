@@ -10,7 +10,7 @@ import torch
 from clip_reference import NAMES, WordTokenizer, clip_model, plain_features, tokenizer
 
 from visionpeft.clip.layout import Tokenizer, clean_class_names, slots
-from visionpeft.clip.learners import CLIPLinearProbe, CoOp, ZeroShot
+from visionpeft.clip.learners import IVLP, TPT, CLIPLinearProbe, CoOp, KgCoOp, MaPLe, ProGrad, ZeroShot
 from visionpeft.clip.learners.coop import context_prompts
 from visionpeft.data.few_shot.definitions import few_shot_class_names
 from visionpeft.errors import ConfigurationError
@@ -79,6 +79,53 @@ def test_a_full_stop_may_be_one_token_with_the_end_of_a_name():
     learner = CoOp(clip, tokenizer(), [name], init="a photo of a")
     expected = plain_features(clip, [f"a photo of a {name}."])
     torch.testing.assert_close(learner.text_features(), expected, rtol=0, atol=1e-11)
+
+
+def like_gemma(folder, words=("dog", "photo", "of", "a", "red", "kite")):
+    """SigLIP 2's tokenizer with a small vocabulary: no "▁" before the first word of a text (transformers 5.24.0)."""
+    transformers = pytest.importorskip("transformers")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁"]
+    vocabulary = {token: index for index, token in enumerate([*special, *sorted(set("".join(words)))])}
+    merges = []
+    for word in words:
+        for end in range(1, len(word)):
+            merges.append((word[:end], word[end]))
+            vocabulary.setdefault(word[: end + 1], len(vocabulary))
+    for word in words:
+        merges.append(("▁", word))
+        vocabulary.setdefault(f"▁{word}", len(vocabulary))
+    ends = {"padding_side": "right", "add_bos_token": False, "add_eos_token": True}
+    transformers.GemmaTokenizer(vocab=vocabulary, merges=merges, **ends).save_pretrained(folder)
+    return open_clip.tokenizer.HFTokenizer(str(folder), context_length=12, clean="canonicalize")
+
+
+def test_words_that_are_other_tokens_at_the_start_of_a_text(tmp_path):
+    """Of SigLIP 2 a class name after a context is what it is in a sentence, "▁dog" and not "dog"."""
+    tokenize, names = like_gemma(tmp_path), ["dog", "red kite"]
+    parts = Tokenizer(tokenize, 12)
+    sentence, photo = parts.contents(["a photo of a red kite.", "a photo of a"])
+    assert sentence[: len(photo)] == photo
+    assert parts.contents(["red kite"])[0] != sentence[4:]  # its negative control
+    assert parts.following(["red kite"]) == [sentence[4:]]
+    assert context_prompts(parts, ["red kite"], 2) == [(-1, -2, *sentence[4:])]
+    assert context_prompts(parts, ["red kite"], 1, "middle") == context_prompts(parts, ["red kite"], 1, "front")
+    assert context_prompts(parts, ["red kite"], 1, "front") == [(*parts.contents(["red kite"])[0], -1)]
+
+    def texts(build, **options):
+        return build(clip_model("siglip"), tokenize, names, **options).text_features()
+
+    expected = texts(ZeroShot, template="a photo of a {}.")
+    for build, options in {
+        CoOp: {"init": "a photo of a"},
+        KgCoOp: {},
+        TPT: {},
+        ProGrad: {"context_length": 4},
+        MaPLe: {"depth": 1},
+        IVLP: {"depth_text": 1, "num_text": 4},
+    }.items():
+        torch.testing.assert_close(texts(build, **options), expected, rtol=0, atol=1e-11)
+    padded = ProGrad(clip_model("siglip"), tokenize, names, context_length=6)
+    torch.testing.assert_close(padded.vectors[2:], padded.text.embed(parts.following(["a photo of a"])[0]))
 
 
 def test_no_start_token_and_an_end_that_is_also_the_padding():

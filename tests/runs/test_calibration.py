@@ -67,3 +67,16 @@ def test_record():
     assert described["mean_probability"][0] == pytest.approx(0.03)
     assert described["came_true"][0] == pytest.approx(0.5)
     assert described["mean_probability"][1:-1] == [None] * (BINS - 2)
+
+
+def test_shares_of_votes_on_a_bound_are_in_one_bin():
+    """The softmax of log(9 / 15) is, by the order of the other classes, 0.6 or the number just below it."""
+    shares = torch.full((64, 10), torch.finfo(torch.float32).tiny)
+    generator = torch.Generator().manual_seed(0)
+    for index, row in enumerate(shares):
+        others = torch.tensor([9, 1, 2, 3] if index % 2 else [9, 2, 2, 1, 1]) / 15
+        row[torch.randperm(10, generator=generator)[: len(others)]] = others
+    confidences = shares.log().softmax(-1).amax(-1)
+    assert len((confidences.double() * BINS).long().unique()) == 2  # its negative control
+    counts = calibrated([(confidences, torch.ones(64))]).describe()["counts"]
+    assert counts == [64 if bin == 9 else 0 for bin in range(BINS)]

@@ -590,5 +590,23 @@ def test_an_order_that_matters_and_cannot_be_repeated_is_refused(tmp_path, image
             trainer(tmp_path).test(make(learner), dataloaders=shuffled, verbose=False)
         with pytest.raises(ConfigurationError, match="shuffles them in a way that is not recorded"):
             trainer(tmp_path).predict(make(learner), dataloaders=shuffled)
-    ordered = torch.utils.data.DataLoader(dataset, batch_size=4, collate_fn=as_batch)
-    assert trainer(tmp_path).predict(make(TDA), dataloaders=ordered)
+    every = range(len(dataset))
+    by_chance = [
+        torch.utils.data.SubsetRandomSampler(every),
+        torch.utils.data.WeightedRandomSampler([1.0] * len(every), len(every)),
+        torch.utils.data.DistributedSampler(dataset, num_replicas=1, rank=0),
+    ]
+    for sampler in by_chance:
+        drawn = torch.utils.data.DataLoader(dataset, batch_size=4, sampler=sampler, collate_fn=as_batch)
+        with pytest.raises(ConfigurationError, match="shuffles them in a way that is not recorded"):
+            trainer(tmp_path).test(make(TDA), dataloaders=drawn, verbose=False)
+    ready = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=1, in_order=False, collate_fn=as_batch)
+    with pytest.raises(ConfigurationError, match="as its workers are ready; leave out in_order=False"):
+        trainer(tmp_path).test(make(TDA), dataloaders=ready, verbose=False)
+    for sampler in (
+        None,
+        torch.utils.data.SequentialSampler(dataset),
+        torch.utils.data.DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=False),
+    ):
+        ordered = torch.utils.data.DataLoader(dataset, batch_size=4, sampler=sampler, collate_fn=as_batch)
+        assert trainer(tmp_path).predict(make(TDA), dataloaders=ordered)

@@ -93,6 +93,19 @@ class Tokenizer:
             contents.append(tuple(inside[:-1] if inside and inside[-1] == self.end else inside))
         return contents
 
+    def following(self, texts: Iterable[str]) -> list[Tokens]:
+        """As `contents`, of texts that stand after another word.
+
+        Of SigLIP 2's tokenizer, Gemma's, a word is another token there than at the start of a text: "▁dog", not "dog".
+        Of most others it is the same.
+        """
+        texts = list(texts)
+        (word,) = self.contents(["a"])
+        return [
+            after[len(word) :] if after[: len(word)] == word else alone
+            for after, alone in zip(self.contents(f"a {text}" for text in texts), self.contents(texts), strict=True)
+        ]
+
     def layout(self, contents: Sequence[Tokens], names: Sequence[str]) -> Layout:
         """Texts with these contents.
 

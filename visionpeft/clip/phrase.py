@@ -48,7 +48,7 @@ class Phrase:
 
     def prompts(self, names: Sequence[str]) -> list[Tokens]:
         """Tokens and slots of the prompt of each class."""
-        contents = self.learner.tokenizer.contents(f"{name}." for name in names)
+        contents = self.learner.tokenizer.following(f"{name}." for name in names)
         return [(*slots(self.num_tokens), *self.fixed, *content) for content in contents]
 
 

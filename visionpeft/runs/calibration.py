@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BINS = 15
+ROUNDING = 1e-5
 
 
 class Calibration:
@@ -31,8 +32,9 @@ class Calibration:
     def add(self, confidences: Tensor, hits: Tensor) -> None:
         """Add probabilities (n,), and whether each came true, (n,)."""
         confidences, hits = confidences.cpu().double(), hits.cpu().double()
-        # Bin b holds b / 15 <= p < (b + 1) / 15, the last one 1, too.
-        bins = (confidences * BINS).nan_to_num().long().clamp(0, BINS - 1)
+        # Bin b holds b / 15 <= p < (b + 1) / 15, the last one 1, too. Shares of votes lie on such bounds, and softmax
+        # in single precision gives each of them by rounding just below its bound or on it.
+        bins = (confidences * BINS + ROUNDING).nan_to_num().long().clamp(0, BINS - 1)
         self.counts += torch.bincount(bins, minlength=BINS)
         self.confidences += torch.bincount(bins, confidences, minlength=BINS)
         self.hits += torch.bincount(bins, hits, minlength=BINS)

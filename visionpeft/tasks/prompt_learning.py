@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
-from torch.utils.data import RandomSampler
+from torch.utils.data import DistributedSampler, RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
 
 from visionpeft.adapters.adapters import has_adapters
 from visionpeft.adapters.attach import detach
@@ -29,6 +29,8 @@ from visionpeft.tasks.class_pairs import ClassPairs
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.passes import in_order, keep_all
 from visionpeft.tasks.task import ImageTask
+
+DRAWING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 PROMPT_RECIPE = Optimisation(
     optimizer="sgd", lr=0.002, weight_decay=5e-4, decay_all=True, schedule="epoch_cosine", warmup_epochs=1
@@ -199,10 +201,15 @@ class PromptLearning(ImageTask):
         for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
             # For predictions Lightning wraps the sampler in that of batches.
             samplers = (loader, getattr(loader, "batch_sampler", None))
-            if any(isinstance(getattr(each, "sampler", None), RandomSampler) for each in samplers):
+            if any(draws(getattr(each, "sampler", None)) for each in samplers):
                 raise ConfigurationError(
                     f"what {self.label} predicts depends on the images before, and this loader shuffles them in a way "
                     "that is not recorded; give a loader without shuffle, or data with test_order='shuffled'"
+                )
+            if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
+                raise ConfigurationError(
+                    f"what {self.label} predicts depends on the images before, and this loader gives batches as its "
+                    "workers are ready; leave out in_order=False"
                 )
 
     def on_validation_epoch_start(self) -> None:
@@ -381,3 +388,8 @@ class PromptLearning(ImageTask):
         if raw:
             return self.learner.encode_images
         return partial(self.cache.image_features, self.learner) if self._keeps_features else self.learner.image_features
+
+
+def draws(sampler: Sampler | None) -> bool:
+    """Whether a sampler of PyTorch takes the images in an order by chance."""
+    return isinstance(sampler, DRAWING) or (isinstance(sampler, DistributedSampler) and sampler.shuffle)

@@ -165,12 +165,12 @@ def proda_by_hand(t, f, labels, nameless, weight=0.1):
 
 
 def nameless_by_hand(contexts):
-    """Unit features (contexts, e) of texts that are a context alone."""
+    """Unit features (contexts, e) of texts that are a context and a full stop."""
     clip, rows = plain(), []
     for context in contexts:
-        start, end = clip.token_embedding.weight[[49406]], clip.token_embedding.weight[[49407]]
-        padding = clip.token_embedding.weight[[0]].expand(77 - 2 - len(context), -1)
-        rows.append(text_feature(clip, torch.cat((start, context, end, padding)), 1 + len(context)))
+        start, stop, end = (clip.token_embedding.weight[[index]] for index in (49406, 269, 49407))
+        padding = clip.token_embedding.weight[[0]].expand(77 - 3 - len(context), -1)
+        rows.append(text_feature(clip, torch.cat((start, context, stop, end, padding)), 2 + len(context)))
     return torch.stack(rows)
 
 

@@ -73,12 +73,13 @@ def context_prompts(
     """
     if position not in ("end", "middle", "front"):
         raise ConfigurationError(f"position {position!r} must be end, middle or front")
+    split = {"end": length, "middle": length // 2, "front": 0}[position]
+    read = tokenizer.following if split else tokenizer.contents
     # A name such as "ram (adult male sheep)" merges with the full stop: ")." is one token, which moves with the name.
-    sentences = tokenizer.contents(f"{name}." for name in names)
+    sentences = read(f"{name}." for name in names)
     prompts = []
-    for index, (sentence, name) in enumerate(zip(sentences, tokenizer.contents(names), strict=True)):
+    for index, (sentence, name) in enumerate(zip(sentences, read(names), strict=True)):
         context = slots(length, length * index if class_specific else 0)
-        split = {"end": length, "middle": length // 2, "front": 0}[position]
         prompts.append((*context[:split], *sentence[: len(name)], *context[split:], *sentence[len(name) :]))
     return prompts
 

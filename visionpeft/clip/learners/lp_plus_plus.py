@@ -23,7 +23,8 @@ class LPPlusPlus(TemplateTexts):
     and every a at 250 times the mean over the classes of the mean of f t_k over the images of class k. Then come
     `steps` steps over all n training images at once: w and b by SGD with momentum 0.9 and the rate 4 n / (largest
     eigenvalue of F^T F), a after every tenth step by a plain gradient step of the rate n / (4 max_k sum_i (f_i t_k)^2).
-    Where there is a validation split, the first step that classifies it best is kept, otherwise the last one.
+    Where there is a validation split, the last of the steps that classify it best is kept, as by the authors, otherwise
+    the last one of all.
     No optimiser of a run is needed. Learnt: classes * (e + 2), with e features.
     Source: Huang et al., LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP, 2024. The authors' code never
     clears the gradient of a, so that each of its steps adds all gradients so far; here it is cleared, as in the paper.
@@ -149,7 +150,7 @@ class LPPlusPlus(TemplateTexts):
             if held_out is not None:
                 found = _logits(held_out[0], held_out[0] @ texts.T, weight, bias, strength).argmax(dim=-1)
                 correct = int((found == held_out[1]).sum())
-                if correct > best:
+                if correct >= best:
                     best, kept = correct, (step, (weight, bias, strength))
         if kept is None:
             return (weight, bias, strength), {"step": self.steps}

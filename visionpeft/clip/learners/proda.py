@@ -25,8 +25,9 @@ class ProDA(Learner):
         scale f m_k + scale^2 / 2 * sum of f^2 (S_yy + S_kk - 2 S_yk),
 
     an upper bound of the expected cross-entropy of Gaussian classifiers, plus `orthogonality` times the mean |cos|
-    between the text features of different contexts without a name. It predicts by scale f m_k. While training, each
-    loss takes `contexts_per_step` contexts, drawn in the shares of the positions. All start at N(0, 0.02^2).
+    between the text features of different contexts without a name: [SOS] v_1 .. v_M . [EOS]. It predicts by scale f
+    m_k. While training, each loss takes `contexts_per_step` contexts, drawn in the shares of the positions. All start
+    at N(0, 0.02^2).
     Trainable: K M d, with context length M and text width d.
     Source: Lu et al., Prompt Distribution Learning, 2022. The authors have published no code: the divisor of the
     covariance and the contexts without a name are those of a re-implementation, the weight is the paper's, recalled.
@@ -89,7 +90,8 @@ class ProDA(Learner):
             self.tokenizer.layout(self._prompts_at(position, self.class_names), self.class_names)
             for position in ("front", "middle", "end")
         ]
-        self.nameless = self.tokenizer.layout([slots(self.context_length)], ["no class"])
+        (stop,) = self.tokenizer.contents(["."])
+        self.nameless = self.tokenizer.layout([(*slots(self.context_length), *stop)], ["no class"])
 
     def _prompts_at(self, position: Position, names: Sequence[str]) -> list[Tokens]:
         return context_prompts(self.tokenizer, names, self.context_length, position)
@@ -151,7 +153,7 @@ class ProDA(Learner):
         return loss, logits
 
     def likeness(self, chosen: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean |cos| between the text features of different contexts without a name."""
+        """Mean |cos| between the text features of different contexts without a name, but with the full stop."""
         vectors = self.vectors if chosen is None else self.vectors[chosen]
         alone = unit(self.encode(self.nameless, vectors))[:, 0]
         cosines = (alone @ alone.mT).abs()

@@ -108,6 +108,8 @@ class ProGrad(Learner):
         phrase = (template.split("{}")[0] if self.init is None else self.init.replace("_", " ")).strip()
         phrase = phrase or "a photo of a"
         (tokens,) = self.tokenizer.contents([phrase])
+        if len(tokens) < self.context_length:  # zeros stand before it
+            (tokens,) = self.tokenizer.following([phrase])
         fixed: Tokens = ()
         if self._may_have_fixed_words:
             count = len(phrase.split())
