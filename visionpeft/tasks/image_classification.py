@@ -228,7 +228,6 @@ class ImageClassification(AdaptedTask):
     def load(self, folder: Path) -> None:
         """Read an adapter in the place of the attached one."""
         super().load(folder)
-        economise(self.model, **self.economies)
         if self.trunk is not None:
             self.trunk = CachedTrunk(self.model, self.trunk.cache)
 

@@ -1,7 +1,5 @@
 """Video classification with a frozen, adapted backbone of images."""
 
-from pathlib import Path
-
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
@@ -79,7 +77,8 @@ class VideoClassification(AdaptedTask):
         )
         self.model.set_num_frames(num_frames, interpolate)
         attach_over_folders(self.model, self.methods, self.adapter_name, tuple(train or ()))
-        economise(self.model, class_token_only=None)
+        self.economies = {"class_token_only": None}
+        economise(self.model, **self.economies)
         if compile:
             self.compile_model()
 
@@ -96,11 +95,6 @@ class VideoClassification(AdaptedTask):
                 f"the data gives clips of {given} frames (--data.sampling.num_frames), but the model takes "
                 f"{self.model.num_frames} (--model.num_frames); give both the same number"
             )
-
-    def load(self, folder: Path) -> None:
-        """Read an adapter in the place of the attached one."""
-        super().load(folder)
-        economise(self.model, class_token_only=None)
 
     def example(self) -> Tensor:
         """A batch of one clip, of zeros."""
