@@ -153,6 +153,8 @@ def made_adapter(
         backbone = describe(model)
         actual = backbone_record(model, check_fingerprint, backbone)
         check_backbone(model, description["backbone"], actual, what)
+        if description["heads"]:
+            check_pooling(description["backbone"], actual, what)
         try:
             adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
             adapter.head_paths = tuple(description["heads"])
@@ -210,7 +212,7 @@ def package_versions() -> dict[str, str]:
 
 
 def backbone_record(model: nn.Module, with_fingerprint: bool = True, backbone: Backbone | None = None) -> dict:
-    """Where a backbone comes from, what it is and, unless left out, the fingerprint of its weights.
+    """Where a backbone comes from, what it is, how it pools and, unless left out, the fingerprint of its weights.
 
     Args:
         model: the model.
@@ -222,6 +224,8 @@ def backbone_record(model: nn.Module, with_fingerprint: bool = True, backbone: B
     backbone = backbone or describe(model)
     source = getattr(model, "backbone_source", None) or {"library": backbone.library, "name": backbone.name}
     record = {"source": source, "class": type(model).__name__, "architecture": backbone.name}
+    if (pooling := backbone.pooling) is not None:  # not in files of earlier versions
+        record["pooling"] = pooling
     if not with_fingerprint:
         return record | {"fingerprint": None}
     with plain(model):
@@ -259,6 +263,23 @@ def check_backbone(model: nn.Module, saved: dict, actual: dict, what: str) -> No
             f"{what} was trained on other weights of {saved['architecture']} than this model has ({reason}); load the "
             "weights named in its .json file (on the command line with --model.backbone and --model.checkpoint), "
             "or in Python pass check_fingerprint=False"
+        )
+
+
+def check_pooling(saved: dict, actual: dict, what: str) -> None:
+    """Refuse a backbone with the same weights that pools its tokens in another way, where the pooled are read.
+
+    Nothing is compared where the weights are not, or where one of the two does not say it.
+
+    Raises:
+        StorageError: it pools otherwise.
+    """
+    before, now = saved.get("pooling"), actual.get("pooling")
+    if actual["fingerprint"] is not None and None not in (before, now) and before != now:
+        raise StorageError(
+            f"{what} was trained on {saved['architecture']} that pools by {before!r}, and this one of the same weights "
+            f"pools by {now!r}; make it with that pooling (of timm, global_pool={before!r}), or in Python pass "
+            "check_fingerprint=False"
         )
 
 

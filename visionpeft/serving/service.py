@@ -366,4 +366,5 @@ def answer(values: torch.Tensor, trained: TrainedModel, names: Sequence[str] | N
 
 def _key(description: dict) -> str:
     """What is the same for what belongs to one backbone."""
-    return json.dumps(description["backbone"], sort_keys=True)
+    about = {key: value for key, value in description["backbone"].items() if key != "pooling"}  # older files lack it
+    return json.dumps(about, sort_keys=True)
