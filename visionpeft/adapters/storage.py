@@ -32,7 +32,7 @@ from visionpeft.adapters.stages import check_last_stage
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe
-from visionpeft.errors import ConfigurationError, StorageError, UserError, nearest
+from visionpeft.errors import ConfigurationError, StorageError, UserError, near
 from visionpeft.extensions import classes_by_name
 from visionpeft.methods.parts.base import Method
 from visionpeft.methods.parts.field_types import from_json
@@ -308,8 +308,10 @@ def _class_of(entry: dict) -> type[Method]:
     own = [getattr(method_classes, name) for name in method_classes.__all__ if name != "Method"]
     classes = classes_by_name(Method, own)
     if entry["class"] not in classes:
+        found = near(entry["class"], classes)
+        known = f"; near names are {', '.join(found)}" if found else ""
         raise StorageError(
-            f"the adapter was made by a method {entry['class']!r} this version does not have; "
-            f"near names are {nearest(entry['class'], classes)}; a method of your own must be imported first"
+            f"the adapter was made by a method {entry['class']!r} this version does not have{known}; a method of your "
+            "own must be imported first"
         )
     return classes[entry["class"]]
