@@ -59,6 +59,45 @@ def test_precisions(tmp_path, before, then):
         vp.load(other, folder)
 
 
+def pooled_by_swin(pooling):
+    torch.manual_seed(0)
+    options = {"embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "img_size": 32, "window_size": 4}
+    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, **options).eval()
+    model.reset_classifier(3, pooling)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "before", "then"),
+    [
+        (lambda pooling: build(global_pool=pooling, fc_norm=False, final_norm=True), "token", "avg"),
+        (pooled_by_swin, "avg", "max"),
+    ],
+)
+def test_the_same_weights_pooled_otherwise_are_refused(tmp_path, monkeypatch, make, before, then):
+    """No weight says it; the head would have read another feature without a word."""
+    vp.save(vp.attach(make(before), vp.LoRA(rank=2)), tmp_path)
+    vp.load(make(before), tmp_path)
+    with pytest.raises(vp.StorageError, match=f"pools by '{before}', and this one of the same weights pools by '"):
+        vp.load(make(then), tmp_path)
+    vp.load(make(then), tmp_path, check_fingerprint=False)
+    vp.save(vp.attach(make(before), vp.LoRA(rank=2), head=False), tmp_path / "headless")
+    vp.load(make(then), tmp_path / "headless")  # whose user reads what he likes
+    with monkeypatch.context() as patch:
+        patch.setattr("visionpeft.backbones.tower.Backbone.pooling", None)
+        vp.save(vp.attach(make(before), vp.LoRA(rank=2)), tmp_path / "earlier")  # by a version that does not say it
+    vp.load(make(then), tmp_path / "earlier")
+
+
+def test_a_head_on_maps_does_not_mind_the_pooling(tmp_path):
+    make = [build(global_pool=pooling, fc_norm=False, final_norm=True, num_classes=0) for pooling in ("token", "avg")]
+    first, second = (vp.DensePredictor(backbone, classes=3) for backbone in make)
+    vp.save(vp.attach(first, vp.LoRA(rank=2)), tmp_path)
+    vp.load(second, tmp_path)
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(first.eval()(images), second.eval()(images))
+
+
 def other_block(model):
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[0, 0] += 0.1

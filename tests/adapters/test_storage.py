@@ -198,6 +198,10 @@ def add_tensor(described, tensors):
     tensors["lora.visual.9.q.A"] = torch.zeros(2, 32)
 
 
+def own_method(described, tensors):
+    described["methods"][0]["class"] = "MyOwnIdea"  # a list of all ours would say nothing
+
+
 def unknown_method(described, tensors):
     described["methods"][0]["class"] = "LoRAA"
 
@@ -262,6 +266,7 @@ def foreign_head(described, tensors):
         (drop_two, r"lora.visual.1.v.A is missing \(and 1 more\)$"),
         (add_tensor, "lora.visual.9.q.A is not expected$"),
         (unknown_method, "near names are LoRA"),
+        (own_method, "'MyOwnIdea' this version does not have; a method of your own must be imported first$"),
         (unknown_field, "do not fit this version"),
         (wrong_type, "do not fit this version"),
         (other_format, "format 99"),

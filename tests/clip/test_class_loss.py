@@ -1,6 +1,7 @@
 """SigLIP's loss and bias: the logits of learners, what they learn with it, and what their answers then mean."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from open_clip.loss import SigLipLoss
 from small_learner_runs import run_learner
 from small_runs import draw_images
 
-from visionpeft import evaluate
+from visionpeft import evaluate, predict
 from visionpeft.clip import learners
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.storage import load_learner, save_learner
@@ -155,3 +156,9 @@ def test_runs_answer_and_calibrate_by_pair(tmp_path):
     # With this bias no pair is likely, and a softmax over three classes gives a third or more.
     assert 0 < results["test"]["confidence"] < 0.01
     assert evaluate.main([str(folder)]) == 0
+    # One class alone is a question, too, where each is judged by itself; a softmax would say 1 whatever is shown.
+    made = ["--class-names", "frog", "--output", str(tmp_path / "out.json")]
+    assert predict.main([str(folder), str(squares / "red" / "0.png"), *made]) == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["classes"] == ["frog"]
+    assert row["probabilities"][0] < 0.5

@@ -47,6 +47,19 @@ def test_crop_covers_then_cuts_the_centre(size, scaled):
     assert torch.equal(ImageTransform(PLAIN, "crop").prepare(image), pixels(expected))
 
 
+@pytest.mark.parametrize("size", [(1000, 10), (10, 1000), (160, 10)])
+def test_a_very_long_image_is_seen_in_its_middle(size):
+    """As from the whole, which resized by its shorter side has no bound: a strip of 1 x 300,000 would be 1.4 GB."""
+    image = picture(*size)
+    scaled = [40 * side // min(size) for side in size]
+    left, top = ((side - 32) // 2 for side in scaled)
+    whole = image.resize(scaled, Image.Resampling.BICUBIC).crop((left, top, left + 32, top + 32))
+    assert torch.equal(ImageTransform(PLAIN, "crop").prepare(image), pixels(whole))
+    strip = Image.new("RGB", (300_000, 1))
+    assert ImageTransform(PLAIN, "crop").prepare(strip).shape == (3, 32, 32)
+    assert ImageTransform(PLAIN, "crop", "crop_flip").prepare(strip).shape == (3, 40, 640)
+
+
 def test_resize_covers_224_as_torchvision_does_to_the_pixel():
     short, long = (side.ravel() for side in np.meshgrid(np.arange(1, 961), np.arange(1, 961), indexing="ij"))
     short, long = short[short < long], long[short < long]

@@ -550,6 +550,10 @@ def test_ray_that_is_not_installed(tmp_path, monkeypatch):
             "workers must be 1 or more processes, or 'ray', not 'two'",
         ),
         (["--configs", "CONFIG", "--model.optimization.lr", "1"], "optimization"),
+        (
+            ["--configs", "CONFIG", "--trainer.limit_val_batches", "0"],
+            "--trainer.limit_val_batches 0 leaves no epoch validated, by which a trial is judged",
+        ),
         (["--method", "prefix_tuning", "--paper"], "no paper's rule is known for vtab_prefix_tuning.yaml"),
     ],
 )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_learner_runs import learner_arguments
+from small_object_runs import as_coco, object_arguments
 from small_runs import BACKBONE, COLOURS, arguments, draw_images, results
 
 from visionpeft import fit
@@ -182,6 +184,14 @@ def test_shares_of_a_folder_that_is_divided_already_are_refused(images, tmp_path
     assert "has folders of splits (train, val, test)" in refused(capsys, *given, output=tmp_path / "runs")
     CLI(arguments(folder))  # without it
     CLI(arguments(images, f"--data.{option}", "0"))  # where it acts
+
+
+def test_shares_of_files_of_splits_are_refused(tmp_path, capsys):
+    share = ("--data.val_fraction", "0.3")
+    said = refused(capsys, *object_arguments(*share, data=as_coco(tmp_path / "coco")), output=tmp_path / "runs")
+    assert "has files of splits (train, val, test), which are taken as they are; leave it out, or add a file" in said
+    few_shot = [*learner_arguments(tmp_path), "--data.dataset", "clipart", *share]
+    assert "'clipart' has splits of its own" in refused(capsys, *few_shot, output=tmp_path / "runs")
 
 
 def test_what_the_data_says_may_be_said_of_the_model_as_well(images):

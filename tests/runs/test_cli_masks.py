@@ -12,6 +12,7 @@ from small_runs import draw_images, failing_in_second_epoch, history_of, results
 import visionpeft as vp
 from visionpeft import evaluate, fit, predict
 from visionpeft.data import ComposedScenes, MaskFolder
+from visionpeft.data.segmentation.transforms import MaskedTransform
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import shipped_configs
 from visionpeft.runs.history import read_history
@@ -146,6 +147,36 @@ def test_images_that_a_backbone_of_one_size_does_not_take_are_told_before_traini
     assert fit.main([*smaller, *map(str, out)]) == 0
 
 
+def test_the_loss_that_is_measured_is_of_all_labelled_pixels(finished, masked):
+    """One image has few that count: as a mean of the images' means it would weigh as much as another."""
+    assert evaluate.main([str(finished), "--data.values", "{0: null, 1: blue, 2: red}"]) == 0
+    trained = open_run(RunDirectory(finished))
+    transform = MaskedTransform(trained.preprocessing, 32)
+    losses, counts = [], []
+    for name in files_tested(masked):
+        labels = torch.from_numpy(np.asarray(Image.open(masked / "masks" / name)).astype(np.int64))
+        image = transform.normalise(transform.measure(Image.open(masked / "images" / name)))
+        with torch.no_grad():
+            logits = trained.model(image[None]).double()
+        kept = torch.where(labels == 0, -100, labels)
+        losses.append(torch.nn.functional.cross_entropy(logits, kept[None], reduction="sum").item())
+        counts.append((labels != 0).sum().item())
+    assert len(set(counts)) > 1
+    found = json.loads((finished / "evaluation.json").read_text())["test"]["loss"]
+    assert found == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
+    of_images = np.mean([loss / count for loss, count in zip(losses, counts, strict=True)])
+    assert found != pytest.approx(of_images, rel=1e-4)
+
+
+def test_masks_without_a_labelled_pixel_are_told_before_training(masked, tmp_path, capsys):
+    """Their loss is 0 in every step: the run trained in silence, and only its first measurement ended it."""
+    nothing = mask_arguments(masked, "--data.values", "{0: null, 1: null, 2: null}", "--test", "false", epochs=1)
+    unmeasured = ["--data.val_fraction", "0", "--output", tmp_path]
+    error = refusal(fit.main, [*nothing, *unmeasured], capsys)
+    assert "no pixel of the 10 training masks has a class" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_does_not_fit_is_refused(finished, masked, tmp_path, capsys):
     image = masked / "images" / "00.png"
     assert "must be a folder" in refusal(predict.main, [finished, image, "--output", tmp_path / "a.csv"], capsys)
@@ -157,7 +188,7 @@ def test_what_does_not_fit_is_refused(finished, masked, tmp_path, capsys):
         assert "the head is that of the adapter in" in refusal(evaluate.main, [finished, *head], capsys)
     (tmp_path / "head.yaml").write_text("model: {init_args: {head: {class_path: SETR, init_args: {width: 8}}}}")
     error = refusal(evaluate.main, [finished, "--config", tmp_path / "head.yaml"], capsys)
-    assert "is LinearSegmentation(layers=1, batch_norm=False, dropout=0.1), and SETR(" in error
+    assert "--model.head SETR: the head is that of the adapter in" in error
     nothing = ["--data.values", "{0: null, 1: null, 2: null}"]
     error = refusal(evaluate.main, [finished, *nothing], capsys)
     assert "no pixel measured of the test split has a class, all are ignored" in error

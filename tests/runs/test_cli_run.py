@@ -10,8 +10,10 @@ import yaml
 from small_runs import COLOURS, arguments, draw_images, results, run
 
 import visionpeft as vp
-from visionpeft import evaluate, fit, predict
+from visionpeft import evaluate, fit, predict, tasks
+from visionpeft.runs.as_trained import OF_TEST, OF_TRAINING, TRAINED
 from visionpeft.runs.history import read_history
+from visionpeft.runs.signatures import parameters
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,47 @@ def test_evaluate_refuses_classes_of_other_names(finished, images, tmp_path, cap
 def test_evaluate_takes_other_data(finished, images):
     assert evaluate.main([str(finished), "--data.test_fraction", "0.5"]) == 0
     assert json.loads((finished / "evaluation.json").read_text())["data"]["sizes"]["test"] == 15
+
+
+OTHER_METHOD = """
+model: {class_path: ImageClassification, init_args: {method: {class_path: AdaptFormer}, optimisation: {lr: 0.5}}}
+"""
+OTHER_TRAINING = """
+report: best
+model: {init_args: {optimisation: {lr: 0.5}, mixup: 0.3}}
+data: {init_args: {batch_size: 5}}
+"""
+
+
+def test_evaluate_refuses_what_the_run_does_not_have(finished, tmp_path, capsys):
+    """A configuration of another method was read, and the trained method tested, without a word about it."""
+    (tmp_path / "method.yaml").write_text(OTHER_METHOD)
+    for given, said in (
+        (["--config", str(tmp_path / "method.yaml")], "--model.method AdaptFormer: the method is that of the adapter"),
+        (["--config", "fewshot_coop.yaml"], "was trained by ImageClassification"),
+        (["--model.method.rank", "4"], "as trained (8)"),
+        (["--model.method", "[LoRA, VPT]"], "--model.method [LoRA, VPT]"),
+        (["--model.train", "[cls_token]"], "the train is that of the adapter"),
+        (["--model.optimisation.lr", "0.1"], "changes nothing about a test"),
+        (["--report=best"], "--report is an option of a training"),
+    ):
+        assert evaluate.main([str(finished), *given]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_evaluate_takes_what_says_the_same_and_what_is_about_the_test(finished, tmp_path):
+    """A configuration may say how to train, too, as those of benchmarks do."""
+    assert evaluate.main([str(finished), "--model.method", "LoRA", "--model.recompute", "mlp"]) == 0
+    (tmp_path / "training.yaml").write_text(OTHER_TRAINING)
+    assert evaluate.main([str(finished), "--config", str(tmp_path / "training.yaml")]) == 0
+    again = json.loads((finished / "evaluation.json").read_text())
+    assert again["test"]["top1"] == results(finished)["test"]["top1"]
+
+
+def test_every_option_of_a_task_is_of_what_was_trained_of_a_training_or_of_a_test():
+    for task in set(tasks.__all__) - {"ImageTask"}:
+        named = parameters(task).keys()
+        assert named <= TRAINED | OF_TRAINING | OF_TEST, (task, named - TRAINED - OF_TRAINING - OF_TEST)
 
 
 def test_predict_csv(finished, images, tmp_path, capsys):

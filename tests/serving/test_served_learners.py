@@ -94,7 +94,8 @@ def test_class_names_that_cannot_be_used_are_refused(service, files):
     cases = [
         ("coop", ["oak", "oak"], "both 'oak'"),
         ("coop", ["oak", " "], "at least one letter"),
-        ("coop", ["oak " * 80], "shorten the class name"),
+        ("coop", ["oak " * 80, "elm"], "shorten the class name"),
+        ("coop", ["oak"], "give at least two"),
         ("coop", list("abcdef"), "at most 5 classes"),
         ("probe", OTHERS, "no other class names"),
     ]

@@ -33,7 +33,7 @@ from visionpeft.adapters.switch import plain
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe
-from visionpeft.errors import ConfigurationError, StorageError, UserError, nearest
+from visionpeft.errors import ConfigurationError, StorageError, UserError, near
 from visionpeft.extensions import classes_by_name
 from visionpeft.methods.parts.base import Method, describe_method
 from visionpeft.methods.parts.field_types import from_json
@@ -153,6 +153,8 @@ def made_adapter(
         backbone = describe(model)
         actual = backbone_record(model, check_fingerprint, backbone)
         check_backbone(model, description["backbone"], actual, what)
+        if description["heads"]:
+            check_pooling(description["backbone"], actual, what)
         try:
             adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(description["train"]))
             adapter.head_paths = tuple(description["heads"])
@@ -213,7 +215,7 @@ def package_versions() -> dict[str, str]:
 
 
 def backbone_record(model: nn.Module, with_fingerprint: bool = True, backbone: Backbone | None = None) -> dict:
-    """Where a backbone comes from, what it is and, unless left out, the fingerprint of its weights.
+    """Where a backbone comes from, what it is, how it pools and, unless left out, the fingerprint of its weights.
 
     Args:
         model: the model.
@@ -225,6 +227,8 @@ def backbone_record(model: nn.Module, with_fingerprint: bool = True, backbone: B
     backbone = backbone or describe(model)
     source = getattr(model, "backbone_source", None) or {"library": backbone.library, "name": backbone.name}
     record = {"source": source, "class": type(model).__name__, "architecture": backbone.name}
+    if (pooling := backbone.pooling) is not None:  # not in files of earlier versions
+        record["pooling"] = pooling
     if not with_fingerprint:
         return record | {"fingerprint": None}
     with plain(model):
@@ -265,6 +269,23 @@ def check_backbone(model: nn.Module, saved: dict, actual: dict, what: str) -> No
         )
 
 
+def check_pooling(saved: dict, actual: dict, what: str) -> None:
+    """Refuse a backbone with the same weights that pools its tokens in another way, where the pooled are read.
+
+    Nothing is compared where the weights are not, or where one of the two does not say it.
+
+    Raises:
+        StorageError: it pools otherwise.
+    """
+    before, now = saved.get("pooling"), actual.get("pooling")
+    if actual["fingerprint"] is not None and None not in (before, now) and before != now:
+        raise StorageError(
+            f"{what} was trained on {saved['architecture']} that pools by {before!r}, and this one of the same weights "
+            f"pools by {now!r}; make it with that pooling (of timm, global_pool={before!r}), or in Python pass "
+            "check_fingerprint=False"
+        )
+
+
 def method_from(entry: dict) -> Method:
     """The method that `describe_method` described, also an older version's, whose fields may be fewer.
 
@@ -290,8 +311,10 @@ def _class_of(entry: dict) -> type[Method]:
     own = [getattr(method_classes, name) for name in method_classes.__all__ if name != "Method"]
     classes = classes_by_name(Method, own)
     if entry["class"] not in classes:
+        found = near(entry["class"], classes)
+        known = f"; near names are {', '.join(found)}" if found else ""
         raise StorageError(
-            f"the adapter was made by a method {entry['class']!r} this version does not have; "
-            f"near names are {nearest(entry['class'], classes)}; a method of your own must be imported first"
+            f"the adapter was made by a method {entry['class']!r} this version does not have{known}; a method of your "
+            "own must be imported first"
         )
     return classes[entry["class"]]

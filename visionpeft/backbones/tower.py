@@ -401,6 +401,7 @@ class Backbone:
         heads: paths of the classification heads, empty if the model has none.
         refused: why a tower of the model is missing from `towers`, by its name.
         unused_heads: paths of classification heads that the model has, but does not call.
+        pools: whether what is read of the image tower is pooled, and not every patch.
     """
 
     library: str
@@ -410,3 +411,18 @@ class Backbone:
     heads: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
     unused_heads: tuple[str, ...] = ()
+    pools: bool = True
+
+    @property
+    def pooling(self) -> str | None:
+        """How the image tower's tokens become one feature, as its library calls it; None where it is not said."""
+        if "visual" not in self.towers or not self.pools:
+            return None
+        module = self.towers["visual"].module
+        for owner in (getattr(module, "head", None), module):  # of timm's heads that pool, it is theirs that acts
+            for name in ("global_pool", "pool_type"):
+                pool = getattr(owner, name, None)
+                pool = getattr(pool, "pool_type", pool)
+                if isinstance(pool, str):
+                    return pool
+        return None

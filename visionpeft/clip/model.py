@@ -9,7 +9,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 
 from visionpeft.adapters.adapters import has_adapters
-from visionpeft.adapters.storage import backbone_record, check_backbone
+from visionpeft.adapters.storage import backbone_record, check_backbone, check_pooling
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 
@@ -73,7 +73,9 @@ def check_same_clip(clip: nn.Module, description: dict, what: str, check_fingerp
         StorageError: it is another one, or has other adapters.
     """
     check_clip(clip)
-    check_backbone(clip, description["backbone"], backbone_record(clip, check_fingerprint), what)
+    actual = backbone_record(clip, check_fingerprint)
+    check_backbone(clip, description["backbone"], actual, what)
+    check_pooling(description["backbone"], actual, what)
     saved, acting = description["adapters"], acting_adapters(clip)
     if list(saved) != list(acting):
         raise StorageError(

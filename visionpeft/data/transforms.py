@@ -13,6 +13,8 @@ from visionpeft.data.ordering import mix
 from visionpeft.errors import ConfigurationError
 
 Augmentation = Literal["none", "crop_flip", "random_resized_crop"]
+# Resized by its shorter side, a strip of 1 x 100,000 pixels would fill the memory.
+LONGEST = 16  # times the shorter side that the longer one may have
 CROP_AREA = (0.08, 1.0)  # shares of the area that are cut where nothing else is said, as in most papers
 
 
@@ -22,7 +24,8 @@ class ImageTransform:
     Args:
         preprocessing: Input size, normalisation, interpolation and crop share of the backbone's pretraining.
         resize: "squash" resizes to the input size whatever the aspect; "crop" resizes until the image covers
-            `input size / crop_pct` and cuts out the centre.
+            `input size / crop_pct` and cuts out the centre. Of an image more than `LONGEST` times as long as wide
+            that is the part in the middle.
         augmentation: "none"; "crop_flip": resize to `input size / min(crop_pct, 0.875)` (256 for 224; squashed or
             covering, as `resize` says), cut at random, flip half of the images; "random_resized_crop": cut a share of
             the area with aspect 3/4 to 4/3, resize that to the input size, flip half of the images.
@@ -68,6 +71,8 @@ class ImageTransform:
 
     def prepare(self, image: Image.Image) -> torch.Tensor:
         """Deterministic part: RGB image -> uint8 (3, h, w), of the input size unless a random cut follows."""
+        if self.resize == "crop" and self.augmentation != "random_resized_crop":
+            image = middle(image)
         if self.augmentation == "none":
             if self.resize == "squash":
                 image = self._resized(image, self.size)
@@ -108,6 +113,16 @@ class ImageTransform:
         if self.resize == "squash":
             return [height, width]
         return covering(image.height, image.width, height, width)
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The part in the middle of an image that is more than `LONGEST` times as long as wide, and any other as it is.
+
+    As much is cut away at both ends, so that the centre stays where it is.
+    """
+    longest = LONGEST * min(image.size)
+    left, top = ((side - longest + 1) // 2 if side > longest else 0 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 def check_crop_area(area: tuple[float, float]) -> None:

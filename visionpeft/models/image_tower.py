@@ -110,7 +110,7 @@ def describe_around(model: nn.Module) -> Backbone:
     if tower.stages:
         _leave_out_final_norms(tower)
     unused = tuple(f"backbone.{path}" for path in inside.heads)
-    return Backbone(inside.library, inside.name, model, {"visual": tower}, ("head",), unused_heads=unused)
+    return Backbone(inside.library, inside.name, model, {"visual": tower}, ("head",), unused_heads=unused, pools=False)
 
 
 def _leave_out_final_norms(tower: Tower) -> None:

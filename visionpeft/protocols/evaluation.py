@@ -1,7 +1,6 @@
 """Test a finished run again: on its own data, on new classes, or on another data set."""
 
 import json
-import re
 from collections.abc import Sequence
 
 import yaml
@@ -10,7 +9,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_json
 from visionpeft.protocols.cells import Cell
 from visionpeft.protocols.learner_candidates import LearnerCandidate, dataset_keys, only_test
-from visionpeft.runs.cli import CLI
+from visionpeft.runs.as_trained import TestedAgain
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import record_of, setting, tested
 from visionpeft.sharing.run_directory import RunDirectory
@@ -29,16 +28,11 @@ def evaluate_again(run: RunDirectory, arguments: Sequence[str]) -> dict:
         Its results.json with the new test in place of the old.
 
     Raises:
-        ConfigurationError: what was trained knows only its own classes, and there are others; or another method or
-            head is asked for than the one that was trained.
+        ConfigurationError: what was trained knows only its own classes, and there are others; or another method, head
+            or learner is asked for than the one that was trained, or what belongs to a training alone.
     """
     trained = run.read_results()
-    for part in ("method", "head"):
-        if other := [each for each in arguments if re.split("[.=]", each)[:2] == ["--model", part]]:
-            raise ConfigurationError(
-                f"{other[0]}: the {part} is that of the adapter in {run.path}, as trained; leave it out"
-            )
-    cli = CLI(["--config", str(run.config), *arguments])
+    cli = TestedAgain(run, [*arguments])
     task, datamodule = cli.model, cli.datamodule
     task.load(run.path / task.folder)
     task.connect(datamodule)

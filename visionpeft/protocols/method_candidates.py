@@ -12,6 +12,7 @@ from visionpeft.costs.saved_bytes import saved_bytes, storages
 from visionpeft.errors import ConfigurationError, did_you_mean
 from visionpeft.methods.parts.base import snake_case
 from visionpeft.methods.parts.frozen_sources import OverAdapters
+from visionpeft.runs.before_training import check_judged
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import config_content, config_name, find_config, shipped_configs
 
@@ -116,9 +117,16 @@ class Measured:
     optimiser: str
 
 
-def measure(arguments: Sequence[str]) -> Measured:
-    """Build task and data of a command line, which refuses what is wrong with it."""
+def measure(arguments: Sequence[str], judged: bool = False) -> Measured:
+    """Build task and data of a command line, which refuses what is wrong with it.
+
+    Args:
+        arguments: the command line.
+        judged: whether trainings with these options of the trainer are judged on validation.
+    """
     cli = CLI(list(arguments))
+    if judged:
+        check_judged(cli.config_init.trainer, "a trial")
     cli.datamodule.setup()
     task = cli.model
     images = torch.randn(MEASURED_IMAGES, 3, *task.preprocessing.input_size)

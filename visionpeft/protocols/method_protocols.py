@@ -257,7 +257,9 @@ def _measure(benchmark: Benchmark, candidates: Sequence[MethodCandidate], tasks:
         for trial in first:
             measure(trial.arguments)  # for what its recipe says
         for task in tasks if candidate is candidates[0] else tasks[:1]:
-            found = measure(benchmark.arguments(candidate, task, {}, 0, "final"))
+            found = measure(
+                benchmark.arguments(candidate, task, {}, 0, "final"), judged=bool(searched[candidate, task])
+            )
             measured.setdefault(candidate.name, found)
     return measured
 

@@ -44,10 +44,7 @@ class Trial(Training):
         else:
             rows = [row for row in read_history(find_run(folder).metrics) if "val/top1" in row]
             if not rows:
-                raise ConfigurationError(
-                    f"no epoch of {self.text} was validated, by which it is judged; train longer, or validate more "
-                    "often (--trainer.check_val_every_n_epoch)"
-                )
+                raise ConfigurationError(f"no epoch of {self.text} was validated, by which it is judged")
             score = {"val_top1": rows[-1]["val/top1"], "epochs": round(rows[-1]["epoch"]) + 1}
             score["steps"] = round(rows[-1]["step"])
         trained = find_run(folder)

@@ -118,16 +118,28 @@ def _get(split: str, dataset: str) -> str:
 
 def _check_selection(trainer: Mapping, report: str) -> None:
     """Refuse options with which no epoch is validated."""
+    if (reason := unvalidated(trainer)) is not None:
+        raise ConfigurationError(f"{reason} leaves no epoch that --report {report} could choose; use --report last")
+
+
+def check_judged(trainer: Mapping, what: str) -> None:
+    """Refuse options with which a training that is judged on validation would never be validated.
+
+    Raises:
+        ConfigurationError: so it is.
+    """
+    if (reason := unvalidated(trainer)) is not None:
+        raise ConfigurationError(f"{reason} leaves no epoch validated, by which {what} is judged; leave it out")
+
+
+def unvalidated(trainer: Mapping) -> str | None:
+    """The option of the trainer with which no epoch is validated; None where one is."""
     epochs, every = trainer.get("max_epochs"), trainer.get("check_val_every_n_epoch") or 1
     limit = trainer.get("limit_val_batches")
-    reason = None
     if epochs == 0:
-        reason = "--trainer.max_epochs 0"
-    elif epochs is not None and 0 < epochs < every:
-        reason = f"--trainer.check_val_every_n_epoch {every} with {epochs} epochs"
-    elif limit is not None and limit == 0:
-        reason = "--trainer.limit_val_batches 0"
-    elif trainer.get("fast_dev_run"):
-        reason = "--trainer.fast_dev_run"
-    if reason is not None:
-        raise ConfigurationError(f"{reason} leaves no epoch that --report {report} could choose; use --report last")
+        return "--trainer.max_epochs 0"
+    if epochs is not None and 0 < epochs < every:
+        return f"--trainer.check_val_every_n_epoch {every} with {epochs} epochs"
+    if limit is not None and limit == 0:
+        return "--trainer.limit_val_batches 0"
+    return "--trainer.fast_dev_run" if trainer.get("fast_dev_run") else None

@@ -184,15 +184,21 @@ class CLI(LightningCLI):
             raise ConfigurationError(f"--model.seed is that of the run: give --seed_everything {named['model.seed']}")
 
     def _check_fractions(self, datamodule: ImageDataModule) -> None:
-        """Refuse shares for a division at random where the splits are folders."""
-        named, options = dict(named_options(self.arguments)), self.config.data.init_args
-        about = datamodule.images.about
-        for name in ("val_fraction", "test_fraction", "split_seed"):
-            if f"data.{name}" in named and str(about.get("split")).endswith("folders"):
+        """Refuse shares for a division at random where splits are folders or files, or a few-shot set has its own."""
+        options, about = self.config.data.init_args, datamodule.images.about
+        named = {name.removeprefix("data.") for name, _ in named_options(self.arguments)}
+        split = str(about.get("split")).rpartition(" ")[2]
+        for name in [name for name in ("val_fraction", "test_fraction", "split_seed") if name in named]:
+            if about.get("dataset") == "FewShot" and about["task"] != "folder":
                 raise ConfigurationError(
-                    f"--data.{name} {options.get(name)} would not be used: {options.get('root')} has folders of splits "
-                    f"({', '.join(datamodule.sources)}), which are taken as they are; leave it out, or add a folder "
-                    "for what is missing"
+                    f"--data.{name} {options.get(name)} would not be used: it divides --data.dataset folder, and "
+                    f"'{about['task']}' has splits of its own; leave it out"
+                )
+            if split in ("folders", "files"):
+                raise ConfigurationError(
+                    f"--data.{name} {options.get(name)} would not be used: {options.get('root')} has {split} of splits "
+                    f"({', '.join(datamodule.sources)}), which are taken as they are; leave it out, or add a "
+                    f"{split[:-1]} for what is missing"
                 )
 
     def before_instantiate_classes(self) -> None:

@@ -70,7 +70,12 @@ def _predictions(
 
 
 def _check_options(trained: TrainedModel, options: argparse.Namespace) -> None:
-    """Refuse an option of other labels than the run has learnt."""
+    """Refuse an option of other labels than the run has learnt, and one class where classes are told apart."""
+    if options.class_names is not None and len(options.class_names) < 2 and not trained.judges_each:
+        raise ConfigurationError(
+            f"--class-names {options.class_names[0]!r} names 1; give at least two classes, which the run in "
+            f"{options.run} tells apart"
+        )
     for option, value, labels in (
         ("--top-k", options.top_k, ("classes",)),
         ("--threshold", options.threshold, ("several", "objects")),
@@ -162,8 +167,8 @@ def _class_names(text: str) -> list[str]:
     except UnicodeDecodeError:
         raise ConfigurationError(f"--class-names: {text} is no text file in UTF-8") from None
     names = [part.strip() for part in parts if part.strip()]
-    if len(names) < 2:
-        raise ConfigurationError(f"--class-names {text!r} names {len(names)}; give at least two classes")
+    if not names:
+        raise ConfigurationError(f"--class-names {text!r} names no class")
     return names
 
 

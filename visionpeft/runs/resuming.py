@@ -64,24 +64,24 @@ def check_resumed(cli: CLI, run: RunDirectory, record: Mapping) -> None:
                 f"{run.path} was begun with other data, which differ in {what}{numbers}; resume it with its own, from "
                 f"wherever they lie now (--data.root), or {anew}"
             )
-    for path, before, now in _changes(cli, run):
+    for path, before, now in changes(cli, run):
         if not _may_change(path):
             raise ConfigurationError(
-                f"--{'.'.join(path)} {_shown(now)} cannot be changed while {run.path} goes on, which was begun with "
-                f"{_shown(before)}; leave it out, or {anew}"
+                f"--{'.'.join(path)} {shown(now)} cannot be changed while {run.path} goes on, which was begun with "
+                f"{shown(before)}; leave it out, or {anew}"
             )
 
 
 def note_changes(cli: CLI, run: RunDirectory) -> None:
     """Let the configuration of a resumed run say with what it goes on."""
-    if any(_changes(cli, run)):
+    if any(changes(cli, run)):
         text = as_carried(cli.config_text(), run.carried)
         with replacing(run.config) as partial:
             partial.write_text(text, encoding="utf-8")
 
 
-def _changes(cli: CLI, run: RunDirectory) -> Iterator[tuple[tuple[str, ...], object, object]]:
-    """Options by their names, with what the configuration of a run says and what the command line that resumes it."""
+def changes(cli: CLI, run: RunDirectory) -> Iterator[tuple[tuple[str, ...], object, object]]:
+    """Options by their names, with what the configuration of a run says and what a command line that starts from it."""
     before, now = (dict(_leaves(config)) for config in (cli.parsed(["--config", str(run.config)]), cli.config))
     for path in dict.fromkeys([*now, *before]):
         if path[0] not in ("config", "resume") and before.get(path) != now.get(path):
@@ -103,8 +103,12 @@ def _may_change(path: tuple[str, ...]) -> bool:
     return section == "trainer" or section in OF_THE_RUN or (section == "model" and ".".join(parts) in MODEL)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value as it may be given; a class by its name."""
+    if isinstance(value, Namespace) and "class_path" in value:
+        return shown(value.class_path)
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
     if isinstance(value, str) and value.startswith("visionpeft."):
         return value.rpartition(".")[2]
     return "null" if value is None else str(value)

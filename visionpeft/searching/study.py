@@ -12,6 +12,7 @@ from visionpeft.protocols.further_arguments import overlays_of, refuse_replaced,
 from visionpeft.protocols.method_candidates import MethodCandidate, configs_of_methods
 from visionpeft.protocols.method_protocols import PREFIXES, SEEDS, collect, tasks_of
 from visionpeft.protocols.method_runs import Benchmark
+from visionpeft.runs.before_training import check_judged
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import config_content, config_name
 from visionpeft.runs.history import read_history
@@ -172,7 +173,9 @@ def _host(plan: SearchPlan, task: str) -> Host:
     host = Host(plan.space, cli.model.model, plan.limit)
     host.check()
     smallest = plan.space.methods(plan.space.smallest(host))
-    CLI(plan.arguments(task, smallest if method is None else method, plan.seed, "trial"))  # as a training builds it
+    trial = CLI(plan.arguments(task, smallest if method is None else method, plan.seed, "trial"))  # as a training does
+    if method is None:  # members of a supernet are validated by themselves
+        check_judged(trial.config_init.trainer, "a trial")
     CLI(plan.arguments(task, smallest, plan.seed, "final")).datamodule.setup()
     return host
 

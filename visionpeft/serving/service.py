@@ -242,6 +242,8 @@ class Service:
             return self._lane_of(served.name)
         if class_names and len(class_names) > self.limits.class_names:
             raise Refusal(422, f"at most {self.limits.class_names:,} classes can be named, not {len(class_names):,}")
+        if class_names and len(class_names) < 2 and not learner.served.trained.judges_each:
+            raise Refusal(422, f"{served.name!r} tells classes apart; give at least two")
         return LearnerLane(learner, tuple(class_names) if class_names else None)
 
     def _only(self) -> str:
@@ -366,4 +368,5 @@ def answer(values: torch.Tensor, trained: TrainedModel, names: Sequence[str] | N
 
 def _key(description: dict) -> str:
     """What is the same for what belongs to one backbone."""
-    return json.dumps(description["backbone"], sort_keys=True)
+    about = {key: value for key, value in description["backbone"].items() if key != "pooling"}  # older files lack it
+    return json.dumps(about, sort_keys=True)

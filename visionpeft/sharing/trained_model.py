@@ -68,6 +68,11 @@ class TrainedModel:
     palette: list[list[int]] | None = None
     category_ids: list[int] | None = None
 
+    @property
+    def judges_each(self) -> bool:
+        """Whether one class alone means something, as each is judged by itself."""
+        return self.pairs and self.labels == "classes"
+
     def answers(self, logits: torch.Tensor) -> torch.Tensor:
         """What the outputs (batch, outputs) say of each image; of `pairs`, probabilities that do not sum to 1.
 

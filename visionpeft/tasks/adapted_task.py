@@ -1,6 +1,6 @@
 """What the tasks share that train adapters and a head on a frozen backbone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -54,6 +54,8 @@ class AdaptedTask(ImageTask):
 
     folder = "adapter"
     model: nn.Module
+    head: DenseHead | None = None  # on the maps of a backbone
+    economies: Mapping[str, object] | None = None  # how the model saves time or memory, as `economise` takes it
 
     def __init__(
         self,
@@ -350,8 +352,11 @@ class AdaptedTask(ImageTask):
         """Read an adapter in the place of the attached one.
 
         Raises:
-            ConfigurationError: it has learnt from labels of another kind, or other classes.
+            ConfigurationError: it has learnt from labels of another kind, or other classes, or has another head on maps
+                than the task was given.
         """
+        if self.head is not None:
+            check_same_head(self.head, folder)
         description = read_metadata(folder)
         learnt = learnt_objective(description, folder)
         if learnt["labels"] != self.objective.labels:
@@ -373,6 +378,8 @@ class AdaptedTask(ImageTask):
             )
         detach(self.model)
         self.adapter_name = load(self.model, folder)
+        if self.economies is not None:
+            economise(self.model, **self.economies)
         self.objective.load_description(learnt)
 
 

@@ -10,7 +10,6 @@ from timm.data import Mixup
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from visionpeft.adapters.economise import economise
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.caching.content_cache import ContentCache, FolderCache
 from visionpeft.caching.trunk import CachedTrunk
@@ -213,7 +212,6 @@ class ImageClassification(AdaptedTask):
     def load(self, folder: Path) -> None:
         """Read an adapter in the place of the attached one."""
         super().load(folder)
-        economise(self.model, **self.economies)
         if self.trunk is not None:
             self.trunk = CachedTrunk(self.model, self.trunk.cache)
 

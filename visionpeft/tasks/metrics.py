@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class MeanLoss(Metric):
-    """sum_b n_b loss_b / sum_b n_b over batches b of n_b samples.
+    """sum_b n_b loss_b / sum_b n_b over batches b of n_b samples, or of so many pixels.
 
     `torchmetrics.MeanMetric` asks at each batch whether the value is a number and drops it if not; asked that, a GPU is
     waited for, and a mean without the batches that failed would look healthy. Here it is not a number either.
@@ -33,8 +33,8 @@ class MeanLoss(Metric):
 
         return super()._apply(moved, exclude_state)
 
-    def update(self, loss: Tensor, samples: int) -> None:
-        """Take in the mean loss of a batch of so many samples."""
+    def update(self, loss: Tensor, samples: int | Tensor) -> None:
+        """Take in the mean loss of a batch of so many samples, ()."""
         self.total += loss.to(self.total.dtype) * samples
         self.samples += samples
 

@@ -1,6 +1,5 @@
 """Detection and instance segmentation with a frozen, adapted backbone and a head on its map."""
 
-from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from visionpeft.adapters.economise import economise
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError, DataError
@@ -16,7 +14,7 @@ from visionpeft.heads import FCOS, DetectionHead, MaskRCNN
 from visionpeft.methods import Method
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.object_detector import ObjectDetector
-from visionpeft.tasks.adapted_task import AdaptedTask, check_same_head
+from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.average_precision import AveragePrecision, evaluation
 from visionpeft.tasks.detection_objective import ObjectsOfImage
 from visionpeft.tasks.fixed_sizes import check_measured_sizes
@@ -191,16 +189,6 @@ class ObjectDetection(AdaptedTask):
             if isinstance(value, float):
                 value = torch.tensor(value, device=self.device)  # the same in every process
                 self.log(f"{split}/{name}", value, on_step=False, on_epoch=True, sync_dist=True)
-
-    def load(self, folder: Path) -> None:
-        """Read an adapter in the place of the attached one.
-
-        Raises:
-            ConfigurationError: it has another head than the task was given; see `AdaptedTask.load` for others.
-        """
-        check_same_head(self.head, folder)
-        super().load(folder)
-        economise(self.model, **self.economies)
 
     def describe(self) -> dict:
         """As for every task; and the head."""

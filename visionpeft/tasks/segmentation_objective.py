@@ -12,9 +12,10 @@ from visionpeft.tasks.pixel_metrics import MeanIoU, PixelAccuracy
 class ClassOfPixels(Objective):
     """One class of K for each pixel: cross-entropy, mean over the labelled pixels of a batch.
 
-    Measured are, over all pixels of a split together, the intersection over union of each class, averaged over the
-    classes that are labelled or predicted ("miou", as by torchmetrics' `MulticlassJaccardIndex`; its `MeanIoU` takes
-    means over images), and the share of pixels of the right class ("pixel_accuracy").
+    Measured are, over all labelled pixels of a split together, the mean of the same loss, the intersection over union
+    of each class, averaged over the classes that are labelled or predicted ("miou", as by torchmetrics'
+    `MulticlassJaccardIndex`; its `MeanIoU` takes means over images), and the share of pixels of the right class
+    ("pixel_accuracy").
 
     Args:
         num_classes: K.

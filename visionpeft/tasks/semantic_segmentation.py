@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 from torchmetrics import MetricCollection
 
-from visionpeft.adapters.economise import economise
 from visionpeft.adapters.storage import save
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.data.segmentation.masks import IGNORED
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.heads import DenseHead, LinearSegmentation
 from visionpeft.heads.mask_loss import mask_classification_loss
 from visionpeft.methods import Method
@@ -21,7 +20,7 @@ from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.dense_predictor import DensePredictor
 from visionpeft.models.strips import classes_of, cross_entropy
 from visionpeft.models.windows import check_windows, window_logits
-from visionpeft.tasks.adapted_task import AdaptedTask, check_same_head
+from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.fixed_sizes import check_measured_sizes
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.segmentation_objective import ClassOfPixels
@@ -112,6 +111,21 @@ class SemanticSegmentation(AdaptedTask):
         if isinstance(datamodule, ImageDataModule):
             self.side = datamodule.side
 
+    def check_before_training(self, datamodule: pl.LightningDataModule, processes: int = 1) -> None:
+        """As for every task; and see that a pixel to train on has a class.
+
+        Raises:
+            DataError: all pixels of all training masks are ignored.
+        """
+        source = getattr(datamodule, "sources", {}).get("train", ())
+        # As a rule the first mask says it.
+        if len(source) and all((source.mask(index) == IGNORED).all() for index in range(len(source))):
+            raise DataError(
+                f"no pixel of the {len(source)} training masks has a class, all are ignored, so that there is nothing "
+                "to learn; see what the values of their masks mean (--data.values, --data.ignore)"
+            )
+        super().check_before_training(datamodule, processes)
+
     def on_fit_start(self) -> None:
         """As for every task; and see that what will be measured is of a size that the backbone takes."""
         super().on_fit_start()
@@ -136,7 +150,8 @@ class SemanticSegmentation(AdaptedTask):
         images, labels = batch
         logits, shares = window_logits(self.model, images, self.window, self.stride)
         loss, found = cross_entropy(logits, labels, IGNORED, shares, scores=self.objective.scores)
-        self._measure(metrics, loss, found, labels)
+        # by pixels, as IoU and accuracy are: an image of a few labelled ones, or of none, is not as good as another
+        self._measure(metrics, loss, found, labels, weight=(labels != IGNORED).sum())
         return found
 
     def save(self, folder: Path, datamodule: pl.LightningDataModule) -> None:
@@ -149,16 +164,6 @@ class SemanticSegmentation(AdaptedTask):
             preprocessing=datamodule.preprocessing,
             metadata={"data": datamodule.description(), "objective": about},
         )
-
-    def load(self, folder: Path) -> None:
-        """Read an adapter in the place of the attached one.
-
-        Raises:
-            ConfigurationError: it has another head than the task was given; see `AdaptedTask.load` for others.
-        """
-        check_same_head(self.head, folder)
-        super().load(folder)
-        economise(self.model, **self.economies)
 
     def describe(self) -> dict:
         """As for every task; and the head, and how it is measured."""

@@ -279,13 +279,20 @@ class ImageTask(pl.LightningModule):
         return logits
 
     def _measure(
-        self, metrics: MetricCollection, loss: Tensor, logits: Tensor, labels: Tensor, counts: bool = True
+        self,
+        metrics: MetricCollection,
+        loss: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        counts: bool = True,
+        weight: Tensor | None = None,
     ) -> None:
+        """Take a batch into metrics, where it counts at all; its loss weighs as many as its samples, or `weight`."""
         for name, metric in metrics.items():
             if not counts:
                 pass  # it is logged all the same, as all processes have to do that together
             elif name.endswith("loss"):
-                metric.update(loss, len(labels))
+                metric.update(loss, len(labels) if weight is None else weight)
             else:
                 self.objective.measure(metric, logits, labels)
             self.log(name, metric, on_step=False, on_epoch=True, batch_size=len(labels))

@@ -1,12 +1,9 @@
 """Video classification with a frozen, adapted backbone of images."""
 
-from pathlib import Path
-
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from visionpeft.adapters.economise import economise
 from visionpeft.backbones.preprocessing import preprocessing_of
 from visionpeft.data import ImageDataModule
 from visionpeft.errors import ConfigurationError
@@ -94,11 +91,6 @@ class VideoClassification(AdaptedTask):
                 f"the data gives clips of {given} frames (--data.sampling.num_frames), but the model takes "
                 f"{self.model.num_frames} (--model.num_frames); give both the same number"
             )
-
-    def load(self, folder: Path) -> None:
-        """Read an adapter in the place of the attached one."""
-        super().load(folder)
-        economise(self.model, class_token_only=None)
 
     def example(self) -> Tensor:
         """A batch of one clip, of zeros."""

@@ -232,6 +232,8 @@ def test_splits(tmp_path):
         CocoDetection(folder)
     held = read(folder, val_fraction=0.4)
     assert {split: len(source) for split, source in held.sources.items()} == {"train": 2, "val": 1}
+    with pytest.raises(vp.DataError, match=r"val_fraction -0\.1 must be from 0"):
+        read(folder, val_fraction=-0.1)
     for split in ("train2017", "val2017", "annotations"):
         (folder / "coco" / split).mkdir(parents=True)
     for split in ("train", "val"):

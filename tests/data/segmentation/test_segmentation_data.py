@@ -151,6 +151,17 @@ def test_image_and_mask_move_together():
     assert not torch.equal(drawn[3], drawn[4])
 
 
+def test_a_very_long_image_is_bounded_by_its_longer_side():
+    """By its shorter one alone a strip of 20 x 4000 would have 52 million pixels at 512."""
+    transform = MaskedTransform(PLAIN, 512)
+    assert transform.measure(Image.new("RGB", (20, 4000))).shape == (3, 16 * 512, 40)
+    assert transform.measure(Image.new("RGB", (160, 10))).shape == (3, 512, 16 * 512)
+    assert transform.measure(Image.new("RGB", (300_000, 1))).shape == (3, 1, 16 * 512)
+    pixels, mask = transform.train(Image.new("RGB", (4000, 20), "red"), np.zeros((20, 4000), np.int64), 3)
+    assert torch.equal((pixels == torch.tensor([255, 0, 0])[:, None, None]).all(0), mask == 0)
+    assert (mask == 0).any()
+
+
 def test_to_measure_only_the_image_is_resized(masked):
     data = module(MaskFolder, masked, CLASSES, size=16)
     image, mask = data.dataset("test")[0]

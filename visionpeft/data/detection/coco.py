@@ -67,6 +67,8 @@ class CocoDetection(DetectionDataModule):
             found[split] = annotated(contents.pop(split), path, folder, names, masks)
         sources = {split: _source(each, masks) for split, each in found.items()}
         check_apart(sources)
+        if not 0 <= val_fraction < 1:
+            raise DataError(f"val_fraction {val_fraction} must be from 0 to below 1")
         held_out = "val" not in sources and val_fraction > 0
         if held_out:
             sources = _held_out(sources, val_fraction, split_seed)
@@ -76,6 +78,7 @@ class CocoDetection(DetectionDataModule):
             "trained_on": files["train"].name,
             "selected_on": None if "val" not in sources else "held out" if held_out else files["val"].name,
             "tested_on": files["test"].name if "test" in files else None,
+            "split": "files" if "val" in files else "held out",
         }
         notes = [note for split, each in found.items() for note in _notes(split, each, names)]
         super().__init__(ObjectSet(sources, names, about, notes), category_ids=list(categories), **kwargs)
@@ -111,8 +114,6 @@ def _source(found: Annotated, masks: bool) -> ObjectFiles:
 
 
 def _held_out(sources: dict[str, ObjectFiles], share: float, seed: int) -> dict[str, ObjectFiles]:
-    if not 0 <= share < 1:
-        raise DataError(f"val_fraction {share} must be from 0 to below 1")
     train = sources["train"]
     order = permutation(len(train), seed)
     count = round(len(train) * share)

@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as F
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data.ordering import mix
 from visionpeft.data.segmentation.masks import IGNORED
+from visionpeft.data.transforms import LONGEST
 from visionpeft.errors import ConfigurationError
 
 
@@ -20,7 +21,8 @@ class MaskedTransform:
 
     To train, the shorter side becomes `size` times a number drawn from `scale`, a square of `size` is cut anywhere,
     filled up with the mean colour and ignored pixels where the image is smaller, and half of them are mirrored. To
-    measure, the shorter side becomes `size` and the mask stays as it is. Masks are resized to the nearest pixel.
+    measure, the shorter side becomes `size` and the mask stays as it is. Masks are resized to the nearest pixel. Of an
+    image more than `LONGEST` times as long as wide the longer side becomes `LONGEST` times that.
 
     Args:
         preprocessing: how the backbone wants its images.
@@ -76,7 +78,9 @@ class MaskedTransform:
         return images.float().sub_(self.mean).div_(self.std)
 
     def _resized(self, image: Image.Image, shorter: int) -> Image.Image:
-        least = min(image.size)
+        least, longest = min(image.size), max(image.size)
+        if longest > LONGEST * least:
+            least, shorter = longest, LONGEST * shorter
         if least == shorter:
             return image
         # multiplied first, as in `covering`; a very long image keeps at least a pixel

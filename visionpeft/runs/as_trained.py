@@ -1,0 +1,73 @@
+"""What may be changed where a finished run is tested again, and what is as it was trained."""
+
+from visionpeft.errors import ConfigurationError
+from visionpeft.runs.cli import CLI
+from visionpeft.runs.options import OPTIONS, named_options
+from visionpeft.runs.resuming import changes, shown
+from visionpeft.sharing.run_directory import RunDirectory
+
+# Options of the tasks by what they are once a run has finished: brought along by the adapter or learner that is loaded,
+TRAINED = {"method", "head", "learner", "train", "start", "template", "masks", "loss"}
+# of no use without gradient steps,
+OF_TRAINING = {
+    *("optimisation", "drop_path", "dropout", "label_smoothing", "mixup", "cutmix", "head_init", "head_std"),
+    *("class_weights", "positive_weights", "asymmetry"),
+}
+# and those that say on what, and how, it is tested.
+OF_TEST = {
+    *("backbone", "pretrained", "checkpoint", "backbone_kwargs", "class_names", "labels", "tasks", "seed"),
+    *("window", "stride", "attention", "residual", "mlp", "threshold", "scale", "names", "num_frames", "interpolate"),
+    *("cache", "cache_mib", "cache_features", "chunk_size", "class_token_only", "compile", "recompute"),
+}
+
+
+class TestedAgain(CLI):
+    """The command line of a finished run's configuration with changes for another test.
+
+    Args:
+        run: its directory.
+        arguments: the changes.
+
+    Raises:
+        ConfigurationError: a change, on the command line or in a configuration, of what was trained; or an option on
+            the command line that a test has no use for. What a configuration says of the training is left aside.
+    """
+
+    def __init__(self, run: RunDirectory, arguments: list[str]):
+        self.run, self.given = run, arguments
+        super().__init__(["--config", str(run.config), *arguments])
+
+    def before_instantiate_classes(self) -> None:
+        """Look at the changes before anything is built."""
+        super().before_instantiate_classes()
+        named = [name.split(".") for name, _ in named_options(self.given)]
+        for option in OPTIONS:
+            if [option.name] in named:
+                raise ConfigurationError(
+                    f"--{option.name} is an option of a training and changes nothing about a test of {self.run.path}; "
+                    "leave it out"
+                )
+        for path, before, now in changes(self, self.run):
+            section, *parts = path
+            if section != "model":
+                continue
+            what = f"--model.{'.'.join(parts)} {shown(now)}" if parts else f"--model {shown(now)}"
+            if not parts:
+                raise ConfigurationError(
+                    f"{what}: {self.run.path} was trained by {shown(before)}, and is tested by it; leave it out"
+                )
+            if parts[0] in TRAINED:
+                known = "" if before is None else f" ({shown(before)})"
+                raise ConfigurationError(
+                    f"{what}: the {parts[0]} is that of the {_folder(self.run)} in {self.run.path}, as trained{known}; "
+                    "leave it out"
+                )
+            if parts[0] in OF_TRAINING and ["model", parts[0]] in [each[:2] for each in named]:
+                raise ConfigurationError(
+                    f"{what} is an option of a training and changes nothing about a test of {self.run.path}; leave it "
+                    "out"
+                )
+
+
+def _folder(run: RunDirectory) -> str:
+    return "learner" if run.learner.is_dir() else "adapter"
