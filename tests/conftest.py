@@ -33,6 +33,10 @@ from visionpeft.errors import UserError
 
 selfcheck._check_block = block_checks.once
 
+if not torch.cuda.is_available():
+    # PyTorch looks for GPUs at every operation without values and every optimiser step, in drivers until it is told
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 @pytest.fixture
 def one_thread():
@@ -57,11 +61,26 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
     result = yield
-    # what is there now stays to the end, and need not be searched by every later collection of garbage
-    gc.collect()
-    gc.freeze()
+    keep_what_is_there()
+    gc.set_threshold(10_000, 20, 20)  # Lightning and our protocols ask for collections themselves, often enough
     gc.enable()
     return result
+
+
+def keep_what_is_there():
+    """What is there now need not be searched by every later collection of garbage; most of it stays to the end."""
+    gc.collect()
+    gc.freeze()
+
+
+_begun = set()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if item.path not in _begun:  # the files before it imported libraries and filled caches
+        _begun.add(item.path)
+        keep_what_is_there()
 
 
 @pytest.hookimpl(wrapper=True)

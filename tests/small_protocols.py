@@ -1,7 +1,10 @@
 """Protocols that take seconds: a tiny untrained backbone on a few rendered images."""
 
 import csv
+import os
 from pathlib import Path
+
+from visionpeft.errors import ConfigurationError
 
 CONFIG = """
 model:
@@ -9,7 +12,7 @@ model:
   init_args:
     backbone: test_vit
     pretrained: false
-    backbone_kwargs: {img_size: 32}
+    backbone_kwargs: {img_size: 32, depth: 2}
     method: {class_path: METHOD}
     optimisation: {lr: 1e-3, warmup_epochs: 0}
 data:
@@ -44,3 +47,23 @@ def read_rows(folder: Path) -> list[dict]:
 def measured(rows: list[dict]) -> list[dict]:
     """Rows without what differs between two runs of the same training."""
     return [{key: row[key] for key in row if key not in ("training_seconds", "run_directory")} for row in rows]
+
+
+class Piece:
+    """Work that writes which process did it and where, or fails.
+
+    It is here because another process that does it imports its module: those of tests import Lightning.
+    """
+
+    def __init__(self, name, error=None):
+        self.name, self.text, self.error = name, f"piece {name}", error
+
+    def done(self, folder):
+        """Whether it was done."""
+        return (folder / "done").is_file()
+
+    def do(self, folder):
+        """Do it."""
+        if self.error:
+            raise ConfigurationError(self.error)
+        (folder / "done").write_text(f"{os.getpid()} {Path.cwd()}")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_protocols import measured, read_rows, write_config
+from small_protocols import Piece, measured, read_rows, write_config
 
 from visionpeft import protocol
 from visionpeft.errors import ConfigurationError
@@ -19,21 +19,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 # A node that does not answer counts as lost after a second, and not after half a minute.
 HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 2}
-
-
-class Piece:
-    """Work that writes a file, or fails."""
-
-    def __init__(self, name, error=None):
-        self.name, self.text, self.error = name, f"piece {name}", error
-
-    def done(self, folder):
-        return (folder / "done").is_file()
-
-    def do(self, folder):
-        if self.error:
-            raise ConfigurationError(self.error)
-        (folder / "done").write_text(f"{os.getpid()} {Path.cwd()}")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +52,8 @@ def test_pieces_are_shared(cluster, tmp_path, monkeypatch, capsys):
 
 
 def test_a_module_that_a_node_lacks_is_told(cluster, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "of_this_machine_alone", sys.modules[Piece.__module__])
     monkeypatch.setattr(Piece, "__module__", "of_this_machine_alone")
-    monkeypatch.setitem(sys.modules, "of_this_machine_alone", sys.modules[__name__])
     with pytest.raises(ConfigurationError, match=r"could not do a part of the work .*of_this_machine_alone"):
         work.finish([Piece("a")], tmp_path, workers="ray")
 
