@@ -160,6 +160,22 @@ def clean_class_names(class_names: Sequence[str], allow_duplicates: bool = False
     return cleaned
 
 
+def places_among(names: Sequence[str], trained: Sequence[str]) -> list[int | None]:
+    """Where each class stands among the trained ones, None for one that was not trained.
+
+    Names are the same if they differ in upper and lower case alone, as where two of one name are refused. Of two
+    trained classes of one name the first comes first.
+
+    Args:
+        names: cleaned names of classes.
+        trained: cleaned names of the trained ones.
+    """
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(trained):
+        places.setdefault(name.lower(), []).append(place)
+    return [places[name.lower()].pop(0) if places.get(name.lower()) else None for name in names]
+
+
 def _is_visible(character: str) -> bool:
     """Whether it shows: no separator or underscore, and nothing like a zero-width space or a lone combining mark."""
     return character != "_" and unicodedata.category(character) not in INVISIBLE

@@ -116,6 +116,22 @@ def test_a_learner_with_other_names_shares_what_was_learnt_and_changes_no_other(
     assert ours == theirs
 
 
+def test_trained_names_ask_both_heads_in_any_order_and_some_of_them_alone():
+    learner = dept()
+    with torch.no_grad():
+        own, alone = learner(images()), learner.host(images())
+        for places, names in {
+            (2, 0, 3, 1): [NAMES[place] for place in (2, 0, 3, 1)],
+            (0, 1, 2, 3): [name.upper() for name in NAMES],
+            (1, 3): [NAMES[1], NAMES[3]],
+        }.items():
+            found = learner.with_class_names(names)(images())
+            torch.testing.assert_close(found, own[:, places], rtol=0, atol=1e-11)
+            assert (found - alone[:, places]).abs().max() > 1e-2
+        mixed = learner.with_class_names([*NAMES, "heron"])(images())
+        torch.testing.assert_close(mixed[:, :4], alone, rtol=0, atol=1e-11)
+
+
 REFUSED = {
     "host": ({"host": "IVLP"}, "host must be one of CoOp, CoCoOp, KgCoOp, MaPLe, not 'IVLP'"),
     "weight": ({"weight": 1.0}, "less than 1, not 1.0"),

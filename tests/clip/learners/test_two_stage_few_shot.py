@@ -71,7 +71,7 @@ def test_2sfs_is_the_formula_in_both_stages(tmp_path):
     torch.testing.assert_close(gradients[0], wanted, rtol=0, atol=1e-9)
 
     # Names that were not trained ask the tower, and leave the logits of those that were.
-    others = ["heron", CLEAN[2], "owl"]
+    others = ["heron", CLEAN[2].upper(), "owl"]
     f, t = by_hand(learner, others)
     t[1] = unit_rows(learner.classifier.detach())[2]
     learner.set_class_names(others)

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.clip.layout import Tokens
+from visionpeft.clip.layout import Tokens, places_among
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners.cocoop import CoCoOp
 from visionpeft.clip.learners.coop import CoOp
@@ -27,8 +27,9 @@ class DePT(Learner):
 
     with vectors a, b (features,) and V (classes, features). Loss = (1 - weight) * that of the host + weight * the mean
     cross-entropy of h(f) and of h(t_y) over the images of a batch, with the text feature of each image's label.
-    Trained classes are told by (1 - weight) * logits of the host + weight * h(f), any others by the host alone. With
-    weight 0 it is the host. a = 1 and b = 0 at the start; V and c start as `nn.Linear` does.
+    Trained classes, all of them or some, in any order, are told by (1 - weight) * logits of the host + weight * h(f);
+    where one of the names was not trained, all are told by the host alone. With weight 0 it is the host. a = 1 and
+    b = 0 at the start; V and c start as `nn.Linear` does.
     Trainable: that of the host + 4 e + classes (e + 1), with e features; 53,348 for 100 classes on ViT-B/16.
     Source: Zhang et al., DePT: Decoupled Prompt Tuning, 2024. Not the decomposed prompt tuning of the same name. As
     published, logits of two scales are mixed: V sees the length of f, of about 10 for OpenAI's CLIP.
@@ -91,13 +92,14 @@ class DePT(Learner):
         return self.host.prompts(names)
 
     def set_class_names(self, class_names: Sequence[str]) -> None:
-        """Classify into other classes; the second head knows the trained ones alone.
+        """Classify into other classes; the second head tells trained ones, where all are.
 
         Raises:
             ConfigurationError: names that cannot be used, or the host has learnt something for each of its classes.
         """
         self.host.set_class_names(class_names)
         self.class_names, self.layout = self.host.class_names, self.host.layout
+        self.places = places_among(self.class_names, self.trained_names)
         self.frozen_layouts = self.host.frozen_layouts
 
     def set_template(self, template: str | Sequence[str]) -> None:
@@ -133,9 +135,16 @@ class DePT(Learner):
         return self._mixed(self._prepared_host().classify(unit(features)), features)
 
     def _mixed(self, logits: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        if self.class_names != self.trained_names:
+        if None in self.places:
             return logits
-        return (1 - self.weight) * logits + self.weight * self.second_head(features, self.on_images)
+        own = self.second_head(features, self.on_images)
+        if not self._in_order():
+            own = own[:, self.places]
+        return (1 - self.weight) * logits + self.weight * own
+
+    def _in_order(self) -> bool:
+        """Whether the classes are the trained ones, in their order."""
+        return self.places == list(range(len(self.trained_names)))
 
     def _prepared_host(self) -> Learner:
         """The host, which encodes texts as this learner is told to."""
@@ -155,7 +164,7 @@ class DePT(Learner):
         Raises:
             ConfigurationError: it has other class names now than the second head.
         """
-        if self.class_names != self.trained_names:
+        if not self._in_order():
             raise ConfigurationError(
                 "the second head of DePT learns its own classes alone; give it their names back (set_class_names)"
             )

@@ -33,7 +33,7 @@ class PLOTPlusPlus(InTwoStages, Learner):
     ViT-B/16.
     Source: Chen et al., PLOT: Prompt Learning with Optimal Transport for Vision-Language Models, 2023, the variant of
     its repository. The phrases are ours, and so is that the stages are parts of one run; the authors train the image
-    prompts in a run before.
+    prompts in a run before, with the logits of the mean image and mean text feature added.
 
     Args:
         clip: an OpenCLIP model whose image tower is a transformer. It gets an adapter named "plot_plus_plus".

@@ -30,7 +30,8 @@ class ProGrad(Learner):
     With g the gradient of the cross-entropy and h that of T^2 KL(softmax(zero-shot / T), softmax(learner / T)) for
     logits and a temperature T, the context is trained with g where <g, h> >= 0, and with g - strength <g, h> / |h|^2 h
     otherwise. The teacher is frozen CLIP with a template. The last context vectors start at the token embeddings of the
-    template's words before the class name, those before them at zero. Trainable: M d, with text width d.
+    template's words before the class name, those before them at zero. With several processes, or batches that are
+    accumulated, the gradient of each is projected by itself. Trainable: M d, with text width d.
     Source: Zhu et al., Prompt-aligned Gradient for Prompt Tuning, 2023. The authors' code counts words where it means
     tokens: of "a type of pet, a photo of a", 8 words and 9 tokens for the comma, it learns the first 8 after 8 zeros,
     and a fixed "a" stays before the name (Pets, Flowers102, Aircraft and Food101). `layout="published"` does the same;

@@ -3,12 +3,12 @@
 https://arxiv.org/abs/2503.11609
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
 
+from visionpeft.clip.layout import places_among
 from visionpeft.clip.learners.tuned_clip import TunedCLIP
 from visionpeft.clip.stages import InTwoStages, check_share
 from visionpeft.clip.templates import PHOTO
@@ -116,11 +116,8 @@ class TwoStageFewShot(InTwoStages, TunedCLIP):
         return self.kept("text", self._rows_and_texts, self.trained_state().values())
 
     def _rows_and_texts(self) -> torch.Tensor:
-        known = defaultdict(list)
-        for index, name in enumerate(self.trained_names):
-            known[name].append(index)
         rows, texts = unit(self.classifier), self.encode_text()
-        for place, name in enumerate(self.class_names):
-            if known[name]:  # of two trained classes of one name the first comes first
-                texts[place] = rows[known[name].pop(0)]
+        for place, own in enumerate(places_among(self.class_names, self.trained_names)):
+            if own is not None:
+                texts[place] = rows[own]
         return texts
