@@ -3,6 +3,7 @@
 The right values are those of the library's own model: without adapters, or with the adapter merged into its weights.
 """
 
+import abc
 import functools
 
 import pytest
@@ -404,6 +405,84 @@ def test_layers_of_dynamic_quantisation_are_refused():
         vp.attach(convert(build()), vp.LoRA(rank=2))
     converted = convert(vp.merge(model, keep=False))
     assert (converted(IMAGES) - expected).norm() / expected.norm() < 0.1
+
+
+class CodedLinear(nn.Linear):
+    """As layers of bitsandbytes: its parameter holds integers, of another shape, which it alone can read."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.scale = linear.weight.abs().max() / 127
+        codes = (linear.weight / self.scale).round().to(torch.int8).flatten()[:, None]
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.view(self.out_features, -1) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("method", [vp.LoRA(rank=2), vp.VPT(), vp.LinearProbe()])
+def test_layers_that_another_package_has_quantised_are_refused(method):
+    """bitsandbytes and quanto: copies and rows of their weights ended in errors of PyTorch's."""
+    model = build()
+    expected = model(IMAGES)
+    for block in model.blocks:
+        block.mlp.fc1 = CodedLinear(block.mlp.fc1)
+    assert (model(IMAGES) - expected).norm() / expected.norm() < 0.1
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(UnsupportedError, match=r"blocks\.0\.mlp\.fc1 is a CodedLinear .* \(a Parameter of int8\)"):
+        vp.attach(model, method)
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+class Mixed(abc.ABC):  # noqa: B024 (as those of quanto)
+    """A first base that is abstract, as quanto's layers have one: Python lets no object have another class then."""
+
+
+class MixedLinear(Mixed, nn.Linear):
+    pass
+
+
+class LinearMixed(nn.Linear, Mixed):
+    pass
+
+
+@pytest.mark.parametrize("path", ["blocks.1.mlp.fc1", "head"])  # checked by a copy before, or only when it is to act
+def test_a_layer_whose_class_cannot_be_another_is_refused(path):
+    model = build()
+    plain, kinds = model(IMAGES), [type(module) for module in model.modules()]
+
+    def exchange(kind):
+        old = model.get_submodule(path)
+        made = kind(old.in_features, old.out_features)
+        made.load_state_dict(old.state_dict())
+        model.set_submodule(path, made)
+
+    exchange(MixedLinear)
+    method = vp.LoRA(rank=2, targets=("q", "fc1"))
+    with pytest.raises(UnsupportedError, match=r"nothing can act in a MixedLinear of .*test_beside_other_tools"):
+        vp.attach(model, method)
+    exchange(nn.Linear)
+    assert [type(module) for module in model.modules()] == kinds
+    assert not any("acting" in vars(module) or "sites" in vars(module) for module in model.modules())
+    assert torch.equal(model(IMAGES), plain)
+    exchange(LinearMixed)  # the negative control: its first base is the class of the library
+    moved(vp.attach(model, method))
+    assert not torch.allclose(model(IMAGES), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_attaching_under_another_default_dtype(dtype):
+    """What is trained beside a float32 backbone is float32; PyTorch has no orthogonal start in bfloat16."""
+    for method in (vp.SMoP(), vp.LoRA(rank=2), vp.OLoRA(rank=2)):
+        model = build()
+        torch.set_default_dtype(dtype)
+        try:
+            vp.attach(model, method)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {parameter.dtype for parameter in model.peft.parameters()} == {torch.float32}
+        assert model(IMAGES).isfinite().all()
 
 
 def test_attaching_and_loading_within_inference_mode(tmp_path):

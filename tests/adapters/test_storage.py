@@ -64,6 +64,24 @@ def test_equal_adapters_are_equal_files(saved, tmp_path):
             assert (tmp_path / str(turn) / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_counts_that_a_profiler_leaves_are_not_saved(saved, tmp_path):
+    """thop counts in buffers, and takes them away again only from modules that it knows: the file could not be read."""
+    folder, model = saved
+    before = model.state_dict()
+    for module in model.modules():
+        module.register_buffer("total_ops", torch.zeros(1, dtype=torch.float64))
+        module.register_buffer("total_params", torch.zeros(1, dtype=torch.float64))
+    assert len(model.state_dict()) > len(before)  # as if `profile(model, inputs=(IMAGES,))` had been called
+    vp.save(model, tmp_path / "profiled")
+    assert (
+        load_file(tmp_path / "profiled/adapter.safetensors").keys() == load_file(folder / "adapter.safetensors").keys()
+    )
+    other = build()
+    vp.load(other, tmp_path / "profiled")
+    assert torch.equal(other(IMAGES), model(IMAGES))
+    vp.load(model, folder, "clean")  # a profiled backbone is the same one
+
+
 @pytest.mark.parametrize("num_classes", [3, 0, 1000])
 @torch.no_grad()
 def test_load_brings_the_head(saved, num_classes):

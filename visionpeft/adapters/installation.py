@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch.nn as nn
 
 from visionpeft.backbones.tower import Backbone
-from visionpeft.sites import SitedLayer, sited_layer_class
+from visionpeft.errors import UnsupportedError
+from visionpeft.sites import SitedLayer, give_class, sited_layer_class
 from visionpeft.sites.routing import KEPT
 
 FUSING = ("fuse", "reparameterize", "switch_to_deploy")  # timm's, which make one layer of several by their weights
@@ -134,10 +135,21 @@ class Installation:
         return fitting and self.model.holds() and all(anatomy.holds() for anatomy in self.adapters.values())
 
     def put_in_force(self) -> list["Swapped"]:
-        """Give the modules their classes; returns what they were."""
-        for module, _, kind, own in self.swapped:
+        """Give the modules their classes; returns what they were.
+
+        Raises:
+            UnsupportedError: Python lets no object of a module's class have another one; nothing is changed.
+        """
+        for index, (module, _, kind, own) in enumerate(self.swapped):
+            try:
+                give_class(module, kind)
+            except UnsupportedError:
+                for changed, original, _, _ in self.swapped[:index]:
+                    give_class(changed, original)
+                    for attribute in ATTRIBUTES:
+                        changed.__dict__.pop(attribute, None)
+                raise
             module.__dict__.update(own)
-            object.__setattr__(module, "__class__", kind)  # that of modules first asks whether it is a parameter
         return [Swapped(module, original, vars(module).get("forward")) for module, original, _, _ in self.swapped]
 
 

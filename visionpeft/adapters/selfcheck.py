@@ -18,7 +18,7 @@ from visionpeft.backbones.quantised import dequantise
 from visionpeft.backbones.tower import BlockSites, Tower
 from visionpeft.backbones.unwatched import unwatched_copy, without_global_hooks
 from visionpeft.errors import UnsupportedError
-from visionpeft.sites import TOKEN_SITES, SitedLayer, Sites, sited_layer_class
+from visionpeft.sites import TOKEN_SITES, SitedLayer, Sites, give_class, sited_layer_class
 
 TOLERANCE = 1e-5  # relative; library norms may compute in float32
 
@@ -127,7 +127,8 @@ def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:
     sites = Sites(tower.num_prefix_tokens, tower.causal)
     sites.layout = block.layout
     for part, sited_class in block.swapped.items():
-        part.__class__, part.sites = sited_class, sites
+        give_class(part, sited_class)
+        part.sites = sites
     bare = module(x, **arguments)  # where nothing acts, layers may be called together
     met: list[str] = []
     places = (*block.token_sites, "hidden", *block.layers)
@@ -136,7 +137,7 @@ def _check_block(block: BlockSites, tower: Tower, used: set[str]) -> None:
         layer = block.layers.get("fc2" if site == "hidden" else site)
         if layer is not None and layer.called:
             if not isinstance(layer.owner, SitedLayer):
-                layer.owner.__class__ = sited_layer_class(type(layer.owner))
+                give_class(layer.owner, sited_layer_class(type(layer.owner)))
             setattr(layer.owner, "entering" if site == "hidden" else "acting", (probe,))
         else:
             sites.acting[site] = (probe,)

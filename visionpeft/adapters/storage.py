@@ -41,6 +41,8 @@ from visionpeft.sites.stand_ins import is_sharded
 
 _MODULES = {"open_clip_torch": "open_clip"}  # packages whose module has another name
 STEM = "adapter"
+# findings/thop_leaves_its_counts_in_state_dicts.sh
+COUNTS = ("total_ops", "total_params")
 
 _REMEMBERED: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()  # of models that have been sharded since
 
@@ -202,7 +204,8 @@ def folded(adapter: AttachedAdapter) -> tuple[list[Method], dict[str, torch.Tens
     tensors = {key: value for key, value in adapter.state_dict().items() if not key.startswith(own)}
     for key, (_, part) in zip(method_keys(methods), saved, strict=True):
         tensors |= {f"{key}.{name}": value for name, value in part.state_dict().items()}
-    return methods, {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    own = {key: value for key, value in tensors.items() if key.rpartition(".")[2] not in COUNTS}
+    return methods, {key: value.detach().cpu().contiguous() for key, value in own.items()}
 
 
 _version = cache(version)  # to find the files of four packages takes 3 ms, as long as to write a small adapter

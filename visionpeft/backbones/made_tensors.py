@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from visionpeft.backbones.quantised import is_quantised
 from visionpeft.errors import UnsupportedError
 
 # What the older tools of `torch.nn.utils` keep of a tensor that a hook makes before each call, and how it is undone.
@@ -52,15 +53,30 @@ def check_own_tensors(model: nn.Module) -> None:
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse layers that `torch.ao.quantization` has put into a model, which pack their weight and have no gradient.
+    """Refuse layers whose weight is none that can be read: those of `torch.ao.quantization`, which pack it and have no
+    gradient, and those of other packages that quantise than torchao.
 
     Raises:
         UnsupportedError: naming the first of them.
     """
     for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and _is_coded(weight):
+            raise UnsupportedError(
+                f"{path} is a {type(module).__name__} of {type(module).__module__}, whose weight (a "
+                f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}) holds codes that only its own "
+                "layer can read; quantise with torchao.quantization.quantize_, on whose weights adapters are trained"
+            )
         if inspect.isfunction(getattr(type(module), "weight", None)):
             raise UnsupportedError(
                 f"{path} is a {type(module).__name__} of torch.ao.quantization, which packs its weight and gives no "
                 "gradient; adapt the model first, merge it (visionpeft.merge with keep=False) and then convert it, or "
                 "quantise it with torchao.quantization.quantize_"
             )
+
+
+def _is_coded(weight: torch.Tensor) -> bool:
+    """Whether a weight is stored as something else than its numbers, and not by torchao: bitsandbytes, quanto."""
+    wraps = hasattr(weight, "__tensor_flatten__") and not type(weight).__module__.startswith("torch.")
+    numbers = weight.is_floating_point() or weight.is_complex()
+    return not is_quantised(weight) and (wraps or not numbers)

@@ -32,9 +32,9 @@ class RoutedPrompts(nn.Module):
     def __init__(self, experts: int, num_tokens: int, width: int, noise: float):
         super().__init__()
         self.prompts = nn.Parameter(torch.randn(experts, num_tokens, width) * START)
-        self.router = nn.Parameter(torch.empty(experts, width))
+        # float32, whatever the default: PyTorch has no QR decomposition in lower precision
+        self.router = nn.Parameter(nn.init.orthogonal_(torch.empty(experts, width, dtype=torch.float32)))
         self.noise = noise
-        nn.init.orthogonal_(self.router)
 
     def forward(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """Map tokens (batch, tokens, width), whose patches begin at `first`, to prompts (batch, num_tokens, width)."""

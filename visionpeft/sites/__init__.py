@@ -15,7 +15,7 @@ from visionpeft.sites.blocks import (
     join,
 )
 from visionpeft.sites.carrying import Carriers, Carrying, entering, leaving
-from visionpeft.sites.layers import SitedLayer, SitedLinear, SitedPointwise, sited_layer_class
+from visionpeft.sites.layers import SitedLayer, SitedLinear, SitedPointwise, give_class, sited_layer_class
 from visionpeft.sites.maps import MapFlow, OnPixels
 from visionpeft.sites.placement import HEAD, NEXT_BLOCK, TOKEN_SITES, Order, Placement, Shared, is_drawn, order_of
 
@@ -46,6 +46,7 @@ __all__ = [
     "act_on_kv",
     "asker_of",
     "entering",
+    "give_class",
     "is_drawn",
     "join",
     "leaving",

@@ -5,6 +5,7 @@ import functools
 import torch
 import torch.nn as nn
 
+from visionpeft.errors import UnsupportedError
 from visionpeft.sites import frozen_layers
 
 
@@ -104,3 +105,19 @@ def sited_layer_class(original: type[nn.Module]) -> type[nn.Module]:
 def _empty_sited_layer(original: type[nn.Module]) -> nn.Module:
     cls = sited_layer_class(original)
     return cls.__new__(cls)
+
+
+def give_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Let a module be of another class.
+
+    Raises:
+        UnsupportedError: Python lets no object of its class have another one, as where ABC is one of its first bases.
+    """
+    try:
+        object.__setattr__(module, "__class__", kind)  # that of modules first asks whether it is a parameter
+    except TypeError as error:
+        own = type(module)
+        raise UnsupportedError(
+            f"nothing can act in a {own.__name__} of {own.__module__}, because Python lets no object of this class "
+            "have another one; let its first base be the class of the library, and others follow"
+        ) from error
