@@ -11,7 +11,7 @@ from torch import nn
 from visionpeft.adapters.attach import activate, detach, has_adapters
 from visionpeft.clip.model import acting_adapters
 from visionpeft.errors import ConfigurationError
-from visionpeft.methods.parts.field_types import fits, in_words
+from visionpeft.methods.parts.field_types import fits, in_words, plain
 
 
 @contextmanager
@@ -42,6 +42,7 @@ def checked(build: Callable) -> Callable:
 
     @functools.wraps(build)
     def __init__(self, clip, *args, **options):
+        args, options = plain(args), plain(options)
         check_types(build, (self, clip, *args), options)
         with left_as_it_was(clip):
             build(self, clip, *args, **options)
