@@ -67,6 +67,10 @@ def check_before_training(
         raise ConfigurationError("--trainer.limit_test_batches 0 leaves nothing to test; use --test false")
     if report != "last":
         _check_selection(trainer, report)
+        if task.trained_parameters() and (mean := task.reports_mean()):
+            raise ConfigurationError(
+                f"--report {report} would keep the values of one epoch, and {mean}, or use --report last"
+            )
     _check_end(trainer, task)
     _check_callbacks(trainer, task)
     task.objective.check_precision(trainer.get("precision"))
