@@ -100,6 +100,7 @@ def test_a_root_that_is_not_there_is_named(lists, capsys):
         (["--trainer.max_epochs", "0"], "max_epochs 0 leaves no epoch"),
         (["--trainer.check_val_every_n_epoch", "4"], "check_val_every_n_epoch 4 with 3 epochs"),
         (["--trainer.limit_val_batches", "0"], "limit_val_batches 0 leaves no epoch"),
+        (["--trainer.limit_train_batches", "0"], "limit_train_batches 0 leaves nothing to train on"),
         (["--trainer.limit_test_batches", "0"], "limit_test_batches 0 leaves nothing to test"),
         (["--model.backbone_kwargs", "{img_size: 32, in_chans: 1}"], "does not take colour images of 32 x 32 pixels"),
         (

@@ -92,7 +92,13 @@ def check_before_training(
 
 
 def _check_end(trainer: Mapping, task: ImageTask) -> None:
-    """Refuse a training without an end, to which no learning rate could fall."""
+    """Refuse a training without an end, to which no learning rate could fall, and one without a batch."""
+    limit = trainer.get("limit_train_batches")
+    if task.trained_parameters() and limit is not None and not isinstance(limit, bool) and limit == 0:
+        raise ConfigurationError(
+            "--trainer.limit_train_batches 0 leaves nothing to train on; to test without training use "
+            "--trainer.max_epochs 0"
+        )
     epochs, steps = (trainer.get(option) for option in ("max_epochs", "max_steps"))
     if task.trained_parameters() and epochs is not None and epochs < 0 and (steps is None or steps < 0):
         raise ConfigurationError(
