@@ -151,11 +151,12 @@ def test_overfitting_some_batches_sees_the_same_images_in_each_epoch(tmp_path, i
     """Lightning puts a sampler of its own in the place of ours, which ended in an AttributeError."""
     seen = []
     step = ImageClassification.training_step
-    with mock.patch.object(
-        ImageClassification,
-        "training_step",
-        lambda task, batch, index: seen.append(batch[0]) or step(task, batch, index),
-    ):
+
+    def watched(task, batch, index):
+        seen.append(batch[0])
+        return step(task, batch, index)
+
+    with mock.patch.object(ImageClassification, "training_step", watched):
         run(tmp_path, images, "--trainer.overfit_batches", "1", epochs=2)
     assert len(seen) == 2
     assert torch.equal(*seen)
