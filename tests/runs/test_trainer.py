@@ -52,7 +52,7 @@ def test_one_batch_is_not_all_batches(tmp_path):
 
 def test_all_batches_are_not_one_batch(tmp_path):
     """jsonargparse 4.53 makes of a share of 1.0 the number 1 where it builds what it has read as 1.0."""
-    images = draw_images(tmp_path / "images", per_class=4)
+    images = draw_images(tmp_path / "images")
     (tmp_path / "shares.yaml").write_text("trainer: {limit_train_batches: 1.0, val_check_interval: 1.0}\n")
     given = ("--config", str(tmp_path / "shares.yaml"), "--trainer.limit_val_batches", "1.0")
     cli = CLI(arguments(images, *given, "--trainer.limit_test_batches", "1"))
