@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -149,6 +150,25 @@ def test_what_a_method_of_ones_own_says_of_its_fields_is_checked():
     ):
         with pytest.raises(ConfigurationError, match=f"Own: {words}"):
             Own(**given)
+
+
+def test_numbers_of_numpy_are_those_of_python(hosts, tmp_path):
+    """As an array of hyper-parameters gives them; they are kept as Python's, which JSON and checkpoints can write."""
+    given = vp.LoRA(
+        rank=np.int64(2), alpha=np.float32(0.1), rank_stabilised=np.bool_(True), overrides={"q": np.int32(1)},
+        blocks=np.arange(1),
+    )  # fmt: skip
+    plain = vp.LoRA(rank=2, alpha=float(np.float32(0.1)), rank_stabilised=True, overrides={"q": 1}, blocks=[0])
+    assert given == plain
+    assert [type(value) for value in vars(given).values()] == [type(value) for value in vars(plain).values()]
+    model = vp.attach(hosts[False], given, "numpy")
+    vp.save(model, tmp_path, "numpy")
+    vp.detach(model)
+    for value, words in ((np.float32(2.5), "an integer, not 2.5"), (np.float64("nan"), "an integer, not nan")):
+        with pytest.raises(ConfigurationError, match=f"rank must be {words}"):
+            vp.LoRA(rank=value)
+    assert vp.LinearSegmentation(layers=np.array([0, 1])) == vp.LinearSegmentation(layers=(0, 1))
+    assert vp.DensePredictor("nano_vit", vp.SETR(width=np.int64(8)), np.int64(3)).num_classes == 3
 
 
 def test_annotations_that_cannot_be_read_are_left_to_the_method():

@@ -15,6 +15,7 @@ from visionpeft import fit
 from visionpeft.data import ImageFolder
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods import LoRA
+from visionpeft.runs.before_training import check_before_training
 from visionpeft.runs.cli import CLI
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageClassification
@@ -99,6 +100,7 @@ def test_a_root_that_is_not_there_is_named(lists, capsys):
         (["--trainer.max_epochs", "0"], "max_epochs 0 leaves no epoch"),
         (["--trainer.check_val_every_n_epoch", "4"], "check_val_every_n_epoch 4 with 3 epochs"),
         (["--trainer.limit_val_batches", "0"], "limit_val_batches 0 leaves no epoch"),
+        (["--trainer.limit_train_batches", "0"], "limit_train_batches 0 leaves nothing to train on"),
         (["--trainer.limit_test_batches", "0"], "limit_test_batches 0 leaves nothing to test"),
         (["--model.backbone_kwargs", "{img_size: 32, in_chans: 1}"], "does not take colour images of 32 x 32 pixels"),
         (
@@ -192,6 +194,16 @@ def test_shares_of_files_of_splits_are_refused(tmp_path, capsys):
     assert "has files of splits (train, val, test), which are taken as they are; leave it out, or add a file" in said
     few_shot = [*learner_arguments(tmp_path), "--data.dataset", "clipart", *share]
     assert "'clipart' has splits of its own" in refused(capsys, *few_shot, output=tmp_path / "runs")
+
+
+def test_an_epoch_is_not_chosen_where_the_mean_over_epochs_is_what_is_learnt(images, tmp_path, capsys):
+    """PromptSRC's validated prompts are those of an epoch, and the best of them took the place of its mean."""
+    given = learner_arguments(images, "--report", "best", "--data.val_fraction", "0.3", learner="PromptSRC")
+    said = refused(capsys, *given, output=tmp_path / "runs")
+    assert "PromptSRC ends with the mean of its prompts over the epochs; set average_mean to null, or use" in said
+    cli = CLI([*given, "--model.learner.average_mean", "null"])
+    cli.datamodule.setup()
+    check_before_training(cli.model, cli.datamodule, cli.config_init.trainer, "best", tests=True)
 
 
 def test_what_the_data_says_may_be_said_of_the_model_as_well(images):

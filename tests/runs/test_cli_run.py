@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from visionpeft import evaluate, fit, predict, tasks
 from visionpeft.runs.as_trained import OF_TEST, OF_TRAINING, TRAINED
 from visionpeft.runs.history import read_history
 from visionpeft.runs.signatures import parameters
+from visionpeft.tasks import ImageClassification
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,31 @@ def test_every_option_of_a_task_is_of_what_was_trained_of_a_training_or_of_a_tes
     for task in set(tasks.__all__) - {"ImageTask"}:
         named = parameters(task).keys()
         assert named <= TRAINED | OF_TRAINING | OF_TEST, (task, named - TRAINED - OF_TRAINING - OF_TEST)
+
+
+def test_what_a_limit_leaves_of_the_test_is_said(finished, tmp_path, images, capsys):
+    """The table named all images of the split beside an accuracy of two of them."""
+    made = run(tmp_path, images, "--trainer.limit_test_batches", "1", "--data.test_batch_size", "2", epochs=1)
+    assert results(made)["tested_images"] == 2
+    assert "2 of 6 (--trainer.limit_test_batches)" in capsys.readouterr().out
+    assert evaluate.main([str(made), "--trainer.limit_test_batches", "1.0"]) == 0
+    assert json.loads((made / "evaluation.json").read_text())["tested_images"] == 6
+    assert results(finished)["tested_images"] == 6
+
+
+def test_overfitting_some_batches_sees_the_same_images_in_each_epoch(tmp_path, images):
+    """Lightning puts a sampler of its own in the place of ours, which ended in an AttributeError."""
+    seen = []
+    step = ImageClassification.training_step
+
+    def watched(task, batch, index):
+        seen.append(batch[0])
+        return step(task, batch, index)
+
+    with mock.patch.object(ImageClassification, "training_step", watched):
+        run(tmp_path, images, "--trainer.overfit_batches", "1", epochs=2)
+    assert len(seen) == 2
+    assert torch.equal(*seen)
 
 
 def test_predict_csv(finished, images, tmp_path, capsys):

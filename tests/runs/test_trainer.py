@@ -2,6 +2,9 @@
 
 import pytest
 from forked import start, wait
+from small_runs import arguments, draw_images
+
+from visionpeft.runs.cli import CLI
 
 SCRIPT = """
 import typing
@@ -45,3 +48,16 @@ def test_one_batch_is_not_all_batches(tmp_path):
     as_lightning, ours = printed.read_text().splitlines()
     assert as_lightning.split()[0] == "1.0"  # the fault is there, so that this test can fail
     assert ours.split() == ["1", "2", "0.5"]
+
+
+def test_all_batches_are_not_one_batch(tmp_path):
+    """jsonargparse 4.53 makes of a share of 1.0 the number 1 where it builds what it has read as 1.0."""
+    images = draw_images(tmp_path / "images")
+    (tmp_path / "shares.yaml").write_text("trainer: {limit_train_batches: 1.0, val_check_interval: 1.0}\n")
+    given = ("--config", str(tmp_path / "shares.yaml"), "--trainer.limit_val_batches", "1.0")
+    cli = CLI(arguments(images, *given, "--trainer.limit_test_batches", "1"))
+    for options in (cli.config.trainer, cli.config_init.trainer):
+        taken = options.limit_train_batches, options.val_check_interval, options.limit_val_batches
+        assert [repr(value) for value in (*taken, options.limit_test_batches)] == ["1.0", "1.0", "1.0", "1"]
+    trainer = cli.build_trainer([], logger=False, enable_checkpointing=False)
+    assert [type(each) for each in (trainer.limit_val_batches, trainer.limit_test_batches)] == [float, int]

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -115,11 +116,20 @@ def test_warmup_and_cosine():
         {"eps": 0},
         {"lora_plus": 0},
         {"scale_lr_by_batch": 0},
+        {"lr": float("nan")},
+        {"head_lr": float("inf")},
+        {"warmup_epochs": "two"},
     ],
 )
 def test_impossible_values_are_refused(fields):
-    with pytest.raises(vp.ConfigurationError, match="optimisation"):
+    with pytest.raises(vp.ConfigurationError, match=r"(?i)optimisation"):
         Optimisation(**fields)
+
+
+def test_rates_of_numpy_are_those_of_python():
+    """Kept as NumPy's, they would be in checkpoints, which then cannot be read as weights alone."""
+    rates = Optimisation(lr=np.float32(0.5), warmup_epochs=np.int64(2))
+    assert [type(rate) for rate in (rates.lr, rates.warmup_epochs)] == [float, int]
 
 
 # Of 50, 10, 5 and 2 epochs at 0.002, 0.002, 0.0035 and 0.0026; the first from a published log, its last six epochs.

@@ -110,6 +110,9 @@ class Learner(PromptedCLIP):
         """
         return {}
 
+    def begin_training(self) -> None:
+        """Called before a training, also a further one of the same learner, and before a checkpoint is loaded."""
+
     def end_epoch(self, epoch: int, num_epochs: int) -> None:
         """Called after training epoch `epoch` of 0 .. num_epochs - 1."""
 

@@ -37,6 +37,12 @@ class InTwoStages:
         self.register_buffer("stage", torch.ones((), dtype=torch.uint8, device=self.text.device))
         self.register_load_state_dict_post_hook(_follow)
 
+    def begin_training(self) -> None:
+        """Begin in the first stage, if it has a share: a further training has both, too."""
+        if self.second_stage and self.first_stage > 0:
+            self.stage.fill_(1)
+            self.follow_stage()
+
     def end_epoch(self, epoch: int, num_epochs: int) -> None:
         """Begin the second stage where the first has had its share of the epochs."""
         if not self.second_stage and epoch + 1 >= self.first_stage * num_epochs:

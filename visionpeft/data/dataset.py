@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from visionpeft.caching.named_images import Batch
+from visionpeft.data.ordering import EpochSampler
 from visionpeft.data.records import Source
 from visionpeft.errors import ConfigurationError, DataError
 
@@ -175,6 +176,8 @@ class Part(NamedTuple):
 class TrainLoader(ImageLoader):
     """ImageLoader over an EpochSampler, whose state lets Lightning resume in the middle of an epoch.
 
+    With `overfit_batches` Lightning puts a sampler of its own in that one's place, of the same images in each epoch.
+
     Batches are images and labels. Of one that several processes cannot share evenly, the repeats with which the sampler
     evens it out are left out, and a `Part` follows.
     """
@@ -182,6 +185,9 @@ class TrainLoader(ImageLoader):
     delivered = 0
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, Part]]:
+        if not isinstance(self.sampler, EpochSampler):
+            yield from super().__iter__()
+            return
         self.delivered = self.sampler.start
         for batch in super().__iter__():
             images, labels = batch
@@ -195,6 +201,8 @@ class TrainLoader(ImageLoader):
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, and how many of its samples were delivered, by all processes together."""
+        if not isinstance(self.sampler, EpochSampler):
+            return {}
         return {"epoch": self.sampler.epoch, "samples": self.delivered * self.sampler.num_replicas}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -203,6 +211,8 @@ class TrainLoader(ImageLoader):
         Raises:
             ConfigurationError: they cannot share evenly what is left of the epoch.
         """
+        if not state or not isinstance(self.sampler, EpochSampler):
+            return
         samples, rest = divmod(state["samples"], self.sampler.num_replicas)
         if rest:
             raise ConfigurationError(

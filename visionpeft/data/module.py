@@ -19,6 +19,7 @@ from visionpeft.data.records import Files, ImageSet, Source, size_of
 from visionpeft.data.transforms import CROP_AREA, Augmentation, ImageTransform, check_crop_area
 from visionpeft.data.views import ImageViews
 from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.methods.parts.field_types import plain
 
 CACHE_BYTES = 512 * 2**20
 TEST_SUBSET_SEED = 0
@@ -89,6 +90,9 @@ class ImageDataModule(lightning.LightningDataModule):
         balanced: bool = False,
     ):
         super().__init__()
+        batch_size, num_workers, test_samples, seed, test_batch_size, views, test_views = plain(
+            (batch_size, num_workers, test_samples, seed, test_batch_size, views, test_views)
+        )
         self.images = images
         self.balanced = balanced
         self.batch_size = batch_size

@@ -10,7 +10,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.methods.parts.field_types import fits, in_words
+from visionpeft.methods.parts.field_types import checked_fields
 
 Layers = int | tuple[int, ...] | Literal["quarters"]
 
@@ -43,11 +43,8 @@ class DenseHead:
     gives_scores: ClassVar[bool] = False  # see `DenseModule`
 
     def __post_init__(self):
-        types = get_type_hints(type(self))
-        for name in (field.name for field in dataclasses.fields(self)):
-            value, annotation = getattr(self, name), types[name]
-            if not fits(value, annotation):
-                raise ConfigurationError(f"{type(self).__name__}: {name} must be {in_words(annotation)}, not {value!r}")
+        for _ in checked_fields(self, get_type_hints(type(self))):
+            pass
         layers = self.layers
         if layers is None:  # of heads that allow it
             return

@@ -13,6 +13,7 @@ from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.base import Method
+from visionpeft.methods.parts.field_types import plain
 from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native, output_width
 
 
@@ -53,7 +54,7 @@ class VideoClassifier(nn.Module):
         head_std: float = 0.02,
     ):
         super().__init__()
-        _check_number(num_frames)
+        num_frames, num_classes = _checked_number(num_frames), plain(num_classes)
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ConfigurationError(f"num_classes must be a number of classes, or 0 for none, not {num_classes!r}")
         if not 0 <= dropout < 1:
@@ -85,8 +86,7 @@ class VideoClassifier(nn.Module):
             num_frames: frames of the clips from now on.
             interpolate: interpolate what was trained for another number, which `AIM` refuses otherwise.
         """
-        _check_number(num_frames)
-        self.frames.number, self.frames.interpolate = num_frames, interpolate
+        self.frames.number, self.frames.interpolate = _checked_number(num_frames), interpolate
 
     def frame_features(self, clips: torch.Tensor) -> torch.Tensor:
         """Features (batch, frames, num_features) of each frame of clips (batch, channels, frames, height, width).
@@ -168,6 +168,8 @@ def _head(num_features: int, num_classes: int, dropout: float, std: float, like:
     return nn.Sequential(nn.Dropout(dropout), linear)
 
 
-def _check_number(num_frames: int) -> None:
-    if not isinstance(num_frames, int) or num_frames < 1:
+def _checked_number(num_frames: int) -> int:
+    number = plain(num_frames)
+    if not isinstance(number, int) or number < 1:
         raise ConfigurationError(f"num_frames must be a positive integer, not {num_frames!r}")
+    return number

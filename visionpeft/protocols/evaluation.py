@@ -147,7 +147,7 @@ def row(protocol: str, cell: Cell, dataset: str, classes: str, results: dict) ->
         "tested_on": dataset,
         "classes": classes,
         "number_of_classes": results["data"]["classes"],
-        "test_images": results["data"]["sizes"]["test"],
+        "test_images": results.get("tested_images", results["data"]["sizes"]["test"]),
         "of_test_images": (results["data"].get("test_subset") or {}).get("of", results["data"]["sizes"]["test"]),
         "top1": results["test"]["top1"],
         "mean_per_class": results["test"]["mean_per_class"],

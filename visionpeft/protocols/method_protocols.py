@@ -181,7 +181,7 @@ def _row(about: dict, results: dict) -> dict:
         "hyper_parameters": json.dumps(about["hyper_parameters"]),
         "top1": results["test"]["top1"],
         "mean_per_class": results["test"]["mean_per_class"],
-        "test_images": data["sizes"]["test"],
+        "test_images": results.get("tested_images", data["sizes"]["test"]),
         "of_test_images": subset.get("of", data["sizes"]["test"]),
         "reported": results["reported"],
         "backbone": backbone["name"],

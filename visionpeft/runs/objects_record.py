@@ -36,6 +36,7 @@ class ObjectsRecord(Record):
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         """Add what `test_step` found."""
         self.add(outputs, batch, trainer.datamodule.preprocessing)
+        self.tested += len(batch[0])
 
     def add(self, answers: list[dict[str, Tensor]], batch: Sequence, preprocessing: Preprocessing) -> None:
         """Add what was found in a batch."""

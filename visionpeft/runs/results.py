@@ -24,7 +24,7 @@ def record_of(task: ImageTask, datamodule: ImageDataModule) -> Record:
 
 
 def tested(trainer: pl.Trainer, record: Record) -> dict:
-    """Entries of results.json on a test that has just run: its numbers under "test", and what they are of.
+    """Entries of results.json on a test that has just run: its numbers under "test", and what and how many they are of.
 
     Of classes, `mean_per_class` is the mean over the classes that occur in the test of the share of each that was
     recognised (balanced accuracy). `macro_top1` is the mean that torchmetrics takes
@@ -38,7 +38,7 @@ def tested(trainer: pl.Trainer, record: Record) -> dict:
         for name, value in trainer.callback_metrics.items()
         if name.startswith("test/")
     }
-    return {"test": numbers | record.numbers(), **record.about()}
+    return {"test": numbers | record.numbers(), "tested_images": record.tested, **record.about()}
 
 
 def batches(trainer: pl.Trainer, datamodule: ImageDataModule) -> dict[str, int]:

@@ -16,7 +16,7 @@ def print_results(results: dict, title: str = "") -> None:
     for label, value in _tested(results):
         table.add_row(label, value)
     if test:
-        table.add_row(f"test {counted(data)}", test_size(data))
+        table.add_row(f"test {counted(data)}", test_size(results))
     if "test_views" in data and "sampling" in data:
         table.add_row("views of each", f"{data['test_views']} of {data['sampling']['num_frames']} frames")
     table.add_row("reported", results["reported"])
@@ -148,9 +148,14 @@ def counted(data: dict) -> str:
     return "videos" if "sampling" in data else "images"
 
 
-def test_size(data: dict) -> str:
+def test_size(results: dict) -> str:
     """How many images were scored, and whether they are all of the test split."""
-    size, subset = data["sizes"]["test"], data.get("test_subset")
+    size, subset = results["data"]["sizes"]["test"], results["data"].get("test_subset")
+    tested = results.get("tested_images", size)  # which results of an earlier version do not say
+    if size is not None and tested < size:
+        return f"{number(tested)} of {number(size)} (--trainer.limit_test_batches)"
+    if size is None:
+        return number(tested)
     if subset:
         return f"{number(size)} (a fixed random subset of {subset['of']:,}; all with --data.test_samples null)"
     return number(size)

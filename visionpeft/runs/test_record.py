@@ -17,12 +17,19 @@ from visionpeft.runs.mistake import Mistake
 
 
 class Record(pl.Callback):
-    """Base of what is collected while testing, from what the outputs of the model say."""
+    """Base of what is collected while testing, from what the outputs of the model say.
+
+    Attributes:
+        tested: how many images, which a limit of the trainer may keep from being the whole split.
+    """
+
+    tested = 0
 
     def on_test_batch_end(self, trainer, pl_module, outputs: Tensor, batch, batch_idx, dataloader_idx=0) -> None:
         """Add the logits (batch, outputs) that `test_step` returned."""
         answers = pl_module.objective.answers(outputs.float())
         self.add(answers, batch, trainer.datamodule.preprocessing)
+        self.tested += len(batch[0])
         unadapted = getattr(pl_module, "unadapted", None)
         if unadapted is not None:
             self.add_unadapted(pl_module.objective.answers(unadapted.float()), batch)
@@ -40,6 +47,7 @@ class Record(pl.Callback):
             shares = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, self)
             self.take(shares)
+            self.tested = sum(share.tested for share in shares)
 
     def __getstate__(self) -> dict:
         """What was collected. Lightning gives callbacks methods of the task, and with them would go the backbone."""

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from visionpeft.errors import ConfigurationError
+from visionpeft.methods.parts.field_types import checked_fields
 from visionpeft.tasks.steps import Steps
 
 
@@ -56,7 +57,9 @@ class Optimisation:
     warmup_ratio: float = 0.1
 
     def __post_init__(self):
-        """Refuse values no optimiser takes."""
+        """Refuse values no optimiser takes, numbers that are none or have no end among them."""
+        for _ in checked_fields(self, get_type_hints(type(self))):
+            pass
         if min(self.lr, self.head_lr or 0, self.weight_decay, self.warmup_lr) < 0:
             raise ConfigurationError("optimisation: lr, head_lr, warmup_lr and weight_decay must not be negative")
         if self.eps <= 0 or self.lora_plus <= 0:

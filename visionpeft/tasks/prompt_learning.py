@@ -167,6 +167,7 @@ class PromptLearning(ImageTask):
         if self.cache is not None:
             self.cache.hash_again()
         if stage == "fit":
+            self.learner.begin_training()  # which decides what is trained, and with it what is kept
             self._fit_features()
             if not self.trained_parameters():
                 self.trainer.fit_loop.max_epochs = self.trainer.limit_train_batches = 0
@@ -327,6 +328,10 @@ class PromptLearning(ImageTask):
         """Why an average over steps would not be what is tested: nothing is trained, or the learner has its own."""
         if not self.trained_parameters():
             return f"{self.label} trains nothing by gradient steps"
+        return self.reports_mean()
+
+    def reports_mean(self) -> str | None:
+        """That of the learner, if it has one."""
         return self.learner.averages and f"{self.label} {self.learner.averages}"
 
     def save(self, folder: Path, datamodule: pl.LightningDataModule) -> None:

@@ -121,6 +121,10 @@ class ImageTask(pl.LightningModule):
         """Why a callback could not average over steps what is trained, None if it can."""
         return None
 
+    def reports_mean(self) -> str | None:
+        """How what is trained ends with a mean of its own over the epochs, and what to do otherwise; None if not."""
+        return None
+
     @abstractmethod
     def save(self, folder: Path, datamodule: pl.LightningDataModule) -> None:
         """Write what was trained."""

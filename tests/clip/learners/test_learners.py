@@ -5,6 +5,7 @@ import functools
 import inspect
 import math
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -159,6 +160,15 @@ def test_logits_loss_and_gradients_are_the_formula(name, kind):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
     from_features = learner.loss(None, LABELS, features=f)
     torch.testing.assert_close(from_features[0], loss, rtol=0, atol=1e-12)
+
+
+def test_numbers_of_numpy_are_those_of_python(tmp_path):
+    """They are in the saved options, as JSON."""
+    learner = KgCoOp(clip_model(), tokenizer(), np.array(NAMES), weight=np.float32(0.5), context_length=np.int64(2))
+    assert (learner.options["weight"], learner.options["context_length"]) == (0.5, 2)
+    assert [type(learner.options[name]) for name in ("weight", "context_length")] == [float, int]
+    save_learner(learner, tmp_path)
+    assert load_learner(tmp_path, clip_model(), tokenizer()).options == learner.options
 
 
 @pytest.mark.parametrize("template", ["a photo of a {}.", ["a photo of a {}.", "{} texture.", "art of the {}"]])

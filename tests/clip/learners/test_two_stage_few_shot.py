@@ -142,6 +142,9 @@ def test_a_run_has_both_stages_and_resumes_in_the_second(tmp_path):
     assert moved == [{False}, {False}, {False}, {True}, {True}]
     assert [sum(each) for each in encoded] == [12, 12, 12, 12, 0]
     trainer.save_checkpoint(tmp_path / "last.ckpt")
+    moved.clear()
+    fit(5)  # a further training of the same learner has both stages, too
+    assert moved == [{False}, {False}, {False}, {True}, {True}]
     task = make()
     moved.clear()
     fit(6, ckpt_path=tmp_path / "last.ckpt")

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import lightning
+import numpy as np
 import pytest
 import torch
 from data_layouts import SMALL, write_class_folders, write_image
@@ -725,3 +726,12 @@ def test_wrong_options(tmp_path):
         with pytest.raises(DataError, match=f"dataset '{own}' needs root"):
             FewShot(own)
     assert set(few_shot_datasets()).isdisjoint({"folder", "list"})
+
+
+def test_numbers_of_numpy_draw_what_those_of_python_draw():
+    """As of an array of seeds; `random` takes no others, and PyTorch's loaders no other batch size."""
+    numbers = np.array([3, 2, 5])
+    given = FewShot("clipart", seed=numbers[0], shots=numbers[1], batch_size=numbers[2])
+    plain = FewShot("clipart", seed=3, shots=2, batch_size=5)
+    assert given.description() == plain.description()
+    assert [type(value) for value in (given.batch_size, given.images.about["shots"])] == [int, int]

@@ -14,6 +14,7 @@ from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import ImageFiles, ImageSet, Row, path_inside
 from visionpeft.data.transforms import Augmentation
 from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.methods.parts.field_types import plain
 
 OWN = {"folder": [], "list": ["csv"]}
 
@@ -81,6 +82,7 @@ class FewShot(ImageDataModule):
         draw_rule: Rule = "coop",
         **kwargs,
     ):
+        shots, seed = plain(shots), plain(seed)  # of an array of seeds, too
         definitions = few_shot_datasets()
         key = find_few_shot(dataset, OWN)
         _check(shots, classes, split, draw_rule)

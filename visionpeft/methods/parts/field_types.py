@@ -1,13 +1,48 @@
 """Whether the values of a method's fields are of the types that their annotations name."""
 
+import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
 
+import numpy as np
+
+from visionpeft.errors import ConfigurationError
+
 UNIONS = (Union, UnionType)
 ONE = {int: "an integer", float: "a number", str: "a word", bool: "True or False", NoneType: "None", Path: "a path"}
 MANY = {int: "integers", float: "numbers", str: "words"}
+
+
+def plain(value: object) -> object:
+    """A value with Python's numbers in the place of NumPy's, which are the same, also in lists, tuples and dicts."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if type(value) is dict:
+        return {plain(key): plain(each) for key, each in value.items()}
+    return value
+
+
+def checked_fields(owner: object, types: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Names and values of the fields of a frozen dataclass, each made plain in it and checked before it is given.
+
+    Args:
+        owner: the dataclass.
+        types: annotations by the names of fields; of one that is not here, its own.
+
+    Raises:
+        ConfigurationError: a value that is not of the type of its field.
+    """
+    for field in dataclasses.fields(owner):
+        value, kind = plain(getattr(owner, field.name)), types.get(field.name, field.type)
+        object.__setattr__(owner, field.name, value)
+        if not fits(value, kind):
+            raise ConfigurationError(f"{type(owner).__name__}: {field.name} must be {in_words(kind)}, not {value!r}")
+        yield field.name, value
 
 
 def fits(value: object, annotation: object) -> bool:
