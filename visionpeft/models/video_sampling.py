@@ -106,7 +106,7 @@ class FrameSampling:
     Args:
         kind: "uniform" takes one frame of each of `num_frames` equal parts of the video, a random one in training and
             the middle one in the test; "dense" takes frames `stride` apart, from a random start in training.
-        num_frames: t, frames in a clip.
+        num_frames: T, frames in a clip.
         stride: s, distance of the frames of a dense clip.
         test_clips: dense clips of a video whose predictions are averaged in the test.
         placement: of those clips: "ends", from one end of the video to the other, or "centred" in equal parts; the same
