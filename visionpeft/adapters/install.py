@@ -18,8 +18,9 @@ from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.library_methods import SHALLOW, know_adapters, refuse_fusing, refuse_intermediates
 from visionpeft.adapters.multiplied_tokens import check_multiplied
 from visionpeft.adapters.plan import Plan, acting_in, located_in, plan_of, reading_all, travelling_prompts
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.quantised import is_quantised
-from visionpeft.backbones.tower import BlockSites, Layer, Tower
+from visionpeft.backbones.tower import BlockSites, Tower
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Carriers, OnPixels, Order, Sites, order_of

@@ -14,8 +14,9 @@ from visionpeft.adapters.attached_adapter import check_allocated, own_parameter
 from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install
 from visionpeft.adapters.merged import reattach
 from visionpeft.adapters.plan import plan_of
+from visionpeft.backbones.layer import READS, Layer
 from visionpeft.backbones.quantised import computing_dtype, full_precision, is_quantised
-from visionpeft.backbones.tower import READS, Layer, Tower
+from visionpeft.backbones.tower import Tower
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Order, order_of
