@@ -64,6 +64,8 @@ NEAREST = {
         ("test_changed_model", "test_gated_vpt"),
         f"{CELLS} or (stacking or switching) and vit_cls or test_video_methods and routed",
     ),
+    "adapters/resting.py": (("test_changed_model", "test_switching"), f"{CELLS} or switching and vit_cls"),
+    "adapters/unchanged.py": (("test_changed_model",), f"{CELLS} or refusal"),
     "adapters/plan.py": (("test_changed_model", "test_gated_vpt"), f"{CELLS} or (stacking or switching) and vit_cls"),
     "adapters/key_prompts.py": (("test_block_economies",), "vpt and vit_cls"),
     "adapters/merge.py": (
