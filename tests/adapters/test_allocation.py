@@ -19,7 +19,7 @@ from timm.layers import DropPath
 
 import visionpeft as vp
 from visionpeft import fit
-from visionpeft.backbones.tower import Layer
+from visionpeft.backbones.layer import Layer
 from visionpeft.errors import UserError
 from visionpeft.methods.parts.sparse_delta import SparseDelta
 from visionpeft.runs.history import EpochHistory, read_history

@@ -11,7 +11,7 @@ import torch
 from reference.hosts import lively
 
 import visionpeft as vp
-from visionpeft.sites.blocks import padding
+from visionpeft.sites.masks import padding
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "num_classes": 3}
 METHODS = {

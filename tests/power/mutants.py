@@ -37,6 +37,8 @@ CELLS = "vit_cls and (lora_all or ssf or vpt_deep or vpt_shallow or houlsby or b
 # Module -> (test files that run whole, which tests of the matrix of hosts and methods).
 NEAREST = {
     "sites/blocks.py": (("test_flow", "test_block_economies"), f"{CELLS} or clip_whole and vpt"),
+    "sites/masks.py": (("test_flow", "test_block_economies"), f"{CELLS} or clip_whole and vpt"),
+    "sites/class_token.py": (("test_block_economies",), "vit_cls"),
     "sites/frozen_layers.py": (("test_layer_economies",), f"{CELLS} or ia3 and vit_cls"),
     "sites/layers.py": (("test_layer_economies", "test_input_merging"), CELLS),
     "sites/placement.py": (
@@ -64,6 +66,8 @@ NEAREST = {
         ("test_changed_model", "test_gated_vpt"),
         f"{CELLS} or (stacking or switching) and vit_cls or test_video_methods and routed",
     ),
+    "adapters/resting.py": (("test_changed_model", "test_switching"), f"{CELLS} or switching and vit_cls"),
+    "adapters/unchanged.py": (("test_changed_model",), f"{CELLS} or refusal"),
     "adapters/plan.py": (("test_changed_model", "test_gated_vpt"), f"{CELLS} or (stacking or switching) and vit_cls"),
     "adapters/key_prompts.py": (("test_block_economies",), "vpt and vit_cls"),
     "adapters/merge.py": (

@@ -11,12 +11,13 @@ from visionpeft.adapters.adapters import Adapters, attached, has_adapters, known
 from visionpeft.adapters.asking import connect_head
 from visionpeft.adapters.attached_adapter import AttachedAdapter
 from visionpeft.adapters.block_limits import check_available
-from visionpeft.adapters.install import check_unchanged, install, remember_hosts
+from visionpeft.adapters.install import install
 from visionpeft.adapters.merged import reattach
 from visionpeft.adapters.routes import check_not_routed
 from visionpeft.adapters.selfcheck import check_tower
 from visionpeft.adapters.sources import fill, used_by, with_sources
 from visionpeft.adapters.switch import activate, plain
+from visionpeft.adapters.unchanged import check_unchanged, remember_hosts
 from visionpeft.backbones.made_tensors import check_own_tensors
 from visionpeft.backbones.quantised import check_products
 from visionpeft.backbones.tower import Backbone

@@ -10,23 +10,24 @@ import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters
 from visionpeft.adapters.asking import QUERIES, Asking, asker, check_asking_alone
-from visionpeft.adapters.attached_adapter import AttachedAdapter, join, own_parameter
+from visionpeft.adapters.attached_adapter import own_parameter
 from visionpeft.adapters.block_limits import check_available, check_on_map
 from visionpeft.adapters.carried_values import CARRIERS, CARRYING
-from visionpeft.adapters.installation import Anatomy, Installation, Rested, Swaps
+from visionpeft.adapters.installation import Anatomy, Installation, Swaps
 from visionpeft.adapters.key_prompts import key_prompts, without_prompts
 from visionpeft.adapters.library_methods import SHALLOW, know_adapters, refuse_fusing, refuse_intermediates
 from visionpeft.adapters.multiplied_tokens import check_multiplied
 from visionpeft.adapters.plan import Plan, acting_in, located_in, plan_of, reading_all, travelling_prompts
-from visionpeft.backbones.quantised import is_quantised
-from visionpeft.backbones.tower import BlockSites, Layer, Tower
+from visionpeft.adapters.resting import freeze_unused, head_in_use
+from visionpeft.adapters.unchanged import check_unchanged
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import BlockSites, Tower
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Carriers, OnPixels, Order, Sites, order_of
 from visionpeft.sites.changed_weights import CHANGED, changes_weights, has_statistics, keeps_statistics
 from visionpeft.sites.stand_ins import attributes_of, reads_copies, uses_head
 
-WRAPPED = "_checkpoint_wrapped_module"  # where PyTorch's CheckpointWrapper has the module
 MOST_KEPT = 32  # combinations of adapters whose places in the model are kept
 
 
@@ -229,161 +230,11 @@ def _install_heads(swaps: Swaps, peft: Adapters, model: nn.Module, heads: tuple[
             _use_head(swaps, model.get_submodule(path), peft[head_in_use(peft, path)].get_submodule(path))
 
 
-def head_in_use(peft: Adapters, path: str) -> str | None:
-    """Which active adapter's head is used: that of the last one."""
-    return next((name for name in reversed(peft.chosen) if path in peft[name].head_paths), None)
-
-
-def parameters_in_use(peft: Adapters) -> list[nn.Parameter]:
-    """Parameters of the adapters that act or are routed here, without heads that another one's head stands in for."""
-    return _parameters_of(peft, peft.chosen if peft.route is None else None, peft.route or ())
-
-
-def _parameters_of(peft: Adapters, active: tuple[str, ...] | None, routed: Iterable[str | None]) -> list[nn.Parameter]:
-    names = active if active is not None else tuple(dict.fromkeys(filter(None, routed)))
-    unused = set()
-    for name in active or ():
-        for path in peft[name].head_paths:
-            if head_in_use(peft, path) != name:
-                unused |= set(peft[name].get_submodule(path).parameters())
-    return [*dict.fromkeys(p for name in names for _, _, p in peft.anatomy(name).parameters() if p not in unused)]
-
-
-def freeze_unused(peft: Adapters, passing: bool) -> None:
-    """Let `requires_grad` follow what acts, or the routes that are open with gradients: DDP waits for gradients of
-    everything that has it.
-
-    What was frozen before it came to rest stays frozen when it acts again.
-    """
-    routed = [name for opened in peft.routing.opened if opened.trains for name in opened.names]
-    active = None if routed else peft.chosen
-    used = frozenset(peft.chosen if active is not None else filter(None, routed))
-    in_use = {id(p) for p in _parameters_of(peft, active, routed)} if active is not None or not passing else set()
-    for name in [name for name in peft if not passing or name in used or name in peft.used]:
-        if passing and name not in used:
-            _rest(peft, name)
-        elif passing and routed:
-            _use_again(peft, name)
-        else:
-            _settle(peft, name, in_use)
-    peft.used = used
-
-
-def _settle(peft: Adapters, name: str, in_use: set[int]) -> None:
-    """Freeze what is not in use of an adapter, and no longer what came to rest and is in use."""
-    resting = set(peft.resting.get(name, ()))
-    for owner, key, parameter in peft.anatomy(name).parameters():
-        if parameter.requires_grad:
-            if id(parameter) not in in_use:
-                parameter.requires_grad_(False)
-                resting.add(join(owner, key))
-        elif id(parameter) in in_use and join(owner, key) in resting:
-            parameter.requires_grad_(True)
-            resting.remove(join(owner, key))
-    peft.resting[name] = frozenset(resting)
-
-
-def _rest(peft: Adapters, name: str) -> None:
-    """Freeze all of an adapter."""
-    seen = peft.rested.get(name)
-    if seen is None or not seen.everything or not seen.holds(True):
-        anatomy = peft.anatomy(name)
-        places = [place for place in anatomy.parameters() if place[2].requires_grad]
-        seen = peft.rested[name] = Rested(anatomy, places)
-    for _, _, parameter in seen.places:
-        parameter.requires_grad = False
-    before = peft.resting.get(name)
-    peft.resting[name] = before | seen.paths if before else seen.paths
-
-
-def _use_again(peft: Adapters, name: str) -> None:
-    """No longer freeze what has come to rest of an adapter."""
-    seen, resting = peft.rested.get(name), peft.resting.get(name)
-    if not resting:
-        return
-    if seen is None or resting is not seen.paths or not seen.holds(False):
-        _settle(peft, name, {id(parameter) for parameter in peft[name].parameters()})
-        return
-    for _, _, parameter in seen.places:
-        parameter.requires_grad = True
-    peft.resting[name] = frozenset()
-
-
 def stood_in_for(model: nn.Module) -> set[nn.Parameter]:
     """The model's own parameters that do not compute now, because copies of them do."""
     active = [model.peft[name] for name in model.peft.active]
     heads = {parameter for each in active for (host,) in each.hosts.values() for parameter in host.parameters()}
     return heads | {own_parameter(model, name) for each in active for name in each.trained_names}
-
-
-def remember_hosts(model: nn.Module, adapter: AttachedAdapter) -> None:
-    """Remember in the place of which modules the heads of an adapter will compute.
-
-    Raises:
-        ConfigurationError: the model has no such module.
-    """
-    hosts = {path: _at(model, path) for path in adapter.head_paths}
-    if missing := [path for path, host in hosts.items() if not isinstance(host, nn.Module)]:
-        raise ConfigurationError(f"the adapter has a head {missing[0]!r}, but the model has no module of this name")
-    adapter.hosts = {path: (host,) for path, host in hosts.items()}
-
-
-def check_unchanged(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse adapters whose head or trained copies are those of another head or parameter than the model has now, or
-    were quantised, and a model in which what acts was taken out, or stands behind a wrapper.
-
-    Raises:
-        ConfigurationError: naming what was changed.
-    """
-    for name in names:
-        adapter: AttachedAdapter = model.peft[name]
-        changed = [path for path, (host,) in adapter.hosts.items() if _at(model, path) is not host]
-        for path, trained in adapter.trained_parameters():
-            if getattr(_at(model, path), "shape", None) != trained.shape:
-                changed.append(path)
-        if quantised := next((path for path, p in adapter.named_parameters() if is_quantised(p)), None):
-            raise ConfigurationError(
-                f"{quantised!r} of adapter {name!r} was quantised with the model and is trained no more; quantise the "
-                "layers of the backbone alone, before you attach"
-            )
-        if changed:
-            raise ConfigurationError(
-                f"{changed[0]!r} of the model was exchanged after adapter {name!r}, which trains a copy of the old "
-                "one, was attached; detach the adapter, then change the model (reset_classifier, set_input_size), then "
-                "attach it"
-            )
-    _check_in_place(model)
-
-
-def _check_in_place(model: nn.Module) -> None:
-    """Refuse a model of which modules are gone that were given classes to act, or are not where they were."""
-    peft: Adapters = model.peft
-    made = peft.installations.get(peft.chosen)
-    if made is None or not peft.swapped:
-        return
-    paths = {module: path for path, module in model.named_modules(memo={peft})}
-    for module, _, _ in peft.swapped:
-        before, now = made.model.paths.get(module), paths.get(module)
-        if now is None and before is not None:
-            raise ConfigurationError(
-                f"{before!r} of the model was taken out or exchanged while adapters acted in it; detach the adapters, "
-                "change the model (prune, exchange or convert its layers), then attach them"
-            )
-        if now is not None and WRAPPED in now:
-            raise ConfigurationError(
-                f"{before!r} is within a CheckpointWrapper now, which gives all that is in it another name; take it "
-                "out, and use visionpeft.economise(model, recompute='block') or the model's set_grad_checkpointing"
-            )
-
-
-def _at(model: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
-    """The module or the model's own parameter of this name."""
-    path, _, last = name.rpartition(".")
-    try:
-        owner = model.get_submodule(path)
-    except AttributeError:
-        return None
-    return owner._modules.get(last, owner._parameters.get(last))
 
 
 def _use_head(swaps: Swaps, own: nn.Module, head: nn.Module) -> None:

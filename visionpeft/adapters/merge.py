@@ -11,11 +11,14 @@ from visionpeft.adapters.adapters import Adapters, attached
 from visionpeft.adapters.allocate import evaluating
 from visionpeft.adapters.attach import unfreeze
 from visionpeft.adapters.attached_adapter import check_allocated, own_parameter
-from visionpeft.adapters.install import check_unchanged, head_in_use, holders, install
+from visionpeft.adapters.install import holders, install
 from visionpeft.adapters.merged import reattach
 from visionpeft.adapters.plan import plan_of
+from visionpeft.adapters.resting import head_in_use
+from visionpeft.adapters.unchanged import check_unchanged
+from visionpeft.backbones.layer import READS, Layer
 from visionpeft.backbones.quantised import computing_dtype, full_precision, is_quantised
-from visionpeft.backbones.tower import READS, Layer, Tower
+from visionpeft.backbones.tower import Tower
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Order, order_of

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
-from visionpeft.adapters.together import Acts, Together, alike_heads, on_rows
+from visionpeft.adapters.alike import Acts, alike_heads
+from visionpeft.adapters.together import Together, on_rows
 from visionpeft.errors import ConfigurationError
 from visionpeft.sites import Located, OnPatches
 from visionpeft.sites.frozen_layers import traced

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 import torch.nn as nn
 
+from visionpeft.adapters.alike import alike_heads
 from visionpeft.adapters.route import Group, Key, Route, inner
-from visionpeft.adapters.together import Together, alike_heads
+from visionpeft.adapters.together import Together
 from visionpeft.backbones.frames import Frames
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import UNSEEN, act_on_kv, join

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 import torch.nn as nn
 
 from visionpeft.adapters.adapters import Adapters
+from visionpeft.adapters.alike import alike
 from visionpeft.adapters.asking import QUERIES, RoutedAsking, asker, check_asking_alone
 from visionpeft.adapters.block_limits import check_on_map
 from visionpeft.adapters.carried_values import CARRIERS, CARRYING
-from visionpeft.adapters.install import check_unchanged, fill, swap_block
+from visionpeft.adapters.install import fill, swap_block
 from visionpeft.adapters.installation import METHODS, Anatomy, Swapped, Swaps
 from visionpeft.adapters.key_prompts import Acting, key_prompts, without_prompts
 from visionpeft.adapters.library_methods import SHALLOW, know_adapters, refuse_intermediates
@@ -24,7 +25,7 @@ from visionpeft.adapters.plan import acting_in, located_in, plan_of, reading_all
 from visionpeft.adapters.route import Key, Opened, Route, RoutedAdapter
 from visionpeft.adapters.routed_carriers import RoutedCarriers
 from visionpeft.adapters.routed_sites import RoutedHead, RoutedKeyPrompts, RoutedPixels, RoutedSite, RoutedWindows
-from visionpeft.adapters.together import alike
+from visionpeft.adapters.unchanged import check_unchanged
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError

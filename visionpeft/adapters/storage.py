@@ -27,9 +27,9 @@ from visionpeft.adapters.described_tensors import check_tensors, read_described,
 from visionpeft.adapters.description import FORMAT, check_description, check_number_of_names, described, names_of
 from visionpeft.adapters.fingerprint import differences, same_weights, weights_record
 from visionpeft.adapters.head_layout import check_reads, head_from_layout, head_layout
-from visionpeft.adapters.install import check_unchanged
 from visionpeft.adapters.stages import check_last_stage
 from visionpeft.adapters.switch import plain
+from visionpeft.adapters.unchanged import check_unchanged
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe

@@ -8,7 +8,8 @@ import torch.nn as nn
 
 from visionpeft.adapters.access import alone_with, beside_others, on_model, uncompiled
 from visionpeft.adapters.adapters import Adapters, attached, has_adapters, known
-from visionpeft.adapters.install import freeze_unused, install
+from visionpeft.adapters.install import install
+from visionpeft.adapters.resting import freeze_unused
 from visionpeft.adapters.route import Opened
 from visionpeft.adapters.routes import routes_of
 from visionpeft.errors import ConfigurationError

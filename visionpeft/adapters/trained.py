@@ -4,9 +4,10 @@ from torch import nn
 
 from visionpeft.adapters.access import on_model
 from visionpeft.adapters.adapters import attached
-from visionpeft.adapters.install import check_unchanged, parameters_in_use
 from visionpeft.adapters.layer_decay import distances
+from visionpeft.adapters.resting import parameters_in_use
 from visionpeft.adapters.training_hooks import acting
+from visionpeft.adapters.unchanged import check_unchanged
 
 
 @on_model

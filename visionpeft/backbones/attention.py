@@ -7,7 +7,7 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.backbones.tower import Layer
+from visionpeft.backbones.layer import Layer
 from visionpeft.sites import UNTOUCHED, Sites, frozen_layers
 from visionpeft.sites.asking import attend_again
 

@@ -11,8 +11,8 @@ from timm.layers.diff_attention import DiffAttention
 
 from visionpeft.backbones.attention import attend, attention_weights, fused_qkv, qkv_layers
 from visionpeft.backbones.dispatch import describe_attention, norm_layers
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.timm_layers import attention_output_layers
-from visionpeft.backbones.tower import Layer
 from visionpeft.sites import UNTOUCHED, Sites
 from visionpeft.sites.asking import ONLY_KEYS
 

@@ -9,7 +9,8 @@ from functools import singledispatch
 
 import torch.nn as nn
 
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Backbone, BlockSites
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites.stand_ins import class_below
 

@@ -20,9 +20,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from visionpeft.backbones.dispatch import architecture, describe_model, is_known, part_of
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.reach import OURS, Reach, reach
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
+from visionpeft.backbones.tower import Backbone, BlockSites, Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites.stand_ins import own_class
 

@@ -18,8 +18,9 @@ from open_clip.transformer import (
 
 from visionpeft.backbones.attention import attend, attend_as, fused_qkv, fused_qkv_layers, thirds
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, norm_layers
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.layers_only import describe_part, layers_only
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
+from visionpeft.backbones.tower import Backbone, BlockSites, Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import UNTOUCHED, Sites
 

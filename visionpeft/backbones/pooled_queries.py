@@ -10,8 +10,9 @@ import torch.nn as nn
 
 from visionpeft.backbones.attention import attend, qkv_layers
 from visionpeft.backbones.dispatch import norm_layers, pre_norm_block
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.timm_vit import backbone_with_fc
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
+from visionpeft.backbones.tower import Backbone, BlockSites, Tower
 
 
 def attend_pooled(attention: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,9 @@ from visionpeft.backbones.attention import (
     with_bias,
 )
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model, pre_norm_block
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.timm_vit import timm_backbone
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer
+from visionpeft.backbones.tower import Backbone, BlockSites
 from visionpeft.sites import UNTOUCHED, Sites
 from visionpeft.sites.asking import ONLY_KEYS
 

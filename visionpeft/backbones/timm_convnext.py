@@ -5,8 +5,9 @@ import torch.nn as nn
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 
 from visionpeft.backbones.dispatch import describe_block, describe_model, norm_layers, require_own_class
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.timm_vit import backbone_with_fc
-from visionpeft.backbones.tower import BETWEEN, Backbone, BlockSites, Layer, Tower
+from visionpeft.backbones.tower import BETWEEN, Backbone, BlockSites, Tower
 from visionpeft.sites import MapFlow, Sites
 
 

@@ -12,8 +12,9 @@ from timm.models.hiera import Hiera, HieraBlock, MaskUnitAttention, Unroll
 
 from visionpeft.backbones.attention import AttendsAfterNorm
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.pooled_queries import attend_pooled, hiera_backbone, pooling_block, pooling_layers
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer
+from visionpeft.backbones.tower import Backbone, BlockSites
 from visionpeft.backbones.windows import project_windows, window_heads
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import MapFlow, Sites

@@ -7,7 +7,7 @@ from timm.models.vitamin import GeGluMlp
 
 from visionpeft.backbones.attention import attend_as, fused_qkv, qkv_layers
 from visionpeft.backbones.dispatch import describe_attention, describe_mlp, norm_layers
-from visionpeft.backbones.tower import Layer
+from visionpeft.backbones.layer import Layer
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import UNTOUCHED, Sites
 from visionpeft.sites.asking import ONLY_KEYS

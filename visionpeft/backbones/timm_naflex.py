@@ -7,7 +7,8 @@ import torch.nn as nn
 from timm.models.naflexvit import NaFlexVit
 
 from visionpeft.backbones.dispatch import architecture, describe_block, describe_model, norm_layers
-from visionpeft.backbones.tower import Backbone, Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Backbone, Tower
 
 
 @describe_model.register

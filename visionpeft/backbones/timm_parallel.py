@@ -16,8 +16,9 @@ from visionpeft.backbones.dispatch import (
     norm_layers,
     require_own_class,
 )
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.timm_layers import plain_attention
-from visionpeft.backbones.tower import BlockSites, Layer
+from visionpeft.backbones.tower import BlockSites
 from visionpeft.sites import UNTOUCHED, Sites
 from visionpeft.sites.asking import ONLY_KEYS
 

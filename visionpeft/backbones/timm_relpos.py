@@ -20,9 +20,10 @@ from visionpeft.backbones.dispatch import (
     norm_layers,
     pre_norm_block,
 )
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.timm_layers import plain_heads
 from visionpeft.backbones.timm_vit import timm_backbone
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer
+from visionpeft.backbones.tower import Backbone, BlockSites
 from visionpeft.sites import UNTOUCHED, Sites
 from visionpeft.sites.asking import ONLY_KEYS
 

@@ -19,9 +19,10 @@ from visionpeft.backbones.dispatch import (
     norm_layers,
     pre_norm_block,
 )
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.timm_eva import rotated
 from visionpeft.backbones.timm_vit import backbone_with_fc
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
+from visionpeft.backbones.tower import Backbone, BlockSites, Tower
 from visionpeft.backbones.windows import project_windows, window_heads
 from visionpeft.sites import UNTOUCHED, MapFlow, Sites, is_drawn
 

@@ -13,8 +13,9 @@ from visionpeft.backbones.dispatch import (
     norm_layers,
     pre_norm_block,
 )
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.timm_vit import backbone_with_fc, patch_embed_layers
-from visionpeft.backbones.tower import BETWEEN, Backbone, BlockSites, Layer, Tower
+from visionpeft.backbones.tower import BETWEEN, Backbone, BlockSites, Tower
 from visionpeft.backbones.windows import SmallMap, add_positions, attend_in_windows, project_windows, window_heads
 from visionpeft.sites import MapFlow, Sites
 

@@ -11,8 +11,9 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2
 
 from visionpeft.backbones.attention import AttendsToStream, fused_qkv_layers, with_bias
 from visionpeft.backbones.dispatch import describe_attention, describe_block, describe_model
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.timm_swin import swin_backbone, window_block
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer
+from visionpeft.backbones.tower import Backbone, BlockSites
 from visionpeft.backbones.windows import add_positions, attend_in_windows, project_windows, window_heads
 from visionpeft.sites import MapFlow, Sites
 

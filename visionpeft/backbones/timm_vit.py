@@ -6,7 +6,8 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 
 from visionpeft.backbones.attention import AttendsAfterNorm, AttendsToStream
 from visionpeft.backbones.dispatch import architecture, describe_block, describe_model, norm_layers, pre_norm_block
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Backbone, BlockSites, Tower
 from visionpeft.sites import Sites
 
 

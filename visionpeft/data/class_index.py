@@ -82,9 +82,9 @@ def out_of_range(label: int | str, where: str, names: Sequence[str]) -> DataErro
     """The error about a label that is none of the classes.
 
     Args:
-        label: As read.
-        where: What messages call the place where it stands.
-        names: Of the classes.
+        label: as read.
+        where: what messages call the place where it stands.
+        names: of the classes.
     """
     known = f"0 to {len(names) - 1}" if isinstance(label, int) else ", ".join(names[:10])
     return DataError(f"{where}: label '{label}' is out of range; class_names allows {known}")

@@ -74,16 +74,16 @@ class ImageDataset(LabelledDataset):
     An index may be a pair `(index, epoch)`, which seeds the augmentation.
 
     Args:
-        source: Labelled images.
-        transform: What is done to them.
-        seed: Seed of the augmentation, together with the epoch and the index.
-        cache_bytes: Prepared images are kept until they fill this much memory, in each process that loads.
-        views: Number of different augmentations of each image, which come round again with the epochs; as many as
+        source: labelled images.
+        transform: what is done to them.
+        seed: seed of the augmentation, together with the epoch and the index.
+        cache_bytes: prepared images are kept until they fill this much memory, in each process that loads.
+        views: number of different augmentations of each image, which come round again with the epochs; as many as
             epochs when absent.
-        as_labels: The labels of a batch, of those of the source: by default class indices int64 (B,).
+        as_labels: the labels of a batch, of those of the source: by default class indices int64 (B,).
 
     Attributes:
-        withheld: Names of images whose pixels nobody reads, because what they are wanted for is kept. A batch of such
+        withheld: names of images whose pixels nobody reads, because what they are wanted for is kept. A batch of such
             images alone is not read from files and not augmented: it has names, and NaN for pixels.
     """
 

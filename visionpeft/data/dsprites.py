@@ -34,11 +34,11 @@ def inside(shape: str, scale: float, angle: float, x: np.ndarray, y: np.ndarray)
     """Whether points lie in a sprite centred at the origin; x to the right and y downwards, in pixels.
 
     Args:
-        shape: One of `SHAPES`.
-        scale: Factor on the sprite's size.
-        angle: Clockwise rotation in radians.
-        x: Horizontal coordinates.
-        y: Vertical coordinates, broadcast against `x`.
+        shape: one of `SHAPES`.
+        scale: factor on the sprite's size.
+        angle: clockwise rotation in radians.
+        x: horizontal coordinates.
+        y: vertical coordinates, broadcast against `x`.
     """
     u = (np.cos(angle) * x + np.sin(angle) * y) / scale
     v = (np.cos(angle) * y - np.sin(angle) * x) / scale
@@ -75,7 +75,7 @@ class Sprites:
     orientation (40) for the orientation.
 
     Args:
-        indices: Positions in the published order, (n,).
+        indices: positions in the published order, (n,).
         factor: "posX" or "orientation".
     """
 

@@ -30,10 +30,10 @@ class FGVC(ImageDataModule):
 
     Args:
         dataset: cub, nabirds, oxford_flowers, stanford_dogs or stanford_cars.
-        root: Folder with the three JSON files and the images, or its parent.
+        root: folder with the three JSON files and the images, or its parent.
         train_on: "train" selects on val; "train+val" trains on both and selects on nothing.
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
-        augmentation: Of training images: "none", "crop_flip" (as VPT) or "random_resized_crop" (as SSF, adapter_plus).
+        augmentation: of training images: "none", "crop_flip" (as VPT) or "random_resized_crop" (as SSF, adapter_plus).
 
     Raises:
         ConfigurationError: an unknown data set.

@@ -25,14 +25,14 @@ class ImageFolder(ImageDataModule):
     train split.
 
     Args:
-        root: The folder.
-        val_fraction: Share of each class held out for selection, where the folder has no splits.
-        test_fraction: Share of each class held out for the test, where the folder has no splits.
-        split_seed: Seed of that split; the split depends on the sorted file names and on this alone.
-        labels: What the name of a folder is: one of "classes", "several" of them, or a "number".
-        separator: What stands between several labels.
+        root: the folder.
+        val_fraction: share of each class held out for selection, where the folder has no splits.
+        test_fraction: share of each class held out for the test, where the folder has no splits.
+        split_seed: seed of that split; the split depends on the sorted file names and on this alone.
+        labels: what the name of a folder is: one of "classes", "several" of them, or a "number".
+        separator: what stands between several labels.
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
-        augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
+        augmentation: of training images: "none", "crop_flip" or "random_resized_crop".
 
     Raises:
         DataError: a folder that is missing or empty, one class only, or a class without training images; a name of a

@@ -30,17 +30,17 @@ class ImageList(ImageDataModule):
     - "number": a finite number, which is learnt as such.
 
     Args:
-        train: List of training images.
-        val: List of images for selection.
-        test: List of images for the test.
-        root: Folder that the paths are relative to and may not leave; "auto" is the folder of the training list. With
+        train: list of training images.
+        val: list of images for selection.
+        test: list of images for the test.
+        root: folder that the paths are relative to and may not leave; "auto" is the folder of the training list. With
             null, paths may lie anywhere, absolute or relative to the working directory.
-        class_names: Names in the order of the labels; the sorted labels found in the lists when absent. A label is the
+        class_names: names in the order of the labels; the sorted labels found in the lists when absent. A label is the
             name of its class or its index; one that is a name of one class and the index of another is refused.
-        labels: What a label is: one of "classes", "several" of them, or a "number".
-        separator: What stands between several labels.
+        labels: what a label is: one of "classes", "several" of them, or a "number".
+        separator: what stands between several labels.
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
-        augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
+        augmentation: of training images: "none", "crop_flip" or "random_resized_crop".
 
     Raises:
         DataError: a list that is missing or malformed, a path outside the root, a label out of range or with two
@@ -73,7 +73,7 @@ class ClipArt(ImageList):
     Args:
         train_on: "train" selects on val; "train+val" trains on both and selects on nothing.
         resize: "squash" to the input size (the drawings are square), or "crop": resize to cover, then cut.
-        augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
+        augmentation: of training images: "none", "crop_flip" or "random_resized_crop".
     """
 
     def __init__(

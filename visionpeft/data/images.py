@@ -71,9 +71,9 @@ def decode_image(file: Path | BinaryIO, name: str, remedy: str = LEAVE_OUT) -> I
     """As `open_image`, of a file or a stream of bytes.
 
     Args:
-        file: The image.
-        name: What messages call it.
-        remedy: What to do about one that cannot be read.
+        file: the image.
+        name: what messages call it.
+        remedy: what to do about one that cannot be read.
     """
     try:
         with warnings.catch_warnings():

@@ -39,30 +39,30 @@ class ImageDataModule(lightning.LightningDataModule):
     augmentation depend on (seed, epoch) only, so a resumed run sees what the uninterrupted one would have seen.
 
     Args:
-        images: Splits, class names and what is to be recorded about them.
-        batch_size: Images in a batch.
-        num_workers: Processes that load images; 0 loads in the main process.
+        images: splits, class names and what is to be recorded about them.
+        batch_size: images in a batch.
+        num_workers: processes that load images; 0 loads in the main process.
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
-        augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
+        augmentation: of training images: "none", "crop_flip" or "random_resized_crop".
         normalisation: "pretrained" (the backbone's), "imagenet", "half" (mean and std 0.5) or "none".
-        drop_last: Leave out the last incomplete training batch of each epoch.
-        cache_in_memory: Keep resized train and val images, so that epochs cost no decoding: up to 512 MiB for both
+        drop_last: leave out the last incomplete training batch of each epoch.
+        cache_in_memory: keep resized train and val images, so that epochs cost no decoding: up to 512 MiB for both
             splits and all workers together (each process of distributed training has as much of its own).
-        test_samples: Score a fixed random subset of the test split, this large; all of it when absent.
-        skip_corrupt: Leave damaged images out (each is opened once before training, counted and reported) instead of
+        test_samples: score a fixed random subset of the test split, this large; all of it when absent.
+        skip_corrupt: leave damaged images out (each is opened once before training, counted and reported) instead of
             stopping at the first one.
-        seed: Of shuffling and augmentation; the seed given to Lightning when absent.
-        test_batch_size: Images in a batch of the val and test splits; as `batch_size` when absent.
-        views: Augment each training image in this many fixed ways, which come round again with the epochs, so that the
+        seed: of shuffling and augmentation; the seed given to Lightning when absent.
+        test_batch_size: images in a batch of the val and test splits; as `batch_size` when absent.
+        views: augment each training image in this many fixed ways, which come round again with the epochs, so that the
             features of a frozen backbone can be kept; anew in each epoch when absent.
-        test_views: Test batches hold this many views of each image, (B, V, 3, H, W): the usual one and random crops.
-        augmix: Mix the random ones of the test views by AugMix.
-        generated_views: Folder of images that you generated from each test image, in <folder of the image>/<its name
+        test_views: test batches hold this many views of each image, (B, V, 3, H, W): the usual one and random crops.
+        augmix: mix the random ones of the test views by AugMix.
+        generated_views: folder of images that you generated from each test image, in <folder of the image>/<its name
             without ending>/, equally many of each: further views of it, after the `test_views`.
-        test_order: Of the test split: "listed", as the files are listed, in many data sets class by class; or
+        test_order: of the test split: "listed", as the files are listed, in many data sets class by class; or
             "shuffled" by the seed, for what depends on the order.
-        crop_area: Smallest and largest share of the area that "random_resized_crop" cuts.
-        balanced: Draw training images so that all classes come equally often, those of rare ones repeatedly; an epoch
+        crop_area: smallest and largest share of the area that "random_resized_crop" cuts.
+        balanced: draw training images so that all classes come equally often, those of rare ones repeatedly; an epoch
             has as many images as without. For labels that are classes.
     """
 

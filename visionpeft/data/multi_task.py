@@ -99,11 +99,11 @@ class MultiTask(ImageDataModule):
         tasks: data set of each task by its name.
         sampling: "balanced": a training epoch has equally many images of every task, those of small ones repeatedly,
             and as many together as there are; "proportional": every image once.
-        batch_size: Images in a batch, of all tasks together.
-        num_workers: Processes that load images; 0 loads in the main process.
-        test_batch_size: Images in a batch of the val and test splits; as `batch_size` when absent.
-        drop_last: Leave out the last incomplete training batch of each epoch.
-        seed: Of shuffling; the seed given to Lightning when absent.
+        batch_size: images in a batch, of all tasks together.
+        num_workers: processes that load images; 0 loads in the main process.
+        test_batch_size: images in a batch of the val and test splits; as `batch_size` when absent.
+        drop_last: leave out the last incomplete training batch of each epoch.
+        seed: of shuffling; the seed given to Lightning when absent.
 
     Raises:
         ConfigurationError: no task, a name that is none, or a data set that cannot be one of several.

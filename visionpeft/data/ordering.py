@@ -77,8 +77,8 @@ class BalancedSampler(EpochSampler):
     from epoch to epoch, so that those of a frequent class, of which an epoch has a part, all come equally often, too.
 
     Args:
-        labels: Class of each sample, (n,).
-        **options: Of `EpochSampler`; `seed` is the seed of these orders, too.
+        labels: class of each sample, (n,).
+        **options: of `EpochSampler`; `seed` is the seed of these orders, too.
     """
 
     def __init__(self, labels: Sequence[int], **options):
@@ -126,8 +126,8 @@ class SceneSampler(EpochSampler):
     A batch of m times as many samples as a scene has therefore holds m whole scenes, on each of several devices, too.
 
     Args:
-        scenes: The scene of each sample, (n,).
-        **options: Of `EpochSampler`; `drop_last` and the repeats that even out devices count in scenes.
+        scenes: the scene of each sample, (n,).
+        **options: of `EpochSampler`; `drop_last` and the repeats that even out devices count in scenes.
 
     Raises:
         DataError: scenes of different numbers of samples.

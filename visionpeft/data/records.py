@@ -56,8 +56,8 @@ class Files:
     """Files with labels, called `kind` in messages.
 
     Args:
-        paths: Where they are, (n,).
-        labels: Class indices, tuples of them, or numbers, (n,).
+        paths: where they are, (n,).
+        labels: class indices, tuples of them, or numbers, (n,).
     """
 
     kind: str
@@ -186,13 +186,13 @@ class ImageSet:
     """Labelled images (or videos), before anything is done to them.
 
     Args:
-        sources: Splits by name: "train", and optionally "val" (for selection) and "test"; or "test" alone.
-        class_names: Names in the order of the labels; none of numbers.
-        about: First entries of a run's record: data set, task, what is trained on and selected on.
-        notes: Remarks for that record, such as sizes that differ from the published ones.
-        untrained_classes: Allow classes that have no training image.
-        kind: What they are called in messages.
-        labels: What a label is: a class index ("classes"), a tuple of those that apply ("several"), or a "number".
+        sources: splits by name: "train", and optionally "val" (for selection) and "test"; or "test" alone.
+        class_names: names in the order of the labels; none of numbers.
+        about: first entries of a run's record: data set, task, what is trained on and selected on.
+        notes: remarks for that record, such as sizes that differ from the published ones.
+        untrained_classes: allow classes that have no training image.
+        kind: what they are called in messages.
+        labels: what a label is: a class index ("classes"), a tuple of those that apply ("several"), or a "number".
     """
 
     sources: dict[str, Source]

@@ -22,14 +22,14 @@ class ImageTransform:
     """`normalise(stack of augment(prepare(image)))`.
 
     Args:
-        preprocessing: Input size, normalisation, interpolation and crop share of the backbone's pretraining.
+        preprocessing: input size, normalisation, interpolation and crop share of the backbone's pretraining.
         resize: "squash" resizes to the input size whatever the aspect; "crop" resizes until the image covers
             `input size / crop_pct` and cuts out the centre. Of an image more than `LONGEST` times as long as wide
             that is the part in the middle.
         augmentation: "none"; "crop_flip": resize to `input size / min(crop_pct, 0.875)` (256 for 224; squashed or
             covering, as `resize` says), cut at random, flip half of the images; "random_resized_crop": cut a share of
             the area with aspect 3/4 to 4/3, resize that to the input size, flip half of the images.
-        crop_area: Smallest and largest share of the area that "random_resized_crop" cuts.
+        crop_area: smallest and largest share of the area that "random_resized_crop" cuts.
 
     Raises:
         ConfigurationError: an unknown option or interpolation, or shares that are none.
@@ -142,10 +142,10 @@ def covering(height: int, width: int, least_height: int, least_width: int) -> li
     `Resize` does; multiplying first, because `long * (least / short)` is rounded twice and may fall one pixel short.
 
     Args:
-        height: Of the image.
-        width: Of the image.
-        least_height: To be covered.
-        least_width: To be covered.
+        height: of the image.
+        width: of the image.
+        least_height: to be covered.
+        least_width: to be covered.
     """
     if least_height * width >= least_width * height:  # the height decides
         return [least_height, least_height * width // height]

@@ -57,12 +57,12 @@ def files_dataloader(
     """Batches (images float32 (B, 3, H, W), zeros (B,)) of image files in order, and the files that are in them.
 
     Args:
-        files: Image files.
-        preprocessing: Of the backbone.
-        resize: As in training.
-        batch_size: Images in a batch.
-        num_workers: Processes that load images; 0 loads in the main process.
-        skip_corrupt: Leave damaged images out, opening each once before.
+        files: image files.
+        preprocessing: of the backbone.
+        resize: as in training.
+        batch_size: images in a batch.
+        num_workers: processes that load images; 0 loads in the main process.
+        skip_corrupt: leave damaged images out, opening each once before.
 
     Raises:
         DataError: a file is missing, or no file can be read; while iterating, a file is damaged.

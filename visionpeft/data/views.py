@@ -30,10 +30,10 @@ class ImageViews:
     normalised values is the same.
 
     Args:
-        preprocessing: Input size and normalisation of the backbone.
-        resize: How view 0 is made: "squash", or "crop": resize to cover, then cut the centre.
+        preprocessing: input size and normalisation of the backbone.
+        resize: how view 0 is made: "squash", or "crop": resize to cover, then cut the centre.
         views: V, view 0 included.
-        augmix: Mix the random views.
+        augmix: mix the random views.
 
     Raises:
         ConfigurationError: fewer than one view.

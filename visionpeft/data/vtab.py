@@ -43,8 +43,8 @@ class VTAB1k(ImageDataModule):
     our own: train800 is the first 800 of train, val200 the first 200 of validation, test all 73,728 of test.
 
     Args:
-        task: Task name, such as cifar, dsprites_ori or smallnorb_azi.
-        root: Folder of the task folders; absent for rendered tasks.
+        task: task name, such as cifar, dsprites_ori or smallnorb_azi.
+        root: folder of the task folders; absent for rendered tasks.
         train_on: "train800" or "train800val200".
 
     Raises:

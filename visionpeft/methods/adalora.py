@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 import torch.nn as nn
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.lora import LoRA, LowRank
 from visionpeft.methods.parts.addressing import Blocks

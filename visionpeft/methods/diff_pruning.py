@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.base import Measure, Method, require
 from visionpeft.methods.parts.entries import TrainsEntries
 from visionpeft.methods.parts.layer_delta import LayerDelta

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.quantised import full_precision
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.tower import Tower
 from visionpeft.methods.lora import LowRank
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method

@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, blocks_of, require, to_parameter_dtype
 from visionpeft.sites import Order, Placement, Shared

@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.methods.fish_mask import FishMask
 from visionpeft.methods.parts.base import Measure, Method, require
 from visionpeft.methods.parts.layer_delta import LayerDelta

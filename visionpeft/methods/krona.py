@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, require, to_parameter_dtype

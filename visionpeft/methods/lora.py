@@ -11,7 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks, Overrides
 from visionpeft.methods.parts.base import Method, require, require_same, to_parameter_dtype
 from visionpeft.methods.parts.targets import require_low_rank, target_layers

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.quantised import is_quantised
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, require

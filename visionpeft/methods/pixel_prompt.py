@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.errors import UnsupportedError
 from visionpeft.methods.parts.base import Method, require
 from visionpeft.methods.parts.grid import grid_of

@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.methods.lora import LoRA, LowRank
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Measure, Method, require

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.methods.lora import concatenated, low_rank_at
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, blocks_of, require, require_same, to_parameter_dtype

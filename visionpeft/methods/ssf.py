@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Method, blocks_of, require
 from visionpeft.sites import Order, Placement

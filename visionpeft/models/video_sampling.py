@@ -108,15 +108,15 @@ class FrameSampling:
             the middle one in the test; "dense" takes frames `stride` apart, from a random start in training.
         num_frames: T, frames in a clip.
         stride: s, distance of the frames of a dense clip.
-        test_clips: Dense clips of a video whose predictions are averaged in the test.
-        placement: Of those clips: "ends", from one end of the video to the other, or "centred" in equal parts; the same
+        test_clips: dense clips of a video whose predictions are averaged in the test.
+        placement: of those clips: "ends", from one end of the video to the other, or "centred" in equal parts; the same
             authors' random starts in training, see `dense_train`.
-        too_short: Where a video is shorter than a clip, "repeat" its last frame or "loop"; "repeat_sampled" repeats in
+        too_short: where a video is shorter than a clip, "repeat" its last frame or "loop"; "repeat_sampled" repeats in
             training the last frame that is a multiple of the stride, as ST-Adapter's code does, in the test the last.
         by: "index" counts frames, as the published recipes do; "time" takes the frames that a player shows at equally
             distant moments, so that clips of videos of different or varying rates show the same stretch of time. Files
             without time stamps and folders of frames can only be read by index.
-        seconds: Length L of a dense clip by time, whose frames are L / T apart; `stride` then stays 1. Kinetics at 30
+        seconds: length L of a dense clip by time, whose frames are L / T apart; `stride` then stays 1. Kinetics at 30
             frames a second with 8 frames and stride 16 corresponds to 8 x 16 / 30 = 4.27.
 
     Raises:

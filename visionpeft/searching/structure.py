@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.methods.lora import LowRank
 from visionpeft.methods.parts.addressing import Blocks
 from visionpeft.methods.parts.base import Measure, Method, blocks_of, require

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.quantised import dequantise
-from visionpeft.backbones.tower import Backbone, BlockSites, Layer, Tower
+from visionpeft.backbones.tower import Backbone, BlockSites, Tower
 from visionpeft.backbones.unwatched import unwatched_copy, without_global_hooks
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import UnsupportedError

@@ -4,7 +4,6 @@ from visionpeft.sites.asking import Asker, asker_of
 from visionpeft.sites.blocks import (
     UNSEEN,
     UNTOUCHED,
-    ClassTokenOnly,
     Flow,
     Located,
     OnPatches,
@@ -15,6 +14,7 @@ from visionpeft.sites.blocks import (
     join,
 )
 from visionpeft.sites.carrying import Carriers, Carrying, entering, leaving
+from visionpeft.sites.class_token import ClassTokenOnly
 from visionpeft.sites.layers import SitedLayer, SitedLinear, SitedPointwise, give_class, sited_layer_class
 from visionpeft.sites.maps import MapFlow, OnPixels
 from visionpeft.sites.placement import HEAD, NEXT_BLOCK, TOKEN_SITES, Order, Placement, Shared, is_drawn, order_of

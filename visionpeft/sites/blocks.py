@@ -37,16 +37,15 @@ that padding among them would count; it is refused in a batch of a NaFlexVit tha
 from collections.abc import Callable
 
 import torch
-import torch.fx
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import frozen_layers
 from visionpeft.sites.carrying import CarriersOfBlock, Carrying, unpacked
+from visionpeft.sites.class_token import ClassTokenOnly
 from visionpeft.sites.layers import SitedLayer
-
-CLOSED = torch.finfo(torch.float16).min  # or less in a bias: a token does not see the key, whatever its score
+from visionpeft.sites.masks import padding, widened
 
 
 class Sites:
@@ -193,63 +192,6 @@ def handed_out(h: torch.Tensor | None, reader: str) -> torch.Tensor:
             "it must call sites.kv(k, v, h)"
         )
     return h
-
-
-@torch.fx.wrap  # traced by torch.fx, a mask that is not there has no shape to ask for
-def widened(mask: torch.Tensor | None, extra: int, at: int, causal: bool) -> torch.Tensor | None:
-    """A mask with rows and columns for `extra` tokens from index `at` on; see `Sites.widen`."""
-    if mask is None:
-        return None
-    boolean = mask.dtype == torch.bool
-    opened, closed = (True, False) if boolean else (0.0, float("-inf"))
-    columns = mask.new_full((*mask.shape[:-1], extra), opened)
-    if mask.shape[-2] == 1 < mask.shape[-1]:  # one row for all tokens that ask
-        return torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
-    # Where no token sees a key, prompts would hand on what the padding holds: their rows are those of that key.
-    own = torch.where(padding(mask), mask[..., :1, :], torch.full_like(mask[..., :1, :], opened))
-    own = torch.cat((own[..., :at], columns[..., :1, :], own[..., at:]), dim=-1)
-    rows = own.repeat(*(1 for _ in mask.shape[:-2]), extra, 1)
-    if causal:
-        columns[..., :at, :] = closed
-        rows[..., at + extra :] = closed
-        future = torch.ones(extra, extra, dtype=torch.bool, device=mask.device).triu(1)
-        rows[..., at : at + extra].masked_fill_(future, closed)
-    mask = torch.cat((mask[..., :at], columns, mask[..., at:]), dim=-1)
-    return torch.cat((mask[..., :at, :], rows, mask[..., at:, :]), dim=-2)
-
-
-def padding(mask: torch.Tensor) -> torch.Tensor:
-    """Which keys no token sees by a mask or bias (..., N, N): (..., 1, N)."""
-    if mask.dtype == torch.bool:
-        return ~mask.any(dim=-2, keepdim=True)
-    return mask.amax(dim=-2, keepdim=True) <= CLOSED
-
-
-# What says in a tower of timm or OpenCLIP which tokens are pooled, and how.
-POOLING = ("global_pool", "pool_type", "attn_pool", "output_tokens")
-
-
-class ClassTokenOnly:
-    """Says of the last block of a tower that after its attention only the class token is followed.
-
-    Args:
-        tower: the tower, which pools its class token.
-        block: its last block.
-        norms: the norms after it.
-    """
-
-    def __init__(self, tower: nn.Module, block: nn.Module, norms: list[nn.Module]):
-        around = [m for m in tower.modules() if m is not tower and any(inner is block for inner in m.modules())]
-        self.seeing = [*block.modules(), *norms, *around]
-        self.tower = tower
-        self.pooling = {name: getattr(tower, name) for name in POOLING if hasattr(tower, name)}
-
-    def others_are_read(self) -> bool:
-        """Whether all tokens have to be there: a hook sees those of the block, or the tower was told to pool others,
-        as by timm's `reset_classifier(classes, "avg")`.
-        """
-        exchanged = any(getattr(self.tower, name) != before for name, before in self.pooling.items())
-        return exchanged or any(map(frozen_layers.is_hooked, self.seeing))
 
 
 class Untouched(Sites):

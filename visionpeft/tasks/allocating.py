@@ -1,7 +1,6 @@
 """Methods that choose what they train by the data see it before the training: in one process, which chooses for all."""
 
-from typing import TYPE_CHECKING
-
+import lightning.pytorch as pl
 import torch
 
 from visionpeft.adapters.allocate import allocate, remake
@@ -10,12 +9,12 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.methods.parts.base import describe_method
 from visionpeft.tasks.averaging import copy_again
 
-if TYPE_CHECKING:
-    from visionpeft.tasks.adapted_task import AdaptedTask
 
-
-def allocate_alone(task: "AdaptedTask") -> None:
+def allocate_alone(task: pl.LightningModule) -> None:
     """Show the methods of a task the training batches.
+
+    Args:
+        task: an `AdaptedTask`, whose trainer has the data.
 
     Raises:
         ConfigurationError: there is no data module.
@@ -34,7 +33,7 @@ def allocate_alone(task: "AdaptedTask") -> None:
     copy_again(task.trainer.callbacks, task.trainer, task)
 
 
-def allocate_together(task: "AdaptedTask") -> None:
+def allocate_together(task: pl.LightningModule) -> None:
     """Let the first of several processes choose for all, before Lightning wraps the model for them.
 
     A run that is resumed takes what its checkpoint says.

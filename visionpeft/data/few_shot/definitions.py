@@ -16,8 +16,8 @@ def find_few_shot(name: str, others: Mapping[str, Sequence[str]] | None = None) 
     """The key of the data set that a key, title or alias means, upper and lower case alike.
 
     Args:
-        name: What is looked for.
-        others: Further keys that are allowed, with their aliases.
+        name: what is looked for.
+        others: further keys that are allowed, with their aliases.
 
     Raises:
         ConfigurationError: there is none; names the nearest ones.

@@ -32,9 +32,9 @@ def draw_indices(splits: dict[str, Sequence[int]], shots: int, seed: int, rule: 
     """Positions drawn in each split.
 
     Args:
-        splits: Labels of the images of "train" and, where there is one, "val".
-        shots: Images of each class in train; val gets min(shots, 4).
-        seed: Of the draw.
+        splits: labels of the images of "train" and, where there is one, "val".
+        shots: images of each class in train; val gets min(shots, 4).
+        seed: of the draw.
         rule: "coop": train before val, and a class with fewer images gives all it has, in order; "clip_lora": val
             before train, and such a class gives as many as the others, drawn with replacement.
     """
@@ -72,13 +72,13 @@ class Draw:
     """Which images were drawn.
 
     Args:
-        dataset: Key of the data set.
-        shots: Images of each class.
-        seed: Of the draw.
-        split_sha256: Hash of the split drawn from.
-        train: Paths of the training images, relative to the image folder, in the order of drawing.
-        val: Paths of the images for selection.
-        rule: By whose rule they were drawn; draws of older versions are CoOp's.
+        dataset: key of the data set.
+        shots: images of each class.
+        seed: of the draw.
+        split_sha256: hash of the split drawn from.
+        train: paths of the training images, relative to the image folder, in the order of drawing.
+        val: paths of the images for selection.
+        rule: by whose rule they were drawn; draws of older versions are CoOp's.
     """
 
     dataset: str

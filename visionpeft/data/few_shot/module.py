@@ -28,30 +28,30 @@ class FewShot(ImageDataModule):
     have 200 classes.
 
     Args:
-        dataset: Of the benchmark: imagenet, caltech101, oxford_pets, stanford_cars, oxford_flowers, food101,
+        dataset: of the benchmark: imagenet, caltech101, oxford_pets, stanford_cars, oxford_flowers, food101,
             fgvc_aircraft, sun397, dtd, eurosat, ucf101, imagenetv2, imagenet_sketch, imagenet_a, imagenet_r; embedded:
             clipart, drawings; your own: "folder" (root/<class>/, or root/{train,val,test}/<class>/), "list"
             (root/train.csv and where there are any val.csv and test.csv, or .json, as `ImageList` reads them).
-        root: Folder in which the data sets lie, or the data set's own; not needed for embedded ones.
-        shots: Training images of each class; all when absent, none with 0.
-        seed: Of the draw.
+        root: folder in which the data sets lie, or the data set's own; not needed for embedded ones.
+        shots: training images of each class; all when absent, none with 0.
+        seed: of the draw.
         classes: "all", "base" (the first half, rounded up) or "new" (the others).
         split: "published", or "own": the one built by `python -m visionpeft.prepare few_shot`.
-        folder: Name of the data set's folder in the root, in place of the usual ones.
-        image_folder: Folder of its images in that, in place of the usual ones.
-        split_file: Split file, in place of the one in the data set's folder.
+        folder: name of the data set's folder in the root, in place of the usual ones.
+        image_folder: folder of its images in that, in place of the usual ones.
+        split_file: split file, in place of the one in the data set's folder.
         store: JSON file that keeps the draw: read if it exists, and refused if it is of another split, else written.
-        template: Prompt template, or name of a set of them, recorded with the data and used for zero-shot; the data
+        template: prompt template, or name of a set of them, recorded with the data and used for zero-shot; the data
             set's own when absent.
-        class_names: Names in the order of the labels, in place of those of the data set.
-        val_fraction: Of dataset "folder" without splits: share of each class held out for selection.
-        test_fraction: Of dataset "folder" without splits: share of each class held out for the test.
+        class_names: names in the order of the labels, in place of those of the data set.
+        val_fraction: of dataset "folder" without splits: share of each class held out for selection.
+        test_fraction: of dataset "folder" without splits: share of each class held out for the test.
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
-        augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
-        batch_size: Images in a batch.
-        drop_last: Leave out the last incomplete training batch; when absent, where there is a whole one, as all
+        augmentation: of training images: "none", "crop_flip" or "random_resized_crop".
+        batch_size: images in a batch.
+        drop_last: leave out the last incomplete training batch; when absent, where there is a whole one, as all
             learners do that were published on CoOp's trainer. Tip-Adapter-F and CLIP-LoRA keep it.
-        draw_rule: By whose rule images are drawn: "coop", or "clip_lora", which draws the images for selection before
+        draw_rule: by whose rule images are drawn: "coop", or "clip_lora", which draws the images for selection before
             those to train on and repeats images of a class that has too few.
 
     Raises:

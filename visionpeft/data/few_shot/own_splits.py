@@ -25,10 +25,10 @@ def build_split(key: str, definition: dict, place: Place, seed: int) -> tuple[Pa
     """The file for a split of our own, and its content in the layout of `split_zhou_*.json` with an entry "about".
 
     Args:
-        key: Of the data set.
-        definition: Its entry of `few_shot_datasets()`.
-        place: Where it is.
-        seed: Of the division.
+        key: of the data set.
+        definition: its entry of `few_shot_datasets()`.
+        place: where it is.
+        seed: of the division.
 
     Raises:
         ConfigurationError: the data set has an official split.

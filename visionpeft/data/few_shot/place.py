@@ -16,11 +16,11 @@ class Splits:
     """Images with labels by split, before any are drawn.
 
     Args:
-        folder: What the paths are relative to.
-        rows: Path, class index and origin of each image of "train", "val" and "test", as far as there are such.
-        class_names: In the order of the labels.
-        origin: Whose split it is.
-        notes: Remarks for the record.
+        folder: what the paths are relative to.
+        rows: path, class index and origin of each image of "train", "val" and "test", as far as there are such.
+        class_names: in the order of the labels.
+        origin: whose split it is.
+        notes: remarks for the record.
     """
 
     folder: Path
@@ -41,10 +41,10 @@ class Place:
     """Where a data set is looked for.
 
     Args:
-        root: Folder of all data sets, or of this one.
-        folder: The data set's own folder, in place of its usual names.
-        image_folder: Folder of the images in that, in place of the usual ones.
-        split_file: Split file, in place of the one in the data set's folder.
+        root: folder of all data sets, or of this one.
+        folder: the data set's own folder, in place of its usual names.
+        image_folder: folder of the images in that, in place of the usual ones.
+        split_file: split file, in place of the one in the data set's folder.
     """
 
     root: Path

@@ -23,10 +23,10 @@ def read_splits(key: str, definition: dict, place: Place, *, own: bool = False, 
     """The splits of a data set of the benchmark.
 
     Args:
-        key: Of the data set.
-        definition: Its entry of `few_shot_datasets()`.
-        place: Where it is.
-        own: Read the split that `python -m visionpeft.prepare few_shot` has built.
+        key: of the data set.
+        definition: its entry of `few_shot_datasets()`.
+        place: where it is.
+        own: read the split that `python -m visionpeft.prepare few_shot` has built.
         train: ImageNet's train split is wanted, too.
 
     Raises:

@@ -8,7 +8,7 @@ def dataset_template(dataset: str, style: str = "zero_shot") -> str:
     """The template of a data set of the few-shot benchmark, by key or alias.
 
     Args:
-        dataset: Such as "dtd"; upper and lower case alike.
+        dataset: such as "dtd"; upper and lower case alike.
         style: "zero_shot": as CoOp, CLIP-Adapter and Tip-Adapter use it; "prograd": with the class name last;
             "kgcoop": the zero-shot template but for DTD.
 

@@ -17,9 +17,9 @@ class StreamLoader:
     """Every image of this process's share once, in batches of which only the last may be smaller.
 
     Args:
-        share: The images of this process.
-        split: Its name, for messages.
-        num_workers: Processes that load; at most as many as the share has parts.
+        share: the images of this process.
+        split: its name, for messages.
+        num_workers: processes that load; at most as many as the share has parts.
     """
 
     def __init__(self, share: StreamDataset, split: str, num_workers: int):
@@ -77,10 +77,10 @@ class StreamTrainLoader(StreamLoader):
     Its state lets Lightning resume in the middle of an epoch: what was seen is read once more, without being decoded.
 
     Args:
-        share: The images of this process.
-        split: Its name, for messages.
-        num_workers: Processes that load.
-        drop_last: Leave out the last incomplete batch.
+        share: the images of this process.
+        split: its name, for messages.
+        num_workers: processes that load.
+        drop_last: leave out the last incomplete batch.
     """
 
     resume: tuple[int, int] = (-1, 0)  # an epoch, and how many of its images this process has seen

@@ -50,24 +50,24 @@ class StreamedImages(ImageDataModule):
       on stops the run when it is met.
 
     Args:
-        source: What is read, as above.
-        root: As above.
-        train: Training split; null for data that is only scored.
-        val: Split for selection.
-        test: Split for the test.
-        num_samples: Images of splits of a stream that do not say how many they are, such as `{train: 50000}`. For
+        source: what is read, as above.
+        root: as above.
+        train: training split; null for data that is only scored.
+        val: split for selection.
+        test: split for the test.
+        num_samples: images of splits of a stream that do not say how many they are, such as `{train: 50000}`. For
             training it has to be known; for the others one process checks it.
-        class_names: Names in the order of the labels, or a text file with one a line; those of the data set where it
+        class_names: names in the order of the labels, or a text file with one a line; those of the data set where it
             has names. Shards have none.
-        image_key: Column of the images, "image" when absent; of shards the endings of images, separated by semicolons,
+        image_key: column of the images, "image" when absent; of shards the endings of images, separated by semicolons,
             "jpg;jpeg;png;webp" when absent.
-        label_key: Column of the labels, "label" when absent; of shards a field of the `.json` file of an image, its
+        label_key: column of the labels, "label" when absent; of shards a field of the `.json` file of an image, its
             `.cls` file when absent.
-        labels: What a label is: one of "classes", "several" of them, or a "number"; in streams "classes".
-        separator: What stands between several labels in a text.
-        shuffle_buffer: Images of a stream, not decoded, from which the next one is drawn, in each worker.
+        labels: what a label is: one of "classes", "several" of them, or a "number"; in streams "classes".
+        separator: what stands between several labels in a text.
+        shuffle_buffer: images of a stream, not decoded, from which the next one is drawn, in each worker.
         resize: "squash" to the input size, or "crop": resize to cover, then cut.
-        augmentation: Of training images: "none", "crop_flip" or "random_resized_crop".
+        augmentation: of training images: "none", "crop_flip" or "random_resized_crop".
 
     Raises:
         ConfigurationError: an unknown source, a library that is not installed, a number of images that is not known, or

@@ -23,8 +23,8 @@ class Reader(ABC):
     """Labelled images of a split.
 
     Attributes:
-        rows: One for each image, with its name and label.
-        class_names: Names of the classes, where the data says them.
+        rows: one for each image, with its name and label.
+        class_names: names of the classes, where the data says them.
     """
 
     rows: list[Row]
@@ -39,9 +39,9 @@ class ReaderImages(ImageFiles):
     """Images of a reader with labels.
 
     Args:
-        reader: Finds them.
-        labels: Class indices, tuples of them, or numbers, (n,).
-        indices: Of these images in the reader, (n,); all when absent.
+        reader: finds them.
+        labels: class indices, tuples of them, or numbers, (n,).
+        indices: of these images in the reader, (n,); all when absent.
     """
 
     def __init__(self, reader: Reader, labels: Sequence, indices: Sequence[int] | None = None):
@@ -65,8 +65,8 @@ class FolderReader(Reader):
     """timm's reader of a folder for each class, at any depth.
 
     Args:
-        folder: Of the split.
-        read: Reads a label, the name of a folder.
+        folder: of the split.
+        read: reads a label, the name of a folder.
     """
 
     def __init__(self, folder: Path, read: Read):
@@ -92,8 +92,8 @@ class TarReader(Reader):
     """timm's reader of tar files: one for each class, or folders of classes in one, or tar files in one.
 
     Args:
-        path: A tar file, or a folder of them.
-        read: Reads a label, the name of a folder or of a tar file.
+        path: a tar file, or a folder of them.
+        read: reads a label, the name of a folder or of a tar file.
     """
 
     def __init__(self, path: Path, read: Read):
@@ -138,12 +138,12 @@ class TableReader(Reader):
     """timm's reader of a Hugging Face data set, which is fetched as a whole, or is a local folder.
 
     Args:
-        name: On the Hub, or the path of the folder.
-        root: Where the library keeps what it fetches; its own place when absent.
-        split: Of the data set; `train[:80%]` is a part of one.
-        image_key: The column of images.
-        label_key: The column of labels.
-        read: Reads a label.
+        name: on the Hub, or the path of the folder.
+        root: where the library keeps what it fetches; its own place when absent.
+        split: of the data set; `train[:80%]` is a part of one.
+        image_key: the column of images.
+        label_key: the column of labels.
+        read: reads a label.
     """
 
     def __init__(self, name: str, root: str | Path | None, split: str, image_key: str, label_key: str, read: Read):
@@ -187,7 +187,7 @@ class TorchReader(Reader):
 
     Args:
         name: mnist, kmnist or fashion_mnist.
-        root: The folder in which torchvision has put it.
+        root: the folder in which torchvision has put it.
         split: "train", or "test".
     """
 

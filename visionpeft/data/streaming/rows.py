@@ -11,11 +11,11 @@ class Rows(Stream):
     """Rows of a `datasets.IterableDataset`.
 
     Args:
-        dataset: Whose column of images is not decoded.
-        size: How many rows there are; None if that is not known.
-        image_key: The column of images.
-        label_key: The column of labels.
-        name: What messages call the data set.
+        dataset: whose column of images is not decoded.
+        size: how many rows there are; None if that is not known.
+        image_key: the column of images.
+        label_key: the column of labels.
+        name: what messages call the data set.
     """
 
     def __init__(self, dataset, size: int | None, image_key: str, label_key: str, name: str):
@@ -106,9 +106,9 @@ def check_split(builder, split: str, name: str) -> None:
     """Raise DataError naming the splits there are, where one is asked for that is none of them.
 
     Args:
-        builder: The library's description of the data set.
-        split: As it was given; `train[:80%]` is a part of the split `train`.
-        name: Of the data set.
+        builder: the library's description of the data set.
+        split: as it was given; `train[:80%]` is a part of the split `train`.
+        name: of the data set.
     """
     known = known_splits(builder)
     for part in split.split("+"):
@@ -120,12 +120,12 @@ def stream_rows(builder, split: str, size: int | None, image_key: str, label_key
     """A split as a stream.
 
     Args:
-        builder: The library's description of the data set.
-        split: Name of the split.
-        size: Images in it; what the data set says when absent.
-        image_key: The column of images.
-        label_key: The column of labels.
-        name: Of the data set.
+        builder: the library's description of the data set.
+        split: name of the split.
+        size: images in it; what the data set says when absent.
+        image_key: the column of images.
+        label_key: the column of labels.
+        name: of the data set.
 
     Raises:
         DataError: there is no such split or column, or a local file is cut.
@@ -151,10 +151,10 @@ def check_columns(columns: list[str], image_key: str, label_key: str, name: str)
     """Raise DataError where a column is missing.
 
     Args:
-        columns: Their names.
-        image_key: That of the images.
-        label_key: That of the labels.
-        name: Of the data set.
+        columns: their names.
+        image_key: that of the images.
+        label_key: that of the labels.
+        name: of the data set.
     """
     for key, what, option in ((image_key, "images", "image_key"), (label_key, "labels", "label_key")):
         if key not in columns:
@@ -178,8 +178,8 @@ def names_of_classes(features, label_key: str) -> list[str] | None:
     """The names that a data set gives its classes, if it does.
 
     Args:
-        features: Of the data set, as the library has them.
-        label_key: The column of labels; of several labels, too.
+        features: of the data set, as the library has them.
+        label_key: the column of labels; of several labels, too.
     """
     feature = (features or {}).get(label_key)
     while hasattr(feature, "feature"):

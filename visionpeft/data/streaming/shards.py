@@ -27,10 +27,10 @@ class Shards(Stream):
     takes every so many-th image. Workers share the shards of their process.
 
     Args:
-        addresses: Of the shards.
-        size: How many images they hold; None if that is not known.
-        image_keys: Endings of the images.
-        label_key: A field of the `.json` file of an image, which is its label; None for the `.cls` file.
+        addresses: of the shards.
+        size: how many images they hold; None if that is not known.
+        image_keys: endings of the images.
+        label_key: a field of the `.json` file of an image, which is its label; None for the `.cls` file.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ def find_shards(root: str | Path | None, split: str) -> tuple[list[str], int | N
     """Addresses of the shards of a split, and how many images they hold if that is written anywhere.
 
     Args:
-        root: Folder or address that those of the shards are relative to.
-        split: As timm writes it: names with braces, `train-{0000..0007}.tar`, and where it is known the number of
+        root: folder or address that those of the shards are relative to.
+        split: as timm writes it: names with braces, `train-{0000..0007}.tar`, and where it is known the number of
             images after a bar, `train-{0000..0007}.tar|50000`; or a name under "splits" in `_info.json` in the root. A
             local name may have the `*` of a shell in it.
 

@@ -98,8 +98,8 @@ def check_of_streams(labels: Labels, options: Mapping) -> None:
     """Refuse what needs all images, or their labels, before they are read.
 
     Args:
-        labels: What a label is.
-        options: Of every data module.
+        labels: what a label is.
+        options: of every data module.
 
     Raises:
         ConfigurationError: such an option is set.
@@ -131,12 +131,12 @@ def open_streams(
 
     Args:
         kind: "wds" or "hfids".
-        name: Of the Hugging Face data set.
-        root: Where it lies.
-        splits: What the splits are called there.
-        num_samples: Images of splits, where it was given.
-        image_key: As of `StreamedImages`.
-        label_key: As of `StreamedImages`.
+        name: of the Hugging Face data set.
+        root: where it lies.
+        splits: what the splits are called there.
+        num_samples: images of splits, where it was given.
+        image_key: as of `StreamedImages`.
+        label_key: as of `StreamedImages`.
 
     Raises:
         ConfigurationError: it is not known how many images there are to train on.
@@ -196,10 +196,10 @@ def labelled(
     """Images by split with their labels as they are learnt, and the names of the classes.
 
     Args:
-        readers: By split.
-        given: Names of the classes as they were given.
-        labels: What a label is.
-        source: For messages.
+        readers: by split.
+        given: names of the classes as they were given.
+        labels: what a label is.
+        source: for messages.
 
     Raises:
         ConfigurationError: as of `agreed_names`.

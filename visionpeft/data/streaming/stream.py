@@ -25,10 +25,10 @@ class Share:
     """The part of a stream that is read in one place.
 
     Args:
-        rank: Which of several processes that train together.
-        processes: How many there are.
-        worker: Which of the workers that load for this process.
-        workers: How many there are.
+        rank: which of several processes that train together.
+        processes: how many there are.
+        worker: which of the workers that load for this process.
+        workers: how many there are.
     """
 
     rank: int = 0
@@ -42,8 +42,8 @@ class Shuffle:
     """How a stream is shuffled: shards by the seed, then images in a buffer.
 
     Args:
-        seed: The same in all processes, so that their shares stay apart.
-        buffer: Images, not decoded yet, from which the next one is drawn.
+        seed: the same in all processes, so that their shares stay apart.
+        buffer: images, not decoded yet, from which the next one is drawn.
     """
 
     seed: int
@@ -55,9 +55,9 @@ class Encoded:
     """An image as it is stored.
 
     Args:
-        content: The bytes of its file.
-        label: As it is stored.
-        where: What messages call it.
+        content: the bytes of its file.
+        label: as it is stored.
+        where: what messages call it.
     """
 
     content: bytes
@@ -73,7 +73,7 @@ class Stream(ABC):
     """Labelled images of one split that can only be read in order.
 
     Args:
-        size: How many there are; None as long as that is not known.
+        size: how many there are; None as long as that is not known.
     """
 
     def __init__(self, size: int | None):
@@ -118,7 +118,7 @@ class ClassOf:
     """The class index of a label as it is stored: an index, or a name.
 
     Args:
-        names: Of the classes.
+        names: of the classes.
     """
 
     def __init__(self, names: list[str]):
@@ -144,14 +144,14 @@ class StreamDataset(IterableDataset):
     their place. In a worker, an error is yielded instead of raised.
 
     Args:
-        stream: The images.
-        transform: What is done to them.
-        class_of: The class of each.
-        batch_size: Images in a batch.
-        rank: Which of several processes this is.
-        processes: How many there are.
-        seed: Of order and augmentation.
-        buffer: Images from which the next is drawn; None keeps the order.
+        stream: the images.
+        transform: what is done to them.
+        class_of: the class of each.
+        batch_size: images in a batch.
+        rank: which of several processes this is.
+        processes: how many there are.
+        seed: of order and augmentation.
+        buffer: images from which the next is drawn; None keeps the order.
     """
 
     def __init__(

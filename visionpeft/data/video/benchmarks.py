@@ -31,12 +31,12 @@ class Kinetics(VideoDataModule):
     are two, the one in a folder named like "replacement..." is taken.
 
     Args:
-        root: Folder of the videos.
-        train: Annotations of the training videos; in the root or its folder `annotations`, or a path.
-        test: Annotations of the videos to test on, published results being on the validation list.
-        val_fraction: Share of each class of the training videos held out for selection.
-        split_seed: Seed of that.
-        skip_missing: Leave out videos that are not there (they vanish from their source) and count them.
+        root: folder of the videos.
+        train: annotations of the training videos; in the root or its folder `annotations`, or a path.
+        test: annotations of the videos to test on, published results being on the validation list.
+        val_fraction: share of each class of the training videos held out for selection.
+        split_seed: seed of that.
+        skip_missing: leave out videos that are not there (they vanish from their source) and count them.
 
     Raises:
         DataError: annotations are missing or malformed, or videos are missing.
@@ -83,11 +83,11 @@ class SomethingSomethingV2(VideoDataModule):
     folder `labels`; videos are `<id>.webm` (or `.mp4`) in the root or its folder `20bn-something-something-v2`.
 
     Args:
-        root: The folder.
-        val_fraction: Share of each class of the training videos held out for selection.
-        split_seed: Seed of that.
-        skip_missing: Leave out videos that are not there and count them.
-        mirrored: Take a mirrored video to keep its label, so that `augmentation.flip` is allowed. It does not in
+        root: the folder.
+        val_fraction: share of each class of the training videos held out for selection.
+        split_seed: seed of that.
+        skip_missing: leave out videos that are not there and count them.
+        mirrored: take a mirrored video to keep its label, so that `augmentation.flip` is allowed. It does not in
             classes such as "Pushing something from left to right"; AIM's authors mirror half of the clips all the same.
 
     Raises:
@@ -141,11 +141,11 @@ class HMDB51(VideoDataModule):
     its folder `testTrainMulti_7030_splits` or `splits`.
 
     Args:
-        root: The folder.
+        root: the folder.
         split: 1, 2 or 3.
-        val_fraction: Share of each class of the training videos held out for selection, whole films at a time.
-        split_seed: Seed of that.
-        skip_missing: Leave out videos that are not there and count them.
+        val_fraction: share of each class of the training videos held out for selection, whole films at a time.
+        split_seed: seed of that.
+        skip_missing: leave out videos that are not there and count them.
 
     Raises:
         DataError: split files are missing or malformed, or videos are missing.
@@ -188,11 +188,11 @@ class UCF101(VideoDataModule):
     folder `ucfTrainTestlist`.
 
     Args:
-        root: The folder.
+        root: the folder.
         split: 1, 2 or 3.
-        val_fraction: Share of each class of the training videos held out for selection, whole groups at a time.
-        split_seed: Seed of that.
-        skip_missing: Leave out videos that are not there and count them.
+        val_fraction: share of each class of the training videos held out for selection, whole groups at a time.
+        split_seed: seed of that.
+        skip_missing: leave out videos that are not there and count them.
 
     Raises:
         DataError: split files are missing or malformed, or videos are missing.

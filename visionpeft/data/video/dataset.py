@@ -21,13 +21,13 @@ class VideoDataset(LabelledDataset):
     (V, 3, T, H, W): for each of the sampling's clips its crops.
 
     Args:
-        source: Labelled videos.
-        sampling: Which frames make a clip.
-        transform: What is done to them.
-        seed: Of frames and augmentation, together with the epoch and the index.
-        crops: Crops of each test clip, 1 or 3; absent for a single view.
-        shuffle_frames: Put the frames of each video's clips in a random order, fixed by the seed and the index.
-        num_workers: Processes that load, which share the memory for what was found of the files.
+        source: labelled videos.
+        sampling: which frames make a clip.
+        transform: what is done to them.
+        seed: of frames and augmentation, together with the epoch and the index.
+        crops: crops of each test clip, 1 or 3; absent for a single view.
+        shuffle_frames: put the frames of each video's clips in a random order, fixed by the seed and the index.
+        num_workers: processes that load, which share the memory for what was found of the files.
     """
 
     def __init__(

@@ -15,9 +15,9 @@ class VideoFiles(Files):
     """Videos with labels: encoded files, or folders whose images are the frames.
 
     Args:
-        paths: Video files or folders of frames, (n,).
-        labels: Class indices, (n,).
-        scenes: Which videos show the same scene, if that is known: (n,).
+        paths: video files or folders of frames, (n,).
+        labels: class indices, (n,).
+        scenes: which videos show the same scene, if that is known: (n,).
     """
 
     kind = "video"

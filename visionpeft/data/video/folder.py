@@ -23,10 +23,10 @@ class VideoFolder(VideoDataModule):
     staying in the train split.
 
     Args:
-        root: The folder.
-        val_fraction: Share of each class held out for selection, where the folder has no splits.
-        test_fraction: Share of each class held out for the test, where the folder has no splits.
-        split_seed: Seed of that split; the split depends on the sorted file names and on this alone.
+        root: the folder.
+        val_fraction: share of each class held out for selection, where the folder has no splits.
+        test_fraction: share of each class held out for the test, where the folder has no splits.
+        split_seed: seed of that split; the split depends on the sorted file names and on this alone.
 
     Raises:
         DataError: a folder that is missing or empty, one class only, or a class without training videos.
@@ -50,12 +50,12 @@ class VideoList(VideoDataModule):
     """Videos listed with their labels in one file for each split: lines `path label`, or CSV or JSON as for images.
 
     Args:
-        train: List of training videos.
-        val: List of videos for selection.
-        test: List of videos for the test.
-        root: Folder that the paths are relative to and may not leave; "auto" is the folder of the training list. With
+        train: list of training videos.
+        val: list of videos for selection.
+        test: list of videos for the test.
+        root: folder that the paths are relative to and may not leave; "auto" is the folder of the training list. With
             null, paths may lie anywhere, absolute or relative to the working directory.
-        class_names: Names in the order of the labels; the sorted labels found in the lists when absent.
+        class_names: names in the order of the labels; the sorted labels found in the lists when absent.
 
     Raises:
         DataError: a list that is missing or malformed, a path outside the root, a label out of range or with two

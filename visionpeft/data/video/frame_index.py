@@ -22,12 +22,12 @@ class FrameIndex:
     """Where the frames of an encoded video are.
 
     Args:
-        frames: Number of frames.
-        times: Time stamp of each frame in order of presentation, int64 (frames,); empty where the file has none that
+        frames: number of frames.
+        times: time stamp of each frame in order of presentation, int64 (frames,); empty where the file has none that
             can be relied on, and frames can only be counted from the beginning.
-        keyframes: Time stamps of the keyframes, int64, ascending.
-        time_base: Seconds of one unit of the time stamps.
-        last: Units of it for which the last frame is shown; the mean of the others where the file does not say.
+        keyframes: time stamps of the keyframes, int64, ascending.
+        time_base: seconds of one unit of the time stamps.
+        last: units of it for which the last frame is shown; the mean of the others where the file does not say.
     """
 
     frames: int

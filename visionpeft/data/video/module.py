@@ -22,24 +22,24 @@ class VideoDataModule(ImageDataModule):
     video, float32 (B, 3, T, H, W); test batches hold its views, (B, V, 3, T, H, W), for each temporal clip its crops.
 
     Args:
-        videos: Splits of `VideoFiles`, class names and what is to be recorded about them.
-        mirrored: Whether a mirrored video keeps its label.
-        sampling: Which frames make a clip.
-        augmentation: Of training clips.
-        test_crops: Crops of each test clip: 1 (centre) or 3 along the longer side.
-        batch_size: Videos in a batch.
-        batches: Training batches of "random" videos, or of "scene": all videos of one scene or of several, which then
+        videos: splits of `VideoFiles`, class names and what is to be recorded about them.
+        mirrored: whether a mirrored video keeps its label.
+        sampling: which frames make a clip.
+        augmentation: of training clips.
+        test_crops: crops of each test clip: 1 (centre) or 3 along the longer side.
+        batch_size: videos in a batch.
+        batches: training batches of "random" videos, or of "scene": all videos of one scene or of several, which then
             differ in nothing but their classes. Needs data that know their scenes (Motion) and a batch size that is a
             multiple of the videos of a scene.
-        num_workers: Processes that decode videos; 0 decodes in the main process.
+        num_workers: processes that decode videos; 0 decodes in the main process.
         normalisation: "pretrained" (the backbone's), "imagenet", "half" (mean and std 0.5) or "none".
-        drop_last: Leave out the last incomplete training batch of each epoch.
-        test_samples: Score a fixed random subset of the test split, this large; all of it when absent.
-        skip_corrupt: Leave damaged videos out (each is decoded once before training, counted and reported) instead of
+        drop_last: leave out the last incomplete training batch of each epoch.
+        test_samples: score a fixed random subset of the test split, this large; all of it when absent.
+        skip_corrupt: leave damaged videos out (each is decoded once before training, counted and reported) instead of
             stopping at the first one.
-        seed: Of shuffling, frames and augmentation; the seed given to Lightning when absent.
-        test_batch_size: Videos in a batch of the val and test splits; as `batch_size` when absent.
-        shuffle_test_frames: Put the frames of test clips in a random order, to see whether their order is used.
+        seed: of shuffling, frames and augmentation; the seed given to Lightning when absent.
+        test_batch_size: videos in a batch of the val and test splits; as `batch_size` when absent.
+        shuffle_test_frames: put the frames of test clips in a random order, to see whether their order is used.
         resizing: "pillow", or "tensor" as in ST-Adapter's code; see `ClipTransform`.
     """
 

@@ -20,11 +20,11 @@ class Motion(VideoDataModule):
     The splits have different sprites; every scene is there in all 8 classes.
 
     Args:
-        root: Folder of the videos; one in the user's cache folder when absent.
-        video_seed: Seed of the videos themselves.
-        sampling: Which frames make a clip.
-        augmentation: Of training clips; never mirrored, which would exchange classes.
-        batches: Of "scene": a sprite in all of its motions, so that nothing else tells the classes of a batch apart; or
+        root: folder of the videos; one in the user's cache folder when absent.
+        video_seed: seed of the videos themselves.
+        sampling: which frames make a clip.
+        augmentation: of training clips; never mirrored, which would exchange classes.
+        batches: of "scene": a sprite in all of its motions, so that nothing else tells the classes of a batch apart; or
             of "random" videos.
     """
 

@@ -38,8 +38,8 @@ def open_video(path: Path, index: FrameIndex | None = None) -> "EncodedVideo | F
     """A video file or a folder of frames, with `len` and `read`.
 
     Args:
-        path: File or folder.
-        index: Of a file that was opened before.
+        path: file or folder.
+        index: of a file that was opened before.
 
     Raises:
         DataError: the file is missing, damaged, cut off or holds no video; the folder holds no images.
@@ -64,7 +64,7 @@ class FrameFolder:
     """A folder of images, which are the frames in the order of the numbers in their names.
 
     Args:
-        path: The folder.
+        path: the folder.
 
     Raises:
         DataError: it holds no images.
@@ -113,8 +113,8 @@ class EncodedVideo:
     """A video file.
 
     Args:
-        path: The file.
-        index: From an earlier look at the file; made now, without decoding, when absent.
+        path: the file.
+        index: from an earlier look at the file; made now, without decoding, when absent.
 
     Raises:
         DataError: the file is missing, damaged, cut off, too large in pixels, or holds no video.

@@ -30,14 +30,14 @@ class ClipAugmentation:
     Args:
         crop: "centre"; "jitter": resize so that the short side is 1 to `jitter` times the input's, cut at random;
             "random_resized_crop": cut a share of the area, aspect 3/4 to 4/3, and resize that to the input size.
-        jitter: Largest scale of "jitter".
-        area: Smallest and largest share of the area that "random_resized_crop" cuts.
-        flip: Mirror half of the clips. Off where left and right differ in meaning.
-        randaugment: Number of operations of RandAugment (Cubuk et al. 2020, arXiv 1909.13719), before the crop.
-        magnitude: Of those operations, 0 to 10.
+        jitter: largest scale of "jitter".
+        area: smallest and largest share of the area that "random_resized_crop" cuts.
+        flip: mirror half of the clips. Off where left and right differ in meaning.
+        randaugment: number of operations of RandAugment (Cubuk et al. 2020, arXiv 1909.13719), before the crop.
+        magnitude: of those operations, 0 to 10.
         policy: RandAugment of timm in place of that of torchvision, such as "rand-m7-n4-mstd0.5-inc1" (ST-Adapter on
             Something-Something): 4 operations, each with probability .5 and a magnitude N(7, .5^2).
-        erasing: Probability of setting a random rectangle to the mean colour (Zhong et al. 2020, arXiv 1708.04896).
+        erasing: probability of setting a random rectangle to the mean colour (Zhong et al. 2020, arXiv 1708.04896).
 
     Raises:
         ConfigurationError: an unknown crop or a number out of range.
@@ -104,8 +104,8 @@ class ClipTransform:
     code, for those who want its numbers. By default they are resized by Pillow, antialiased and to the nearest pixel.
 
     Args:
-        preprocessing: Input size, normalisation and interpolation of the backbone's pretraining.
-        augmentation: Of training clips; None for clips that are scored.
+        preprocessing: input size, normalisation and interpolation of the backbone's pretraining.
+        augmentation: of training clips; None for clips that are scored.
         resizing: "pillow", or "tensor" as above.
 
     Raises:

@@ -47,14 +47,14 @@ def videos_dataloader(
     """Batches (views float32 (B, V, 3, T, H, W), zeros (B,)) of videos in order, and the files that are in them.
 
     Args:
-        files: Video files or folders of frames.
-        preprocessing: Of the backbone.
-        sampling: As in training.
-        crops: Of each clip, 1 or 3.
-        batch_size: Videos in a batch.
-        num_workers: Processes that decode videos; 0 decodes in the main process.
-        skip_corrupt: Leave damaged videos out, decoding each once before.
-        resizing: Of frames, as in training.
+        files: video files or folders of frames.
+        preprocessing: of the backbone.
+        sampling: as in training.
+        crops: of each clip, 1 or 3.
+        batch_size: videos in a batch.
+        num_workers: processes that decode videos; 0 decodes in the main process.
+        skip_corrupt: leave damaged videos out, decoding each once before.
+        resizing: of frames, as in training.
 
     Raises:
         DataError: a file is missing, or no file can be read; while iterating, a file is damaged.

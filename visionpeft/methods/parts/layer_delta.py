@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from visionpeft.backbones.tower import Layer
+from visionpeft.backbones.layer import Layer
 from visionpeft.sites import Order
 
 

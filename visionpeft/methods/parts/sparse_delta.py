@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 import torch.nn as nn
 
+from visionpeft.backbones.layer import Layer
 from visionpeft.backbones.quantised import is_quantised
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.layer_delta import LayerDelta
 from visionpeft.sites import Placement

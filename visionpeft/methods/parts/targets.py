@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from visionpeft.backbones.tower import Layer, Tower
+from visionpeft.backbones.layer import Layer
+from visionpeft.backbones.tower import Tower
 from visionpeft.errors import ConfigurationError, nearest
 from visionpeft.methods.parts.addressing import Overrides
 from visionpeft.methods.parts.base import Method, blocks_of, require
