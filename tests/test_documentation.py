@@ -136,6 +136,13 @@ def test_nothing_is_in_the_menu_twice_or_not_at_all():
     assert sorted(menu) == [page.name for page in PAGES]
 
 
+def test_every_file_of_the_largest_room_is_named():
+    text = (DOCS / "design.md").read_text(encoding="utf-8")
+    table = text[text.index("the largest of the rooms") : text.index("## One block and its sites")]
+    files = {path.stem for path in (ROOT / "visionpeft" / "adapters").glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"`(\w+)`", table)) == files
+
+
 def test_the_two_commands_of_ci():
     """The README's, and those of CI, are the same."""
     steps = re.findall(r'^step "(.*)"$', (ROOT / ".ci" / "run").read_text(encoding="utf-8"), flags=re.MULTILINE)

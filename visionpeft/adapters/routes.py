@@ -37,7 +37,7 @@ MOST_STACKED = 4  # routes whose adapters are kept stacked, each as large as the
 _NUMBERS = itertools.count()
 
 
-class Plan:
+class RoutedPlan:
     """What routes of adapters that insert equally many tokens make of a model.
 
     Args:
@@ -65,7 +65,7 @@ class Routes:
         self.backbone: Backbone | None = None
         self.described: list[tuple[nn.Module, type, dict]] = []
         self.adapters: dict[tuple[str, bool], RoutedAdapter] = {}
-        self.plans: dict[frozenset, Plan] = {}
+        self.plans: dict[frozenset, RoutedPlan] = {}
         self.routes: OrderedDict[tuple, Route] = OrderedDict()
         self.stacked: list[Route] = []
         self.installed: Anatomy | None = None
@@ -175,8 +175,8 @@ class Routes:
         self.adapters[name, keyed] = made
         return made
 
-    def _plan(self, model: nn.Module, swaps: Swaps) -> Plan:
-        plan = Plan(next(_NUMBERS), swaps)
+    def _plan(self, model: nn.Module, swaps: Swaps) -> RoutedPlan:
+        plan = RoutedPlan(next(_NUMBERS), swaps)
         for tower in self.backbone.towers.values():
             for index in range(tower.depth):
                 if model.peft.economies.need(tower, index):
@@ -188,12 +188,12 @@ class Routes:
         know_adapters(swaps, model)
         return plan
 
-    def _route_head(self, plan: Plan, path: str) -> None:
+    def _route_head(self, plan: RoutedPlan, path: str) -> None:
         head = self.backbone.model.get_submodule(path)
         if "routed" not in plan.swaps.given.get(head, {}):
             plan.swaps.swap(head, plan.swaps.kind(head), routed=RoutedHead(self.routing, path))
 
-    def _sites(self, peft: Adapters, plan: Plan, tower: Tower, index: int, prompts: list[nn.Module]) -> Sites:
+    def _sites(self, peft: Adapters, plan: RoutedPlan, tower: Tower, index: int, prompts: list[nn.Module]) -> Sites:
         sites = plan.sites.get((tower.name, index))
         if sites is None:
             sites = plan.sites[tower.name, index] = Sites(tower.num_prefix_tokens, tower.causal)
@@ -204,7 +204,7 @@ class Routes:
         sites.extra_tokens = sum(module.num_tokens for module in prompts)
         return sites
 
-    def _add(self, peft: Adapters, plan: Plan, name: str, adapter: RoutedAdapter) -> bool:
+    def _add(self, peft: Adapters, plan: RoutedPlan, name: str, adapter: RoutedAdapter) -> bool:
         """Add the sites of an adapter to a plan; whether there were new ones."""
         acting, before = plan_of(peft, (name,)), _size(plan)
         for tower in self.backbone.towers.values():
@@ -233,7 +233,7 @@ class Routes:
         plan.adapters.add(id(adapter))
         return _size(plan) > before or len(plan.adapters) == 1
 
-    def _put_routed(self, plan: Plan, tower: Tower, key: Key) -> None:
+    def _put_routed(self, plan: RoutedPlan, tower: Tower, key: Key) -> None:
         """Put what acts at a site of a tower by the adapter of each row in its place."""
         _, index, site, add = key
         block = None if index is None else tower.blocks[index]
@@ -275,7 +275,7 @@ class Routes:
         self.installed = Anatomy(model, without=peft)
 
 
-def _size(plan: Plan) -> int:
+def _size(plan: RoutedPlan) -> int:
     return sum(map(len, plan.swaps.given.values())) + len(plan.swaps.kinds)
 
 

@@ -56,7 +56,7 @@ class JoinedSources:
         return self.parts[task].name(within)
 
 
-class Untouched:
+class AlreadyTransformed:
     """The transform of images that have been transformed already."""
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class JoinedDataset(LabelledDataset):
         num_classes: of all tasks.
     """
 
-    transform = Untouched()
+    transform = AlreadyTransformed()
 
     def __init__(self, parts: Sequence[ImageDataset], source: JoinedSources, num_classes: int):
         self.parts = parts

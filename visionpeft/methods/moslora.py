@@ -16,7 +16,7 @@ from visionpeft.methods.parts.targets import ranked_layers, require_low_rank
 from visionpeft.sites import Placement
 
 
-class MixedLowRank(LowRank):
+class MixedSubspaces(LowRank):
     """y + scaling * up mixer down dropout(x): `LowRank` with A = mixer down and B = up.
 
     down (rank, in) and mixer (rank, rank) are Kaiming-uniform with a = sqrt(5), up (out, rank) is zero: no change.
@@ -77,7 +77,7 @@ class MoSLoRA(Method):
         require_low_rank(self)
 
     def place(self, tower: Tower) -> Iterator[Placement]:
-        """One `MixedLowRank` at every target layer of the chosen blocks."""
+        """One `MixedSubspaces` at every target layer of the chosen blocks."""
         for index, layer, rank, scaling in ranked_layers(self, tower):
-            module = MixedLowRank(layer.in_features, layer.out_features, rank, scaling, self.dropout)
+            module = MixedSubspaces(layer.in_features, layer.out_features, rank, scaling, self.dropout)
             yield Placement(tower.name, index, layer.site, module)

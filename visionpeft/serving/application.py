@@ -38,8 +38,8 @@ POLICY = (
 )
 
 
-class Served(Protocol):
-    """What is served: a `Service` here, or replicas of it elsewhere. Its errors are `Refusal`s."""
+class AnyService(Protocol):
+    """What answers: a `Service` here, or replicas of it elsewhere. Its errors are `Refusal`s."""
 
     limits: Limits
     metrics: Metrics
@@ -66,7 +66,7 @@ class Served(Protocol):
         """Answer what waits, and end."""
 
 
-def application(service: Served) -> Bodies:
+def application(service: AnyService) -> Bodies:
     """The ASGI application of a service, which ends with it."""
 
     @asynccontextmanager
@@ -80,7 +80,7 @@ def application(service: Served) -> Bodies:
     return Bodies(app, service.limits, service.metrics.answered, PATHS)
 
 
-def add_routes(app: FastAPI, service: Served) -> None:
+def add_routes(app: FastAPI, service: AnyService) -> None:
     """What can be asked of the service."""
     errors = {code: {"model": Error} for code in (404, 408, 413, 415, 422, 429, 500, 503, 504)}
 
