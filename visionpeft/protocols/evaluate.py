@@ -4,8 +4,7 @@ import argparse
 
 from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_json
-from visionpeft.protocols import evaluate_run
-from visionpeft.protocols.evaluation import evaluate_again
+from visionpeft.protocols.evaluation import evaluate_again, evaluate_run
 from visionpeft.protocols.report import report
 from visionpeft.runs.tables import print_results
 from visionpeft.sharing.run_directory import RunDirectory

@@ -4,11 +4,10 @@ import argparse
 from pathlib import Path
 
 from visionpeft.errors import ConfigurationError, did_you_mean
-from visionpeft.protocols import base_to_new, cross_dataset, domain_shift, few_shot, fgvc, vtab1k
 from visionpeft.protocols.further_arguments import option_of
-from visionpeft.protocols.learner_protocols import SEEDS, SHOTS
+from visionpeft.protocols.learner_protocols import SEEDS, SHOTS, base_to_new, cross_dataset, domain_shift, few_shot
 from visionpeft.protocols.method_candidates import configs_of_methods
-from visionpeft.protocols.method_protocols import BUDGET, PREFIXES
+from visionpeft.protocols.method_protocols import BUDGET, PREFIXES, fgvc, vtab1k
 from visionpeft.protocols.report import REPORT_FILES, report
 from visionpeft.protocols.work import Workers, check_workers
 from visionpeft.runs.command import Interrupted, Options

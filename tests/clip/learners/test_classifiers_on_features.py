@@ -189,8 +189,9 @@ def test_lp_plus_plus_is_the_published_solver_with_a_cleared_gradient(tmp_path):
 def test_lp_plus_plus_keeps_the_step_that_validation_likes_best():
     learner = LPPlusPlus(plain(), tokenizer(), NAMES, steps=30, template=TEMPLATES)
     held_out = image_features(plain(), images(40, seed=9)), torch.arange(40) % 4
+    seen = shots(), SHOTS  # kept for other tests, which want gradients of it
     with torch.inference_mode():
-        chosen = learner.fit_features((shots(), SHOTS), held_out)
+        chosen = learner.fit_features(seen, held_out)
     steps = list(lp_plus_plus_by_autograd(shots().flatten(0, 1), SHOTS.repeat_interleave(2), 30))
     responses = held_out[0] @ unit_texts().T
     reached = [((held_out[0] @ w.T + b + responses * a).argmax(1) == held_out[1]).sum().item() for w, b, a in steps]
