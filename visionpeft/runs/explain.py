@@ -30,7 +30,14 @@ _FACTORY = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _REQUIREMENT = re.compile(r"Problem with given class_path '([\w.]+)':\s*Requirement '([^']+)' not met", re.DOTALL)
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_WORDS = {
+    "int": "a whole number",
+    "Batches": "a number of batches",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+}
 _LISTS = ("list", "tuple")
 
 
