@@ -99,6 +99,15 @@ CASES = {
     "stray word": ([*VPT, "extra"], "no option 'extra'"),
     "report": ([*VPT, "--report", "best"], "needs a validation split"),
     "resume": (["--resume", "nowhere"], "nowhere is not a run directory"),
+    "names that YAML reads as something else": (
+        ["--config", "fewshot_coop.yaml", "--data.class_names", "[no, yes]"],
+        "option class_names takes texts, and False in [False, True] is none",
+    ),
+    "a list that is none": ([*VPT, "--model.train", "5"], "option train takes a list or null, not '5'"),
+    "a dictionary that is none": (
+        ["--config", "scenes_open_vocabulary.yaml", "--model.names", "3"],
+        "option names takes a dictionary or null, not '3'",
+    ),
 }
 
 
