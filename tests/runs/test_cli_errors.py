@@ -2,14 +2,12 @@
 
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from visionpeft import evaluate, fit
 from visionpeft.errors import ConfigurationError
-from visionpeft.protocols.evaluation import evaluate_again
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.config_files import find_config
 from visionpeft.summary import main as summarise
@@ -101,6 +99,15 @@ CASES = {
     "stray word": ([*VPT, "extra"], "no option 'extra'"),
     "report": ([*VPT, "--report", "best"], "needs a validation split"),
     "resume": (["--resume", "nowhere"], "nowhere is not a run directory"),
+    "names that YAML reads as something else": (
+        ["--config", "fewshot_coop.yaml", "--data.class_names", "[no, yes]"],
+        "option class_names takes texts, and False in [False, True] is none",
+    ),
+    "a list that is none": ([*VPT, "--model.train", "5"], "option train takes a list or null, not '5'"),
+    "a dictionary that is none": (
+        ["--config", "scenes_open_vocabulary.yaml", "--model.names", "3"],
+        "option names takes a dictionary or null, not '3'",
+    ),
 }
 
 
@@ -189,10 +196,3 @@ def test_a_file_that_configures_nothing(text, said, capsys, tmp_path):
 def test_values_that_a_method_refuses_in_a_summary(capsys):
     assert summarise(["--backbone", "nano_vit", "--method", "LoRA", "--method.rank", "0"]) == 2
     assert capsys.readouterr().err == "error: LoRA: rank must be a positive integer\n"
-
-
-@pytest.mark.parametrize("arguments", [["--model.method", "VPT"], ["--model.method.rank=2"]])
-def test_a_run_is_not_evaluated_as_another_method(arguments, tmp_path):
-    run = SimpleNamespace(path=tmp_path, read_results=dict)
-    with pytest.raises(ConfigurationError, match=r"--model\.method.*: the method is that of the adapter"):
-        evaluate_again(run, ["--data.test_samples", "5", *arguments])

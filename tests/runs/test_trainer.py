@@ -51,7 +51,7 @@ def test_one_batch_is_not_all_batches(tmp_path):
 
 
 def test_all_batches_are_not_one_batch(tmp_path):
-    """jsonargparse 4.53 makes of a share of 1.0 the number 1 where it builds what it has read as 1.0."""
+    """The numbers of jsonargparse 4.53 take 1.0 for 1 in a configuration, and where they build what they have read."""
     images = draw_images(tmp_path / "images")
     (tmp_path / "shares.yaml").write_text("trainer: {limit_train_batches: 1.0, val_check_interval: 1.0}\n")
     given = ("--config", str(tmp_path / "shares.yaml"), "--trainer.limit_val_batches", "1.0")
@@ -60,4 +60,5 @@ def test_all_batches_are_not_one_batch(tmp_path):
         taken = options.limit_train_batches, options.val_check_interval, options.limit_val_batches
         assert [repr(value) for value in (*taken, options.limit_test_batches)] == ["1.0", "1.0", "1.0", "1"]
     trainer = cli.build_trainer([], logger=False, enable_checkpointing=False)
-    assert [type(each) for each in (trainer.limit_val_batches, trainer.limit_test_batches)] == [float, int]
+    assert isinstance(trainer.limit_val_batches, float)
+    assert isinstance(trainer.limit_test_batches, int)

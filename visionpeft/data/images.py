@@ -84,7 +84,8 @@ def decode_image(file: Path | BinaryIO, name: str, remedy: str = LEAVE_OUT) -> I
                 return _rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"{name} is refused as a possible decompression bomb: more than {Image.MAX_IMAGE_PIXELS} pixels"
+            f"{name} is refused as a possible decompression bomb: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it "
+            "smaller or cut it into parts, or remove it"
         ) from error
     except MemoryError:
         raise

@@ -214,10 +214,6 @@ class CLI(LightningCLI):
         """Build data and task; the trainer is built by `build_trainer`."""
         try:
             self.config_init = self.parser.instantiate_classes(self.config)
-            # A share of 1.0, which is all batches, is 1 there, one batch.
-            for name, value in vars(self.config.trainer).items():
-                if isinstance(value, float):
-                    self.config_init.trainer[name] = value
             self._check_linked(self.config_init.data)
             self._check_fractions(self.config_init.data)
             self.config_init.model.connect(self.config_init.data)

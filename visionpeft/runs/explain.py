@@ -24,13 +24,22 @@ _UNION = re.compile(
     r"Subtypes: \[(.*?)\]\n.*?Given value: ([^\n]*)",
     re.DOTALL,
 )
+# Of a list or dictionary of texts: a member that YAML did not read as one.
+_READ_AS = re.compile(r"Expected a <class 'str'>\. Got value: (\S+)\n(?:.*\n)*\s*Given value: [\[{]")
 _FACTORY = re.compile(
     r"^( *)Type collections\.abc\.Callable\[.*?\] expects a function or a callable class: "
     r"(.*?)\. Got value: Namespace\(class_path='([\w.]+)'.*?\)$",
     re.DOTALL | re.MULTILINE,
 )
 _REQUIREMENT = re.compile(r"Problem with given class_path '([\w.]+)':\s*Requirement '([^']+)' not met", re.DOTALL)
-_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_WORDS = {
+    "int": "a whole number",
+    "Batches": "a number of batches",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "NoneType": "null",
+}
 _LISTS = ("list", "tuple")
 
 
@@ -70,7 +79,12 @@ def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> st
         return f"option {match[1]} takes {takes}" + (f", not {match[3]!r}" if match[3] else "")
     starts = [match.start() for match in re.finditer("Parser key", message)]
     if match := next(filter(None, (_UNION.match(message, start) for start in reversed(starts))), None):
-        return f"option {match[1]} takes {_type_in_words(match[2])}, not {match[3]!r}"
+        if read := _READ_AS.search(match[0]):
+            return (
+                f"option {match[1]} takes texts, and {read[1]} in {match[3]} is none: words such as no, yes, on, off "
+                'and null, and numbers, are read as other values without quotes; write \'["no", "01"]\''
+            )
+        return f"option {match[1]} takes {_types_in_words(match[2])}, not {match[3]!r}"
     if "arguments are required" in message:
         return "name a configuration, such as --config vtab_vpt.yaml; model and data come from it"
     return " ".join(message.split())
@@ -113,6 +127,22 @@ def _type_in_words(expected: str) -> str:
         return f"one of {', '.join(literals).replace(chr(39), '')}"
     names = re.findall(r"<class '(?:[\w.]+\.)?(\w+)'>", expected)
     return " or ".join(_WORDS.get(name, name) for name in names) or expected.rstrip(": ")
+
+
+def _types_in_words(union: str) -> str:
+    """The members of a union as words, of lists and dictionaries what they are."""
+    found = []
+    depth, members = 0, ""
+    for letter in union:  # commas within brackets are between what one member is made of
+        depth += {"[": 1, "]": -1}.get(letter, 0)
+        members += "\n" if letter == "," and depth == 0 else letter
+    for member in map(str.strip, members.splitlines()):
+        kind = re.match(r"(?:[\w.]+\.)?(list|tuple|Sequence|dict|Mapping)\[", member)
+        word = (
+            _type_in_words(member) if kind is None else "a dictionary" if kind[1] in ("dict", "Mapping") else "a list"
+        )
+        found += [word] if word not in found else []
+    return " or ".join(found)
 
 
 def _unknown_option(class_path: str | None, option: str, parser: ArgumentParser, by_name: dict[str, type]) -> str:

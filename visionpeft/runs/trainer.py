@@ -3,10 +3,31 @@
 from datetime import timedelta
 
 import lightning.pytorch as pl
-from jsonargparse.typing import NonNegativeInt
+from jsonargparse.typing import register_type
 
-# A type of its own, because no other library has put it into a union in another order.
-Share = NonNegativeInt | float | None
+
+class Batches(int):
+    """A number of batches.
+
+    A type of its own, because no other library has put it into a union in another order, and because jsonargparse's
+    numbers take 1.0, the share of all batches, for 1, one batch.
+    """
+
+
+def _batches(value: object) -> Batches:
+    """A number of batches out of a configuration or the command line.
+
+    Raises:
+        ValueError: it is none, such as a share.
+    """
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError(f"{value!r} is no number of batches")
+    return Batches(number)
+
+
+register_type(Batches, serializer=int, deserializer=_batches)
+Share = Batches | float | None
 
 
 class Trainer(pl.Trainer):
@@ -33,8 +54,8 @@ class Trainer(pl.Trainer):
         limit_val_batches: Share = None,
         limit_test_batches: Share = None,
         limit_predict_batches: Share = None,
-        overfit_batches: NonNegativeInt | float = 0.0,
-        val_check_interval: NonNegativeInt | float | str | timedelta | dict[str, int] | None = None,
+        overfit_batches: Batches | float = 0.0,
+        val_check_interval: Batches | float | str | timedelta | dict[str, int] | None = None,
         **options,
     ):
         super().__init__(
