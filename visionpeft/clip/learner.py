@@ -58,6 +58,7 @@ class Learner(nn.Module):
         acting: the adapters of the CLIP with which this learner computes.
         adapted: it has attached its adapter.
         fits_raw_features: `fit_features` takes image features that are not normalised.
+        started_from: options that say where first values lie; what is saved holds the values, and is read without them.
         fitted_views: augmentations of each training image for `fit_features`, where the data leaves their number open.
         reads_names: class names stand in its texts; otherwise they only name its outputs.
         template_style: which of a data set's own templates it takes; see `visionpeft.data.dataset_template`.
@@ -81,6 +82,7 @@ class Learner(nn.Module):
     online = False
     adapter_name: str | None = None
     fits_raw_features = False
+    started_from: tuple[str, ...] = ()
     fitted_views = 1
     reads_names = True
     template_style = "zero_shot"

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import yaml
 
+from visionpeft.clip import learners
+from visionpeft.clip.learner import Learner
 from visionpeft.errors import ConfigurationError
 from visionpeft.files import write_json
 from visionpeft.protocols.cells import Cell
 from visionpeft.protocols.learner_candidates import LearnerCandidate, dataset_keys, only_test
 from visionpeft.runs.cli import CLI
+from visionpeft.runs.config_files import config_content
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import record_of, setting, tested
 from visionpeft.sharing.run_directory import RunDirectory
@@ -29,16 +32,14 @@ def evaluate_again(run: RunDirectory, arguments: Sequence[str]) -> dict:
         Its results.json with the new test in place of the old.
 
     Raises:
-        ConfigurationError: what was trained knows only its own classes, and there are others; or another method or
-            head is asked for than the one that was trained.
+        ConfigurationError: what was trained knows only its own classes, and there are others; or another method, head
+            or learner is asked for than the one that was trained.
     """
     trained = run.read_results()
-    for part in ("method", "head"):
+    for part, of in {"method": " of the adapter", "head": " of the adapter", "learner": ""}.items():
         if other := [each for each in arguments if re.split("[.=]", each)[:2] == ["--model", part]]:
-            raise ConfigurationError(
-                f"{other[0]}: the {part} is that of the adapter in {run.path}, as trained; leave it out"
-            )
-    cli = CLI(["--config", str(run.config), *arguments])
+            raise ConfigurationError(f"{other[0]}: the {part} is that{of} in {run.path}, as trained; leave it out")
+    cli = CLI(["--config", str(run.config), *_without_starts(run), *arguments])
     task, datamodule = cli.model, cli.datamodule
     task.load(run.path / task.folder)
     task.connect(datamodule)
@@ -48,6 +49,16 @@ def evaluate_again(run: RunDirectory, arguments: Sequence[str]) -> dict:
     )
     trainer.test(task, datamodule, verbose=False)
     return trained | setting(task, datamodule) | tested(trainer, record) | {"run_directory": str(run.path)}
+
+
+def _without_starts(run: RunDirectory) -> list[str]:
+    """Leave out where a learner found its first values: the run holds them, and they may lie there no longer."""
+    match config_content(str(run.config)):
+        case {"model": {"init_args": {"learner": {"class_path": str(path), "init_args": dict(options)}}}}:
+            learner = getattr(learners, path.rpartition(".")[2], Learner)
+            given = [name for name in learner.started_from if options.get(name) is not None]
+            return [part for name in given for part in (f"--model.learner.{name}", "null")]
+    return []
 
 
 def evaluate_elsewhere(run: RunDirectory, dataset: str, classes: str, source: str) -> dict:
