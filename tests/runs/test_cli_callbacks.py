@@ -99,9 +99,20 @@ def test_what_is_saved_is_the_average(tmp_path, images):
     assert compared
 
 
-@pytest.mark.parametrize("callbacks", [AVERAGE, SWA, ACCUMULATE], ids=lambda given: given[0].rpartition("=")[2])
-def test_a_learner_with_callbacks_is_resumed(tmp_path, images, callbacks):
-    whole, part = interrupted_and_resumed(tmp_path, learner_arguments(images, *callbacks, epochs=4))
+LEARNERS = {
+    "average": ("CoOp", AVERAGE),
+    "stochastic": ("CoOp", SWA),
+    "accumulation": ("CoOp", ACCUMULATE),
+    # Fitted before they are trained, after the callback has copied the task.
+    "average of a filled cache": ("TipAdapter", [*AVERAGE, "--model.learner.train_keys", "true"]),
+    "stochastic with fitted strengths": ("CLAP", SWA),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_a_learner_with_callbacks_is_resumed(tmp_path, images, name):
+    learner, more = LEARNERS[name]
+    whole, part = interrupted_and_resumed(tmp_path, learner_arguments(images, *more, learner=learner, epochs=4))
     assert_same_run(part, whole)
 
 

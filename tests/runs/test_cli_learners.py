@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -225,10 +226,13 @@ def test_views_of_test_images(tmp_path, images):
 
 
 def test_tuning_from_a_trained_context(finished, tmp_path, images):
+    context = tmp_path / "context"
+    shutil.copytree(finished / "learner", context)
     made = run_learner(
-        tmp_path, images, "--model.learner.context", str(finished / "learner"), *FITTED["TPT"], learner="TPT"
+        tmp_path / "runs", images, "--model.learner.context", str(context), *FITTED["TPT"], learner="TPT"
     )
     assert results(made)["learner"]["options"]["context_length"] == 16
+    shutil.rmtree(context)  # the run holds the context that it started from
     assert evaluate.main([str(made)]) == 0
     assert json.loads((made / "evaluation.json").read_text())["test"] == results(made)["test"]
     assert len(predictions(made, images / "red", tmp_path, "--class-names", "a,b")) == 10
@@ -318,6 +322,7 @@ def test_wrong_command_line(more, said, images, tmp_path, monkeypatch, capsys):
         (["--seed_everything", "2"], "was trained on other weights"),
         (["--model.backbone", "open_clip/other_tiny_clip"], "the learner in"),
         (["--data.template", "no place"], "no {} for the class name"),
+        (["--model.learner.position", "front"], "--model.learner.position: the learner is that in"),
     ],
 )
 def test_evaluate_refuses(finished, more, said, capsys):

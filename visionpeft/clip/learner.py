@@ -25,6 +25,7 @@ class Learner(PromptedCLIP):
         adapts_while_testing: test images change how it classifies; a run also records what `unadapted` says.
         online: what it predicts depends on the images before; see `reset`.
         fits_raw_features: `fit_features` takes image features that are not normalised.
+        started_from: options that say where first values lie; what is saved holds the values, and is read without them.
         fitted_views: augmentations of each training image for `fit_features`, where the data leaves their number open.
         template_style: which of a data set's own templates it takes; see `visionpeft.data.dataset_template`.
         loss_name: how an image is compared with the classes; see `set_loss`.
@@ -38,6 +39,7 @@ class Learner(PromptedCLIP):
     adapts_while_testing = False
     online = False
     fits_raw_features = False
+    started_from: tuple[str, ...] = ()
     fitted_views = 1
     template_style = "zero_shot"
     loss_name: ClassLoss = "cross_entropy"

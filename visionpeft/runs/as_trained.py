@@ -1,7 +1,10 @@
 """What may be changed where a finished run is tested again, and what is as it was trained."""
 
+from visionpeft.clip import learners
+from visionpeft.clip.learner import Learner
 from visionpeft.errors import ConfigurationError
 from visionpeft.runs.cli import CLI
+from visionpeft.runs.config_files import config_content
 from visionpeft.runs.options import OPTIONS, named_options
 from visionpeft.runs.resuming import changes, shown
 from visionpeft.sharing.run_directory import RunDirectory
@@ -34,8 +37,9 @@ class TestedAgain(CLI):
     """
 
     def __init__(self, run: RunDirectory, arguments: list[str]):
-        self.run, self.given = run, arguments
-        super().__init__(["--config", str(run.config), *arguments])
+        self.run, self.given, self.starts = run, arguments, _starts(run)
+        left_out = [part for name in self.starts for part in (f"--model.learner.{name}", "null")]
+        super().__init__(["--config", str(run.config), *left_out, *arguments])
 
     def before_instantiate_classes(self) -> None:
         """Look at the changes before anything is built."""
@@ -49,7 +53,7 @@ class TestedAgain(CLI):
                 )
         for path, before, now in changes(self, self.run):
             section, *parts = path
-            if section != "model":
+            if section != "model" or (parts[:1] == ["learner"] and parts[-1] in self.starts and now is None):
                 continue
             what = f"--model.{'.'.join(parts)} {shown(now)}" if parts else f"--model {shown(now)}"
             if not parts:
@@ -67,6 +71,15 @@ class TestedAgain(CLI):
                     f"{what} is an option of a training and changes nothing about a test of {self.run.path}; leave it "
                     "out"
                 )
+
+
+def _starts(run: RunDirectory) -> list[str]:
+    """Options that told a learner where its first values are: the run holds them, and they may be there no longer."""
+    match config_content(str(run.config)):
+        case {"model": {"init_args": {"learner": {"class_path": str(path), "init_args": dict(options)}}}}:
+            learner = getattr(learners, path.rpartition(".")[2], Learner)
+            return [name for name in learner.started_from if options.get(name) is not None]
+    return []
 
 
 def _folder(run: RunDirectory) -> str:

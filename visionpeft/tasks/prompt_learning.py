@@ -25,6 +25,7 @@ from visionpeft.data.labels import Labels
 from visionpeft.data.transforms import ImageTransform
 from visionpeft.errors import ConfigurationError
 from visionpeft.models.create_clip import create_clip
+from visionpeft.tasks.averaging import copy_again
 from visionpeft.tasks.class_pairs import ClassPairs
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.passes import in_order, keep_all
@@ -379,6 +380,8 @@ class PromptLearning(ImageTask):
             train = self._features("train", views, raw=self.learner.fits_raw_features)
             validation = self._features("val", range(1)) if "val" in datamodule.sources else None
         self.chosen = self.learner.fit_features(train, validation)
+        if self.trained_parameters():  # callbacks that average weights have copied what was there before
+            copy_again(self.trainer.callbacks, self.trainer, self)
 
     def _features(self, split: str, views: range, raw: bool = False) -> tuple[Tensor, Tensor]:
         """Features (images, features), or of several views (images, views, features), and labels of a split."""

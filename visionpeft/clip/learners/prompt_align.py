@@ -68,6 +68,7 @@ class PromptAlign(MaPLe):
 
     by_gradient = False
     adapts_while_testing = True
+    started_from = ("maple", "statistics")
     default_depth = 3
 
     def __init__(

@@ -53,6 +53,7 @@ class TPT(Learner):
     frozen_images = False
     by_gradient = False
     adapts_while_testing = True
+    started_from = ("context",)
 
     def __init__(
         self,

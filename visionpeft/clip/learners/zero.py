@@ -18,7 +18,8 @@ class ZERO(FromViews):
     where all were kept) decides between them. The logits are the logarithm of the share of votes, so that softmax gives
     it back; a class without votes has that of the smallest number. Nothing is trained, tuned or differentiated; the
     image tower is run once on all views, and the texts are kept. Images do not see each other.
-    Source: Farina et al., Frustratingly Easy Test-Time Adaptation of Vision-Language Models, 2024.
+    Source: Farina et al., Frustratingly Easy Test-Time Adaptation of Vision-Language Models, 2024. To break a tie the
+    authors' code asks the views in the order in which they were drawn, of those that were kept some, too.
 
     The learner takes views (batch, views, 3, height, width), view 0 being plain. For images it draws the other views
     itself as `TPT` does.
