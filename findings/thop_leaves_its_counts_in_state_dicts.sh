@@ -8,7 +8,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"
-"$work/venv/bin/pip" install -q "torch==2.14.1" "thop==0.1.1.post2209072238"
+"$work/venv/bin/pip" install -q "torch==2.14.1" "numpy==2.4.6" "thop==0.1.1.post2209072238"
 cd "$work"
 seen=$("$work/venv/bin/python" -W ignore - <<'PYTHON'
 import torch

@@ -4,11 +4,13 @@ The right values are those of the library's own model: without adapters, or with
 """
 
 import abc
+import copy
 import functools
 
 import pytest
 import timm
 import torch
+import transformers
 from accelerate import Accelerator, cpu_offload
 from accelerate.state import AcceleratorState
 from away_from_start import moved
@@ -17,9 +19,11 @@ from timm.optim import create_optimizer_v2
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.prune import random_unstructured, remove
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import visionpeft as vp
@@ -515,3 +519,96 @@ def test_everything_in_bfloat16(method):
     found = model(IMAGES.bfloat16())
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).norm() / expected.norm() < 0.03
+
+
+def test_private_training_with_opacus():
+    """Its optimiser clips the gradients of each image, which `torch.func` gives: to the bit DP-SGD by hand."""
+    opacus = pytest.importorskip("opacus")
+    images, labels, limit, rate = IMAGES.double(), torch.arange(4), 0.1, 0.5
+    for method in (vp.LoRA(rank=2), vp.VPT(), vp.SSF()):
+        model = vp.attach(build().double(), method).train()
+        moved(model)
+        by_hand = copy.deepcopy(model)
+        loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+        _, optimiser, loader = opacus.PrivacyEngine().make_private(
+            module=model,
+            optimizer=torch.optim.SGD(vp.trainable_parameters(model), lr=rate),
+            data_loader=loader,
+            noise_multiplier=0.0,
+            max_grad_norm=limit,
+            poisson_sampling=False,
+            grad_sample_mode="no_op",
+        )
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+        def loss(values, image, label, model=model):
+            return nn.functional.cross_entropy(functional_call(model, values, (image[None],)), label[None])
+
+        for batch, truth in loader:
+            values = {name: p.detach() for name, p in trained.items()}
+            of_each = vmap(grad(loss), in_dims=(None, 0, 0))(values, batch, truth)
+            for name, p in trained.items():
+                p.grad_sample = of_each[name]
+            optimiser.step()
+        parameters = vp.trainable_parameters(by_hand)
+        total = [torch.zeros_like(p) for p in parameters]
+        for image, label in zip(images, labels, strict=True):
+            gradients = torch.autograd.grad(nn.functional.cross_entropy(by_hand(image[None]), label[None]), parameters)
+            norm = torch.cat([each.flatten() for each in gradients]).norm()
+            total = [t + g * min(1.0, limit / (norm.item() + 1e-6)) for t, g in zip(total, gradients, strict=True)]
+        for p, mine, t in zip(vp.trainable_parameters(model), parameters, total, strict=True):
+            torch.testing.assert_close(p, mine - rate * t / len(images), rtol=0, atol=1e-14)
+
+
+def wrapped():
+    """A timm model within transformers."""
+    torch.manual_seed(0)
+    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": 32}
+    config = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=sizes, num_labels=5)
+    return transformers.TimmWrapperForImageClassification(config).eval()
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return len(IMAGES)
+
+    def __getitem__(self, index):
+        return {"pixel_values": IMAGES[index], "labels": index}
+
+
+def test_the_trainer_of_transformers(tmp_path):
+    """It trains, resumes and loads adapters of the timm part, whose backbone stays to the bit."""
+
+    def trained(name, **options):
+        model = wrapped()
+        vp.attach(model.timm_model, vp.LoRA(rank=2))
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / name), num_train_epochs=2, per_device_train_batch_size=2, learning_rate=0.01, report_to=[],
+            use_cpu=True, save_strategy="epoch", disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        transformers.Trainer(model, arguments, train_dataset=Rows()).train(**options)
+        return model.eval()
+
+    model, plain = trained("whole"), wrapped()
+    assert not torch.allclose(model(IMAGES).logits, plain(IMAGES).logits)
+    resumed = trained("resumed", resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
+    assert torch.equal(resumed(IMAGES).logits, model(IMAGES).logits)
+    vp.save(model.timm_model, tmp_path / "adapter")
+    other = wrapped()
+    vp.load(other.timm_model, tmp_path / "adapter")
+    assert torch.equal(other(IMAGES).logits, model(IMAGES).logits)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
+
+
+def test_what_transformers_saves_and_reads(tmp_path):
+    """A merged model is read with its logits; of an attached one `from_pretrained` reads the backbone alone."""
+    model = wrapped()
+    vp.attach(model.timm_model, vp.LoRA(rank=2))
+    moved(model.timm_model)
+    expected = model(IMAGES).logits
+    model.save_pretrained(tmp_path / "attached")
+    vp.merge(model.timm_model, keep=False)
+    model.save_pretrained(tmp_path / "merged")
+    read = [type(model).from_pretrained(tmp_path / name).eval()(IMAGES).logits for name in ("attached", "merged")]
+    torch.testing.assert_close(read[0], wrapped()(IMAGES).logits)
+    torch.testing.assert_close(read[1], expected)

@@ -6,6 +6,7 @@ import os
 import pytest
 import timm
 import torch
+from away_from_start import moved
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -249,3 +250,26 @@ def test_a_head_without_a_place_is_refused_before_anything_changes():
         register(model, "pets", adapter, backbone)
     assert not has_adapters(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", [vp.VeRA(rank=4), vp.RandLoRA(rank=4), vp.LoRA(rank=2)], ids=lambda m: m.name)
+def test_a_model_without_values_gets_none_that_are_drawn(method):
+    """Random matrices are in no state dict: `to_empty` gave them what was in memory, and no error said so."""
+    saved = vp.attach(build(), method)
+    moved(saved)
+    with torch.device("meta"):
+        model = timm.create_model(
+            "vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=32, num_classes=5
+        )
+        vp.attach(model, method)
+    if method.name != "lora":
+        with pytest.raises(UnsupportedError, match="is drawn when it is attached and is in no state dict"):
+            model.to_empty(device="cpu")
+        with torch.device("meta"):
+            model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, img_size=32)
+            model.reset_classifier(5)
+        model = vp.attach(model.to_empty(device="cpu"), method)
+    else:  # all of it is in the state dict
+        model.to_empty(device="cpu")
+    model.load_state_dict(saved.state_dict())
+    assert torch.equal(model.eval()(IMAGES), saved(IMAGES))

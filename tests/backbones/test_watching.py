@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from away_from_start import moved
 from reference.hosts import HOSTS
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import nn
@@ -115,6 +116,69 @@ def test_a_hook_on_every_module_of_the_program_sees_the_fused_projection():
     finally:
         handle.remove()
     assert sum(each is model.blocks[1].attn.qkv for each in seen) == 1
+
+
+def linear_outputs(model, inputs, *, backward=False):
+    """What hooks on every linear layer of the base see, in order; with `backward`, also the gradients of its input."""
+    seen, handles = [], []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not path.startswith("peft"):
+            handles.append(module.register_forward_hook(lambda _, x, y, path=path: seen.append((path, y.detach()))))
+            if backward:
+                watch = lambda _, into, out, path=path: seen.append((path, into[0], out[0]))  # noqa: E731
+                handles.append(module.register_full_backward_hook(watch))
+    with torch.set_grad_enabled(backward):
+        y = model(inputs.requires_grad_(backward))
+        if backward:
+            y.square().sum().backward()
+    for handle in handles:
+        handle.remove()
+    return [y.detach(), *(tensor for _, *tensors in sorted(seen, key=lambda each: each[0]) for tensor in tensors)]
+
+
+@pytest.mark.parametrize(
+    "method", [vp.LoRA(rank=2, targets=("q", "k", "v", "proj", "fc1", "fc2")), vp.BitFit()], ids=str
+)
+@pytest.mark.parametrize("host", [h for h in IMAGES if h.name != "clip_visual"], ids=lambda host: host.name)
+def test_hooks_on_linear_layers_see_what_they_see_of_the_merged_model(host, method):
+    """Also on a fused qkv, whose rows are three sites: keys of it are what dense features of a ViT are made of."""
+    model = vp.attach(host.build(torch.float64), method)
+    moved(model)
+    merged = vp.merge(copy.deepcopy(model), keep=False)
+    inputs = host.inputs(dtype=torch.float64)
+    for backward in (False, True) if host.name in ("vit_cls", "dinov3", "eva_split") else (False,):
+        found, expected = (linear_outputs(each, inputs.clone(), backward=backward) for each in (model, merged))
+        assert len(found) == len(expected) > 5
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours - theirs).norm() <= 1e-9 * theirs.norm().clamp(min=1e-3)
+
+
+def test_hooks_on_a_fused_projection_see_the_route_and_may_give_another_output():
+    """Row by row what the adapter of the row gives; and what a hook returns is what the attention reads."""
+    host = next(host for host in IMAGES if host.name == "vit_cls")
+    model = host.build(torch.float64)
+    for name in ("a", "b"):
+        vp.attach(model, vp.LoRA(rank=2), name)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.peft.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    inputs, seen = host.inputs(dtype=torch.float64), []
+    handle = model.blocks[1].attn.qkv.register_forward_hook(lambda _, x, y: seen.append(y.detach().clone()))
+    names = ["a", None, "b", "a"][: len(inputs)]
+    with torch.no_grad(), vp.route(model, names):
+        model(inputs)
+    for row, name in enumerate(names):
+        with torch.no_grad(), vp.use(model, name):
+            model(inputs)
+        assert torch.allclose(seen[0][row], seen[-1][row], atol=1e-12)
+    handle.remove()
+    vp.activate(model, "a")
+    model.blocks[1].attn.qkv.register_forward_hook(lambda _, x, y: torch.zeros_like(y))
+    entered = []
+    model.blocks[1].attn.proj.register_forward_pre_hook(lambda _, x: entered.append(x[0]))
+    model(inputs)
+    assert not entered[0].any()
 
 
 class Tracer(torch.fx.Tracer):

@@ -84,7 +84,23 @@ class Adapters(nn.ModuleDict):
         )
 
     def _apply(self, fn: Callable, recurse: bool = True):
+        """What moves and casts a model (`to`, `float`, `to_empty`).
+
+        Raises:
+            UnsupportedError: memory without values takes the place of tensors that no state dict has.
+        """
+        drawn = [
+            (module, key, join(path, key))
+            for path, module in self.named_modules()
+            for key in module._non_persistent_buffers_set
+            if module._buffers[key] is not None and module._buffers[key].is_meta
+        ]
         super()._apply(fn, recurse)
+        if lost := next((path for module, key, path in drawn if not module._buffers[key].is_meta), None):
+            raise UnsupportedError(
+                f"{lost} of the adapter is drawn when it is attached and is in no state dict, so that a model without "
+                "values (device 'meta') never gets it; attach once the model has values (to_empty, load_state_dict)"
+            )
         for _, _, original, _ in self.replaced:
             if isinstance(original, nn.Parameter):
                 original.data = fn(original.data)

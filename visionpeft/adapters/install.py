@@ -165,6 +165,8 @@ def fill(
             sites.branches[site] = sites.branches.get(site, ()) + tuple((module, add) for module in acting)
         else:
             sites.acting[site] = acting
+            if site in layers and isinstance(layers[site].owner, nn.Linear):  # hooks on it see what acts at its rows
+                swaps.swap_layer(layers[site].owner)
 
 
 def changes_weight(layer: Layer, acting: Iterable[nn.Module]) -> bool:

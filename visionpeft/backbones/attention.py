@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from visionpeft.backbones.layer import Layer
-from visionpeft.sites import UNTOUCHED, Sites, frozen_layers
+from visionpeft.sites import UNTOUCHED, SitedLayer, Sites, frozen_layers
 from visionpeft.sites.asking import attend_again
 
 NOTHING: Mapping[str, torch.Tensor] = {}
@@ -240,22 +240,34 @@ def apply_rows(
         added: by site, a bias that is added to a part after the layer, which has none then.
     """
     acting = [(rows, sites.acting.get(site, ())) for site, rows in rows_of.items()]
+    acts = any(modules for _, modules in acting)
+    sizes = [rows.stop - rows.start for rows in rows_of.values()]
+
+    def changed(x: torch.Tensor, y: torch.Tensor, acting: frozen_layers.Acting) -> list[torch.Tensor]:
+        """The parts of y (batch, tokens, out), made of x, each with what is left to act there."""
+        outputs, parts = [], y.split(sizes, dim=-1)
+        for index, (site, (rows, modules)) in enumerate(zip(rows_of, acting, strict=True)):
+            output = parts[index]  # and not by iterating, which torch.fx cannot trace
+            own_bias = added.get(site, None if bias is None else bias[rows])
+            if site in added:
+                output = output + own_bias
+            for module in modules:
+                output = module(x, output, weight[rows], own_bias)
+            outputs.append(output)
+        return outputs
+
     if layer is None or frozen_layers.is_plain(layer):
-        y, acting = frozen_layers.linear(x, weight, bias, acting)
+        outputs = changed(x, *frozen_layers.linear(x, weight, bias, acting))
+    elif acts and not added and isinstance(layer, SitedLayer) and "forward" not in vars(layer):
+        # So hooks on the layer see what acts at its rows, and with the same x as the layer.
+        y = layer(x, changed=lambda x, y: torch.cat(changed(x, y, acting), dim=-1))
+        outputs = list(y.split(sizes, dim=-1))
     else:
         y = layer(x)
-        if any(modules for _, modules in acting) and not torch.is_grad_enabled() and isinstance(layer, nn.Module):
+        if acts and not torch.is_grad_enabled() and isinstance(layer, nn.Module):
             y = y.clone()  # a hook may have kept what the layer gave, which modules may write to
-    outputs, parts = [], y.split([rows.stop - rows.start for rows in rows_of.values()], dim=-1)
-    for index, (site, (rows, modules)) in enumerate(zip(rows_of, acting, strict=True)):
-        output = parts[index]  # and not by iterating, which torch.fx cannot trace
-        own_bias = added.get(site, None if bias is None else bias[rows])
-        if site in added:
-            output = output + own_bias
-        for module in modules:
-            output = module(x, output, weight[rows], own_bias)
-        outputs.append(output)
-    if any(modules for _, modules in acting):
+        outputs = changed(x, y, acting)
+    if acts:
         # A part of y that nothing has replaced would keep all of y for the backward pass.
         outputs = [frozen_layers.own(output) for output in outputs]
     return tuple(outputs)

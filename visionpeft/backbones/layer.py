@@ -75,11 +75,8 @@ class Layer:
                 f"{type(self.owner).__name__} keeps its weight as a {type(weight).__name__} of torchao, of which no "
                 "rows can be read; quantise with Int8WeightOnlyConfig, IntxWeightOnlyConfig or Float8WeightOnlyConfig"
             )
-        if not weight.is_floating_point():
-            raise UnsupportedError(
-                f"{type(self.owner).__name__} keeps its weight packed in integers, from which no rows can be read; "
-                "quantise with torchao, as weights only"
-            )
+        if weight.is_complex():
+            raise UnsupportedError(f"{type(self.owner).__name__} has a complex weight, beside which nothing is trained")
 
     @property
     def weight_tensor(self) -> torch.Tensor:

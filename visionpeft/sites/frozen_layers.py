@@ -39,8 +39,14 @@ def traced() -> bool:
 def is_plain(layer: Callable) -> bool:
     """Whether calling a layer is `F.linear` with its weight and bias and nothing else."""
     # A forward of a subclass or of the instance computes something else, and a hook must see a real call.
-    own = isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and "forward" not in vars(layer)
+    forward = getattr(type(layer), "idle_forward", type(layer).forward) if isinstance(layer, nn.Linear) else None
+    own = forward is nn.Linear.forward and "forward" not in vars(layer) and not _acts(layer)
     return own and not is_hooked(layer) and (traced() or not nn.modules.module._has_any_global_hook())
+
+
+def _acts(layer: nn.Module) -> bool:
+    """Whether anything acts on the input or output of a layer, if it is sited."""
+    return bool(getattr(layer, "acting", ()) or getattr(layer, "entering", ()))
 
 
 def is_hooked(module: nn.Module) -> bool:

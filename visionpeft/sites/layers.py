@@ -1,6 +1,7 @@
 """Layers with sites: the library's own classes of layers, with what acts on their input and output mixed in."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -18,15 +19,21 @@ class SitedLayer:
     acting: tuple[nn.Module, ...] = ()
     entering: tuple[nn.Module, ...] = ()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute the layer and what acts on its input and output."""
+    def forward(
+        self, x: torch.Tensor, changed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Compute the layer and what acts on its input and output; this call gives `changed(x, y)` of that.
+
+        Where several sites are rows of one layer, the module that calls it knows what acts there: so a hook on the
+        layer sees that, too.
+        """
         for module in self.entering:
             x = module(x)
         y, acting = self.economical(x)
         bias = getattr(self, "bias", None)
         for module in acting:
             y = module(x, y, self.weight, bias)
-        return y
+        return y if changed is None else changed(x, y)
 
     def economical(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[nn.Module, ...]]:
         """The layer's output, with as much of what acts as is cheaper together with it, and what is left to act."""
@@ -40,6 +47,8 @@ class SitedLayer:
 
 class SitedLinear(SitedLayer):
     """A linear layer."""
+
+    idle_forward = nn.Linear.forward  # what it computes where nothing acts
 
     def economical(self, x: torch.Tensor) -> tuple[torch.Tensor, tuple[nn.Module, ...]]:
         """Leave out what `frozen_layers.linear` does."""
