@@ -12,7 +12,7 @@ model:
   init_args:
     backbone: test_vit
     pretrained: false
-    backbone_kwargs: {img_size: 32, depth: 2}
+    backbone_kwargs: {img_size: 32, depth: DEPTH}
     method: {class_path: METHOD}
     optimisation: {lr: 1e-3, warmup_epochs: 0}
 data:
@@ -30,10 +30,12 @@ differs: it has no authors
 """
 
 
-def write_config(folder: Path, name: str = "small", method: str = "BitFit", recipe: str = RECIPE) -> str:
-    """A configuration and its recipe."""
+def write_config(
+    folder: Path, name: str = "small", method: str = "BitFit", recipe: str = RECIPE, depth: int = 6
+) -> str:
+    """A configuration and its recipe; with two blocks, rates and members hardly differ in what they reach."""
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
-    (folder / f"vtab_{name}.yaml").write_text(CONFIG.replace("METHOD", method))
+    (folder / f"vtab_{name}.yaml").write_text(CONFIG.replace("METHOD", method).replace("DEPTH", str(depth)))
     (folder / "recipes" / f"vtab_{name}.yaml").write_text(recipe)
     return str(folder / f"vtab_{name}.yaml")
 

@@ -41,7 +41,7 @@ def whole(tmp_path_factory):
     them would import it anew.
     """
     folder = tmp_path_factory.mktemp("whole")
-    config = write_config(folder / "configs")
+    config = write_config(folder / "configs", depth=2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert protocol.main([*table(folder / "first", config), "--search", "none"]) == 0
@@ -161,7 +161,7 @@ def test_two_processes_on_one_folder_lose_nothing_and_share_nothing(tmp_path, wh
 
 def test_methods_of_two_processes_are_in_one_table(tmp_path, whole):
     config, rows, _ = whole
-    other = write_config(tmp_path / "configs", "probe", "LinearProbe")
+    other = write_config(tmp_path / "configs", "probe", "LinearProbe", depth=2)
     children = [start(protocol.main, table(tmp_path / "out", name)) for name in (config, other)]
     assert [wait(child) for child in children] == [0, 0]
     assert wait(start(protocol.main, table(tmp_path / "out", other))) == 0

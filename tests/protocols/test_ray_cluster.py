@@ -61,7 +61,7 @@ def test_a_module_that_a_node_lacks_is_told(cluster, tmp_path, monkeypatch):
 def test_a_node_is_lost_in_the_middle(cluster, tmp_path):
     """The other one does its work, too: every cell once, and the table is that of one process."""
     made, second = cluster
-    config = write_config(tmp_path / "configs")
+    config = write_config(tmp_path / "configs", depth=2)
     given = ["vtab1k", "--configs", config, "--tasks", "dsprites_ori", "--seeds", "1", "2", "3", "--search", "none"]
     given += ["--trainer.max_epochs", "15", "--output"]
 
