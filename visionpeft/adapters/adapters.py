@@ -90,7 +90,7 @@ class Adapters(nn.ModuleDict):
             UnsupportedError: memory without values takes the place of tensors that no state dict has.
         """
         drawn = [
-            (module, key, join(path, key))
+            (module, key, f"{path}.{key}" if path else key)
             for path, module in self.named_modules()
             for key in module._non_persistent_buffers_set
             if module._buffers[key] is not None and module._buffers[key].is_meta
