@@ -322,7 +322,7 @@ def test_wrong_command_line(more, said, images, tmp_path, monkeypatch, capsys):
         (["--seed_everything", "2"], "was trained on other weights"),
         (["--model.backbone", "open_clip/other_tiny_clip"], "the learner in"),
         (["--data.template", "no place"], "no {} for the class name"),
-        (["--model.learner.position", "front"], "--model.learner.position: the learner is that in"),
+        (["--model.learner.position", "front"], "--model.learner.position front: the learner is that in"),
     ],
 )
 def test_evaluate_refuses(finished, more, said, capsys):

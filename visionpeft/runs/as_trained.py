@@ -61,10 +61,11 @@ class TestedAgain(CLI):
                     f"{what}: {self.run.path} was trained by {shown(before)}, and is tested by it; leave it out"
                 )
             if parts[0] in TRAINED:
+                folder = "learner" if self.run.learner.is_dir() else "adapter"
+                of = "" if parts[0] == folder else f"of the {folder} "
                 known = "" if before is None else f" ({shown(before)})"
                 raise ConfigurationError(
-                    f"{what}: the {parts[0]} is that of the {_folder(self.run)} in {self.run.path}, as trained{known}; "
-                    "leave it out"
+                    f"{what}: the {parts[0]} is that {of}in {self.run.path}, as trained{known}; leave it out"
                 )
             if parts[0] in OF_TRAINING and ["model", parts[0]] in [each[:2] for each in named]:
                 raise ConfigurationError(
@@ -80,7 +81,3 @@ def _starts(run: RunDirectory) -> list[str]:
             learner = getattr(learners, path.rpartition(".")[2], Learner)
             return [name for name in learner.started_from if options.get(name) is not None]
     return []
-
-
-def _folder(run: RunDirectory) -> str:
-    return "learner" if run.learner.is_dir() else "adapter"
