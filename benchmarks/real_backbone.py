@@ -186,15 +186,18 @@ def draw(rows: list[dict], cost: dict[str, Costs]) -> None:
 
 def draw_against(axes: Axes, scores: dict[str, list[float]], costs: dict[str, float], label: str) -> None:
     """A point with its deviation and its name for each method."""
-    drawn = sorted(filter(scores.get, scores), key=costs.get)
-    for index, method in enumerate(drawn):
-        mean, deviation = statistics.mean(scores[method]), statistics.pstdev(scores[method])
-        axes.errorbar(costs[method], mean, deviation, fmt="o", color="C1", ecolor="0.6", capsize=3)
-        side = 1 if index in (0, len(drawn) - 1) else -1  # between others, the left has more room
-        align = "left" if side > 0 else "right"
+    means = {method: statistics.mean(found) for method, found in scores.items() if found}
+    for method, mean in means.items():
+        axes.errorbar(
+            costs[method], mean, statistics.pstdev(scores[method]), fmt="o", color="C1", ecolor="0.6", capsize=3
+        )
+        # The name stands on the side where no other point of about the same height is near.
+        level = [costs[other] for other in means if other != method and abs(means[other] - mean) < 1]
+        nearest = min(level, key=lambda cost: abs(cost - costs[method]), default=max(costs.values()))
+        side, align = (-1, "right") if nearest > costs[method] and costs[method] else (1, "left")
         axes.annotate(method, (costs[method], mean), (5 * side, 4), textcoords="offset points", size=8, ha=align)
     axes.set_xlabel(label)
-    axes.margins(x=0.12)
+    axes.margins(x=0.2)
     axes.grid(alpha=0.3)
 
 
