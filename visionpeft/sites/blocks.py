@@ -37,6 +37,7 @@ that padding among them would count; it is refused in a batch of a NaFlexVit tha
 from collections.abc import Callable
 
 import torch
+import torch.fx
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,6 +47,9 @@ from visionpeft.sites.carrying import CarriersOfBlock, Carrying, unpacked
 from visionpeft.sites.class_token import ClassTokenOnly
 from visionpeft.sites.layers import SitedLayer
 from visionpeft.sites.masks import padding, widened
+
+# Traced by torch.fx, a mask that is not there has no shape to ask for; said where it is called, as torch.fx wants it.
+torch.fx.wrap("widened")
 
 
 class Sites:

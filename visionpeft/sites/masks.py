@@ -1,12 +1,10 @@
 """Attention masks and biases: which keys are padding, and how a mask makes room for prompts."""
 
 import torch
-import torch.fx
 
 CLOSED = torch.finfo(torch.float16).min  # or less in a bias: a token does not see the key, whatever its score
 
 
-@torch.fx.wrap  # traced by torch.fx, a mask that is not there has no shape to ask for
 def widened(mask: torch.Tensor | None, extra: int, at: int, causal: bool) -> torch.Tensor | None:
     """A mask with rows and columns for `extra` tokens from index `at` on; see `Sites.widen`."""
     if mask is None:
