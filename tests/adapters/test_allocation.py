@@ -24,7 +24,7 @@ from visionpeft.errors import UserError
 from visionpeft.methods.parts.sparse_delta import SparseDelta
 from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.sites.frozen_layers import linear
-from visionpeft.tasks import adapted_task
+from visionpeft.tasks import allocating
 
 BY_HOST = {h.name: h for h in HOSTS}
 BY_NAME = {c.name: c for c in CASES}
@@ -607,7 +607,7 @@ def test_resumed_run_keeps_what_it_chose(method, tmp_path, squares_on_disk, monk
         with pytest.raises(ZeroDivisionError):
             fit.main([*arguments(squares_on_disk, *method, epochs=4), "--output", str(tmp_path / "parts")])
     (part,) = (tmp_path / "parts").iterdir()
-    monkeypatch.setattr(adapted_task, "allocate", None)  # it must not be asked again
+    monkeypatch.setattr(allocating, "allocate", None)  # it must not be asked again
     assert fit.main(["--resume", str(part)]) == 0
     losses = [[row["train/loss"] for row in read_history(folder / "metrics.csv")] for folder in (part, whole)]
     assert losses[0] == losses[1]

@@ -95,7 +95,7 @@ def test_what_does_not_go_with_stages_is_refused_before_there_is_a_run(tmp_path,
         "LoRA is trained once": ["--stage_epochs", "[2]"],
         "gives 2 numbers, but LTSFT has 1 training before": [*staged, "--stage_epochs", "[2, 3]"],
         "leaves a training of LTSFT without an epoch": [*staged, "--stage_epochs", "[0]"],
-        "--trainer.limit_train_batches 0 leaves none": [*staged, "--trainer.limit_train_batches", "0"],
+        "--trainer.limit_train_batches 0 leaves nothing to train on": [*staged, "--trainer.limit_train_batches", "0"],
         "compile is made for one": [*staged, "--model.compile", "true"],
         "AutoLoRA: held_out 0.01 of 21 training images leaves one of the two parts empty": [
             *("--model.method", "AutoLoRA", "--model.method.held_out", "0.01")

@@ -61,7 +61,7 @@ def check_stages(cli: CLI) -> None:
         )
     if any(epochs < 1 for epochs in given or ()):
         raise ConfigurationError(f"--stage_epochs {given} leaves a training of {name} without an epoch; give 1 or more")
-    for option in ("max_epochs", "max_steps", "limit_train_batches"):
+    for option in ("max_epochs", "max_steps"):
         value = trainer.get(option)
         if value is not None and value == 0:
             raise ConfigurationError(
