@@ -194,7 +194,8 @@ def draw_against(axes: Axes, scores: dict[str, list[float]], costs: dict[str, fl
         # The name stands on the side where no other point of about the same height is near.
         level = [costs[other] for other in means if other != method and abs(means[other] - mean) < 1]
         nearest = min(level, key=lambda cost: abs(cost - costs[method]), default=max(costs.values()))
-        side, align = (-1, "right") if nearest > costs[method] and costs[method] else (1, "left")
+        at_edge = costs[method] < 0.05 * max(costs.values())
+        side, align = (-1, "right") if nearest > costs[method] and not at_edge else (1, "left")
         axes.annotate(method, (costs[method], mean), (5 * side, 4), textcoords="offset points", size=8, ha=align)
     axes.set_xlabel(label)
     axes.margins(x=0.2)
