@@ -47,6 +47,12 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return ", ".join(near(name, allowed) or allowed)
 
 
+def near_names(name: str, allowed: Iterable[str]) -> str:
+    """The part of a sentence that says what is near a wrong name: "; near names are X, Y", or nothing if none is."""
+    found = near(name, allowed)
+    return f"; near names are {', '.join(found)}" if found else ""
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """The end of a sentence about a wrong name: "; did you mean X?", or all allowed names if none is near."""
     allowed = sorted(allowed)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch.nn as nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from visionpeft.adapters.attached_adapter import join
 from visionpeft.adapters.economies import Economies
 from visionpeft.adapters.installation import ATTRIBUTES, Anatomy, Installation, Rested, Swapped
 from visionpeft.backbones.tower import Backbone
@@ -90,7 +91,7 @@ class Adapters(nn.ModuleDict):
             UnsupportedError: memory without values takes the place of tensors that no state dict has.
         """
         drawn = [
-            (module, key, f"{path}.{key}" if path else key)
+            (module, key, join(path, key))
             for path, module in self.named_modules()
             for key in module._non_persistent_buffers_set
             if module._buffers[key] is not None and module._buffers[key].is_meta

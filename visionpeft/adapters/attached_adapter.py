@@ -11,7 +11,7 @@ from visionpeft.adapters.gradient_masks import mask_at_steps
 from visionpeft.backbones.made_tensors import made_of_others
 from visionpeft.backbones.quantised import is_quantised
 from visionpeft.backbones.tower import Backbone, Tower
-from visionpeft.errors import ConfigurationError, UnsupportedError, near
+from visionpeft.errors import ConfigurationError, UnsupportedError, near_names
 from visionpeft.methods.parts.base import Method, select_towers
 from visionpeft.methods.parts.several_features import SeveralFeatures
 from visionpeft.sites import Placement
@@ -254,7 +254,7 @@ def _named_to_train(names: Iterable[str], backbone: Backbone) -> Iterator[str]:
         matches = [p for p in parameters if p == name or p.startswith(f"{name}.") or fnmatchcase(p, name)]
         matches += [p for p in parameters if p not in matches and fnmatchcase(p.rpartition(".")[0], name)]
         if not matches:
-            found = near(name, {*parameters, *(p.rpartition(".")[0] for p in parameters)} - {""})
-            known = f"near names are {', '.join(found)}" if found else f"it has {', '.join(parameters[:5])}, ..."
-            raise ConfigurationError(f"train={name!r} matches no parameter of the backbone; {known}")
+            known = near_names(name, {*parameters, *(p.rpartition(".")[0] for p in parameters)} - {""})
+            known = known or f"; it has {', '.join(parameters[:5])}, ..."
+            raise ConfigurationError(f"train={name!r} matches no parameter of the backbone{known}")
         yield from matches

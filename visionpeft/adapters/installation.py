@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch.nn as nn
 
+from visionpeft.adapters.attached_adapter import join
 from visionpeft.backbones.tower import Backbone
 from visionpeft.errors import UnsupportedError
 from visionpeft.sites import SitedLayer, give_class, sited_layer_class
@@ -92,7 +93,7 @@ class Rested:
     def __init__(self, anatomy: Anatomy, places: list[tuple[str, str, nn.Parameter]]):
         owners = {path: module._parameters for path, module in anatomy._owners}
         self.places = [(owners[path], name, parameter) for path, name, parameter in places]
-        self.paths = frozenset(f"{path}.{name}" if path else name for path, name, _ in places)
+        self.paths = frozenset(join(path, name) for path, name, _ in places)
         self.everything = len(places) == sum(True for _ in anatomy.parameters())
 
     def holds(self, trained: bool) -> bool:

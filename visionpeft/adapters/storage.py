@@ -33,7 +33,7 @@ from visionpeft.adapters.unchanged import check_unchanged
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe
-from visionpeft.errors import ConfigurationError, StorageError, UserError, near
+from visionpeft.errors import ConfigurationError, StorageError, UserError, near_names
 from visionpeft.extensions import classes_by_name
 from visionpeft.methods.parts.base import Method, describe_method
 from visionpeft.methods.parts.field_types import from_json
@@ -314,8 +314,7 @@ def _class_of(entry: dict) -> type[Method]:
     own = [getattr(method_classes, name) for name in method_classes.__all__ if name != "Method"]
     classes = classes_by_name(Method, own)
     if entry["class"] not in classes:
-        found = near(entry["class"], classes)
-        known = f"; near names are {', '.join(found)}" if found else ""
+        known = near_names(entry["class"], classes)
         raise StorageError(
             f"the adapter was made by a method {entry['class']!r} this version does not have{known}; a method of your "
             "own must be imported first"

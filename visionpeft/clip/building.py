@@ -13,7 +13,7 @@ from visionpeft.adapters.attach import detach
 from visionpeft.adapters.switch import activate
 from visionpeft.clip.model import acting_adapters
 from visionpeft.errors import ConfigurationError
-from visionpeft.methods.parts.field_types import fits, in_words, plain
+from visionpeft.methods.parts.field_types import as_python, fits, in_words
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def checked(build: Callable) -> Callable:
 
     @functools.wraps(build)
     def __init__(self, clip, *args, **options):
-        args, options = plain(args), plain(options)
+        args, options = as_python(args), as_python(options)
         check_types(build, (self, clip, *args), options)
         with left_as_it_was(clip):
             build(self, clip, *args, **options)

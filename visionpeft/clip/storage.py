@@ -15,7 +15,7 @@ from visionpeft.clip.building import left_as_it_was
 from visionpeft.clip.description import FORMAT, STEM, read_saved
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.model import check_same_clip
-from visionpeft.errors import StorageError, near
+from visionpeft.errors import StorageError, near_names
 from visionpeft.extensions import classes_by_name
 
 
@@ -77,8 +77,7 @@ def load_learner(
     own = [getattr(learner_classes, name) for name in learner_classes.__all__ if name != "Learner"]
     classes = classes_by_name(Learner, own)
     if entry["class"] not in classes:
-        found = near(entry["class"], classes)
-        known = f"; near names are {', '.join(found)}" if found else ""
+        known = near_names(entry["class"], classes)
         raise StorageError(
             f"{what} is of a class {entry['class']!r} this version does not have{known}; a learner of your own must be "
             "imported first"

@@ -19,7 +19,7 @@ from visionpeft.data.records import Files, ImageSet, Source, size_of
 from visionpeft.data.transforms import CROP_AREA, Augmentation, ImageTransform, check_crop_area
 from visionpeft.data.views import ImageViews
 from visionpeft.errors import ConfigurationError, DataError
-from visionpeft.methods.parts.field_types import plain
+from visionpeft.methods.parts.field_types import as_python
 
 CACHE_BYTES = 512 * 2**20
 TEST_SUBSET_SEED = 0
@@ -90,7 +90,7 @@ class ImageDataModule(lightning.LightningDataModule):
         balanced: bool = False,
     ):
         super().__init__()
-        batch_size, num_workers, test_samples, seed, test_batch_size, views, test_views = plain(
+        batch_size, num_workers, test_samples, seed, test_batch_size, views, test_views = as_python(
             (batch_size, num_workers, test_samples, seed, test_batch_size, views, test_views)
         )
         self.images = images

@@ -10,7 +10,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from visionpeft.errors import ConfigurationError, UnsupportedError
-from visionpeft.methods.parts.field_types import checked_fields
+from visionpeft.methods.parts.field_types import checked_field
 
 Layers = int | tuple[int, ...] | Literal["quarters"]
 
@@ -43,8 +43,9 @@ class DenseHead:
     gives_scores: ClassVar[bool] = False  # see `DenseModule`
 
     def __post_init__(self):
-        for _ in checked_fields(self, get_type_hints(type(self))):
-            pass
+        types = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            checked_field(self, field, types[field.name])
         layers = self.layers
         if layers is None:  # of heads that allow it
             return

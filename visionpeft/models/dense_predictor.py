@@ -17,7 +17,7 @@ from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 from visionpeft.heads import DenseHead, DetectionHead, LinearSegmentation
 from visionpeft.heads.mask_classification import MaskModule, MaskPredictions
 from visionpeft.methods.parts.base import Method
-from visionpeft.methods.parts.field_types import plain
+from visionpeft.methods.parts.field_types import as_python
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
 from visionpeft.models.image_tower import check_read, describe_around, filled_up, image_tower, what_is_read
@@ -62,7 +62,7 @@ class DensePredictor(nn.Module):
         recompute_head: bool = True,
     ):
         super().__init__()
-        classes = plain(classes)
+        classes = as_python(classes)
         number = classes if isinstance(classes, int) else len(classes)
         if isinstance(classes, bool | str) or number < 2:
             raise ConfigurationError(f"classes must be a list of at least two names, or their number, not {classes!r}")

@@ -13,7 +13,7 @@ from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.heads import FCOS, DenseHead, DetectionHead
 from visionpeft.heads.detection import Target
 from visionpeft.methods.parts.base import Method
-from visionpeft.methods.parts.field_types import plain
+from visionpeft.methods.parts.field_types import as_python
 from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.feature_maps import feature_maps
 from visionpeft.models.image_tower import check_read, describe_around, filled_up, image_tower, what_is_read
@@ -51,7 +51,7 @@ class ObjectDetector(nn.Module):
         method: Method | Sequence[Method] | None = None,
     ):
         super().__init__()
-        classes = plain(classes)
+        classes = as_python(classes)
         number = classes if isinstance(classes, int) else len(classes)
         if isinstance(classes, bool | str) or number < 1:
             raise ConfigurationError(f"classes must be a list of names, or their number, not {classes!r}")

@@ -13,7 +13,7 @@ from visionpeft.backbones.tower import Backbone
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.base import Method
-from visionpeft.methods.parts.field_types import plain
+from visionpeft.methods.parts.field_types import as_python
 from visionpeft.models.image_classifier import ImageClassifier, has_trunk, is_native, output_width
 
 
@@ -54,7 +54,7 @@ class VideoClassifier(nn.Module):
         head_std: float = 0.02,
     ):
         super().__init__()
-        num_frames, num_classes = _checked_number(num_frames), plain(num_classes)
+        num_frames, num_classes = _checked_number(num_frames), as_python(num_classes)
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ConfigurationError(f"num_classes must be a number of classes, or 0 for none, not {num_classes!r}")
         if not 0 <= dropout < 1:
@@ -169,7 +169,7 @@ def _head(num_features: int, num_classes: int, dropout: float, std: float, like:
 
 
 def _checked_number(num_frames: int) -> int:
-    number = plain(num_frames)
+    number = as_python(num_frames)
     if not isinstance(number, int) or number < 1:
         raise ConfigurationError(f"num_frames must be a positive integer, not {num_frames!r}")
     return number

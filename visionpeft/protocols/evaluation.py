@@ -12,7 +12,7 @@ from visionpeft.protocols.learner_candidates import LearnerCandidate, dataset_ke
 from visionpeft.runs.as_trained import TestedAgain
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import record_of, setting, tested
-from visionpeft.sharing.run_directory import RunDirectory
+from visionpeft.sharing.run_directory import RunDirectory, tested_images
 
 PROTOCOLS = ("base_to_new", "cross_dataset", "domain_shift")
 
@@ -147,7 +147,7 @@ def row(protocol: str, cell: Cell, dataset: str, classes: str, results: dict) ->
         "tested_on": dataset,
         "classes": classes,
         "number_of_classes": results["data"]["classes"],
-        "test_images": results.get("tested_images", results["data"]["sizes"]["test"]),
+        "test_images": tested_images(results),
         "of_test_images": (results["data"].get("test_subset") or {}).get("of", results["data"]["sizes"]["test"]),
         "top1": results["test"]["top1"],
         "mean_per_class": results["test"]["mean_per_class"],

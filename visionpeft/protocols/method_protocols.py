@@ -20,6 +20,7 @@ from visionpeft.protocols.further_arguments import refuse_replaced, split_overla
 from visionpeft.protocols.method_candidates import Measured, MethodCandidate, measure, method_candidates
 from visionpeft.protocols.method_runs import CLIP_ART, Benchmark, available
 from visionpeft.protocols.search import choose, pieces
+from visionpeft.sharing.run_directory import tested_images
 
 SEEDS = (1, 2, 3)
 BUDGET = 20
@@ -181,7 +182,7 @@ def _row(about: dict, results: dict) -> dict:
         "hyper_parameters": json.dumps(about["hyper_parameters"]),
         "top1": results["test"]["top1"],
         "mean_per_class": results["test"]["mean_per_class"],
-        "test_images": results.get("tested_images", data["sizes"]["test"]),
+        "test_images": tested_images(results),
         "of_test_images": subset.get("of", data["sizes"]["test"]),
         "reported": results["reported"],
         "backbone": backbone["name"],

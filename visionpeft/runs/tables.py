@@ -6,6 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from visionpeft.sharing.run_directory import tested_images
+
 
 def print_results(results: dict, title: str = "") -> None:
     """Print the numbers of a results.json."""
@@ -151,7 +153,7 @@ def counted(data: dict) -> str:
 def test_size(results: dict) -> str:
     """How many images were scored, and whether they are all of the test split."""
     size, subset = results["data"]["sizes"]["test"], results["data"].get("test_subset")
-    tested = results.get("tested_images", size)  # which results of an earlier version do not say
+    tested = tested_images(results)
     if size is not None and tested < size:
         return f"{number(tested)} of {number(size)} (--trainer.limit_test_batches)"
     if size is None:

@@ -8,6 +8,14 @@ from pathlib import Path
 from visionpeft.errors import ConfigurationError, StorageError
 
 
+def tested_images(results: dict) -> int | None:
+    """How many images were tested by the contents of a results.json.
+
+    One of an earlier version says only how many the split has, which may be None.
+    """
+    return results.get("tested_images", results["data"]["sizes"]["test"])
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """Where the files of a run are.

@@ -55,7 +55,7 @@ class AdaptedTask(ImageTask):
     folder = "adapter"
     model: nn.Module
     head: DenseHead | None = None  # on the maps of a backbone
-    economies: Mapping[str, object] | None = None  # how the model saves time or memory, as `economise` takes it
+    economies: Mapping[str, object]  # how the model saves time or memory, as `economise` takes it
 
     def __init__(
         self,
@@ -378,8 +378,7 @@ class AdaptedTask(ImageTask):
             )
         detach(self.model)
         self.adapter_name = load(self.model, folder)
-        if self.economies is not None:
-            economise(self.model, **self.economies)
+        economise(self.model, **self.economies)
         self.objective.load_description(learnt)
 
 

@@ -1,5 +1,6 @@
 """Optimiser and learning-rate schedule of what is trained: adapters, head and extra parameters."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from visionpeft.errors import ConfigurationError
-from visionpeft.methods.parts.field_types import checked_fields
+from visionpeft.methods.parts.field_types import checked_field
 from visionpeft.tasks.steps import Steps
 
 
@@ -58,8 +59,9 @@ class Optimisation:
 
     def __post_init__(self):
         """Refuse values no optimiser takes, numbers that are none or have no end among them."""
-        for _ in checked_fields(self, get_type_hints(type(self))):
-            pass
+        types = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            checked_field(self, field, types[field.name])
         if min(self.lr, self.head_lr or 0, self.weight_decay, self.warmup_lr) < 0:
             raise ConfigurationError("optimisation: lr, head_lr, warmup_lr and weight_decay must not be negative")
         if self.eps <= 0 or self.lora_plus <= 0:

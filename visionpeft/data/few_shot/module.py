@@ -14,7 +14,7 @@ from visionpeft.data.module import ImageDataModule
 from visionpeft.data.records import ImageFiles, ImageSet, Row, path_inside
 from visionpeft.data.transforms import Augmentation
 from visionpeft.errors import ConfigurationError, DataError
-from visionpeft.methods.parts.field_types import plain
+from visionpeft.methods.parts.field_types import as_python
 
 OWN = {"folder": [], "list": ["csv"]}
 
@@ -82,7 +82,7 @@ class FewShot(ImageDataModule):
         draw_rule: Rule = "coop",
         **kwargs,
     ):
-        shots, seed = plain(shots), plain(seed)  # of an array of seeds, too
+        shots, seed = as_python(shots), as_python(seed)  # of an array of seeds, too
         definitions = few_shot_datasets()
         key = find_few_shot(dataset, OWN)
         _check(shots, classes, split, draw_rule)

@@ -16,7 +16,7 @@ from visionpeft.backbones.frames import Frames
 from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.methods.parts.addressing import select_blocks
-from visionpeft.methods.parts.field_types import checked_fields
+from visionpeft.methods.parts.field_types import checked_field
 from visionpeft.methods.parts.measures import Measures, Squares
 from visionpeft.sites import Placement, Shared
 
@@ -68,10 +68,11 @@ class Method:
             types = get_type_hints(type(self))  # those of a file that leaves annotations as strings, too
         except NameError:  # of a class in a function, whose strings only that function can read
             types = {}
-        for name, value in checked_fields(self, types):
-            if name in FACTORS and value == 0:
+        for field in dataclasses.fields(self):
+            value = checked_field(self, field, types.get(field.name, field.type))
+            if field.name in FACTORS and value == 0:
                 raise ConfigurationError(
-                    f"{type(self).__name__}: {name} must not be 0, or what it scales would never have a gradient"
+                    f"{type(self).__name__}: {field.name} must not be 0, or what it scales would never have a gradient"
                 )
 
     def place(self, tower: Tower) -> Iterable[Placement | Shared]:

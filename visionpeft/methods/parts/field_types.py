@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Literal, Union, get_args, get_origin
@@ -16,33 +15,33 @@ ONE = {int: "an integer", float: "a number", str: "a word", bool: "True or False
 MANY = {int: "integers", float: "numbers", str: "words"}
 
 
-def plain(value: object) -> object:
+def as_python(value: object) -> object:
     """A value with Python's numbers in the place of NumPy's, which are the same, also in lists, tuples and dicts."""
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if type(value) in (list, tuple):
-        return type(value)(map(plain, value))
+        return type(value)(map(as_python, value))
     if type(value) is dict:
-        return {plain(key): plain(each) for key, each in value.items()}
+        return {as_python(key): as_python(each) for key, each in value.items()}
     return value
 
 
-def checked_fields(owner: object, types: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """Names and values of the fields of a frozen dataclass, each made plain in it and checked before it is given.
+def checked_field(owner: object, field: dataclasses.Field, kind: object) -> object:
+    """The value of a field of a frozen dataclass, made as Python has it, there too, and checked.
 
     Args:
         owner: the dataclass.
-        types: annotations by the names of fields; of one that is not here, its own.
+        field: one of its fields.
+        kind: the type that its value must have.
 
     Raises:
-        ConfigurationError: a value that is not of the type of its field.
+        ConfigurationError: it has another.
     """
-    for field in dataclasses.fields(owner):
-        value, kind = plain(getattr(owner, field.name)), types.get(field.name, field.type)
-        object.__setattr__(owner, field.name, value)
-        if not fits(value, kind):
-            raise ConfigurationError(f"{type(owner).__name__}: {field.name} must be {in_words(kind)}, not {value!r}")
-        yield field.name, value
+    value = as_python(getattr(owner, field.name))
+    object.__setattr__(owner, field.name, value)
+    if not fits(value, kind):
+        raise ConfigurationError(f"{type(owner).__name__}: {field.name} must be {in_words(kind)}, not {value!r}")
+    return value
 
 
 def fits(value: object, annotation: object) -> bool:
