@@ -94,6 +94,69 @@ def test_import_on_other_backbones(name, tmp_path):
     assert close(output(host, model), expected)
 
 
+TOWER = r"visual\.transformer\.resblocks\.\d\.mlp\.c_(fc|proj)"
+BIASES = {
+    "all": (peft.LoraConfig, dict(r=2, target_modules=["qkv", "fc1", "fc1_g"], bias="all")),
+    "all_beside_whole_modules": (
+        peft.LoraConfig,
+        dict(r=2, target_modules=["qkv"], bias="all", modules_to_save=["head", "norm1"]),
+    ),
+    "of_changed_layers": (peft.LoraConfig, dict(r=2, target_modules=["qkv", "attn.proj", "fc2"], bias="lora_only")),
+    "of_every_linear_layer": (peft.LoraConfig, dict(r=2, target_modules="all-linear", bias="lora_only")),
+    "dora": (peft.LoraConfig, dict(r=2, use_dora=True, target_modules=["fc2"], bias="all")),
+    "miss": (peft.MissConfig, dict(r=2, target_modules=["fc2", "attn.proj"], bias="miss_only")),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize("host", [HOST["vit_cls"], HOST["vit_swiglu"], HOST["clip_whole"]], ids=repr)
+def test_biases_come_from_peft_and_go_there(host, name, tmp_path):
+    kind, options = BIASES[name]
+    if host.name == "clip_whole":
+        if name in ("all_beside_whole_modules", "of_every_linear_layer"):
+            pytest.skip("it has no head, and peft is wrong in its attention")
+        options = options | {"target_modules": TOWER}
+    expected = made_by_peft(host, tmp_path / "theirs", kind, **options)
+    model = host.build()
+    plain = output(host, model)
+    vp.import_peft(model, tmp_path / "theirs")
+    assert close(output(host, model), expected)
+    # what is trained from here on are the biases that peft trained
+    theirs = peft.get_peft_model(host.build(), kind(**options))
+    trained = {n for n, p in theirs.named_parameters() if p.requires_grad and n.endswith("bias")}
+    trained = {n.removeprefix("base_model.model.").replace(".base_layer.", ".") for n in trained}
+    trained = {n.replace(".modules_to_save.default.", ".").replace(".original_module.", ".") for n in trained}
+    ours = {n.removeprefix("trained.") for n in model.peft["default"].state_dict() if n.endswith("bias")}
+    assert ours == trained
+    assert trained
+    vp.export_peft(model, tmp_path / "again")
+    assert close(read_by_peft(host, tmp_path / "again"), expected)
+    vp.merge(model)
+    assert close(output(host, model), expected)
+    vp.unmerge(model)
+    vp.detach(model)
+    assert torch.equal(output(host, model), plain)
+
+
+def test_biases_that_the_option_does_not_name_are_refused(tmp_path):
+    made_by_peft(HOST["vit_cls"], tmp_path / "theirs", r=2, target_modules=["qkv"], bias="all")
+    path = tmp_path / "theirs/adapter_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"bias": "lora_only"}))
+    refused(tmp_path / "theirs", "blocks.0.attn.proj.bias is not expected in .* by .*bias='lora_only'")
+    path.write_text(json.dumps(content | {"bias": "none"}))
+    refused(tmp_path / "theirs", "blocks.0.attn.proj.bias is not expected in .* by .*bias='none'")
+    path.write_text(json.dumps(content | {"bias": "some"}))
+    refused(tmp_path / "theirs", "bias is 'some', but must be none, all or")
+
+
+def test_a_part_of_the_biases_has_no_option_in_peft(tmp_path):
+    model = vp.attach(HOST["vit_cls"].build(), vp.LoRA(rank=2), train=["blocks.0.norm1.bias"])
+    with pytest.raises(vp.UnsupportedError, match=r"peft trains whole modules, not blocks\.0\.norm1's bias alone"):
+        vp.export_peft(model, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def query_one(name, value):
     """(IA)^3 as its paper has it scales keys and values, but a fused qkv has scales of queries, too."""
     if "attn.qkv" in name:
@@ -639,7 +702,7 @@ def changed(theirs, folder, config=None, tensors=lambda tensors: None, drop=()):
         ({"r": True}, "must be a positive integer"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
-        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"bias": "all"}, "blocks.0.attn.proj.bias is missing"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True is not supported"),
         ({"lora_bias": True}, "lora_bias=True is not supported"),
         ({"use_qalora": True}, "use_qalora=True is not supported"),

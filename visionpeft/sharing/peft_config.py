@@ -57,6 +57,8 @@ class PeftConfig:
         layers_pattern: name of the list of blocks those indices count in.
         init_lora_weights: how A and B began; "pissa" and "olora" took a part of the weight for it.
         kasa: the smallest singular values of the weights were dropped, and A is multiplied by a diagonal.
+        bias: which biases are trained beside the changes: "none", "all" of the model's, or those of the adapted modules
+            only ("lora_only" and likewise).
     """
 
     peft_type: str
@@ -76,6 +78,7 @@ class PeftConfig:
     layers_pattern: str | list[str] | None = None
     init_lora_weights: bool | str = True
     kasa: bool = False
+    bias: str = "none"
 
     def rank(self, path: str) -> int:
         """Rank of the module of this name."""
@@ -204,6 +207,10 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_bias(value: object) -> bool:
+    return isinstance(value, str) and (value in ("none", "all") or value.endswith("_only"))
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
@@ -240,6 +247,7 @@ FIELDS = {
     "use_dora": ("true or false", lambda value: isinstance(value, bool)),
     "layers_to_transform": ("an index or a list of indices", _is_layers),
     "layers_pattern": NAMES,
+    "bias": ("none, all or those of the adapted layers only", _is_bias),
 }
 
 

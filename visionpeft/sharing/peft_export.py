@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from visionpeft.sharing.peft_modules import PeftModule, peft_modules
 # on a gradient.
 METHODS = {LoRA: peft_lora, DoRA: peft_lora, PiSSA: peft_lora, OLoRA: peft_lora, LoRAGA: peft_lora, IA3: peft_ia3}
 METHODS |= {EVA: peft_lora, MoSLoRA: peft_lora, CapaBoost: peft_lora, SoRA: peft_lora, VBLoRA: peft_lora}
+WITH_BIAS = ("LORA", "MISS", "OFT", "BOFT")  # those of which peft trains biases, too
 METHODS |= {HiRA: CHANGES["HIRA"], MiSS: CHANGES["MISS"], OFT: CHANGES["OFT"], BOFT: CHANGES["BOFT"]}
 
 
@@ -54,7 +56,8 @@ def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -
     peft adapts a fused qkv as one matrix. Changes of q, k and v that still share their A (after `import_peft`) become
     one of the same rank; others become one whose rank is the sum of theirs, B being zero outside their rows. peft then
     trains those zeros, too. For IA3 the rows of q get the scale 1. The head and modules trained whole become
-    `modules_to_save`; peft needs a backbone made with a head for as many classes.
+    `modules_to_save`; peft needs a backbone made with a head for as many classes. Biases trained by themselves
+    (`train=`, or after `import_peft`) become its `bias`, where they are all of the model or of the changed layers.
 
     Args:
         model: a model with adapters.
@@ -71,12 +74,16 @@ def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -
     check_written(adapter)
     with plain(model):
         changes = _by_module(model, adapter)
-        whole = _modules_to_save(model, adapter)
+        kind = next(kind for kind, each in FORMATS.items() if each is form)
+        biases = _biases(model, adapter, [module.path for module, _ in changes]) if kind in WITH_BIAS else None
+        whole = _modules_to_save(model, adapter, biases)
         tensors, fields = form.join(changes)
     for module, _ in changes:
         if trained := [path for path in whole if f"{module.path}.".startswith(f"{path}.")]:
             raise UnsupportedError(f"peft does not adapt {module.path}, because {trained[0]} is trained whole")
-    kind = next(kind for kind, each in FORMATS.items() if each is form)
+    if biases is not None:
+        tensors |= biases.tensors
+        fields |= {"bias": f"{kind.lower()}_only" if biases.of_changed_layers else "all"}
     config = {
         "peft_type": kind,
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
@@ -129,7 +136,45 @@ def _by_module(model: nn.Module, adapter: AttachedAdapter) -> list[tuple[PeftMod
     return list(changes.values())
 
 
-def _modules_to_save(model: nn.Module, adapter: AttachedAdapter) -> dict[str, dict[str, torch.Tensor]]:
+@dataclass(frozen=True)
+class Biases:
+    """Biases that are trained by themselves.
+
+    Args:
+        names: in the model.
+        tensors: by their names in the file of peft.
+        of_changed_layers: whether they are those of the layers that the adapter changes, and not all of the model.
+    """
+
+    names: frozenset[str]
+    tensors: dict[str, torch.Tensor]
+    of_changed_layers: bool
+
+
+def _biases(model: nn.Module, adapter: AttachedAdapter, changed: list[str]) -> Biases | None:
+    """The biases trained by themselves, if they are those that peft trains with one of its options."""
+    own = {name: value for name, value in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    heads = tuple(f"{path}." for path in peft_modules(model)[0].heads)
+    every = {name for name in own if not name.startswith((*heads, "peft."))}
+    of_changed = own.keys() & {f"{path}.bias" for path in changed}
+    trained = dict(adapter.trained_parameters())
+    for names in (every, of_changed):
+        if names and names <= trained.keys():
+            tensors = {name: trained[name] for name in names}
+            if names != of_changed:  # peft trains those of heads, too
+                kept = tuple(f"{path}." for path in adapter.head_paths)
+                tensors |= {n: v for n, v in own.items() if n.startswith(heads) and not n.startswith(kept)}
+            written = {
+                f"{name.removesuffix('bias')}base_layer.bias" if name in of_changed else name: value
+                for name, value in tensors.items()
+            }
+            return Biases(frozenset(names), written, names == of_changed)
+    return None
+
+
+def _modules_to_save(
+    model: nn.Module, adapter: AttachedAdapter, biases: Biases | None
+) -> dict[str, dict[str, torch.Tensor]]:
     """State of the modules that are trained whole, by name."""
     whole: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for path in adapter.head_paths:
@@ -143,6 +188,9 @@ def _modules_to_save(model: nn.Module, adapter: AttachedAdapter) -> dict[str, di
     for name, parameter in adapter.trained_parameters():
         path, _, key = name.rpartition(".")
         whole[path][key] = parameter
+    if biases is not None:
+        alone = [path for path, state in whole.items() if state.keys() == {"bias"} and f"{path}.bias" in biases.names]
+        whole = {path: state for path, state in whole.items() if path not in alone}
     for path, state in whole.items():
         missing = dict(model.get_submodule(path).named_parameters()).keys() - state.keys()
         if not path or (missing and path not in adapter.head_paths):

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 import torch
@@ -38,8 +38,9 @@ def import_peft(model: nn.Module, folder: str | Path, name: str = "default") -> 
 
     Where peft adapts a fused qkv with one A, the sites q, k and v each get a copy of it and their rows of B. They
     compute the same, but are trained separately from here on, so that there are more parameters. Modules that peft
-    trained whole (`modules_to_save`) become the adapter's head and trained copies. A head that LoRA changes, as with
-    `target_modules="all-linear"`, becomes the adapter's head with the change in its weight, and is trained whole. What
+    trained whole (`modules_to_save`) become the adapter's head and trained copies, and so do biases (`bias="all"`). A
+    head that LoRA changes, as with `target_modules="all-linear"`, becomes the adapter's head with the change in its
+    weight, and is trained whole; so is one of which peft trained the bias alone. What
     PiSSA, OLoRA and KaSA took out of the backbone's weights is made again as a part of the change, of up to twice the
     rank and without dropout; the weights stay as they are. The file does not say which weights the backbone had: give
     the ones the adapter was trained on.
@@ -64,14 +65,16 @@ def import_peft(model: nn.Module, folder: str | Path, name: str = "default") -> 
         if made_for != type(model).__name__:
             raise StorageError(f"{what} was made for a {made_for}, not for a {type(model).__name__}")
         backbone, modules = peft_modules(model)
-        changes, whole = _sort(tensors, what)
+        changes, whole = _sort(tensors if config.bias == "none" else _in_the_model(tensors), what)
         form = FORMATS[config.peft_type]
         of_heads = {path: changes.pop(path) for path in backbone.heads if path in changes and form is peft_lora}
         _check_targets(model, config, changes.keys() | of_heads.keys(), changes, modules, what)
-        _check_whole(model, config, whole, what)
+        _check_whole(model, config, changes.keys() | of_heads.keys(), whole, what)
         parts = [part for path in changes for part in form.split(config, modules[path], changes[path], what)]
-        heads = {path: _head(model, path, whole, what) for path in backbone.heads if f"{path}.weight" in whole}
-        heads |= {path: _changed_head(model, path, config, tensors, what) for path, tensors in of_heads.items()}
+        heads = {path: _head(model, path, whole, what) for path in backbone.heads if _is_within(path, whole)}
+        for path, change in of_heads.items():
+            head = heads.get(path, own_copy(model.get_submodule(path)))
+            heads[path] = _changed_head(head, path, config, change, what)
         trained = [name for name in whole if not name.startswith(tuple(f"{path}." for path in heads))]
         methods = tuple(form.methods(config, backbone, parts, what))
         adapter = AttachedAdapter(methods, backbone, head=False, train=tuple(trained))
@@ -134,6 +137,23 @@ def _sort(tensors: dict[str, torch.Tensor], what: str) -> tuple[dict, dict]:
     return dict(changes), whole
 
 
+def _in_the_model(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names as the model has them: peft puts parts of its own into those of biases that are trained by themselves.
+
+    Of a module that is trained whole it writes the bias three times, of which one has the model's name.
+    """
+    again = (".modules_to_save.", ".original_module.")
+    return {
+        key.replace(".base_layer.bias", ".bias"): value
+        for key, value in tensors.items()
+        if not any(part in key for part in again)
+    }
+
+
+def _is_within(path: str, names: Iterable[str]) -> bool:
+    return any(name.startswith(f"{path}.") for name in names)
+
+
 def _check_targets(
     model: nn.Module, config: PeftConfig, changed: Set[str], changes: dict, modules: dict, what: str
 ) -> None:
@@ -155,8 +175,10 @@ def _check_targets(
         )
 
 
-def _check_whole(model: nn.Module, config: PeftConfig, whole: dict[str, torch.Tensor], what: str) -> None:
-    """Tensors of whole modules must be those of `modules_to_save`, which peft matches by the ends of names."""
+def _check_whole(
+    model: nn.Module, config: PeftConfig, changed: Set[str], whole: dict[str, torch.Tensor], what: str
+) -> None:
+    """What is trained whole must be in `modules_to_save`, which peft matches by the ends of names, or be a `bias`."""
     saved = [
         f"{path}."
         for path, _ in model.named_modules()
@@ -170,9 +192,14 @@ def _check_whole(model: nn.Module, config: PeftConfig, whole: dict[str, torch.Te
             )
     parameters = dict(model.named_parameters())
     expected = {name for name in parameters if name.startswith(tuple(saved))}
+    if config.bias == "all":
+        expected |= {name for name in parameters if name.rpartition(".")[2] == "bias" and not name.startswith("peft.")}
+    elif config.bias != "none":
+        expected |= {f"{path}.bias" for path in changed} & parameters.keys()
     if wrong := sorted(expected ^ whole.keys()):
         place = "is missing in" if wrong[0] in expected else "is not expected in"
-        raise StorageError(f"{wrong[0]} {place} {what}, by modules_to_save={config.modules_to_save}")
+        by = f"modules_to_save={config.modules_to_save} and bias={config.bias!r}"
+        raise StorageError(f"{wrong[0]} {place} {what}, by {by}")
     heads = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.Linear))
     for name, value in whole.items():
         if value.shape != parameters[name].shape and not name.startswith(heads):
@@ -181,23 +208,25 @@ def _check_whole(model: nn.Module, config: PeftConfig, whole: dict[str, torch.Te
             )
 
 
-def _changed_head(model: nn.Module, path: str, config: PeftConfig, tensors: dict, what: str) -> nn.Linear:
-    """A linear head with the change that peft gives it."""
-    own = model.get_submodule(path)
-    if type(own) is not nn.Linear:
+def _changed_head(head: nn.Module, path: str, config: PeftConfig, tensors: dict, what: str) -> nn.Linear:
+    """A linear head with the change that peft gives its weight."""
+    if type(head) is not nn.Linear:
         raise StorageError(f"{what} changes {path}, which is no linear head in this model")
-    head = own_copy(own)
-    change = peft_lora.read_change(config, path, own.weight, tensors, what)
-    head.weight.data = change.of(own.weight).to(head.weight.dtype)
+    change = peft_lora.read_change(config, path, head.weight, tensors, what)
+    head.weight.data = change.of(head.weight).to(head.weight.dtype)
     return head
 
 
 def _head(model: nn.Module, path: str, whole: dict[str, torch.Tensor], what: str) -> nn.Linear:
-    """A linear head with its tensors; it may have another number of classes than the model's own."""
+    """A linear head with its tensors; it may have another number of classes than the model's own.
+
+    Where only its bias was trained, it keeps the model's own weight.
+    """
     own = model.get_submodule(path)
-    weight, bias = whole[f"{path}.weight"], whole.get(f"{path}.bias")
+    weight, bias = whole.get(f"{path}.weight", getattr(own, "weight", None)), whole.get(f"{path}.bias")
     if not isinstance(own, nn.Linear) or weight.dim() != 2 or weight.shape[1] != own.in_features:
-        raise StorageError(f"{path}.weight of {what} is {tuple(weight.shape)}, which is no linear head for this model")
+        shape = None if weight is None else tuple(weight.shape)
+        raise StorageError(f"{path}.weight of {what} is {shape}, which is no linear head for this model")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise StorageError(f"{path}.bias of {what} is {tuple(bias.shape)} for {weight.shape[0]} classes")
     head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
