@@ -83,3 +83,28 @@ def test_an_unknown_change_of_keys_is_run_in_full():
         for module in block.sites.acting["kv"]:
             del module.num_tokens
     assert learner.text.why_in_full(learner.layout) == "Prefix acts on the keys of whole texts"
+
+
+@pytest.mark.parametrize("trained", ["adapter", "tower"])
+def test_kept_texts_follow_an_optimiser_that_counts_no_versions(trained):
+    """PyTorch's fused optimisers: a CLIP is trained by a loop of one's own, and a classifier of its texts measured."""
+    clip = adapted(vp.LoRA(rank=2, towers="text"))
+    if trained == "tower":
+        vp.detach(clip)
+    learner = vp.ZeroShot(clip, TOKENIZER, NAMES)
+    parameters = [*(clip.peft if trained == "adapter" else clip.transformer).parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    with torch.no_grad():
+        before = learner.text_features()
+        assert learner.text_features() is before
+    clip.encode_text(TOKENIZER(NAMES)).square().sum().backward()
+    versions = [parameter._version for parameter in parameters]
+    optimizer.step()
+    assert versions == [parameter._version for parameter in parameters]
+    with torch.no_grad():
+        after = learner.text_features()
+        assert (after - before).abs().max() > 1e-3
+        assert torch.equal(after, learner.encode_text())
+        assert learner.text_features() is after

@@ -1,6 +1,6 @@
 """Features that are computed again only when something they depend on has changed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -51,33 +51,42 @@ class KeptFeatures:
         return KeptFeatures()
 
 
-def state_of_texts(clip: nn.Module, text: TextEncoder, adapters: Iterable[str] | None = None) -> tuple:
-    """What text features depend on: the text tower, what adapters have in it, and how it computes.
-
-    Of frozen tensors it is noticed that they were replaced or written to, but not through `.data`.
+def state_of_texts(
+    clip: nn.Module, text: TextEncoder, adapters: Iterable[str] | None = None
+) -> tuple[tuple, list[nn.Parameter]]:
+    """What text features depend on: how the text tower computes, and with what.
 
     Args:
         clip: the CLIP.
         text: its text tower.
         adapters: those that act when the features are computed; by default those that act now.
+
+    Returns:
+        What is compared as it is, in which frozen tensors have their versions: it is noticed that they were replaced or
+        written to, but not through `.data`; and the tensors that an optimiser may have written to, which are compared
+        by their values, because PyTorch's fused optimisers count no versions.
     """
     acting = acting_adapters(clip)
-    parameters = _parameters_of_text(clip, text.module, acting if adapters is None else adapters)
-    state = {id(p): version_of(p) for p in parameters}
+    own, added = _parameters_of_text(clip, text.module, acting if adapters is None else adapters)
+    state = {id(p): None if p.requires_grad else version_of(p) for p in own} | {id(p): None for p in added}
     device = text.device
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    return state, acting, autocast, text.dtype, device
+    return (state, acting, autocast, text.dtype, device), [*(p for p in own if p.requires_grad), *added]
 
 
-def _parameters_of_text(clip: nn.Module, text: nn.Module, adapters: Iterable[str]) -> Iterator[nn.Parameter]:
+def _parameters_of_text(
+    clip: nn.Module, text: nn.Module, adapters: Iterable[str]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Those of the text tower, and what these adapters have in it; nothing of the images."""
-    for name, parameter in text.named_parameters():
-        if not name.startswith(("visual.", "peft.")):  # a plain CLIP is its own text tower
-            yield parameter
-    for adapter in adapters:
-        for name, parameter in clip.peft[adapter].named_parameters():
-            if not name.partition(".")[2].startswith("visual."):  # <method>.<tower>. ...
-                yield parameter
+    # A plain CLIP is its own text tower.
+    own = [parameter for name, parameter in text.named_parameters() if not name.startswith(("visual.", "peft."))]
+    added = [
+        parameter
+        for adapter in adapters
+        for name, parameter in clip.peft[adapter].named_parameters()
+        if not name.partition(".")[2].startswith("visual.")  # <method>.<tower>. ...
+    ]
+    return own, added
 
 
 def _same_values(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:

@@ -270,8 +270,10 @@ class PromptedCLIP(nn.Module):
         if torch.compiler.is_exporting():  # what is computed then is no number, and nothing to keep
             with torch.set_grad_enabled(with_graph):
                 return compute()
-        state = (*state_of_texts(self.clip, self.text, adapters), self.training, self.fast_text)
-        return self._kept.get(key, state, list(depends_on), compute, with_graph)
+        state, trained = state_of_texts(self.clip, self.text, adapters)
+        values = {id(tensor): tensor for tensor in (*trained, *depends_on)}
+        state = (*state, self.training, self.fast_text)
+        return self._kept.get(key, state, list(values.values()), compute, with_graph)
 
     def logits(self, image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
         """Scaled cosines (batch, classes) of unit features (batch, features) and (classes, features).

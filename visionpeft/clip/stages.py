@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from visionpeft.clip.kept_features import KeptFeatures
 from visionpeft.errors import ConfigurationError
 
 
@@ -30,6 +31,7 @@ class InTwoStages:
     second_stage = False
     first_stage: float
     stage: torch.Tensor
+    _kept: KeptFeatures
 
     def keep_stage(self: Any, first_stage: float) -> None:
         """Begin in the first stage."""
@@ -39,6 +41,7 @@ class InTwoStages:
 
     def begin_training(self) -> None:
         """Begin in the first stage, if it has a share: a further training has both, too."""
+        self._kept.clear()  # of texts that a fused optimiser has changed since without counting it
         if self.second_stage and self.first_stage > 0:
             self.stage.fill_(1)
             self.follow_stage()

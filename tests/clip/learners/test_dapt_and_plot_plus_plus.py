@@ -141,6 +141,18 @@ def test_plot_plus_plus_is_the_formula_and_learns_in_two_stages(tmp_path):
     assert_saved_and_new_names(learner, tmp_path)
 
 
+def test_a_further_training_of_plot_plus_plus_begins_with_its_texts_as_they_are():
+    """Also if the second stage of the one before was made by an optimiser that counts no versions."""
+    learner = PLOTPlusPlus(clip_model(), tokenizer(), NAMES, num_contexts=2, num_sets=2)
+    learner.loss(images(), LABELS)
+    learner.begin_second_stage()
+    learner.loss(images(), LABELS)[0].backward()
+    torch.optim.AdamW(learner.trainable_parameters(), lr=0.1, fused=True).step()
+    learner.begin_training()
+    assert not learner.second_stage
+    assert torch.equal(learner.text_features(), learner.encode_text())
+
+
 def test_phrases_that_a_tokenizer_reads_in_unequal_numbers_of_tokens():
     """Here "one picture of a" has five: all contexts have four, the last of each phrase."""
     words = WordTokenizer()
