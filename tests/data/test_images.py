@@ -1,12 +1,16 @@
 """Opening image files of every mode, and refusing broken ones by name."""
 
+import struct
+from io import BytesIO
+
 import numpy as np
 import pytest
 from data_layouts import truncate, write_image
 from PIL import Image
 
 from visionpeft.data import images
-from visionpeft.data.images import check_image, list_images, open_image
+from visionpeft.data.images import check_image, decode_image, list_images, open_image
+from visionpeft.data.segmentation.masks import size_of_image
 from visionpeft.errors import DataError
 
 
@@ -122,3 +126,99 @@ def test_what_follows_the_end_of_an_image_is_no_damage(tmp_path):
         path = write_image(tmp_path / f"more.{ending}")
         path.write_bytes(path.read_bytes() + 100 * b"more")
         check_image(path)
+
+
+def write_tiff(path, planes, *, bits=16, photometric=1, bands=1, separate=False):
+    """A little-endian TIFF without compression, of bytes for each of its strips."""
+    height, width = 4, 8
+    offsets, at = [], 8
+    for plane in planes:
+        offsets.append(at)
+        at += len(plane)
+    tags = {256: [width], 257: [height], 258: [bits] * bands, 259: [1], 262: [photometric], 273: offsets, 277: [bands]}
+    tags |= {278: [height], 279: [len(plane) for plane in planes], 284: [2 if separate else 1]}
+    longs, more, entries = at + 2 + 12 * len(tags) + 4, b"", b""
+    for tag, values in tags.items():
+        packed = struct.pack(f"<{len(values)}I", *values)
+        inside = packed if len(values) == 1 else struct.pack("<I", longs + len(more))
+        more += b"" if len(values) == 1 else packed
+        entries += struct.pack("<HHI", tag, 4, len(values)) + inside
+    head = b"II" + struct.pack("<HI", 42, at) + b"".join(planes)
+    path.write_bytes(head + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0) + more)
+    return path
+
+
+@pytest.mark.parametrize(("bits", "photometric"), [(8, 0), (8, 1), (12, 1), (16, 0), (16, 1)])
+def test_gray_levels_of_a_tiff_have_the_range_it_says(tmp_path, bits, photometric):
+    """Pillow gives 12 bits as they are, and turns levels that are stored as on a film only where they have 8."""
+    values = np.linspace(0, 2**bits - 1, 32).astype(np.uint16).reshape(4, 8)
+    content = values.astype("<u2" if bits == 16 else np.uint8).tobytes()
+    if bits == 12:
+        first, second = values[:, ::2].astype(int), values[:, 1::2].astype(int)
+        packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1)
+        content = packed.astype(np.uint8).tobytes()
+    path = write_tiff(tmp_path / "film.tif", [content], bits=bits, photometric=photometric)
+    check_image(path)
+    opened = np.asarray(open_image(path))[..., 0]
+    shown = values / (2**bits - 1)
+    assert np.abs(opened - 255 * (shown if photometric else 1 - shown)).max() <= 0.5
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGBA", "RGB"])
+def test_a_tiff_that_lies_on_its_side(tmp_path, mode, compression):
+    """Pillow maps some uncompressed ones into memory, and takes their sides for each other."""
+    colours = np.random.default_rng(0).integers(0, 256, (4, 8, 3), np.uint8)
+    if mode == "I;16":
+        image, shown = Image.fromarray(colours[..., 0] * np.uint16(257)), np.stack([colours[..., 0]] * 3, axis=-1)
+    else:
+        image = Image.fromarray(colours).convert(mode)
+        shown = np.asarray(image.convert("RGB"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "side.tif", exif=exif, compression=compression)
+    assert np.array_equal(open_image(tmp_path / "side.tif"), np.rot90(shown, -1))
+
+
+def test_16_bit_colours_in_planes_of_their_own_are_refused_uncompressed(tmp_path):
+    """Pillow reads the two bytes of a value as two pixels; before training it is told, not in the middle."""
+    planes = [np.full((4, 8), level, "<u2").tobytes() for level in (1000, 30000, 60000)]
+    path = write_tiff(tmp_path / "planes.tif", planes, photometric=2, bands=3, separate=True)
+    for use in (open_image, check_image):
+        with pytest.raises(DataError, match=r"planes\.tif cannot be read \(uncompressed 16-bit colours in separate"):
+            use(path)
+    bytes_alone = [np.full((4, 8), level, np.uint8).tobytes() for level in (10, 20, 30)]
+    path = write_tiff(tmp_path / "bytes.tif", bytes_alone, bits=8, photometric=2, bands=3, separate=True)
+    check_image(path)
+    assert (np.asarray(open_image(path)) == [10, 20, 30]).all()
+    together = np.broadcast_to(np.array([1000, 30000, 60000], "<u2"), (4, 8, 3)).tobytes()
+    path = write_tiff(tmp_path / "together.tif", [together], photometric=2, bands=3)
+    assert (np.asarray(open_image(path)) == [1000 >> 8, 30000 >> 8, 60000 >> 8]).all()
+
+
+@pytest.mark.parametrize("bands", [5, 13])
+def test_bands_that_are_no_colours_are_counted(tmp_path, bands):
+    path = write_tiff(tmp_path / "satellite.tif", [bytes(4 * 8 * 2 * bands)], bands=bands)
+    with pytest.raises(DataError, match=rf"satellite\.tif cannot be read \(a TIFF of {bands} bands of 16 bits, which"):
+        open_image(path)
+    with pytest.raises(DataError, match=rf"image a\.tif cannot be read \(a TIFF of {bands} bands"):
+        decode_image(BytesIO(path.read_bytes()), "image a.tif")
+
+
+def test_a_transparent_level_of_16_bits_is_white(tmp_path):
+    values = np.array([[0, 1, 30000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "holes.png", transparency=0)
+    assert np.asarray(open_image(tmp_path / "holes.png"))[0, :, 0].tolist() == [255, 0, 117, 255]
+
+
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_the_size_of_a_file_is_that_of_its_image(tmp_path, ending, orientation):
+    """Pillow says the size of a TIFF as it is shown, and of other files as they are stored."""
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    write_image(tmp_path / "plain.png", size=(20, 12))
+    Image.open(tmp_path / "plain.png").save(tmp_path / f"turned.{ending}", exif=exif)
+    shown = open_image(tmp_path / f"turned.{ending}").size
+    assert size_of_image(tmp_path / f"turned.{ending}") == shown == ((12, 20) if (orientation or 1) > 4 else (20, 12))

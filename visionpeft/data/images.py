@@ -3,12 +3,14 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, features
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from visionpeft.errors import DataError, one_line
 
@@ -22,6 +24,11 @@ EXTENSIONS = frozenset(
     }
 )
 DECODED_HERE = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "TGA", "AVIF", "JPEG2000")
+
+# Tags of TIFF, and what they may say.
+BITS_PER_SAMPLE, COMPRESSION, PHOTOMETRIC, SAMPLES_PER_PIXEL, PLANES = 258, 259, 262, 277, 284
+WHITE_IS_ZERO, SEPARATE = 0, 2
+DEEPEST = 65535
 
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 END = 64  # bytes in which these are looked for: programs write a few after them
@@ -58,6 +65,7 @@ def check_image(path: Path) -> None:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 end = ENDS.get(image.format)
+                _levels(image)
             file.seek(0, 2)
             file.seek(-min(END, file.tell()), 2)
             whole = end is None or end in file.read()
@@ -76,12 +84,11 @@ def decode_image(file: Path | BinaryIO, name: str, remedy: str = LEAVE_OUT) -> I
         remedy: what to do about one that cannot be read.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), opened(file) as stream:
             # Between one and two times its limit Pillow would only warn.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                image.load()
-                return _rgb(ImageOps.exif_transpose(image))
+            with Image.open(stream) as image:
+                return _upright_rgb(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"{name} is refused as a possible decompression bomb: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it "
@@ -91,8 +98,17 @@ def decode_image(file: Path | BinaryIO, name: str, remedy: str = LEAVE_OUT) -> I
         raise
     # Pillow's decoders raise a dozen types on damaged files (OSError, SyntaxError, ValueError, struct.error, ...).
     except Exception as error:
-        reason = "not an image Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = _unread(file) if isinstance(error, Image.UnidentifiedImageError) else str(error)
         raise DataError(f"{name} cannot be read ({reason}); {remedy}") from error
+
+
+def opened(file: Path | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    """What Pillow is to read an image file from.
+
+    A file that it opens itself it may map into memory, and there Pillow 13.0 takes the sides of a gray TIFF that lies
+    on its side for each other (findings/pillow_scrambles_gray_tiffs_that_lie_on_their_side.sh).
+    """
+    return file.open("rb") if isinstance(file, Path) else nullcontext(file)
 
 
 def decode_foreign(content: bytes, max_pixels: int) -> Image.Image:
@@ -114,8 +130,7 @@ def decode_foreign(content: bytes, max_pixels: int) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise TooManyPixels(f"the image has {width} x {height} pixels, and at most {max_pixels:,} are decoded")
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            return _upright_rgb(image)
     except (MemoryError, TooManyPixels):
         raise
     except Image.DecompressionBombError:
@@ -161,9 +176,27 @@ def _is_listed(path: Path, folder: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not is_hidden(path, folder) and path.is_file()
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _unread(file: Path | BinaryIO) -> str:
+    """Why Pillow recognises no image in a file, which may be a TIFF whose bands are no colours."""
+    try:
+        with opened(file) as content:
+            content.seek(0)
+            tags = ImageFileDirectory_v2(content.read(8))
+            content.seek(tags.next)
+            tags.load(content)
+        bands, bits = tags[SAMPLES_PER_PIXEL], tags[BITS_PER_SAMPLE][0]
+    except Exception:  # no TIFF, or a damaged one
+        return "not an image Pillow can read"
+    return f"a TIFF of {bands} band{'s' if bands > 1 else ''} of {bits} bits, which Pillow does not read as colours"
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened file as 8-bit RGB."""
+    levels = _levels(image)  # of the file: a copy that is turned knows nothing of it
+    image.load()
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = _eight_bits(image)
+        image = _eight_bits(image, *levels)
     elif image.mode == "F":
         raise ValueError("floating-point pixels have no defined range")
     if image.has_transparency_data:
@@ -173,9 +206,31 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray levels to 8 bits; Pillow's own conversion would clip everything above 255 to white."""
+def _levels(image: Image.Image) -> tuple[int, int]:
+    """What black and white are among the gray levels of more than 8 bits of an opened file.
+
+    Raises:
+        ValueError: it is a TIFF whose colours Pillow takes apart wrongly.
+    """
+    if image.format != "TIFF":
+        return 0, DEEPEST
+    bits = image.tag_v2.get(BITS_PER_SAMPLE, (1,))[0]
+    in_planes = image.tag_v2.get(PLANES) == SEPARATE and len(image.getbands()) > 1
+    # Pillow 13.0 reads each plane as if it had 8 bits; those that are compressed it leaves to libtiff.
+    if in_planes and bits == 16 and image.tag_v2.get(COMPRESSION, 1) == 1:
+        raise ValueError("uncompressed 16-bit colours in separate planes, which Pillow misreads; save it compressed")
+    white = 2**bits - 1 if 8 < bits < 16 else DEEPEST
+    # Of 8 bits and fewer Pillow itself turns what is stored the other way round, as films are.
+    return (white, 0) if image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO else (0, white)
+
+
+def _eight_bits(image: Image.Image, black: int, white: int) -> Image.Image:
+    """Gray levels of up to 16 bits to 8; Pillow's own conversion would clip everything above 255 to white."""
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+    if values.min() < 0 or values.max() > DEEPEST:
         raise ValueError("integer pixels outside 0..65535 have no defined range")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    most = max(black, white)
+    levels = np.abs(values - black) * 510 // most + 1 >> 1  # rounded
+    if isinstance(clear := image.info.get("transparency"), int):
+        levels[values == clear] = 255
+    return Image.fromarray(levels.astype(np.uint8))

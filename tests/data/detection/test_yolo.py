@@ -54,6 +54,18 @@ def test_another_number_of_classes_than_names_is_refused(tmp_path, number):
         YoloFolder(written(tmp_path, BOX, nc=number))
 
 
+def test_boxes_in_a_photograph_that_lies_on_its_side(tmp_path):
+    """Shares are of the image as it is shown; the size of a TIFF is said so by Pillow already."""
+    folder = written(tmp_path, BOX)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "images" / "train" / "a.png").unlink()
+    Image.new("RGB", (HEIGHT, WIDTH)).save(folder / "images" / "train" / "a.tif", exif=exif)
+    source = YoloFolder(folder).sources["train"]
+    assert source.image(0).size == SIZE
+    assert np.allclose(source.objects(0).boxes, [[8, 3, 12, 7]])
+
+
 def test_masks_are_those_of_polygons(tmp_path):
     data = YoloFolder(written(tmp_path, "4 0.2 0.3 0.5 0.3 0.5 0.8 0.2 0.8\n" + TRIANGLE), masks=True)
     objects = data.sources["train"].objects(0)

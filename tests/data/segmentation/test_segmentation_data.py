@@ -105,8 +105,9 @@ def test_rotated_photographs_have_the_size_they_show(masked):
     assert data.sources["train"].mask(0).shape == (20, 32) == data.sources["train"].image(0).size[::-1]
 
 
+@pytest.mark.parametrize("ending", ["png", "tif"])
 @pytest.mark.parametrize("orientation", [2, 3, 4, 6])
-def test_a_mask_with_the_flag_of_the_camera_is_turned_as_its_image(tmp_path, orientation):
+def test_a_mask_with_the_flag_of_the_camera_is_turned_as_its_image(tmp_path, orientation, ending):
     """Numbers, a palette and 16 bits, each as a program leaves them that copies the metadata of the photograph."""
     classes = np.zeros((8, 12), np.uint8)
     classes[1:3, 2:9] = 1
@@ -119,8 +120,8 @@ def test_a_mask_with_the_flag_of_the_camera_is_turned_as_its_image(tmp_path, ori
         (tmp_path / folder).mkdir()
     kinds = {"gray": Image.fromarray(classes), "palette": palette, "deep": Image.fromarray(classes.astype(np.uint16))}
     for name, mask in kinds.items():
-        Image.fromarray(100 * classes).save(tmp_path / "images" / f"{name}.png", exif=exif)
-        mask.save(tmp_path / "masks" / f"{name}.png", exif=exif)
+        Image.fromarray(100 * classes).save(tmp_path / "images" / f"{name}.{ending}", exif=exif)
+        mask.save(tmp_path / "masks" / f"{name}.{ending}", exif=exif)
     data = module(MaskFolder, tmp_path, CLASSES, val_fraction=0, test_fraction=0)
     data.setup()
     source = data.sources["train"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from visionpeft.data.images import LEAVE_OUT
+from visionpeft.data.images import LEAVE_OUT, opened
 from visionpeft.errors import ConfigurationError, DataError, did_you_mean
 
 IGNORED = -1  # of pixels that count nowhere, whatever value they have in a file
@@ -69,7 +69,7 @@ class MaskReader:
         if not path.is_file():
             raise DataError(f"mask file {path} does not exist")
         try:
-            with Image.open(path) as image:
+            with opened(path) as file, Image.open(file) as image:
                 image.load()
                 # upright as its image is read, where a program has copied the flag of the camera into the mask
                 pixels = self._pixels(ImageOps.exif_transpose(image), path)
@@ -177,7 +177,8 @@ def size_of_image(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientation: lying on its side
-            return image.size[::-1] if turned else image.size
+            # Of a TIFF Pillow gives the size as it is shown already.
+            return image.size[::-1] if turned and image.format != "TIFF" else image.size
     except Exception as error:  # as in `decode_image`
         raise DataError(f"image file {path} cannot be read ({error}); {LEAVE_OUT}") from error
 
