@@ -103,6 +103,7 @@ def test_resuming_with_another_method_is_refused(tmp_path, images, capsys):
     made = run(tmp_path, images, epochs=1)
     assert fit.main(["--resume", str(made), "--model.method", "BitFit"]) == 2
     assert "--model.method BitFit cannot be changed while" in capsys.readouterr().err
+    assert fit.main(["--resume", str(made), "--model.method", "visionpeft.methods.lora.LoRA"]) == 0  # the same
     configure(made, {"class_path": "BitFit"})
     assert fit.main(["--resume", str(made)]) == 2
     assert "does not belong to this method" in capsys.readouterr().err

@@ -116,6 +116,8 @@ def test_evaluate_refuses_what_the_run_does_not_have(finished, tmp_path, capsys)
         (["--model.method", "[LoRA, VPT]"], "--model.method [LoRA, VPT]"),
         (["--model.train", "[cls_token]"], "the train is that of the adapter"),
         (["--model.optimisation.lr", "0.1"], "changes nothing about a test"),
+        (["--model.loss", "bce"], "the loss is that of the adapter"),
+        (["--model.loss", "bce"], "as trained (cross_entropy)"),
         (["--report=best"], "--report is an option of a training"),
     ):
         assert evaluate.main([str(finished), *given]) == 2
@@ -129,6 +131,19 @@ def test_evaluate_takes_what_says_the_same_and_what_is_about_the_test(finished, 
     assert evaluate.main([str(finished), "--config", str(tmp_path / "training.yaml")]) == 0
     again = json.loads((finished / "evaluation.json").read_text())
     assert again["test"]["top1"] == results(finished)["test"]["top1"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--model", "visionpeft.tasks.image_classification.ImageClassification"],
+        ["--model.method", "visionpeft.methods.lora.LoRA"],
+        ["--model.loss", "cross_entropy"],
+    ],
+)
+def test_evaluate_takes_what_was_trained_by_another_of_its_names(finished, given):
+    """The method LoRA was refused as another one than LoRA, and so was the loss that the labels had chosen."""
+    assert evaluate.main([str(finished), *given]) == 0
 
 
 def test_every_option_of_a_task_is_of_what_was_trained_of_a_training_or_of_a_test():

@@ -61,6 +61,10 @@ class TestedAgain(CLI):
                     f"{what}: {self.run.path} was trained by {shown(before)}, and is tested by it; leave it out"
                 )
             if parts[0] in TRAINED:
+                if parts == ["loss"] and before is None:  # where nobody has given one, the labels have said which
+                    before = self.run.read_results().get("objective", {}).get("loss")
+                if before == now:
+                    continue
                 folder = "learner" if self.run.learner.is_dir() else "adapter"
                 of = "" if parts[0] == folder else f"of the {folder} "
                 known = "" if before is None else f" ({shown(before)})"

@@ -80,10 +80,15 @@ def _short_names(content: object) -> object:
     if not isinstance(content, dict):
         return content
     content = {key: _short_names(value) for key, value in content.items()}
-    module, _, name = str(content.get("class_path", "")).rpartition(".")
-    if module.partition(".")[0] == "visionpeft" and name in {cls.__name__ for cls in CLASSES}:
-        content["class_path"] = name
+    if isinstance(content.get("class_path"), str):
+        content["class_path"] = without_module(content["class_path"])
     return content
+
+
+def without_module(path: str) -> str:
+    """The name alone of a class of ours that is named with its module, which may have moved; another path as it is."""
+    module, _, name = path.rpartition(".")
+    return name if module.partition(".")[0] == "visionpeft" and name in {cls.__name__ for cls in CLASSES} else path
 
 
 class Parser(LightningArgumentParser):

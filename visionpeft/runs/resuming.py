@@ -10,7 +10,7 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.files import replacing
 from visionpeft.runs.agreement import about_data
 from visionpeft.runs.carried import as_carried
-from visionpeft.runs.cli import CLI, PLACES
+from visionpeft.runs.cli import CLI, PLACES, without_module
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks.adapted_task import first_difference
 
@@ -84,8 +84,13 @@ def changes(cli: CLI, run: RunDirectory) -> Iterator[tuple[tuple[str, ...], obje
     """Options by their names, with what the configuration of a run says and what a command line that starts from it."""
     before, now = (dict(_leaves(config)) for config in (cli.parsed(["--config", str(run.config)]), cli.config))
     for path in dict.fromkeys([*now, *before]):
-        if path[0] not in ("config", "resume") and before.get(path) != now.get(path):
+        if path[0] not in ("config", "resume") and _meant(before.get(path)) != _meant(now.get(path)):
             yield tuple(part for part in path if part not in NESTING), before.get(path), now.get(path)
+
+
+def _meant(value: object) -> object:
+    """What is compared of a value: a class of ours may be named by any module that has it."""
+    return without_module(value) if isinstance(value, str) else value
 
 
 def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
