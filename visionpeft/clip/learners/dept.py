@@ -25,9 +25,9 @@ class DePT(Learner):
 
         h(f) = V (a_v f + b_v) + c,   h(t) = V (a_t t + b_t) + c,
 
-    with vectors a, b (features,) and V (classes, features). Loss = (1 - weight) * the host's cross-entropy + weight * the
-    mean cross-entropy of h(f) and of h(t_y) over the images of a batch, with the text feature of each image's label; what
-    holds the texts of KgCoOp is added whole, as in the authors' code, where its weight is 2 and not KgCoOp's own 8.
+    with vectors a, b (features,) and V (classes, features). Loss = (1 - weight) * the host's cross-entropy + weight *
+    the mean cross-entropy of h(f) and of h(t_y) over the images of a batch, with the text feature of each image's
+    label; what holds the texts of KgCoOp is added whole, as in the authors' code, where its weight is 2 instead of 8.
     Trained classes, all of them or some, in any order, are told by (1 - weight) * logits of the host + weight * h(f);
     where one of the names was not trained, all are told by the host alone. With weight 0 it is the host. a = 1 and
     b = 0 at the start; V and c start as `nn.Linear` does.
