@@ -13,15 +13,15 @@ def template_sets() -> dict[str, list[str]]:
     """All named sets of templates."""
     sets = json.loads((shipped("datasets") / "templates.json").read_text(encoding="utf-8"))
     # PromptSRC's authors list 60 templates: the first of OpenAI's 80, in their order.
-    return sets | {"promptsrc_60": sets["openai_imagenet_80"][:60]}
+    return sets | {"promptsrc_60": sets["openai_imagenet_80"][:60], "task_res_8": [*sets["tip_7"], PHOTO]}
 
 
 def templates(name: str) -> list[str]:
-    """A named set: "photo", "openai_imagenet_80", "promptsrc_60", "simple_7" or "tip_7".
+    """A named set: "photo", "openai_imagenet_80", "promptsrc_60", "simple_7", "tip_7" or "task_res_8".
 
     `promptsrc_60` is the first 60 of the 80, which PromptSRC's teacher has for every data set (Khattak et al., 2023,
     arXiv 2307.06948). `simple_7` (OpenAI's selection out of the 80) and `tip_7` (Tip-Adapter's for ImageNet) hold the
-    same templates.
+    same templates; `task_res_8`, of TaskRes and CLAP on ImageNet, has "a photo of a {}." besides.
 
     Raises:
         ConfigurationError: there is no such set.

@@ -11,6 +11,7 @@ from clip_reference import (
     image_features,
     images,
     lively_,
+    plain_features,
     prompt_features,
     raw_text_feature,
     scaled,
@@ -64,6 +65,28 @@ def test_dept_around_coop_is_the_formula():
     rates = {id(p) for p in learner.head_parameters()}
     assert rates == {id(p) for p in parameters} - {id(learner.host.vectors)}
     assert sum(p.numel() for p in learner.head_parameters()) == 4 * 64 + 4 * 65
+
+
+def test_what_holds_the_texts_of_kgcoop_keeps_its_weight():
+    """As in the authors' code: (1 - weight) is a share of the two cross-entropies alone."""
+    learner = dept("KgCoOp", weight=0.4)
+    learner.host.weight = 3.0
+    f = learner.clip.encode_image(images()).detach()
+    raw = prompt_features(learner.clip, NAMES, learner.host.vectors, feature=raw_text_feature)
+    t = raw / raw.norm(dim=1, keepdim=True)
+    z = plain_features(learner.clip, [f"a photo of a {name.replace('_', ' ')}." for name in NAMES]).detach()
+    on_images = second_head(learner, f, learner.on_images)
+    on_texts = second_head(learner, raw[LABELS], learner.on_texts)
+    second = (cross_entropy(on_images, LABELS) + cross_entropy(on_texts, LABELS)) / 2
+    first = cross_entropy(scaled(learner.clip, image_features(learner.clip, images()), t), LABELS)
+    away = 1 - (t * z).sum(1).mean()
+    assert away > 0.1
+    expected = 0.6 * first + 0.4 * second + 3 * away
+    loss, _ = learner.loss(images(), LABELS)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-9)
+    (found,), (wanted,) = (torch.autograd.grad(each, [learner.host.vectors]) for each in (loss, expected))
+    assert wanted.abs().max() > 1e-4
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -7,16 +7,20 @@ import pytest
 import torch
 from clip_reference import (
     NAMES,
+    RESNET,
+    TEXT,
     clip_model,
     cross_entropy,
     image_features,
     images,
     lively_,
     prompt_features,
+    raw_text_feature,
     text_feature,
     tokenizer,
     transport_plan,
 )
+from open_clip import CLIP
 
 from visionpeft.clip.learners import PLOT, ProDA
 from visionpeft.clip.learners.plot import transport
@@ -130,15 +134,59 @@ def test_plot_learns_with_a_small_epsilon():
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=2e-2 * wanted.abs().max().item())
 
 
-def test_parts_of_a_resnet_are_what_its_attention_pool_gives():
-    clip = clip_model("resnet")
+def resnet_of_four_places():
+    """A ResNet whose last grid has 2 x 2 places, for images of 64 pixels, with lively weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = CLIP(64, RESNET | {"image_size": 64}, TEXT)
+        with torch.no_grad():
+            for parameter in clip.parameters():
+                parameter.add_(0.08 * torch.randn(parameter.shape))
+            for module in clip.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.running_mean.normal_(0, 0.1)
+    return clip.eval().double()
+
+
+def attention_pool_by_hand(pool, grid):
+    """What every place, and their mean before them, gives (batch, 1 + places, e) of a grid (batch, D, 2, 2)."""
+    x = torch.stack([grid[:, :, i, j] for i in range(2) for j in range(2)], 1)
+    x = torch.cat((x.mean(1, keepdim=True), x), 1) + pool.positional_embedding
+    q, k, v = (x @ part.weight.T + part.bias for part in (pool.q_proj, pool.k_proj, pool.v_proj))
+    size = x.shape[2] // pool.num_heads
+    heads = []
+    for i in range(pool.num_heads):
+        part = slice(i * size, (i + 1) * size)
+        weights = torch.softmax(q[..., part] @ k[..., part].mT / size**0.5, -1)
+        heads.append(weights @ v[..., part])
+    return torch.cat(heads, -1) @ pool.c_proj.weight.T + pool.c_proj.bias
+
+
+def test_plot_matches_the_places_of_a_resnet_that_its_attention_pool_gives():
+    """As published: all outputs of the pool, of which the first is the image's own and no part."""
+    clip = resnet_of_four_places()
+    visual, pictures = clip.visual, images(size=64)
     with torch.no_grad():
-        found = with_local_features(clip, images())
-        torch.testing.assert_close(found[:, 0], clip.encode_image(images()), rtol=0, atol=1e-11)
-    assert found.shape == (3, 2, 64)  # the last grid of 32 pixels is one place
-    assert (found[:, 1] - found[:, 0]).abs().max() > 1e-3
-    learner = lively_(PLOT(clip, tokenizer(), NAMES, context_length=4))
-    assert learner.loss(images(), LABELS)[0].isfinite()
+        grid = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pictures)))))
+        outputs = attention_pool_by_hand(visual.attnpool, grid)
+        torch.testing.assert_close(outputs[:, 0], clip.encode_image(pictures), rtol=0, atol=1e-10)
+        torch.testing.assert_close(with_local_features(clip, pictures), outputs, rtol=0, atol=1e-10)
+    assert outputs.shape == (3, 5, 64)
+    torch.manual_seed(0)
+    learner = lively_(PLOT(clip, tokenizer(), NAMES, num_contexts=2, context_length=4, pooled=True))
+    whole, f = unit_rows(outputs[:, 0]), unit_rows(outputs[:, 1:])
+    raw = torch.stack([prompt_features(clip, NAMES, context, feature=raw_text_feature) for context in learner.vectors])
+    t, scale = unit_rows(raw), clip.logit_scale.detach().exp()
+    matched = [[(transport_plan((s := own @ t[:, k].T).detach()) * s).sum() for k in range(4)] for own in f]
+    expected = scale * (torch.stack([torch.stack(row) for row in matched]) + whole @ unit_rows(raw.mean(0)).T)
+    loss, logits = learner.loss(pictures, LABELS)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    (found,) = torch.autograd.grad(loss, learner.vectors)
+    (wanted,) = torch.autograd.grad(cross_entropy(expected, LABELS), learner.vectors)
+    assert wanted.abs().max() > 1e-3
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    kept, _ = learner.loss(None, LABELS, learner.image_features(pictures))
+    torch.testing.assert_close(kept, loss, rtol=0, atol=1e-12)
 
 
 def small_proda():

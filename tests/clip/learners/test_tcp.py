@@ -14,6 +14,7 @@ from clip_reference import (
     plain_features,
     prompt_features,
     scaled,
+    text_feature,
     tokenizer,
 )
 
@@ -37,12 +38,17 @@ def tcp(clip=None, **options):
     return lively_(TCP(clip or plain(), tokenizer(), NAMES, template=TEMPLATE, **({"layer": 1} | options)))
 
 
-def by_hand(learner, names=NAMES):
-    """Unit text features (classes, e) and those of the template, one text at a time."""
+def class_tokens(learner, names):
+    """P (classes, 4, d), and the unit text features (classes, e) of the template."""
     z = plain_features(learner.clip, [TEMPLATE.format(name.replace("_", " ")) for name in names]).detach()
     (w1, b1), (w2, b2) = ((learner.meta_net[i].weight, learner.meta_net[i].bias) for i in (0, 2))
     h = z @ w1.T + b1
-    p = ((h / (1 + torch.exp(-1.702 * h))) @ w2.T + b2).reshape(len(names), 4, 32)
+    return ((h / (1 + torch.exp(-1.702 * h))) @ w2.T + b2).reshape(len(names), 4, 32), z
+
+
+def by_hand(learner, names=NAMES):
+    """Unit text features (classes, e) and those of the template, one text at a time."""
+    p, z = class_tokens(learner, names)
     return prompt_features(learner.clip, names, learner.vectors, overwritten=(learner.layer, p)), z
 
 
@@ -139,7 +145,27 @@ def test_what_overwrites_decides_and_the_context_only_through_other_tokens():
         assert (learner.encode_text() - zeros).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("words", ["{}, a type of pet.", "person doing {}.", "{} texture"])
+def test_other_words_after_the_context(words, tmp_path):
+    """As the authors have for each data set: they stay, and only the context is overwritten."""
+    learner = tcp(words=words).eval()
+    p, _ = class_tokens(learner, NAMES)
+    rows = []
+    for name, own in zip(NAMES, p, strict=True):
+        ids = tokenizer()(["X X X X " + words.format(name.replace("_", " "))])[0]
+        embedded = plain().token_embedding.weight[ids]
+        embedded = torch.cat((embedded[:1], learner.vectors, embedded[5:]))
+        rows.append(text_feature(plain(), embedded, int(ids.argmax()), (learner.layer, own)))
+    with torch.no_grad():
+        torch.testing.assert_close(learner.text_features(), torch.stack(rows), rtol=0, atol=1e-10)
+        assert (learner.text_features() - by_hand(learner)[0]).abs().max() > 1e-2
+        save_learner(learner, tmp_path)
+        loaded = load_learner(tmp_path, clip_model(), tokenizer())
+        assert torch.equal(loaded(images()), learner(images()))
+
+
 REFUSED = {
+    "words": ({"words": "a pet"}, "words 'a pet' must hold {} exactly once"),
     "weight": ({"weight": -1}, "finite number that is not negative"),
     "layer": ({"layer": 3}, "1 to 2, not 3"),
     "no vectors": ({"context_length": 0}, "integer of at least 1"),

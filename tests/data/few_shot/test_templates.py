@@ -3,6 +3,7 @@
 import open_clip
 import pytest
 
+from visionpeft.clip import learners
 from visionpeft.clip.templates import check_templates, template_sets, templates
 from visionpeft.data import dataset_template
 from visionpeft.data.few_shot.definitions import few_shot_class_names, few_shot_datasets, find_few_shot
@@ -79,6 +80,7 @@ def test_named_sets():
         "promptsrc_60": 60,
         "simple_7": 7,
         "tip_7": 7,
+        "task_res_8": 8,
     }
     assert templates("photo") == ["a photo of a {}."]
     for name, functions in (
@@ -88,6 +90,7 @@ def test_named_sets():
     ):
         assert [template.format("cat") for template in templates(name)] == [function("cat") for function in functions]
     assert templates("tip_7")[0] == "itap of a {}."
+    assert templates("task_res_8") == [*templates("tip_7"), "a photo of a {}."]
     assert all(check_templates(members) == tuple(members) for members in template_sets().values())
     assert check_templates("tip_7") == tuple(templates("tip_7"))
 
@@ -107,6 +110,34 @@ def test_dataset_templates():
         assert (dataset_template(key), dataset_template(key, "prograd")) == expected.get(key, plain)
     assert dataset_template("dtd", "kgcoop") == "a photo of a {}, a type of texture."
     assert dataset_template("food101", "kgcoop") == "a photo of {}, a type of food."
+
+
+# What learners' authors take for a data set where it is another than the zero-shot template.
+OF_LEARNERS = {
+    ("LPPlusPlus", "TipAdapter"): {"imagenet": "tip_7"},
+    ("CLAP", "TaskRes"): {"imagenet": "task_res_8"},
+    ("TDA",): {
+        **dict.fromkeys(["imagenet", "imagenetv2", "imagenet_a", "caltech101", "stanford_cars", "sun397"], "tip_7"),
+        **dict.fromkeys(["imagenet_r", "imagenet_sketch"], "openai_imagenet_80"),
+    },
+    ("TCP",): {
+        "dtd": "a photo of a {}, a type of texture.",
+        "fgvc_aircraft": "a photo of an aircraft {}.",
+        "food101": "a photo of a {}, a type of food.",
+    },
+    ("KgCoOp",): {"dtd": "a photo of a {}, a type of texture."},
+    ("ProGrad", "ProVP"): {key: dataset_template(key, "prograd") for key in SIZES},
+    ("CLIPAdapter", "ZeroShot", "RPO", "PromptSRC"): {},
+}
+
+
+@pytest.mark.parametrize("names", OF_LEARNERS)
+@pytest.mark.parametrize("key", SIZES)
+def test_each_learner_reads_what_its_authors_read(names, key):
+    for name in names:
+        style = getattr(learners, name).template_style
+        assert dataset_template(key, style) == OF_LEARNERS[names].get(key, dataset_template(key))
+        assert check_templates(dataset_template(key, style))
 
 
 def test_aliases():

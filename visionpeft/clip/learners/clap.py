@@ -32,7 +32,7 @@ class CLAP(TemplateTexts):
         class_names: names of the classes.
         constrained: hold the classifier near zero-shot; call `fit_features` before training.
         template: one template or several for the texts, with {} for the class name; None is the data set's own in a
-            run, and "a photo of a {}." otherwise.
+            run, "task_res_8" for ImageNet, and "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
 
     Raises:
@@ -41,6 +41,7 @@ class CLAP(TemplateTexts):
 
     class_bound = True
     features_suffice = True
+    template_style = "task_res"
 
     def __init__(
         self,

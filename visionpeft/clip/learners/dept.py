@@ -25,8 +25,9 @@ class DePT(Learner):
 
         h(f) = V (a_v f + b_v) + c,   h(t) = V (a_t t + b_t) + c,
 
-    with vectors a, b (features,) and V (classes, features). Loss = (1 - weight) * that of the host + weight * the mean
-    cross-entropy of h(f) and of h(t_y) over the images of a batch, with the text feature of each image's label.
+    with vectors a, b (features,) and V (classes, features). Loss = (1 - weight) * the host's cross-entropy + weight *
+    the mean cross-entropy of h(f) and of h(t_y) over the images of a batch, with the text feature of each image's
+    label; what holds the texts of KgCoOp is added whole, as in the authors' code, where its weight is 2 instead of 8.
     Trained classes, all of them or some, in any order, are told by (1 - weight) * logits of the host + weight * h(f);
     where one of the names was not trained, all are told by the host alone. With weight 0 it is the host. a = 1 and
     b = 0 at the start; V and c start as `nn.Linear` does.
@@ -176,8 +177,8 @@ class DePT(Learner):
         own = texts.expand(len(labels), -1, -1)[torch.arange(len(labels), device=texts.device), labels]
         both = torch.cat((self.second_head(features, self.on_images), self.second_head(own, self.on_texts)))
         second = F.cross_entropy(both, labels.repeat(2))
-        first = F.cross_entropy(similar, labels) + host.text_penalty(unit(texts)[0])
-        return (1 - self.weight) * first + self.weight * second, self._mixed(similar, features)
+        loss = (1 - self.weight) * F.cross_entropy(similar, labels) + self.weight * second
+        return loss + host.text_penalty(unit(texts)[0]), self._mixed(similar, features)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Those of the second head, which the authors train at 6.5 times the rate of the prompts."""

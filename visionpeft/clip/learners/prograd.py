@@ -34,8 +34,8 @@ class ProGrad(Learner):
     accumulated, the gradient of each is projected by itself. Trainable: M d, with text width d.
     Source: Zhu et al., Prompt-aligned Gradient for Prompt Tuning, 2023. The authors' code counts words where it means
     tokens: of "a type of pet, a photo of a", 8 words and 9 tokens for the comma, it learns the first 8 after 8 zeros,
-    and a fixed "a" stays before the name (Pets, Flowers102, Aircraft and Food101). `layout="published"` does the same;
-    by default all 9 are learned after 7 zeros. Templates without punctuation are one in both.
+    and a fixed "a" stays before the name (Pets, Flowers102 and Aircraft; on Food101 a fixed "of"). `layout="published"`
+    does the same; by default all 9 are learned after 7 zeros. Templates without punctuation are one in both.
 
     Args:
         clip: an OpenCLIP model.

@@ -29,7 +29,8 @@ class ProVP(TemplateTexts):
     Trainable on L image blocks of width D: L * num_tokens * D; 147,456 on ViT-B/16 for 16 prompts.
     Source: Xu et al., Progressive Visual Prompt Learning with Contrastive Feature Re-formation, 2023. In the authors'
     code, four prompts or fewer never enter and overwrite patches from block 1 on; the weight of the second term is
-    always 1; and its cosines have no temperature (1 here), so that it is nearly flat.
+    always 1; its cosines have no temperature (1 here), so that it is nearly flat; and prompts start as those of a ViT
+    with patches of 14 pixels, within 0.067 instead of 0.0625.
 
     Args:
         clip: an OpenCLIP model whose image tower is a transformer. It gets an adapter named "provp".
@@ -40,7 +41,7 @@ class ProVP(TemplateTexts):
         weight: weight of the second term; 0 leaves it out.
         temperature: of the second term; None for that of the CLIP.
         template: one template or several for the texts, with {} for the class name; None is the data set's own in a
-            run, and "a photo of a {}." otherwise.
+            run, the one with the name last that ProGrad has, and "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
 
     Raises:
@@ -51,6 +52,7 @@ class ProVP(TemplateTexts):
     frozen_images = False
     adapter_name = "provp"
     compares_pairs = True
+    template_style = "prograd"
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ class TaskRes(TemplateTexts):
         class_names: names of the classes.
         strength: weight of the residual; the authors take 0.5, and 1 for Flowers102.
         template: one template or several for the texts, with {} for the class name; None is the data set's own in a
-            run, and "a photo of a {}." otherwise.
+            run, "task_res_8" for ImageNet, and "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
 
     Raises:
@@ -37,6 +37,7 @@ class TaskRes(TemplateTexts):
     """
 
     class_bound = True
+    template_style = "task_res"
 
     def __init__(
         self,

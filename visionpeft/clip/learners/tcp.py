@@ -7,11 +7,11 @@ import torch
 import torch.nn as nn
 from open_clip.transformer import QuickGELU
 
-from visionpeft.clip.layout import Tokens
-from visionpeft.clip.learners.coop import check_context_length, context_prompts, initial_context
+from visionpeft.clip.layout import Tokens, slots
+from visionpeft.clip.learners.coop import check_context_length, initial_context
 from visionpeft.clip.near_templates import NearTemplates
 from visionpeft.clip.packing import OwnTokens
-from visionpeft.clip.templates import PHOTO
+from visionpeft.clip.templates import PHOTO, fill
 from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError
 
@@ -19,7 +19,8 @@ from visionpeft.errors import ConfigurationError
 class TCP(NearTemplates):
     """CoOp whose learned tokens are overwritten, before a later text block, by tokens made of each class's own text.
 
-    The prompt is [SOS] v_1 .. v_M name . [EOS]. Before block `layer` the M tokens after the start are overwritten by
+    The prompt is [SOS] v_1 .. v_M name . [EOS], or has other `words`. Before block `layer` the M tokens after the start
+    are overwritten by
 
         P_k = W_2 phi(W_1 z_k + b_1) + b_2  as M vectors,  phi(x) = x sigmoid(1.702 x),
 
@@ -31,7 +32,9 @@ class TCP(NearTemplates):
     with M = 4.
     Source: Yao et al., TCP: Textual-based Class-aware Prompt Tuning for Vision-Language Models, 2024. The authors' code
     reads a weight with which P_k would be mixed in, and then replaces it by 1, as here; its Adam needs eps=1e-3 in half
-    precision, which is set outside of it.
+    precision, which is set outside of it. It has words of its own for each data set: "{}, a type of pet." for Pets,
+    and so on for Flowers102, Aircraft (aircraft) and Food101 (food), "{} texture." for DTD, "{}, a type of car" for
+    Cars, "person doing {}." for UCF101, and "{}." for the others.
 
     Args:
         clip: an OpenCLIP model.
@@ -44,11 +47,14 @@ class TCP(NearTemplates):
         template: one template or several for z_k, with {} for the class name; None is the data set's own in a run, and
             "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
+        words: what stands after the context, with {} for the class name.
 
     Raises:
         ConfigurationError: a weight that is negative or not finite, a layer that is no index of a text block after
-            the first, a context longer than `init`, or a prompt longer than the text tower reads.
+            the first, words without {}, a context longer than `init`, or a prompt longer than the text tower reads.
     """
+
+    template_style = "tcp"
 
     def __init__(
         self,
@@ -61,13 +67,16 @@ class TCP(NearTemplates):
         weight: float = 8.0,
         template: str | list[str] | None = None,
         allow_duplicates: bool = False,
+        words: str = "{}.",
     ):
+        if words.count("{}") != 1:
+            raise ConfigurationError(f"words {words!r} must hold {{}} exactly once, where the class name goes")
         if not 0 <= weight < math.inf:
             raise ConfigurationError(f"weight must be a finite number that is not negative, but is {weight}")
         if context_length is not None:
             check_context_length(context_length)
         options = {"context_length": context_length, "init": init, "layer": layer}
-        options |= {"weight": weight, "template": template}
+        options |= {"weight": weight, "template": template, "words": words}
         super().__init__(
             clip,
             tokenizer,
@@ -83,7 +92,7 @@ class TCP(NearTemplates):
             raise ConfigurationError(
                 f"layer must be the index of a text block after the first, 1 to {last}, not {self.layer!r}"
             )
-        self.weight = weight
+        self.weight, self.words = weight, words
         vectors = initial_context(self, context_length, init, default=4)
         self.context_length = len(vectors)
         self.set_class_names(class_names)
@@ -94,8 +103,9 @@ class TCP(NearTemplates):
         ).to(vectors)
 
     def prompts(self, names: Sequence[str]) -> list[Tokens]:
-        """[v_1 .. v_M, name, "."]."""
-        return context_prompts(self.tokenizer, names, self.context_length)
+        """[v_1 .. v_M, the words with the name]."""
+        context = slots(self.context_length)
+        return [(*context, *own) for own in self.tokenizer.following(fill(self.words, name) for name in names)]
 
     def class_tokens(self) -> torch.Tensor:
         """P (classes, vectors, width)."""

@@ -51,8 +51,8 @@ class TDA(TemplateTexts):
         probability_window: low and high, between which its probability of a class is one to vote against.
         selection: share of the views that is chosen; at least one is.
         published: in a run take what the authors chose for the data set where alpha or beta is not given.
-        template: one template or several for the texts, with {} for the class name; None is the data set's own in a
-            run, and "a photo of a {}." otherwise.
+        template: one template or several for the texts, with {} for the class name; None is what the authors take for
+            the data set in a run, often "tip_7", and "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
 
     Raises:
@@ -62,6 +62,7 @@ class TDA(TemplateTexts):
     by_gradient = False
     adapts_while_testing = True
     online = True
+    template_style = "tda"
 
     def __init__(
         self,

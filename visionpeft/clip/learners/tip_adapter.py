@@ -44,7 +44,7 @@ class TipAdapter(TemplateTexts):
         max_alpha: end of the grid of alpha, which starts at 0.1 and leaves the end out; None likewise, ImageNet's 3.
         max_beta: end of the grid of beta, which starts at 0.1 and leaves the end out; None likewise, ImageNet's 7.
         template: one template or several for the texts, with {} for the class name; None is the data set's own in a
-            run, and "a photo of a {}." otherwise.
+            run, "tip_7" for ImageNet, and "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
         cache_views: augmentations of each training image whose mean is cached in a run, unless the data shows a fixed
             number of views, which are cached then.
@@ -55,6 +55,7 @@ class TipAdapter(TemplateTexts):
 
     class_bound = True
     fits_raw_features = True
+    template_style = "tip_adapter"
 
     def __init__(
         self,

@@ -20,7 +20,8 @@ class TPS(FromViews):
     differentiated. Labels are never used; nothing is trained. Images of a batch do not see each other. Tuned: classes *
     e, with e features.
     Source: Sui et al., Just Shift It: Test-Time Prototype Shifting for Zero-Shot Generalization with Vision-Language
-    Models, 2024.
+    Models, 2024. With the authors' one step it is theirs; in further ones their code chooses the views anew, and decays
+    x.
 
     The learner takes views (batch, views, 3, height, width), view 0 being plain. For images it draws the other views
     itself as `TPT` does.

@@ -26,9 +26,10 @@ class TwoStageFewShot(InTwoStages, TunedCLIP):
     they are. Before any step it is zero-shot CLIP. In stage 2 image features do not change, and can be kept.
     How the method starts says the method; the classifier is not used in stage 1. Trainable: that of the method +
     classes * e, with e features; on ViT-B/16 65,536 with the LayerNorms, + 51,200 for 100 classes.
-    Source: Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, 2025. That rows are
-    brought to length 1 again is our reading: so they are comparable with the texts of new names. Stages change between
-    epochs here, with one optimiser and one schedule for both.
+    Source: Farina et al., Rethinking Few-Shot Adaptation of Vision-Language Models in Two Stages, 2025. Stages change
+    between epochs here, with one optimiser and one schedule for both; theirs are by steps, and each has its own
+    optimiser and its own cosine. In their code the norms before the first and after the last block of a tower are
+    frozen again after they were chosen, which leaves 61,440 of ViT-B/16; here all are trained, as they say.
 
     Args:
         clip: an OpenCLIP model. It gets an adapter named "two_stage_few_shot".

@@ -142,7 +142,7 @@ class FewShot(ImageDataModule):
         """The template that a learner of this style takes for this data set: the one given, if one was.
 
         Args:
-            style: "zero_shot", "prograd" or "kgcoop"; see `dataset_template`.
+            style: such as "zero_shot" or "kgcoop"; see `dataset_template`.
         """
         key = str(self.images.about["task"])
         return self.template if self.own_template or key in OWN else dataset_template(key, style)
