@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import operator
 import threading
 
 import pytest
 import timm
 import torch
+from lightning.fabric import Fabric
 from torch.optim.swa_utils import AveragedModel
 
 import visionpeft as vp
@@ -51,6 +53,33 @@ def test_compiled_models(tmp_path):
     vp.unmerge(compiled)
     assert torch.equal(model(IMAGES), expected)
     vp.detach(compiled)
+    assert torch.equal(model(IMAGES), build()(IMAGES))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_model_that_fabric_has_set_up(tmp_path, precision):
+    """Fabric's module passes on the attributes of the model in it, `peft` and `head` among them."""
+    model, fabric = adapted(), Fabric(accelerator="cpu", devices=1, precision=precision)
+    before, expected = vp.trainable_parameters(model), model(IMAGES)
+    module, optimizer = fabric.setup(model, torch.optim.SGD(before, lr=0.1))
+    assert all(map(operator.is_, vp.trainable_parameters(module), before))
+    assert str(vp.summary(module)) == str(vp.summary(model))
+    with vp.use(module, None):
+        assert torch.allclose(module(IMAGES), build()(IMAGES), atol=0.1)
+    with torch.no_grad(), vp.route(module, ["default", None]):
+        assert torch.allclose(module(IMAGES)[0], expected[0], atol=0.1)
+    fabric.backward(module(IMAGES).square().sum() + vp.penalty(module))
+    optimizer.step()
+    vp.after_step(module, 1, 1)
+    vp.save(module, tmp_path / "adapter")
+    other = build()
+    vp.load(other, tmp_path / "adapter")
+    assert torch.equal(other(IMAGES), model(IMAGES))
+    assert not torch.equal(other(IMAGES), expected)
+    assert vp.merge(module) is module
+    vp.unmerge(module)
+    assert torch.equal(other(IMAGES), model(IMAGES))
+    assert vp.detach(module) is module
     assert torch.equal(model(IMAGES), build()(IMAGES))
 
 

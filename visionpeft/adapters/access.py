@@ -1,4 +1,4 @@
-"""How the functions of this package come to a model: through what `torch.compile` has put around it, and in turns.
+"""How the functions of this package come to a model: through what `torch.compile` or others put around it, in turns.
 
 Switching adapters changes the classes of the model's modules. So within `use`, and while a function of ours changes a
 model, a thread has it alone, and others that ask for it wait. Routes change nothing: any number of threads are within
@@ -85,9 +85,17 @@ _GUARD = threading.Lock()
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model that `torch.compile(model)` gave a compiled form of; any other model itself."""
+    """The model that `torch.compile(model)` gave a compiled form of; any other model itself.
+
+    And the model whose attributes something around it passes on as its own, as Lightning Fabric's `setup` does: what is
+    called `peft` and `head` there is not in one place, so that each would be looked for in the wrong one.
+    """
     while isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
         model = inner
+    for name in ("peft", "merged_peft") if isinstance(model, nn.Module) else ():
+        if isinstance(adapters := getattr(model, name, None), nn.Module):
+            kept = ((part, (part._modules | vars(part)).get(name)) for part in model.modules())
+            return next((part for part, own in kept if own is adapters), model)
     return model
 
 
