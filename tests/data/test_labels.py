@@ -75,6 +75,7 @@ class TestSeveral:
             (["0;2", "1"], {"class_names": ["cat", "dog"]}, "label '2' is out of range; class_names allows 0 to 1"),
             (["cat;0", "1"], {}, "label 0 is an integer while other labels are names"),
             (["cat", "cat", ""], {}, "at least two classes"),
+            (["0;1;1", "1;0;1"], {}, "needs the names or indices of the labels that apply, not a 0 or 1 for each"),
             (["", ""], {}, "at least two classes"),
             (["cat", "dog"], {"class_names": ["cat", "dog", "ant"]}, "class 'ant' has no image in the train split"),
             (["cat", "dog"], {"separator": " "}, "must be a visible character"),
@@ -84,7 +85,7 @@ class TestSeveral:
         with pytest.raises((DataError, ConfigurationError), match=said):
             ImageList(listed(tmp_path, labels), labels="several", **options)
 
-    @pytest.mark.parametrize("label", [None, 0.5, True, ["cat", None], {"cat": 1}, ["cat", 0.5]])
+    @pytest.mark.parametrize("label", [None, 0.5, True, ["cat", None], {"cat": 1}, ["cat", 0.5], [0, 0]])
     def test_json_that_is_no_label(self, label, tmp_path):
         with pytest.raises(DataError, match=r"entry 2: image 'images/1.png' needs"):
             ImageList(listed(tmp_path, ["cat;dog", label], "a.json"), labels="several")

@@ -255,6 +255,11 @@ class TestImageList:
             (("", "cat"), "line 8 has no image path"),
             (("images/9.png", "7"), "line 8: label 7 is an integer while other labels are names"),
             (("images/0.png", "cat"), r"line 8: image 'images/0\.png' has label 'cat' here and 'bird' in .*line 2$"),
+            (
+                ("./images//0.png", "cat"),
+                r"line 8: image '\./images//0\.png' has label 'cat' here and 'bird' in .*line 2$",
+            ),
+            (("./images/6.png", "bird"), r"test\.csv line 2: image 'images/6\.png' is also in the train split"),
             (("images/6.png", "bird"), r"test\.csv line 2: image 'images/6\.png' is also in the train split"),
         ],
     )
@@ -270,6 +275,7 @@ class TestImageList:
             ("a.csv", "", r"a\.csv must start with a header naming path and label, found 'nothing'"),
             ("a.csv", "file,label\nx.png,1\n", "found 'file,label'"),
             ("a.csv", "path,label\n", "holds no images"),
+            ("a.csv", "path,label,label\nx.png,1,2\n", r"a\.csv has 2 columns label; leave the one that is meant"),
             ("a.txt", "x.png 1", r"must be a \.csv file .* or a \.json file"),
             ("a.json", "{", "is not valid JSON"),
             ("a.json", "3", "must be an object or a list, found int"),

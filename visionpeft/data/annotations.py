@@ -92,6 +92,11 @@ def _read_csv(file: Path, read: Read) -> list[Row]:
     if not {"path", "label"} <= set(columns):
         found = ",".join(columns) or "nothing"
         raise DataError(f"image list {file} must start with a header naming path and label, found '{found}'")
+    for column in ("path", "label"):
+        if columns.count(column) > 1:
+            raise DataError(
+                f"image list {file} has {columns.count(column)} columns {column}; leave the one that is meant"
+            )
     for number, entry in entries:
         if any(cell.strip() for cell in entry.get(None, ())):
             raise DataError(

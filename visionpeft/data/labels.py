@@ -64,14 +64,19 @@ def one_class_of_an_image(label: object) -> int | str:
 
 
 def several(label: object, separator: str) -> tuple[int | str, ...]:
-    """Labels of an array, or of a text in which the separator stands between them, each once; none of an empty one."""
+    """Labels of an array, or of a text in which the separator stands between them, each once; none of an empty one.
+
+    Zeros and ones for all labels that there are would be read as the labels 0 and 1; they show by coming repeatedly.
+    """
     parts = label.split(separator) if isinstance(label, str) else label
     if isinstance(parts, int) and not isinstance(parts, bool):
         parts = [parts]
     if not isinstance(parts, list):
         raise ValueError(f"needs labels separated by '{separator}' or an array of them")
-    parts = [part for part in parts if not (isinstance(part, str) and not part.strip())]
-    return tuple(sorted({one_class(part) for part in parts}, key=lambda part: (isinstance(part, str), part)))
+    found = [one_class(part) for part in parts if not (isinstance(part, str) and not part.strip())]
+    if len(set(found)) < len(found) and set(found) <= {0, 1}:
+        raise ValueError("needs the names or indices of the labels that apply, not a 0 or 1 for each that there is")
+    return tuple(sorted(set(found), key=lambda part: (isinstance(part, str), part)))
 
 
 def number(label: object) -> float:

@@ -156,14 +156,14 @@ def path_inside(root: Path, path: str, where: str, kind: str = "image") -> Path:
 
 
 def without_duplicates(rows: Iterable[Row], kind: str = "image") -> list[Row]:
-    """Rows with repeated lines kept once, in order.
+    """Rows with repeated lines kept once, in order; `./a.png` is `a.png`.
 
     Raises:
         DataError: one image has two labels.
     """
     first: dict[str, Row] = {}
     for row in rows:
-        earlier = first.setdefault(row.path, row)
+        earlier = first.setdefault(os.path.normpath(row.path), row)
         if earlier.label != row.label:
             raise DataError(
                 f"{row.where}: {kind} '{row.path}' has label '{in_words(row.label)}' here and "
@@ -177,8 +177,8 @@ def check_disjoint(splits: dict[str, list[Row]], kind: str = "image") -> None:
     seen: dict[str, str] = {}
     for split, rows in splits.items():
         for row in rows:
-            if seen.setdefault(row.path, split) != split:
-                raise DataError(f"{row.where}: {kind} '{row.path}' is also in the {seen[row.path]} split")
+            if (other := seen.setdefault(os.path.normpath(row.path), split)) != split:
+                raise DataError(f"{row.where}: {kind} '{row.path}' is also in the {other} split")
 
 
 @dataclass

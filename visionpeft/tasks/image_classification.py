@@ -20,6 +20,7 @@ from visionpeft.methods.parts.by_task import for_tasks
 from visionpeft.models.create import create_backbone
 from visionpeft.sites.tasks_of_rows import rows_of, tasks_of_rows
 from visionpeft.tasks.adapted_task import AdaptedTask
+from visionpeft.tasks.batches import images_of
 from visionpeft.tasks.heads import Head, HeadInit, replace_head
 from visionpeft.tasks.objective import Loss, Weights
 from visionpeft.tasks.objectives import Asymmetry, build_objective
@@ -172,7 +173,7 @@ class ImageClassification(AdaptedTask):
         """
         if self.tasks is None:
             return super().predict_step(batch, batch_idx)
-        images = batch[0] if isinstance(batch, list | tuple) else batch
+        images = images_of(batch)
         rows = rows_of(tuple(self.tasks), images, type(self).__name__)
         return self.objective.answers(self.objective.among_own(self(images).float(), rows))
 
@@ -221,6 +222,10 @@ class ImageClassification(AdaptedTask):
 
     def training_loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and logits; mixed images are judged by their mixed labels."""
+        if self.mix is not None and labels.is_floating_point():
+            raise ConfigurationError(
+                "labels are probabilities, as those of images that are mixed already; set mixup and cutmix to 0"
+            )
         odd = len(images) % 2  # timm mixes in pairs; an odd last batch stays as it is
         if self.mix is None or (odd and super().loss_weight(labels) is None):
             return super().training_loss(images, labels)

@@ -16,6 +16,7 @@ from visionpeft.models.create import create_dense_backbone
 from visionpeft.models.object_detector import ObjectDetector
 from visionpeft.tasks.adapted_task import AdaptedTask
 from visionpeft.tasks.average_precision import AveragePrecision, evaluation
+from visionpeft.tasks.batches import images_and_labels, images_of
 from visionpeft.tasks.detection_objective import ObjectsOfImage
 from visionpeft.tasks.fixed_sizes import check_measured_sizes
 from visionpeft.tasks.optimisation import Optimisation
@@ -134,7 +135,7 @@ class ObjectDetection(AdaptedTask):
 
     def loss_of_shown(self, model: nn.Module, batch: tuple[Tensor, list[dict]]) -> Tensor:
         """Loss of a batch, as methods see it that choose by the data."""
-        images, labels = batch
+        images, labels, _ = images_and_labels(batch)
         return self.objective.loss(self.model.losses(images, self._to_learn(labels)), labels)
 
     def _to_learn(self, targets: list[dict]) -> list[dict[str, Tensor]]:
@@ -142,7 +143,7 @@ class ObjectDetection(AdaptedTask):
         return [{name: target[name] for name in names} for target in targets]
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, list[dict]]) -> list[dict[str, Tensor]]:
-        images, targets = batch
+        images, targets, _ = images_and_labels(batch)
         losses, found = self.model.measure(
             images, self._to_learn(targets), [tuple(target["size"]) for target in targets]
         )
@@ -154,7 +155,7 @@ class ObjectDetection(AdaptedTask):
 
     def predict_step(self, batch, batch_idx: int) -> list[dict[str, Tensor]]:
         """What is found in each image of a batch, in its pixels."""
-        return self(batch[0] if isinstance(batch, list | tuple) else batch)
+        return self(images_of(batch))
 
     def on_validation_epoch_start(self) -> None:
         """Begin to measure."""

@@ -73,6 +73,14 @@ class Objective:
             ConfigurationError: weights that cannot be computed from them.
         """
 
+    def read(self, labels: Tensor, images: int) -> Tensor:
+        """The labels of so many images, of whatever loader, as `loss` takes them.
+
+        Raises:
+            DataError: they are no such labels.
+        """
+        return labels
+
     @abstractmethod
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of a training batch, of logits (batch, outputs) in float32."""

@@ -15,7 +15,7 @@ from torchmetrics.classification import (
 )
 
 from visionpeft.data.labels import Labels, class_counts, moments
-from visionpeft.errors import ConfigurationError, StorageError
+from visionpeft.errors import ConfigurationError, DataError, StorageError
 from visionpeft.tasks.objective import Loss, Objective, Shown, Weights, beside, checked
 
 LOSSES: dict[Labels, tuple[Loss, ...]] = {
@@ -54,6 +54,9 @@ class Asymmetry:
 class OneClass(Objective):
     """One class of K: cross-entropy.
 
+    Labels may also be probabilities, as those of images that a loader has mixed (torchvision's CutMix and MixUp). Such
+    an image counts as one of its most probable class when accuracy is measured.
+
     Args:
         num_classes: K.
         label_smoothing: probability mass spread evenly over all classes.
@@ -65,6 +68,7 @@ class OneClass(Objective):
     loss_name = "cross_entropy"
     monitor = "top1"
     shown = Shown("top1", "top-1", "top-1 accuracy", percentage=True)
+    takes_probabilities = True
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0, weights: Weights = None):
         if num_classes < 2:
@@ -86,14 +90,33 @@ class OneClass(Objective):
             )
         self.weights = [sum(counts) / (len(counts) * count) for count in counts]
 
+    def read(self, labels: Tensor, images: int) -> Tensor:
+        """Class indices int64 (batch,), or probabilities float32 (batch, classes)."""
+        if self.takes_probabilities and _fits(labels, (images, self.outputs)) and labels.is_floating_point():
+            return labels.float()
+        if not _fits(labels, (images,)) or labels.is_floating_point() or labels.dtype == torch.bool:
+            more = f", or probabilities ({images}, {self.outputs})" if self.takes_probabilities else ""
+            raise _unlike(labels, f"class indices, whole numbers ({images},){more}")
+        # Another device would be waited for; the loss ends there with an error of its own.
+        if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.outputs:
+            wrong = labels[(labels < 0) | (labels >= self.outputs)][0]
+            raise DataError(
+                f"a batch has the label {int(wrong)}, and the {self.outputs} classes are 0 to {self.outputs - 1}; "
+                "leave out images without a class"
+            )
+        return labels.long()
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy; `labels` are class indices (batch,)."""
+        """Cross-entropy; `labels` are class indices (batch,) or probabilities (batch, classes)."""
         weights = beside(logits, self.given, self.weights, "class_weights")
         return F.cross_entropy(logits, labels, weight=weights, label_smoothing=self.label_smoothing)
 
     def loss_weight(self, labels: Tensor) -> Tensor | None:
         """The sum of the weights of a batch's images, if they have any."""
-        return None if self.given is None else labels.new_tensor(self.weights, dtype=torch.float32)[labels].sum()
+        # By probabilities, as by mixed labels, the sum is divided by the number of images.
+        if self.given is None or labels.is_floating_point():
+            return None
+        return labels.new_tensor(self.weights, dtype=torch.float32)[labels].sum()
 
     def mixed_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy with probabilities (batch, classes), which are smoothed already."""
@@ -111,6 +134,10 @@ class OneClass(Objective):
         if self.outputs > 5:
             found["top5"] = MulticlassAccuracy(self.outputs, top_k=5, average="micro", validate_args=False)
         return found
+
+    def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch; of probabilities the most probable class is the right one."""
+        metric.update(logits, labels.argmax(dim=-1) if labels.is_floating_point() else labels)
 
     def answers(self, logits: Tensor) -> Tensor:
         """Class probabilities (batch, classes)."""
@@ -165,6 +192,12 @@ class SeveralLabels(Objective):
                 )
         self.weights = [(total - count) / count for count in counts]
 
+    def read(self, labels: Tensor, images: int) -> Tensor:
+        """Zeros and ones (batch, labels), or shares between them."""
+        if not _fits(labels, (images, self.outputs)):
+            raise _unlike(labels, f"zeros and ones ({images}, {self.outputs})")
+        return labels
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss; `labels` are zeros and ones (batch, labels)."""
         return self._loss(logits, labels, beside(logits, self.given, self.weights, "positive_weights"))
@@ -200,7 +233,7 @@ class SeveralLabels(Objective):
 
     def measure(self, metric: Metric, logits: Tensor, labels: Tensor) -> None:
         """Add a batch."""
-        metric.update(logits.sigmoid(), labels.long())
+        metric.update(logits.sigmoid(), (labels >= 0.5).long())  # of mixed images the larger share counts
 
     def answers(self, logits: Tensor) -> Tensor:
         """The probability of each label (batch, labels)."""
@@ -255,6 +288,12 @@ class Number(Objective):
         """Take mean and standard deviation."""
         self.scale = moments(labels)
 
+    def read(self, labels: Tensor, images: int) -> Tensor:
+        """Numbers (batch,)."""
+        if not _fits(labels, (images,)):  # (batch, 1) would be compared with every output of the batch
+            raise _unlike(labels, f"numbers ({images},)")
+        return labels
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of the standardised numbers; `labels` (batch,) are in their own unit."""
         mean, deviation = self.mean_and_deviation
@@ -300,6 +339,15 @@ class Number(Objective):
     def load_description(self, description: dict) -> None:
         """Take mean and deviation of an adapter."""
         self.scale = description["mean"], description["deviation"]
+
+
+def _fits(labels: object, shape: tuple[int, ...]) -> bool:
+    return isinstance(labels, Tensor) and tuple(labels.shape) == shape
+
+
+def _unlike(labels: object, needed: str) -> DataError:
+    found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+    return DataError(f"labels of a batch must be {needed}, and these are {found}; let the loader give them so")
 
 
 def build_objective(

@@ -17,6 +17,7 @@ from visionpeft.errors import ConfigurationError, did_you_mean
 from visionpeft.models.create_clip import create_clip
 from visionpeft.models.open_vocabulary import Attention, OpenVocabulary
 from visionpeft.models.windows import check_windows, predict_masks
+from visionpeft.tasks.batches import images_and_labels, images_of
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.segmentation_objective import ClassOfPixels
 from visionpeft.tasks.task import ImageTask
@@ -154,7 +155,7 @@ class OpenVocabularySegmentation(ImageTask):
         )
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
+        images, labels, _ = images_and_labels(batch)
         size = tuple(labels.shape[-2:])
         found = predict_masks(self.model, images, window=self.window, stride=self.stride, size=size)
         for name, metric in metrics.items():
@@ -166,8 +167,7 @@ class OpenVocabularySegmentation(ImageTask):
 
     def predict_step(self, batch, batch_idx: int) -> Tensor:
         """Class indices (batch, height, width) of the images of a batch."""
-        images = batch[0] if isinstance(batch, list | tuple) else batch
-        return predict_masks(self.model, images, window=self.window, stride=self.stride)
+        return predict_masks(self.model, images_of(batch), window=self.window, stride=self.stride)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """None."""

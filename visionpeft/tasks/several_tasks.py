@@ -58,6 +58,7 @@ class OneClassOfTask(OneClass):
     """
 
     monitor = "mean_top1"
+    takes_probabilities = False
     shown = Shown("mean_top1", "mean top-1", "mean top-1 accuracy of the tasks", percentage=True)
 
     def __init__(self, tasks: Mapping[str, int], label_smoothing: float = 0.0):

@@ -17,6 +17,7 @@ from visionpeft.data import ImageDataModule, VideoDataModule
 from visionpeft.data.dataset import Part
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.averaging import average_trained_only
+from visionpeft.tasks.batches import images_and_labels, images_of
 from visionpeft.tasks.callbacks import check_callbacks, check_resuming, finish_training, stop_as_before
 from visionpeft.tasks.checkpointing import check_trained, complete_copies, keep_trained
 from visionpeft.tasks.divergence import Divergence
@@ -227,11 +228,13 @@ class ImageTask(pl.LightningModule):
 
         Raises:
             DivergedError: the loss is not finite, or that of an earlier step since the device was last read.
+            DataError: the batch is no pair of images and labels, or these are none of those that are learnt.
         """
-        images, labels, *part = batch
+        images, labels, part = images_and_labels(batch)
+        labels = self.objective.read(labels, len(images))
         with self.of_tasks(labels):
             measured, logits = self.training_loss(images, labels)
-            share, samples = self._share_of_step(labels, *part)
+            share, samples = self._share_of_step(labels, part)
             loss = measured if share is None else measured * (share * self.trainer.world_size)
             loss = loss + self.penalty()
         self.divergence.note(loss, self.global_step)
@@ -272,11 +275,11 @@ class ImageTask(pl.LightningModule):
 
     def predict_step(self, batch, batch_idx: int) -> Tensor:
         """Class probabilities (batch, classes), those of several labels (batch, labels), or numbers (batch,)."""
-        images = batch[0] if isinstance(batch, list | tuple) else batch
-        return self.objective.answers(self(images).float())
+        return self.objective.answers(self(images_of(batch)).float())
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
+        images, labels, _ = images_and_labels(batch)
+        labels = self.objective.read(labels, len(images))
         with self.of_tasks(labels):
             logits = self.objective.judged(self(images).float(), labels)
         self._measure(metrics, self.objective.measured_loss(logits, labels), logits, labels)

@@ -173,6 +173,14 @@ def used(folder):
         data.sources["train"].objects(index)
 
 
+@pytest.mark.parametrize("size", [(0, 0), (None, None), (12.0, 8.0), (-1, -1), (12, None)])
+def test_a_size_that_the_file_does_not_say_is_that_of_the_image(tmp_path, size):
+    """Programs write 0 for what they did not look at; every box would be outside."""
+    entry = {"id": 40, "file_name": "a.png", "width": size[0], "height": size[1]}
+    data = read(written(tmp_path, changed(images=[entry, *CONTENT["images"][1:]])))
+    assert data.sources["train"].objects(0).boxes[0].tolist() == [2, 1, 6, 5]
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -202,6 +210,7 @@ def used(folder):
          "c.png does not exist"),
         (changed(images=[{**CONTENT["images"][0], "width": 8, "height": 12}, *CONTENT["images"][1:]]),
          "a.png has 12 x 8 pixels .*train.json says 8 x 12"),
+        (changed(annotations=CONTENT["annotations"][3:4]), "all 1 objects of .*train.json are crowds .iscrowd 1."),
         (changed(annotations=[]), "none of the 3 images of the train split has an object"),
     ],
 )  # fmt: skip

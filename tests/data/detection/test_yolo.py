@@ -66,6 +66,20 @@ def test_boxes_in_a_photograph_that_lies_on_its_side(tmp_path):
     assert np.allclose(source.objects(0).boxes, [[8, 3, 12, 7]])
 
 
+def test_keypoints_are_no_polygon(tmp_path):
+    """12 keypoints of x, y make 28 values, an even number: with the box they would be 14 points."""
+    points = " ".join(["0.9", "0.1"] * 12)
+    data = YoloFolder(
+        written(tmp_path, f"4 0.5 0.5 0.2 0.4 {points}\n" + BOX.replace("4 ", "2 ", 1), kpt_shape=[12, 2])
+    )
+    assert np.allclose(data.sources["train"].objects(0).boxes, [[8, 3, 12, 7]] * 2)
+    assert "train: 1 boxes have keypoints, which are not read" in data.images.notes
+    with pytest.raises(vp.DataError, match="is a box, and masks need polygons"):
+        YoloFolder(tmp_path, masks=True)
+    with pytest.raises(vp.DataError, match=r"kpt_shape 12, which is not \[number of keypoints, 2 or 3\]"):
+        YoloFolder(written(tmp_path / "other", BOX, kpt_shape=12))
+
+
 def test_masks_are_those_of_polygons(tmp_path):
     data = YoloFolder(written(tmp_path, "4 0.2 0.3 0.5 0.3 0.5 0.8 0.2 0.8\n" + TRIANGLE), masks=True)
     objects = data.sources["train"].objects(0)

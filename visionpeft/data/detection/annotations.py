@@ -150,9 +150,9 @@ def annotated(content: dict, path: Path, images: Path, class_names: Sequence[str
 
 
 def _size(entry: dict, image: Path) -> tuple[int, int]:
-    """Width and height as the file says, or as the image has them if it does not."""
-    width, height = entry.get("width"), entry.get("height")
-    return (width, height) if isinstance(width, int) and isinstance(height, int) else size_of_image(image)
+    """Width and height as the file says, or as the image has them if it does not, or says 0."""
+    size = entry.get("width"), entry.get("height")
+    return size if all(isinstance(side, int) and side > 0 for side in size) else size_of_image(image)
 
 
 def _annotation(entry: dict, name: str, label: int, size: tuple[int, int], masks: bool) -> Annotation | None:

@@ -65,6 +65,12 @@ class CocoDetection(DetectionDataModule):
         for split, path in files.items():
             folder = _images(root, path, images)
             found[split] = annotated(contents.pop(split), path, folder, names, masks)
+        for split, each in found.items():
+            if each.crowds and not any(each.numbers):
+                raise DataError(
+                    f"all {each.crowds} objects of {files[split]} are crowds (iscrowd 1), which are not learnt and "
+                    "count nowhere; give those that are single objects the iscrowd 0"
+                )
         sources = {split: _source(each, masks) for split, each in found.items()}
         check_apart(sources)
         if not 0 <= val_fraction < 1:

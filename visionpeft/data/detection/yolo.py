@@ -28,11 +28,11 @@ class YoloFolder(DetectionDataModule):
     them, or a text file with a path a line; relative to its "path", or to its own folder. The labels of
     .../images/a.jpg are lines in .../labels/a.txt: class, then the centre x, y, width and height of a box, or x, y, x,
     y, ... of a polygon of three points or more, as shares of the image's width and height. A file may have lines of
-    both. An image without such a file, or with an empty one, has no objects; how many have none is in the record.
+    both. Where the yaml has a "kpt_shape", lines are a box and keypoints, of which the box is read. An image without
+    such a file, or with an empty one, has no objects; how many have none is in the record.
 
     Boxes are cut where they reach beyond the image. Lines that come twice count once, boxes without extent not at all;
-    both are counted. Without "test" there is no
-    test split: train with --test false, or name one.
+    both are counted. Without "test" there is no test split: train with --test false, or name one.
 
     Args:
         root: the data.yaml, or a folder that holds it.
@@ -52,10 +52,11 @@ class YoloFolder(DetectionDataModule):
                 f"{path} says nc: {content['nc']}, but names {len(names)} classes ({', '.join(names)}); correct one of "
                 "the two"
             )
+        keypoints = _keypoints(content.get("kpt_shape"), path)
         sources, notes = {}, []
         for split in ("train", "val", "test"):
             if content.get(split):
-                source, of_split = _source(content[split], content.get("path"), path, numbers, masks, split)
+                source, of_split = _source(content[split], content.get("path"), path, numbers, masks, split, keypoints)
                 sources[split] = source
                 notes += of_split
         if "train" not in sources:
@@ -105,15 +106,30 @@ def _names(given: object, path: Path) -> tuple[list[str], list[int]]:
     return class_list([str(name) for name in names]), numbers
 
 
+def _keypoints(shape: object, path: Path) -> int:
+    """How many values of keypoints follow each box: number of points times 2 (x, y) or 3 (and whether it is seen)."""
+    if shape is None:
+        return 0
+    if not isinstance(shape, list) or len(shape) != 2 or not all(isinstance(each, int) for each in shape):
+        raise DataError(f"{path} has the kpt_shape {shape!r}, which is not [number of keypoints, 2 or 3]")
+    return shape[0] * shape[1]
+
+
 def _source(
-    given: str | list[str], base: str | None, path: Path, numbers: Sequence[int], masks: bool, split: str
+    given: str | list[str],
+    base: str | None,
+    path: Path,
+    numbers: Sequence[int],
+    masks: bool,
+    split: str,
+    keypoints: int,
 ) -> tuple[ObjectFiles, list[str]]:
     """The images of a split, and remarks."""
     images = _images(given, base, path)
     readers, counts, found = [], [], Counter()
     for image in images:
         labels = _labels_of(image)
-        lines = _lines(labels, numbers, masks, found)
+        lines = _lines(labels, numbers, masks, found, keypoints)
         readers.append(partial(_objects, image, lines))
         counts.append(len(lines))
     if not any(counts):
@@ -123,6 +139,7 @@ def _source(
         "without": "images have no file of labels, and so no objects",
         "twice": "lines that come twice count once",
         "empty": "boxes and polygons without extent are left out",
+        "keypoints": "boxes have keypoints, which are not read",
     }
     notes = [f"{split}: {found[key]} {told}" for key, told in remarks.items() if found[key]]
     return ObjectFiles(images, readers, masks, counts), notes
@@ -172,7 +189,7 @@ def _labels_of(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _lines(file: Path, numbers: Sequence[int], masks: bool, found: Counter) -> list[Line]:
+def _lines(file: Path, numbers: Sequence[int], masks: bool, found: Counter, keypoints: int = 0) -> list[Line]:
     """The boxes and polygons of a file; what is left out is counted in `found`."""
     if not file.is_file():
         found["without"] += 1
@@ -182,7 +199,11 @@ def _lines(file: Path, numbers: Sequence[int], masks: bool, found: Counter) -> l
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
-        read = _line(line, f"{file}, line {number}", numbers, masks)
+        words = line.split()
+        if keypoints and len(words) == 5 + keypoints:  # otherwise they may look like the points of a polygon
+            words = words[:5]
+            found["keypoints"] += 1
+        read = _line(words, f"{file}, line {number}", numbers, masks)
         xs, ys = read[1][::2], read[1][1::2]
         if max(xs) - min(xs) <= 0 or max(ys) - min(ys) <= 0:
             found["empty"] += 1
@@ -200,11 +221,11 @@ def _text_of(file: Path, name: str) -> str:
         raise DataError(f"{name} cannot be read as text in UTF-8 ({error})") from error
 
 
-def _line(line: str, name: str, numbers: Sequence[int], masks: bool) -> Line:
+def _line(words: Sequence[str], name: str, numbers: Sequence[int], masks: bool) -> Line:
     try:
-        values = [float(word) for word in line.split()]
+        values = [float(word) for word in words]
     except ValueError:
-        raise DataError(f"{name} holds {line.strip()!r}, which are not all numbers") from None
+        raise DataError(f"{name} holds {' '.join(words)!r}, which are not all numbers") from None
     label, places = values[0], values[1:]
     if label not in numbers:
         known = f"{numbers[0]} to {numbers[-1]}"
