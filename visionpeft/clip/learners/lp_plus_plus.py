@@ -19,15 +19,16 @@ FIRST_STRENGTH = 250
 class LPPlusPlus(TemplateTexts):
     """A linear probe that also weighs zero-shot CLIP, class by class: logits_k = f w_k + b_k + a_k f t_k.
 
-    f and t_k are unit features; there is no scale. `fit_features` starts w_k at the mean feature of class k, b at zero
-    and every a at 250 times the mean over the classes of the mean of f t_k over the images of class k. Then come
-    `steps` steps over all n training images at once: w and b by SGD with momentum 0.9 and the rate 4 n / (largest
+    f and t_k are unit features; there is no scale. `fit_features` starts w_k at the sum of the features of class k, b
+    at zero and every a at 250 times the mean over the classes of the mean of f t_k over the images of class k. Then
+    come `steps` steps over all n training images at once: w and b by SGD with momentum 0.9 and the rate 4 n / (largest
     eigenvalue of F^T F), a after every tenth step by a plain gradient step of the rate n / (4 max_k sum_i (f_i t_k)^2).
     Where there is a validation split, the last of the steps that classify it best is kept, as by the authors, otherwise
     the last one of all.
     No optimiser of a run is needed. Learnt: classes * (e + 2), with e features.
     Source: Huang et al., LP++: A Surprisingly Strong Linear Probe for Few-Shot CLIP, 2024. The authors' code never
     clears the gradient of a, so that each of its steps adds all gradients so far; here it is cleared, as in the paper.
+    It has b start as `nn.Linear` does, at random within 1 / sqrt(e).
 
     Args:
         clip: an OpenCLIP model.
@@ -35,7 +36,7 @@ class LPPlusPlus(TemplateTexts):
         class_names: names of the classes.
         steps: of the solver.
         template: one template or several for the texts, with {} for the class name; None is the data set's own in a
-            run, and "a photo of a {}." otherwise.
+            run, "tip_7" for ImageNet, and "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
 
     Raises:
@@ -44,6 +45,7 @@ class LPPlusPlus(TemplateTexts):
 
     class_bound = True
     by_gradient = False
+    template_style = "tip_adapter"
 
     def __init__(
         self,
@@ -100,7 +102,7 @@ class LPPlusPlus(TemplateTexts):
             The step that was kept and, if it was chosen, its accuracy on the validation split.
 
         Raises:
-            ConfigurationError: a class without training images, whose mean feature does not exist; a validation split
+            ConfigurationError: a class without training images, of which nothing can be learnt; a validation split
                 without images, or a label that no class has.
         """
         check_splits(self, train, validation)
@@ -110,7 +112,7 @@ class LPPlusPlus(TemplateTexts):
             classes = len(self.class_names)
             if int(torch.bincount(labels, minlength=classes).min()) == 0:
                 raise ConfigurationError(
-                    f"LP++ starts from the mean feature of each class; it needs training images of all its {classes} "
+                    f"LP++ starts from the features of each class; it needs training images of all its {classes} "
                     f"classes, with labels 0 to {classes - 1}"
                 )
             solution, record = self._solve(features, labels, held_out)
@@ -131,7 +133,7 @@ class LPPlusPlus(TemplateTexts):
         responses = features @ texts.T
         counts = torch.bincount(labels, minlength=len(texts)).to(features.dtype)
         one_hot = F.one_hot(labels, len(texts)).to(features.dtype)
-        weight = one_hot.T @ features / counts[:, None]
+        weight = one_hot.T @ features  # sums, and not means: the authors took the division out
         bias = torch.zeros_like(counts)
         own = (one_hot * responses).sum(dim=0) / counts
         strength = torch.full_like(counts, FIRST_STRENGTH) * own.mean()
