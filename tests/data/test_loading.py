@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from data_layouts import SMALL, truncate, write_class_folders, write_image
+from PIL import Image
 
-from visionpeft.data import ImageFolder, VTAB1k
+from visionpeft.data import ImageDataModule, ImageFolder, VTAB1k
 from visionpeft.data.module import CACHE_BYTES
 from visionpeft.data.ordering import mix, permutation, subset
+from visionpeft.data.records import ImageSet
 from visionpeft.errors import ConfigurationError, DataError
 
 
@@ -266,3 +268,62 @@ def test_each_image_is_used_once_an_epoch(tmp_path):
         means = sorted(image.mean().item() for image in epoch_of(loader, epoch))
         assert len(means) == 11
         assert all(low < high for low, high in pairwise(means))
+
+
+class Arrays:
+    """A source that is not of this package, as MedMNIST's arrays make one."""
+
+    def __init__(self, pixels, labels):
+        self.pixels, self.labels = pixels, labels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def image(self, index):
+        return Image.fromarray(self.pixels[index])
+
+    def name(self, index):
+        return f"number {index}"
+
+
+def module_of(pixels, labels, **options):
+    about = {"dataset": "Arrays", "task": "arrays", "trained_on": "train", "selected_on": None}
+    data = ImageDataModule(ImageSet({"train": Arrays(pixels, labels)}, ["a", "b"], about), batch_size=4, **options)
+    data.preprocessing = SMALL
+    data.setup()
+    return data
+
+
+COLOURS = np.zeros((6, 9, 9, 3), np.uint8)
+TWO = np.arange(6) % 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("kind", "mode"), [(np.uint8, "L"), (np.uint16, "I;16")])
+def test_gray_images_of_another_source_are_told(kind, mode, workers):
+    data = module_of(np.zeros((6, 9, 9), kind), TWO, num_workers=workers)
+    with pytest.raises(DataError, match=rf"image number \d is a Pillow image of mode {mode}, and Arrays.image must"):
+        next(iter(data.train_dataloader()))
+    images, labels = next(iter(module_of(COLOURS, TWO.astype(np.uint8)).train_dataloader()))
+    assert images.shape == (4, 3, 16, 16)
+    assert set(labels.tolist()) <= {0, 1}
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        TWO[:, None],
+        TWO + 1,
+        TWO - 1,
+        TWO.astype(float),
+        torch.tensor(TWO),
+        np.array(["a", "b"])[TWO],
+        [0, 1, 2, 0, 1, 0],
+    ],
+    ids=["column", "from 1", "from -1", "fractions", "tensors", "names", "beyond"],
+)
+def test_labels_of_another_source_are_class_indices(labels):
+    with pytest.raises(
+        DataError, match=r"the train split has the label .*; .*class indices, whole numbers from 0 to 1"
+    ):
+        module_of(COLOURS, labels)

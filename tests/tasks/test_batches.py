@@ -112,6 +112,30 @@ def test_batches_that_are_no_pairs(batch, told, tmp_path):
             step(batch, 0)
 
 
+def test_patches_with_their_places(tmp_path):
+    """As timm's NaFlex loader gives them, images of other sizes in each batch."""
+    images = torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([[row, column] for row in range(2) for column in range(3)]).expand(3, -1, -1)
+    patches = torch.nn.functional.unfold(images, 16, stride=16).transpose(1, 2)  # channels first in each patch
+    patches = patches.unflatten(2, (3, 256)).transpose(2, 3).flatten(2)  # and last
+    inputs = {
+        "patches": patches,
+        "patch_coord": places,
+        "patch_valid": torch.ones(3, 6, dtype=torch.bool),
+        "seq_len": 6,
+    }
+    labels = torch.tensor([0, 4, 6])
+    size = {"depth": 1, "embed_dim": 64, "num_heads": 2}
+    task = make(backbone="naflexvit_base_patch16_gap", backbone_kwargs=size)
+    measured = trainer(tmp_path)
+    (found,) = measured.test(task, DataLoader([(inputs, labels)], batch_size=None), verbose=False)
+    with torch.no_grad():
+        expected = F.cross_entropy(task.eval()(images), labels).item()
+    assert found["test/loss"] == pytest.approx(expected, abs=1e-5)
+    measured.fit(task, DataLoader([(inputs, labels)], batch_size=None))
+    assert images_of([inputs]) is inputs
+
+
 def test_batches_that_are():
     assert images_and_labels([IMAGES, LABELS]) == (IMAGES, LABELS, None)
     assert images_and_labels((IMAGES, LABELS, Part(2, 4)))[2] == Part(2, 4)

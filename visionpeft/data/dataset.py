@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from visionpeft.caching.named_images import Batch
 from visionpeft.data.ordering import EpochSampler
-from visionpeft.data.records import Source
+from visionpeft.data.records import Source, rgb_of
 from visionpeft.errors import ConfigurationError, DataError
 
 
@@ -144,7 +144,7 @@ class ImageDataset(LabelledDataset):
             return self.prepared[index]
         # Before the file is read: one that is changed meanwhile will have another stamp when it is read again.
         stamp = self._stamp(index)
-        image = self.transform.prepare(self.source.image(index))
+        image = self.transform.prepare(rgb_of(self.source, index))
         if image.nbytes <= self.free_bytes:
             self.free_bytes -= image.nbytes
             self.prepared[index] = image, stamp

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path, PurePath
 from typing import Protocol
 
@@ -41,6 +42,24 @@ def size_of(source: Source | Sequence) -> int | None:
         return len(source)
     except TypeError:
         return None
+
+
+def rgb_of(source: Source, index: int) -> Image.Image:
+    """An image of a source, which may be anybody's.
+
+    Raises:
+        DataError: it is not RGB.
+    """
+    image = source.image(index)
+    if not isinstance(image, Image.Image) or image.mode != "RGB":
+        found = (
+            f"a Pillow image of mode {image.mode}" if isinstance(image, Image.Image) else f"a {type(image).__name__}"
+        )
+        raise DataError(
+            f"image {source.name(index)} is {found}, and {type(source).__name__}.image must give Pillow images of mode "
+            "RGB: add .convert('RGB'), after scaling what has more than 8 bits"
+        )
+    return image
 
 
 @dataclass(frozen=True)
@@ -207,8 +226,9 @@ class ImageSet:
         """Check that there is something to learn, and that what is scored can be learnt.
 
         Raises:
-            DataError: an empty split, fewer than two classes, or, where there is a train split, a class without a
-                training image; a split in which no image has any of several labels, or all have the same number.
+            DataError: an empty split, fewer than two classes, a label that is no class index, or, where there is a
+                train split, a class without a training image; a split in which no image has any of several labels, or
+                all have the same number.
         """
         names = self.class_names
         for split, source in self.sources.items():
@@ -220,10 +240,7 @@ class ImageSet:
             return
         if len(names) < 2:
             raise DataError(f"a data set needs at least two classes, found {len(names)}: {', '.join(names)}")
-        present = {
-            split: {part for label in set(source.labels) for part in parts_of(label)}
-            for split, source in self.sources.items()
-        }
+        present = {split: self._classes_in(source.labels, split) for split, source in self.sources.items()}
         for split, found in present.items():
             if not found:
                 raise DataError(f"no {self.kind} of the {split} split has a label; of these nothing can be measured")
@@ -239,3 +256,17 @@ class ImageSet:
         missing = sorted(set(range(len(names))) - trained)
         if missing:
             raise DataError(f"class '{names[missing[0]]}' has no {self.kind} in the train split")
+
+    def _classes_in(self, labels: Iterable, split: str) -> set[int]:
+        """The classes that labels name."""
+        found = set()
+        for label in labels:
+            for part in parts_of(label):
+                if not isinstance(part, Integral) or not 0 <= part < len(self.class_names):
+                    form = "tuples of class indices" if self.labels == "several" else "class indices"
+                    raise DataError(
+                        f"the {split} split has the label {label!r}; labels {self.labels!r} are {form}, whole numbers "
+                        f"from 0 to {len(self.class_names) - 1}"
+                    )
+                found.add(int(part))
+        return found

@@ -29,7 +29,7 @@ from visionpeft.methods.parts.base import describe_method
 from visionpeft.sharing.trained_model import learnt_objective
 from visionpeft.tasks.allocating import allocate_alone, allocate_together
 from visionpeft.tasks.averaging import copy_again
-from visionpeft.tasks.batches import images_and_labels
+from visionpeft.tasks.batches import images_and_labels, number_of
 from visionpeft.tasks.compiling import check_device, compile_in_place, in_one_sentence, not_compiled
 from visionpeft.tasks.objective import Objective
 from visionpeft.tasks.objectives import OneClass
@@ -293,7 +293,7 @@ class AdaptedTask(ImageTask):
     def loss_of_shown(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean loss of a batch, as methods see it that choose by the data."""
         images, labels, _ = images_and_labels(batch)
-        labels = self.objective.read(labels, len(images))
+        labels = self.objective.read(labels, number_of(images))
         with self.of_tasks(labels):
             return self.objective.measured_loss(self(images).float(), labels)
 

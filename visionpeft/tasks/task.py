@@ -17,7 +17,7 @@ from visionpeft.data import ImageDataModule, VideoDataModule
 from visionpeft.data.dataset import Part
 from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.averaging import average_trained_only
-from visionpeft.tasks.batches import images_and_labels, images_of
+from visionpeft.tasks.batches import images_and_labels, images_of, number_of
 from visionpeft.tasks.callbacks import check_callbacks, check_resuming, finish_training, stop_as_before
 from visionpeft.tasks.checkpointing import check_trained, complete_copies, keep_trained
 from visionpeft.tasks.divergence import Divergence
@@ -231,7 +231,7 @@ class ImageTask(pl.LightningModule):
             DataError: the batch is no pair of images and labels, or these are none of those that are learnt.
         """
         images, labels, part = images_and_labels(batch)
-        labels = self.objective.read(labels, len(images))
+        labels = self.objective.read(labels, number_of(images))
         with self.of_tasks(labels):
             measured, logits = self.training_loss(images, labels)
             share, samples = self._share_of_step(labels, part)
@@ -279,7 +279,7 @@ class ImageTask(pl.LightningModule):
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels, _ = images_and_labels(batch)
-        labels = self.objective.read(labels, len(images))
+        labels = self.objective.read(labels, number_of(images))
         with self.of_tasks(labels):
             logits = self.objective.judged(self(images).float(), labels)
         self._measure(metrics, self.objective.measured_loss(logits, labels), logits, labels)

@@ -118,6 +118,20 @@ def test_damaged_and_odd_files_are_named(tmp_path):
         reader.read(path)
 
 
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_numbers_that_are_turned_to_be_shown_are_refused(tmp_path, mode):
+    """Read by Pillow, the two classes of booleans that tifffile has written would have changed places."""
+    image = Image.fromarray(np.array([[0, 255], [255, 255]], np.uint8)).convert(mode)
+    reader = MaskReader(["ground", "road"], values={0: "ground", 1: "road", 255: "road"})
+    image.save(tmp_path / "shown.tif")
+    assert reader.read(tmp_path / "shown.tif").tolist() == [[0, 1], [1, 1]]
+    image.save(tmp_path / "turned.tif", tiffinfo={262: 0})  # white is 0
+    with pytest.raises(DataError, match=r"turned\.tif stores white as 0"):
+        reader.read(tmp_path / "turned.tif")
+    shown = MaskReader(["ground", "road"], colours={"ground": [0, 0, 0], "road": [255, 255, 255]})
+    assert shown.read(tmp_path / "shown.tif").tolist() == [[0, 1], [1, 1]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,6 +5,7 @@ import torch
 from visionpeft.data.dataset import LabelledDataset
 from visionpeft.data.detection.objects import ObjectSource
 from visionpeft.data.detection.transforms import ObjectTransform
+from visionpeft.data.records import rgb_of
 from visionpeft.errors import DataError
 
 
@@ -44,7 +45,7 @@ class ObjectDataset(LabelledDataset):
         return self.transform.normalise(torch.stack(images)), list(targets)
 
     def _pair(self, index: int, epoch: int) -> tuple[torch.Tensor, dict]:
-        image, objects = self.source.image(index), self.source.objects(index)
+        image, objects = rgb_of(self.source, index), self.source.objects(index)
         if self.trains:
             return self.transform.train(image, objects, self.seed, epoch, index)
         pixels, target = self.transform.measured(image, objects)

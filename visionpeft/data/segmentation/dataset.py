@@ -3,6 +3,7 @@
 import torch
 
 from visionpeft.data.dataset import LabelledDataset
+from visionpeft.data.records import rgb_of
 from visionpeft.data.segmentation.sources import MaskedSource
 from visionpeft.data.segmentation.transforms import MaskedTransform
 from visionpeft.errors import DataError
@@ -42,7 +43,7 @@ class MaskedDataset(LabelledDataset):
         return self.transform.normalise(torch.stack(images)), torch.stack(masks)
 
     def _pair(self, index: int, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        image, mask = self.source.image(index), self.source.mask(index)
+        image, mask = rgb_of(self.source, index), self.source.mask(index)
         if self.trains:
             return self.transform.train(image, mask, self.seed, epoch, index)
         return self.transform.measure(image), torch.from_numpy(mask.copy())

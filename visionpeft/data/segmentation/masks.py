@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from visionpeft.data.images import LEAVE_OUT, opened
+from visionpeft.data.images import LEAVE_OUT, PHOTOMETRIC, WHITE_IS_ZERO, opened
 from visionpeft.errors import ConfigurationError, DataError, did_you_mean
 
 IGNORED = -1  # of pixels that count nowhere, whatever value they have in a file
@@ -70,6 +70,7 @@ class MaskReader:
             raise DataError(f"mask file {path} does not exist")
         try:
             with opened(path) as file, Image.open(file) as image:
+                self._check_numbers(image, path)
                 image.load()
                 # upright as its image is read, where a program has copied the flag of the camera into the mask
                 pixels = self._pixels(ImageOps.exif_transpose(image), path)
@@ -79,6 +80,14 @@ class MaskReader:
             reason = "not an image Pillow can read" if isinstance(error, Image.UnidentifiedImageError) else str(error)
             raise DataError(f"mask file {path} cannot be read ({reason}); {LEAVE_OUT}") from error
         return self._classes(pixels, path)
+
+    def _check_numbers(self, image: Image.Image, path: Path) -> None:
+        """Refuse a TIFF whose numbers Pillow turns, as few programs mean it that write masks: tifffile of booleans."""
+        if self.colours is None and image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            raise DataError(
+                f"mask {path} stores white as 0, so that its numbers are not those that are shown; save it as gray "
+                "levels of 8 bits in which black is 0"
+            )
 
     def _pixels(self, image: Image.Image, path: Path) -> np.ndarray:
         """The number of each pixel; of colours red * 65536 + green * 256 + blue."""
