@@ -33,7 +33,7 @@ for how in ({"fused": True}, {"foreach": True}):
         y.backward()
         print(how, "dy/dx =", x.grad.item())
     except RuntimeError as error:
-        print(how, str(error)[:91])
+        print(how, str(error)[:94])
 PYTHON
 )
 echo "$seen"

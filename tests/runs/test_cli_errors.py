@@ -83,6 +83,20 @@ CASES = {
         [*VPT, "--data", "FGVC"],
         "needs dataset and root; give --data.dataset ... --data.root",
     ),
+    "logger": ([*VPT, "--trainer.logger", "CsvLogger"], "no class 'CsvLogger'; did you mean CSVLogger"),
+    "callback": ([*VPT, "--trainer.callbacks+=EarlyStoping"], "no class 'EarlyStoping'; did you mean EarlyStopping?"),
+    "value of a callback": (
+        [*VPT, "--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks.logging_interval", "x"],
+        "option logging_interval takes one of step, epoch or null, not 'x'",
+    ),
+    "value that a callback refuses": (
+        [*VPT, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=a", "--trainer.callbacks.mode=up"],
+        "EarlyStopping: `mode` can be min, max, got up",
+    ),
+    "logger for a callback": (
+        [*VPT, "--trainer.callbacks+=CSVLogger"],
+        "no class 'CSVLogger'; it can be BackboneFinetuning, BaseFinetuning, ",
+    ),
     "callback without an option": (
         [*VPT, "--trainer.callbacks+=EarlyStopping"],
         "EarlyStopping needs monitor; give --trainer.callbacks.monitor ...",

@@ -20,7 +20,7 @@ from visionpeft.data.few_shot.definitions import is_embedded
 from visionpeft.errors import ConfigurationError, DataError, UserError
 from visionpeft.runs.carried import with_carried
 from visionpeft.runs.config_files import config_content
-from visionpeft.runs.explain import explain, missing_package, user_error
+from visionpeft.runs.explain import explain, missing_package, refused_when_built, user_error
 from visionpeft.runs.option_values import as_meant, refuse_nulls
 from visionpeft.runs.options import CONFIG, OPTIONS, PROGRAM, SEED, WHOLE_PAGE, named_options
 from visionpeft.runs.processes import check_devices, share_of_batch
@@ -46,7 +46,7 @@ CLASSES = [
     VideoClassification,
     *(
         value
-        for module in (learners, data, heads, methods)
+        for module in (learners, data, heads, methods, pl.callbacks, pl.loggers)
         for value in vars(module).values()
         if isinstance(value, type)
     ),
@@ -223,7 +223,7 @@ class CLI(LightningCLI):
             self._check_fractions(self.config_init.data)
             self.config_init.model.connect(self.config_init.data)
         except Exception as error:
-            meant = user_error(error) or missing_package(error)
+            meant = user_error(error) or missing_package(error) or refused_when_built(error)
             if meant is None:
                 raise
             raise self._placed(meant) from None

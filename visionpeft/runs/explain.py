@@ -8,7 +8,7 @@ from typing import get_args
 
 from jsonargparse import ArgumentParser
 
-from visionpeft.errors import ConfigurationError, UserError, did_you_mean
+from visionpeft.errors import ConfigurationError, UserError, did_you_mean, one_line
 from visionpeft.runs.options import unknown_option
 
 _NOT_ACCEPTED = re.compile(r"(?:Problem with given class_path '([\w.]+)':\s*)?Option '([\w.]+)' is not accepted")
@@ -32,6 +32,11 @@ _FACTORY = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _REQUIREMENT = re.compile(r"Problem with given class_path '([\w.]+)':\s*Requirement '([^']+)' not met", re.DOTALL)
+# What the base class said, as which an option of one callback of a list is tried, too.
+_AS_BASE = re.compile(
+    r"^ *- Problem with given class_path 'lightning\.Callback':\n *Option '[\w.]+' is not accepted\n", re.MULTILINE
+)
+_BUILT = re.compile(r"Does not validate against any of the Union subtypes\nSubtypes: \[[^\n]*\b(Logger|Callback)\b")
 _WORDS = {
     "int": "a whole number",
     "Batches": "a number of batches",
@@ -49,11 +54,13 @@ def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> st
     Args:
         message: what jsonargparse reports, nested over many lines.
         parser: the parser that refused.
-        classes: the classes a configuration can name: tasks, data modules and methods.
+        classes: the classes a configuration can name: tasks, data modules and methods, loggers and callbacks.
     """
     by_name = {cls.__name__: cls for cls in classes}
     # The arguments of a class that is built later are reported in another form than those of one built at once.
     message = _FACTORY.sub(r"\1Problem with given class_path '\3':\n\1  \2", message)
+    if "Problem with given class_path" in (without := _AS_BASE.sub("", message)):
+        message = without
     if match := _innermost(_NOT_ACCEPTED, message):
         return _unknown_option(match[1], match[2], parser, by_name)
     if match := _innermost(_GROUP, message):
@@ -63,7 +70,8 @@ def explain(message: str, parser: ArgumentParser, classes: Iterable[type]) -> st
     if match := _innermost(_UNRECOGNIZED, message):
         return _unknown_option(match[1], match[2], parser, by_name)
     if match := _innermost(_NO_CLASS, message):
-        if match[1] in by_name:  # to which "did you mean" itself would be no help
+        ours = match[1] in by_name and by_name[match[1]].__module__.partition(".")[0] != "lightning"
+        if ours:  # to which "did you mean" itself would be no help
             return (
                 f"there is no class {match[1]!r} that goes here; tasks go to --model, methods to --model.method, "
                 "learners to --model.learner and data to --data, and with --config NAME.yaml each has a help of its "
@@ -108,6 +116,15 @@ def missing_package(error: BaseException) -> ConfigurationError | None:
             f"'{requirement}', or leave it out"
         )
     return None
+
+
+def refused_when_built(error: BaseException) -> ConfigurationError | None:
+    """The error to show where a callback or logger refuses the values that it is built with."""
+    reason, text = error.__cause__, str(error)
+    if reason is None or not _BUILT.match(text):
+        return None
+    named = {path.rpartition(".")[2] for path in re.findall(r"class_path='([\w.]+)'", text)}
+    return ConfigurationError(f"{' or '.join(sorted(named)) or 'trainer'}: {one_line(reason)}")
 
 
 def _innermost(pattern: re.Pattern, message: str) -> re.Match | None:
