@@ -68,6 +68,8 @@ def test_probabilities_are_divided_by_the_number_of_images():
         ),
         ("classes", LABELS.float(), r"these are torch.float32 \(4,\)"),
         ("classes", F.one_hot(LABELS), r"these are torch.int64 \(4, 3\)"),
+        ("classes", torch.tensor([[0, 2, 0.3]] * 4), "4 x 3 numbers that are no probabilities"),
+        ("classes", torch.tensor([[1.5, -0.5, 0]] * 4), "4 x 3 numbers that are no probabilities"),
         ("classes", LABELS[:3], r"these are torch.int64 \(3,\)"),
         ("classes", LABELS + 1, "has the label 3, and the 3 classes are 0 to 2"),
         ("classes", LABELS - 100, "has the label -100"),

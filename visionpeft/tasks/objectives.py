@@ -18,6 +18,7 @@ from visionpeft.data.labels import Labels, class_counts, moments
 from visionpeft.errors import ConfigurationError, DataError, StorageError
 from visionpeft.tasks.objective import Loss, Objective, Shown, Weights, beside, checked
 
+ROUNDED = 0.02  # of a sum of probabilities in half precision
 LOSSES: dict[Labels, tuple[Loss, ...]] = {
     "classes": ("cross_entropy",),
     "several": ("bce", "asymmetric"),
@@ -93,7 +94,14 @@ class OneClass(Objective):
     def read(self, labels: Tensor, images: int) -> Tensor:
         """Class indices int64 (batch,), or probabilities float32 (batch, classes)."""
         if self.takes_probabilities and _fits(labels, (images, self.outputs)) and labels.is_floating_point():
-            return labels.float()
+            labels = labels.float()
+            # As below, only where nobody waits. Kornia's MixUp gives two classes and a share, three numbers, too.
+            if labels.device.type == "cpu" and ((labels < 0).any() or ((labels.sum(1) - 1).abs() > ROUNDED).any()):
+                raise DataError(
+                    f"labels of a batch are {images} x {self.outputs} numbers that are no probabilities: each image's "
+                    "must be from 0 to 1 and sum to 1"
+                )
+            return labels
         if not _fits(labels, (images,)) or labels.is_floating_point() or labels.dtype == torch.bool:
             more = f", or probabilities ({images}, {self.outputs})" if self.takes_probabilities else ""
             raise _unlike(labels, f"class indices, whole numbers ({images},){more}")
