@@ -13,6 +13,7 @@ from PIL import Image
 
 from visionpeft import fit
 from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.tasks import ImageTask
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
 BACKBONE = [
@@ -111,3 +112,17 @@ def history_of(run_directory: Path) -> list[dict]:
 def results(run_directory: Path) -> dict:
     """Its results.json."""
     return json.loads((run_directory / "results.json").read_text())
+
+
+@contextmanager
+def watched_steps():
+    """A list of what each training step in this context gets: its epoch, its learning rate and the sum of its batch."""
+    seen, step = [], ImageTask.training_step
+
+    def watched(self, batch, batch_idx):
+        rate = self.optimizers().param_groups[0]["lr"]
+        seen.append((self.current_epoch, round(rate, 9), round(batch[0].double().sum().item(), 3)))
+        return step(self, batch, batch_idx)
+
+    with mock.patch.object(ImageTask, "training_step", watched):
+        yield seen

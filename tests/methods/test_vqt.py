@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from conftest import HOSTS, distance, randomise
-from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import visionpeft as vp
 from visionpeft.errors import UnsupportedError
@@ -127,6 +127,21 @@ def test_pooled_features_alone_are_refused():
         model(IMAGES).square().sum().backward()  # computes the blocks again
     with pytest.raises(UnsupportedError, match="call the whole model"):
         model.forward_head(features)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_whole_model_is_checkpointed(reentrant):
+    """Its blocks and its head are computed again in the backward pass, where the head found nothing from the blocks."""
+    model = queried()
+    images = IMAGES.clone().requires_grad_()  # or a reentrant checkpoint would have no gradient at all
+    model(images).square().sum().backward()
+    expected = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    for _ in range(2):
+        model.zero_grad()
+        checkpoint(model, images, use_reentrant=reentrant).square().sum().backward()
+        found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(found[name], value, rtol=1e-10, atol=0) for name, value in expected.items())
 
 
 def test_a_model_that_does_not_pool_is_refused():

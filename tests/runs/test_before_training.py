@@ -100,6 +100,14 @@ def test_a_root_that_is_not_there_is_named(lists, capsys):
         (["--trainer.max_epochs", "0"], "max_epochs 0 leaves no epoch"),
         (["--trainer.check_val_every_n_epoch", "4"], "check_val_every_n_epoch 4 with 3 epochs"),
         (["--trainer.limit_val_batches", "0"], "limit_val_batches 0 leaves no epoch"),
+        (["--trainer.val_check_interval", "0"], "val_check_interval 0 is no interval of validation"),
+        (["--trainer.val_check_interval", "0.0"], "val_check_interval 0.0 is no interval of validation"),
+        (["--trainer.check_val_every_n_epoch", "0"], "check_val_every_n_epoch 0 is no interval of validation"),
+        (["--trainer.val_check_interval", "4"], "val_check_interval 4 is more than the 3 batches of an epoch"),
+        (
+            ["--trainer.val_check_interval", "3", "--trainer.limit_train_batches", "0.7"],
+            "val_check_interval 3 is more than the 2 batches of an epoch",
+        ),
         (["--trainer.limit_train_batches", "0"], "limit_train_batches 0 leaves nothing to train on"),
         (["--trainer.limit_test_batches", "0"], "limit_test_batches 0 leaves nothing to test"),
         (["--model.backbone_kwargs", "{img_size: 32, in_chans: 1}"], "does not take colour images of 32 x 32 pixels"),
@@ -121,6 +129,8 @@ def test_what_would_fail_later_is_refused_first(options, said, images, tmp_path,
         ["--model.head", "batchnorm_linear", "--data.batch_size", "6"],
         ["--data.batch_size", "5"],
         ["--trainer.limit_val_batches", "0", "--report", "last"],
+        ["--trainer.limit_val_batches", "0", "--report", "last", "--trainer.val_check_interval", "4"],
+        ["--trainer.val_check_interval", "3"],
     ],
 )
 def test_what_is_near_to_it_is_trained(options, images, tmp_path):

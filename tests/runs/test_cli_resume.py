@@ -9,7 +9,7 @@ from contextlib import chdir
 import pytest
 import torch
 from forked import start, wait
-from small_runs import arguments, configure, draw_images, results, run
+from small_runs import arguments, configure, draw_images, results, run, watched_steps
 
 from visionpeft import fit
 from visionpeft.runs.history import EpochHistory, read_history
@@ -48,6 +48,50 @@ def test_resumed_run_equals_uninterrupted(tmp_path, images, monkeypatch):
     assert fit.main(["--resume", str(part)]) == 0
     assert without_seconds(read_history(part / "metrics.csv")) == without_seconds(read_history(whole / "metrics.csv"))
     assert results(part)["test"] == results(whole)["test"]
+
+
+def test_a_training_that_ended_within_an_epoch_goes_on_there(tmp_path, images):
+    """Lightning 2.6.6 went on with the first images of the next epoch, left another epoch out, and at rate 0 at first.
+
+    So ends a training by --trainer.max_steps, by max_time and by early stopping.
+    """
+    with watched_steps() as whole:
+        run(tmp_path / "whole", images, epochs=3)
+    assert [epoch for epoch, *_ in whole] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    made = run(tmp_path / "part", images, "--trainer.max_steps", "5", "--report", "last", epochs=3)
+    assert results(made)["reported"] == "step 5, within epoch 2"
+    assert fit.main(["--resume", str(made)]) == 0  # it has ended: nothing changes
+    assert results(made)["reported"] == "step 5, within epoch 2"
+    with watched_steps() as rest:
+        assert fit.main(["--resume", str(made), "--trainer.max_steps", "-1"]) == 0
+    assert rest == whole[5:]
+    assert results(made)["reported"] == "last of 3 epochs"
+    history = read_history(made / "metrics.csv")
+    assert [(row["epoch"], row["step"]) for row in history] == [(0, 3), (1, 6), (2, 9)]
+    assert all(row["seconds"] < 60 for row in history)  # not those since the machine was started
+
+
+def test_a_training_that_goes_on_longer_begins_with_the_rates_of_the_longer_one(tmp_path, images):
+    """Its first step had the last rate of the training that had ended: 0."""
+    with watched_steps() as whole:
+        run(tmp_path / "whole", images, epochs=3)
+    made = run(tmp_path / "part", images, epochs=2)
+    with watched_steps() as rest:
+        assert fit.main(["--resume", str(made), "--trainer.max_epochs", "3"]) == 0
+    assert rest == whole[6:]
+
+
+def test_the_best_that_is_within_an_epoch_is_named_so(tmp_path, images):
+    """With a rate of 0 all validations are equal, and the first is the best."""
+    given = ("--model.optimisation.lr", "0", "--trainer.val_check_interval", "0.34")
+    made = run(tmp_path, images, *given, epochs=2)
+    assert results(made)["reported"] == "step 1, within epoch 1 of 2, best on the validation split"
+
+
+def test_numbers_of_an_epoch_that_is_not_validated_are_not_those_of_another(tmp_path, images, capsys):
+    run(tmp_path, images, "--trainer.check_val_every_n_epoch", "2", epochs=3)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert ["; val " in line for line in lines] == [False, True, False]
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, images):

@@ -7,7 +7,7 @@ import torch
 from forked import start_together, wait
 from shards_of_images import CLASSES, of_pixels, png, write_tar
 from small_learner_runs import CLIP
-from small_runs import BACKBONE, draw_images
+from small_runs import BACKBONE, draw_images, watched_steps
 
 from visionpeft import evaluate, fit, predict
 
@@ -58,6 +58,17 @@ def only_run(folder):
 
 def results(run):
     return json.loads((run / "results.json").read_text())
+
+
+def test_a_stream_that_ended_within_an_epoch_goes_on_with_the_very_next_image(tmp_path, shards):
+    """It began the epoch again, because Lightning had made its loader before it read the checkpoint."""
+    with watched_steps() as whole:
+        assert fit.main([*arguments(shards, epochs=2), "--output", str(tmp_path / "whole")]) == 0
+    given = ("--trainer.max_steps", "8", "--output", str(tmp_path / "part"))
+    assert fit.main([*arguments(shards, *given, epochs=2)]) == 0
+    with watched_steps() as rest:
+        assert fit.main(["--resume", str(only_run(tmp_path / "part")), "--trainer.max_steps", "-1"]) == 0
+    assert rest == whole[8:]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Options of Lightning's Trainer: a whole number stays one, whatever other libraries have annotated before."""
 
 import pytest
+import yaml
 from forked import start, wait
 from small_runs import arguments, draw_images
 
@@ -62,3 +63,13 @@ def test_all_batches_are_not_one_batch(tmp_path):
     trainer = cli.build_trainer([], logger=False, enable_checkpointing=False)
     assert isinstance(trainer.limit_val_batches, float)
     assert isinstance(trainer.limit_test_batches, int)
+
+
+def test_shares_of_batches_are_written_as_they_are(tmp_path):
+    """A run of half of its batches wrote 0 into its configuration: resumed or evaluated, it had none."""
+    shares = {"limit_train_batches": 0.5, "limit_val_batches": 1.0, "limit_test_batches": 2, "overfit_batches": 0.25}
+    shares |= {"limit_predict_batches": 1, "val_check_interval": 0.5}
+    given = [word for name, value in shares.items() for word in (f"--trainer.{name}", str(value))]
+    text = CLI(arguments(draw_images(tmp_path / "images"), *given)).config_text()
+    written = yaml.safe_load(text)["trainer"]
+    assert {name: repr(written[name]) for name in shares} == {name: repr(value) for name, value in shares.items()}

@@ -72,6 +72,8 @@ def check_before_training(
                 f"--report {report} would keep the values of one epoch, and {mean}, or use --report last"
             )
     _check_end(trainer, task)
+    if "val" in sources and task.trained_parameters():
+        _check_interval(trainer, datamodule, processes)
     _check_callbacks(trainer, task)
     task.objective.check_precision(trainer.get("precision"))
     if processes > 1 and not task.trained_parameters():
@@ -105,6 +107,27 @@ def _check_end(trainer: Mapping, task: ImageTask) -> None:
             f"--trainer.max_epochs {epochs} has no end, and the learning rate falls until then; give the number of "
             "epochs, or of steps as --trainer.max_steps"
         )
+
+
+def _check_interval(trainer: Mapping, datamodule: ImageDataModule, processes: int) -> None:
+    """Refuse intervals of validation that are none, or that no epoch comes to the end of, as Lightning does later."""
+    interval, every = trainer.get("val_check_interval"), trainer.get("check_val_every_n_epoch")
+    for option, value in (("val_check_interval", interval), ("check_val_every_n_epoch", every)):
+        if isinstance(value, int | float) and value <= 0:
+            raise ConfigurationError(
+                f"--trainer.{option} {value} is no interval of validation; leave it out to validate after each epoch, "
+                "or use --trainer.limit_val_batches 0 and --report last to train without"
+            )
+    if isinstance(interval, int) and every is not None and trainer.get("limit_val_batches") != 0:
+        batches = len(datamodule.train_loader(processes))
+        limit = trainer.get("overfit_batches") or trainer.get("limit_train_batches")
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if interval > batches:
+            raise ConfigurationError(
+                f"--trainer.val_check_interval {interval} is more than the {batches} batches of an epoch; give fewer, "
+                "or --trainer.check_val_every_n_epoch null to count on from epoch to epoch"
+            )
 
 
 def _check_callbacks(trainer: Mapping, task: ImageTask) -> None:

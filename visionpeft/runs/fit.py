@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -29,6 +30,7 @@ from visionpeft.runs.test_record import Record
 from visionpeft.runs.training_cost import TrainingCost
 from visionpeft.sharing.run_directory import RunDirectory
 from visionpeft.tasks import ImageTask
+from visionpeft.tasks.checkpointing import within_epoch
 
 
 def fit(arguments: list[str]) -> None:
@@ -94,10 +96,11 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
         enable_progress_bar=False,
     )
     train(trainer, task, datamodule, run, run)
-    reported = f"last of {trainer.current_epoch} epochs" if trainer.current_epoch else "without gradient steps"
-    if cli.config.report != "last":
+    if cli.config.report == "last":
+        reported = _last(trainer)
+    else:
         split = "validation" if cli.config.report == "best" else "test"
-        reported = f"epoch {_load_best(task, run) + 1} of {trainer.current_epoch}, best on the {split} split"
+        reported = f"{_load_best(task, run)} of {trainer.current_epoch}, best on the {split} split"
     if first:
         task.save(run.path / task.folder, datamodule)
     if cli.config.test:
@@ -147,12 +150,25 @@ def _run_directory(cli: CLI, data: dict) -> RunDirectory:
     return run
 
 
-def _load_best(task: ImageTask, run: RunDirectory) -> int:
-    """Load the best checkpoint into the task and return its epoch."""
+def _last(trainer: pl.Trainer) -> str:
+    """Where a training has ended."""
+    if not trainer.current_epoch:
+        return "without gradient steps"
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        return f"last of {trainer.current_epoch} epochs"
+    return f"step {trainer.global_step}, within epoch {trainer.current_epoch}"
+
+
+def _load_best(task: ImageTask, run: RunDirectory) -> str:
+    """Load the best checkpoint into the task and say of which epoch it is, and of which step if that was not over."""
     if not run.best_checkpoint.is_file():
-        raise ConfigurationError("--report best found no validated epoch; train longer, or use --report last")
+        raise ConfigurationError(
+            "--report best found nothing that was validated; keep what was trained last: python -m visionpeft.fit "
+            f"--resume {run.path} --report last, or train longer"
+        )
     checkpoint = AtomicCheckpointIO().load_checkpoint(run.best_checkpoint)
     task.on_load_checkpoint(checkpoint)
     task.load_state_dict(checkpoint["state_dict"], strict=False)
     task.choose()  # what was chosen at the end of the training was chosen for the last epoch
-    return checkpoint["epoch"]
+    epoch = f"epoch {checkpoint['epoch'] + 1}"
+    return f"step {checkpoint['global_step']}, within {epoch}" if within_epoch(checkpoint) else epoch

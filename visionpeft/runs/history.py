@@ -33,6 +33,7 @@ class EpochHistory(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the rows of epochs that the resumed checkpoint has seen."""
         self.rows = [row for row in read_history(self.path) if row["epoch"] < trainer.current_epoch]
+        self.started = time.monotonic()  # an epoch in whose middle a training goes on does not start
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of the epoch."""

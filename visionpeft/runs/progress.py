@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 from rich.console import Console
@@ -22,6 +23,7 @@ class TrainingProgress(pl.Callback):
         self.bar: Progress | None = None
         self.task = None
         self.numbers = ""  # of the last finished epoch
+        self.validated = False  # in this epoch; Lightning keeps the numbers of the last validation
         self.started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -29,13 +31,22 @@ class TrainingProgress(pl.Callback):
         self.started = time.monotonic()
         self._open("training", total=planned_steps(trainer).total, completed=trainer.global_step)
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait for the numbers of the epoch."""
+        self.validated = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that the epoch has validation numbers of its own."""
+        self.validated = True
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args) -> None:
         """Advance by a step."""
         self._advance(trainer.global_step, f"{self._epoch(trainer)}  {self.numbers}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the epoch's numbers."""
-        self.numbers = _numbers(trainer.callback_metrics, pl_module.objective.shown)
+        splits = ("train", "val") if self.validated else ("train",)
+        self.numbers = _numbers(trainer.callback_metrics, pl_module.objective.shown, splits)
         text = f"{self._epoch(trainer)}  {self.numbers}"
         self._advance(trainer.global_step, text)
         every = max(1, trainer.max_epochs // 10)
@@ -94,7 +105,7 @@ class TrainingProgress(pl.Callback):
             self.bar = None
 
 
-def _numbers(metrics: dict, shown: Shown) -> str:
+def _numbers(metrics: dict, shown: Shown, splits: Sequence[str]) -> str:
     def metric(value: float) -> str:
         return f"{100 * value:.1f} %" if shown.percentage else f"{value:.4g}"
 
@@ -102,6 +113,4 @@ def _numbers(metrics: dict, shown: Shown) -> str:
         name = f"{split}/{shown.name}"  # some metrics are of a whole split, and none of the training
         return f"{split} {metrics[f'{split}/loss']:.3f}" + (f", {metric(metrics[name])}" if name in metrics else "")
 
-    return f"loss and {shown.short}: " + "; ".join(
-        of(split) for split in ("train", "val") if f"{split}/loss" in metrics
-    )
+    return f"loss and {shown.short}: " + "; ".join(of(split) for split in splits if f"{split}/loss" in metrics)

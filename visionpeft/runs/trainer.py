@@ -26,7 +26,16 @@ def _batches(value: object) -> Batches:
     return Batches(number)
 
 
-register_type(Batches, serializer=int, deserializer=_batches)
+def _written(value: object) -> int:
+    """A number of batches in a configuration.
+
+    Raises:
+        ValueError: it is none. The first member of a union that writes a value does so, and 0.5 as an int is 0.
+    """
+    return int(_batches(value))
+
+
+register_type(Batches, serializer=_written, deserializer=_batches)
 Share = Batches | float | None
 
 

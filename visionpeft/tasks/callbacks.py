@@ -92,7 +92,7 @@ def finish_training(trainer: pl.Trainer, task: pl.LightningModule) -> None:
     """Leave the averaged weights and the number of epochs of a training that had finished, as Lightning does not."""
     _finish_averaging(trainer, task)
     progress = trainer.fit_loop.epoch_progress.current
-    progress.completed = progress.processed
+    progress.completed = progress.started  # one that was cut short, too
 
 
 def _finish_averaging(trainer: pl.Trainer, task: pl.LightningModule) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Set
 
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 
 from visionpeft.errors import StorageError, UserError
 
@@ -53,6 +54,46 @@ def _states(checkpoint: dict, keys: Set[str]) -> list[tuple[dict, str]]:
         if isinstance(value, dict) and keys and keys <= value.keys() and value is not checkpoint["state_dict"]
     ]
     return [(checkpoint, "state_dict"), *others]
+
+
+def within_epoch(checkpoint: dict) -> bool:
+    """Whether a checkpoint was taken in the middle of an epoch; one without the state of Lightning's loops was not."""
+    batches = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress")
+    return batches is not None and batches["current"]["ready"] > 0 and not batches["is_last_batch"]
+
+
+def go_on_within_epoch(checkpoint: dict) -> list[dict]:
+    """Let Lightning go on in the epoch in whose middle a training has ended, by steps, by time or by early stopping.
+
+    Lightning counts it among those that it has been through before the last checkpoint is written: it would take the
+    rest of its batches from the order of the epoch after it, and leave that one out.
+
+    Returns:
+        What the loaders of the training have delivered of the epoch, as their `state_dict` said; nothing at the end of
+        an epoch.
+    """
+    if not within_epoch(checkpoint):
+        return []
+    loop = checkpoint["loops"]["fit_loop"]
+    for progress in loop["epoch_progress"].values():
+        if progress["processed"] == progress["started"]:
+            progress["processed"] -= 1
+    return loop["state_dict"].get("combined_loader", [])
+
+
+def skip_delivered(iterables: object, delivered: list[dict]) -> None:
+    """Let loaders leave out what they have delivered of an epoch that goes on.
+
+    Lightning tells them where it makes them, and it has made them before it reads the checkpoint, because the length of
+    an epoch was asked for.
+
+    Args:
+        iterables: the `train_dataloader` of a trainer.
+        delivered: what `go_on_within_epoch` has given.
+    """
+    loaders = [each for each in CombinedLoader(iterables).flattened if hasattr(each, "load_state_dict")]
+    for loader, state in zip(loaders, delivered, strict=False):
+        loader.load_state_dict(state)
 
 
 def check_trained(checkpoint: dict, module: torch.nn.Module, keys: Set[str]) -> None:

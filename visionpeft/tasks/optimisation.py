@@ -179,8 +179,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, optimisation: Optimisation,
 
 
 def set_peak_rates(schedule: LambdaLR, rates: list[float]) -> None:
-    """Let a schedule that a checkpoint has put back go on with other peak rates, one for each group."""
-    if not isinstance(schedule, LambdaLR) or schedule.base_lrs == rates:
+    """Let a schedule that a checkpoint has put back go on with peak rates, one for each group, and its own length.
+
+    The optimiser's next rate is that of the training that wrote the checkpoint, which may have been another one or have
+    had another end: 0 where a cosine had come to it.
+    """
+    if not isinstance(schedule, LambdaLR):
         return
     schedule.base_lrs = list(rates)
     for group, rate, factor in zip(schedule.optimizer.param_groups, rates, schedule.lr_lambdas, strict=True):

@@ -19,7 +19,13 @@ from visionpeft.errors import ConfigurationError
 from visionpeft.tasks.averaging import average_trained_only
 from visionpeft.tasks.batches import images_and_labels, images_of, number_of
 from visionpeft.tasks.callbacks import check_callbacks, check_resuming, finish_training, stop_as_before
-from visionpeft.tasks.checkpointing import check_trained, complete_copies, keep_trained
+from visionpeft.tasks.checkpointing import (
+    check_trained,
+    complete_copies,
+    go_on_within_epoch,
+    keep_trained,
+    skip_delivered,
+)
 from visionpeft.tasks.divergence import Divergence
 from visionpeft.tasks.metrics import MeanLoss
 from visionpeft.tasks.objective import Objective
@@ -73,6 +79,7 @@ class ImageTask(pl.LightningModule):
         self._configured: tuple = ()
         self._peak_rates: list[float] = []  # of the optimiser's groups
         self._trains = False
+        self._delivered: list[dict] = []  # by the loaders, of the epoch in which a checkpoint was taken
         self.train_metrics, self.val_metrics, self.test_metrics = (
             MetricCollection(
                 {"loss": MeanLoss(), **self.objective.metrics(split)}, compute_groups=False, prefix=f"{split}/"
@@ -198,7 +205,7 @@ class ImageTask(pl.LightningModule):
         if self.trainer.datamodule is not None:
             self.connect(self.trainer.datamodule)
         if stage == "fit":
-            self._configured, self._trains = (), False
+            self._configured, self._trains, self._delivered = (), False, []
             average_trained_only(self.trainer.callbacks)
 
     def on_train_epoch_start(self) -> None:
@@ -352,6 +359,8 @@ class ImageTask(pl.LightningModule):
     def on_train_start(self) -> None:
         """Note that there is something to train, and take the learning rates given in the place of a checkpoint's."""
         self._trains = True
+        if self._delivered:
+            skip_delivered(self.trainer.train_dataloader, self._delivered)
         for config in self.trainer.lr_scheduler_configs:
             set_peak_rates(config.scheduler, self._peak_rates)
 
@@ -386,13 +395,15 @@ class ImageTask(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         """Check that every trained tensor is there, and take what else the checkpoint knows.
 
-        That is what the objective had learnt; and the states that callbacks will load are completed.
+        That is what the objective had learnt; the states that callbacks will load are completed, and an epoch in which
+        it was taken goes on.
         """
         if self._trainer is not None and self.trainer.state.fn == "fit" and not self._configured:
             check_resuming(self.trainer.callbacks)
         check_trained(checkpoint, self, self.trained_keys())
         complete_copies(checkpoint, self, self.trained_keys())
         self.objective.load_state(checkpoint.get("objective", {}))
+        self._delivered = go_on_within_epoch(checkpoint)
 
 
 def _epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:

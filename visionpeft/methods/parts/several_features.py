@@ -19,15 +19,23 @@ class Gathered(threading.local):
     def __init__(self, number: int):
         self.number = number
         self.found: dict[int, torch.Tensor] = {}
+        self.again: list[torch.Tensor] = []  # of a pass that is computed once more, from its first block on
 
     def __reduce__(self):
         return Gathered, (self.number,)  # of a copy: it is in no pass
 
     def put(self, index: int, z: torch.Tensor) -> None:
-        """Bring features z (batch, tokens, width) from a block; not when a block is computed again."""
-        # A block with gradient checkpointing runs once more in the backward pass, when the head has read what it gave.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            self.found[index] = z
+        """Bring features z (batch, tokens, width) from a block; not when that block alone is computed again."""
+        if not _in_backward():
+            self.found[index], self.again = z, []
+            return
+        # With gradient checkpointing blocks run once more in the backward pass: each for itself, from the last to the
+        # first, when the head has long read what they gave; or all of them and the head, where the whole model is
+        # checkpointed, and then they come in their order.
+        if index == 0:
+            self.again = []
+        if index == len(self.again):
+            self.again.append(z)
 
     def take(self) -> list[torch.Tensor]:
         """The features of all blocks in their order, which are then gone.
@@ -35,13 +43,21 @@ class Gathered(threading.local):
         Raises:
             UnsupportedError: there was no pass through all blocks.
         """
-        found, self.found = self.found, {}
+        if _in_backward():
+            found, self.again = dict(enumerate(self.again)), []
+        else:
+            found, self.found = self.found, {}
         if len(found) != self.number:
             raise UnsupportedError(
                 "this head reads what queries got in every block, so that it cannot be called with pooled features "
                 "alone; call the whole model"
             )
         return [found[index] for index in range(self.number)]
+
+
+def _in_backward() -> bool:
+    """Whether a backward pass is computing in this thread."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class SeveralFeatures(nn.Linear):
