@@ -76,6 +76,11 @@ def test_a_model_that_fabric_has_set_up(tmp_path, precision):
     vp.load(other, tmp_path / "adapter")
     assert torch.equal(other(IMAGES), model(IMAGES))
     assert not torch.equal(other(IMAGES), expected)
+    added = {"model": lambda key, _: key.startswith("peft.")}
+    fabric.save(tmp_path / "last.ckpt", {"model": module}, filter=added)
+    fresh = adapted()
+    fabric.load(tmp_path / "last.ckpt", {"model": fabric.setup_module(fresh)}, strict=False)
+    assert torch.equal(fresh(IMAGES), model(IMAGES))
     assert vp.merge(module) is module
     vp.unmerge(module)
     assert torch.equal(other(IMAGES), model(IMAGES))
