@@ -8,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import CASES, adapted, base_state, same_bytes
@@ -338,6 +339,17 @@ def test_data_that_tell_nothing_are_refused():
             vp.allocate(model, batches)
         with pytest.raises(UserError, match=r"visionpeft\.allocate"):
             model(x)
+
+
+def test_smallest_entries_are_not_chosen_among_weights_that_are_not_there():
+    """A model on device "meta" ended in PyTorch's own error about a copy."""
+    with torch.device("meta"):
+        model = timm.create_model("test_vit", num_classes=3)
+    classes = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(vp.ConfigurationError, match="PaFi: the smallest entries are those of weights"):
+        vp.attach(model, vp.PaFi())
+    assert classes == {name: type(module) for name, module in model.named_modules()}
+    vp.attach(model, vp.FishMask())  # which chooses later
 
 
 @pytest.mark.parametrize("method", [vp.FishMask, vp.PaFi, vp.SPT])

@@ -65,6 +65,18 @@ def test_a_route_is_exported_and_goes_on(case):
         assert distance(output(host, program, inputs), expected) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_a_route_is_not_traced_by_torchscript():
+    """A trace keeps the rows and takes batches of any size; it ended in an error about shapes that were tensors."""
+    host = HOST["vit_cls"]
+    model, inputs = adapted(host, CASE["lora_all"]), host.inputs(2)
+    with vp.route(model, ["default", None]), pytest.raises(vp.UnsupportedError, match=r"use torch\.export"):
+        torch.jit.trace(model, inputs)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, inputs)
+        assert distance(traced(inputs), output(host, model, inputs)) < 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora_all", "ssf", "vpt_deep", "adapt_former", "prefix"])
 def test_onnx(name, tmp_path):

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from visionpeft.adapters.alike import Acts, alike_heads
 from visionpeft.adapters.together import Together, on_rows
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, UnsupportedError
 from visionpeft.sites import Located, OnPatches
 from visionpeft.sites.frozen_layers import traced
 
@@ -178,11 +178,19 @@ class Route:
                 yield from group.together
 
     def check(self, samples: int) -> None:
-        """Refuse a batch of another size.
+        """Refuse a batch of another size, and a trace by TorchScript.
 
         Raises:
-            ConfigurationError: naming both.
+            ConfigurationError: naming both sizes.
+            UnsupportedError: it is traced, and samples go to several adapters.
         """
+        if torch.jit.is_tracing() and len(self.samples) > 1:
+            # To a batch of another size a trace would give rows that no adapter has acted on, without a word.
+            raise UnsupportedError(
+                "torch.jit.trace, and torch.onnx.export with dynamo=False, would keep which sample goes to which "
+                "adapter and refuse no batch of another size; use torch.export, which does, or trace with one active "
+                "adapter"
+            )
         if samples != len(self.names):
             raise ConfigurationError(
                 f"route names an adapter for each of {len(self.names)} samples, but the batch has {samples}"

@@ -57,5 +57,11 @@ class PaFi(TrainsEntries):
         if self.entries is not None:
             return super().place(tower)
         candidates = self.candidates(tower)
+        require(
+            not any(candidate.values.is_meta for candidate in candidates.values()),
+            self,
+            "the smallest entries are those of weights, and the model has none yet (device 'meta'); attach it once it "
+            "has (to_empty, load_state_dict), or name the entries",
+        )
         scores = {name: -candidate.values.detach().abs() for name, candidate in candidates.items()}
         return sparse_placements(tower, candidates, highest(scores, number_of(self.density, candidates)))
