@@ -207,22 +207,35 @@ def test_what_was_stacked_follows_the_adapters(change):
         assert distance(found, before) > 1e-6
 
 
-def test_without_looking_it_would_be_stale(monkeypatch):
+WITHIN = (write, load, exchange_memory)  # what can be done to adapters of a route that is open
+
+
+@pytest.mark.parametrize("change", WITHIN)
+def test_what_was_stacked_follows_the_adapters_within_a_route(change):
+    model, names = model_with(a=vp.LoRA(rank=2), b=vp.LoRA(rank=2)), ["a", "b", "b", "a"]
+    with torch.no_grad(), vp.route(model, names):
+        before = model(IMAGES)
+        change(model)
+        found = model(IMAGES)
+    assert distance(found, row_by_row(model, names)) < 1e-12
+    assert distance(found, before) > 1e-6
+
+
+def test_without_versions_it_would_be_stale(monkeypatch):
     """Negative control of the test before this one."""
     model, names = model_with(a=vp.LoRA(rank=2), b=vp.LoRA(rank=2)), ["a", "b", "b", "a"]
     monkeypatch.setattr(together, "_same", lambda *_: True)
-    monkeypatch.setattr(together.Together, "overwritten", lambda _: [])
-    with torch.no_grad():
-        before = routed(model, names)
+    with torch.no_grad(), vp.route(model, names):
+        before = model(IMAGES)
         write(model)
-        assert torch.equal(routed(model, names), before)
-        assert distance(before, row_by_row(model, names)) > 1e-6
+        assert torch.equal(model(IMAGES), before)
+    assert distance(before, row_by_row(model, names)) > 1e-6
 
 
-def test_without_comparing_values_it_would_be_stale(monkeypatch):
-    """Negative control of the last changes above: they count no versions."""
+def test_kept_beyond_its_route_it_would_be_stale(monkeypatch):
+    """Negative control of the changes that count no versions."""
     model, names = model_with(a=vp.LoRA(rank=2), b=vp.LoRA(rank=2)), ["a", "b", "b", "a"]
-    monkeypatch.setattr(together.Together, "overwritten", lambda _: [])
+    monkeypatch.setattr(together.Together, "let_go", lambda _: None)
     with torch.no_grad():
         before = routed(model, names)
         write_uncounted(model)
@@ -246,29 +259,28 @@ def test_training_within_an_open_route():
     assert distance(measured, row_by_row(model, names)) > 1e-6
 
 
-def test_it_is_stacked_once(monkeypatch):
+def test_it_is_stacked_once_in_a_route(monkeypatch):
     model, names, made = model_with(a=vp.LoRA(rank=2), b=vp.LoRA(rank=2)), ["a", "b", "b", "a"], []
     stack = together.Together._stack
     monkeypatch.setattr(together.Together, "_stack", lambda *each: made.append(each) or stack(*each))
-    with torch.no_grad():
-        routed(model, names)
+    with torch.no_grad(), vp.route(model, names):
+        model(IMAGES)
         once = len(made)
-        routed(model, names)
+        model(IMAGES)
     assert once == len(made) == 2 * len(model.blocks) + 1  # q and v of each block, and the head
     routed(model, names)  # whose gradients each forward computes
     assert len(made) == 2 * once
 
 
 def test_few_routes_are_kept():
-    """Rows of the last ones, and stacks of fewer, which are large."""
+    """The rows of the last ones, and nothing stacked."""
     model = model_with(a=vp.LoRA(rank=1), b=vp.LoRA(rank=1))
     with torch.no_grad():
         for number in range(routes.MOST_KEPT + 5):
             routed(model, [*f"{number:07b}".replace("0", "a").replace("1", "b")], HOST.inputs(7).double())
     kept = model.peft.routing.routes
     assert len(kept.routes) == routes.MOST_KEPT
-    stacked = [any(t._kept for g in each._groups.values() for t in g[0].together) for each in kept.routes.values()]
-    assert sum(stacked) == routes.MOST_STACKED
+    assert not any(t._kept for each in kept.routes.values() for g in each._groups.values() for t in g[0].together)
 
 
 def test_hooks_see_each_adapter():

@@ -1,7 +1,6 @@
 """One adapter per sample: which rows of a batch go to which adapters, and which of them act together."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -159,23 +158,9 @@ class Route:
 
     def let_go(self) -> None:
         """Keep nothing stacked."""
-        for together in self._together():
-            together.let_go()
-
-    @torch.no_grad()
-    def look(self) -> None:
-        """Keep nothing stacked if an adapter was written to by what counts no versions.
-
-        Their values are compared, and a device is waited for once; that is less than to stack them again.
-        """
-        written = [each for together in self._together() for each in together.overwritten()]
-        if any(torch.stack(alike).any() for alike in _by_device(written)):
-            self.let_go()
-
-    def _together(self) -> Iterator[Together]:
         for groups in (*self._groups.values(), *self._heads.values()):
-            for group in groups:
-                yield from group.together
+            for together in (each for group in groups for each in group.together):
+                together.let_go()
 
     def check(self, samples: int) -> None:
         """Refuse a batch of another size, and a trace by TorchScript.
@@ -219,13 +204,6 @@ class Opened:
 def _index(numbers: list[int], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):  # a route that is first used without gradients may serve a batch with them
         return torch.tensor(numbers, device=device)
-
-
-def _by_device(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    found = defaultdict(list)
-    for tensor in tensors:
-        found[tensor.device].append(tensor)
-    return list(found.values())
 
 
 def inner(acts: Acts) -> nn.Module:

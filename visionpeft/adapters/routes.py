@@ -30,11 +30,9 @@ from visionpeft.backbones.tower import Backbone, Tower
 from visionpeft.backbones.whole_model import describe
 from visionpeft.errors import ConfigurationError, UnsupportedError, UserError
 from visionpeft.sites import TOKEN_SITES, Order, SitedLayer, Sites, order_of
-from visionpeft.sites.frozen_layers import traced
 from visionpeft.sites.routing import Routable, Routing, routable
 
 MOST_KEPT = 64  # routes whose rows are kept as indices on the device
-MOST_STACKED = 4  # routes whose adapters are kept stacked, each twice as large as the adapters
 _NUMBERS = itertools.count()
 
 
@@ -68,7 +66,6 @@ class Routes:
         self.adapters: dict[tuple[str, bool], RoutedAdapter] = {}
         self.plans: dict[frozenset, RoutedPlan] = {}
         self.routes: OrderedDict[tuple, Route] = OrderedDict()
-        self.stacked: list[Route] = []
         self.installed: Anatomy | None = None
 
     def forget(self) -> None:
@@ -91,13 +88,6 @@ class Routes:
                 self.routes[names] = known
                 while len(self.routes) > MOST_KEPT:
                     self.routes.popitem(last=False)
-        elif not traced():
-            known.look()
-        if not any(known is each for each in self.stacked):
-            with self.routing.changing:
-                self.stacked.append(known)
-                while len(self.stacked) > MOST_STACKED:
-                    self.stacked.pop(0).let_go()
         return known
 
     def reopen(self, model: nn.Module) -> None:

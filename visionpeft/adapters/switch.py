@@ -13,6 +13,7 @@ from visionpeft.adapters.resting import freeze_unused
 from visionpeft.adapters.route import Opened
 from visionpeft.adapters.routes import routes_of
 from visionpeft.errors import ConfigurationError
+from visionpeft.sites.frozen_layers import traced
 from visionpeft.sites.routing import OPEN
 
 
@@ -144,6 +145,9 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         finally:
             OPEN.reset(routed)
             _note(peft, opened, peft.routing.opened.remove)
+            if not traced():
+                # What is written between routes may count no versions, and to stack anew costs less than to compare.
+                opened.route.let_go()
 
 
 def _note(peft: Adapters, opened: Opened, change: Callable[[Opened], None]) -> None:

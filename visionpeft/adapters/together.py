@@ -1,6 +1,5 @@
 """Modules of several adapters that act as one: their tensors stacked once, and gathered by the rows of a batch."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -34,23 +33,12 @@ class Together:
         first = self.template.row_values() if self.rows_at_once else {}
         names = [name for name, value in first.items() if not isinstance(value, torch.Tensor)]
         self.numbers = [(module, name) for module in self.modules for name in names]
-        # What was stacked of which tensors and numbers, what came of it, and the memory of the tensors with a copy.
-        self._kept: tuple[list, list, dict[str, torch.Tensor], list] | None = None
+        # What was stacked of which tensors and numbers, and what came of it.
+        self._kept: tuple[list, list, dict[str, torch.Tensor]] | None = None
 
     def let_go(self) -> None:
         """Keep nothing stacked, until it is needed again."""
         self._kept = None
-
-    def overwritten(self) -> list[torch.Tensor]:
-        """Whether what is kept stacked was written to by what counts no versions, as tensors () that nobody waits for.
-
-        So do PyTorch's fused optimisers, and what writes through `.data`. Empty where nothing is kept, or where the
-        versions say already that it is old.
-        """
-        kept = self._kept
-        if kept is None or not _same(kept[0], self.sources, kept[1], self.numbers):
-            return []
-        return [(torch.cat(memory) != then).any() for memory, then in kept[3] if not then.is_meta]
 
     def hooked(self) -> bool:
         """Whether a hook watches the calls of one of the modules."""
@@ -103,12 +91,9 @@ class Together:
         stacked = self._stack([self._values(number) for number in range(len(self.modules))])
         tensors = [tensors[name] for tensors, name in self.sources]
         seen = [None if t is None or t.is_inference() else (t, t.detach(), *_state(t)) for t in tensors]
-        # What does not count its versions is stacked each time, and so is what cannot be looked at in one piece.
-        whole = all(
-            t is None or (each is not None and t.is_contiguous()) for each, t in zip(seen, tensors, strict=True)
-        )
-        numbers = [getattr(module, name) for module, name in self.numbers]
-        self._kept = (seen, numbers, stacked, _copied([t for t in tensors if t is not None])) if whole else None
+        # What does not count its versions is stacked each time.
+        whole = all(each is not None or t is None for each, t in zip(seen, tensors, strict=True))
+        self._kept = (seen, [getattr(m, name) for m, name in self.numbers], stacked) if whole else None
         return stacked
 
     def _values(self, number: int) -> dict[str, torch.Tensor | float]:
@@ -171,14 +156,6 @@ def _same(seen: list, sources: list, numbers: list, owners: list) -> bool:
 
 def _state(tensor: torch.Tensor) -> tuple:
     return version_of(tensor), tensor.untyped_storage()._cdata, tensor.dtype
-
-
-def _copied(tensors: list[torch.Tensor]) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
-    """The memory of contiguous tensors, for each device and type, and a copy of it as one vector."""
-    alike = defaultdict(list)
-    for tensor in tensors:
-        alike[tensor.device, tensor.dtype].append(tensor.detach().view(-1))
-    return [(memory, torch.cat(memory)) for memory in alike.values()]
 
 
 def _parts(module: nn.Module, owned: set[nn.Module]) -> Iterator[nn.Module]:
