@@ -17,7 +17,10 @@ from visionpeft.runs.options import OPTIONS, TASKS, answer_at_once, help_page
 from visionpeft.runs.signatures import parameters, trainer_parameters
 
 CONFIG = ["--config", "vtab_vpt.yaml"]
-NAMED = [cls for cls in dict.fromkeys(CLASSES) if cls not in (Method, DenseHead, DetectionHead)]
+OWN = [
+    cls for cls in dict.fromkeys(CLASSES) if cls.__module__.partition(".")[0] == "visionpeft"
+]  # the rest: Lightning's
+NAMED = [cls for cls in OWN if cls not in (Method, DenseHead, DetectionHead)]
 
 
 def accepted(cls):
