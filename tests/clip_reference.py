@@ -22,6 +22,17 @@ def tokenizer():
     return open_clip.get_tokenizer("ViT-B-16")
 
 
+@torch.no_grad()
+def lively_clip(model):
+    """Freshly built weights have zero biases and small effects, behind which errors hide."""
+    for parameter in model.parameters():
+        parameter.add_(0.08 * torch.randn(parameter.shape))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+    return model.eval()
+
+
 @functools.cache
 def _pristine(kind):
     with torch.random.fork_rng():
@@ -31,14 +42,7 @@ def _pristine(kind):
         else:
             vision, text = RESNET if kind == "resnet" else VISION, TEXT | (CUSTOM if kind == "custom" else {})
             model = CLIP(64, vision, text, quick_gelu=kind == "quick")
-        # Freshly built weights have zero biases and small effects, behind which errors hide.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.08 * torch.randn(parameter.shape))
-            for module in model.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.running_mean.normal_(0, 0.1)
-    return model.eval()
+        return lively_clip(model)
 
 
 def clip_model(kind="plain", dtype=torch.float64):

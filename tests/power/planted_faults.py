@@ -75,7 +75,7 @@ FAULTS = [
     ),
     Fault(
         "gathered_again", "a block that is computed again in the backward pass brings its features a second time",
-        "return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1", "return False",
+        "if not in_backward():", "if True:",
         ("test_vqt",), "pooled",
     ),
     Fault(

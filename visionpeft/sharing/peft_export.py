@@ -36,14 +36,14 @@ from visionpeft.sharing import peft_ia3, peft_lora
 from visionpeft.sharing.peft_changes import CHANGES
 from visionpeft.sharing.peft_config import expression
 from visionpeft.sharing.peft_import import FORMATS, PREFIX
-from visionpeft.sharing.peft_modules import PeftModule, peft_modules
+from visionpeft.sharing.peft_modules import PeftModule, peft_modules, trained_biases
 
 # PiSSA, OLoRA and LoRA-GA as LoRA of twice the rank: peft's own forms depend on a decomposition being made again, or
 # on a gradient.
 METHODS = {LoRA: peft_lora, DoRA: peft_lora, PiSSA: peft_lora, OLoRA: peft_lora, LoRAGA: peft_lora, IA3: peft_ia3}
 METHODS |= {EVA: peft_lora, MoSLoRA: peft_lora, CapaBoost: peft_lora, SoRA: peft_lora, VBLoRA: peft_lora}
-WITH_BIAS = ("LORA", "MISS", "OFT", "BOFT")  # those of which peft trains biases, too
 METHODS |= {HiRA: CHANGES["HIRA"], MiSS: CHANGES["MISS"], OFT: CHANGES["OFT"], BOFT: CHANGES["BOFT"]}
+WITH_BIAS = ("LORA", "MISS", "OFT", "BOFT")  # those of which peft trains biases, too
 
 
 @on_model
@@ -75,7 +75,8 @@ def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -
     with plain(model):
         changes = _by_module(model, adapter)
         kind = next(kind for kind, each in FORMATS.items() if each is form)
-        biases = _biases(model, adapter, [module.path for module, _ in changes]) if kind in WITH_BIAS else None
+        paths = [module.path for module, _ in changes]
+        biases = _biases(model, adapter, f"{kind.lower()}_only", paths) if kind in WITH_BIAS else None
         whole = _modules_to_save(model, adapter, biases)
         tensors, fields = form.join(changes)
     for module, _ in changes:
@@ -83,7 +84,7 @@ def export_peft(model: nn.Module, folder: str | Path, name: str | None = None) -
             raise UnsupportedError(f"peft does not adapt {module.path}, because {trained[0]} is trained whole")
     if biases is not None:
         tensors |= biases.tensors
-        fields |= {"bias": f"{kind.lower()}_only" if biases.of_changed_layers else "all"}
+        fields |= {"bias": biases.option}
     config = {
         "peft_type": kind,
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
@@ -141,34 +142,31 @@ class Biases:
     """Biases that are trained by themselves.
 
     Args:
+        option: of peft, by which it trains them.
         names: in the model.
         tensors: by their names in the file of peft.
-        of_changed_layers: whether they are those of the layers that the adapter changes, and not all of the model.
     """
 
+    option: str
     names: frozenset[str]
     tensors: dict[str, torch.Tensor]
-    of_changed_layers: bool
 
 
-def _biases(model: nn.Module, adapter: AttachedAdapter, changed: list[str]) -> Biases | None:
-    """The biases trained by themselves, if they are those that peft trains with one of its options."""
-    own = {name: value for name, value in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+def _biases(model: nn.Module, adapter: AttachedAdapter, of_changed: str, changed: list[str]) -> Biases | None:
+    """The biases trained by themselves, if they are those that peft trains with one of its options.
+
+    Those of heads, which peft trains, too, are the adapter's if it has a head, and otherwise the model's own.
+    """
     heads = tuple(f"{path}." for path in peft_modules(model)[0].heads)
-    every = {name for name in own if not name.startswith((*heads, "peft."))}
-    of_changed = own.keys() & {f"{path}.bias" for path in changed}
-    trained = dict(adapter.trained_parameters())
-    for names in (every, of_changed):
+    kept = tuple(f"{path}." for path in adapter.head_paths)
+    trained, own = dict(adapter.trained_parameters()), dict(model.named_parameters())
+    for option in ("all", of_changed):
+        written = {name for name in trained_biases(model, option, changed) if not name.startswith(kept)}
+        names = {name for name in written if not name.startswith(heads)}
         if names and names <= trained.keys():
-            tensors = {name: trained[name] for name in names}
-            if names != of_changed:  # peft trains those of heads, too
-                kept = tuple(f"{path}." for path in adapter.head_paths)
-                tensors |= {n: v for n, v in own.items() if n.startswith(heads) and not n.startswith(kept)}
-            written = {
-                f"{name.removesuffix('bias')}base_layer.bias" if name in of_changed else name: value
-                for name, value in tensors.items()
-            }
-            return Biases(frozenset(names), written, names == of_changed)
+            within = {f"{path}.bias": f"{path}.base_layer.bias" for path in changed}
+            tensors = {within.get(name, name): trained.get(name, own[name]) for name in written}
+            return Biases(option, frozenset(names), tensors)
     return None
 
 

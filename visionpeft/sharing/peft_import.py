@@ -17,7 +17,7 @@ from visionpeft.errors import StorageError
 from visionpeft.sharing import peft_ia3, peft_lora
 from visionpeft.sharing.peft_changes import CHANGES
 from visionpeft.sharing.peft_config import PeftConfig, read_config
-from visionpeft.sharing.peft_modules import peft_modules
+from visionpeft.sharing.peft_modules import peft_modules, trained_biases
 
 PREFIX = "base_model.model."
 PARTS = (
@@ -40,10 +40,10 @@ def import_peft(model: nn.Module, folder: str | Path, name: str = "default") -> 
     compute the same, but are trained separately from here on, so that there are more parameters. Modules that peft
     trained whole (`modules_to_save`) become the adapter's head and trained copies, and so do biases (`bias="all"`). A
     head that LoRA changes, as with `target_modules="all-linear"`, becomes the adapter's head with the change in its
-    weight, and is trained whole; so is one of which peft trained the bias alone. What
-    PiSSA, OLoRA and KaSA took out of the backbone's weights is made again as a part of the change, of up to twice the
-    rank and without dropout; the weights stay as they are. The file does not say which weights the backbone had: give
-    the ones the adapter was trained on.
+    weight, and is trained whole; so is one of which peft trained the bias alone. What PiSSA, OLoRA and KaSA took out of
+    the backbone's weights is made again as a part of the change, of up to twice the rank and without dropout; the
+    weights stay as they are. The file does not say which weights the backbone had: give the ones the adapter was
+    trained on.
 
     Args:
         model: the backbone, as it was given to peft.
@@ -192,10 +192,7 @@ def _check_whole(
             )
     parameters = dict(model.named_parameters())
     expected = {name for name in parameters if name.startswith(tuple(saved))}
-    if config.bias == "all":
-        expected |= {name for name in parameters if name.rpartition(".")[2] == "bias" and not name.startswith("peft.")}
-    elif config.bias != "none":
-        expected |= {f"{path}.bias" for path in changed} & parameters.keys()
+    expected |= trained_biases(model, config.bias, changed)
     if wrong := sorted(expected ^ whole.keys()):
         place = "is missing in" if wrong[0] in expected else "is not expected in"
         by = f"modules_to_save={config.modules_to_save} and bias={config.bias!r}"

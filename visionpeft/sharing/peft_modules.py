@@ -1,5 +1,6 @@
 """The modules of a backbone as HF peft sees them: it wraps whole modules, and acts only where they are called."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -129,3 +130,17 @@ class _CalledOwners:
             x, arguments = block.trial(self.tower.num_prefix_tokens + 4)
             module(x, **arguments)
         return called
+
+
+def trained_biases(model: nn.Module, option: str, changed: Iterable[str]) -> set[str]:
+    """Names of the parameters that peft trains by its option `bias`.
+
+    Args:
+        model: the backbone.
+        option: "none", "all", or "lora_only" and likewise for those of the changed modules.
+        changed: names of these.
+    """
+    every = {n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias" and not n.startswith("peft.")}
+    if option == "all":
+        return every
+    return set() if option == "none" else every & {f"{path}.bias" for path in changed}

@@ -22,6 +22,11 @@ from visionpeft.sites.stand_ins import StandIn, UsesHead
 KEPT = ("routing", "plans")
 
 
+def in_backward() -> bool:
+    """Whether a backward pass is computing in this thread, as where activations are computed again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class Opened(Protocol):
     """A route that is open.
 
@@ -74,7 +79,7 @@ class Routing:
                 if opened is not None and opened.refusal is not None:
                     raise ConfigurationError(opened.refusal)
                 return opened
-        if self.opened and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if self.opened and in_backward():
             return self._of_backward()
         return None
 

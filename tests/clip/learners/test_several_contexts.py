@@ -14,6 +14,7 @@ from clip_reference import (
     image_features,
     images,
     lively_,
+    lively_clip,
     prompt_features,
     raw_text_feature,
     text_feature,
@@ -138,14 +139,7 @@ def resnet_of_four_places():
     """A ResNet whose last grid has 2 x 2 places, for images of 64 pixels, with lively weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        clip = CLIP(64, RESNET | {"image_size": 64}, TEXT)
-        with torch.no_grad():
-            for parameter in clip.parameters():
-                parameter.add_(0.08 * torch.randn(parameter.shape))
-            for module in clip.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.running_mean.normal_(0, 0.1)
-    return clip.eval().double()
+        return lively_clip(CLIP(64, RESNET | {"image_size": 64}, TEXT)).double()
 
 
 def attention_pool_by_hand(pool, grid):

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from visionpeft.errors import UnsupportedError
+from visionpeft.sites.routing import in_backward
 
 
 class Gathered(threading.local):
@@ -26,7 +27,7 @@ class Gathered(threading.local):
 
     def put(self, index: int, z: torch.Tensor) -> None:
         """Bring features z (batch, tokens, width) from a block; not when that block alone is computed again."""
-        if not _in_backward():
+        if not in_backward():
             self.found[index], self.again = z, []
             return
         # With gradient checkpointing blocks run once more in the backward pass: each for itself, from the last to the
@@ -43,7 +44,7 @@ class Gathered(threading.local):
         Raises:
             UnsupportedError: there was no pass through all blocks.
         """
-        if _in_backward():
+        if in_backward():
             found, self.again = dict(enumerate(self.again)), []
         else:
             found, self.found = self.found, {}
@@ -53,11 +54,6 @@ class Gathered(threading.local):
                 "alone; call the whole model"
             )
         return [found[index] for index in range(self.number)]
-
-
-def _in_backward() -> bool:
-    """Whether a backward pass is computing in this thread."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class SeveralFeatures(nn.Linear):
