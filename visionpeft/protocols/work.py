@@ -16,6 +16,7 @@ from visionpeft.errors import ConfigurationError, UserError
 from visionpeft.files import claim
 from visionpeft.protocols.ray_cluster import map_on_cluster
 from visionpeft.runs.command import silence
+from visionpeft.runs.launchers import be_alone, take_gpu
 
 Workers = int | Literal["ray"]
 
@@ -56,6 +57,7 @@ def finish(pieces: Sequence[Work], output: Path, workers: Workers = 1) -> None:
         UserError: the first piece that failed, when the others are done.
     """
     check_workers(workers)
+    be_alone()
     if workers == "ray":
         left = [piece for piece in pieces if not piece.done(output / piece.name)]
         if left:
@@ -149,6 +151,7 @@ def _worker(pieces: Sequence[Work], output: Path, threads: int, parent: int, log
 
 
 def _do_on_node(piece: Work, output: Path) -> None:
+    be_alone()  # srun may have started the nodes of the cluster
     silence()
     _do_quietly(piece, output, output / "workers" / f"{piece.name}.log")
 
@@ -166,10 +169,7 @@ def _do_quietly(piece: Work, output: Path, log: Path) -> None:
 def _one_gpu(number: int) -> Iterator[None]:
     """Processes started here see one of the GPUs, in turn."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    if count:
-        names = before.split(",") if before else [str(index) for index in range(count)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
+    take_gpu(number)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 from visionpeft.errors import ConfigurationError, UserError
+from visionpeft.runs.launchers import refuse_several
 
 
 class Options(argparse.ArgumentParser):
@@ -49,7 +50,10 @@ class Interrupted(Exception):
 
 
 def command(
-    function: str, arguments: list[str] | None = None, at_once: Callable[[list[str]], bool] = lambda arguments: False
+    function: str,
+    arguments: list[str] | None = None,
+    at_once: Callable[[list[str]], bool] = lambda arguments: False,
+    of_several: Callable[[], None] = refuse_several,
 ) -> int:
     """Run a command; what the user can act on becomes one line on stderr and exit code 2, Ctrl-C 130.
 
@@ -58,12 +62,14 @@ def command(
             a command costs the imports that it needs.
         arguments: that command line; by default this process's.
         at_once: called with it before the import; true if the command has been answered.
+        of_several: called before the import; makes of this process what one of several is that a launcher has started.
     """
     module, _, name = function.partition(":")
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if at_once(arguments):
             return 0
+        of_several()
         run = getattr(_imported(module), name)
         silence()  # after the imports, because libraries set the levels of their loggers then
         run(arguments)
@@ -135,6 +141,7 @@ def silence() -> None:
         r".*number of training batches .* is smaller than the logging interval.*",
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*GPU available but not used.*",
+        r".*`srun` command is available on your system but is not used.*",  # processes start without it, too
         r".*LeafSpec.*",
         r".*isinstance\(treespec, LeafSpec\).*",
         r".*Experiment logs directory .* exists.*",

@@ -11,6 +11,11 @@ _RECORDED = ("visionpeft", "torch", "torchvision", "timm", "open_clip_torch", "l
 _version = cache(version)  # it stays the same, and a protocol asks in every run
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use, which in a job of a cluster are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict:
     """Versions and hardware of this process."""
     cuda = torch.cuda.is_available()

@@ -24,6 +24,7 @@ from torch.distributed import DistError
 from visionpeft.errors import ConfigurationError, UserError
 from visionpeft.runs.agreement import Peers
 from visionpeft.runs.command import RUN, Interrupted, PeerLost, is_started
+from visionpeft.runs.environment import usable_cores
 from visionpeft.sharing.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ def check_devices(trainer: pl.Trainer) -> None:
     _check_started(trainer)
     if trainer.world_size == 1:
         return
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if trainer.strategy.root_device.type == "cpu" and trainer.num_devices > cores:
         raise ConfigurationError(
-            f"--trainer.devices {trainer.num_devices}: this machine has {cores} CPU cores, and each process needs one; "
+            f"--trainer.devices {trainer.num_devices}: {cores} CPU cores may be used here, and each process needs one; "
             f"use at most {cores}"
         )
     if trainer.num_nodes > 1 and not started_by_others(trainer):

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ import torch
 from visionpeft.adapters.attach import detach
 from visionpeft.data.images import decode_foreign
 from visionpeft.errors import ConfigurationError, UserError, did_you_mean
+from visionpeft.runs.environment import usable_cores
 from visionpeft.serving.batches import Batches, Job, Lane
 from visionpeft.serving.catalogue import Catalogue, Saved
 from visionpeft.serving.lanes import AdaptersLane, LearnerLane, LearnerModel, Replaced, Served
@@ -95,8 +95,8 @@ class Service:
                 f"nothing in {', '.join(map(str, places))} can be served"
                 + (f" ({self.remarks[0]})" if self.remarks else "; name runs or folders that save wrote")
             )
-        # Decoding a large image takes a hundred megabytes, so no more are decoded at a time than there are cores.
-        self._decoding = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decoding")
+        # Decoding a large image takes a hundred megabytes, so no more are decoded at a time than cores may be used.
+        self._decoding = ThreadPoolExecutor(usable_cores(), thread_name_prefix="decoding")
         settings = self.settings
         self.batches = Batches(settings.max_batch, settings.max_wait, self.limits.queue, self.metrics.computed)
         self.metrics.watch(self.batches.waiting, self.number_loaded, self.bytes_loaded)
