@@ -9,6 +9,8 @@ import pytest
 import torch
 import yaml
 from small_runs import COLOURS, arguments, draw_images, results, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import visionpeft as vp
 from visionpeft import evaluate, fit, predict, tasks
@@ -262,6 +264,26 @@ def test_further_loggers_by_option(tmp_path, images):
     columns = next(csv.reader(written.open()))
     assert {"train/loss", "val/top1", "test/top1"} <= set(columns)
     assert list((made / "tensorboard").iterdir())
+    # What the run was made with stands beside what was measured, once for every logger.
+    (kept,) = folder.rglob("hparams.yaml")
+    told = yaml.safe_load(kept.read_text())
+    assert told["model.method"] == "LoRA"
+    assert (told["model.backbone"], told["trainer.max_epochs"], told["data.root"]) == ("test_vit", 1, str(images))
+    assert (
+        told["model.method.rank"]
+        == yaml.safe_load((made / "config.yaml").read_text())["model"]["init_args"]["method"]["init_args"]["rank"]
+    )
+    assert not [name for name in told if name.startswith(("trainer.logger", "output"))]
+    assert yaml.safe_load((made / "tensorboard" / "hparams.yaml").read_text()) == told
+    events = EventAccumulator(str(made / "tensorboard")).Reload()
+    (session,) = [
+        HParamsPluginData.FromString(content).session_start_info
+        for content in events.PluginTagToContent("hparams").values()
+        if HParamsPluginData.FromString(content).HasField("session_start_info")
+    ]
+    assert session.hparams["model.method"].string_value == "LoRA"
+    assert session.hparams["trainer.max_epochs"].number_value == 1
+    assert events.Scalars("hp_metric")[-1].value == pytest.approx(results(made)["test"]["top1"])
 
 
 def test_a_logger_whose_package_is_missing_is_one_sentence(tmp_path, images, capsys):
