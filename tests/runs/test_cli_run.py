@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -116,6 +117,8 @@ def test_evaluate_refuses_what_the_run_does_not_have(finished, tmp_path, capsys)
         (["--config", "fewshot_coop.yaml"], "was trained by ImageClassification"),
         (["--model.method.rank", "4"], "as trained (8)"),
         (["--model.method", "[LoRA, VPT]"], "--model.method [LoRA, VPT]"),
+        (["--model.method", "[LoRA, VPT]"], "as trained (LoRA)"),
+        (["--model.method", "[{class_path: LoRA, init_args: {rank: 4}}]"], "--model.method.rank 4"),
         (["--model.train", "[cls_token]"], "the train is that of the adapter"),
         (["--model.optimisation.lr", "0.1"], "changes nothing about a test"),
         (["--model.loss", "bce"], "the loss is that of the adapter"),
@@ -162,6 +165,23 @@ def test_what_a_limit_leaves_of_the_test_is_said(finished, tmp_path, images, cap
     assert evaluate.main([str(made), "--trainer.limit_test_batches", "1.0"]) == 0
     assert json.loads((made / "evaluation.json").read_text())["tested_images"] == 6
     assert results(finished)["tested_images"] == 6
+
+
+def test_a_limit_that_leaves_nothing_to_test_is_refused(finished, tmp_path, capsys):
+    """It ended in a KeyError. A run of an older version, which wrote 0.5 as 0, says which line to change."""
+    assert evaluate.main([str(finished), "--trainer.limit_test_batches", "0"]) == 2
+    assert "--trainer.limit_test_batches 0 leaves nothing to test" in capsys.readouterr().err
+    made = Path(shutil.copytree(finished, tmp_path / "made"))
+    config = made / "config.yaml"
+    config.write_text(config.read_text().replace("limit_test_batches: null", "limit_test_batches: 0"))
+    told = f"{config} says limit_test_batches: 0, which leaves nothing to test; if a share such as 0.5 was given"
+    for command, given in ((evaluate, [str(made)]), (fit, ["--resume", str(made)]), (fit, ["--config", str(config)])):
+        assert command.main(given) == 2
+        assert told in capsys.readouterr().err
+    config.write_text(config.read_text().replace("limit_train_batches: null", "limit_train_batches: 0"))
+    assert fit.main(["--resume", str(made)]) == 2
+    assert f"{config} says limit_train_batches: 0" in capsys.readouterr().err
+    assert evaluate.main([str(made), "--trainer.limit_test_batches", "1.0"]) == 0
 
 
 def test_overfitting_some_batches_sees_the_same_images_in_each_epoch(tmp_path, images):

@@ -20,6 +20,7 @@ from visionpeft.runs.environment import environment
 from visionpeft.runs.figures import draw_curves
 from visionpeft.runs.history import EpochHistory, read_history
 from visionpeft.runs.hyper_parameters import log_hyper_parameters, log_outcome
+from visionpeft.runs.limits import check_limits
 from visionpeft.runs.processes import agreed_run, lost_peers, start, started_by_others
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import batches, record_of, setting, tested
@@ -72,6 +73,8 @@ def _checked(arguments: list[str]) -> tuple[CLI, dict]:
     if report == "best_test":
         datamodule.select_on_test()
     datamodule.setup()  # a missing file is refused before there is a run directory
+    trained = ["limit_train_batches"] if cli.model.trained_parameters() else []
+    check_limits(cli, *trained, *(["limit_test_batches"] if cli.config.test else []))
     options = (cli.config_init.trainer, report, cli.config.test, cli.trainer.world_size)
     check_before_training(cli.model, datamodule, *options)
     check_stages(cli)
