@@ -53,9 +53,15 @@ def near_names(name: str, allowed: Iterable[str]) -> str:
     return f"; near names are {', '.join(found)}" if found else ""
 
 
+def advice(found: Iterable[str]) -> str:
+    """The middle of a sentence about a wrong name, from those near it: "did you mean X or Y? ", or nothing."""
+    found = list(found)
+    return f"did you mean {' or '.join(found)}? " if found else ""
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """The end of a sentence about a wrong name: "; did you mean X?", or all allowed names if none is near."""
     allowed = sorted(allowed)
     if found := near(name, allowed):
-        return f"; did you mean {' or '.join(found)}?"
+        return f"; {advice(found)}".rstrip()
     return f"; it can be {', '.join(allowed)}" if allowed else ""

@@ -104,7 +104,8 @@ def test_a_model_around_a_model_is_refused_with_its_part(around, tmp_path):
     """It says where the model is that can be adapted, and later where the adapters are."""
     outer = around(build())
     path = next(name for name, _ in outer.named_children())
-    with pytest.raises(vp.UnsupportedError, match=f"its part '{path}' is a VisionTransformer: attach to that"):
+    told = f"its part '{path}' is a VisionTransformer: attach to that" if around is Around else "attach to the model"
+    with pytest.raises(vp.UnsupportedError, match=told):
         vp.attach(outer, vp.LoRA(rank=2))
     with pytest.raises(ConfigurationError, match=r"no adapter is attached to this model$"):
         vp.merge(outer)
@@ -117,6 +118,55 @@ def test_a_model_around_a_model_is_refused_with_its_part(around, tmp_path):
         vp.unmerge(outer)
     vp.detach(getattr(outer, path))
     assert torch.equal(outer(IMAGES), build()(IMAGES))
+
+
+def of_fabric(model):
+    return Fabric(accelerator="cpu", devices=1).setup(model)
+
+
+def of_ddp(model):
+    """As it would be, without the processes: what PyTorch makes needs a process group."""
+    outer = torch.nn.parallel.DistributedDataParallel.__new__(torch.nn.parallel.DistributedDataParallel)
+    torch.nn.Module.__init__(outer)
+    outer.module = model
+    return outer
+
+
+def of_torch_script(model):
+    return torch.jit.trace(model, IMAGES)
+
+
+WRAPPED = {
+    "fabric": (of_fabric, "VisionTransformer is already set up by Lightning Fabric; attach before fabric.setup"),
+    "fabric of a compiled model": (
+        lambda model: of_fabric(torch.compile(model)),
+        "VisionTransformer is already set up by Lightning Fabric",
+    ),
+    "ddp": (of_ddp, "VisionTransformer is already within DistributedDataParallel.*attach first, then wrap"),
+    "replicas": (torch.nn.DataParallel, "VisionTransformer is within DataParallel.*attach to the model itself"),
+    "average": (AveragedModel, "AveragedModel holds a copy of VisionTransformer.*attach to the model first"),
+    "timm's average": (timm.utils.ModelEmaV3, "ModelEmaV3 holds a copy of VisionTransformer"),
+    "torch script": (of_torch_script, "is TorchScript, .* use the model that it was made of"),
+}
+
+
+@pytest.mark.parametrize(("wrap", "told"), WRAPPED.values(), ids=WRAPPED.keys())
+def test_what_has_to_be_made_after_attaching_says_so(wrap, told, tmp_path):
+    """Its part would take an adapter, which would then be trained on one device only, or in no average."""
+    vp.save(adapted(), tmp_path)
+    inner = build()
+    outer = wrap(inner)
+    for act in (lambda model: vp.attach(model, vp.LoRA(rank=2)), lambda model: vp.load(model, tmp_path)):
+        with pytest.raises(vp.UnsupportedError, match=told):
+            act(outer)
+    assert not hasattr(inner, "peft")
+
+
+def test_a_trace_of_an_adapted_model_is_no_model_to_act_on(tmp_path):
+    traced = of_torch_script(adapted())
+    for act in (vp.trainable_parameters, vp.merge, vp.detach, vp.disable, lambda model: vp.save(model, tmp_path)):
+        with pytest.raises(vp.UnsupportedError, match="is TorchScript"):
+            act(traced)
 
 
 def test_features_alone_are_refused_with_their_part():

@@ -7,6 +7,7 @@ from small_learner_runs import CLIP
 
 from visionpeft.adapters.attach import attach
 from visionpeft.adapters.switch import disable
+from visionpeft.caching.content_cache import arithmetic
 from visionpeft.caching.feature_cache import FeatureCache
 from visionpeft.clip.learners import ZeroShot
 from visionpeft.methods import LoRA
@@ -125,6 +126,31 @@ def test_precision_is_part_of_the_key(learner):
         direct = learner.image_features(images)
     assert torch.equal(half, direct)
     assert not torch.equal(half, full)
+    assert torch.equal(cache.image_features(learner, images), full)
+
+
+@pytest.mark.parametrize("choose", ["high", "medium", "of the backend"])
+def test_products_of_float32_in_another_precision_are_other_rows(learner, choose):
+    """As PyTorch is told for all of a process, by either of its ways; its own choice is what it was."""
+    cache, images = FeatureCache(), pictures(2)
+    full, cpu = cache.image_features(learner, images), torch.device("cpu")
+    assert arithmetic(cpu) == "cpu None"
+    matmul = torch.backends.mkldnn.matmul
+    try:
+        if choose == "of the backend":
+            matmul.fp32_precision = "bf16"
+        else:
+            torch.set_float32_matmul_precision(choose)
+        assert arithmetic(cpu) == f"cpu None matmul in {'tf32' if choose == 'high' else 'bf16'}"
+        assert not cache.known_images(learner, cpu)
+        cache.image_features(learner, images)
+        assert len(cache.kept) == 4
+        torch.set_float32_matmul_precision("highest")
+        assert len(cache.known_images(learner, cpu)) == 2
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "none"
+    assert arithmetic(cpu) == "cpu None"
     assert torch.equal(cache.image_features(learner, images), full)
 
 

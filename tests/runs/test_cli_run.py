@@ -3,12 +3,15 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import yaml
 from small_runs import COLOURS, arguments, draw_images, results, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import visionpeft as vp
 from visionpeft import evaluate, fit, predict, tasks
@@ -114,6 +117,8 @@ def test_evaluate_refuses_what_the_run_does_not_have(finished, tmp_path, capsys)
         (["--config", "fewshot_coop.yaml"], "was trained by ImageClassification"),
         (["--model.method.rank", "4"], "as trained (8)"),
         (["--model.method", "[LoRA, VPT]"], "--model.method [LoRA, VPT]"),
+        (["--model.method", "[LoRA, VPT]"], "as trained (LoRA)"),
+        (["--model.method", "[{class_path: LoRA, init_args: {rank: 4}}]"], "--model.method.rank 4"),
         (["--model.train", "[cls_token]"], "the train is that of the adapter"),
         (["--model.optimisation.lr", "0.1"], "changes nothing about a test"),
         (["--model.loss", "bce"], "the loss is that of the adapter"),
@@ -160,6 +165,23 @@ def test_what_a_limit_leaves_of_the_test_is_said(finished, tmp_path, images, cap
     assert evaluate.main([str(made), "--trainer.limit_test_batches", "1.0"]) == 0
     assert json.loads((made / "evaluation.json").read_text())["tested_images"] == 6
     assert results(finished)["tested_images"] == 6
+
+
+def test_a_limit_that_leaves_nothing_to_test_is_refused(finished, tmp_path, capsys):
+    """It ended in a KeyError. A run of an older version, which wrote 0.5 as 0, says which line to change."""
+    assert evaluate.main([str(finished), "--trainer.limit_test_batches", "0"]) == 2
+    assert "--trainer.limit_test_batches 0 leaves nothing to test" in capsys.readouterr().err
+    made = Path(shutil.copytree(finished, tmp_path / "made"))
+    config = made / "config.yaml"
+    config.write_text(config.read_text().replace("limit_test_batches: null", "limit_test_batches: 0"))
+    told = f"{config} says limit_test_batches: 0, which leaves nothing to test; if a share such as 0.5 was given"
+    for command, given in ((evaluate, [str(made)]), (fit, ["--resume", str(made)]), (fit, ["--config", str(config)])):
+        assert command.main(given) == 2
+        assert told in capsys.readouterr().err
+    config.write_text(config.read_text().replace("limit_train_batches: null", "limit_train_batches: 0"))
+    assert fit.main(["--resume", str(made)]) == 2
+    assert f"{config} says limit_train_batches: 0" in capsys.readouterr().err
+    assert evaluate.main([str(made), "--trainer.limit_test_batches", "1.0"]) == 0
 
 
 def test_overfitting_some_batches_sees_the_same_images_in_each_epoch(tmp_path, images):
@@ -262,6 +284,26 @@ def test_further_loggers_by_option(tmp_path, images):
     columns = next(csv.reader(written.open()))
     assert {"train/loss", "val/top1", "test/top1"} <= set(columns)
     assert list((made / "tensorboard").iterdir())
+    # What the run was made with stands beside what was measured, once for every logger.
+    (kept,) = folder.rglob("hparams.yaml")
+    told = yaml.safe_load(kept.read_text())
+    assert told["model.method"] == "LoRA"
+    assert (told["model.backbone"], told["trainer.max_epochs"], told["data.root"]) == ("test_vit", 1, str(images))
+    assert (
+        told["model.method.rank"]
+        == yaml.safe_load((made / "config.yaml").read_text())["model"]["init_args"]["method"]["init_args"]["rank"]
+    )
+    assert not [name for name in told if name.startswith(("trainer.logger", "output"))]
+    assert yaml.safe_load((made / "tensorboard" / "hparams.yaml").read_text()) == told
+    events = EventAccumulator(str(made / "tensorboard")).Reload()
+    (session,) = [
+        HParamsPluginData.FromString(content).session_start_info
+        for content in events.PluginTagToContent("hparams").values()
+        if HParamsPluginData.FromString(content).HasField("session_start_info")
+    ]
+    assert session.hparams["model.method"].string_value == "LoRA"
+    assert session.hparams["trainer.max_epochs"].number_value == 1
+    assert events.Scalars("hp_metric")[-1].value == pytest.approx(results(made)["test"]["top1"])
 
 
 def test_a_logger_whose_package_is_missing_is_one_sentence(tmp_path, images, capsys):

@@ -1,5 +1,6 @@
 """PromptLearning: what is trained, when features are kept, what the learner is told and when."""
 
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from small_runs import draw_images
 from visionpeft.clip.learner import Learner
 from visionpeft.clip.learners import (
     IVLP,
+    TCP,
     TDA,
     TPT,
     CLIPAdapter,
@@ -405,7 +407,21 @@ def test_what_was_published_for_the_data_set_is_taken(images):
     assert (task.learner.alpha.item(), task.learner.max_alpha) == (2, 13)
     task = make(TipAdapter)
     task.connect(FewShot("folder", images, shots=4))  # nothing is known of it
+    assert task.describe().get("published") is None
     assert (round(task.learner.alpha.item(), 5), task.learner.max_alpha) == (1.17, 3)
+
+
+def test_words_of_tcp_are_those_of_the_data_set(images):
+    module = FewShot("folder", images, shots=4)
+    task = make(TCP)
+    task.connect(module)
+    assert task.learner.words == "{}."
+    module.images.about["task"] = "dtd"
+    task.connect(module)
+    assert task.describe()["published"] == {"tcp": {"words": "{} texture."}}
+    task = make(partial(TCP, words="{}!"))
+    task.connect(module)
+    assert task.learner.words == "{}!"
 
 
 @pytest.mark.parametrize("learner", [ZeroShot, TipAdapter, CLIPLinearProbe])

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch.nn as nn
+from torch.jit import ScriptModule
 
+from visionpeft.backbones.wrapped import check_not_wrapped
 from visionpeft.errors import ConfigurationError
 
 
@@ -89,7 +91,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
     And the model whose attributes something around it passes on as its own, as Lightning Fabric's `setup` does: what is
     called `peft` and `head` there is not in one place, so that each would be looked for in the wrong one.
+
+    Raises:
+        UnsupportedError: it is TorchScript.
     """
+    if isinstance(model, ScriptModule):
+        check_not_wrapped(model)
     while isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
         model = inner
     for name in ("peft", "merged_peft") if isinstance(model, nn.Module) else ():

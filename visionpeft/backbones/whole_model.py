@@ -8,7 +8,7 @@ from torch import nn
 from visionpeft.backbones.layers_only import describe_part
 from visionpeft.backbones.made_tensors import check_weights
 from visionpeft.backbones.tower import Backbone
-from visionpeft.errors import UnsupportedError
+from visionpeft.backbones.wrapped import check_not_wrapped
 
 
 def describe(model: nn.Module) -> Backbone:
@@ -19,14 +19,9 @@ def describe(model: nn.Module) -> Backbone:
 
     Raises:
         UnsupportedError: the model, or a block, attention or MLP in it, is of a class that no family knows; or the
-            model is compiled or sharded.
+            model is compiled, sharded, or inside something that has to be made after attaching.
     """
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedError(
-            f"{type(model._orig_mod).__name__} is already compiled; attach before torch.compile (compile the result)"
-        )
-    if any(cls.__name__ == "FSDPModule" for cls in type(model).__mro__):
-        raise UnsupportedError(f"{type(model).__name__} is already sharded; attach before fully_shard")
+    check_not_wrapped(model)
     check_weights(model)
     if "open_clip" in sys.modules:  # no model of OpenCLIP is there without it; importing it takes seconds
         importlib.import_module("visionpeft.backbones.open_clip")

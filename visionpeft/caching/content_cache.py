@@ -239,6 +239,19 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def arithmetic(device: torch.device) -> str:
-    """Where and in which precision rows are computed, as a part of their source."""
+    """Where and in which precision rows are computed, as a part of their source.
+
+    Products of float32 in TF32 or bfloat16 are told from those in float32, as `torch.set_float32_matmul_precision` or
+    the options of `torch.backends` choose them. PyTorch's own choice adds nothing, so that what was kept stays known.
+    """
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return f"{device} {autocast}"
+    backends = torch.backends
+    # Read from each backend: where both ways of choosing were used, `get_float32_matmul_precision` is an error.
+    if device.type == "cuda":
+        chosen = {"matmul": backends.cuda.matmul.fp32_precision, "conv": backends.cudnn.conv.fp32_precision}
+        usual = {"matmul": ("none", "ieee"), "conv": ("tf32",)}
+    else:
+        chosen = {"matmul": backends.mkldnn.matmul.fp32_precision, "conv": backends.mkldnn.conv.fp32_precision}
+        usual = dict.fromkeys(chosen, ("none", "ieee"))
+    others = [f"{what} in {precision}" for what, precision in chosen.items() if precision not in usual[what]]
+    return " ".join([f"{device} {autocast}", *others])

@@ -47,8 +47,12 @@ class Learner(PromptedCLIP):
 
     # Training
 
-    def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
+    def set_published(self, values: Mapping[str, Mapping[str, float | str]]) -> None:
         """Take what was published for the data set, by learner, where none was given; most learners have nothing."""
+
+    def taken(self) -> dict[str, dict[str, str]]:
+        """What it has by `set_published` that is no tensor, in the same form; it is saved with what is learnt."""
+        return {}
 
     def set_loss(self, loss: ClassLoss) -> None:
         """Compare images with classes by this loss from now on; it also says what the logits mean.

@@ -10,7 +10,7 @@ from open_clip.transformer import VisionTransformer
 
 from visionpeft.adapters.adapters import has_adapters
 from visionpeft.adapters.storage import backbone_record, check_backbone, check_pooling
-from visionpeft.backbones.whole_model import describe
+from visionpeft.backbones.wrapped import check_not_wrapped
 from visionpeft.errors import ConfigurationError, StorageError, UnsupportedError
 
 
@@ -20,8 +20,7 @@ def check_clip(clip: nn.Module) -> None:
     Raises:
         UnsupportedError: anything else, a compiled model, or a CoCa in several precisions.
     """
-    if hasattr(clip, "_orig_mod"):
-        describe(clip)
+    check_not_wrapped(clip)
     if not isinstance(clip, CLIP | CustomTextCLIP | CoCa):
         raise UnsupportedError(
             f"a learner needs an OpenCLIP model with an image and a text tower, as open_clip.create_model makes it, "

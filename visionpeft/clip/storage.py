@@ -42,6 +42,7 @@ def save_learner(
         "adapters": [name for name in learner.acting if name != learner.adapter_name],
         "allow_duplicates": learner.allow_duplicates,
         "loss": learner.loss_name,
+        **({"published": learner.taken()} if learner.taken() else {}),
         "backbone": backbone_record(learner.clip),
         **described(preprocessing, metadata),
         "versions": package_versions(),
@@ -95,6 +96,7 @@ def load_learner(
             raise StorageError(f"the saved options of {entry['class']} do not fit this version: {error}") from None
         if description["templates"]:  # perhaps those of the data set it was trained on
             learner.set_template(description["templates"])
+        learner.set_published(description.get("published", {}))
         learner.set_loss(description.get("loss", "cross_entropy"))
         learner.load_trained_state(tensors, what)
         if class_names is not None:

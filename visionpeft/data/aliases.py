@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from visionpeft.errors import ConfigurationError, near
+from visionpeft.errors import ConfigurationError, advice, near
 
 
 def choose(name: str, aliases: Mapping[str, Sequence[str]], kind: str) -> str:
@@ -15,5 +15,5 @@ def choose(name: str, aliases: Mapping[str, Sequence[str]], kind: str) -> str:
     if name.lower() in valid:
         return valid[name.lower()]
     found = dict.fromkeys(valid[match] for match in near(name.lower(), valid))
-    advice = f"did you mean {' or '.join(found)}?" if found else f"choose one of {', '.join(aliases)}"
-    raise ConfigurationError(f"unknown {kind} '{name}': {advice}")
+    what_to_do = advice(found).rstrip() or f"choose one of {', '.join(aliases)}"
+    raise ConfigurationError(f"unknown {kind} '{name}': {what_to_do}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import timm
 from torch import nn
 
-from visionpeft.errors import ConfigurationError, StorageError, near
+from visionpeft.errors import ConfigurationError, StorageError, advice, near
 from visionpeft.models.checkpoints import load_timm_checkpoint
 from visionpeft.models.embedded import NANO_CLIPS, NANO_VITS
 from visionpeft.models.network import fetched
@@ -122,9 +122,8 @@ def _check_timm_name(name: str) -> None:
     if not timm.is_model(architecture):
         own = [*NANO_VITS, *PREPARED]
         found = near(name, own) or near(architecture, [*own, *timm.list_models()])  # all would be too many to list
-        advice = f"did you mean {' or '.join(found)}? " if found else ""
         raise ConfigurationError(
-            f"there is no backbone {name!r}; {advice}"
+            f"there is no backbone {name!r}; {advice(found)}"
             "use nano_vit.distilled, a name of timm.list_models(), or open_clip/<model>/<tag>"
         )
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]

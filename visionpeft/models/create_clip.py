@@ -7,7 +7,7 @@ from pathlib import Path
 import open_clip
 import torch.nn as nn
 
-from visionpeft.errors import ConfigurationError, StorageError, near
+from visionpeft.errors import ConfigurationError, StorageError, advice, near
 from visionpeft.models.embedded import NANO_CLIPS
 from visionpeft.models.nano_clip import load_nano_clip
 from visionpeft.models.open_clip import create_open_clip
@@ -51,11 +51,9 @@ def create_clip(
         shared = "hf_tokenizer_name" not in configuration["text_cfg"]
         tokenizer = _tokenizer(model, repr(configuration)) if shared else open_clip.get_tokenizer(model)
     else:
-        found = near(name, NANO_CLIPS)
-        advice = f"did you mean {' or '.join(found)}? " if found else ""
         raise ConfigurationError(
-            f"there is no CLIP model {name!r}; {advice}use nano_clip.distilled, or open_clip/<model>/<tag> such as "
-            "open_clip/ViT-B-16-quickgelu/openai"
+            f"there is no CLIP model {name!r}; {advice(near(name, NANO_CLIPS))}use nano_clip.distilled, or "
+            "open_clip/<model>/<tag> such as open_clip/ViT-B-16-quickgelu/openai"
         )
     clip.backbone_source = {
         "library": "open_clip",

@@ -6,7 +6,7 @@ from pathlib import Path
 import open_clip
 from torch import nn
 
-from visionpeft.errors import ConfigurationError, StorageError, near, one_line
+from visionpeft.errors import ConfigurationError, StorageError, advice, near, one_line
 from visionpeft.models.network import fetched
 
 
@@ -21,10 +21,9 @@ def create_open_clip(name: str, pretrained: bool, checkpoint: str | Path | None,
     _, model_name, *rest = name.split("/")
     tag = rest[0] if rest else None
     if model_name not in open_clip.list_models():
-        found = near(model_name, open_clip.list_models())  # all names would be too many to list
-        advice = f"did you mean {' or '.join(found)}? " if found else ""
+        near_it = near(model_name, open_clip.list_models())  # all names would be too many to list
         raise ConfigurationError(
-            f"OpenCLIP has no model {model_name!r}; {advice}see open_clip.list_models() for all names"
+            f"OpenCLIP has no model {model_name!r}; {advice(near_it)}see open_clip.list_models() for all names"
         )
     tags = open_clip.list_pretrained_tags_by_model(model_name)
     if tag is not None:

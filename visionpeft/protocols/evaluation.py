@@ -10,6 +10,7 @@ from visionpeft.files import write_json
 from visionpeft.protocols.cells import Cell
 from visionpeft.protocols.learner_candidates import LearnerCandidate, dataset_keys, only_test
 from visionpeft.runs.as_trained import TestedAgain
+from visionpeft.runs.limits import check_limits
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import record_of, setting, tested
 from visionpeft.sharing.run_directory import RunDirectory, tested_images
@@ -33,6 +34,7 @@ def evaluate_again(run: RunDirectory, arguments: Sequence[str]) -> dict:
     """
     trained = run.read_results()
     cli = TestedAgain(run, [*arguments])
+    check_limits(cli, "limit_test_batches", tested=run)
     task, datamodule = cli.model, cli.datamodule
     task.load(run.path / task.folder)
     task.connect(datamodule)

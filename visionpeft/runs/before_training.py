@@ -63,8 +63,6 @@ def check_before_training(
             f"{dataset} has no test split here: give {_get('test', dataset)}, or use --test false to train without a "
             "test"
         )
-    if tests and trainer.get("limit_test_batches") in (0, 0.0) and not isinstance(trainer["limit_test_batches"], bool):
-        raise ConfigurationError("--trainer.limit_test_batches 0 leaves nothing to test; use --test false")
     if report != "last":
         _check_selection(trainer, report)
         if task.trained_parameters() and (mean := task.reports_mean()):
@@ -94,13 +92,7 @@ def check_before_training(
 
 
 def _check_end(trainer: Mapping, task: ImageTask) -> None:
-    """Refuse a training without an end, to which no learning rate could fall, and one without a batch."""
-    limit = trainer.get("limit_train_batches")
-    if task.trained_parameters() and limit is not None and not isinstance(limit, bool) and limit == 0:
-        raise ConfigurationError(
-            "--trainer.limit_train_batches 0 leaves nothing to train on; to test without training use "
-            "--trainer.max_epochs 0"
-        )
+    """Refuse a training without an end, to which no learning rate could fall."""
     epochs, steps = (trainer.get(option) for option in ("max_epochs", "max_steps"))
     if task.trained_parameters() and epochs is not None and epochs < 0 and (steps is None or steps < 0):
         raise ConfigurationError(

@@ -10,7 +10,7 @@ from visionpeft.errors import ConfigurationError, UserError
 from visionpeft.files import claim, replacing, write_json
 from visionpeft.runs.agreement import Peers, what_must_agree
 from visionpeft.runs.before_training import check_before_training
-from visionpeft.runs.carried import carry
+from visionpeft.runs.carried import as_carried, carry
 from visionpeft.runs.checkpoint_files import AtomicCheckpointIO, checkpoint_callbacks
 from visionpeft.runs.cli import CLI
 from visionpeft.runs.command import is_started
@@ -19,6 +19,8 @@ from visionpeft.runs.ending import how_to_go_on, nothing_half_written
 from visionpeft.runs.environment import environment
 from visionpeft.runs.figures import draw_curves
 from visionpeft.runs.history import EpochHistory, read_history
+from visionpeft.runs.hyper_parameters import log_hyper_parameters, log_outcome
+from visionpeft.runs.limits import check_limits
 from visionpeft.runs.processes import agreed_run, lost_peers, start, started_by_others
 from visionpeft.runs.progress import TrainingProgress
 from visionpeft.runs.results import batches, record_of, setting, tested
@@ -71,6 +73,8 @@ def _checked(arguments: list[str]) -> tuple[CLI, dict]:
     if report == "best_test":
         datamodule.select_on_test()
     datamodule.setup()  # a missing file is refused before there is a run directory
+    trained = ["limit_train_batches"] if cli.model.trained_parameters() else []
+    check_limits(cli, *trained, *(["limit_test_batches"] if cli.config.test else []))
     options = (cli.config_init.trainer, report, cli.config.test, cli.trainer.world_size)
     check_before_training(cli.model, datamodule, *options)
     check_stages(cli)
@@ -95,6 +99,8 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
         default_root_dir=run.path,
         enable_progress_bar=False,
     )
+    if first:
+        log_hyper_parameters(trainer.loggers, parsed(as_carried(cli.config_text(), run.carried)))
     train(trainer, task, datamodule, run, run)
     if cli.config.report == "last":
         reported = _last(trainer)
@@ -107,6 +113,8 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
         trainer.test(task, datamodule, verbose=False)
     if not first:
         return
+    if cli.config.test:
+        log_outcome(trainer, task.objective.monitor)
 
     results = setting(task, datamodule) | {
         **(tested(trainer, record) if cli.config.test else {}),

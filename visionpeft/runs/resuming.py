@@ -82,23 +82,39 @@ def note_changes(cli: CLI, run: RunDirectory) -> None:
 
 def changes(cli: CLI, run: RunDirectory) -> Iterator[tuple[tuple[str, ...], object, object]]:
     """Options by their names, with what the configuration of a run says and what a command line that starts from it."""
-    before, now = (dict(_leaves(config)) for config in (cli.parsed(["--config", str(run.config)]), cli.config))
-    for path in dict.fromkeys([*now, *before]):
-        if path[0] not in ("config", "resume") and _meant(before.get(path)) != _meant(now.get(path)):
-            yield tuple(part for part in path if part not in NESTING), before.get(path), now.get(path)
+    before, now = cli.parsed(["--config", str(run.config)]), cli.config
+    for path, *values in _differences((), before, now):
+        if path[0] not in ("config", "resume"):
+            yield tuple(part for part in path if part not in NESTING), *values
+
+
+def _differences(path: tuple[str, ...], before: object, now: object) -> Iterator[tuple]:
+    """What differs, as deep as it can be told; a list of one class is the class, as where methods are given."""
+    before, now = _alone(before), _alone(now)
+    if _classes(before) and _classes(before) == _classes(now):
+        before, now = ({str(number): each for number, each in enumerate(value)} for value in (before, now))
+    if isinstance(now, Namespace | dict) and isinstance(before, Namespace | dict):
+        before, now = (vars(value) if isinstance(value, Namespace) else value for value in (before, now))
+        for name in dict.fromkeys([*now, *before]):
+            yield from _differences((*path, str(name)), before.get(name), now.get(name))
+    elif _meant(before) != _meant(now):
+        yield path, before, now
+
+
+def _alone(value: object) -> object:
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Namespace) else value
+
+
+def _classes(value: object) -> list[str]:
+    """Names of the classes in a list of nothing else."""
+    if isinstance(value, list) and all(isinstance(each, Namespace) and "class_path" in each for each in value):
+        return [without_module(each.class_path) for each in value]
+    return []
 
 
 def _meant(value: object) -> object:
     """What is compared of a value: a class of ours may be named by any module that has it."""
     return without_module(value) if isinstance(value, str) else value
-
-
-def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
-    if not isinstance(value, Namespace | dict):
-        yield path, value
-        return
-    for name, each in vars(value).items() if isinstance(value, Namespace) else value.items():
-        yield from _leaves(each, (*path, str(name)))
 
 
 def _may_change(path: tuple[str, ...]) -> bool:

@@ -128,6 +128,7 @@ class PromptLearning(ImageTask):
         return {
             "learner": {"class": type(learner).__name__, "options": learner.options},
             "template": list(learner.templates) or None,
+            **({"published": learner.taken()} if learner.taken() else {}),
             **({} if learner.loss_name == "cross_entropy" else {"loss": learner.loss_name}),
             "backbone": learner.clip.backbone_source,
             "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
@@ -143,7 +144,8 @@ class PromptLearning(ImageTask):
         self.fixed_views = getattr(datamodule, "deterministic_views", None)
         if hasattr(datamodule, "template_for"):
             self.learner.set_template(datamodule.template_for(self.learner.template_style))
-        self.learner.set_published(getattr(datamodule, "published", {}))
+        if hasattr(datamodule, "published"):  # other data has nothing to say, also of what is taken already
+            self.learner.set_published(datamodule.published)
 
     def check_before_training(self, datamodule: pl.LightningDataModule, processes: int = 1) -> None:
         """Refuse a learner that is fitted on all images where they are only read in order, or stages in processes.

@@ -164,6 +164,31 @@ def test_other_words_after_the_context(words, tmp_path):
         assert torch.equal(loaded(images()), learner(images()))
 
 
+def test_words_of_the_data_set_are_taken_where_none_are_given(tmp_path):
+    """They go with what is saved, and back where another data set has none; words that were given stay."""
+    pets = {"tcp": {"words": "{}, a type of pet."}, "tip_adapter": {"alpha": 3}}
+    learner, given = tcp(words=None).eval(), tcp(words="{} texture.")
+    told = tcp(words="{}, a type of pet.").eval()
+    before = learner.text_features()
+    assert (learner.words, learner.taken()) == ("{}.", {})
+    learner.set_published(pets)
+    assert learner.taken() == {"tcp": {"words": "{}, a type of pet."}}
+    with torch.no_grad():
+        assert torch.equal(learner.text_features(), told.text_features())
+    save_learner(learner, tmp_path)
+    loaded = load_learner(tmp_path, clip_model(), tokenizer())
+    assert loaded.words == "{}, a type of pet."
+    assert torch.equal(loaded(images()), learner(images()))
+    with pytest.raises(ConfigurationError):
+        learner.set_published({"tcp": {"words": "{} " + "very " * 90}})
+    with torch.no_grad():
+        assert torch.equal(learner.text_features(), told.text_features())
+    learner.set_published({})
+    assert torch.equal(learner.text_features(), before)
+    given.set_published(pets)
+    assert (given.words, given.taken()) == ("{} texture.", {})
+
+
 REFUSED = {
     "words": ({"words": "a pet"}, "words 'a pet' must hold {} exactly once"),
     "weight": ({"weight": -1}, "finite number that is not negative"),

@@ -1,7 +1,7 @@
 """TCP: Textual-based Class-aware Prompt Tuning for Vision-Language Models (Yao et al., 2024), arXiv 2311.18231."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,8 @@ from visionpeft.clip.packing import OwnTokens
 from visionpeft.clip.templates import PHOTO, fill
 from visionpeft.clip.text import unit
 from visionpeft.errors import ConfigurationError
+
+WORDS = "{}."
 
 
 class TCP(NearTemplates):
@@ -32,9 +34,9 @@ class TCP(NearTemplates):
     with M = 4.
     Source: Yao et al., TCP: Textual-based Class-aware Prompt Tuning for Vision-Language Models, 2024. The authors' code
     reads a weight with which P_k would be mixed in, and then replaces it by 1, as here; its Adam needs eps=1e-3 in half
-    precision, which is set outside of it. It has words of its own for each data set: "{}, a type of pet." for Pets,
-    and so on for Flowers102, Aircraft (aircraft) and Food101 (food), "{} texture." for DTD, "{}, a type of car" for
-    Cars, "person doing {}." for UCF101, and "{}." for the others.
+    precision, which is set outside of it. It has words of its own for each data set, as a run has: "{}, a type of pet."
+    for Pets, and so on for Flowers102, Aircraft (aircraft) and Food101 (food), "{} texture." for DTD, "{}, a type of
+    car" for Cars, "person doing {}." for UCF101, and "{}." for the others.
 
     Args:
         clip: an OpenCLIP model.
@@ -47,7 +49,8 @@ class TCP(NearTemplates):
         template: one template or several for z_k, with {} for the class name; None is the data set's own in a run, and
             "a photo of a {}." otherwise.
         allow_duplicates: accept two classes of one name.
-        words: what stands after the context, with {} for the class name.
+        words: what stands after the context, with {} for the class name; None is the data set's own in a run, and
+            "{}." otherwise.
 
     Raises:
         ConfigurationError: a weight that is negative or not finite, a layer that is no index of a text block after
@@ -67,10 +70,9 @@ class TCP(NearTemplates):
         weight: float = 8.0,
         template: str | list[str] | None = None,
         allow_duplicates: bool = False,
-        words: str = "{}.",
+        words: str | None = None,
     ):
-        if words.count("{}") != 1:
-            raise ConfigurationError(f"words {words!r} must hold {{}} exactly once, where the class name goes")
+        _check_words(WORDS if words is None else words)
         if not 0 <= weight < math.inf:
             raise ConfigurationError(f"weight must be a finite number that is not negative, but is {weight}")
         if context_length is not None:
@@ -92,7 +94,7 @@ class TCP(NearTemplates):
             raise ConfigurationError(
                 f"layer must be the index of a text block after the first, 1 to {last}, not {self.layer!r}"
             )
-        self.weight, self.words = weight, words
+        self.weight, self.words = weight, WORDS if words is None else words
         vectors = initial_context(self, context_length, init, default=4)
         self.context_length = len(vectors)
         self.set_class_names(class_names)
@@ -107,6 +109,26 @@ class TCP(NearTemplates):
         context = slots(self.context_length)
         return [(*context, *own) for own in self.tokenizer.following(fill(self.words, name) for name in names)]
 
+    def set_published(self, values: Mapping[str, Mapping[str, float | str]]) -> None:
+        """Take over the words of the data set where none were given; a data set without has the class name and ".".
+
+        Raises:
+            ConfigurationError: words without {}, or prompts longer than the text tower reads; nothing is changed.
+        """
+        words = values.get("tcp", {}).get("words", WORDS) if self.options.get("words") is None else self.words
+        if words == self.words:
+            return
+        before, self.words = self.words, _check_words(words)
+        try:
+            self.set_class_names(self.class_names)
+        except ConfigurationError:
+            self.words = before
+            raise
+
+    def taken(self) -> dict[str, dict[str, str]]:
+        """The words, where they are those of a data set."""
+        return {} if self.options.get("words") is not None or self.words == WORDS else {"tcp": {"words": self.words}}
+
     def class_tokens(self) -> torch.Tensor:
         """P (classes, vectors, width)."""
         made = self.meta_net(self.template_features().to(self.vectors.dtype))
@@ -116,3 +138,9 @@ class TCP(NearTemplates):
         """Unit text features (classes, features), computed anew."""
         own = OwnTokens(self.class_tokens(), first=len(self.tokenizer.start), block=self.layer)
         return unit(self.encode(self.layout, self.context(), own))[0]
+
+
+def _check_words(words: object) -> str:
+    if not isinstance(words, str) or words.count("{}") != 1:
+        raise ConfigurationError(f"words {words!r} must hold {{}} exactly once, where the class name goes")
+    return words

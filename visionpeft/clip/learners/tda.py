@@ -140,7 +140,7 @@ class TDA(TemplateTexts):
         if self.templates != before:
             self.reset()
 
-    def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
+    def set_published(self, values: Mapping[str, Mapping[str, float | str]]) -> None:
         """Take over alpha and beta of the data set, with the option `published`."""
         if self.published:
             for name, otherwise in OF_IMAGENET.items():

@@ -106,7 +106,7 @@ class TipAdapter(TemplateTexts):
         else:
             self.register_buffer("keys", keys)
 
-    def set_published(self, values: Mapping[str, Mapping[str, float]]) -> None:
+    def set_published(self, values: Mapping[str, Mapping[str, float | str]]) -> None:
         """Take over the alpha, beta and ends of the grid of the data set; a cache that is filled keeps its own."""
         if len(self.keys):
             return

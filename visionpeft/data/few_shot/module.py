@@ -148,8 +148,10 @@ class FewShot(ImageDataModule):
         return self.template if self.own_template or key in OWN else dataset_template(key, style)
 
     @property
-    def published(self) -> dict[str, dict[str, float]]:
+    def published(self) -> dict[str, dict[str, float | str]]:
         """What learners' authors chose for this data set, by the learner: of "tip_adapter" its alpha and search range.
+
+        Of "tcp" the words after its context.
 
         Empty for data sets on which they did not measure.
         """
