@@ -252,3 +252,38 @@ def test_splits(tmp_path):
     coco = CocoDetection(folder / "coco", val_fraction=0)
     assert coco.sources["test"].paths[0] == folder / "coco" / "val2017" / "a.png"
     assert coco.description()["task"] == "coco2017"
+
+
+def roboflow(root, first="animals", used=(1, 2)):
+    """As Roboflow exports it: a category of the whole project first, of which every other one is a kind."""
+    categories = [{"id": 0, "name": first, "supercategory": "none"}]
+    categories += [{"id": n, "name": name, "supercategory": first} for n, name in enumerate(["cat", "dog"], 1)]
+    for split in ("train", "valid", "test"):
+        (root / split).mkdir(parents=True)
+        Image.new("RGB", (WIDTH, HEIGHT), (len(split), 0, 0)).save(root / split / f"{split}.jpg")
+        images = [{"id": 0, "file_name": f"{split}.jpg", "width": WIDTH, "height": HEIGHT}]
+        own = [{"id": n, "image_id": 0, "category_id": each, "bbox": [1, 1, 4, 4]} for n, each in enumerate(used)]
+        content = {"images": images, "categories": categories, "annotations": own}
+        (root / split / "_annotations.coco.json").write_text(json.dumps(content))
+    return CocoDetection(root)
+
+
+@pytest.mark.parametrize("first", ["animals", "cat"])
+def test_the_category_of_the_whole_project_is_no_class(first, tmp_path):
+    """It was a class without objects, or, with the name of one, refused as coming twice."""
+    data = roboflow(tmp_path, first)
+    assert data.class_names == ["cat", "dog"]
+    assert data.category_ids == [1, 2]
+    assert any(f"the category {first!r}, of which all others are kinds" in note for note in data.images.notes)
+
+
+def test_a_category_that_is_used_stays(tmp_path):
+    assert roboflow(tmp_path, used=(0, 1, 2)).class_names == ["animals", "cat", "dog"]
+
+
+def test_lvis_is_refused(tmp_path):
+    content = copy.deepcopy(CONTENT)
+    for entry in content["images"]:
+        entry |= {"neg_category_ids": [3], "not_exhaustive_category_ids": []}
+    with pytest.raises(vp.DataError, match="in the form of LVIS"):
+        read(written(tmp_path / "set", content))

@@ -118,6 +118,28 @@ def test_several_labels_and_numbers(tmp_path):
         StreamedImages(**write_table(tmp_path / "gap", datasets.Value("string"), ["cat", None, "dog"]))
 
 
+@pytest.mark.parametrize("kind", ["hfds", "hfids"])
+@pytest.mark.parametrize(
+    ("feature", "told"),
+    [(datasets.List(datasets.Image()), "has a list of images"), ({"front": datasets.Image()}, "is a group of front")],
+    ids=["list", "group"],
+)
+def test_a_column_of_several_images_is_refused(kind, feature, told, tmp_path):
+    """It was "data type '|O2' not understood", or that a file is cut or damaged."""
+    features = datasets.Features({"picture": feature, "target": datasets.ClassLabel(names=CLASSES)})
+    images = [{"bytes": png(value), "path": None} for value in range(3)]
+    rows = [
+        {"picture": {"front": image} if isinstance(feature, dict) else [image], "target": label}
+        for label, image in enumerate(images)
+    ]
+    (tmp_path / "set").mkdir()
+    datasets.disable_progress_bars()
+    table = datasets.Dataset.from_list(rows, features=features)
+    table.to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=told):
+        StreamedImages(f"{kind}/{tmp_path / 'set'}", root=tmp_path / "cache", image_key="picture", label_key="target")
+
+
 def test_a_part_of_a_table(tmp_path):
     table = write_parquet(tmp_path / "squares")
     data = StreamedImages(f"hfds/{table}", root=tmp_path / "cache", train="train[:12]", test="train[12:]")

@@ -63,11 +63,47 @@ def read_file(path: Path) -> dict:
         raise DataError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} is no file of COCO's annotations, but a {type(content).__name__}, as results are")
+    if isinstance(content.get("images"), list) and any("neg_category_ids" in each for each in content["images"][:1]):
+        raise DataError(
+            f"{path} is in the form of LVIS, in which an image says of some categories alone whether it has them "
+            "(neg_category_ids); here every object of every category counts, so that both training and numbers would "
+            "be wrong: LVIS is not read"
+        )
     for key in ("images", "annotations", "categories"):
         entries = content.get(key)
         if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
             raise DataError(f"{path} has no list of {key}, which COCO's annotations have")
     return content
+
+
+def without_parent(contents: Sequence[dict]) -> str | None:
+    """Take the category out of which all others are the kinds, as Roboflow writes it first, where no object is of it.
+
+    It is no class: its supercategory is none, and it is the supercategory of each other. It may have the name of one.
+
+    Args:
+        contents: what `read_file` gave of each file of a data set; the category goes from the lists of all.
+
+    Returns:
+        Its name; None where there is no such category.
+    """
+    found = [_parent(content) for content in contents]
+    if any(each is None for each in found) or len({each["name"] for each in found}) != 1:
+        return None
+    for content, parent in zip(contents, found, strict=True):
+        content["categories"] = [each for each in content["categories"] if each is not parent]
+    return found[0]["name"]
+
+
+def _parent(content: dict) -> dict | None:
+    """The category that is the supercategory of all others and that no annotation is of."""
+    used = {str(each.get("category_id")) for each in content["annotations"]}
+    for entry in content["categories"]:
+        others = [each for each in content["categories"] if each is not entry]
+        kinds = others and all(each.get("supercategory") == entry.get("name") for each in others)
+        if kinds and entry.get("supercategory") == "none" and str(entry.get("id")) not in used:
+            return entry
+    return None
 
 
 def categories_of(content: dict, path: Path) -> dict[int, str]:

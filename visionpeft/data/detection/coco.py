@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from visionpeft.data.detection.annotations import Annotated, annotated, categories_of, read_file
+from visionpeft.data.detection.annotations import Annotated, annotated, categories_of, read_file, without_parent
 from visionpeft.data.detection.module import DetectionDataModule
 from visionpeft.data.detection.objects import ObjectFiles, ObjectSet, check_apart
 from visionpeft.data.ordering import permutation
@@ -28,6 +28,9 @@ class CocoDetection(DetectionDataModule):
     in the record of a run. Crowds are not learnt, and count nowhere when measured. Annotations without extent, or
     wholly outside their image, are left out and counted; boxes and outlines that reach beyond it are cut to learn and
     kept to measure. Images without objects stay.
+
+    The category that Roboflow puts first, of which all others are kinds and no object is one, is no class. Files in the
+    form of LVIS, which say of some categories alone whether an image has them, are refused.
 
     Args:
         root: the folder.
@@ -59,6 +62,7 @@ class CocoDetection(DetectionDataModule):
         root = Path(root)
         files = {split: root / name for split, name in _files(root, train, val, test).items()}
         contents = {split: read_file(path) for split, path in files.items()}
+        parent = without_parent(list(contents.values()))
         categories = categories_of(contents["train"], files["train"])
         names = list(categories.values())
         found = {}
@@ -87,6 +91,10 @@ class CocoDetection(DetectionDataModule):
             "split": "files" if "val" in files else "held out",
         }
         notes = [note for split, each in found.items() for note in _notes(split, each, names)]
+        if parent is not None:
+            notes.append(
+                f"the category {parent!r}, of which all others are kinds and no object is one, is no class here"
+            )
         super().__init__(ObjectSet(sources, names, about, notes), category_ids=list(categories), **kwargs)
 
 

@@ -11,7 +11,14 @@ from PIL import Image
 from visionpeft.data.images import decode_image
 from visionpeft.data.labels import Read
 from visionpeft.data.records import ImageFiles, Row
-from visionpeft.data.streaming.rows import check_columns, check_split, content_of, names_of_classes, open_builder
+from visionpeft.data.streaming.rows import (
+    check_columns,
+    check_images,
+    check_split,
+    content_of,
+    names_of_classes,
+    open_builder,
+)
 from visionpeft.errors import DataError, did_you_mean, one_line
 
 # Splits of torchvision's data sets that have two.
@@ -153,13 +160,17 @@ class TableReader(Reader):
 
         if builder.info.features:
             check_columns(list(builder.info.features), image_key, label_key, name)
+            check_images(builder.info.features, image_key, name)
         keys = {"input_key": image_key, "target_key": label_key}
         try:
             self.reader = create_reader(f"hfds/{name}", root=None if root is None else str(root), split=split, **keys)
         except MemoryError:
             raise
         except Exception as error:  # its own types, pyarrow's, those of file systems and of HTTP
+            check_images(open_builder(name, root).info.features, image_key, name)  # known now that they were fetched
             raise DataError(f"split '{split}' of the data set {name} cannot be read: {one_line(error)}") from error
+        if not builder.info.features:  # timm's reader has cast the column, and hides what it was
+            check_images(open_builder(name, root).info.features, image_key, name)
         table = self.reader.dataset
         check_columns(table.column_names, image_key, label_key, name)
         self.class_names = names_of_classes(table.features, label_key)

@@ -1,6 +1,6 @@
 """Hugging Face data sets as streams: nothing is kept on disk, and processes and workers share the files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from visionpeft.data.streaming.stream import Encoded, Share, Shuffle, Stream
@@ -143,6 +143,7 @@ def stream_rows(builder, split: str, size: int | None, image_key: str, label_key
     except Exception as error:  # its own types, pyarrow's, those of file systems and of HTTP
         raise DataError(f"split '{split}' of the data set {name} cannot be opened: {one_line(error)}") from error
     check_columns(stream.column_names or list(next(iter(stream), {})), image_key, label_key, f"{name} ({split})")
+    check_images(stream.features, image_key, f"{name} ({split})")
     stream = stream.cast_column(image_key, datasets.Image(decode=False))
     return Rows(stream, size, image_key, label_key, f"{name} ({split})")
 
@@ -162,6 +163,30 @@ def check_columns(columns: list[str], image_key: str, label_key: str, name: str)
                 f"{name} has no column '{key}' of {what}; it has {', '.join(columns)} (name the one to take with "
                 f"--data.{option})"
             )
+
+
+def check_images(features: Mapping | None, image_key: str, name: str) -> None:
+    """Raise DataError where a row has several images, or a group of columns, in the place of one image.
+
+    Args:
+        features: of the data set, as the library has them; None where it does not know them.
+        image_key: the column of images.
+        name: of the data set.
+    """
+    import datasets
+
+    feature = (features or {}).get(image_key)
+    members = feature if isinstance(feature, list) else [getattr(feature, "feature", None)]
+    if any(isinstance(each, datasets.Image) for each in members):
+        raise DataError(
+            f"each row of {name} has a list of images in the column '{image_key}', and one image is learnt here; make "
+            "a column of single images (datasets.Image), or name another with --data.image_key"
+        )
+    if isinstance(feature, dict) and any(isinstance(each, datasets.Image) for each in feature.values()):
+        raise DataError(
+            f"the column '{image_key}' of {name} is a group of {', '.join(feature)}, and one image is learnt here; "
+            "make it a column of its own with Dataset.flatten()"
+        )
 
 
 def _rows_of_local_files(builder, split: str) -> int | None:
