@@ -1,8 +1,11 @@
 """Adapted and merged models leave PyTorch: `torch.export` with a free batch size, and ONNX in onnxruntime."""
 
+import io
+
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 from conftest import CASES, FEW_CASES, adapted, distance
 from reference.hosts import HOSTS, shallow
@@ -92,3 +95,17 @@ def test_onnx(name, tmp_path):
     session = onnxruntime.InferenceSession(path)
     (logits,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
     np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "HyperFormer", "OFT", "BOFT", "FourierFT", "RepAdapter"])
+def test_the_older_export_to_onnx(name):
+    """It has no operator for what some methods compute, whose merged weights it takes."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, depth=1).eval()
+    vp.attach(model, getattr(vp, name)())
+    if name not in ("LoRA", "HyperFormer"):
+        with pytest.raises(torch.onnx.errors.UnsupportedOperatorError):
+            torch.onnx.export(model, (torch.rand(2, 3, 32, 32),), io.BytesIO(), dynamo=False)
+        vp.merge(model)
+    file = io.BytesIO()
+    torch.onnx.export(model, (torch.rand(2, 3, 32, 32),), file, dynamo=False)
+    assert file.tell() > 0

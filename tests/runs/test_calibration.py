@@ -26,6 +26,19 @@ def calibrated(parts):
     return calibration
 
 
+@pytest.mark.parametrize("bins", [1, 10, 20])
+def test_other_numbers_of_bins(bins):
+    generator = torch.Generator().manual_seed(3)
+    probabilities = torch.rand(300, generator=generator)
+    labels = (torch.rand(300, generator=generator) < probabilities**2).long()
+    calibration = Calibration("test", bins)
+    calibration.add(probabilities, labels)
+    assert calibration.error == pytest.approx(
+        BinaryCalibrationError(n_bins=bins)(probabilities, labels).item(), abs=1e-5
+    )
+    assert calibration.describe()["bins"] == len(calibration.describe()["counts"]) == bins
+
+
 @pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
 def test_against_the_formula_and_torchmetrics(scale):
     generator = torch.Generator().manual_seed(1)

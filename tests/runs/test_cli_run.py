@@ -167,6 +167,17 @@ def test_what_a_limit_leaves_of_the_test_is_said(finished, tmp_path, images, cap
     assert results(finished)["tested_images"] == 6
 
 
+def test_bins_of_the_calibration_error_are_chosen_for_a_run(finished, tmp_path, images, capsys):
+    made = run(tmp_path, images, "--calibration_bins", "20", epochs=1)
+    assert results(made)["calibration"]["bins"] == 20
+    assert results(finished)["calibration"]["bins"] == 15
+    for options, bins in ([], 20), (["--calibration_bins", "7"], 7):
+        assert evaluate.main([str(made), *options]) == 0
+        assert json.loads((made / "evaluation.json").read_text())["calibration"]["bins"] == bins
+    assert evaluate.main([str(made), "--calibration_bins", "0"]) == 2
+    assert "--calibration_bins 0 must be at least 1" in capsys.readouterr().err
+
+
 def test_a_limit_that_leaves_nothing_to_test_is_refused(finished, tmp_path, capsys):
     """It ended in a KeyError. A run of an older version, which wrote 0.5 as 0, says which line to change."""
     assert evaluate.main([str(finished), "--trainer.limit_test_batches", "0"]) == 2

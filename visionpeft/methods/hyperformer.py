@@ -63,8 +63,8 @@ class GeneratedAdapter(nn.Module):
         # (rows, ...) each; without the rows where all images have one task.
         down, up, scale, shift = (F.embedding(rows, each) for each in network.generated(*self.place))
         tokens = to_parameter_dtype(x.flatten(1, -2), network.down)
-        hidden = F.gelu(tokens @ down.unflatten(-1, (-1, network.width)).mT)
-        change = F.layer_norm(hidden @ up.unflatten(-1, (network.width, -1)).mT, (network.width,))
+        hidden = F.gelu(tokens @ down.unflatten(-1, (-1, network.width)).transpose(-2, -1))
+        change = F.layer_norm(hidden @ up.unflatten(-1, (network.width, -1)).transpose(-2, -1), (network.width,))
         return x + (scale.unsqueeze(-2) * change + shift.unsqueeze(-2)).view(x.shape).to(x.dtype)
 
 

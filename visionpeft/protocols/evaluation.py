@@ -38,7 +38,7 @@ def evaluate_again(run: RunDirectory, arguments: Sequence[str]) -> dict:
     task, datamodule = cli.model, cli.datamodule
     task.load(run.path / task.folder)
     task.connect(datamodule)
-    record = record_of(task, datamodule)
+    record = record_of(task, datamodule, cli.config.calibration_bins)
     trainer = cli.build_trainer(
         [record, TrainingProgress()], logger=False, enable_checkpointing=False, enable_progress_bar=False
     )

@@ -23,6 +23,8 @@ OF_TEST = {
     *("cache", "cache_mib", "cache_features", "chunk_size", "class_token_only", "compile", "recompute"),
 }
 
+OF_A_RUN_AND_A_TEST = {"calibration_bins"}
+
 
 class TestedAgain(CLI):
     """The command line of a finished run's configuration with changes for another test.
@@ -46,7 +48,7 @@ class TestedAgain(CLI):
         super().before_instantiate_classes()
         named = [name.split(".") for name, _ in named_options(self.given)]
         for option in OPTIONS:
-            if [option.name] in named:
+            if [option.name] in named and option.name not in OF_A_RUN_AND_A_TEST:
                 raise ConfigurationError(
                     f"--{option.name} is an option of a training and changes nothing about a test of {self.run.path}; "
                     "leave it out"

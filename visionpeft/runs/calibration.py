@@ -17,6 +17,7 @@ class Calibration:
 
     Args:
         of: what the probabilities are of, in words.
+        bins: number of bins. The error of more bins is larger, so that errors compare for one number alone.
 
     Attributes:
         counts: how many probabilities are in each bin, (bins,).
@@ -24,20 +25,20 @@ class Calibration:
         hits: how many came true, (bins,).
     """
 
-    def __init__(self, of: str):
-        self.of = of
+    def __init__(self, of: str, bins: int = BINS):
+        self.of, self.bins = of, bins
         # Sums in double precision do not drift with the number of images.
-        self.counts, self.confidences, self.hits = (torch.zeros(BINS, dtype=torch.float64) for _ in range(3))
+        self.counts, self.confidences, self.hits = (torch.zeros(bins, dtype=torch.float64) for _ in range(3))
 
     def add(self, confidences: Tensor, hits: Tensor) -> None:
         """Add probabilities (n,), and whether each came true, (n,)."""
         confidences, hits = confidences.cpu().double(), hits.cpu().double()
-        # Bin b holds b / 15 <= p < (b + 1) / 15, the last one 1, too. Shares of votes lie on such bounds, and softmax
-        # in single precision gives each of them by rounding just below its bound or on it.
-        bins = (confidences * BINS + ROUNDING).nan_to_num().long().clamp(0, BINS - 1)
-        self.counts += torch.bincount(bins, minlength=BINS)
-        self.confidences += torch.bincount(bins, confidences, minlength=BINS)
-        self.hits += torch.bincount(bins, hits, minlength=BINS)
+        # Bin b of n holds b / n <= p < (b + 1) / n, the last one 1, too. Shares of votes lie on such bounds, and
+        # softmax in single precision gives each of them by rounding just below its bound or on it.
+        bins = (confidences * self.bins + ROUNDING).nan_to_num().long().clamp(0, self.bins - 1)
+        self.counts += torch.bincount(bins, minlength=self.bins)
+        self.confidences += torch.bincount(bins, confidences, minlength=self.bins)
+        self.hits += torch.bincount(bins, hits, minlength=self.bins)
 
     def take(self, shares: Sequence["Calibration"]) -> None:
         """Put together the shares of several processes, this one's among them."""
@@ -63,7 +64,7 @@ class Calibration:
 
         return {
             "of": self.of,
-            "bins": BINS,
+            "bins": self.bins,
             "counts": [int(count) for count in self.counts.tolist()],
             "mean_probability": means(self.confidences),
             "came_true": means(self.hits),

@@ -155,6 +155,8 @@ class CLI(LightningCLI):
             raise ConfigurationError(
                 f"--seed_everything {self.config.seed_everything} must be from 0 to {2**32 - 1}, as NumPy takes seeds"
             )
+        if self.config.calibration_bins < 1:
+            raise ConfigurationError(f"--calibration_bins {self.config.calibration_bins} must be at least 1")
         self._check_root()
 
     def parsed(self, arguments: list[str]) -> Namespace:

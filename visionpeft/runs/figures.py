@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from visionpeft.runs.calibration import BINS, Calibration
+from visionpeft.runs.calibration import Calibration
 from visionpeft.runs.mistake import Mistake
 from visionpeft.tasks.objective import Shown
 
@@ -50,18 +50,22 @@ def draw_reliability(calibration: Calibration, path: Path) -> None:
     """What came true of the probabilities in each bin, against their mean; below, how many there are."""
     figure = Figure(figsize=(4.5, 5.5), layout="constrained")
     reliability, numbers = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    middles = (torch.arange(BINS) + 0.5) / BINS
+    middles = (torch.arange(calibration.bins) + 0.5) / calibration.bins
     filled = calibration.counts > 0
     counts = calibration.counts[filled]
     came_true, mean = calibration.hits[filled] / counts, calibration.confidences[filled] / counts
-    reliability.bar(middles[filled].numpy(), came_true.numpy(), width=1 / BINS, edgecolor="white", label="came true")
+    reliability.bar(
+        middles[filled].numpy(), came_true.numpy(), width=1 / calibration.bins, edgecolor="white", label="came true"
+    )
     reliability.plot(mean.numpy(), came_true.numpy(), "o", color="black", markersize=3, label="at the mean of the bin")
     reliability.plot([0, 1], [0, 1], "--", color="tab:gray", label="calibrated")
     reliability.set(
         xlim=(0, 1), ylim=(0, 1), ylabel="share", title=f"expected calibration error {calibration.error:.3f}"
     )
     reliability.legend(fontsize=8, loc="upper left")
-    numbers.bar(middles.numpy(), calibration.counts.numpy(), width=1 / BINS, edgecolor="white", color="tab:gray")
+    numbers.bar(
+        middles.numpy(), calibration.counts.numpy(), width=1 / calibration.bins, edgecolor="white", color="tab:gray"
+    )
     numbers.set(xlabel="probability", ylabel="number")
     figure.savefig(path, dpi=110)
 

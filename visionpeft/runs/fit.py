@@ -88,7 +88,7 @@ def _train_and_test(cli: CLI, run: RunDirectory, has_validation: bool) -> None:
         print_setting(setting(task, datamodule), run.path)
     stages = train_stages(cli, run)
 
-    cost, record = TrainingCost(), record_of(task, datamodule)
+    cost, record = TrainingCost(), record_of(task, datamodule, cli.config.calibration_bins)
     callbacks = [cost, EpochHistory(run.metrics), record, *checkpoint_callbacks(run, has_validation, task.objective)]
     if isinstance(cli.trainer.strategy, ShardedBackbone):
         callbacks.append(EqualBatches())

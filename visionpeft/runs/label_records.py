@@ -9,7 +9,7 @@ from torchmetrics.classification import MultilabelAveragePrecision, MultilabelF1
 from torchmetrics.functional import r2_score
 
 from visionpeft.backbones.preprocessing import Preprocessing
-from visionpeft.runs.calibration import Calibration
+from visionpeft.runs.calibration import BINS, Calibration
 from visionpeft.runs.figures import draw_numbers, draw_reliability
 from visionpeft.runs.test_record import Record
 
@@ -21,13 +21,13 @@ class LabelsRecord(Record):
         class_names: of the labels.
     """
 
-    def __init__(self, class_names: list[str]):
+    def __init__(self, class_names: list[str], bins: int = BINS):
         self.class_names = class_names
         here = {"sync_on_compute": False}  # `take` puts together what several processes have
         self.precision = MultilabelAveragePrecision(len(class_names), average="none", thresholds=None, **here)
         self.f1 = MultilabelF1Score(len(class_names), average="none", **here)
         self.positives = torch.zeros(len(class_names), dtype=torch.long)
-        self.calibration = Calibration("each label of each image, which came true where it applies")
+        self.calibration = Calibration("each label of each image, which came true where it applies", bins)
 
     def add(self, answers: Tensor, batch: Sequence, preprocessing: Preprocessing) -> None:
         """Add the probabilities of a batch."""

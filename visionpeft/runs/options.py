@@ -49,6 +49,12 @@ OPTIONS = (
         "long as the last, which --trainer says",
     ),
     Option("test", bool, True, "test once, after training; false while hyper-parameters are chosen"),
+    Option(
+        "calibration_bins",
+        int,
+        15,
+        "bins of the expected calibration error, which is larger with more of them; 20 in the code of C-TPT",
+    ),
     Option("figures", bool, True, "draw what the run has seen and mistaken"),
 )
 SEED = Option("seed_everything", int, 0, "seed of weights, order and augmentation")

@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 
 from visionpeft.data import ImageDataModule
+from visionpeft.runs.calibration import BINS
 from visionpeft.runs.label_records import LabelsRecord, NumbersRecord
 from visionpeft.runs.masks_record import MasksRecord
 from visionpeft.runs.objects_record import ObjectsRecord
@@ -10,8 +11,8 @@ from visionpeft.runs.test_record import Record, TestRecord
 from visionpeft.tasks import ImageTask
 
 
-def record_of(task: ImageTask, datamodule: ImageDataModule) -> Record:
-    """What collects the test of a task on this data."""
+def record_of(task: ImageTask, datamodule: ImageDataModule, bins: int = BINS) -> Record:
+    """What collects the test of a task on this data, with so many bins of the calibration error."""
     if task.objective.labels == "masks":
         return MasksRecord(task.class_names, datamodule.palette)
     if task.objective.labels == "objects":
@@ -19,8 +20,8 @@ def record_of(task: ImageTask, datamodule: ImageDataModule) -> Record:
     if task.objective.labels == "number":
         return NumbersRecord()
     if task.objective.labels == "several":
-        return LabelsRecord(task.class_names)
-    return TestRecord(len(task.class_names))
+        return LabelsRecord(task.class_names, bins)
+    return TestRecord(len(task.class_names), bins=bins)
 
 
 def tested(trainer: pl.Trainer, record: Record) -> dict:

@@ -22,7 +22,7 @@ MODEL = {
 LOADING = {"batch_size", "test_batch_size", "num_workers", "cache_in_memory", "skip_corrupt"}
 NAMES = {"class_names", "classes"}  # which may be in a file; the names themselves are compared
 NESTING = ("init_args", "class_path")
-OF_THE_RUN = {"report", "test", "figures", "global_batch", "stage_epochs"}
+OF_THE_RUN = {"report", "test", "figures", "global_batch", "stage_epochs", "calibration_bins"}
 
 
 def data_record(datamodule: ImageDataModule, kind: str) -> dict:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from visionpeft.backbones.preprocessing import Preprocessing
-from visionpeft.runs.calibration import Calibration
+from visionpeft.runs.calibration import BINS, Calibration
 from visionpeft.runs.figures import draw_confusion, draw_mistakes, draw_reliability
 from visionpeft.runs.mistake import Mistake
 
@@ -79,13 +79,13 @@ class TestRecord(Record):
 
     __test__ = False  # for pytest
 
-    def __init__(self, num_classes: int, num_mistakes: int = 24):
+    def __init__(self, num_classes: int, num_mistakes: int = 24, bins: int = BINS):
         self.num_mistakes = num_mistakes
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)  # rows are true classes
         self.mistakes: list[Mistake] = []
         self.seen = 0
-        self.calibration = Calibration("the class found in each image, which came true where it is right")
-        self.unadapted = Calibration("the class found in each image without adapting to the test images")
+        self.calibration = Calibration("the class found in each image, which came true where it is right", bins)
+        self.unadapted = Calibration("the class found in each image without adapting to the test images", bins)
 
     def add_unadapted(self, answers: Tensor, batch: Sequence) -> None:
         """Add the class probabilities of a batch as they would be without adapting."""
