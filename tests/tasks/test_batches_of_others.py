@@ -7,10 +7,14 @@ from test_image_classification import NAMES, Random, make, trainer
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 
+import visionpeft as vp
 from visionpeft.data.dataset import Part
 from visionpeft.errors import ConfigurationError, DataError
+from visionpeft.tasks import ObjectDetection, SemanticSegmentation
 from visionpeft.tasks.batches import images_and_labels, images_of
+from visionpeft.tasks.checkpointing import DivergedError
 from visionpeft.tasks.objectives import build_objective
+from visionpeft.tasks.segmentation_objective import ClassOfPixels
 from visionpeft.tasks.several_tasks import OneClassOfTask
 
 IMAGES = torch.zeros(4, 3, 8, 8)
@@ -45,7 +49,7 @@ def test_mixing_what_is_mixed_already_is_refused():
         task.training_loss(torch.zeros(2, 3, 32, 32), torch.full((2, 7), 1 / 7))
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint64, torch.int64])
 def test_whole_numbers_of_any_kind_are_classes(kind):
     read = build_objective("classes", 3).read(LABELS.to(kind), 4)
     assert read.dtype == torch.int64
@@ -75,6 +79,13 @@ def test_probabilities_are_divided_by_the_number_of_images():
         ("classes", LABELS - 100, "has the label -100"),
         ("classes", ["a", "b", "a", "b"], "these are a list"),
         ("several", LABELS, r"zeros and ones \(4, 3\), and these are torch.int64 \(4,\)"),
+        (
+            "several",
+            torch.tensor([[1.0, 0, -1]] * 4),
+            "a batch has the label -1, and several labels are zeros and ones",
+        ),
+        ("several", torch.tensor([[1.0, 0, torch.nan]] * 4), "a batch has the label nan"),
+        ("number", torch.tensor([1.0, torch.nan, 0, 2]), "a label that is no finite number"),
         ("number", LABELS[:, None].float(), r"numbers \(4,\), and these are torch.float32 \(4, 1\)"),
     ],
 )
@@ -112,6 +123,97 @@ def test_batches_that_are_no_pairs(batch, told, tmp_path):
     for step in (task.training_step, task.validation_step, task.test_step):
         with pytest.raises(DataError, match="batches must be pairs of images"):
             step(batch, 0)
+
+
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), "must be floating-point numbers, .* these are torch.uint8"),
+        (torch.zeros(4, 32, 32, 3), r"these are torch.float32 \(4, 32, 32, 3\), with the channels last"),
+        (torch.zeros(4, 3, 32, 32).double(), "images of a batch are torch.float64"),
+        (
+            torch.full((4, 3, 32, 32), torch.nan),
+            "4 of the 4 images of a batch, the first at 0, have pixels that are no",
+        ),
+    ],
+)
+def test_images_that_no_backbone_takes(images, told, tmp_path):
+    with pytest.raises(DataError, match=told):
+        trainer(tmp_path).fit(make(), DataLoader([(images, LABELS)], batch_size=None))
+
+
+def test_images_of_one_column_and_of_many_channels_are_images():
+    for shape in ((4, 3, 32, 1), (4, 1, 32, 3), (4, 3, 3, 3), (4, 13, 32, 32)):
+        assert images_of(torch.zeros(shape)).shape == shape
+
+
+def test_a_loss_that_diverged_on_good_images_is_no_fault_of_theirs(tmp_path):
+    task = make()
+    with torch.no_grad():
+        vp.trainable_parameters(task.model)[-1].fill_(torch.nan)
+    with pytest.raises(DivergedError, match="lower the learning rate"):
+        trainer(tmp_path).fit(task, DataLoader([(torch.randn(4, 3, 32, 32), LABELS)], batch_size=None))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.uint16, torch.int32, torch.int64])
+def test_masks_of_any_whole_numbers_are_measured_alike(kind, tmp_path):
+    """Of 8 bits, the place of class 140 of 150 in a table of all classes is more than fits into them."""
+    torch.manual_seed(0)
+    masks = torch.randint(150, (2, 32, 32))
+    task = SemanticSegmentation(vp.LoRA(rank=2), [f"{i}" for i in range(150)])
+    loader = DataLoader([(torch.randn(2, 3, 32, 32), masks.to(kind))], batch_size=None)
+    (found,) = trainer(tmp_path).test(task, loader, verbose=False)
+    with torch.no_grad():
+        classes = task.eval().predict_step(loader.dataset[0], 0)
+    shares = [((classes == k) & (masks == k)).sum() / ((classes == k) | (masks == k)).sum() for k in range(150)]
+    assert found["test/miou"] == pytest.approx(float(sum(shares) / 150), abs=1e-6)
+    trainer(tmp_path).fit(task, loader)
+
+
+@pytest.mark.parametrize(
+    ("masks", "told"),
+    [
+        (
+            torch.zeros(4, 1, 8, 8, dtype=torch.long),
+            r"whole numbers \(4, height, width\), and these are .* \(4, 1, 8, 8\)",
+        ),
+        (torch.zeros(4, 8, 8), "these are torch.float32"),
+        (
+            torch.full((4, 8, 8), 255, dtype=torch.uint8),
+            "the class 255, and the 3 classes are 0 to 2, with -1 for pixels",
+        ),
+        (torch.full((4, 8, 8), -100), "the class -100"),
+        ([torch.zeros(8, 8)] * 4, "these are list"),
+    ],
+)
+def test_masks_that_are_none(masks, told):
+    with pytest.raises(DataError, match=told):
+        ClassOfPixels(3).read(masks, 4)
+    task = SemanticSegmentation(vp.LoRA(rank=2), ["a", "b", "c"])
+    for step in (task.training_step, task.validation_step, task.test_step):
+        with pytest.raises(DataError, match="mask"):
+            step((torch.zeros(4, 3, 8, 8), masks), 0)
+
+
+def test_pixels_that_do_not_count_may_be_in_masks():
+    masks = torch.tensor([[[-1, 2], [0, 1]]])
+    assert ClassOfPixels(3).read(masks, 1).equal(masks)
+
+
+def test_targets_of_objects_as_another_package_has_them():
+    task = ObjectDetection(vp.LoRA(rank=2), ["a", "b"], head=vp.FCOS(width=64))
+    boxes, labels = torch.tensor([[1.0, 1, 9, 9]]), torch.tensor([0])
+    for targets, told in (
+        ([{"boxes": boxes, "category": labels}], "lack labels, and have boxes, category"),
+        (
+            {"boxes": boxes, "labels": labels},
+            "a list with a dict of boxes, labels for each image, and this one is a dict",
+        ),
+    ):
+        with pytest.raises(DataError, match=told):
+            task.training_step((torch.zeros(1, 3, 32, 32), targets), 0)
+    with pytest.raises(DataError, match="lack size, truth, and have boxes, labels"):
+        task.validation_step((torch.zeros(1, 3, 32, 32), [{"boxes": boxes, "labels": labels}]), 0)
 
 
 def test_patches_with_their_places(tmp_path):

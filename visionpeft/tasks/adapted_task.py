@@ -29,7 +29,7 @@ from visionpeft.methods.parts.base import describe_method
 from visionpeft.sharing.trained_model import learnt_objective
 from visionpeft.tasks.allocating import allocate_alone, allocate_together
 from visionpeft.tasks.averaging import copy_again
-from visionpeft.tasks.batches import images_and_labels, number_of
+from visionpeft.tasks.batches import check_double, images_and_labels, number_of
 from visionpeft.tasks.compiling import check_device, compile_in_place, in_one_sentence, not_compiled
 from visionpeft.tasks.objective import Objective
 from visionpeft.tasks.objectives import OneClass
@@ -123,7 +123,10 @@ class AdaptedTask(ImageTask):
 
         Raises:
             ConfigurationError: it cannot be compiled as one graph.
+            DataError: the images are float64, as NumPy's arithmetic leaves them, and the model is not.
         """
+        if isinstance(inputs, Tensor) and inputs.dtype == torch.float64:
+            check_double(self.model)
         if not self.compiled:
             return self.model(inputs, **options)
         with in_one_sentence():

@@ -22,6 +22,7 @@ from visionpeft.tasks.fixed_sizes import check_measured_sizes
 from visionpeft.tasks.optimisation import Optimisation
 
 LEARNT = ("boxes", "labels", "masks")
+MEASURED = ("size", "truth")  # what measuring needs besides
 
 
 class ObjectDetection(AdaptedTask):
@@ -140,10 +141,12 @@ class ObjectDetection(AdaptedTask):
 
     def _to_learn(self, targets: list[dict]) -> list[dict[str, Tensor]]:
         names = LEARNT if self.masks else LEARNT[:2]
+        _check_targets(targets, names)
         return [{name: target[name] for name in names} for target in targets]
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, list[dict]]) -> list[dict[str, Tensor]]:
         images, targets, _ = images_and_labels(batch)
+        _check_targets(targets, MEASURED)
         losses, found = self.model.measure(
             images, self._to_learn(targets), [tuple(target["size"]) for target in targets]
         )
@@ -194,3 +197,22 @@ class ObjectDetection(AdaptedTask):
     def describe(self) -> dict:
         """As for every task; and the head."""
         return super().describe() | {"head": dict(self.adapter.get_submodule("head").layout)}
+
+
+def _check_targets(targets: object, names: tuple[str, ...]) -> None:
+    """See to it that each image's targets have what is used.
+
+    Raises:
+        DataError: they have not, as those of another package's loader.
+    """
+    if not isinstance(targets, list | tuple) or not all(isinstance(target, dict) for target in targets):
+        raise DataError(
+            f"targets of a batch must be a list with a dict of {', '.join(names)} for each image, and this one is a "
+            f"{type(targets).__name__}; take a data module of visionpeft.data, or let the loader's collate_fn make them"
+        )
+    for target in targets:
+        if missing := [name for name in names if name not in target]:
+            raise DataError(
+                f"the targets of an image lack {', '.join(missing)}, and have {', '.join(target) or 'nothing'}; take a "
+                "data module of visionpeft.data, or let the loader give them as those do"
+            )

@@ -105,6 +105,7 @@ class OneClass(Objective):
         if not _fits(labels, (images,)) or labels.is_floating_point() or labels.dtype == torch.bool:
             more = f", or probabilities ({images}, {self.outputs})" if self.takes_probabilities else ""
             raise _unlike(labels, f"class indices, whole numbers ({images},){more}")
+        labels = labels.long()  # of unsigned ones of more than 8 bits PyTorch knows no smallest
         # Another device would be waited for; the loss ends there with an error of its own.
         if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.outputs:
             wrong = labels[(labels < 0) | (labels >= self.outputs)][0]
@@ -112,7 +113,7 @@ class OneClass(Objective):
                 f"a batch has the label {int(wrong)}, and the {self.outputs} classes are 0 to {self.outputs - 1}; "
                 "leave out images without a class"
             )
-        return labels.long()
+        return labels
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy; `labels` are class indices (batch,) or probabilities (batch, classes)."""
@@ -204,6 +205,13 @@ class SeveralLabels(Objective):
         """Zeros and ones (batch, labels), or shares between them."""
         if not _fits(labels, (images, self.outputs)):
             raise _unlike(labels, f"zeros and ones ({images}, {self.outputs})")
+        # As of classes, only where nobody waits. The loss would take any number and have no lower bound.
+        if labels.device.type == "cpu" and not ((numbers := labels.double()) >= 0).logical_and(numbers <= 1).all():
+            wrong = numbers[~((numbers >= 0) & (numbers <= 1))][0].item()
+            raise DataError(
+                f"a batch has the label {wrong:g}, and several labels are zeros and ones, or shares between them; say "
+                "whether a label that is unknown applies, or leave the image out"
+            )
         return labels
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -300,6 +308,8 @@ class Number(Objective):
         """Numbers (batch,)."""
         if not _fits(labels, (images,)):  # (batch, 1) would be compared with every output of the batch
             raise _unlike(labels, f"numbers ({images},)")
+        if labels.device.type == "cpu" and labels.is_floating_point() and not labels.isfinite().all():
+            raise DataError("a batch has a label that is no finite number; leave out images without one")
         return labels
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

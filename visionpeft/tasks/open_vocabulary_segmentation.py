@@ -17,7 +17,7 @@ from visionpeft.errors import ConfigurationError, did_you_mean
 from visionpeft.models.create_clip import create_clip
 from visionpeft.models.open_vocabulary import Attention, OpenVocabulary
 from visionpeft.models.windows import check_windows, predict_masks
-from visionpeft.tasks.batches import images_and_labels, images_of
+from visionpeft.tasks.batches import images_and_labels, images_of, number_of
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.segmentation_objective import ClassOfPixels
 from visionpeft.tasks.task import ImageTask
@@ -156,6 +156,7 @@ class OpenVocabularySegmentation(ImageTask):
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels, _ = images_and_labels(batch)
+        labels = self.objective.read(labels, number_of(images))
         size = tuple(labels.shape[-2:])
         found = predict_masks(self.model, images, window=self.window, stride=self.stride, size=size)
         for name, metric in metrics.items():

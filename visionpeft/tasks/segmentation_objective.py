@@ -1,9 +1,11 @@
 """A class for each pixel, as an objective of a task."""
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from visionpeft.data.segmentation.masks import IGNORED
+from visionpeft.errors import DataError
 from visionpeft.models.strips import cross_entropy
 from visionpeft.tasks.objective import Objective, Shown
 from visionpeft.tasks.pixel_metrics import MeanIoU, PixelAccuracy
@@ -31,6 +33,29 @@ class ClassOfPixels(Objective):
         self.outputs = num_classes
         self.scores = scores
         self.loss_name = "mask_classification" if scores else "cross_entropy"
+
+    def read(self, labels: Tensor, images: int) -> Tensor:
+        """Class indices int64 (batch, height, width).
+
+        Raises:
+            DataError: they are no such masks.
+        """
+        fits = isinstance(labels, Tensor) and labels.ndim == 3 and len(labels) == images
+        if not fits or labels.is_floating_point() or (labels.dtype == torch.bool and self.outputs > 2):
+            found = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+            raise DataError(
+                f"masks of a batch must be class indices, whole numbers ({images}, height, width), and these are "
+                f"{found}; let the loader give them so"
+            )
+        labels = labels.long()  # of 8 bits, the cells of a table of all classes would overflow
+        # Another device would be waited for; the loss ends there with an error of its own.
+        if labels.device.type == "cpu" and not IGNORED <= int(labels.min()) <= int(labels.max()) < self.outputs:
+            wrong = labels[(labels < IGNORED) | (labels >= self.outputs)][0]
+            raise DataError(
+                f"a mask of a batch has the class {int(wrong)}, and the {self.outputs} classes are 0 to "
+                f"{self.outputs - 1}, with {IGNORED} for pixels that do not count; let the loader give them so"
+            )
+        return labels
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of logits (batch, classes, h, w), resized to the labels (batch, height, width)."""

@@ -21,7 +21,7 @@ from visionpeft.models.dense_predictor import DensePredictor
 from visionpeft.models.strips import classes_of, cross_entropy
 from visionpeft.models.windows import check_windows, window_logits
 from visionpeft.tasks.adapted_task import AdaptedTask
-from visionpeft.tasks.batches import images_and_labels
+from visionpeft.tasks.batches import images_and_labels, number_of
 from visionpeft.tasks.fixed_sizes import check_measured_sizes
 from visionpeft.tasks.optimisation import Optimisation
 from visionpeft.tasks.segmentation_objective import ClassOfPixels
@@ -149,6 +149,7 @@ class SemanticSegmentation(AdaptedTask):
 
     def _evaluate(self, metrics: MetricCollection, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels, _ = images_and_labels(batch)
+        labels = self.objective.read(labels, number_of(images))
         logits, shares = window_logits(self.model, images, self.window, self.stride)
         loss, found = cross_entropy(logits, labels, IGNORED, shares, scores=self.objective.scores)
         # by pixels, as IoU and accuracy are: an image of a few labelled ones, or of none, is not as good as another

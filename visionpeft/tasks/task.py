@@ -15,11 +15,12 @@ from torchmetrics import MetricCollection
 from visionpeft.backbones.preprocessing import Preprocessing
 from visionpeft.data import ImageDataModule, VideoDataModule
 from visionpeft.data.dataset import Part
-from visionpeft.errors import ConfigurationError
+from visionpeft.errors import ConfigurationError, DataError
 from visionpeft.tasks.averaging import average_trained_only
-from visionpeft.tasks.batches import images_and_labels, images_of, number_of
+from visionpeft.tasks.batches import Images, images_and_labels, images_of, number_of, unread_pixels
 from visionpeft.tasks.callbacks import check_callbacks, check_resuming, finish_training, stop_as_before
 from visionpeft.tasks.checkpointing import (
+    DivergedError,
     check_trained,
     complete_copies,
     go_on_within_epoch,
@@ -235,7 +236,8 @@ class ImageTask(pl.LightningModule):
 
         Raises:
             DivergedError: the loss is not finite, or that of an earlier step since the device was last read.
-            DataError: the batch is no pair of images and labels, or these are none of those that are learnt.
+            DataError: the batch is no pair of images and labels, or these are none of those that are learnt; or the
+                loss is not finite because pixels are not.
         """
         images, labels, part = images_and_labels(batch)
         labels = self.objective.read(labels, number_of(images))
@@ -249,12 +251,23 @@ class ImageTask(pl.LightningModule):
         # and at the end of an epoch, before anything is validated or saved.
         interval = 1 if loss.device.type == "cpu" else max(1, self.trainer.log_every_n_steps)
         if (batch_idx + 1) % interval == 0 or self.trainer.is_last_batch:
-            self.divergence.check(self.current_epoch)
+            self._check_divergence(images)
         measured = measured.detach()
         if share is not None and samples.own:  # so that the mean over all samples is that of the whole batches' losses
             measured = measured * (share * samples.together / samples.own)
         self._measure(self.train_metrics, measured, logits.detach(), labels, counts=samples is None or samples.own > 0)
         return loss
+
+    def _check_divergence(self, images: Images) -> None:
+        try:
+            self.divergence.check(self.current_epoch)
+        except DivergedError as error:
+            if found := unread_pixels(images):
+                raise DataError(
+                    f"{found} have pixels that are no finite numbers, so that the training loss is none; let the "
+                    "loader fill them, such as what a GeoTIFF marks as without data"
+                ) from error
+            raise
 
     def _share_of_step(self, labels: Tensor, part: Part | None = None) -> tuple[Tensor | float | None, Part | None]:
         """The share that this process has in the mean over the batches of all, where they are not all equal.
