@@ -128,6 +128,15 @@ def test_torchrun_under_srun_stays_as_it_is(said):
     assert {name: os.environ[name] for name in given} == given
 
 
+def test_processes_that_somebody_starts_by_hand_stay_as_they_are(said):
+    """As on a cluster of which Lightning knows nothing."""
+    given = {"NODE_RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "20123"}
+    said(given)
+    launchers.train_as_one()
+    assert {name: os.environ[name] for name in given} == given
+    assert started_by_others(pl.Trainer(devices=1, num_nodes=2, accelerator="cpu", logger=False))
+
+
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
 def test_what_trains_apart_has_no_rank(said, launcher, tmp_path):
     """With the rank of its task it would keep no curves and draw other augmentations than the first one."""

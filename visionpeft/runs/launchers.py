@@ -20,7 +20,8 @@ from visionpeft.errors import ConfigurationError
 RANK, PROCESSES, LOCAL_RANK, LOCAL_PROCESSES = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
 NODE, ADDRESS, PORT, TOGETHER = "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"
 TASKS, TASK, LOCAL_TASK = "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"
-SAYS_RANK = (RANK, PROCESSES, LOCAL_RANK, LOCAL_PROCESSES, NODE, TOGETHER, TASKS, TASK, "SLURM_NTASKS")
+OF_SLURM = (TASKS, TASK, "SLURM_NTASKS")  # by which Lightning knows it
+OF_TORCHRUN = (RANK, PROCESSES, LOCAL_RANK, LOCAL_PROCESSES, NODE, TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def train_as_one() -> None:
     if "SLURM_JOB_ID" in os.environ:  # by custom, a job is told of its end by this signal
         signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
     if started is None and TOGETHER not in os.environ:
-        be_alone()
+        _forget(OF_SLURM)
     if started is None or started.by == "torchrun":
         return
     if len(started.local_processes) > 1:
@@ -95,8 +96,7 @@ def be_alone() -> None:
     started = launch()
     if started is not None and max(started.local_processes) > 1:
         take_gpu(started.local_rank)
-    for name in SAYS_RANK:
-        os.environ.pop(name, None)
+    _forget((*OF_SLURM, *OF_TORCHRUN))
     if "lightning_utilities" in sys.modules:  # it has read the rank when it was imported
         from lightning_utilities.core.rank_zero import rank_zero_only
 
@@ -116,6 +116,11 @@ def refuse_several() -> None:
             f"start one{', with srun --ntasks 1' if started.by == 'srun' else ''}"
         )
     be_alone()
+
+
+def _forget(names: tuple[str, ...]) -> None:
+    for name in names:
+        os.environ.pop(name, None)
 
 
 def take_gpu(number: int) -> None:
