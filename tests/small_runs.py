@@ -38,6 +38,13 @@ def draw_images(folder: Path, per_class: int = 10) -> Path:
     return folder
 
 
+def draw_splits(root: Path, **per_class: int) -> Path:
+    """Such images in a folder for each split, of which the number of images of a class is given."""
+    for split, number in per_class.items():
+        draw_images(root / split, number)
+    return root
+
+
 def arguments(images: Path, *more: str, epochs: int = 3, figures: bool = False) -> list[str]:
     """Command line of a run of LoRA on such images; figures take longer than the run."""
     return [

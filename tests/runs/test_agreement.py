@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from forked import start_together, wait
-from small_runs import arguments, draw_images
+from small_runs import arguments, draw_splits
 
 from visionpeft import fit
 from visionpeft.runs import agreement
@@ -15,10 +15,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for split, per_class in (("train", 4), ("val", 1), ("test", 1)):
-        draw_images(root / split, per_class)
-    return root
+    return draw_splits(tmp_path_factory.mktemp("images"), train=4, val=1, test=1)
 
 
 def same(images, given):

@@ -14,7 +14,7 @@ from forked import start, wait
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from process_runs import alone, furthest, only_run, results
-from small_runs import arguments, draw_images
+from small_runs import arguments, draw_splits
 
 from visionpeft import evaluate, fit
 from visionpeft.errors import ConfigurationError
@@ -54,10 +54,7 @@ def said(monkeypatch):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for split, per_class in (("train", 4), ("val", 2), ("test", 2)):
-        draw_images(root / split, per_class)
-    return root
+    return draw_splits(tmp_path_factory.mktemp("images"), train=4, val=2, test=2)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from forked import start, start_together, wait
 from process_runs import alone, furthest, only_run, results, together
 from small_learner_runs import learner_arguments
-from small_runs import arguments, draw_images
+from small_runs import arguments, draw_splits
 from small_video_runs import draw_videos, video_arguments
 
 from visionpeft import fit
@@ -25,10 +25,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """24 images to train on, 9 to select on and 9 to test: an odd number, so that two shares are not equal."""
-    root = tmp_path_factory.mktemp("images")
-    for split, per_class in (("train", 8), ("val", 3), ("test", 3)):
-        draw_images(root / split, per_class)
-    return root
+    return draw_splits(tmp_path_factory.mktemp("images"), train=8, val=3, test=3)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from process_runs import alone, furthest, together
 from small_learner_runs import learner_arguments
-from small_runs import arguments, draw_images
+from small_runs import arguments, draw_splits
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import visionpeft as vp
@@ -22,10 +22,7 @@ SHARDED = ["--trainer.strategy", "fsdp2"]
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """24 images to train on, 9 to select on and 9 to test: one process has a batch more of them than the other."""
-    root = tmp_path_factory.mktemp("images")
-    for split, per_class in (("train", 8), ("val", 3), ("test", 3)):
-        draw_images(root / split, per_class)
-    return root
+    return draw_splits(tmp_path_factory.mktemp("images"), train=8, val=3, test=3)
 
 
 def fit_and_count(given):

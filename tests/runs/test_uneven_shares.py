@@ -7,7 +7,7 @@ import pytest
 import small_label_runs
 import torch
 from process_runs import alone, furthest, results, together
-from small_runs import arguments, draw_images
+from small_runs import arguments, draw_splits
 
 from visionpeft import fit
 from visionpeft.data.dataset import Part
@@ -23,10 +23,7 @@ SGD = ["--model.optimisation.optimizer", "sgd", "--model.optimisation.lr", "0.05
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for split, per_class in (("train", 7), ("val", 1), ("test", 3)):
-        draw_images(root / split, per_class)
-    return root
+    return draw_splits(tmp_path_factory.mktemp("images"), train=7, val=1, test=3)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BINS = 15
+from visionpeft.runs.options import CALIBRATION_BINS as BINS
+
 ROUNDING = 1e-5
 
 

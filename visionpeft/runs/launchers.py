@@ -62,12 +62,13 @@ def train_as_one() -> None:
     Raises:
         ConfigurationError: the nodes have unlike numbers of tasks.
     """
-    started = launch()
     if "SLURM_JOB_ID" in os.environ:  # by custom, a job is told of its end by this signal
         signal.signal(signal.SIGUSR1, lambda *_: signal.raise_signal(signal.SIGTERM))
-    if started is None and TOGETHER not in os.environ:
+    started = launch()
+    if started is None:
         _forget(OF_SLURM)
-    if started is None or started.by == "torchrun":
+        return
+    if started.by == "torchrun":
         return
     if len(started.local_processes) > 1:
         raise ConfigurationError(

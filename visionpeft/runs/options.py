@@ -13,6 +13,8 @@ from visionpeft.errors import ConfigurationError, did_you_mean
 from visionpeft.runs.config_files import FOLDERS, config_content, shipped_configs
 from visionpeft.runs.signatures import parameters, summary, trainer_parameters
 
+CALIBRATION_BINS = 15  # of a run that says nothing else
+
 
 @dataclass(frozen=True)
 class Option:
@@ -52,7 +54,7 @@ OPTIONS = (
     Option(
         "calibration_bins",
         int,
-        15,
+        CALIBRATION_BINS,
         "bins of the expected calibration error, which is larger with more of them; 20 in the code of C-TPT",
     ),
     Option("figures", bool, True, "draw what the run has seen and mistaken"),

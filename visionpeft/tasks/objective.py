@@ -124,6 +124,16 @@ class Objective:
         """Take what was learnt from labels from what `describe` gave for an adapter that is loaded."""
 
 
+def unknown_class(labels: Tensor, classes: int, lowest: int = 0) -> int | None:
+    """The first label that is no class, None if there is none.
+
+    On a CPU alone: another device would be waited for, and the loss ends there with an error of its own.
+    """
+    if labels.device.type != "cpu" or lowest <= int(labels.min()) <= int(labels.max()) < classes:
+        return None
+    return int(labels[(labels < lowest) | (labels >= classes)][0])
+
+
 def checked(weights: Weights, num_classes: int, name: str) -> Weights:
     """Weights as given.
 

@@ -16,7 +16,7 @@ from torchmetrics.classification import (
 
 from visionpeft.data.labels import Labels, class_counts, moments
 from visionpeft.errors import ConfigurationError, DataError, StorageError
-from visionpeft.tasks.objective import Loss, Objective, Shown, Weights, beside, checked
+from visionpeft.tasks.objective import Loss, Objective, Shown, Weights, beside, checked, unknown_class
 
 ROUNDED = 0.02  # of a sum of probabilities in half precision
 LOSSES: dict[Labels, tuple[Loss, ...]] = {
@@ -106,11 +106,9 @@ class OneClass(Objective):
             more = f", or probabilities ({images}, {self.outputs})" if self.takes_probabilities else ""
             raise _unlike(labels, f"class indices, whole numbers ({images},){more}")
         labels = labels.long()  # of unsigned ones of more than 8 bits PyTorch knows no smallest
-        # Another device would be waited for; the loss ends there with an error of its own.
-        if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.outputs:
-            wrong = labels[(labels < 0) | (labels >= self.outputs)][0]
+        if (wrong := unknown_class(labels, self.outputs)) is not None:
             raise DataError(
-                f"a batch has the label {int(wrong)}, and the {self.outputs} classes are 0 to {self.outputs - 1}; "
+                f"a batch has the label {wrong}, and the {self.outputs} classes are 0 to {self.outputs - 1}; "
                 "leave out images without a class"
             )
         return labels

@@ -7,7 +7,7 @@ from torchmetrics import Metric
 from visionpeft.data.segmentation.masks import IGNORED
 from visionpeft.errors import DataError
 from visionpeft.models.strips import cross_entropy
-from visionpeft.tasks.objective import Objective, Shown
+from visionpeft.tasks.objective import Objective, Shown, unknown_class
 from visionpeft.tasks.pixel_metrics import MeanIoU, PixelAccuracy
 
 
@@ -48,11 +48,9 @@ class ClassOfPixels(Objective):
                 f"{found}; let the loader give them so"
             )
         labels = labels.long()  # of 8 bits, the cells of a table of all classes would overflow
-        # Another device would be waited for; the loss ends there with an error of its own.
-        if labels.device.type == "cpu" and not IGNORED <= int(labels.min()) <= int(labels.max()) < self.outputs:
-            wrong = labels[(labels < IGNORED) | (labels >= self.outputs)][0]
+        if (wrong := unknown_class(labels, self.outputs, lowest=IGNORED)) is not None:
             raise DataError(
-                f"a mask of a batch has the class {int(wrong)}, and the {self.outputs} classes are 0 to "
+                f"a mask of a batch has the class {wrong}, and the {self.outputs} classes are 0 to "
                 f"{self.outputs - 1}, with {IGNORED} for pixels that do not count; let the loader give them so"
             )
         return labels
